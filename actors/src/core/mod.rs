@@ -1,0 +1,16 @@
+//! What the actors decide, and nothing else.
+//!
+//! Pure: no actor, no clock, no I/O, no thread. Inputs go in, effects come out, time is an argument; so all of it is
+//! tested by properties and by seeded simulation.
+//!
+//! - [`plan`]: model and devices in, placement out;
+//! - [`schedule`]: requests and results in, steps and tokens out;
+//! - [`supervise`]: failures in, what to do about them out;
+//! - [`view`]: facts in, the state that people see out.
+
+pub mod plan;
+pub mod schedule;
+#[cfg(test)]
+mod simulation;
+pub mod supervise;
+pub mod view;

@@ -1,0 +1,249 @@
+//! What is known of the node, as one value that facts change.
+//!
+//! Subscribers get the state once and then the facts; applying these gives them the same state that the node has.
+
+use super::plan::Placement;
+use exo_engines::engine::DeviceReport;
+use exo_net::NodeId;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// One running or starting model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct InstanceId(pub u64);
+
+impl std::fmt::Display for InstanceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Fact {
+    DeviceFound(DeviceReport),
+    MachineMeasured(Machine),
+    InstancePlaced {
+        instance: InstanceId,
+        model: String,
+        placement: Placement,
+    },
+    ShardLoading {
+        instance: InstanceId,
+        stage: usize,
+        loaded_bytes: u64,
+        total_bytes: u64,
+    },
+    InstanceReady {
+        instance: InstanceId,
+        epoch: u64,
+    },
+    ShardFailed {
+        instance: InstanceId,
+        stage: usize,
+        error: String,
+    },
+    InstanceStopped {
+        instance: InstanceId,
+        error: Option<String>,
+    },
+    RequestsChanged {
+        instance: InstanceId,
+        running: usize,
+        waiting: usize,
+        pages_used: u32,
+        pages_total: u32,
+    },
+}
+
+/// Measurements of this machine. What cannot be read is `None`, never 0.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    pub memory_total_bytes: Option<u64>,
+    pub memory_free_bytes: Option<u64>,
+    /// Resident memory of this process.
+    pub process_bytes: Option<u64>,
+    /// 0 to 1, over all cores.
+    pub cpu_utilisation: Option<f32>,
+}
+
+/// Where an instance is in its life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    Loading {
+        loaded_bytes: u64,
+        total_bytes: u64,
+    },
+    Ready,
+    /// A shard failed and is being replaced; requests wait.
+    Recovering {
+        error: String,
+    },
+    Stopped {
+        error: Option<String>,
+    },
+}
+
+/// One instance as people see it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InstanceState {
+    pub model: String,
+    pub placement: Placement,
+    pub phase: Phase,
+    pub epoch: u64,
+    /// Bytes loaded by each stage, and to load.
+    loading: BTreeMap<usize, (u64, u64)>,
+    pub requests_running: usize,
+    pub requests_waiting: usize,
+    pub pages_used: u32,
+    pub pages_total: u32,
+}
+
+/// The node as people see it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    pub node: NodeId,
+    pub devices: Vec<DeviceReport>,
+    pub machine: Machine,
+    pub instances: BTreeMap<InstanceId, InstanceState>,
+    /// Facts applied so far.
+    pub version: u64,
+}
+
+/// Instances that have stopped stay to be seen, but not all of them for ever.
+const STOPPED_KEPT: usize = 16;
+
+impl State {
+    /// The state before any fact.
+    pub fn new(node: NodeId) -> Self {
+        Self {
+            node,
+            devices: Vec::new(),
+            machine: Machine::default(),
+            instances: BTreeMap::new(),
+            version: 0,
+        }
+    }
+
+    /// Takes one fact into account. Facts about an instance that is not there change nothing.
+    pub fn apply(&mut self, fact: &Fact) {
+        self.version += 1;
+        match fact {
+            Fact::DeviceFound(report) => {
+                self.devices.retain(|device| device.id != report.id);
+                self.devices.push(report.clone());
+            }
+            Fact::MachineMeasured(machine) => self.machine = machine.clone(),
+            Fact::InstancePlaced {
+                instance,
+                model,
+                placement,
+            } => self.placed(*instance, model, placement),
+            Fact::ShardLoading {
+                instance,
+                stage,
+                loaded_bytes,
+                total_bytes,
+            } => self.change(*instance, |state| state.loading(*stage, *loaded_bytes, *total_bytes)),
+            Fact::InstanceReady { instance, epoch } => self.change(*instance, |state| {
+                state.phase = Phase::Ready;
+                state.epoch = *epoch;
+            }),
+            Fact::ShardFailed { instance, error, .. } => self.change(*instance, |state| {
+                state.phase = Phase::Recovering { error: error.clone() };
+            }),
+            Fact::InstanceStopped { instance, error } => {
+                self.change(*instance, |state| state.phase = Phase::Stopped { error: error.clone() });
+                self.forget_old();
+            }
+            Fact::RequestsChanged {
+                instance,
+                running,
+                waiting,
+                pages_used,
+                pages_total,
+            } => self.change(*instance, |state| {
+                state.requests_running = *running;
+                state.requests_waiting = *waiting;
+                state.pages_used = *pages_used;
+                state.pages_total = *pages_total;
+            }),
+        }
+    }
+
+    fn change(&mut self, instance: InstanceId, change: impl FnOnce(&mut InstanceState)) {
+        if let Some(state) = self.instances.get_mut(&instance) {
+            change(state);
+        }
+    }
+
+    fn placed(&mut self, instance: InstanceId, model: &str, placement: &Placement) {
+        let state = InstanceState {
+            model: model.to_owned(),
+            placement: placement.clone(),
+            phase: Phase::Loading {
+                loaded_bytes: 0,
+                total_bytes: 0,
+            },
+            epoch: 0,
+            loading: BTreeMap::new(),
+            requests_running: 0,
+            requests_waiting: 0,
+            pages_used: 0,
+            pages_total: 0,
+        };
+        self.instances.insert(instance, state);
+    }
+
+    fn forget_old(&mut self) {
+        let stopped = self.instances.iter().filter(|(_, state)| matches!(state.phase, Phase::Stopped { .. }));
+        let stopped: Vec<InstanceId> = stopped.map(|(&id, _)| id).collect();
+        for id in stopped.iter().take(stopped.len().saturating_sub(STOPPED_KEPT)) {
+            self.instances.remove(id);
+        }
+    }
+}
+
+impl InstanceState {
+    fn loading(&mut self, stage: usize, loaded: u64, total: u64) {
+        self.loading.insert(stage, (loaded, total));
+        if matches!(self.phase, Phase::Loading { .. }) {
+            let (loaded_bytes, total_bytes) =
+                self.loading.values().fold((0, 0), |(loaded, total), part| (loaded + part.0, total + part.1));
+            self.phase = Phase::Loading {
+                loaded_bytes,
+                total_bytes,
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_tell_an_instance_s_life() {
+        let node = exo_net::Identity::ephemeral().expect("random bytes").node_id();
+        let mut state = State::new(node);
+        let instance = InstanceId(1);
+        let phase = |state: &State| state.instances[&instance].phase.clone();
+        state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
+        assert!(state.instances.is_empty());
+        let placement = Placement { stages: Vec::new() };
+        state.apply(&Fact::InstancePlaced { instance, model: "m".to_owned(), placement });
+        state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
+        state.apply(&Fact::ShardLoading { instance, stage: 1, loaded_bytes: 3, total_bytes: 4 });
+        assert_eq!(phase(&state), Phase::Loading { loaded_bytes: 4, total_bytes: 6 });
+        state.apply(&Fact::InstanceReady { instance, epoch: 1 });
+        assert_eq!(phase(&state), Phase::Ready);
+        state.apply(&Fact::ShardFailed { instance, stage: 1, error: "gone".to_owned() });
+        assert_eq!(phase(&state), Phase::Recovering { error: "gone".to_owned() });
+        for id in 2..100 {
+            let instance = InstanceId(id);
+            state.apply(&Fact::InstancePlaced { instance, model: "m".to_owned(), placement: Placement { stages: Vec::new() } });
+            state.apply(&Fact::InstanceStopped { instance, error: None });
+        }
+        assert_eq!(state.instances.len(), STOPPED_KEPT + 1);
+    }
+}

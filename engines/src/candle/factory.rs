@@ -1,0 +1,41 @@
+//! Opens candle engines.
+
+use super::CandleBackend;
+use crate::decoder::DecoderEngine;
+use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory};
+use crate::error::EngineError;
+use candle_core::Device;
+
+/// candle on the processor.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CandleFactory;
+
+impl CandleFactory {
+    /// The one device of this factory.
+    pub const DEVICE: &'static str = "candle:cpu";
+}
+
+impl EngineFactory for CandleFactory {
+    fn name(&self) -> &'static str {
+        "candle"
+    }
+
+    fn probe(&self) -> Vec<DeviceReport> {
+        let units = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        vec![DeviceReport {
+            id: DeviceId(Self::DEVICE.to_owned()),
+            kind: DeviceKind::Cpu,
+            engine: self.name().to_owned(),
+            name: std::env::consts::ARCH.to_owned(),
+            compute_units: u32::try_from(units).ok(),
+            tier: "reference".to_owned(),
+        }]
+    }
+
+    fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
+        match device.0.as_str() {
+            Self::DEVICE => Ok(Box::new(DecoderEngine::new(CandleBackend::new(Device::Cpu)))),
+            other => Err(EngineError::NoDevice { engine: self.name(), device: other.to_owned() }),
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! candle as a backend: the reference in tests, and the way to devices that candle knows.
+//!
+//! Written for likeness to the formulas, not for speed: every product is in f32 of dequantised weights. Dense
+//! products go through candle's `gemm`, whose rounding depends on the number of rows: this backend makes no promise
+//! of row independence. A panic inside candle's thread pool poisons a lock of the process; an engine on it that
+//! panicked is not used again.
+
+mod cache;
+mod factory;
+
+pub use cache::CandleCache;
+pub use factory::CandleFactory;
+
+use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardWeights, Linear, Norm, TensorData};
+use crate::engine::KvElement;
+use crate::error::EngineError;
+use crate::format::ElementType;
+use crate::format::blocks::dequantise_row;
+use crate::model::{Activation, Attention, Pairing, QueryKeyNorm, Rope};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{D, DType, Device, Tensor};
+use std::borrow::Cow;
+
+/// A candle device.
+#[derive(Debug)]
+pub struct CandleBackend {
+    device: Device,
+}
+
+/// A matrix, dense or quantised. Its rows' bytes are kept for looking rows up.
+#[derive(Debug)]
+pub struct Matrix {
+    form: Form,
+    element: ElementType,
+    rows: usize,
+    columns: usize,
+}
+
+#[derive(Debug)]
+enum Form {
+    Dense(Tensor),
+    Quantised(QTensor),
+}
+
+/// A step's rows, with cos and sin of every rope, each \[rows, pairs].
+#[derive(Debug)]
+pub struct CandleBatch {
+    pub(super) batch: Batch,
+    rotations: Vec<(Pairing, Tensor, Tensor)>,
+}
+
+impl From<candle_core::Error> for EngineError {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Device { device: "candle".to_owned(), what: error.to_string() }
+    }
+}
+
+impl CandleBackend {
+    pub fn new(device: Device) -> Self {
+        Self { device }
+    }
+
+    fn norm(norm: Option<&Norm<Self>>, x: &Tensor) -> candle_core::Result<Tensor> {
+        let Some(norm) = norm else { return Ok(x.clone()) };
+        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+        let root = (mean + f64::from(norm.epsilon))?.sqrt()?;
+        x.broadcast_div(&root)?.broadcast_mul(&norm.weight)
+    }
+
+    fn product(&self, matrix: &Matrix, x: &Tensor) -> candle_core::Result<Tensor> {
+        let weight = match &matrix.form {
+            Form::Dense(tensor) => tensor.to_dtype(DType::F32)?,
+            Form::Quantised(tensor) => tensor.dequantize(&self.device)?,
+        };
+        x.matmul(&weight.t()?)
+    }
+
+    fn linear(&self, linear: &Linear<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
+        let y = self.product(&linear.weight, x)?;
+        match &linear.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+
+    /// Norms (where the model does) and rotates queries or keys; gives \[rows, heads, head_dim].
+    fn turn(
+        x: &Tensor,
+        spec: &Attention,
+        norm: Option<&Norm<Self>>,
+        (pairing, cosines, sines): &(Pairing, Tensor, Tensor),
+    ) -> candle_core::Result<Tensor> {
+        let (rows, width) = x.dims2()?;
+        let shape = (rows, width / spec.head_dim, spec.head_dim);
+        let x = match spec.query_key_norm {
+            Some(QueryKeyNorm::Projection) => Self::norm(norm, x)?.reshape(shape)?,
+            _ => Self::norm(norm, &x.reshape(shape)?)?,
+        };
+        let pairs = cosines.dim(1)?;
+        let (turned, rest) = (x.narrow(2, 0, pairs * 2)?, x.narrow(2, pairs * 2, spec.head_dim - pairs * 2)?);
+        let paired = (rows, width / spec.head_dim, pairs, 2);
+        let (a, b) = match pairing {
+            Pairing::Halves => (turned.narrow(2, 0, pairs)?, turned.narrow(2, pairs, pairs)?),
+            Pairing::Neighbours => {
+                let turned = turned.contiguous()?.reshape(paired)?;
+                (turned.narrow(3, 0, 1)?.squeeze(3)?, turned.narrow(3, 1, 1)?.squeeze(3)?)
+            }
+        };
+        let (cosines, sines) = (cosines.unsqueeze(1)?, sines.unsqueeze(1)?);
+        let left = (a.broadcast_mul(&cosines)? - b.broadcast_mul(&sines)?)?;
+        let right = (b.broadcast_mul(&cosines)? + a.broadcast_mul(&sines)?)?;
+        let turned = match pairing {
+            Pairing::Halves => Tensor::cat(&[left, right], 2)?,
+            Pairing::Neighbours => Tensor::stack(&[left, right], 3)?.flatten_from(2)?,
+        };
+        Tensor::cat(&[turned, rest], 2)?.contiguous()
+    }
+}
+
+fn ggml_type(element: ElementType) -> Option<GgmlDType> {
+    Some(match element {
+        ElementType::F32 | ElementType::F16 | ElementType::BF16 => return None,
+        ElementType::Q4_0 => GgmlDType::Q4_0,
+        ElementType::Q4_1 => GgmlDType::Q4_1,
+        ElementType::Q5_0 => GgmlDType::Q5_0,
+        ElementType::Q5_1 => GgmlDType::Q5_1,
+        ElementType::Q8_0 => GgmlDType::Q8_0,
+        ElementType::Q4_K => GgmlDType::Q4K,
+        ElementType::Q5_K => GgmlDType::Q5K,
+        ElementType::Q6_K => GgmlDType::Q6K,
+    })
+}
+
+fn dense_type(element: ElementType) -> DType {
+    match element {
+        ElementType::F16 => DType::F16,
+        ElementType::BF16 => DType::BF16,
+        _ => DType::F32,
+    }
+}
+
+impl Backend for CandleBackend {
+    type Matrix = Matrix;
+    type Vector = Tensor;
+    type Buffer = Tensor;
+    type Cache = CandleCache;
+    type Batch = CandleBatch;
+
+    fn fingerprint(&self) -> String {
+        format!("candle/{}/{:?}", env!("CARGO_PKG_VERSION"), self.device.location())
+    }
+
+    fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Matrix, EngineError> {
+        let shape = (tensor.rows, tensor.columns);
+        let form = match ggml_type(tensor.element) {
+            Some(kind) => {
+                let storage = QStorage::from_data(Cow::Borrowed(tensor.bytes), &self.device, kind)?;
+                Form::Quantised(QTensor::new(storage, shape)?)
+            }
+            None => {
+                let kind = dense_type(tensor.element);
+                Form::Dense(Tensor::from_raw_buffer(tensor.bytes, kind, &[shape.0, shape.1], &self.device)?)
+            }
+        };
+        Ok(Matrix { form, element: tensor.element, rows: tensor.rows, columns: tensor.columns })
+    }
+
+    fn matrix_bytes(matrix: &Matrix) -> u64 {
+        let row = matrix.element.row_bytes(matrix.columns).unwrap_or(0);
+        (row * matrix.rows) as u64
+    }
+
+    fn vector(&mut self, values: Vec<f32>) -> Result<Tensor, EngineError> {
+        let length = values.len();
+        Ok(Tensor::from_vec(values, length, &self.device)?)
+    }
+
+    fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<CandleCache, EngineError> {
+        Ok(CandleCache::new(layers, element, pages, &self.device)?)
+    }
+
+    fn copy_pages(&mut self, cache: &mut CandleCache, copies: &[(u32, u32)]) -> Result<(), EngineError> {
+        Ok(cache.copy_pages(copies)?)
+    }
+
+    fn begin(&mut self, batch: Batch, ropes: &[Rope]) -> Result<CandleBatch, EngineError> {
+        let mut positions = Vec::with_capacity(batch.rows);
+        for span in &batch.spans {
+            positions.extend((span.first_position..).take(span.rows.len()).map(|p| p as f32));
+        }
+        let positions = Tensor::from_vec(positions, (batch.rows, 1), &self.device)?;
+        let mut rotations = Vec::new();
+        for rope in ropes {
+            let pairs = rope.frequencies.len();
+            let frequencies = Tensor::from_slice(&rope.frequencies, (1, pairs), &self.device)?;
+            let angles = positions.matmul(&frequencies)?;
+            let by = f64::from(rope.magnitude);
+            rotations.push((rope.pairing, (angles.cos()? * by)?, (angles.sin()? * by)?));
+        }
+        Ok(CandleBatch { batch, rotations })
+    }
+
+    fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32) -> Result<Tensor, EngineError> {
+        let rows = match &table.form {
+            Form::Dense(tensor) => {
+                let tokens = Tensor::from_slice(tokens, tokens.len(), &self.device)?;
+                tensor.index_select(&tokens, 0)?.to_dtype(DType::F32)?
+            }
+            Form::Quantised(tensor) => {
+                let bytes = tensor.data()?;
+                let row_bytes = bytes.len() / table.rows;
+                let mut values = vec![0.0; tokens.len() * table.columns];
+                for (&token, row) in tokens.iter().zip(values.chunks_mut(table.columns)) {
+                    dequantise_row(table.element, &bytes[token as usize * row_bytes..][..row_bytes], row);
+                }
+                Tensor::from_vec(values, (tokens.len(), table.columns), &self.device)?
+            }
+        };
+        Ok((rows * f64::from(scale))?)
+    }
+
+    fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Tensor, EngineError> {
+        let rows = values.len() / width;
+        Ok(Tensor::from_vec(values, (rows, width), &self.device)?)
+    }
+
+    fn download(&mut self, buffer: Tensor) -> Result<Vec<f32>, EngineError> {
+        Ok(buffer.flatten_all()?.to_vec1()?)
+    }
+
+    fn attention(
+        &mut self,
+        weights: &AttentionWeights<Self>,
+        cache: &mut CandleCache,
+        layer: usize,
+        batch: &CandleBatch,
+        hidden: &Tensor,
+    ) -> Result<Tensor, EngineError> {
+        let spec = &weights.spec;
+        let x = Self::norm(weights.norm.as_ref(), hidden)?;
+        let rotation = &batch.rotations[spec.rope];
+        let queries = Self::turn(&self.linear(&weights.query, &x)?, spec, weights.query_norm.as_ref(), rotation)?;
+        let keys = Self::turn(&self.linear(&weights.key, &x)?, spec, weights.key_norm.as_ref(), rotation)?;
+        let values = self.linear(&weights.value, &x)?;
+        let values = values.reshape((values.dim(0)?, spec.kv_heads, spec.head_dim))?;
+        let mut mixed = Vec::new();
+        for span in &batch.batch.spans {
+            cache.write(layer, span, &keys, &values)?;
+            let rows = queries.narrow(0, span.rows.start, span.rows.len())?;
+            mixed.push(cache.attend(layer, span, spec, &rows)?);
+        }
+        let mixed = Tensor::cat(&mixed, 0)?;
+        Ok(self.linear(&weights.output, &mixed)?)
+    }
+
+    fn feed_forward(&mut self, weights: &FeedForwardWeights<Self>, hidden: &Tensor) -> Result<Tensor, EngineError> {
+        let x = Self::norm(weights.norm.as_ref(), hidden)?;
+        let gate = self.linear(&weights.gate, &x)?;
+        let up = self.linear(&weights.up, &x)?;
+        let gate = match weights.activation {
+            Activation::Silu => gate.silu()?,
+            Activation::GeluTanh => gate.gelu()?,
+        };
+        Ok(self.linear(&weights.down, &(gate * up)?)?)
+    }
+
+    fn add(&mut self, hidden: &mut Tensor, delta: Tensor, norm: Option<&Norm<Self>>) -> Result<(), EngineError> {
+        *hidden = (&*hidden + Self::norm(norm, &delta)?)?;
+        Ok(())
+    }
+
+    fn logits(
+        &mut self,
+        norm: &Norm<Self>,
+        head: &Matrix,
+        hidden: &Tensor,
+        rows: &[usize],
+    ) -> Result<Vec<f32>, EngineError> {
+        let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+        let chosen = hidden.index_select(&Tensor::from_slice(&rows, rows.len(), &self.device)?, 0)?;
+        let logits = self.product(head, &Self::norm(Some(norm), &chosen)?)?;
+        Ok(logits.flatten_all()?.to_vec1()?)
+    }
+}

@@ -1,0 +1,138 @@
+//! The lanes in two 256-bit registers.
+
+#![allow(clippy::undocumented_unsafe_blocks)] // One promise for all: the processor has the features (see `Simd`).
+
+use super::simd::{Kernel, Simd};
+use std::arch::x86_64::*;
+
+pub(super) fn is_available() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn run<K: Kernel>(kernel: K) {
+    kernel.run::<Avx2>();
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Avx2;
+
+#[inline(always)]
+fn both<A: Copy, B: Copy, R>(a: [A; 2], b: [B; 2], f: impl Fn(A, B) -> R) -> [R; 2] {
+    [f(a[0], b[0]), f(a[1], b[1])]
+}
+
+impl Simd for Avx2 {
+    type Floats = [__m256; 2];
+    type Ints = [__m256i; 2];
+    type Codes = [__m256i; 2];
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> [__m256; 2] {
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> [__m256; 2] {
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> [__m256; 2] {
+        unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))] }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> [__m256; 2] {
+        unsafe {
+            [from, from.add(8)].map(|half| {
+                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(half.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: [__m256; 2]) {
+        unsafe {
+            _mm256_storeu_ps(to, value[0]);
+            _mm256_storeu_ps(to.add(8), value[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(to: *mut u16, value: [__m256; 2]) {
+        unsafe {
+            _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value[0]));
+            _mm_storeu_si128(to.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value[1]));
+        }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        both(a, b, |a, b| unsafe { _mm256_mul_ps(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn fma(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+    #[inline(always)]
+    fn fma1(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+    #[inline(always)]
+    unsafe fn codes(from: *const u8) -> [__m256i; 2] {
+        unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(codes: [__m256i; 2]) -> [__m256i; 2] {
+        codes.map(|c| unsafe { _mm256_and_si256(c, _mm256_set1_epi8(0x0f)) })
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(codes: [__m256i; 2]) -> [__m256i; 2] {
+        codes.map(|c| unsafe { _mm256_and_si256(_mm256_srli_epi16::<4>(c), _mm256_set1_epi8(0x0f)) })
+    }
+    #[inline(always)]
+    unsafe fn join_bit(low: [__m256i; 2], plane: [__m256i; 2]) -> ([__m256i; 2], [__m256i; 2]) {
+        let joined = both(low, plane, |low, plane| unsafe {
+            let bit = _mm256_and_si256(_mm256_slli_epi16::<4>(plane), _mm256_set1_epi8(0x10));
+            _mm256_or_si256(low, bit)
+        });
+        (joined, plane.map(|p| unsafe { _mm256_srli_epi16::<1>(p) }))
+    }
+    #[inline(always)]
+    unsafe fn join_bits(low: [__m256i; 2], plane: [__m256i; 2]) -> ([__m256i; 2], [__m256i; 2]) {
+        let joined = both(low, plane, |low, plane| unsafe {
+            let bits = _mm256_and_si256(_mm256_slli_epi16::<4>(plane), _mm256_set1_epi8(0x30));
+            _mm256_or_si256(low, bits)
+        });
+        (joined, plane.map(|p| unsafe { _mm256_srli_epi16::<2>(p) }))
+    }
+    #[inline(always)]
+    unsafe fn ints_zero() -> [__m256i; 2] {
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: [__m256i; 2], codes: [__m256i; 2], four: i32) -> [__m256i; 2] {
+        // A pair of products is at most 2 · 63 · 128, which 16 bits hold.
+        both(sum, codes, |sum, codes| unsafe {
+            let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four));
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn dot_wide(sum: [__m256i; 2], codes: [__m256i; 2], four: i32) -> [__m256i; 2] {
+        // 8-bit codes would overflow 16 bits: even and odd bytes apart, each widened first.
+        both(sum, codes, |sum, codes| unsafe {
+            let four = _mm256_set1_epi32(four);
+            let even = _mm256_and_si256(codes, _mm256_set1_epi16(0xff));
+            let odd = _mm256_srli_epi16::<8>(codes);
+            let four_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(four));
+            let four_odd = _mm256_srai_epi16::<8>(four);
+            let products = _mm256_add_epi32(_mm256_madd_epi16(even, four_even), _mm256_madd_epi16(odd, four_odd));
+            _mm256_add_epi32(sum, products)
+        })
+    }
+    #[inline(always)]
+    unsafe fn join_planes(upper: [__m256i; 2], lower: [__m256i; 2]) -> [__m256i; 2] {
+        both(upper, lower, |upper, lower| unsafe { _mm256_add_epi32(_mm256_slli_epi32::<8>(upper), lower) })
+    }
+    #[inline(always)]
+    unsafe fn floats_less(ints: [__m256i; 2], less: i32) -> [__m256; 2] {
+        ints.map(|v| unsafe { _mm256_cvtepi32_ps(_mm256_sub_epi32(v, _mm256_set1_epi32(less))) })
+    }
+}

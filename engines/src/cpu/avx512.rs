@@ -1,0 +1,115 @@
+//! The lanes in one 512-bit register.
+
+#![allow(clippy::undocumented_unsafe_blocks)] // One promise for all: the processor has the features (see `Simd`).
+
+use super::simd::{Kernel, Simd};
+use std::arch::x86_64::*;
+
+pub(super) fn is_available() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("fma")
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
+pub(super) fn run<K: Kernel>(kernel: K) {
+    kernel.run::<Avx512>();
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+impl Simd for Avx512 {
+    type Floats = __m512;
+    type Ints = __m512i;
+    type Codes = __m512i;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(value) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: __m512) {
+        unsafe { _mm512_storeu_ps(to, value) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(to: *mut u16, value: __m512) {
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn fma1(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+    #[inline(always)]
+    unsafe fn codes(from: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(codes: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(codes, _mm512_set1_epi8(0x0f)) }
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(codes: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(codes), _mm512_set1_epi8(0x0f)) }
+    }
+    #[inline(always)]
+    unsafe fn join_bit(low: __m512i, plane: __m512i) -> (__m512i, __m512i) {
+        unsafe {
+            let bit = _mm512_and_si512(_mm512_slli_epi16::<4>(plane), _mm512_set1_epi8(0x10));
+            (_mm512_or_si512(low, bit), _mm512_srli_epi16::<1>(plane))
+        }
+    }
+    #[inline(always)]
+    unsafe fn join_bits(low: __m512i, plane: __m512i) -> (__m512i, __m512i) {
+        unsafe {
+            let bits = _mm512_and_si512(_mm512_slli_epi16::<4>(plane), _mm512_set1_epi8(0x30));
+            (_mm512_or_si512(low, bits), _mm512_srli_epi16::<2>(plane))
+        }
+    }
+    #[inline(always)]
+    unsafe fn ints_zero() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: __m512i, codes: __m512i, four: i32) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four)) }
+    }
+    #[inline(always)]
+    unsafe fn dot_wide(sum: __m512i, codes: __m512i, four: i32) -> __m512i {
+        unsafe { Self::dot(sum, codes, four) }
+    }
+    #[inline(always)]
+    unsafe fn join_planes(upper: __m512i, lower: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower) }
+    }
+    #[inline(always)]
+    unsafe fn floats_less(ints: __m512i, less: i32) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_sub_epi32(ints, _mm512_set1_epi32(less))) }
+    }
+}

@@ -1,0 +1,54 @@
+//! Opens CPU engines.
+
+use super::{CpuBackend, Tier};
+use crate::decoder::DecoderEngine;
+use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory};
+use crate::error::EngineError;
+
+/// The processor of this machine, as an engine's device.
+#[derive(Debug, Clone)]
+pub struct CpuFactory {
+    threads: usize,
+    tier: Tier,
+}
+
+impl CpuFactory {
+    /// The one device of this factory.
+    pub const DEVICE: &'static str = "cpu";
+
+    /// Engines of `threads` threads each, at the best tier of this machine.
+    pub fn new(threads: usize) -> Self {
+        Self::with_tier(threads, Tier::best())
+    }
+
+    /// Engines at a given tier, one of [`Tier::available`].
+    pub fn with_tier(threads: usize, tier: Tier) -> Self {
+        Self { threads: threads.max(1), tier }
+    }
+}
+
+impl EngineFactory for CpuFactory {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn probe(&self) -> Vec<DeviceReport> {
+        let units = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        vec![DeviceReport {
+            id: DeviceId(Self::DEVICE.to_owned()),
+            kind: DeviceKind::Cpu,
+            engine: self.name().to_owned(),
+            name: std::env::consts::ARCH.to_owned(),
+            compute_units: u32::try_from(units).ok(),
+            tier: self.tier.name().to_owned(),
+        }]
+    }
+
+    fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
+        if device.0 != Self::DEVICE {
+            return Err(EngineError::NoDevice { engine: self.name(), device: device.0.clone() });
+        }
+        let backend = CpuBackend::new(self.threads, self.tier)?;
+        Ok(Box::new(DecoderEngine::new(backend)))
+    }
+}

@@ -1,0 +1,261 @@
+//! What lies between the products: norms, rounding, rotation, activation, sums. Rows are shared out to threads.
+
+use super::activation::{BLOCK_CODES, CodedRowMut, CodedRows, Rows};
+use super::cache::{LayerCache, TOKENS};
+use super::rotary::Rotations;
+use super::shares::Shares;
+use super::simd::{Kernel, Simd, Tier};
+use super::team::{Panicked, Team};
+use super::{CpuBackend, math};
+use crate::backend::{Batch, Norm};
+use crate::format::blocks::BLOCK;
+use crate::model::Activation;
+use std::ops::Range;
+
+/// Rows of one task. A decode step of a few rows is one task, which the calling thread takes without waking anyone.
+const TASK_ROWS: usize = 8;
+
+/// Runs `kernel` over runs of rows.
+fn over_rows<K: Kernel>(
+    tier: Tier,
+    team: &mut Team,
+    rows: usize,
+    kernel: impl Fn(Range<usize>) -> K + Sync,
+) -> Result<(), Panicked> {
+    team.run(rows.div_ceil(TASK_ROWS), &|task| {
+        let start = task * TASK_ROWS;
+        tier.run(kernel(start..(start + TASK_ROWS).min(rows)));
+    })
+}
+
+/// `input` after `norm`, where there is one, and its codes, where they are wanted.
+pub(super) fn prepare(
+    tier: Tier,
+    team: &mut Team,
+    input: &Rows,
+    norm: Option<&Norm<CpuBackend>>,
+    wants_codes: bool,
+) -> Result<(Option<Rows>, Option<CodedRows>), Panicked> {
+    let mut floats = norm.map(|_| Rows::zeroed(input.count(), input.width));
+    let mut codes = wants_codes.then(|| CodedRows::zeroed(input.count(), input.width));
+    {
+        let floats = floats.as_mut().map(|rows| Shares::new(&mut rows.values));
+        let codes = codes.as_mut().map(CodedShares::new);
+        over_rows(tier, team, input.count(), |rows| Prepare {
+            rows,
+            input,
+            norm,
+            floats: floats.as_ref(),
+            codes: codes.as_ref(),
+        })?;
+    }
+    Ok((floats, codes))
+}
+
+struct CodedShares<'a> {
+    width: usize,
+    codes: Shares<'a, i8>,
+    scales: Shares<'a, f32>,
+    half_sums: Shares<'a, i32>,
+    weighted_sums: Shares<'a, f32>,
+}
+
+impl<'a> CodedShares<'a> {
+    fn new(rows: &'a mut CodedRows) -> Self {
+        Self {
+            width: rows.width,
+            codes: Shares::new(&mut rows.codes),
+            scales: Shares::new(&mut rows.scales),
+            half_sums: Shares::new(&mut rows.half_sums),
+            weighted_sums: Shares::new(&mut rows.weighted_sums),
+        }
+    }
+
+    /// # Safety
+    /// A row is taken by one task only.
+    unsafe fn row(&self, row: usize) -> CodedRowMut<'a> {
+        let blocks = self.width / BLOCK;
+        let (start, end) = (row * blocks, (row + 1) * blocks);
+        // SAFETY: rows are disjoint; the caller's promise for the row itself.
+        unsafe {
+            CodedRowMut {
+                codes: self.codes.take(start * BLOCK_CODES..end * BLOCK_CODES),
+                scales: self.scales.take(start..end),
+                half_sums: self.half_sums.take(start * 2..end * 2),
+                weighted_sums: self.weighted_sums.take(start..end),
+            }
+        }
+    }
+}
+
+struct Prepare<'a> {
+    rows: Range<usize>,
+    input: &'a Rows,
+    norm: Option<&'a Norm<CpuBackend>>,
+    floats: Option<&'a Shares<'a, f32>>,
+    codes: Option<&'a CodedShares<'a>>,
+}
+
+impl Kernel for Prepare<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let width = self.input.width;
+        for row in self.rows.clone() {
+            let mut values = self.input.row(row);
+            if let (Some(norm), Some(floats)) = (self.norm, self.floats) {
+                // SAFETY: a row belongs to one task.
+                let out = unsafe { floats.take(row * width..(row + 1) * width) };
+                math::rms_norm::<S>(values, &norm.weight, norm.epsilon, out);
+                values = out;
+            }
+            if let Some(codes) = self.codes {
+                // SAFETY: as above.
+                unsafe { codes.row(row) }.encode(values);
+            }
+        }
+    }
+}
+
+/// What happens to queries and keys between their projection and their use.
+pub(super) struct Turn<'a> {
+    pub(super) norm: Option<&'a Norm<CpuBackend>>,
+    /// Values that one norm spans.
+    pub(super) norm_width: usize,
+    pub(super) head_dim: usize,
+    pub(super) rotations: &'a Rotations,
+}
+
+/// Norms and rotates every head of every row, in place.
+pub(super) fn turn_heads(tier: Tier, team: &mut Team, turn: &Turn<'_>, rows: &mut Rows) -> Result<(), Panicked> {
+    let (count, width) = (rows.count(), rows.width);
+    let values = Shares::new(&mut rows.values);
+    over_rows(tier, team, count, |rows| TurnRows { rows, width, turn, values: &values })
+}
+
+struct TurnRows<'a> {
+    rows: Range<usize>,
+    width: usize,
+    turn: &'a Turn<'a>,
+    values: &'a Shares<'a, f32>,
+}
+
+impl Kernel for TurnRows<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let mut normed = vec![0.0; self.turn.norm_width];
+        for row in self.rows.clone() {
+            // SAFETY: a row belongs to one task.
+            let values = unsafe { self.values.take(row * self.width..(row + 1) * self.width) };
+            if let Some(norm) = self.turn.norm {
+                for part in values.chunks_exact_mut(self.turn.norm_width) {
+                    math::rms_norm::<S>(part, &norm.weight, norm.epsilon, &mut normed);
+                    part.copy_from_slice(&normed);
+                }
+            }
+            for head in values.chunks_exact_mut(self.turn.head_dim) {
+                self.turn.rotations.turn(row, head);
+            }
+        }
+    }
+}
+
+/// Writes every row's keys and values to its page.
+pub(super) fn write_cache(tier: Tier, cache: &mut LayerCache, batch: &Batch, keys: &Rows, values: &Rows) {
+    tier.run(WriteCache { cache, batch, keys, values });
+}
+
+struct WriteCache<'a> {
+    cache: &'a mut LayerCache,
+    batch: &'a Batch,
+    keys: &'a Rows,
+    values: &'a Rows,
+}
+
+impl Kernel for WriteCache<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        for span in &self.batch.spans {
+            for (offset, row) in span.rows.clone().enumerate() {
+                let position = span.first_position + offset;
+                let page = span.pages[position / TOKENS];
+                self.cache.write::<S>(page, position % TOKENS, self.keys.row(row), self.values.row(row));
+            }
+        }
+    }
+}
+
+/// gate = activation(gate) · up.
+pub(super) fn activate(
+    tier: Tier,
+    team: &mut Team,
+    activation: Activation,
+    gate: &mut Rows,
+    up: &Rows,
+) -> Result<(), Panicked> {
+    let (count, width) = (gate.count(), gate.width);
+    let gate = Shares::new(&mut gate.values);
+    over_rows(tier, team, count, |rows| Activate {
+        range: rows.start * width..rows.end * width,
+        activation,
+        gate: &gate,
+        up: &up.values,
+    })
+}
+
+struct Activate<'a> {
+    range: Range<usize>,
+    activation: Activation,
+    gate: &'a Shares<'a, f32>,
+    up: &'a [f32],
+}
+
+impl Kernel for Activate<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let up = &self.up[self.range.clone()];
+        // SAFETY: rows are disjoint.
+        let gate = unsafe { self.gate.take(self.range) };
+        match self.activation {
+            Activation::Silu => gate.iter_mut().zip(up).for_each(|(g, u)| *g = math::silu::<S>(*g) * u),
+            Activation::GeluTanh => gate.iter_mut().zip(up).for_each(|(g, u)| *g = math::gelu_tanh::<S>(*g) * u),
+        }
+    }
+}
+
+/// hidden += norm(delta), or delta.
+pub(super) fn add(
+    tier: Tier,
+    team: &mut Team,
+    hidden: &mut Rows,
+    delta: &Rows,
+    norm: Option<&Norm<CpuBackend>>,
+) -> Result<(), Panicked> {
+    let count = hidden.count();
+    let hidden = Shares::new(&mut hidden.values);
+    over_rows(tier, team, count, |rows| Add { rows, hidden: &hidden, delta, norm })
+}
+
+struct Add<'a> {
+    rows: Range<usize>,
+    hidden: &'a Shares<'a, f32>,
+    delta: &'a Rows,
+    norm: Option<&'a Norm<CpuBackend>>,
+}
+
+impl Kernel for Add<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let width = self.delta.width;
+        let mut normed = vec![0.0; if self.norm.is_some() { width } else { 0 }];
+        for row in self.rows.clone() {
+            // SAFETY: a row belongs to one task.
+            let hidden = unsafe { self.hidden.take(row * width..(row + 1) * width) };
+            let mut delta = self.delta.row(row);
+            if let Some(norm) = self.norm {
+                math::rms_norm::<S>(delta, &norm.weight, norm.epsilon, &mut normed);
+                delta = &normed;
+            }
+            hidden.iter_mut().zip(delta).for_each(|(h, d)| *h += d);
+        }
+    }
+}

@@ -1,0 +1,403 @@
+//! out = x · Wᵀ: rows of activations times panels of weights.
+//!
+//! A task is a run of panels for all rows. Within it each panel meets the rows in tiles, so that a panel's codes are
+//! unpacked once per tile; each row of a tile has accumulators of its own, filled in column order, so that a row's
+//! result is the same bits whatever tile, batch or thread it is computed in.
+
+use super::activation::{BLOCK_CODES, CodedRows, Rows};
+use super::packed::{Coded, Dense, Form, Packed};
+use super::simd::{Kernel, LANES, Simd, Tier};
+use super::team::{Panicked, Team};
+use crate::format::ElementType;
+use crate::format::blocks::{BLOCK, Coding};
+
+/// Tasks for each thread: enough that one held-up thread does not hold up the step.
+const TASKS_PER_THREAD: usize = 4;
+
+/// One product of a section. Products of one section share their input, and run as one set of tasks.
+pub(super) struct Product<'a> {
+    pub(super) weights: &'a Packed,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) out: &'a mut Rows,
+}
+
+/// Activations in the forms that the products of a section want.
+pub(super) struct Operand<'a> {
+    pub(super) floats: &'a Rows,
+    pub(super) codes: Option<&'a CodedRows>,
+}
+
+/// Where a task writes: a matrix whose columns are shared out between tasks.
+#[derive(Clone, Copy)]
+struct Target {
+    values: *mut f32,
+    width: usize,
+}
+
+struct Job<'a> {
+    weights: &'a Packed,
+    bias: Option<&'a [f32]>,
+    out: Target,
+    first_panel: usize,
+}
+
+// SAFETY: tasks write disjoint columns of `out`, whose owner waits for the section's end.
+unsafe impl Sync for Job<'_> {}
+
+/// Computes all `products` of `input`.
+pub(super) fn run(
+    tier: Tier,
+    team: &mut Team,
+    input: &Operand<'_>,
+    products: &mut [Product<'_>],
+) -> Result<(), Panicked> {
+    let mut jobs = Vec::with_capacity(products.len());
+    let mut panels = 0;
+    for product in products.iter_mut() {
+        jobs.push(Job {
+            weights: product.weights,
+            bias: product.bias,
+            out: Target { values: product.out.values.as_mut_ptr(), width: product.out.width },
+            first_panel: panels,
+        });
+        panels += product.weights.panels();
+    }
+    let tasks = (team.threads() * TASKS_PER_THREAD).min(panels);
+    team.run(tasks, &|task| {
+        let mut range = panels * task / tasks..panels * (task + 1) / tasks;
+        while range.start < range.end {
+            // The last job that starts at or before the range: the first starts at 0.
+            let index = jobs.partition_point(|job| job.first_panel <= range.start) - 1;
+            let job = &jobs[index];
+            let end = range.end.min(job.first_panel + job.weights.panels());
+            tier.run(Panels { job, input, panels: range.start - job.first_panel..end - job.first_panel });
+            range.start = end;
+        }
+    })
+}
+
+struct Panels<'a, 'b> {
+    job: &'a Job<'b>,
+    input: &'a Operand<'b>,
+    panels: std::ops::Range<usize>,
+}
+
+impl Kernel for Panels<'_, '_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        for panel in self.panels.clone() {
+            match (&self.job.weights.form, self.input.codes) {
+                (Form::Dense(dense), _) => self.dense::<S>(dense, panel),
+                (Form::Coded(coded), Some(codes)) => self.coded::<S>(coded, codes, panel),
+                (Form::Coded(_), None) => unreachable!("coded weights are given coded activations"),
+            }
+        }
+    }
+}
+
+impl Panels<'_, '_> {
+    #[inline(always)]
+    fn dense<S: Simd>(&self, dense: &Dense, panel: usize) {
+        match dense.element {
+            ElementType::F16 => self.dense_rows::<S, 16>(dense, panel),
+            ElementType::BF16 => self.dense_rows::<S, 17>(dense, panel),
+            _ => self.dense_rows::<S, 32>(dense, panel),
+        }
+    }
+
+    /// `KIND`: 32 for f32, 16 for f16, 17 for bf16.
+    #[inline(always)]
+    fn dense_rows<S: Simd, const KIND: u32>(&self, dense: &Dense, panel: usize) {
+        let rows = self.input.floats.count();
+        let mut row = 0;
+        while row < rows {
+            row += match rows - row {
+                8.. => self.dense_tile::<S, KIND, 8>(dense, panel, row),
+                4.. => self.dense_tile::<S, KIND, 4>(dense, panel, row),
+                _ => self.dense_tile::<S, KIND, 1>(dense, panel, row),
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn dense_tile<S: Simd, const KIND: u32, const ROWS: usize>(
+        &self,
+        dense: &Dense,
+        panel: usize,
+        first: usize,
+    ) -> usize {
+        let columns = self.job.weights.columns;
+        let size = dense.element.block_bytes();
+        let start = panel * columns * LANES * size;
+        let weights = dense.values.bytes()[start..start + columns * LANES * size].as_ptr();
+        let inputs: [&[f32]; ROWS] = std::array::from_fn(|r| &self.input.floats.row(first + r)[..columns]);
+        // SAFETY: `weights` has `columns` vectors, every input `columns` values.
+        unsafe {
+            let mut sums = [S::splat(0.0); ROWS];
+            for column in 0..columns {
+                let at = weights.add(column * LANES * size);
+                let vector = match KIND {
+                    16 => S::load_f16(at.cast()),
+                    17 => S::load_bf16(at.cast()),
+                    _ => S::load(at.cast()),
+                };
+                for r in 0..ROWS {
+                    sums[r] = S::fma(vector, S::splat(*inputs[r].get_unchecked(column)), sums[r]);
+                }
+            }
+            for (r, sum) in sums.into_iter().enumerate() {
+                self.write::<S>(panel, first + r, sum);
+            }
+        }
+        ROWS
+    }
+
+    #[inline(always)]
+    fn coded<S: Simd>(&self, coded: &Coded, input: &CodedRows, panel: usize) {
+        let Coding { bits, has_mins, split_scales, .. } = coded.coding;
+        match (bits, has_mins, split_scales) {
+            (4, false, _) => self.coded_rows::<S, 4, false, false>(coded, input, panel),
+            (4, true, _) => self.coded_rows::<S, 4, true, false>(coded, input, panel),
+            (5, false, _) => self.coded_rows::<S, 5, false, false>(coded, input, panel),
+            (5, true, _) => self.coded_rows::<S, 5, true, false>(coded, input, panel),
+            (6, _, _) => self.coded_rows::<S, 6, false, true>(coded, input, panel),
+            _ => self.coded_rows::<S, 8, false, false>(coded, input, panel),
+        }
+    }
+
+    #[inline(always)]
+    fn coded_rows<S: Simd, const BITS: u32, const MINS: bool, const SPLIT: bool>(
+        &self,
+        coded: &Coded,
+        input: &CodedRows,
+        panel: usize,
+    ) {
+        let rows = self.input.floats.count();
+        let mut row = 0;
+        while row < rows {
+            row += match rows - row {
+                8.. => self.coded_tile::<S, BITS, MINS, SPLIT, 8>(coded, input, panel, row),
+                4.. => self.coded_tile::<S, BITS, MINS, SPLIT, 4>(coded, input, panel, row),
+                2.. => self.coded_tile::<S, BITS, MINS, SPLIT, 2>(coded, input, panel, row),
+                _ => self.coded_tile::<S, BITS, MINS, SPLIT, 1>(coded, input, panel, row),
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn coded_tile<S: Simd, const BITS: u32, const MINS: bool, const SPLIT: bool, const ROWS: usize>(
+        &self,
+        coded: &Coded,
+        input: &CodedRows,
+        panel: usize,
+        first: usize,
+    ) -> usize {
+        let blocks = self.job.weights.columns / BLOCK;
+        let halves = if SPLIT { 2 } else { 1 };
+        let block_bytes = Coded::block_bytes(coded.coding);
+        let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
+        let scales = &coded.scales[panel * blocks * halves * LANES..][..blocks * halves * LANES];
+        let mins = if MINS { &coded.mins[panel * blocks * LANES..][..blocks * LANES] } else { &[] };
+        let zero = coded.coding.zero;
+        let row_start = first * blocks;
+        let row_codes = input.codes[row_start * BLOCK_CODES..][..ROWS * blocks * BLOCK_CODES].as_ptr();
+        let row_scales = &input.scales[row_start..][..ROWS * blocks];
+        let half_sums = &input.half_sums[row_start * 2..][..ROWS * blocks * 2];
+        let weighted_sums = &input.weighted_sums[row_start..][..ROWS * blocks];
+        // SAFETY: all slices above were cut to what the loops below read; vectors are sixteen wide, as they are.
+        unsafe {
+            let mut sums = [S::splat(0.0); ROWS];
+            for block in 0..blocks {
+                let at = codes.as_ptr().add(block * block_bytes);
+                let four = |r: usize, plane: usize, group: usize| {
+                    let at = (r * blocks + block) * BLOCK_CODES + plane * BLOCK + group * 4;
+                    row_codes.add(at).cast::<i32>().read_unaligned()
+                };
+                let dots = block_dots::<S, BITS, SPLIT, ROWS>(at, four);
+                let scale = S::load_f16(scales.as_ptr().add(block * halves * LANES));
+                for r in 0..ROWS {
+                    let index = r * blocks + block;
+                    let by = S::splat(*row_scales.get_unchecked(index));
+                    let sums_at = half_sums.as_ptr().add(index * 2);
+                    if SPLIT {
+                        let upper = S::load_f16(scales.as_ptr().add((block * 2 + 1) * LANES));
+                        let low = S::floats_less(dots[r][0], zero * *sums_at);
+                        let high = S::floats_less(dots[r][1], zero * *sums_at.add(1));
+                        let both = S::fma(high, upper, S::mul(low, scale));
+                        sums[r] = S::fma(both, by, sums[r]);
+                    } else {
+                        let less = zero * (*sums_at + *sums_at.add(1));
+                        let value = S::floats_less(dots[r][0], less);
+                        sums[r] = S::fma(value, S::mul(scale, by), sums[r]);
+                    }
+                    if MINS {
+                        let min = S::load_f16(mins.as_ptr().add(block * LANES));
+                        sums[r] = S::fma(min, S::splat(*weighted_sums.get_unchecked(index)), sums[r]);
+                    }
+                }
+            }
+            for (r, sum) in sums.into_iter().enumerate() {
+                self.write::<S>(panel, first + r, sum);
+            }
+        }
+        ROWS
+    }
+
+    /// Writes the sixteen outputs of `panel`, or as many of them as there are.
+    #[inline(always)]
+    unsafe fn write<S: Simd>(&self, panel: usize, row: usize, sum: S::Floats) {
+        let Job { weights, bias, out, .. } = self.job;
+        let column = panel * LANES;
+        let used = (weights.rows - column).min(LANES);
+        let mut values = [0.0; LANES];
+        // SAFETY: `values` is sixteen wide; `row` and the `used` columns lie inside `out`, and no other task has them.
+        unsafe {
+            S::store(values.as_mut_ptr(), sum);
+            if let Some(bias) = bias {
+                for (value, bias) in values.iter_mut().zip(&bias[column..column + used]) {
+                    *value += bias;
+                }
+            }
+            let target = out.values.add(row * out.width + column);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), target, used);
+        }
+    }
+}
+
+/// Integer dot products of one block of sixteen weight rows with `ROWS` rows of codes, by halves where `SPLIT`.
+/// `four(r, plane, g)` is four successive bytes of row r.
+#[inline(always)]
+unsafe fn block_dots<S: Simd, const BITS: u32, const SPLIT: bool, const ROWS: usize>(
+    at: *const u8,
+    four: impl Fn(usize, usize, usize) -> i32,
+) -> [[S::Ints; 2]; ROWS] {
+    // SAFETY: the caller gives a whole block, and rows that have its 32 columns.
+    unsafe {
+        let mut out = [[S::ints_zero(); 2]; ROWS];
+        let mut bits = S::codes(if BITS == 5 || BITS == 6 { at.add(256) } else { at });
+        let mut upper = [S::ints_zero(); ROWS];
+        let mut lower = [S::ints_zero(); ROWS];
+        for group in 0..8 {
+            let mut codes = if BITS == 8 {
+                S::codes(at.add(group * 64))
+            } else {
+                let pair = S::codes(at.add(group % 4 * 64));
+                if group < 4 { S::low_nibbles(pair) } else { S::high_nibbles(pair) }
+            };
+            if BITS == 5 {
+                (codes, bits) = S::join_bit(codes, bits);
+            }
+            if BITS == 6 {
+                if group == 4 {
+                    bits = S::codes(at.add(320));
+                }
+                (codes, bits) = S::join_bits(codes, bits);
+            }
+            for r in 0..ROWS {
+                if BITS == 8 {
+                    upper[r] = S::dot_wide(upper[r], codes, four(r, 0, group));
+                    lower[r] = S::dot_wide(lower[r], codes, four(r, 1, group));
+                } else {
+                    upper[r] = S::dot(upper[r], codes, four(r, 0, group));
+                    lower[r] = S::dot(lower[r], codes, four(r, 1, group));
+                }
+            }
+            if SPLIT && group == 3 {
+                for r in 0..ROWS {
+                    out[r][0] = S::join_planes(upper[r], lower[r]);
+                    upper[r] = S::ints_zero();
+                    lower[r] = S::ints_zero();
+                }
+            }
+        }
+        let last = if SPLIT { 1 } else { 0 };
+        for r in 0..ROWS {
+            out[r][last] = S::join_planes(upper[r], lower[r]);
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::activation::CodedRowMut;
+    use super::*;
+    use crate::cpu::test_weights;
+    use proptest::prelude::*;
+
+    struct Encode<'a> {
+        rows: &'a Rows,
+        coded: &'a mut CodedRows,
+    }
+
+    impl Kernel for Encode<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self) {
+            let blocks = self.rows.width / BLOCK;
+            for row in 0..self.rows.count() {
+                let mut target = CodedRowMut {
+                    codes: &mut self.coded.codes[row * blocks * BLOCK_CODES..][..blocks * BLOCK_CODES],
+                    scales: &mut self.coded.scales[row * blocks..][..blocks],
+                    half_sums: &mut self.coded.half_sums[row * blocks * 2..][..blocks * 2],
+                    weighted_sums: &mut self.coded.weighted_sums[row * blocks..][..blocks],
+                };
+                target.encode(self.rows.row(row));
+            }
+        }
+    }
+
+    fn product(tier: Tier, threads: usize, weights: &Packed, input: &Rows) -> Rows {
+        let mut codes = CodedRows::zeroed(input.count(), input.width);
+        if weights.is_coded() {
+            tier.run(Encode { rows: input, coded: &mut codes });
+        }
+        let mut out = Rows::zeroed(input.count(), weights.rows);
+        let mut team = Team::new(threads).expect("threads");
+        let operand = Operand { floats: input, codes: Some(&codes) };
+        let mut products = [Product { weights, bias: None, out: &mut out }];
+        run(tier, &mut team, &operand, &mut products).expect("no panic");
+        out
+    }
+
+    fn input(rows: usize, width: usize) -> Rows {
+        Rows { width, values: (0..rows * width).map(|i| (i as f32 * 0.7311).sin() * 2.0).collect() }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// R6.3: every weight type, on every tier, is close to the product in f64 of its dequantised values, and a
+        /// row's bits are the same alone and in a batch, on one thread and on three.
+        #[test]
+        fn products_are_right_and_row_independent(
+            element in prop::sample::select(ElementType::ALL.to_vec()),
+            rows in 1_usize..20,
+            outputs in 1_usize..70,
+            seed in any::<u64>(),
+        ) {
+            let columns = 512;
+            let bytes = test_weights::bytes(element, outputs, columns, seed);
+            let weights = Packed::pack(element, outputs, columns, &bytes).map_err(|e| TestCaseError::fail(format!("{e:?}")))?;
+            let input = input(rows, columns);
+            for tier in Tier::available() {
+                let together = product(tier, 3, &weights, &input);
+                for row in 0..rows {
+                    let alone = Rows { width: columns, values: input.row(row).to_vec() };
+                    let alone = product(tier, 1, &weights, &alone);
+                    prop_assert_eq!(alone.row(0), together.row(row));
+                }
+                let mut values = vec![0.0; columns];
+                for output in 0..outputs {
+                    weights.read_row(output, &mut values);
+                    for row in 0..rows {
+                        let terms = values.iter().zip(input.row(row)).map(|(&a, &b)| f64::from(a) * f64::from(b));
+                        let (exact, size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t * t));
+                        let error = (f64::from(together.row(row)[output]) - exact).abs();
+                        let bound = 5e-4 * size.sqrt().max(0.1);
+                        prop_assert!(error <= bound, "{element} {}: off by {error}, bound {bound}", tier.name());
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! The native CPU backend: any processor, vectors where there are any.
+//!
+//! ```text
+//! rows ─norm, round to 8 bits─► matmul (packed panels) ─► rotary, cache ─► attention ─► matmul ─► …
+//! ```
+//! Every arithmetic step of a row is in an order fixed by the row alone. Threads share out panels and rows, never
+//! a sum.
+
+mod activation;
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod cache;
+mod factory;
+mod kernels;
+mod math;
+mod matmul;
+mod packed;
+mod rotary;
+mod shares;
+mod simd;
+mod team;
+#[cfg(test)]
+pub(crate) mod test_weights;
+
+pub use cache::KvCache;
+pub use factory::CpuFactory;
+pub use packed::Packed;
+pub use simd::Tier;
+
+use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardWeights, Linear, Norm, TensorData};
+use crate::engine::KvElement;
+use crate::error::EngineError;
+use crate::format::FormatError;
+use crate::model::{Attention, QueryKeyNorm, Rope};
+use activation::Rows;
+use matmul::{Operand, Product};
+use rotary::Rotations;
+use team::{Panicked, Team};
+
+/// Kernels of this processor, and the threads that run them.
+#[derive(Debug)]
+pub struct CpuBackend {
+    tier: Tier,
+    team: Team,
+}
+
+/// A step's rows, with their rotations.
+#[derive(Debug)]
+pub struct CpuBatch {
+    batch: Batch,
+    /// One for each rope of the model.
+    rotations: Vec<Rotations>,
+}
+
+impl From<Panicked> for EngineError {
+    fn from(panic: Panicked) -> Self {
+        Self::Panicked { what: panic.to_string() }
+    }
+}
+
+impl CpuBackend {
+    /// A backend on `threads` threads, the caller's counted, at `tier`.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`] where the operating system gives no threads.
+    pub fn new(threads: usize, tier: Tier) -> Result<Self, EngineError> {
+        let team = Team::new(threads).map_err(|e| EngineError::Device {
+            device: "cpu".to_owned(),
+            what: format!("{threads} threads could not be started: {e}"),
+        })?;
+        Ok(Self { tier, team })
+    }
+
+    /// Products of `input` with each of `linears`, after `norm`.
+    fn project<const N: usize>(
+        &mut self,
+        norm: Option<&Norm<Self>>,
+        input: &Rows,
+        linears: [&Linear<Self>; N],
+    ) -> Result<[Rows; N], EngineError> {
+        let wants_codes = linears.iter().any(|linear| linear.weight.is_coded());
+        let (floats, codes) = kernels::prepare(self.tier, &mut self.team, input, norm, wants_codes)?;
+        self.products(&Operand { floats: floats.as_ref().unwrap_or(input), codes: codes.as_ref() }, linears)
+    }
+
+    fn products<const N: usize>(
+        &mut self,
+        operand: &Operand<'_>,
+        linears: [&Linear<Self>; N],
+    ) -> Result<[Rows; N], EngineError> {
+        let rows = operand.floats.count();
+        let mut outs = linears.map(|linear| Rows::zeroed(rows, linear.weight.rows));
+        let mut products: Vec<Product<'_>> = Vec::with_capacity(N);
+        for (linear, out) in linears.iter().zip(&mut outs) {
+            products.push(Product { weights: &linear.weight, bias: linear.bias.as_deref(), out });
+        }
+        matmul::run(self.tier, &mut self.team, operand, &mut products)?;
+        Ok(outs)
+    }
+}
+
+impl Backend for CpuBackend {
+    type Matrix = Packed;
+    type Vector = Vec<f32>;
+    type Buffer = Rows;
+    type Cache = KvCache;
+    type Batch = CpuBatch;
+
+    fn fingerprint(&self) -> String {
+        format!("cpu/{}/{}", env!("CARGO_PKG_VERSION"), self.tier.name())
+    }
+
+    fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Packed, EngineError> {
+        let pack = Packed::pack(tensor.element, tensor.rows, tensor.columns, tensor.bytes);
+        pack.map_err(|at| EngineError::Format(not_a_number(tensor.name, at.row)))
+    }
+
+    fn matrix_bytes(matrix: &Packed) -> u64 {
+        matrix.memory_bytes()
+    }
+
+    fn vector(&mut self, values: Vec<f32>) -> Result<Vec<f32>, EngineError> {
+        Ok(values)
+    }
+
+    fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<KvCache, EngineError> {
+        KvCache::new(layers, element, pages).ok_or_else(|| EngineError::OutOfMemory {
+            what: format!("a cache of {pages} pages"),
+            needed_bytes: u64::MAX,
+            free_bytes: 0,
+        })
+    }
+
+    fn copy_pages(&mut self, cache: &mut KvCache, copies: &[(u32, u32)]) -> Result<(), EngineError> {
+        for layer in &mut cache.layers {
+            for &(from, to) in copies {
+                layer.copy_page(from, to);
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, batch: Batch, ropes: &[Rope]) -> Result<CpuBatch, EngineError> {
+        let rotations = ropes.iter().map(|rope| Rotations::new(rope, &batch)).collect();
+        Ok(CpuBatch { batch, rotations })
+    }
+
+    fn embed(&mut self, table: &Packed, tokens: &[u32], scale: f32) -> Result<Rows, EngineError> {
+        let mut rows = Rows::zeroed(tokens.len(), table.columns);
+        for (&token, row) in tokens.iter().zip(rows.values.chunks_mut(table.columns)) {
+            table.read_row(token as usize, row);
+            row.iter_mut().for_each(|value| *value *= scale);
+        }
+        Ok(rows)
+    }
+
+    fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Rows, EngineError> {
+        Ok(Rows { width, values })
+    }
+
+    fn download(&mut self, buffer: Rows) -> Result<Vec<f32>, EngineError> {
+        Ok(buffer.values)
+    }
+
+    fn attention(
+        &mut self,
+        weights: &AttentionWeights<Self>,
+        cache: &mut KvCache,
+        layer: usize,
+        batch: &CpuBatch,
+        hidden: &Rows,
+    ) -> Result<Rows, EngineError> {
+        let spec = &weights.spec;
+        let projections = [&weights.query, &weights.key, &weights.value];
+        let [mut queries, mut keys, values] = self.project(weights.norm.as_ref(), hidden, projections)?;
+        let per_head = spec.query_key_norm == Some(QueryKeyNorm::PerHead);
+        let rotations = &batch.rotations[spec.rope];
+        for (rows, norm) in [(&mut queries, &weights.query_norm), (&mut keys, &weights.key_norm)] {
+            let norm_width = if per_head { spec.head_dim } else { rows.width };
+            let turn = kernels::Turn { norm: norm.as_ref(), norm_width, head_dim: spec.head_dim, rotations };
+            kernels::turn_heads(self.tier, &mut self.team, &turn, rows)?;
+        }
+        let cache = &mut cache.layers[layer];
+        kernels::write_cache(self.tier, cache, &batch.batch, &keys, &values);
+        let mut mixed = Rows::zeroed(batch.batch.rows, spec.query_width());
+        attention::run(self.tier, &mut self.team, spec, cache, &batch.batch, &queries, &mut mixed)?;
+        let [out] = self.project(None, &mixed, [&weights.output])?;
+        Ok(out)
+    }
+
+    fn feed_forward(&mut self, weights: &FeedForwardWeights<Self>, hidden: &Rows) -> Result<Rows, EngineError> {
+        let [gate, up] = self.project(weights.norm.as_ref(), hidden, [&weights.gate, &weights.up])?;
+        let mut inner = gate;
+        kernels::activate(self.tier, &mut self.team, weights.activation, &mut inner, &up)?;
+        let [out] = self.project(None, &inner, [&weights.down])?;
+        Ok(out)
+    }
+
+    fn add(&mut self, hidden: &mut Rows, delta: Rows, norm: Option<&Norm<Self>>) -> Result<(), EngineError> {
+        kernels::add(self.tier, &mut self.team, hidden, &delta, norm)?;
+        Ok(())
+    }
+
+    fn logits(
+        &mut self,
+        norm: &Norm<Self>,
+        head: &Packed,
+        hidden: &Rows,
+        rows: &[usize],
+    ) -> Result<Vec<f32>, EngineError> {
+        let mut chosen = Rows::zeroed(0, hidden.width);
+        for &row in rows {
+            chosen.values.extend_from_slice(hidden.row(row));
+        }
+        let (floats, codes) = kernels::prepare(self.tier, &mut self.team, &chosen, Some(norm), head.is_coded())?;
+        let operand = Operand { floats: floats.as_ref().unwrap_or(&chosen), codes: codes.as_ref() };
+        let mut out = Rows::zeroed(rows.len(), head.rows);
+        let mut products = [Product { weights: head, bias: None, out: &mut out }];
+        matmul::run(self.tier, &mut self.team, &operand, &mut products)?;
+        Ok(out.values)
+    }
+}
+
+fn not_a_number(tensor: &str, row: usize) -> FormatError {
+    FormatError::BadTensor {
+        path: std::path::PathBuf::new(),
+        tensor: tensor.to_owned(),
+        what: format!("row {row} has a value that is not a finite number"),
+    }
+}

@@ -1,0 +1,219 @@
+//! The few vector operations that the kernels are written in, sixteen lanes wide.
+//!
+//! A kernel is a value with a generic [`Kernel::run`]; [`Tier::run`] instantiates it for the instruction set found
+//! at start. One body for all tiers: what a tier does faster it does here, not in the kernels.
+
+use half::{bf16, f16};
+
+/// Lanes of a vector, and outputs of a weight panel.
+pub(crate) const LANES: usize = 16;
+
+/// An instruction set, worst first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tier {
+    /// Whatever the compiler's target has.
+    Portable,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL and VNNI.
+    Avx512,
+}
+
+impl Tier {
+    /// The tiers of this machine, worst first.
+    pub fn available() -> Vec<Self> {
+        #[allow(unused_mut)]
+        let mut tiers = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if super::avx2::is_available() {
+                tiers.push(Self::Avx2);
+            }
+            if super::avx512::is_available() {
+                tiers.push(Self::Avx512);
+            }
+        }
+        tiers
+    }
+
+    /// The best tier of this machine.
+    pub fn best() -> Self {
+        Self::available().pop().unwrap_or(Self::Portable)
+    }
+
+    /// The name in fingerprints and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512-vnni",
+        }
+    }
+
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        match self {
+            Self::Portable => kernel.run::<Portable>(),
+            // SAFETY: a tier above portable comes from `available`, which asked the processor.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { super::avx2::run(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { super::avx512::run(kernel) },
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => kernel.run::<Portable>(),
+        }
+    }
+}
+
+/// Work that is compiled once per tier. `run` and all it calls must be `#[inline(always)]`.
+pub(crate) trait Kernel {
+    fn run<S: Simd>(self);
+}
+
+/// Sixteen lanes. All methods are safe to call only inside [`Kernel::run`] (there the processor has them),
+/// and pointers, which need no alignment, must be valid for the sixteen (for codes, sixty-four) elements they name.
+pub(crate) trait Simd: Copy {
+    type Floats: Copy;
+    type Ints: Copy;
+    /// Sixty-four bytes: four successive codes for each lane.
+    type Codes: Copy;
+
+    unsafe fn splat(value: f32) -> Self::Floats;
+    unsafe fn load(from: *const f32) -> Self::Floats;
+    unsafe fn load_f16(from: *const u16) -> Self::Floats;
+    unsafe fn load_bf16(from: *const u16) -> Self::Floats;
+    unsafe fn store(to: *mut f32, value: Self::Floats);
+    unsafe fn store_f16(to: *mut u16, value: Self::Floats);
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// a · b + c, fused where the tier has it.
+    unsafe fn fma(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    /// One lane of [`Self::fma`], for loops that the compiler vectorises.
+    fn fma1(a: f32, b: f32, c: f32) -> f32;
+
+    unsafe fn codes(from: *const u8) -> Self::Codes;
+    unsafe fn low_nibbles(codes: Self::Codes) -> Self::Codes;
+    unsafe fn high_nibbles(codes: Self::Codes) -> Self::Codes;
+    /// Bit 0 of every byte, moved to bit 4 and joined to `low`; and `plane` with the next bit at bit 0.
+    unsafe fn join_bit(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes);
+    /// Bits 0–1 of every byte, moved to bits 4–5 and joined to `low`; and `plane` with the next two at bit 0.
+    unsafe fn join_bits(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes);
+
+    unsafe fn ints_zero() -> Self::Ints;
+    /// Per lane: sum + Σ codes[4] · four[4], with unsigned codes of at most 7 bits and the signed bytes of `four`.
+    unsafe fn dot(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
+    /// As [`Self::dot`], with codes of 8 bits.
+    unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
+    /// 256 · upper + lower.
+    unsafe fn join_planes(upper: Self::Ints, lower: Self::Ints) -> Self::Ints;
+    /// (ints − less) as floats.
+    unsafe fn floats_less(ints: Self::Ints, less: i32) -> Self::Floats;
+}
+
+/// Plain arrays: any processor, and the yardstick of the other tiers.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+#[inline(always)]
+unsafe fn read<T: Copy, const N: usize>(from: *const T) -> [T; N] {
+    // SAFETY: the caller's promise.
+    unsafe { from.cast::<[T; N]>().read_unaligned() }
+}
+
+impl Simd for Portable {
+    type Floats = [f32; LANES];
+    type Ints = [i32; LANES];
+    type Codes = [u8; 64];
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self::Floats {
+        [value; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::Floats {
+        // SAFETY: the caller's promise.
+        unsafe { read(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self::Floats {
+        // SAFETY: the caller's promise.
+        unsafe { read::<u16, LANES>(from) }.map(|bits| f16::from_bits(bits).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self::Floats {
+        // SAFETY: the caller's promise.
+        unsafe { read::<u16, LANES>(from) }.map(|bits| bf16::from_bits(bits).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: Self::Floats) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<Self::Floats>().write_unaligned(value) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(to: *mut u16, value: Self::Floats) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[u16; LANES]>().write_unaligned(value.map(|v| f16::from_f32(v).to_bits())) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats {
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn fma1(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+    #[inline(always)]
+    unsafe fn codes(from: *const u8) -> Self::Codes {
+        // SAFETY: the caller's promise.
+        unsafe { read(from) }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(codes: Self::Codes) -> Self::Codes {
+        codes.map(|c| c & 15)
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(codes: Self::Codes) -> Self::Codes {
+        codes.map(|c| c >> 4)
+    }
+    #[inline(always)]
+    unsafe fn join_bit(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes) {
+        (std::array::from_fn(|i| low[i] | plane[i] << 4 & 0x10), plane.map(|p| p >> 1))
+    }
+    #[inline(always)]
+    unsafe fn join_bits(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes) {
+        (std::array::from_fn(|i| low[i] | plane[i] << 4 & 0x30), plane.map(|p| p >> 2))
+    }
+    #[inline(always)]
+    unsafe fn ints_zero() -> Self::Ints {
+        [0; LANES]
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints {
+        let four = four.to_le_bytes().map(|b| i32::from(b as i8));
+        std::array::from_fn(|lane| {
+            let at = lane * 4;
+            sum[lane]
+                + i32::from(codes[at]) * four[0]
+                + i32::from(codes[at + 1]) * four[1]
+                + i32::from(codes[at + 2]) * four[2]
+                + i32::from(codes[at + 3]) * four[3]
+        })
+    }
+    #[inline(always)]
+    unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints {
+        // SAFETY: plain arithmetic.
+        unsafe { Self::dot(sum, codes, four) }
+    }
+    #[inline(always)]
+    unsafe fn join_planes(upper: Self::Ints, lower: Self::Ints) -> Self::Ints {
+        std::array::from_fn(|i| (upper[i] << 8) + lower[i])
+    }
+    #[inline(always)]
+    unsafe fn floats_less(ints: Self::Ints, less: i32) -> Self::Floats {
+        ints.map(|v| (v - less) as f32)
+    }
+}

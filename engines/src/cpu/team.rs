@@ -1,0 +1,224 @@
+//! The threads of one CPU engine.
+//!
+//! A step is a few hundred short parallel sections, microseconds apart, so a helper that has finished one spins for
+//! the next for a moment before it sleeps. Tasks are claimed one by one from a counter: on a shared machine a
+//! helper that was scheduled away holds up one task, not its share of all.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+/// Looks at the counter before a helper sleeps: some tens of microseconds, a few gaps between sections of a step.
+const SPINS_BEFORE_SLEEP: u32 = 20_000;
+
+/// A caller and its helper threads. Dropping it ends them.
+#[derive(Debug)]
+pub(crate) struct Team {
+    shared: Arc<Shared>,
+    helpers: Vec<JoinHandle<()>>,
+}
+
+/// A section's work: called once for each task number.
+type Work = dyn Fn(usize) + Sync;
+
+#[derive(Debug)]
+struct Shared {
+    /// Counts sections; a change is the signal to start. Written under `asleep` so that no sleeper misses it.
+    section: AtomicU64,
+    job: Mutex<Option<Job>>,
+    next_task: AtomicUsize,
+    /// Helpers that have not finished the current section.
+    busy: AtomicUsize,
+    panicked: AtomicBool,
+    ending: AtomicBool,
+    asleep: Mutex<()>,
+    wake: Condvar,
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    work: *const Work,
+    tasks: usize,
+}
+
+impl std::fmt::Debug for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Job({} tasks)", self.tasks)
+    }
+}
+
+// SAFETY: the pointee is `Sync`, and `Team::run` does not return before every helper has dropped the pointer.
+unsafe impl Send for Job {}
+
+/// A helper or the caller panicked inside a section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a compute thread panicked")]
+pub(crate) struct Panicked;
+
+impl Team {
+    /// A team of `threads` threads, the caller counted.
+    ///
+    /// # Errors
+    /// The operating system's, where it gives no more threads.
+    pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            section: AtomicU64::new(0),
+            job: Mutex::new(None),
+            next_task: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
+            asleep: Mutex::new(()),
+            wake: Condvar::new(),
+        });
+        let mut team = Self { shared, helpers: Vec::new() };
+        for number in 1..threads {
+            let shared = Arc::clone(&team.shared);
+            let thread = std::thread::Builder::new().name(format!("cpu-engine-{number}"));
+            team.helpers.push(thread.spawn(move || help(&shared))?);
+        }
+        Ok(team)
+    }
+
+    /// Threads of the team, the caller counted.
+    pub(crate) fn threads(&self) -> usize {
+        self.helpers.len() + 1
+    }
+
+    /// Runs `work(0)` … `work(tasks − 1)`, each once, in any order, on any thread of the team.
+    ///
+    /// # Errors
+    /// [`Panicked`] where a task panicked; the other tasks may or may not have run.
+    pub(crate) fn run(&mut self, tasks: usize, work: &(dyn Fn(usize) + Sync)) -> Result<(), Panicked> {
+        let shared = &*self.shared;
+        if self.helpers.is_empty() || tasks <= 1 {
+            return catch_unwind(AssertUnwindSafe(|| (0..tasks).for_each(work))).map_err(|_| Panicked);
+        }
+        // SAFETY: only the lifetime changes; this function waits for all helpers before it returns.
+        let work = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static Work>(work) };
+        let job = Job { work, tasks };
+        *lock(&shared.job) = Some(job);
+        shared.next_task.store(0, Ordering::Relaxed);
+        shared.busy.store(self.helpers.len(), Ordering::Relaxed);
+        {
+            let _guard = lock(&shared.asleep);
+            shared.section.fetch_add(1, Ordering::Release);
+        }
+        shared.wake.notify_all();
+        shared.take_tasks(job);
+        let mut spins = 0_u32;
+        while shared.busy.load(Ordering::Acquire) > 0 {
+            std::hint::spin_loop();
+            spins += 1;
+            if spins.is_multiple_of(SPINS_BEFORE_SLEEP) {
+                std::thread::yield_now();
+            }
+        }
+        match shared.panicked.swap(false, Ordering::AcqRel) {
+            true => Err(Panicked),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Shared {
+    fn take_tasks(&self, job: Job) {
+        // SAFETY: `Team::run` keeps the work alive until every thread is done.
+        let work = unsafe { &*job.work };
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            loop {
+                let task = self.next_task.fetch_add(1, Ordering::Relaxed);
+                if task >= job.tasks {
+                    break;
+                }
+                work(task);
+            }
+        }));
+        if outcome.is_err() {
+            self.next_task.store(job.tasks, Ordering::Relaxed);
+            self.panicked.store(true, Ordering::Release);
+        }
+    }
+
+    /// Waits for a section after `seen`; `None` when the team ends.
+    fn wait_for_section(&self, seen: u64) -> Option<u64> {
+        for _ in 0..SPINS_BEFORE_SLEEP {
+            let section = self.section.load(Ordering::Acquire);
+            if section != seen {
+                return self.unless_ending(section);
+            }
+            std::hint::spin_loop();
+        }
+        let mut guard = lock(&self.asleep);
+        loop {
+            let section = self.section.load(Ordering::Acquire);
+            if section != seen {
+                return self.unless_ending(section);
+            }
+            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn unless_ending(&self, section: u64) -> Option<u64> {
+        (!self.ending.load(Ordering::Acquire)).then_some(section)
+    }
+}
+
+fn help(shared: &Shared) {
+    let mut seen = 0;
+    while let Some(section) = shared.wait_for_section(seen) {
+        seen = section;
+        let job = *lock(&shared.job);
+        if let Some(job) = job {
+            shared.take_tasks(job);
+        }
+        shared.busy.fetch_sub(1, Ordering::Release);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // Nothing that holds these locks can panic half-way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.shared.ending.store(true, Ordering::Release);
+        {
+            let _guard = lock(&self.shared.asleep);
+            self.shared.section.fetch_add(1, Ordering::Release);
+        }
+        self.shared.wake.notify_all();
+        for helper in self.helpers.drain(..) {
+            // A helper's panic was caught inside its section and reported there.
+            let _ = helper.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        let mut team = Team::new(3).expect("threads");
+        for tasks in [0, 1, 2, 7, 100] {
+            let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            let done = team.run(tasks, &|task| {
+                counts[task].fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done, Ok(()));
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn a_panic_is_an_error_and_the_team_goes_on() {
+        let mut team = Team::new(2).expect("threads");
+        let failed = team.run(8, &|task| assert_ne!(task, 5, "a task that fails"));
+        assert_eq!(failed, Err(Panicked));
+        assert_eq!(team.run(8, &|_| {}), Ok(()));
+    }
+}

@@ -1,0 +1,40 @@
+//! Random weights for tests, in any element type.
+
+use crate::format::ElementType;
+use half::f16;
+
+/// `rows` × `columns` random weights of a plausible size, as a file would store them.
+pub(crate) fn bytes(element: ElementType, rows: usize, columns: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut random = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u32
+    };
+    let blocks = rows * columns / element.block_values();
+    let mut out = Vec::new();
+    for _ in 0..blocks {
+        let mut block: Vec<u8> = (0..element.block_bytes()).map(|_| random() as u8).collect();
+        let value = random() as f32 / u32::MAX as f32 - 0.5;
+        let scale = f16::from_f32(value / 20.0).to_le_bytes();
+        let min = f16::from_f32(value / 3.0).to_le_bytes();
+        match element {
+            ElementType::F32 => block.copy_from_slice(&value.to_le_bytes()),
+            ElementType::F16 => block.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+            ElementType::BF16 => block.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+            ElementType::Q4_0 | ElementType::Q5_0 | ElementType::Q8_0 => block[..2].copy_from_slice(&scale),
+            ElementType::Q4_1 | ElementType::Q5_1 => {
+                block[..2].copy_from_slice(&scale);
+                block[2..4].copy_from_slice(&min);
+            }
+            ElementType::Q4_K | ElementType::Q5_K => {
+                block[..2].copy_from_slice(&f16::from_f32(value / 400.0).to_le_bytes());
+                block[2..4].copy_from_slice(&f16::from_f32(value / 100.0).to_le_bytes());
+            }
+            ElementType::Q6_K => block[208..].copy_from_slice(&f16::from_f32(value / 2000.0).to_le_bytes()),
+        }
+        out.extend(block);
+    }
+    out
+}

@@ -1,0 +1,289 @@
+//! The one decoder: walks a shard's layers over any backend.
+//!
+//! ```text
+//! Step ─operations─► PageTable ─rows─► Batch ─► embed │ upload ─► layers ─► download │ logits ─► Output
+//! ```
+//! It checks what it is told before it changes anything: a step that is refused leaves no trace.
+
+mod load;
+mod pages;
+
+pub use pages::{PageError, PageTable};
+
+use crate::backend::{Backend, Batch, Span};
+use crate::engine::{
+    Engine, Incarnation, Input, LoadProgress, LoadReport, Output, OutputRows, PAGE_TOKENS, Row, SeqId, ShardSpec, Step,
+    StepId, WarmUpReport,
+};
+use crate::error::EngineError;
+use crate::exchange::{Alone, Exchange};
+use crate::model::WeightSource;
+use load::ShardWeights;
+use std::time::Instant;
+
+/// An [`Engine`] over a backend.
+#[derive(Debug)]
+pub struct DecoderEngine<B: Backend> {
+    backend: B,
+    loaded: Option<Loaded<B>>,
+}
+
+struct Loaded<B: Backend> {
+    spec: ShardSpec,
+    weights: ShardWeights<B>,
+    cache: B::Cache,
+    pages: PageTable,
+    incarnation: Option<Incarnation>,
+    exchange: Box<dyn Exchange>,
+    memory_bytes: u64,
+}
+
+impl<B: Backend> std::fmt::Debug for Loaded<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Loaded")
+            .field("layers", &self.spec.layers)
+            .field("incarnation", &self.incarnation)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<B: Backend> DecoderEngine<B> {
+    /// An engine with nothing loaded.
+    pub fn new(backend: B) -> Self {
+        Self { backend, loaded: None }
+    }
+}
+
+impl<B: Backend> Engine for DecoderEngine<B> {
+    fn load(
+        &mut self,
+        shard: &ShardSpec,
+        weights: &WeightSource,
+        on: &mut dyn FnMut(LoadProgress),
+    ) -> Result<LoadReport, EngineError> {
+        let start = Instant::now();
+        // What was loaded before goes first, so that memory never holds two models.
+        self.loaded = None;
+        load::check_spec(shard)?;
+        let (loaded_weights, weight_bytes) = load::weights(&mut self.backend, shard, weights, on)?;
+        let specs: Vec<_> =
+            shard.architecture.layers[shard.layers.clone()].iter().map(|layer| layer.attention.clone()).collect();
+        let cache = self.backend.cache(&specs, shard.kv_element, shard.kv_pages)?;
+        self.loaded = Some(Loaded {
+            spec: shard.clone(),
+            weights: loaded_weights,
+            cache,
+            pages: PageTable::new(shard.kv_pages),
+            incarnation: None,
+            exchange: Box::new(Alone),
+            memory_bytes: weight_bytes,
+        });
+        Ok(LoadReport {
+            weight_bytes,
+            kv_bytes: shard.kv_bytes(),
+            fingerprint: format!("{}/kv-{}", self.backend.fingerprint(), shard.kv_element.name()),
+            elapsed: start.elapsed(),
+        })
+    }
+
+    fn warm_up(&mut self) -> Result<WarmUpReport, EngineError> {
+        let Self { backend, loaded } = self;
+        let loaded = loaded.as_mut().ok_or(EngineError::NotLoaded)?;
+        let (first, hidden) = (loaded.spec.is_first(), loaded.spec.architecture.hidden);
+        let input = || if first { Input::Tokens(vec![0]) } else { Input::Hidden(vec![0.5; hidden]) };
+        // The first pass touches the weights' memory; the second is timed.
+        loaded.probe(backend, input())?;
+        let start = Instant::now();
+        let rows = loaded.probe(backend, input())?;
+        let row = start.elapsed();
+        let (OutputRows::Hidden(values) | OutputRows::Logits(values)) = rows;
+        if values.iter().any(|value| !value.is_finite()) {
+            return Err(EngineError::SelfTest { what: "the first row computed is not finite".to_owned() });
+        }
+        Ok(WarmUpReport { row })
+    }
+
+    fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError> {
+        let Self { backend, loaded } = self;
+        loaded.as_mut().ok_or(EngineError::NotLoaded)?.forward(backend, step, input)
+    }
+}
+
+fn bad_step(what: String) -> EngineError {
+    EngineError::BadStep { what }
+}
+
+impl<B: Backend> Loaded<B> {
+    /// One row of a sequence of its own, which is forgotten again.
+    fn probe(&mut self, backend: &mut B, input: Input) -> Result<OutputRows, EngineError> {
+        let seq = SeqId(u64::MAX);
+        let row = Row { seq, position: 0, wants_logits: true };
+        let step = Step {
+            incarnation: Incarnation { epoch: 0, owner: [0; 32] },
+            id: StepId(0),
+            operations: Vec::new(),
+            rows: vec![row],
+        };
+        let rows = self.compute(backend, &step, input);
+        self.pages.clear();
+        rows
+    }
+
+    fn forward(&mut self, backend: &mut B, step: &Step, input: Input) -> Result<Output, EngineError> {
+        self.enter(step.incarnation)?;
+        // Tried on a copy: a refused step changes nothing.
+        let mut pages = self.pages.clone();
+        for &operation in &step.operations {
+            pages.apply(operation).map_err(|e| bad_step(e.to_string()))?;
+        }
+        let before = std::mem::replace(&mut self.pages, pages);
+        match self.compute(backend, step, input) {
+            Ok(rows) => Ok(Output {
+                rows,
+                memory_bytes: self.memory_bytes + self.cache_bytes_in_use(),
+                pages_used: self.pages.used(),
+            }),
+            Err(error) => {
+                self.pages = before;
+                Err(error)
+            }
+        }
+    }
+
+    fn cache_bytes_in_use(&self) -> u64 {
+        let pages = u64::from(self.spec.kv_pages.max(1));
+        self.spec.kv_bytes() / pages * u64::from(self.pages.used())
+    }
+
+    /// Refuses a past life, and empties the cache for a new one.
+    fn enter(&mut self, incarnation: Incarnation) -> Result<(), EngineError> {
+        match self.incarnation {
+            Some(current) if incarnation < current => {
+                return Err(EngineError::StaleIncarnation { got: incarnation.epoch, current: current.epoch });
+            }
+            Some(current) if incarnation == current => {}
+            _ => self.pages.clear(),
+        }
+        self.incarnation = Some(incarnation);
+        Ok(())
+    }
+
+    fn compute(&mut self, backend: &mut B, step: &Step, input: Input) -> Result<OutputRows, EngineError> {
+        if step.rows.is_empty() {
+            return Ok(match self.spec.is_last() {
+                true => OutputRows::Logits(Vec::new()),
+                false => OutputRows::Hidden(Vec::new()),
+            });
+        }
+        self.check_input(&step.rows, &input)?;
+        let (batch, copies) = self.batch(&step.rows)?;
+        backend.copy_pages(&mut self.cache, &copies)?;
+        let batch = backend.begin(batch, &self.spec.architecture.ropes)?;
+        let mut hidden = match input {
+            Input::Tokens(tokens) => {
+                let table = self.weights.embedding.as_ref().ok_or(EngineError::NotLoaded)?;
+                backend.embed(table, &tokens, self.spec.architecture.embedding_scale)?
+            }
+            Input::Hidden(values) => backend.upload(values, self.spec.architecture.hidden)?,
+        };
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            let delta = backend.attention(&layer.attention, &mut self.cache, index, &batch, &hidden)?;
+            let delta = sum_ranks(backend, &mut *self.exchange, delta, self.spec.architecture.hidden)?;
+            backend.add(&mut hidden, delta, layer.after_attention.as_ref())?;
+            let delta = backend.feed_forward(&layer.feed_forward, &hidden)?;
+            let delta = sum_ranks(backend, &mut *self.exchange, delta, self.spec.architecture.hidden)?;
+            backend.add(&mut hidden, delta, layer.after_feed_forward.as_ref())?;
+        }
+        self.finish(backend, &step.rows, hidden)
+    }
+
+    fn finish(&self, backend: &mut B, rows: &[Row], hidden: B::Buffer) -> Result<OutputRows, EngineError> {
+        let Some(norm) = &self.weights.output_norm else {
+            return Ok(OutputRows::Hidden(backend.download(hidden)?));
+        };
+        let wanted: Vec<usize> = (0..rows.len()).filter(|&row| rows[row].wants_logits).collect();
+        if wanted.is_empty() {
+            return Ok(OutputRows::Logits(Vec::new()));
+        }
+        let head = self.weights.head().ok_or(EngineError::NotLoaded)?;
+        let mut logits = backend.logits(norm, head, &hidden, &wanted)?;
+        if let Some(cap) = self.spec.architecture.logit_softcap {
+            logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+        }
+        Ok(OutputRows::Logits(logits))
+    }
+
+    fn check_input(&self, rows: &[Row], input: &Input) -> Result<(), EngineError> {
+        let architecture = &self.spec.architecture;
+        match input {
+            Input::Tokens(tokens) => {
+                if !self.spec.is_first() || tokens.len() != rows.len() {
+                    return Err(bad_step(format!("{} tokens for {} rows", tokens.len(), rows.len())));
+                }
+                match tokens.iter().find(|&&token| token as usize >= architecture.vocabulary) {
+                    Some(token) => {
+                        Err(bad_step(format!("token {token} is outside the vocabulary of {}", architecture.vocabulary)))
+                    }
+                    None => Ok(()),
+                }
+            }
+            Input::Hidden(values) => {
+                if self.spec.is_first() || values.len() != rows.len() * architecture.hidden {
+                    return Err(bad_step(format!(
+                        "{} hidden values for {} rows of {}",
+                        values.len(),
+                        rows.len(),
+                        architecture.hidden
+                    )));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes room for the rows, and groups them by sequence.
+    fn batch(&mut self, rows: &[Row]) -> Result<(Batch, Vec<(u32, u32)>), EngineError> {
+        let mut spans: Vec<Span> = Vec::new();
+        let mut copies = Vec::new();
+        let mut start = 0;
+        for group in rows.chunk_by(|a, b| a.seq == b.seq) {
+            let seq = group[0].seq;
+            let first = self.pages.length_tokens(seq);
+            let in_order = group.iter().zip(first..).all(|(row, position)| row.position == position);
+            if !in_order {
+                return Err(bad_step(format!("rows of sequence {} do not go on at position {first}", seq.0)));
+            }
+            let extended = self.pages.extend(seq, group.len() as u32);
+            copies.extend(extended.map_err(|_| EngineError::CacheFull { pages: self.spec.kv_pages })?);
+            spans.push(Span {
+                rows: start..start + group.len(),
+                first_position: first as usize,
+                pages: self.pages.pages(seq).to_vec(),
+            });
+            start += group.len();
+        }
+        let batch = Batch { rows: rows.len(), spans };
+        Ok((batch, copies))
+    }
+}
+
+fn sum_ranks<B: Backend>(
+    backend: &mut B,
+    exchange: &mut dyn Exchange,
+    partial: B::Buffer,
+    width: usize,
+) -> Result<B::Buffer, EngineError> {
+    if exchange.ranks() == 1 {
+        return Ok(partial);
+    }
+    let mut values = backend.download(partial)?;
+    exchange
+        .sum(&mut values)
+        .map_err(|e| EngineError::Device { device: format!("rank {}", e.rank), what: e.to_string() })?;
+    backend.upload(values, width)
+}
+
+/// Pages that `tokens` tokens of one sequence take.
+pub fn pages_for(tokens: u32) -> u32 {
+    tokens.div_ceil(PAGE_TOKENS)
+}

@@ -1,0 +1,274 @@
+//! A model out of a GGUF file's metadata.
+//!
+//! Keys: `docs/gguf.md` of the ggml project; what they leave unsaid: the loader of llama.cpp.
+
+use super::families::{self, Biases, Family, Windows};
+use super::rope::{RopeParameters, Scaling};
+use super::{
+    Architecture, Attention, FeedForward, Layer, ModelFiles, Role, TensorSlice, TokenizerSource, WeightSource, names,
+};
+use crate::format::blocks::dequantise_row;
+use crate::format::{ElementType, FormatError, Gguf, Value};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+pub(super) fn open(path: &Path) -> Result<ModelFiles, FormatError> {
+    let file = Gguf::open(path)?;
+    let name = file.get("general.architecture", Value::as_text)?.unwrap_or_default();
+    let family = families::of_gguf(name)
+        .ok_or_else(|| FormatError::UnknownFamily { path: path.to_owned(), family: name.to_owned() })?;
+    if file.get("split.count", Value::as_u64)?.unwrap_or(1) > 1 {
+        return Err(FormatError::BadConfig {
+            path: path.to_owned(),
+            key: "split.count".to_owned(),
+            what: "says that the model is in several files: join them with llama.cpp's gguf-split --merge".to_owned(),
+        });
+    }
+    let reader = Metadata { file: &file, family };
+    let architecture = reader.architecture()?;
+    let weights = weights(&file, &architecture)?;
+    Ok(ModelFiles {
+        path: path.to_owned(),
+        architecture,
+        weights,
+        tokenizer: TokenizerSource::Gguf(path.to_owned()),
+        quantization: quantization(&file)?,
+    })
+}
+
+fn weights(file: &Gguf, architecture: &Architecture) -> Result<WeightSource, FormatError> {
+    let mut tensors = BTreeMap::new();
+    for role in names::roles(architecture) {
+        let mut name = names::gguf(role);
+        // No head of its own: the embedding is the head.
+        if role == Role::Output && !file.tensors.contains_key(&name) {
+            name = names::gguf(Role::TokenEmbedding);
+        }
+        let info = file.tensors.get(&name).ok_or_else(|| FormatError::BadTensor {
+            path: file.file.path().to_owned(),
+            tensor: name.clone(),
+            what: "it is missing".to_owned(),
+        })?;
+        tensors.insert(role, TensorSlice::whole(&name, 0, info));
+    }
+    Ok(WeightSource { files: vec![file.file.path().to_owned()], tensors })
+}
+
+struct Metadata<'a> {
+    file: &'a Gguf,
+    family: &'a Family,
+}
+
+impl Metadata<'_> {
+    fn bad(&self, key: &str, what: &str) -> FormatError {
+        FormatError::BadConfig { path: self.file.file.path().to_owned(), key: key.to_owned(), what: what.to_owned() }
+    }
+
+    fn key(&self, key: &str) -> String {
+        format!("{}.{key}", self.family.name)
+    }
+
+    fn optional(&self, key: &str) -> Result<Option<usize>, FormatError> {
+        let key = self.key(key);
+        Ok(self.file.get(&key, Value::as_u64)?.map(|v| usize::try_from(v).unwrap_or(usize::MAX)))
+    }
+
+    fn required(&self, key: &str) -> Result<usize, FormatError> {
+        self.optional(key)?.ok_or_else(|| self.bad(&self.key(key), "is missing"))
+    }
+
+    fn float(&self, key: &str) -> Result<Option<f64>, FormatError> {
+        self.file.get(&self.key(key), Value::as_f64)
+    }
+
+    /// A number for all layers, or one for each.
+    fn per_layer(&self, key: &str, layers: usize, default: Option<usize>) -> Result<Vec<usize>, FormatError> {
+        let full = self.key(key);
+        let values = match self.file.metadata.get(&full) {
+            None => vec![default.ok_or_else(|| self.bad(&full, "is missing"))?; layers],
+            Some(Value::Array(values)) => values
+                .iter()
+                .map(|value| value.as_u64().map(|v| v as usize))
+                .collect::<Option<Vec<_>>>()
+                .ok_or_else(|| self.bad(&full, "is not a list of counts"))?,
+            Some(value) => {
+                let value = value.as_u64().ok_or_else(|| self.bad(&full, "is not a count"))?;
+                vec![value as usize; layers]
+            }
+        };
+        match values.len() == layers {
+            true => Ok(values),
+            false => Err(self.bad(&full, &format!("has {} numbers for {layers} layers", values.len()))),
+        }
+    }
+
+    fn architecture(&self) -> Result<Architecture, FormatError> {
+        let layer_count = self.required("block_count")?;
+        if layer_count > super::LAYERS_MAX {
+            return Err(self.bad(&self.key("block_count"), &format!("is {layer_count}")));
+        }
+        let hidden = self.required("embedding_length")?;
+        let heads = self.per_layer("attention.head_count", layer_count, None)?;
+        let first_heads = heads.first().copied().filter(|&h| h > 0);
+        let first_heads = first_heads.ok_or_else(|| self.bad(&self.key("attention.head_count"), "is 0"))?;
+        let head_dim = self.optional("attention.key_length")?.unwrap_or(hidden / first_heads);
+        if self.optional("attention.value_length")?.unwrap_or(head_dim) != head_dim {
+            return Err(self.bad(&self.key("attention.value_length"), "differs from key_length"));
+        }
+        let kv_heads = self.per_layer("attention.head_count_kv", layer_count, Some(first_heads))?;
+        let widths = self.per_layer("feed_forward_length", layer_count, None)?;
+        let (ropes, windows) = (self.ropes(head_dim)?, self.windows(layer_count)?);
+        let scaled = self.family.sliding_theta.is_some();
+        let layers = (0..layer_count).map(|index| Layer {
+            norms: self.family.norms,
+            attention: Attention {
+                heads: heads[index],
+                kv_heads: kv_heads[index],
+                head_dim,
+                scale: self.scale(hidden, heads[index], head_dim, layer_count),
+                softcap: None,
+                window: windows[index],
+                rope: usize::from(scaled && windows[index].is_some()),
+                query_key_norm: self.family.query_key_norm,
+                input_bias: self.has_bias(index, "attn_q"),
+                output_bias: self.has_bias(index, "attn_output"),
+            },
+            feed_forward: FeedForward {
+                width: widths[index],
+                activation: self.family.activation,
+                bias: self.has_bias(index, "ffn_gate"),
+            },
+        });
+        Ok(Architecture {
+            family: self.family.name.to_owned(),
+            vocabulary: self.vocabulary()?,
+            hidden,
+            context_tokens: self.required("context_length")?,
+            embedding_scale: if self.family.scales_embedding { (hidden as f32).sqrt() } else { 1.0 },
+            norm_offset: 0.0,
+            norm_epsilon: self.float("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5) as f32,
+            logit_softcap: self.float("final_logit_softcapping")?.map(|cap| cap as f32),
+            ropes,
+            layers: layers.collect(),
+        })
+    }
+
+    /// GGUF does not say it: 1/√head_dim, but for Gemma 3 27B (62 layers), whose scalar is hidden / heads.
+    fn scale(&self, hidden: usize, heads: usize, head_dim: usize, layers: usize) -> f32 {
+        let by = if self.family.scales_by_scalar && layers == 62 { hidden / heads.max(1) } else { head_dim };
+        (by as f32).sqrt().recip()
+    }
+
+    fn has_bias(&self, layer: usize, part: &str) -> bool {
+        let always = self.family.biases == Biases::Inputs && part == "attn_q";
+        always || self.file.tensors.contains_key(&format!("blk.{layer}.{part}.bias"))
+    }
+
+    /// The embedding's rows are the truth; `vocab_size` and the token list may be padded apart.
+    fn vocabulary(&self) -> Result<usize, FormatError> {
+        let embedding = self.file.tensors.get("token_embd.weight");
+        embedding.and_then(|info| info.shape.first().copied()).ok_or_else(|| FormatError::BadTensor {
+            path: self.file.file.path().to_owned(),
+            tensor: "token_embd.weight".to_owned(),
+            what: "it is missing".to_owned(),
+        })
+    }
+
+    fn windows(&self, layers: usize) -> Result<Vec<Option<usize>>, FormatError> {
+        let Windows::Alternating { period, .. } = self.family.windows else {
+            return Ok(vec![None; layers]);
+        };
+        let window = self.optional("attention.sliding_window")?.filter(|&window| window > 0);
+        let key = self.key("attention.sliding_window_pattern");
+        let slides: Vec<bool> = match self.file.metadata.get(&key) {
+            Some(Value::Array(flags)) => {
+                let flags: Option<Vec<bool>> = flags.iter().map(Value::as_bool).collect();
+                flags
+                    .filter(|flags| flags.len() == layers)
+                    .ok_or_else(|| self.bad(&key, "is not a list of one flag per layer"))?
+            }
+            other => {
+                let period = other.and_then(Value::as_u64).map_or(period, |p| p as usize).max(1);
+                (0..layers).map(|layer| !(layer + 1).is_multiple_of(period)).collect()
+            }
+        };
+        Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect())
+    }
+
+    /// The table of all layers, and behind it that of sliding layers where the family has one.
+    fn ropes(&self, head_dim: usize) -> Result<Vec<super::Rope>, FormatError> {
+        let dimensions = self.optional("rope.dimension_count")?.unwrap_or(head_dim);
+        let theta = self.float("rope.freq_base")?.unwrap_or(10_000.0);
+        let mut ropes = vec![RopeParameters { theta, dimensions, scaling: self.scaling()? }];
+        if let Some(default) = self.family.sliding_theta {
+            ropes.push(RopeParameters {
+                theta: self.float("rope.freq_base_swa")?.unwrap_or(default),
+                dimensions,
+                scaling: Scaling::None,
+            });
+        }
+        Ok(ropes.iter().map(|rope| rope.build(self.family.gguf_pairing)).collect())
+    }
+
+    fn scaling(&self) -> Result<Scaling, FormatError> {
+        if let Some(info) = self.file.tensors.get("rope_freqs.weight") {
+            let range = info.offset_bytes..info.offset_bytes + info.length_bytes;
+            let mut divisors = vec![0.0; info.shape.iter().product()];
+            dequantise_row(info.element, self.file.file.slice(range, "rope_freqs.weight")?, &mut divisors);
+            return Ok(Scaling::Divisors(divisors));
+        }
+        let factor = self.float("rope.scaling.factor")?.filter(|&factor| factor > 0.0);
+        let key = self.key("rope.scaling.type");
+        let kind = self.file.get(&key, Value::as_text)?;
+        match (kind, factor) {
+            (None | Some("none"), _) | (Some("linear"), None) => Ok(Scaling::None),
+            (Some("linear"), Some(factor)) => Ok(Scaling::Linear { factor }),
+            (Some("yarn"), factor) => Ok(self.yarn(factor.unwrap_or(1.0))?),
+            (Some(other), _) => Err(self.bad(&key, &format!("is `{other}`, which is not supported"))),
+        }
+    }
+
+    fn yarn(&self, factor: f64) -> Result<Scaling, FormatError> {
+        let context = match self.optional("rope.scaling.original_context_length")? {
+            Some(context) => context,
+            None => self.required("context_length")?,
+        };
+        let attention = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
+        Ok(Scaling::Yarn {
+            factor,
+            beta_fast: self.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+            beta_slow: self.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+            original_context: context as f64,
+            truncate: true,
+            attention_factor: Some((0.1 * factor.max(1.0).ln() + 1.0) * attention),
+        })
+    }
+}
+
+/// The name of the file's mixture of types (`llama_ftype` of llama.cpp), or the type with most bytes.
+fn quantization(file: &Gguf) -> Result<String, FormatError> {
+    let named = match file.get("general.file_type", Value::as_u64)? {
+        Some(0) => "F32",
+        Some(1) => "F16",
+        Some(2) => "Q4_0",
+        Some(3) => "Q4_1",
+        Some(7) => "Q8_0",
+        Some(8) => "Q5_0",
+        Some(9) => "Q5_1",
+        Some(14) => "Q4_K_S",
+        Some(15) => "Q4_K_M",
+        Some(16) => "Q5_K_S",
+        Some(17) => "Q5_K_M",
+        Some(18) => "Q6_K",
+        Some(32) => "BF16",
+        _ => {
+            let mut bytes: BTreeMap<ElementType, u64> = BTreeMap::new();
+            for info in file.tensors.values() {
+                *bytes.entry(info.element).or_default() += info.length_bytes;
+            }
+            let most = bytes.into_iter().max_by_key(|&(_, bytes)| bytes);
+            most.map_or("F32", |(element, _)| element.name())
+        }
+    };
+    Ok(named.to_owned())
+}

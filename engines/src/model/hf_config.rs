@@ -1,0 +1,151 @@
+//! config.json, in the layouts of transformers before and after version 5.
+
+use super::rope::{RopeParameters, Scaling};
+use crate::format::FormatError;
+use crate::format::safetensors::read_text;
+use serde_json::{Map, Value};
+use std::path::{Path, PathBuf};
+
+/// No config is larger.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
+
+/// A JSON object with typed access. `null` counts as missing.
+#[derive(Debug)]
+pub(super) struct Config {
+    path: PathBuf,
+    fields: Map<String, Value>,
+}
+
+impl Config {
+    pub(super) fn read(path: &Path) -> Result<Self, FormatError> {
+        let text = read_text(path, CONFIG_BYTES_MAX)?;
+        match serde_json::from_str(&text) {
+            Ok(Value::Object(fields)) => Ok(Self { path: path.to_owned(), fields }),
+            Ok(_) => Err(FormatError::Malformed { path: path.to_owned(), what: "it is not a JSON object".to_owned() }),
+            Err(error) => {
+                Err(FormatError::Malformed { path: path.to_owned(), what: format!("it is not JSON: {error}") })
+            }
+        }
+    }
+
+    /// The object at `key`, as a config of its own.
+    pub(super) fn nested(&self, key: &str) -> Option<Self> {
+        match self.fields.get(key) {
+            Some(Value::Object(fields)) => Some(Self { path: self.path.clone(), fields: fields.clone() }),
+            _ => None,
+        }
+    }
+
+    pub(super) fn bad(&self, key: &str, what: impl Into<String>) -> FormatError {
+        FormatError::BadConfig { path: self.path.clone(), key: key.to_owned(), what: what.into() }
+    }
+
+    fn get<'a, T>(
+        &'a self,
+        key: &str,
+        kind: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, FormatError> {
+        match self.fields.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => read(value).map(Some).ok_or_else(|| self.bad(key, format!("is not {kind}"))),
+        }
+    }
+
+    /// Whether the key stands there with `null`, which some defaults tell from a missing key.
+    pub(super) fn is_null(&self, key: &str) -> bool {
+        matches!(self.fields.get(key), Some(Value::Null))
+    }
+
+    pub(super) fn count(&self, key: &str) -> Result<Option<usize>, FormatError> {
+        self.get(key, "a count", |v| usize::try_from(v.as_u64()?).ok())
+    }
+
+    pub(super) fn required(&self, key: &str) -> Result<usize, FormatError> {
+        self.count(key)?.ok_or_else(|| self.bad(key, "is missing"))
+    }
+
+    pub(super) fn float(&self, key: &str) -> Result<Option<f64>, FormatError> {
+        self.get(key, "a number", Value::as_f64)
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, FormatError> {
+        self.get(key, "true or false", Value::as_bool)
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<Option<&str>, FormatError> {
+        self.get(key, "a string", Value::as_str)
+    }
+
+    pub(super) fn texts(&self, key: &str) -> Result<Option<Vec<&str>>, FormatError> {
+        self.get(key, "a list of strings", |value| value.as_array()?.iter().map(Value::as_str).collect())
+    }
+
+    /// The rotary embedding of layers of `layer_type` (`full_attention` or `sliding_attention`).
+    ///
+    /// New layout: `rope_parameters`, flat or by layer type. Old: `rope_theta` and `rope_scaling`.
+    pub(super) fn rope(
+        &self,
+        layer_type: &str,
+        theta: f64,
+        dimensions: usize,
+        scales: ScalingUse,
+    ) -> Result<RopeParameters, FormatError> {
+        let new = self.nested("rope_parameters");
+        let by_type = new.as_ref().and_then(|parameters| parameters.nested(layer_type));
+        let nested = by_type.is_some();
+        let old = self.nested("rope_scaling").filter(|_| scales == ScalingUse::Applies);
+        let section = by_type.or(new).or(old);
+        let own_theta = match &section {
+            Some(section) => section.float("rope_theta")?,
+            None => None,
+        };
+        let outer_theta = if nested { None } else { self.float("rope_theta")? };
+        let scaling = match &section {
+            Some(section) => section.scaling(self)?,
+            None => Scaling::None,
+        };
+        Ok(RopeParameters { theta: own_theta.or(outer_theta).unwrap_or(theta), dimensions, scaling })
+    }
+
+    fn scaling(&self, outer: &Self) -> Result<Scaling, FormatError> {
+        let kind = match self.text("rope_type")? {
+            Some(kind) => kind,
+            None => self.text("type")?.unwrap_or("default"),
+        };
+        let factor = || self.float("factor")?.ok_or_else(|| self.bad("factor", "is missing"));
+        let original = || -> Result<f64, FormatError> {
+            let key = "original_max_position_embeddings";
+            match outer.float(key)?.or(self.float(key)?) {
+                Some(context) => Ok(context),
+                None => Ok(outer.required("max_position_embeddings")? as f64),
+            }
+        };
+        match kind {
+            "default" => Ok(Scaling::None),
+            "linear" => Ok(Scaling::Linear { factor: factor()? }),
+            "llama3" => Ok(Scaling::Llama3 {
+                factor: factor()?,
+                low_frequency_factor: self.float("low_freq_factor")?.unwrap_or(1.0),
+                high_frequency_factor: self.float("high_freq_factor")?.unwrap_or(4.0),
+                original_context: original()?,
+            }),
+            "yarn" => Ok(Scaling::Yarn {
+                factor: factor()?,
+                beta_fast: self.float("beta_fast")?.unwrap_or(32.0),
+                beta_slow: self.float("beta_slow")?.unwrap_or(1.0),
+                original_context: original()?,
+                truncate: self.flag("truncate")?.unwrap_or(true),
+                attention_factor: self.float("attention_factor")?,
+            }),
+            other => Err(self.bad("rope_type", format!("is `{other}`, which is not supported"))),
+        }
+    }
+}
+
+/// Whether the old layout's `rope_scaling` is meant for these layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ScalingUse {
+    Applies,
+    IsForOtherLayers,
+}

@@ -1,0 +1,127 @@
+//! A model on disk, understood: its architecture, where each weight lies, and what its tokenizer is made of.
+//!
+//! ```text
+//! .gguf  ─ gguf.rs ─┐  family (a row of a table)
+//!                   ├─────────────► Architecture + WeightSource + TokenizerSource
+//! folder ─ hf.rs  ──┘
+//! ```
+//! A new family is a row in [`families`], and whatever new data that row needs in [`architecture`].
+
+mod architecture;
+pub mod families;
+mod gguf;
+mod hf;
+mod hf_config;
+mod names;
+mod rope;
+mod weights;
+
+pub use architecture::*;
+pub use weights::{LayerRole, Role, TensorSlice, WeightReader, WeightSource};
+
+use crate::format::{FormatError, Gguf};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// A model's files, read as far as headers go.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelFiles {
+    /// What the user named.
+    pub path: PathBuf,
+    pub architecture: Architecture,
+    pub weights: WeightSource,
+    pub tokenizer: TokenizerSource,
+    /// How most of the weights are stored, as the field names it: `Q4_K_M`, `BF16`, …
+    pub quantization: String,
+}
+
+/// Where a model's tokenizer is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TokenizerSource {
+    /// In the metadata of this GGUF file.
+    Gguf(PathBuf),
+    /// In `tokenizer.json` and `tokenizer_config.json` of this folder.
+    Folder(PathBuf),
+}
+
+/// Bounds of a plausible model, so that a damaged header asks for no absurd memory.
+const LAYERS_MAX: usize = 1024;
+const WIDTH_MAX: usize = 1 << 20;
+const VOCABULARY_MAX: usize = 1 << 22;
+
+impl ModelFiles {
+    /// Reads the model at `path`: a GGUF file, or a folder with `config.json` and safetensors.
+    ///
+    /// # Errors
+    /// [`FormatError`] with the file, the key or the tensor that is wrong.
+    pub fn open(path: &Path) -> Result<Self, FormatError> {
+        let metadata = std::fs::metadata(path).map_err(|e| FormatError::io(path, &e))?;
+        let model = if metadata.is_dir() {
+            hf::open(path)?
+        } else if Gguf::is_gguf(path) {
+            gguf::open(path)?
+        } else {
+            return Err(FormatError::NotAModel {
+                path: path.to_owned(),
+                reason: "it does not start with `GGUF`".to_owned(),
+            });
+        };
+        model.architecture.check().map_err(|(key, what)| FormatError::BadConfig {
+            path: path.to_owned(),
+            key: key.to_owned(),
+            what,
+        })?;
+        Ok(model)
+    }
+
+    /// Bytes of all weights in the files.
+    pub fn weight_bytes(&self) -> u64 {
+        let layers = self.architecture.layers.len();
+        self.weights.shard_bytes(0..layers, layers)
+    }
+}
+
+impl Architecture {
+    /// The first thing that no model can have, as (key, what is wrong with it).
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        let within = |key, value: usize, limit: usize| match (1..=limit).contains(&value) {
+            true => Ok(()),
+            false => Err((key, format!("is {value}; 1 to {limit} is possible"))),
+        };
+        within("vocabulary size", self.vocabulary, VOCABULARY_MAX)?;
+        within("hidden size", self.hidden, WIDTH_MAX)?;
+        within("number of layers", self.layers.len(), LAYERS_MAX)?;
+        within("context length", self.context_tokens, 1 << 28)?;
+        if !(self.norm_epsilon > 0.0 && self.norm_epsilon < 1.0) {
+            return Err(("norm epsilon", format!("is {}", self.norm_epsilon)));
+        }
+        for layer in &self.layers {
+            let attention = &layer.attention;
+            within("number of attention heads", attention.heads, 4096)?;
+            within("number of key/value heads", attention.kv_heads, attention.heads)?;
+            within("head dimension", attention.head_dim, 4096)?;
+            within("feed-forward size", layer.feed_forward.width, WIDTH_MAX)?;
+            within("sliding window", attention.window.unwrap_or(1), usize::MAX)?;
+            if !attention.heads.is_multiple_of(attention.kv_heads) {
+                return Err((
+                    "number of key/value heads",
+                    format!("is {}, which does not divide {} heads", attention.kv_heads, attention.heads),
+                ));
+            }
+            if !attention.scale.is_finite() {
+                return Err(("attention scale", format!("is {}", attention.scale)));
+            }
+            let rope = &self.ropes[attention.rope];
+            if rope.frequencies.len() * 2 > attention.head_dim {
+                return Err((
+                    "rotary dimension",
+                    format!("is {}, more than the head's {}", rope.frequencies.len() * 2, attention.head_dim),
+                ));
+            }
+            if rope.frequencies.iter().any(|f| !f.is_finite()) || !rope.magnitude.is_finite() {
+                return Err(("rotary frequencies", "are not finite".to_owned()));
+            }
+        }
+        Ok(())
+    }
+}

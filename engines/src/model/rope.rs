@@ -1,0 +1,89 @@
+//! Rotary frequencies from what files say of them.
+//!
+//! Formulas: `modeling_rope_utils.py` of Hugging Face transformers 5.23. With base θ and d rotated dimensions,
+//! fᵢ = θ^(−2i/d); a scaling changes the slow ones.
+
+use super::{Pairing, Rope};
+use std::f64::consts::PI;
+
+/// A rotary embedding as a file describes it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct RopeParameters {
+    pub(super) theta: f64,
+    /// Rotated dimensions of a head.
+    pub(super) dimensions: usize,
+    pub(super) scaling: Scaling,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Scaling {
+    None,
+    Linear {
+        factor: f64,
+    },
+    Llama3 {
+        factor: f64,
+        low_frequency_factor: f64,
+        high_frequency_factor: f64,
+        original_context: f64,
+    },
+    Yarn {
+        factor: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        original_context: f64,
+        /// Whether the ramp's ends are whole dimensions.
+        truncate: bool,
+        /// What cos and sin are multiplied by; `None`: 0.1 ln factor + 1.
+        attention_factor: Option<f64>,
+    },
+    /// Each frequency divided by its own number (GGUF's `rope_freqs.weight`).
+    Divisors(Vec<f32>),
+}
+
+impl RopeParameters {
+    pub(super) fn build(&self, pairing: Pairing) -> Rope {
+        let half = self.dimensions / 2;
+        let plain = (0..half).map(|i| self.theta.powf(-2.0 * i as f64 / self.dimensions as f64));
+        let mut magnitude = 1.0;
+        let frequencies: Vec<f64> = match &self.scaling {
+            Scaling::None => plain.collect(),
+            Scaling::Linear { factor } => plain.map(|f| f / factor).collect(),
+            Scaling::Divisors(divisors) => plain.zip(divisors).map(|(f, &d)| f / f64::from(d)).collect(),
+            Scaling::Llama3 { factor, low_frequency_factor: low, high_frequency_factor: high, original_context } => {
+                let scale = |f: f64| {
+                    let wavelength = 2.0 * PI / f;
+                    let smooth = ((original_context / wavelength - low) / (high - low)).clamp(0.0, 1.0);
+                    (1.0 - smooth) * f / factor + smooth * f
+                };
+                plain.map(scale).collect()
+            }
+            Scaling::Yarn { factor, attention_factor, .. } => {
+                let default = if *factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+                magnitude = attention_factor.unwrap_or(default);
+                let (low, high) = self.yarn_ramp();
+                let scale = |(i, f): (usize, f64)| {
+                    let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                    f / factor * ramp + f * (1.0 - ramp)
+                };
+                plain.enumerate().map(scale).collect()
+            }
+        };
+        Rope { pairing, frequencies: frequencies.into_iter().map(|f| f as f32).collect(), magnitude: magnitude as f32 }
+    }
+
+    /// The dimensions between which YaRN goes over from keeping to stretching (Peng et al. 2023, §3.2).
+    fn yarn_ramp(&self) -> (f64, f64) {
+        let Scaling::Yarn { beta_fast, beta_slow, original_context, truncate, .. } = self.scaling else {
+            return (0.0, 1.0);
+        };
+        let d = self.dimensions as f64;
+        let dimension_of = |turns: f64| d * (original_context / (2.0 * PI * turns)).ln() / (2.0 * self.theta.ln());
+        let (mut low, mut high) = (dimension_of(beta_fast), dimension_of(beta_slow));
+        if truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        (low, high) = (low.max(0.0), high.min(d - 1.0));
+        if low == high { (low, high + 0.001) } else { (low, high) }
+    }
+}

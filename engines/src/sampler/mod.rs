@@ -1,0 +1,313 @@
+//! From a vocabulary row to a token.
+//!
+//! ```text
+//! logits ─► penalties, bias ─► temperature ─► top-k ─► top-p ─► min-p ─► one draw ─► token
+//!    └► log-probabilities, as the model gave them
+//! ```
+//! A draw depends on (seed, position) alone, so that a replay of the same prefix draws the same tokens.
+
+mod params;
+mod philox;
+
+pub use params::{ParamsError, SamplingParams};
+
+use crate::engine::SeqId;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// What a sampler needs to know of a sequence.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SamplerSpec {
+    pub params: SamplingParams,
+    /// Tokens of the prompt, for the repetition penalty.
+    pub prompt: Vec<u32>,
+    /// Tokens generated before: not empty where a sequence is replayed.
+    pub generated: Vec<u32>,
+}
+
+/// One token, and how probable the model found it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sampled {
+    pub token: u32,
+    /// Natural logarithm of the token's probability, before any penalty or temperature.
+    pub logprob: f32,
+    /// The likeliest tokens with theirs, best first; as many as were asked for.
+    pub top_logprobs: Vec<(u32, f32)>,
+}
+
+/// Why no token could be drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SampleError {
+    #[error("sequence {} has no open sampler", .0.0)]
+    NotOpen(SeqId),
+    #[error("the logits of sequence {} are not numbers", .0.0)]
+    NotANumber(SeqId),
+}
+
+/// The port that stands beside the last shard.
+pub trait Sampler: Send {
+    /// Opens, or opens anew, the sampler of `seq`.
+    fn open(&mut self, seq: SeqId, spec: SamplerSpec);
+
+    /// Forgets `seq`; no error where it is not open.
+    fn close(&mut self, seq: SeqId);
+
+    /// Draws the token that follows `position`, the position of the row that gave `logits`.
+    ///
+    /// # Errors
+    /// [`SampleError`] where `seq` is not open, or its logits hold no finite number.
+    fn sample(&mut self, seq: SeqId, position: u32, logits: &[f32]) -> Result<Sampled, SampleError>;
+}
+
+/// The sampler of this crate.
+#[derive(Debug, Default)]
+pub struct TokenSampler {
+    open: BTreeMap<SeqId, OpenSampler>,
+}
+
+#[derive(Debug)]
+struct OpenSampler {
+    params: SamplingParams,
+    /// How often each token was generated.
+    generated: HashMap<u32, u32>,
+    /// Every token of prompt and answer.
+    seen: HashSet<u32>,
+}
+
+impl Sampler for TokenSampler {
+    fn open(&mut self, seq: SeqId, spec: SamplerSpec) {
+        let mut open =
+            OpenSampler { params: spec.params, generated: HashMap::new(), seen: spec.prompt.into_iter().collect() };
+        spec.generated.into_iter().for_each(|token| open.note(token));
+        self.open.insert(seq, open);
+    }
+
+    fn close(&mut self, seq: SeqId) {
+        self.open.remove(&seq);
+    }
+
+    fn sample(&mut self, seq: SeqId, position: u32, logits: &[f32]) -> Result<Sampled, SampleError> {
+        let open = self.open.get_mut(&seq).ok_or(SampleError::NotOpen(seq))?;
+        let sampled = open.draw(position, logits).ok_or(SampleError::NotANumber(seq))?;
+        open.note(sampled.token);
+        Ok(sampled)
+    }
+}
+
+impl OpenSampler {
+    fn note(&mut self, token: u32) {
+        *self.generated.entry(token).or_default() += 1;
+        self.seen.insert(token);
+    }
+
+    fn draw(&self, position: u32, logits: &[f32]) -> Option<Sampled> {
+        let params = &self.params;
+        let token = if params.changes_logits() {
+            self.choose(position, &self.changed(logits))?
+        } else {
+            self.choose(position, logits)?
+        };
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&logit| f64::from((logit - largest).exp())).sum();
+        let log_total = f64::from(largest) + sum.ln();
+        let logprob = |id: u32| (f64::from(logits[id as usize]) - log_total) as f32;
+        let top = if params.top_logprobs > 0 { likeliest(logits, params.top_logprobs as usize) } else { Vec::new() };
+        Some(Sampled {
+            token,
+            logprob: logprob(token),
+            top_logprobs: top.into_iter().map(|id| (id, logprob(id))).collect(),
+        })
+    }
+
+    /// The logits after penalties and bias.
+    ///
+    /// Repetition: Keskar et al. 2019 (CTRL), §4.1, over prompt and answer. Presence and frequency: as OpenAI
+    /// documents them, over the answer.
+    fn changed(&self, logits: &[f32]) -> Vec<f32> {
+        let params = &self.params;
+        let mut changed = logits.to_vec();
+        if params.repetition_penalty != 1.0 {
+            for &token in &self.seen {
+                if let Some(logit) = changed.get_mut(token as usize) {
+                    let by = if *logit > 0.0 { params.repetition_penalty.recip() } else { params.repetition_penalty };
+                    *logit *= by;
+                }
+            }
+        }
+        for (&token, &count) in &self.generated {
+            if let Some(logit) = changed.get_mut(token as usize) {
+                *logit -= params.presence_penalty + params.frequency_penalty * count as f32;
+            }
+        }
+        for (&token, &bias) in &params.logit_bias {
+            if let Some(logit) = changed.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
+        changed
+    }
+
+    /// `None` where no logit is a number.
+    fn choose(&self, position: u32, logits: &[f32]) -> Option<u32> {
+        if self.params.temperature == 0.0 {
+            return likeliest(logits, 1).first().copied().filter(|&id| logits[id as usize].is_finite());
+        }
+        let candidates = self.candidates(logits)?;
+        let total: f64 = candidates.iter().map(|&(_, weight)| weight).sum();
+        let mut left = philox::uniform(self.params.seed, u64::from(position)) * total;
+        for &(id, weight) in &candidates {
+            left -= weight;
+            if left < 0.0 {
+                return Some(id);
+            }
+        }
+        // Rounding left a crumb: the last candidate has it.
+        candidates.last().map(|&(id, _)| id)
+    }
+
+    /// Candidates with their weights, likeliest first, after all cuts.
+    fn candidates(&self, logits: &[f32]) -> Option<Vec<(u32, f64)>> {
+        let params = &self.params;
+        let limit = match params.top_k {
+            0 => logits.len(),
+            k => (k as usize).min(logits.len()),
+        };
+        let order = likeliest(logits, limit);
+        let largest = logits[*order.first()? as usize];
+        if !largest.is_finite() {
+            return None;
+        }
+        let weight = |id: u32| (f64::from(logits[id as usize] - largest) / f64::from(params.temperature)).exp();
+        let mut candidates: Vec<(u32, f64)> = order.into_iter().map(|id| (id, weight(id))).collect();
+        let total: f64 = candidates.iter().map(|&(_, weight)| weight).sum();
+        if params.top_p < 1.0 {
+            let mut sum = 0.0;
+            let kept = candidates.iter().position(|&(_, weight)| {
+                sum += weight;
+                sum >= f64::from(params.top_p) * total
+            });
+            candidates.truncate(kept.map_or(candidates.len(), |last| last + 1));
+        }
+        // The likeliest candidate has the weight 1.
+        candidates.retain(|&(_, weight)| weight >= f64::from(params.min_p));
+        Some(candidates)
+    }
+}
+
+/// The `count` largest logits' ids, best first; of equals, the lower id first. What is not a number comes last.
+fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
+    let key = |id: u32| {
+        let logit = logits[id as usize];
+        if logit.is_nan() { f32::NEG_INFINITY } else { logit }
+    };
+    let better = |a: &u32, b: &u32| key(*b).total_cmp(&key(*a)).then(a.cmp(b));
+    let ids = 0..logits.len() as u32;
+    if count == 1 {
+        return ids.min_by(better).into_iter().collect();
+    }
+    let mut ids: Vec<u32> = ids.collect();
+    if count < ids.len() {
+        ids.select_nth_unstable_by(count, better);
+        ids.truncate(count);
+    }
+    ids.sort_unstable_by(better);
+    ids
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SEQ: SeqId = SeqId(1);
+
+    fn sampler(params: SamplingParams) -> TokenSampler {
+        let mut sampler = TokenSampler::default();
+        let spec = SamplerSpec { params, prompt: vec![0], generated: Vec::new() };
+        sampler.open(SEQ, spec);
+        sampler
+    }
+
+    fn draws(params: &SamplingParams, logits: &[f32], count: u32) -> Vec<u32> {
+        let mut sampler = sampler(params.clone());
+        (0..count).map(|position| sampler.sample(SEQ, position, logits).expect("finite logits").token).collect()
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_best() {
+        assert_eq!(draws(&SamplingParams::greedy(), &[0.5, 2.0, 2.0, -1.0], 1), [1]);
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        let params = SamplingParams { temperature: 1.0, seed: 7, ..SamplingParams::greedy() };
+        let logits = [1.0_f32.ln(), 2.0_f32.ln(), 5.0_f32.ln()];
+        let drawn = draws(&params, &logits, 8000);
+        for (id, share) in [(0, 0.125), (1, 0.25), (2, 0.625)] {
+            let got = drawn.iter().filter(|&&token| token == id).count() as f64 / 8000.0;
+            assert!((got - share).abs() < 0.02, "token {id}: {got}, not {share}");
+        }
+    }
+
+    #[test]
+    fn cuts_keep_what_they_name() {
+        let logits = [0.0, 1.0, 2.0, 3.0];
+        let base = SamplingParams { temperature: 1.0, ..SamplingParams::greedy() };
+        let only = |params: SamplingParams| {
+            let mut seen = draws(&params, &logits, 500);
+            seen.sort_unstable();
+            seen.dedup();
+            seen
+        };
+        assert_eq!(only(SamplingParams { top_k: 2, ..base.clone() }), [2, 3]);
+        // Probabilities are 0.03, 0.09, 0.24, 0.64.
+        assert_eq!(only(SamplingParams { top_p: 0.8, ..base.clone() }), [2, 3]);
+        assert_eq!(only(SamplingParams { min_p: 0.5, ..base.clone() }), [3]);
+        assert_eq!(only(base), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn penalties_and_bias_change_the_choice_and_not_the_logprobs() {
+        let params = SamplingParams { repetition_penalty: 4.0, top_logprobs: 2, ..SamplingParams::greedy() };
+        // Token 0 is in the prompt.
+        let sampled = sampler(params).sample(SEQ, 0, &[2.0, 1.0]).expect("finite logits");
+        assert_eq!(sampled.token, 1);
+        assert_eq!(sampled.top_logprobs[0].0, 0);
+        assert!((sampled.logprob - -1.3133).abs() < 1e-3);
+        let biased = SamplingParams { logit_bias: [(3, 100.0)].into(), ..SamplingParams::greedy() };
+        assert_eq!(draws(&biased, &[5.0, 1.0, 1.0, 0.0], 1), [3]);
+        let frequent = SamplingParams { frequency_penalty: 0.4, ..SamplingParams::greedy() };
+        assert_eq!(draws(&frequent, &[1.0, 0.5], 4), [0, 0, 1, 0]);
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_an_error() {
+        let mut greedy = sampler(SamplingParams::greedy());
+        assert_eq!(greedy.sample(SEQ, 0, &[f32::NAN, f32::NAN]), Err(SampleError::NotANumber(SEQ)));
+        assert_eq!(greedy.sample(SeqId(2), 0, &[1.0]), Err(SampleError::NotOpen(SeqId(2))));
+    }
+
+    proptest! {
+        /// R6.2: a sampler that is opened anew with what it had drawn goes on as if nothing had happened.
+        #[test]
+        fn a_replay_draws_the_same(
+            seed in any::<u64>(),
+            temperature in 0.1_f32..2.0,
+            cut in 1_usize..20,
+            logits in prop::collection::vec(-5.0_f32..5.0, 30),
+        ) {
+            let params = SamplingParams {
+                temperature, seed, repetition_penalty: 1.2, frequency_penalty: 0.3, top_p: 0.9,
+                ..SamplingParams::greedy()
+            };
+            let whole = draws(&params, &logits, 20);
+            let mut again = TokenSampler::default();
+            let spec = SamplerSpec { params, prompt: vec![0], generated: whole[..cut].to_vec() };
+            again.open(SEQ, spec);
+            for position in cut..20 {
+                let sampled = again.sample(SEQ, position as u32, &logits);
+                prop_assert_eq!(sampled.map(|s| s.token), Ok(whole[position]));
+            }
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! Chat templates: Jinja as Hugging Face's `apply_chat_template` runs it, under limits.
+//!
+//! A template comes with a model and is nobody's trusted code: it has fuel, a bounded output, and no way to the disk
+//! or the clock (the date that `strftime_now` formats is an argument).
+
+use chrono::NaiveDateTime;
+use minijinja::value::Kwargs;
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
+use serde::{Deserialize, Serialize};
+use std::fmt::Write as _;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Instructions of one rendering; a long conversation with tools takes some tens of thousands.
+const FUEL: u64 = 2_000_000;
+/// Longer sources are no templates.
+const SOURCE_BYTES_MAX: usize = 1 << 20;
+/// Longer prompts fit no model's context.
+const OUTPUT_BYTES_MAX: usize = 16 << 20;
+/// Spaces of `tojson(indent=…)`.
+const INDENT_MAX: usize = 16;
+
+/// One message of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    pub role: Role,
+    pub content: String,
+}
+
+/// Who speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    System,
+    User,
+    Assistant,
+    Tool,
+}
+
+/// A compiled chat template.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+    bos: String,
+    eos: String,
+    now: Arc<Mutex<NaiveDateTime>>,
+}
+
+impl std::fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChatTemplate").field("source", &self.source).finish_non_exhaustive()
+    }
+}
+
+/// Why a template could not be compiled or rendered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TemplateError {
+    #[error("the chat template is malformed: {what}")]
+    Malformed { what: String },
+    /// The template's own `raise_exception`, mostly for an order of roles that it does not take.
+    #[error("the chat template refuses the conversation: {what}")]
+    Refused { what: String },
+    #[error("the chat template takes too long or writes too much")]
+    Limit,
+}
+
+impl ChatTemplate {
+    /// Compiles `source`. `bos` and `eos` are the texts of these tokens.
+    ///
+    /// # Errors
+    /// [`TemplateError::Malformed`] with the line.
+    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TemplateError> {
+        if source.len() > SOURCE_BYTES_MAX {
+            return Err(TemplateError::Malformed { what: format!("it has {} bytes", source.len()) });
+        }
+        let now = Arc::new(Mutex::new(NaiveDateTime::default()));
+        let mut environment = environment(&now);
+        let template = prepared(source);
+        environment.add_template_owned("chat", template).map_err(|e| malformed(&e))?;
+        Ok(Self {
+            environment,
+            source: source.to_owned(),
+            bos: bos.unwrap_or_default().to_owned(),
+            eos: eos.unwrap_or_default().to_owned(),
+            now,
+        })
+    }
+
+    /// The source, as the model has it.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The prompt for the next answer to `messages`, as of the local time `now`.
+    ///
+    /// # Errors
+    /// [`TemplateError`] where the template refuses, fails, or goes over its limits.
+    pub fn render(&self, messages: &[Message], now: NaiveDateTime) -> Result<String, TemplateError> {
+        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        let template = self.environment.get_template("chat").map_err(|e| malformed(&e))?;
+        let context = minijinja::context! {
+            messages => messages,
+            add_generation_prompt => true,
+            bos_token => self.bos,
+            eos_token => self.eos,
+        };
+        let mut output = Bounded(Vec::new());
+        match template.render_captured_to(context, &mut output) {
+            Ok(_) => String::from_utf8(output.0).map_err(|e| TemplateError::Malformed { what: e.to_string() }),
+            Err(error) => Err(render_error(&error)),
+        }
+    }
+}
+
+fn malformed(error: &Error) -> TemplateError {
+    TemplateError::Malformed { what: error.to_string() }
+}
+
+fn render_error(error: &Error) -> TemplateError {
+    match error.kind() {
+        ErrorKind::OutOfFuel | ErrorKind::WriteFailure => TemplateError::Limit,
+        ErrorKind::InvalidOperation if error.detail().is_some_and(|d| d.starts_with(RAISED)) => {
+            TemplateError::Refused { what: error.detail().unwrap_or_default().trim_start_matches(RAISED).to_owned() }
+        }
+        _ => malformed(error),
+    }
+}
+
+/// Marks the error of `raise_exception`.
+const RAISED: &str = "raised: ";
+
+/// As Hugging Face sets Jinja up: blocks trimmed, nothing escaped, Python's methods on values.
+fn environment(now: &Arc<Mutex<NaiveDateTime>>) -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_fuel(Some(FUEL));
+    environment.set_unknown_method_callback(|state, value, method, arguments| {
+        // Widths in a format string would allocate without a bound.
+        if method == "format" {
+            return Err(Error::new(ErrorKind::UnknownMethod, "`format` is not available"));
+        }
+        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, arguments)
+    });
+    for unbounded in ["format", "batch", "slice", "indent"] {
+        environment.remove_filter(unbounded);
+    }
+    environment.add_filter("tojson", to_json);
+    environment.add_function("raise_exception", |what: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{what}")))
+    });
+    let now = Arc::clone(now);
+    environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
+        let now = *now.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut text = String::new();
+        write!(text, "{}", now.format(&format))
+            .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("`{format}` is no date format")))?;
+        Ok(text)
+    });
+    environment
+}
+
+/// The source with Python's line ends, and Hugging Face's `generation` blocks, which mark text for training only,
+/// as blocks that are always taken.
+fn prepared(source: &str) -> String {
+    let mut prepared = source.replace("\r\n", "\n");
+    for (tag, with) in [("endgeneration", "endif"), ("generation", "if true")] {
+        for (open, close) in [("{%-", "-%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%", "%}")] {
+            prepared = prepared.replace(&format!("{open} {tag} {close}"), &format!("{open} {with} {close}"));
+        }
+    }
+    prepared
+}
+
+/// `json.dumps(value, ensure_ascii=False, indent=indent)`.
+fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    for ignored in ["ensure_ascii", "sort_keys", "separators"] {
+        let _: Option<Value> = options.get(ignored)?;
+    }
+    options.assert_all_used()?;
+    let mut bytes = Vec::new();
+    let written = match indent {
+        Some(indent) => {
+            let spaces = " ".repeat(indent.min(INDENT_MAX));
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter))
+        }
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, PythonFormatter)),
+    };
+    written.map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    Ok(Value::from(String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+/// Python's separators: a space behind each comma and colon.
+struct PythonFormatter;
+
+impl PythonFormatter {
+    fn separate<W: ?Sized + io::Write>(writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+}
+
+impl serde_json::ser::Formatter for PythonFormatter {
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        Self::separate(writer, first)
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        Self::separate(writer, first)
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+/// Fails where more is written than a prompt can have.
+struct Bounded(Vec<u8>);
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > OUTPUT_BYTES_MAX {
+            return Err(io::Error::other("the output is too long"));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn render(source: &str) -> Result<String, TemplateError> {
+        let messages = [
+            Message { role: Role::User, content: "Hi <b>".to_owned() },
+            Message { role: Role::Assistant, content: " yes ".to_owned() },
+        ];
+        let now =
+            chrono::NaiveDate::from_ymd_opt(2026, 3, 1).unwrap_or_default().and_hms_opt(9, 5, 0).unwrap_or_default();
+        ChatTemplate::new(source, Some("<s>"), Some("</s>"))?.render(&messages, now)
+    }
+
+    #[test]
+    fn templates_render_as_hugging_face_renders_them() {
+        let chat = "{% for m in messages %}\n    {% if m['role'] == 'user' %}\n[{{ m.content.strip() }}]\n    {% endif %}\n{% endfor %}{{ bos_token }}";
+        assert_eq!(render(chat), Ok("[Hi <b>]\n<s>".to_owned()));
+        assert_eq!(
+            render("{{ messages[1]['content'] | trim }}|{{ strftime_now('%d %b %Y') }}"),
+            Ok("yes|01 Mar 2026".to_owned())
+        );
+        assert_eq!(
+            render("{{ {'a': [1, 'é<'], 'b': none} | tojson }}"),
+            Ok("{\"a\": [1, \"é<\"], \"b\": null}".to_owned())
+        );
+        assert_eq!(render("{%- generation %}x{% endgeneration -%}"), Ok("x".to_owned()));
+    }
+
+    #[test]
+    fn a_refusal_is_told_from_a_mistake() {
+        let refusal = render("{{ raise_exception('roles must alternate') }}");
+        assert_eq!(refusal, Err(TemplateError::Refused { what: "roles must alternate".to_owned() }));
+        assert!(matches!(render("{% for %}"), Err(TemplateError::Malformed { .. })));
+        assert!(matches!(render("{{ messages.nothing.more }}"), Err(TemplateError::Malformed { .. })));
+        assert!(matches!(render("{{ strftime_now('%Q') }}"), Err(TemplateError::Malformed { .. })));
+    }
+
+    #[test]
+    fn a_template_without_end_is_stopped() {
+        let forever = "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}";
+        assert_eq!(render(forever), Err(TemplateError::Limit));
+        assert!(render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").is_err());
+        assert!(render("{{ '%1000000000s' | format(1) }}").is_err());
+    }
+}

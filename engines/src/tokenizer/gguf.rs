@@ -1,0 +1,190 @@
+//! The tokenizer in a GGUF file's metadata.
+//!
+//! Keys: `docs/gguf.md` of the ggml project. Pre-tokenizers by name, and the defaults of missing keys:
+//! `llama-vocab.cpp` of llama.cpp.
+
+use super::pieces::{Kind, Pieces, Spelling};
+use super::spm::{Spm, SpmTokenizer};
+use super::{Affixes, Encoder, Tokenizer, ends_by_text};
+use crate::format::{FormatError, Gguf, Value};
+use crate::template::ChatTemplate;
+use std::collections::{BTreeSet, HashSet};
+use std::path::Path;
+use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::normalizers::{NFC, Prepend, Replace};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+
+/// Llama 3's pattern; Qwen's differs in single digits.
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
+
+pub(super) fn open(path: &Path) -> Result<Tokenizer, FormatError> {
+    let file = Gguf::open(path)?;
+    let vocabulary = Vocabulary::read(&file)?;
+    let reader = Reader { file: &file, vocabulary };
+    match file.get("tokenizer.ggml.model", Value::as_text)? {
+        Some("gpt2") => reader.byte_level(),
+        Some("llama") => reader.sentence_piece(),
+        Some(other) => Err(reader.bad(format!("the model `{other}` is not supported"))),
+        None => Err(FormatError::NoTokenizer { path: path.to_owned() }),
+    }
+}
+
+/// Texts and kinds by id.
+struct Vocabulary<'a> {
+    texts: Vec<&'a str>,
+    kinds: Vec<Kind>,
+}
+
+impl<'a> Vocabulary<'a> {
+    fn read(file: &'a Gguf) -> Result<Self, FormatError> {
+        let texts = file.get("tokenizer.ggml.tokens", |value| {
+            value.as_array()?.iter().map(Value::as_text).collect::<Option<Vec<_>>>()
+        })?;
+        let Some(texts) = texts.filter(|texts| !texts.is_empty()) else {
+            return Err(FormatError::NoTokenizer { path: file.file.path().to_owned() });
+        };
+        let types = file.get("tokenizer.ggml.token_type", Value::as_array)?.unwrap_or(&[]);
+        let kinds = (0..texts.len()).map(|id| match types.get(id).and_then(Value::as_u64) {
+            Some(2 | 3) => Kind::Control,
+            Some(4) => Kind::Verbatim,
+            _ => Kind::Normal,
+        });
+        Ok(Self { kinds: kinds.collect(), texts })
+    }
+
+    fn tokens(&self) -> impl Iterator<Item = (u32, &'a str, Kind)> {
+        self.texts.iter().zip(&self.kinds).enumerate().map(|(id, (&text, &kind))| (id as u32, text, kind))
+    }
+
+    /// Tokens that are cut out of a text before it is split.
+    fn added(&self) -> Vec<AddedToken> {
+        let special = self.tokens().filter(|(_, text, kind)| *kind != Kind::Normal && !text.is_empty());
+        special.map(|(_, text, kind)| AddedToken::from(text, kind == Kind::Control).normalized(false)).collect()
+    }
+}
+
+struct Reader<'a> {
+    file: &'a Gguf,
+    vocabulary: Vocabulary<'a>,
+}
+
+impl Reader<'_> {
+    fn bad(&self, what: impl ToString) -> FormatError {
+        FormatError::BadTokenizer { path: self.file.file.path().to_owned(), what: what.to_string() }
+    }
+
+    fn id(&self, key: &str) -> Result<Option<u32>, FormatError> {
+        let id = self.file.get(&format!("tokenizer.ggml.{key}"), Value::as_u64)?;
+        let size = self.vocabulary.texts.len() as u64;
+        match id {
+            Some(id) if id >= size => Err(self.bad(format!("`{key}` is {id} in a vocabulary of {size}"))),
+            id => Ok(id.map(|id| id as u32)),
+        }
+    }
+
+    fn flag(&self, key: &str, default: bool) -> Result<bool, FormatError> {
+        Ok(self.file.get(&format!("tokenizer.ggml.{key}"), Value::as_bool)?.unwrap_or(default))
+    }
+
+    fn byte_level(self) -> Result<Tokenizer, FormatError> {
+        let pre = self.file.get("tokenizer.ggml.pre", Value::as_text)?.unwrap_or("default");
+        let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
+        let vocab: Vocab = self.vocabulary.tokens().map(|(id, text, _)| (text.to_owned(), id)).collect();
+        let merges = self.merges(&vocab)?;
+        let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(llama3);
+        let mut tokenizer = tokenizers::Tokenizer::new(bpe.build().map_err(|e| self.bad(e))?);
+        tokenizer.with_pre_tokenizer(Some(pre_tokenizer(pre).map_err(|e| self.bad(e))?));
+        if pre == "qwen2" {
+            tokenizer.with_normalizer(Some(NFC)).map_err(|e| self.bad(e))?;
+        }
+        tokenizer.add_special_tokens(self.vocabulary.added()).map_err(|e| self.bad(e))?;
+        let affixes = self.affixes(llama3)?;
+        self.finish(Encoder::Bpe(Box::new(tokenizer), affixes), Spelling::ByteLevel)
+    }
+
+    /// Merges whose parts and whole are tokens, each once: others can never apply, and the builder refuses them.
+    fn merges(&self, vocab: &Vocab) -> Result<Merges, FormatError> {
+        let lines = self.file.get("tokenizer.ggml.merges", Value::as_array)?;
+        let lines = lines.ok_or_else(|| self.bad("`tokenizer.ggml.merges` is missing"))?;
+        let mut seen = HashSet::new();
+        let mut merges = Merges::with_capacity(lines.len());
+        for line in lines {
+            let line = line.as_text().ok_or_else(|| self.bad("a merge is not a string"))?;
+            // A part may begin with a space of its own, but is never empty.
+            let cut = line.char_indices().skip(1).find(|&(_, c)| c == ' ').map(|(at, _)| at);
+            let Some((left, right)) = cut.map(|at| (&line[..at], &line[at + 1..])) else {
+                continue;
+            };
+            let known = [left, right].iter().all(|part| vocab.contains_key(*part));
+            if known && vocab.contains_key(&format!("{left}{right}")) && seen.insert((left, right)) {
+                merges.push((left.to_owned(), right.to_owned()));
+            }
+        }
+        Ok(merges)
+    }
+
+    fn sentence_piece(self) -> Result<Tokenizer, FormatError> {
+        let scores = self.file.get("tokenizer.ggml.scores", Value::as_array)?.unwrap_or(&[]);
+        let scores = scores.iter().map(|score| score.as_f64().unwrap_or(0.0) as f32).collect();
+        let texts = self.vocabulary.texts.iter().map(|&text| text.to_owned()).collect();
+        let mut tokenizer = SpmTokenizer::new(Spm::new(texts, scores, self.id("unknown_token_id")?));
+        let mut steps: Vec<NormalizerWrapper> = Vec::new();
+        if self.flag("add_space_prefix", true)? {
+            steps.push(Prepend::new("▁".to_owned()).into());
+        }
+        steps.push(Replace::new(" ", "▁").map_err(|e| self.bad(e))?.into());
+        let normalizer = tokenizers::normalizers::Sequence::new(steps);
+        tokenizer.with_normalizer(Some(normalizer)).map_err(|e| self.bad(e))?;
+        tokenizer.add_special_tokens(self.vocabulary.added()).map_err(|e| self.bad(e))?;
+        let affixes = self.affixes(true)?;
+        self.finish(Encoder::Spm(Box::new(tokenizer), affixes), Spelling::SentencePiece)
+    }
+
+    fn affixes(&self, adds_bos: bool) -> Result<Affixes, FormatError> {
+        let bos = self.id("bos_token_id")?.filter(|_| matches!(self.flag("add_bos_token", adds_bos), Ok(true)));
+        let eos = self.id("eos_token_id")?.filter(|_| matches!(self.flag("add_eos_token", false), Ok(true)));
+        Ok(Affixes { before: bos, after: eos })
+    }
+
+    fn finish(self, encoder: Encoder, spelling: Spelling) -> Result<Tokenizer, FormatError> {
+        let (bos, eos) = (self.id("bos_token_id")?, self.id("eos_token_id")?);
+        let mut ends: BTreeSet<u32> = eos.into_iter().collect();
+        ends.extend(self.id("eot_token_id")?);
+        ends.extend(self.id("eom_token_id")?);
+        let control = self.vocabulary.tokens().filter(|(_, _, kind)| *kind == Kind::Control);
+        ends.extend(ends_by_text(control.map(|(id, text, _)| (id, text))));
+        let text_of = |id: Option<u32>| id.and_then(|id| self.vocabulary.texts.get(id as usize)).copied();
+        let template = self.file.get("tokenizer.chat_template", Value::as_text)?;
+        let template = template.map(|source| ChatTemplate::new(source, text_of(bos), text_of(eos)));
+        let template = template.transpose().map_err(|e| self.bad(e))?;
+        Ok(Tokenizer { encoder, pieces: Pieces::new(spelling, self.vocabulary.tokens()), bos, ends, template })
+    }
+}
+
+/// The pre-tokenizer that llama.cpp knows as `name`.
+fn pre_tokenizer(name: &str) -> tokenizers::Result<PreTokenizerWrapper> {
+    let split = |pattern: &str| -> tokenizers::Result<PreTokenizerWrapper> {
+        let pattern = SplitPattern::Regex(pattern.to_owned());
+        Ok(Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?.into())
+    };
+    let bytes = || PreTokenizerWrapper::from(ByteLevel::new(false, true, false));
+    let words = || PreTokenizerWrapper::from(ByteLevel::new(false, true, true));
+    let steps = match name {
+        "smollm" => vec![Digits::new(true).into(), words()],
+        "llama-bpe" | "llama3" | "llama-v3" => vec![split(LLAMA3)?, bytes()],
+        "qwen2" => vec![split(QWEN2)?, bytes()],
+        "gpt-2" => vec![words()],
+        "default" => {
+            vec![split(r"[\p{P}\$\+<=>\^~\|]+")?, split(GPT2)?, split(r"\p{N}+")?, split("[0-9][0-9][0-9]")?, bytes()]
+        }
+        other => return Err(format!("the pre-tokenizer `{other}` is not supported").into()),
+    };
+    Ok(Sequence::new(steps).into())
+}

@@ -1,0 +1,134 @@
+//! The bytes of each token.
+
+use std::collections::BTreeMap;
+
+/// How a vocabulary spells bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Spelling {
+    /// GPT-2's: every byte is a printable character.
+    ByteLevel,
+    /// SentencePiece's: `▁` is a space, `<0x0A>` a byte.
+    SentencePiece,
+}
+
+/// What a token is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Normal,
+    /// Stands for its text to the letter.
+    Verbatim,
+    /// Shown to nobody.
+    Control,
+}
+
+/// Bytes and names by id.
+#[derive(Debug)]
+pub(super) struct Pieces {
+    pieces: Vec<Piece>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Piece {
+    bytes: Box<[u8]>,
+    /// Text of a control token, which has no bytes.
+    control: Option<Box<str>>,
+}
+
+impl Pieces {
+    /// Pieces of (id, text, kind). Ids that are not named have no bytes.
+    pub(super) fn new<'a>(spelling: Spelling, tokens: impl Iterator<Item = (u32, &'a str, Kind)>) -> Self {
+        let alphabet = byte_level_alphabet();
+        let mut pieces = Vec::new();
+        for (id, text, kind) in tokens {
+            let id = id as usize;
+            if pieces.len() <= id {
+                pieces.resize(id + 1, Piece::default());
+            }
+            pieces[id] = match kind {
+                Kind::Control => Piece { bytes: Box::default(), control: Some(text.into()) },
+                Kind::Verbatim => Piece::of(text.as_bytes().into()),
+                Kind::Normal => Piece::of(match spelling {
+                    Spelling::ByteLevel => byte_level(text, &alphabet),
+                    Spelling::SentencePiece => sentence_piece(text),
+                }),
+            };
+        }
+        Self { pieces }
+    }
+
+    pub(super) fn bytes(&self, id: u32) -> &[u8] {
+        self.pieces.get(id as usize).map_or(&[], |piece| &piece.bytes)
+    }
+
+    pub(super) fn name(&self, id: u32) -> String {
+        match self.pieces.get(id as usize) {
+            None => String::new(),
+            Some(Piece { control: Some(text), .. }) => text.to_string(),
+            Some(piece) => String::from_utf8_lossy(&piece.bytes).into_owned(),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.pieces.len()
+    }
+}
+
+impl Piece {
+    fn of(bytes: Box<[u8]>) -> Self {
+        Self { bytes, control: None }
+    }
+}
+
+/// The byte of each character of GPT-2's alphabet (`bytes_to_unicode` of openai/gpt-2): printable Latin-1 bytes are
+/// themselves, the other 68 the characters from U+0100 on.
+fn byte_level_alphabet() -> BTreeMap<char, u8> {
+    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let mut others = 0x100_u32..;
+    (0..=u8::MAX)
+        .filter_map(|byte| {
+            let code = if printable(byte) { u32::from(byte) } else { others.next()? };
+            Some((char::from_u32(code)?, byte))
+        })
+        .collect()
+}
+
+fn byte_level(text: &str, alphabet: &BTreeMap<char, u8>) -> Box<[u8]> {
+    let bytes: Option<Vec<u8>> = text.chars().map(|c| alphabet.get(&c).copied()).collect();
+    // A token with a character outside the alphabet is spelt as it is.
+    bytes.unwrap_or_else(|| text.as_bytes().to_vec()).into()
+}
+
+fn sentence_piece(text: &str) -> Box<[u8]> {
+    match byte_token(text) {
+        Some(byte) => [byte].into(),
+        None => text.replace('▁', " ").into_bytes().into(),
+    }
+}
+
+/// The byte of a token such as `<0x0A>`.
+pub(super) fn byte_token(text: &str) -> Option<u8> {
+    let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
+    (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_of_both_spellings() {
+        let tokens = [(0, "Ġhello", Kind::Normal), (1, "<s>", Kind::Control), (3, "Ã©Ċ", Kind::Normal)];
+        let pieces = Pieces::new(Spelling::ByteLevel, tokens.into_iter());
+        assert_eq!(pieces.bytes(0), b" hello");
+        assert_eq!(pieces.bytes(1), b"");
+        assert_eq!(pieces.name(1), "<s>");
+        assert_eq!(pieces.bytes(2), b"");
+        assert_eq!(pieces.bytes(3), "é\n".as_bytes());
+        let tokens = [(0, "▁a", Kind::Normal), (1, "<0xE2>", Kind::Normal), (2, "  ", Kind::Verbatim)];
+        let pieces = Pieces::new(Spelling::SentencePiece, tokens.into_iter());
+        assert_eq!(pieces.bytes(0), b" a");
+        assert_eq!(pieces.bytes(1), [0xe2]);
+        assert_eq!(pieces.bytes(2), b"  ");
+        assert_eq!(byte_level_alphabet().len(), 256);
+    }
+}
