@@ -1,1 +1,51 @@
-//! x
+//! exo as a library: a node inside a program of your own.
+//!
+//! ```no_run
+//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! use exo::{GenerateRequest, Generated, ModelSpec, Node, Prompt, SamplingParams};
+//!
+//! let node = Node::builder().threads(2).start().await?;
+//! let mut answer = node.generate(GenerateRequest {
+//!     model: ModelSpec::new("smollm2"),
+//!     prompt: Prompt::Text("The sky is".to_owned()),
+//!     params: SamplingParams::greedy(),
+//!     max_tokens: Some(16),
+//!     stop: Vec::new(),
+//! })?;
+//! while let Some(event) = answer.next().await {
+//!     if let Generated::Token { text, .. } = event? {
+//!         print!("{text}");
+//!     }
+//! }
+//! node.shutdown().await;
+//! # Ok(())
+//! # }
+//! ```
+//! A [`NodeHandle`] generates, tells its state and the facts that change it, and shuts down. Dropping a
+//! [`Generation`] cancels it. `examples/embed.rs` is a small service with an actor of its own beside these.
+
+#[cfg(feature = "cli")]
+pub mod cli;
+mod config;
+mod node;
+
+pub use config::{ConfigError, Directories};
+pub use exo_actors::core::plan::{Placement, PlanError, Stage};
+pub use exo_actors::core::schedule::FinishReason;
+pub use exo_actors::core::view::{Fact, InstanceId, InstanceState, Machine, Phase, State};
+pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};
+pub use exo_actors::{
+    GenerateRequest, Generated, Generation, Lagged, ModelSpec, NodeHandle, Prompt, RequestError, Subscription,
+};
+pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory};
+pub use exo_engines::sampler::{Sampled, SamplingParams};
+pub use exo_engines::template::{Message, Role};
+pub use exo_net::{Identity, NodeId};
+pub use node::{Node, NodeBuilder, StartError};
+
+/// The engine port, for embedders that bring an engine of their own.
+pub mod engine {
+    pub use exo_engines::engine::*;
+    pub use exo_engines::model::WeightSource;
+    pub use exo_engines::{EngineError, ErrorClass};
+}

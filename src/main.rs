@@ -1,1 +1,7 @@
-fn main() {}
+//! `exo-node`: the command line.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    exo::cli::main()
+}

@@ -211,7 +211,7 @@ pub struct Output {
 }
 
 /// Finds devices of one kind and opens engines on them.
-pub trait EngineFactory: Send + Sync {
+pub trait EngineFactory: Send + Sync + std::fmt::Debug {
     /// The engine's name: `cpu`, `candle`, …
     fn name(&self) -> &'static str;
 

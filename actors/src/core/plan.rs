@@ -65,11 +65,7 @@ pub enum PlanError {
     #[error("no device is there to place a model on")]
     NoDevice,
     #[error("the model needs {needed_bytes} bytes and {free_bytes} are free: {missing_bytes} bytes are missing")]
-    DoesNotFit {
-        needed_bytes: u64,
-        free_bytes: u64,
-        missing_bytes: u64,
-    },
+    DoesNotFit { needed_bytes: u64, free_bytes: u64, missing_bytes: u64 },
     #[error("{shards} shards of a model of {layers} layers")]
     TooManyShards { shards: usize, layers: usize },
 }
@@ -113,10 +109,7 @@ pub fn place(demand: &Demand, offers: &[Offer], shards: ShardCount) -> Result<Pl
     let ordered = in_order(offers);
     let counts = match shards {
         ShardCount::Exactly(count) if count == 0 || count > layers => {
-            return Err(PlanError::TooManyShards {
-                shards: count,
-                layers,
-            });
+            return Err(PlanError::TooManyShards { shards: count, layers });
         }
         ShardCount::Exactly(count) => count..count + 1,
         ShardCount::Automatic => 1..layers.min(offers.len()) + 1,
@@ -130,11 +123,7 @@ pub fn place(demand: &Demand, offers: &[Offer], shards: ShardCount) -> Result<Pl
     let free_bytes = offers.iter().map(|offer| offer.free_bytes).sum();
     // Where the sum would suffice, one layer or end is larger than any device.
     let missing_bytes = needed_bytes.saturating_sub(free_bytes).max(1);
-    Err(PlanError::DoesNotFit {
-        needed_bytes,
-        free_bytes,
-        missing_bytes,
-    })
+    Err(PlanError::DoesNotFit { needed_bytes, free_bytes, missing_bytes })
 }
 
 /// Each node's fastest device first, then each node's second, and so on.
@@ -159,25 +148,18 @@ fn best_of(demand: &Demand, ordered: &[&Offer], count: usize) -> Option<Placemen
         let needed = demand.memory_bytes(&whole);
         let fits = ordered.iter().filter(|offer| offer.free_bytes >= needed);
         let offer = fits.max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s))?;
-        return Some(Placement {
-            stages: vec![stage(demand, offer, whole)],
-        });
+        return Some(Placement { stages: vec![stage(demand, offer, whole)] });
     }
     let slots: Vec<Slot<'_>> = (0..count)
         .map(|index| {
             let offer = ordered[index % ordered.len()];
             let sharers = (0..count).filter(|other| other % ordered.len() == index % ordered.len()).count() as u64;
-            Slot {
-                offer,
-                free_bytes: offer.free_bytes / sharers,
-            }
+            Slot { offer, free_bytes: offer.free_bytes / sharers }
         })
         .collect();
     let ranges = split(demand, &slots)?;
     let stages = ranges.into_iter().zip(&slots).map(|(range, slot)| stage(demand, slot.offer, range));
-    Some(Placement {
-        stages: stages.collect(),
-    })
+    Some(Placement { stages: stages.collect() })
 }
 
 /// A place for one shard: a device, or a share of one.
@@ -203,10 +185,7 @@ fn split(demand: &Demand, slots: &[Slot<'_>]) -> Option<Vec<Range<usize>>> {
         for end in index + 1..=layers - (slots.len() - 1 - index) {
             for start in index..end {
                 let before = match index {
-                    0 if start == 0 => Some(Cost {
-                        total_s: 0.0,
-                        slowest_s: 0.0,
-                    }),
+                    0 if start == 0 => Some(Cost { total_s: 0.0, slowest_s: 0.0 }),
                     0 => None,
                     _ => best[index - 1][start].map(|(cost, _)| cost),
                 };
@@ -216,10 +195,7 @@ fn split(demand: &Demand, slots: &[Slot<'_>]) -> Option<Vec<Range<usize>>> {
                     continue;
                 }
                 let seconds = demand.seconds(&range, slot.offer);
-                let cost = Cost {
-                    total_s: before.total_s + seconds,
-                    slowest_s: before.slowest_s.max(seconds),
-                };
+                let cost = Cost { total_s: before.total_s + seconds, slowest_s: before.slowest_s.max(seconds) };
                 if row[end].is_none_or(|(other, _)| cheaper(cost, other)) {
                     row[end] = Some((cost, start));
                 }
@@ -245,12 +221,7 @@ fn cheaper(a: Cost, b: Cost) -> bool {
 }
 
 fn stage(demand: &Demand, offer: &Offer, layers: Range<usize>) -> Stage {
-    Stage {
-        node: offer.node,
-        device: offer.device.clone(),
-        memory_bytes: demand.memory_bytes(&layers),
-        layers,
-    }
+    Stage { node: offer.node, device: offer.device.clone(), memory_bytes: demand.memory_bytes(&layers), layers }
 }
 
 #[cfg(test)]
@@ -295,11 +266,7 @@ mod tests {
     #[test]
     fn what_is_missing_is_named() {
         let missing = place(&demand(vec![10; 8], 5), &offers(&[(40, 1.0), (20, 1.0)]), ShardCount::Automatic);
-        let expected = PlanError::DoesNotFit {
-            needed_bytes: 93,
-            free_bytes: 60,
-            missing_bytes: 33,
-        };
+        let expected = PlanError::DoesNotFit { needed_bytes: 93, free_bytes: 60, missing_bytes: 33 };
         assert_eq!(missing, Err(expected));
         assert_eq!(place(&demand(vec![1], 0), &[], ShardCount::Automatic), Err(PlanError::NoDevice));
     }

@@ -68,13 +68,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const CLASSES: [ErrorClass; 5] = [
-        ErrorClass::Caller,
-        ErrorClass::Overload,
-        ErrorClass::Transient,
-        ErrorClass::DeviceLost,
-        ErrorClass::Fatal,
-    ];
+    const CLASSES: [ErrorClass; 5] =
+        [ErrorClass::Caller, ErrorClass::Overload, ErrorClass::Transient, ErrorClass::DeviceLost, ErrorClass::Fatal];
 
     #[test]
     fn a_shard_that_keeps_failing_is_not_restarted_for_ever() {

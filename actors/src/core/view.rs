@@ -23,37 +23,12 @@ impl std::fmt::Display for InstanceId {
 pub enum Fact {
     DeviceFound(DeviceReport),
     MachineMeasured(Machine),
-    InstancePlaced {
-        instance: InstanceId,
-        model: String,
-        placement: Placement,
-    },
-    ShardLoading {
-        instance: InstanceId,
-        stage: usize,
-        loaded_bytes: u64,
-        total_bytes: u64,
-    },
-    InstanceReady {
-        instance: InstanceId,
-        epoch: u64,
-    },
-    ShardFailed {
-        instance: InstanceId,
-        stage: usize,
-        error: String,
-    },
-    InstanceStopped {
-        instance: InstanceId,
-        error: Option<String>,
-    },
-    RequestsChanged {
-        instance: InstanceId,
-        running: usize,
-        waiting: usize,
-        pages_used: u32,
-        pages_total: u32,
-    },
+    InstancePlaced { instance: InstanceId, model: String, placement: Placement },
+    ShardLoading { instance: InstanceId, stage: usize, loaded_bytes: u64, total_bytes: u64 },
+    InstanceReady { instance: InstanceId, epoch: u64 },
+    ShardFailed { instance: InstanceId, stage: usize, error: String },
+    InstanceStopped { instance: InstanceId, error: Option<String> },
+    RequestsChanged { instance: InstanceId, running: usize, waiting: usize, pages_used: u32, pages_total: u32 },
 }
 
 /// Measurements of this machine. What cannot be read is `None`, never 0.
@@ -116,13 +91,7 @@ const STOPPED_KEPT: usize = 16;
 impl State {
     /// The state before any fact.
     pub fn new(node: NodeId) -> Self {
-        Self {
-            node,
-            devices: Vec::new(),
-            machine: Machine::default(),
-            instances: BTreeMap::new(),
-            version: 0,
-        }
+        Self { node, devices: Vec::new(), machine: Machine::default(), instances: BTreeMap::new(), version: 0 }
     }
 
     /// Takes one fact into account. Facts about an instance that is not there change nothing.
@@ -134,17 +103,10 @@ impl State {
                 self.devices.push(report.clone());
             }
             Fact::MachineMeasured(machine) => self.machine = machine.clone(),
-            Fact::InstancePlaced {
-                instance,
-                model,
-                placement,
-            } => self.placed(*instance, model, placement),
-            Fact::ShardLoading {
-                instance,
-                stage,
-                loaded_bytes,
-                total_bytes,
-            } => self.change(*instance, |state| state.loading(*stage, *loaded_bytes, *total_bytes)),
+            Fact::InstancePlaced { instance, model, placement } => self.placed(*instance, model, placement),
+            Fact::ShardLoading { instance, stage, loaded_bytes, total_bytes } => {
+                self.change(*instance, |state| state.loading(*stage, *loaded_bytes, *total_bytes))
+            }
             Fact::InstanceReady { instance, epoch } => self.change(*instance, |state| {
                 state.phase = Phase::Ready;
                 state.epoch = *epoch;
@@ -156,18 +118,14 @@ impl State {
                 self.change(*instance, |state| state.phase = Phase::Stopped { error: error.clone() });
                 self.forget_old();
             }
-            Fact::RequestsChanged {
-                instance,
-                running,
-                waiting,
-                pages_used,
-                pages_total,
-            } => self.change(*instance, |state| {
-                state.requests_running = *running;
-                state.requests_waiting = *waiting;
-                state.pages_used = *pages_used;
-                state.pages_total = *pages_total;
-            }),
+            Fact::RequestsChanged { instance, running, waiting, pages_used, pages_total } => {
+                self.change(*instance, |state| {
+                    state.requests_running = *running;
+                    state.requests_waiting = *waiting;
+                    state.pages_used = *pages_used;
+                    state.pages_total = *pages_total;
+                })
+            }
         }
     }
 
@@ -181,10 +139,7 @@ impl State {
         let state = InstanceState {
             model: model.to_owned(),
             placement: placement.clone(),
-            phase: Phase::Loading {
-                loaded_bytes: 0,
-                total_bytes: 0,
-            },
+            phase: Phase::Loading { loaded_bytes: 0, total_bytes: 0 },
             epoch: 0,
             loading: BTreeMap::new(),
             requests_running: 0,
@@ -210,10 +165,7 @@ impl InstanceState {
         if matches!(self.phase, Phase::Loading { .. }) {
             let (loaded_bytes, total_bytes) =
                 self.loading.values().fold((0, 0), |(loaded, total), part| (loaded + part.0, total + part.1));
-            self.phase = Phase::Loading {
-                loaded_bytes,
-                total_bytes,
-            };
+            self.phase = Phase::Loading { loaded_bytes, total_bytes };
         }
     }
 }
@@ -241,7 +193,11 @@ mod tests {
         assert_eq!(phase(&state), Phase::Recovering { error: "gone".to_owned() });
         for id in 2..100 {
             let instance = InstanceId(id);
-            state.apply(&Fact::InstancePlaced { instance, model: "m".to_owned(), placement: Placement { stages: Vec::new() } });
+            state.apply(&Fact::InstancePlaced {
+                instance,
+                model: "m".to_owned(),
+                placement: Placement { stages: Vec::new() },
+            });
             state.apply(&Fact::InstanceStopped { instance, error: None });
         }
         assert_eq!(state.instances.len(), STOPPED_KEPT + 1);

@@ -144,6 +144,11 @@ impl Tokenizer {
         self.ends.contains(&token)
     }
 
+    /// Tokens that end an answer.
+    pub fn ends(&self) -> &BTreeSet<u32> {
+        &self.ends
+    }
+
     /// The token that begins a text, where the model has one.
     pub fn bos(&self) -> Option<u32> {
         self.bos

@@ -1,0 +1,283 @@
+//! Seeded simulation of a head over a pipeline that keeps nothing but what the steps told it.
+//!
+//! The simulated model's next token is a function of all tokens before it, so a token that is lost, doubled or
+//! computed on a wrong cache changes every later one.
+
+use super::schedule::{Event, FinishReason, Limits, Request, SamplerOperation, Schedule, StepPlan};
+use exo_engines::decoder::PageTable;
+use exo_engines::engine::SeqId;
+use exo_engines::sampler::{SampleError, Sampled, SamplerSpec, SamplingParams};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Ends an answer.
+const END: u32 = 0;
+const VOCABULARY: u64 = 23;
+
+/// xorshift64*, for the simulation only.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % limit
+    }
+}
+
+fn next_token(prefix: &[u32]) -> u32 {
+    let hash = prefix
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &token| (hash ^ u64::from(token)).wrapping_mul(0x100_0000_01b3));
+    ((hash >> 20) % VOCABULARY) as u32
+}
+
+/// The answer that an undisturbed run gives.
+fn answer(prompt: &[u32], max_tokens: u32) -> (Vec<u32>, FinishReason) {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..max_tokens {
+        match next_token(&tokens) {
+            END => return (tokens.split_off(prompt.len()), FinishReason::Stop),
+            token => tokens.push(token),
+        }
+    }
+    (tokens.split_off(prompt.len()), FinishReason::Length)
+}
+
+/// A shard's cache and sampler, as the steps make them.
+struct Pipeline {
+    pages: PageTable,
+    caches: BTreeMap<SeqId, Vec<u32>>,
+    samplers: BTreeMap<SeqId, SamplerSpec>,
+    sent: VecDeque<StepPlan>,
+}
+
+impl Pipeline {
+    fn new(pages: u32) -> Self {
+        Self { pages: PageTable::new(pages), caches: BTreeMap::new(), samplers: BTreeMap::new(), sent: VecDeque::new() }
+    }
+
+    fn run(&mut self, plan: StepPlan) -> Vec<(SeqId, Result<Sampled, SampleError>)> {
+        for operation in &plan.operations {
+            self.pages.apply(*operation).expect("the head knows what is there");
+            if let exo_engines::engine::Operation::Release { seq } = operation {
+                self.caches.remove(seq);
+            }
+        }
+        for operation in plan.samplers {
+            match operation {
+                SamplerOperation::Open { seq, spec } => drop(self.samplers.insert(seq, spec)),
+                SamplerOperation::Close { seq } => drop(self.samplers.remove(&seq)),
+            }
+        }
+        let mut results = Vec::new();
+        for (row, token) in plan.rows.iter().zip(plan.tokens) {
+            self.pages.extend(row.seq, 1).expect("the head counted the pages");
+            let cache = self.caches.entry(row.seq).or_default();
+            assert_eq!(cache.len(), row.position as usize, "rows go on where the cache ends");
+            cache.push(token);
+            if row.wants_logits {
+                let spec = &self.samplers[&row.seq];
+                assert_eq!(cache[..spec.prompt.len()], spec.prompt, "the sampler knows the prompt");
+                let sampled = Sampled { token: next_token(cache), logprob: 0.0, top_logprobs: Vec::new() };
+                results.push((row.seq, Ok(sampled)));
+            }
+        }
+        results
+    }
+}
+
+struct Client {
+    prompt: Vec<u32>,
+    max_tokens: u32,
+    got: Vec<u32>,
+    finished: Option<FinishReason>,
+}
+
+struct World {
+    random: Random,
+    schedule: Schedule,
+    pipeline: Pipeline,
+    limits: Limits,
+    clients: BTreeMap<SeqId, Client>,
+    next: u64,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        let limits = Limits {
+            pages: 4 + random.below(8) as u32,
+            context_tokens: 100,
+            steps_in_flight: 1 + random.below(3) as usize,
+            running: 1 + random.below(6) as usize,
+            rows_alone: 1 + random.below(40) as usize,
+            rows_shared: 1 + random.below(20) as usize,
+        };
+        Self {
+            random,
+            schedule: Schedule::new(limits.clone()),
+            pipeline: Pipeline::new(limits.pages),
+            limits,
+            clients: BTreeMap::new(),
+            next: 0,
+        }
+    }
+
+    fn act(&mut self) {
+        match self.random.below(100) {
+            0..10 => self.request(),
+            10..12 => self.cancel(),
+            12..13 => {
+                self.schedule.handle_pipeline_lost();
+                self.pipeline = Pipeline::new(self.limits.pages);
+            }
+            13..60 => self.send(),
+            _ => self.finish_step(),
+        }
+        self.deliver();
+    }
+
+    fn request(&mut self) {
+        self.next += 1;
+        let seq = SeqId(self.next);
+        let length = 1 + self.random.below(80);
+        let prompt: Vec<u32> = (0..length).map(|_| self.random.below(VOCABULARY) as u32).collect();
+        let max_tokens = 1 + self.random.below(30) as u32;
+        let sampler = SamplerSpec { params: SamplingParams::greedy(), prompt: prompt.clone(), generated: Vec::new() };
+        let request = Request { seq, sampler, max_tokens, ends: BTreeSet::from([END]) };
+        self.schedule.handle_request(request).expect("it fits the context");
+        let room = self.limits.context_tokens.min(self.limits.pages * 32) - length as u32;
+        let client = Client { prompt, max_tokens: max_tokens.min(room), got: Vec::new(), finished: None };
+        self.clients.insert(seq, client);
+    }
+
+    fn cancel(&mut self) {
+        let running: Vec<SeqId> = self.clients.keys().copied().collect();
+        if !running.is_empty() {
+            let seq = running[self.random.below(running.len() as u64) as usize];
+            self.schedule.handle_cancel(seq);
+            self.clients.remove(&seq);
+        }
+    }
+
+    fn send(&mut self) {
+        if let Some(plan) = self.schedule.poll_step() {
+            self.pipeline.sent.push_back(plan);
+            assert!(self.pipeline.sent.len() <= self.limits.steps_in_flight);
+        }
+    }
+
+    fn finish_step(&mut self) {
+        if let Some(plan) = self.pipeline.sent.pop_front() {
+            let results = self.pipeline.run(plan);
+            self.schedule.handle_step_done(results);
+        }
+    }
+
+    fn deliver(&mut self) {
+        while let Some(event) = self.schedule.poll_event() {
+            match event {
+                Event::Token { seq, sampled } => {
+                    let client = self.clients.get_mut(&seq).expect("a cancelled request is silent");
+                    assert_eq!(client.finished, None);
+                    client.got.push(sampled.token);
+                }
+                Event::Finished { seq, reason } => {
+                    let client = self.clients.remove(&seq).expect("a request ends once");
+                    let expected = answer(&client.prompt, client.max_tokens);
+                    assert_eq!((client.got, reason), expected, "no token lost, none doubled");
+                }
+                Event::Failed { seq, error } => panic!("{seq:?} failed: {error}"),
+            }
+        }
+    }
+
+    /// Lets everything that runs come to its end.
+    fn settle(&mut self) {
+        for _ in 0..100_000 {
+            self.send();
+            self.finish_step();
+            self.deliver();
+            if self.clients.is_empty() && self.pipeline.sent.is_empty() && self.schedule.poll_step().is_none() {
+                break;
+            }
+        }
+        assert!(self.clients.is_empty(), "{} requests hang", self.clients.len());
+        assert_eq!(self.schedule.pages_used(), 0, "pages leak");
+        assert_eq!(self.schedule.running() + self.schedule.waiting(), 0);
+    }
+}
+
+/// R7.5, R8.4: under any interleaving of requests, cancellations, losses of the pipeline and shortages of pages, each
+/// answer is what an undisturbed run gives, nothing hangs and no page leaks. `EXO_SIM_SEED` replays one seed.
+#[test]
+fn every_answer_is_undisturbed() {
+    let seeds: Vec<u64> = match std::env::var("EXO_SIM_SEED") {
+        Ok(seed) => vec![seed.parse().expect("EXO_SIM_SEED is a number")],
+        Err(_) => (0..400).collect(),
+    };
+    for seed in seeds {
+        println!("seed {seed}");
+        let mut world = World::new(seed);
+        for _ in 0..1_000 {
+            world.act();
+        }
+        world.settle();
+    }
+}
+
+fn request(seq: u64, prompt: usize, max_tokens: u32) -> Request {
+    let sampler = SamplerSpec { params: SamplingParams::greedy(), prompt: vec![1; prompt], generated: Vec::new() };
+    Request { seq: SeqId(seq), sampler, max_tokens, ends: BTreeSet::new() }
+}
+
+fn limits() -> Limits {
+    Limits { pages: 64, context_tokens: 1024, steps_in_flight: 1, running: 8, rows_alone: 256, rows_shared: 64 }
+}
+
+fn draw(schedule: &mut Schedule, plan: &StepPlan) {
+    let drawn = plan.rows.iter().filter(|row| row.wants_logits);
+    let sampled = Sampled { token: 5, logprob: 0.0, top_logprobs: Vec::new() };
+    schedule.handle_step_done(drawn.map(|row| (row.seq, Ok(sampled.clone()))).collect());
+}
+
+/// A long prompt does not stall a running stream: every step while it is computed has the stream's row, and few more.
+#[test]
+fn a_long_prompt_leaves_room_for_running_streams() {
+    let mut schedule = Schedule::new(limits());
+    schedule.handle_request(request(1, 4, 100)).expect("it fits");
+    let plan = schedule.poll_step().expect("a step");
+    draw(&mut schedule, &plan);
+    schedule.handle_request(request(2, 900, 100)).expect("it fits");
+    for _ in 0..14 {
+        let plan = schedule.poll_step().expect("a step");
+        assert!(plan.rows.iter().any(|row| row.seq == SeqId(1)), "the stream goes on");
+        assert!(plan.rows.len() <= 64);
+        draw(&mut schedule, &plan);
+    }
+}
+
+/// A cancelled request is gone with the next step, and its pages with it.
+#[test]
+fn a_cancelled_request_frees_its_pages_within_a_step() {
+    let mut schedule = Schedule::new(limits());
+    schedule.handle_request(request(1, 300, 100)).expect("it fits");
+    let plan = schedule.poll_step().expect("a step");
+    assert!(schedule.pages_used() > 0);
+    schedule.handle_cancel(SeqId(1));
+    draw(&mut schedule, &plan);
+    let plan = schedule.poll_step().expect("a step that releases");
+    assert!(plan.rows.is_empty() && plan.operations.len() == 1);
+    assert_eq!(schedule.pages_used(), 0);
+    draw(&mut schedule, &plan);
+    assert_eq!(schedule.poll_step(), None);
+}
+
+#[test]
+fn a_prompt_that_can_never_run_is_refused() {
+    let mut schedule = Schedule::new(limits());
+    assert!(schedule.handle_request(request(1, 0, 1)).is_err());
+    assert!(schedule.handle_request(request(1, 1024, 1)).is_err());
+    assert!(schedule.handle_request(request(1, 1023, 1)).is_ok());
+}

@@ -1,0 +1,147 @@
+//! Device: one compute device of this node.
+//!
+//! - owns: the shards on it, and how often each failed lately;
+//! - receives: shards to start, instances to stop;
+//! - emits: the loss of a shard, to its instance;
+//! - dies when: the node stops;
+//! - supervised by: the node.
+
+use crate::core::supervise::{FailureHistory, Fallback, Verdict};
+use crate::core::view::{Fact, InstanceId};
+use crate::instance::InstanceMsg;
+use crate::node::Facts;
+use crate::shard::{Shard, ShardArgs, ShardFailure, ShardTask};
+use exo_engines::EngineError;
+use exo_engines::engine::{DeviceReport, EngineFactory};
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub type DeviceRef = ActorRef<DeviceMsg>;
+
+#[derive(Debug)]
+pub enum DeviceMsg {
+    /// Starts a shard; on this device, whatever device the task names.
+    Start(ShardTask),
+    /// Stops all shards of an instance.
+    StopInstance(InstanceId),
+}
+
+#[derive(Debug)]
+pub struct DeviceArgs {
+    pub report: DeviceReport,
+    pub factory: Arc<dyn EngineFactory>,
+    /// Where shards go when this device is lost.
+    pub fallback: Option<DeviceRef>,
+    pub facts: Facts,
+}
+
+#[derive(Debug)]
+pub struct DeviceState {
+    args: DeviceArgs,
+    started: Instant,
+    shards: HashMap<ActorId, (ActorCell, ShardTask)>,
+    histories: HashMap<(InstanceId, usize), FailureHistory>,
+}
+
+#[derive(Debug)]
+pub struct Device;
+
+impl Actor for Device {
+    type Msg = DeviceMsg;
+    type State = DeviceState;
+    type Arguments = DeviceArgs;
+
+    async fn pre_start(&self, _: DeviceRef, args: DeviceArgs) -> Result<DeviceState, ActorProcessingErr> {
+        args.facts.tell(Fact::DeviceFound(args.report.clone()));
+        Ok(DeviceState { args, started: Instant::now(), shards: HashMap::new(), histories: HashMap::new() })
+    }
+
+    async fn handle(
+        &self,
+        myself: DeviceRef,
+        message: DeviceMsg,
+        state: &mut DeviceState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            DeviceMsg::Start(task) => state.start(&myself, task).await,
+            DeviceMsg::StopInstance(instance) => state.stop_instance(instance),
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        myself: DeviceRef,
+        event: SupervisionEvent,
+        state: &mut DeviceState,
+    ) -> Result<(), ActorProcessingErr> {
+        match event {
+            SupervisionEvent::ActorFailed(who, error) => {
+                let error = match error.downcast_ref::<ShardFailure>() {
+                    Some(failure) => failure.error.clone(),
+                    None => EngineError::Panicked { what: error.to_string() },
+                };
+                state.on_failure(&myself, who.get_id(), error);
+            }
+            SupervisionEvent::ActorTerminated(who, _, _) => drop(state.shards.remove(&who.get_id())),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+impl DeviceState {
+    async fn start(&mut self, myself: &DeviceRef, mut task: ShardTask) {
+        task.host.device = self.args.report.id.clone();
+        task.host.factory = Arc::clone(&self.args.factory);
+        let args = ShardArgs { task: task.clone(), facts: self.args.facts.clone() };
+        match Shard::spawn_linked(None, Shard, args, myself.get_cell()).await {
+            Ok((shard, _)) => drop(self.shards.insert(shard.get_id(), (shard.get_cell(), task))),
+            Err(error) => {
+                let error = EngineError::Device { device: self.args.report.id.to_string(), what: error.to_string() };
+                self.decide(myself, task, error);
+            }
+        }
+    }
+
+    fn stop_instance(&mut self, instance: InstanceId) {
+        self.histories.retain(|(other, _), _| *other != instance);
+        for (cell, task) in self.shards.values() {
+            if task.instance == instance {
+                cell.stop(None);
+            }
+        }
+    }
+
+    fn on_failure(&mut self, myself: &DeviceRef, who: ActorId, error: EngineError) {
+        let Some((_, task)) = self.shards.remove(&who) else { return };
+        self.args.facts.tell(Fact::ShardFailed {
+            instance: task.instance,
+            stage: task.stage,
+            error: error.to_string(),
+        });
+        let _ = task.owner.send_message(InstanceMsg::ShardDown { stage: task.stage, error: error.clone() });
+        self.decide(myself, task, error);
+    }
+
+    fn decide(&mut self, myself: &DeviceRef, task: ShardTask, error: EngineError) {
+        let fallback = if self.args.fallback.is_some() { Fallback::Available } else { Fallback::None };
+        let history = self.histories.entry((task.instance, task.stage)).or_default();
+        let verdict = history.decide(self.started.elapsed(), error.class(), fallback);
+        tracing::warn!(
+            instance = %task.instance, stage = task.stage, device = %self.args.report.id, class = ?error.class(),
+            %error, remedy = error.remedy(), ?verdict, "shard failed"
+        );
+        match (verdict, &self.args.fallback) {
+            (Verdict::Restart { after }, _) => drop(myself.send_after(after, move || DeviceMsg::Start(task))),
+            (Verdict::FallBack, Some(device)) => {
+                let _ = device.send_message(DeviceMsg::Start(task));
+            }
+            (Verdict::FallBack | Verdict::Replan | Verdict::Stop, _) => {
+                let _ = task.owner.send_message(InstanceMsg::ShardLost { stage: task.stage, error });
+            }
+        }
+    }
+}

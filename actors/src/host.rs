@@ -1,0 +1,228 @@
+//! An engine on a thread of its own, and the frames that pass from shard to shard.
+//!
+//! ```text
+//! head ─Frame─► thread of stage 0 ─Frame─► … ─► thread of the last stage, with the sampler ─StepResult─► head
+//! ```
+//! The engine is made, used and dropped on its thread. A step crosses no actor on its way: each thread hands its
+//! output to the next. What an engine does wrong, a panic included, ends its thread and is reported once.
+
+use crate::core::schedule::SamplerOperation;
+use exo_engines::engine::{
+    DeviceId, EngineFactory, Incarnation, Input, LoadProgress, LoadReport, OutputRows, Row, SeqId, ShardSpec, Step,
+    StepId, WarmUpReport,
+};
+use exo_engines::model::WeightSource;
+use exo_engines::sampler::{SampleError, Sampled, Sampler, TokenSampler};
+use exo_engines::{Engine, EngineError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::time::{Duration, Instant};
+
+/// Commands that a thread may have waiting. The head keeps at most one frame per stage in flight, and a rewiring
+/// comes once per life, so this is never full while the thread is well.
+const COMMANDS_MAX: usize = 64;
+/// Progress is for people: more often than this is of no use to them.
+const PROGRESS_EVERY: Duration = Duration::from_millis(50);
+
+/// A step on its way through the shards.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Frame {
+    pub step: Step,
+    pub input: Input,
+    /// For the sampler beside the last shard.
+    pub samplers: Vec<SamplerOperation>,
+}
+
+/// What a step came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepResult {
+    pub incarnation: Incarnation,
+    pub id: StepId,
+    /// For each row that wanted a token.
+    pub tokens: Vec<(SeqId, Result<Sampled, SampleError>)>,
+}
+
+/// Where a shard's output goes.
+#[derive(Clone)]
+pub enum Next {
+    Shard(EnginePort),
+    /// To the head. Never blocks.
+    Head(Arc<dyn Fn(StepResult) + Send + Sync>),
+}
+
+impl std::fmt::Debug for Next {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Shard(_) => "Shard",
+            Self::Head(_) => "Head",
+        })
+    }
+}
+
+enum Command {
+    Wire { incarnation: Incarnation, next: Next },
+    Frame(Box<Frame>),
+    Stop,
+}
+
+/// A handle on an engine's thread.
+#[derive(Clone)]
+pub struct EnginePort {
+    commands: SyncSender<Command>,
+}
+
+impl std::fmt::Debug for EnginePort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("EnginePort")
+    }
+}
+
+/// The thread does not take commands: it has ended, or hangs with a full queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the engine's thread does not answer")]
+pub struct PortClosed;
+
+impl EnginePort {
+    /// Begins a life: frames of another are dropped from now on.
+    pub fn wire(&self, incarnation: Incarnation, next: Next) -> Result<(), PortClosed> {
+        self.command(Command::Wire { incarnation, next })
+    }
+
+    /// Sends a frame. Never blocks.
+    pub fn send(&self, frame: Frame) -> Result<(), PortClosed> {
+        self.command(Command::Frame(Box::new(frame)))
+    }
+
+    /// Ends the thread when it has done what it is at.
+    pub fn stop(&self) {
+        // A thread that takes no more commands has ended, or will never.
+        let _ = self.command(Command::Stop);
+    }
+
+    fn command(&self, command: Command) -> Result<(), PortClosed> {
+        self.commands.try_send(command).map_err(|error| match error {
+            TrySendError::Full(_) | TrySendError::Disconnected(_) => PortClosed,
+        })
+    }
+}
+
+/// What an engine's thread reports to its shard.
+#[derive(Debug, Clone)]
+pub enum HostEvent {
+    Progress(LoadProgress),
+    Loaded {
+        report: LoadReport,
+        warm_up: WarmUpReport,
+    },
+    /// The thread has ended.
+    Failed(EngineError),
+}
+
+/// What a thread is to do.
+#[derive(Debug, Clone)]
+pub struct HostTask {
+    pub factory: Arc<dyn EngineFactory>,
+    pub device: DeviceId,
+    pub spec: ShardSpec,
+    pub weights: Arc<WeightSource>,
+}
+
+/// Starts a thread that loads and then serves.
+///
+/// # Errors
+/// The operating system's, where it gives no thread.
+pub fn start(task: HostTask, on: impl Fn(HostEvent) + Send + 'static) -> std::io::Result<EnginePort> {
+    let (commands, receiver) = sync_channel(COMMANDS_MAX);
+    let name = format!("shard-{}-{}", task.spec.layers.start, task.spec.layers.end);
+    std::thread::Builder::new().name(name).spawn(move || {
+        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&task, &receiver, &on)));
+        let error = match outcome {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error,
+            Err(panic) => EngineError::Panicked { what: panic_text(&*panic) },
+        };
+        on(HostEvent::Failed(error));
+    })?;
+    Ok(EnginePort { commands })
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}
+
+fn serve(task: &HostTask, commands: &Receiver<Command>, on: &impl Fn(HostEvent)) -> Result<(), EngineError> {
+    let mut engine = task.factory.open(&task.device)?;
+    let mut told: Option<Instant> = None;
+    let report = engine.load(&task.spec, &task.weights, &mut |progress| {
+        let is_last = progress.loaded_bytes >= progress.total_bytes;
+        if is_last || told.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {
+            told = Some(Instant::now());
+            on(HostEvent::Progress(progress));
+        }
+    })?;
+    let warm_up = engine.warm_up()?;
+    on(HostEvent::Loaded { report, warm_up });
+    let mut life: Option<(Incarnation, Next)> = None;
+    let mut sampler = TokenSampler::default();
+    let vocabulary = task.spec.architecture.vocabulary;
+    while let Ok(command) = commands.recv() {
+        match command {
+            Command::Stop => break,
+            Command::Wire { incarnation, next } => {
+                sampler = TokenSampler::default();
+                life = Some((incarnation, next));
+            }
+            Command::Frame(frame) => match &life {
+                Some((incarnation, next)) if *incarnation == frame.step.incarnation => {
+                    pass(&mut *engine, &mut sampler, vocabulary, *frame, next)?;
+                }
+                _ => tracing::debug!(epoch = frame.step.incarnation.epoch, "dropped a frame of another life"),
+            },
+        }
+    }
+    Ok(())
+}
+
+/// One frame through the engine, and on to the next.
+fn pass(
+    engine: &mut dyn Engine,
+    sampler: &mut dyn Sampler,
+    vocabulary: usize,
+    frame: Frame,
+    next: &Next,
+) -> Result<(), EngineError> {
+    let Frame { step, input, samplers } = frame;
+    let output = engine.forward(&step, input)?;
+    match (output.rows, next) {
+        (OutputRows::Hidden(hidden), Next::Shard(port)) => {
+            // A next shard that is gone reports that itself.
+            let _ = port.send(Frame { step, input: Input::Hidden(hidden), samplers });
+            Ok(())
+        }
+        (OutputRows::Logits(logits), Next::Head(head)) => {
+            for operation in samplers {
+                match operation {
+                    SamplerOperation::Open { seq, spec } => sampler.open(seq, spec),
+                    SamplerOperation::Close { seq } => sampler.close(seq),
+                }
+            }
+            let tokens = draw(sampler, &step.rows, &logits, vocabulary);
+            head(StepResult { incarnation: step.incarnation, id: step.id, tokens });
+            Ok(())
+        }
+        _ => Err(EngineError::BadStep { what: "the shard's output does not fit what it is wired to".to_owned() }),
+    }
+}
+
+fn draw(
+    sampler: &mut dyn Sampler,
+    rows: &[Row],
+    logits: &[f32],
+    vocabulary: usize,
+) -> Vec<(SeqId, Result<Sampled, SampleError>)> {
+    let wanting = rows.iter().filter(|row| row.wants_logits);
+    let draws = wanting.zip(logits.chunks_exact(vocabulary));
+    draws.map(|(row, logits)| (row.seq, sampler.sample(row.seq, row.position, logits))).collect()
+}

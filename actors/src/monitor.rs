@@ -1,0 +1,104 @@
+//! Monitor: telemetry of this machine.
+//!
+//! - owns: the sampler of the operating system's counters;
+//! - receives: its own ticks, and what a sampling found;
+//! - emits: facts, and free memory to the planner;
+//! - dies when: the node stops;
+//! - supervised by: the node.
+
+use crate::core::view::{Fact, Machine};
+use crate::node::Facts;
+use crate::planner::{PlannerMsg, PlannerRef};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use std::time::Duration;
+use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
+
+/// How often the machine is measured.
+const EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub enum MonitorMsg {
+    Tick,
+    /// A sampling came back, and the sampler with it.
+    Sampled(Box<System>, Machine),
+}
+
+#[derive(Debug)]
+pub struct MonitorArgs {
+    pub planner: PlannerRef,
+    pub facts: Facts,
+}
+
+#[derive(Debug)]
+pub struct MonitorState {
+    args: MonitorArgs,
+    /// Away while a sampling runs.
+    system: Option<Box<System>>,
+}
+
+#[derive(Debug)]
+pub struct Monitor;
+
+impl Actor for Monitor {
+    type Msg = MonitorMsg;
+    type State = MonitorState;
+    type Arguments = MonitorArgs;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<MonitorMsg>,
+        args: MonitorArgs,
+    ) -> Result<MonitorState, ActorProcessingErr> {
+        myself.send_interval(EVERY, || MonitorMsg::Tick);
+        // A machine that cannot be measured is shown as unknown.
+        let system = System::new().map(Box::new).map_err(|error| tracing::warn!(%error, "no telemetry"));
+        Ok(MonitorState { args, system: system.ok() })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<MonitorMsg>,
+        message: MonitorMsg,
+        state: &mut MonitorState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            MonitorMsg::Tick => {
+                // A sampling that is still out is not doubled.
+                if let Some(mut system) = state.system.take() {
+                    tokio::task::spawn_blocking(move || {
+                        let machine = measure(&mut system);
+                        let _ = myself.send_message(MonitorMsg::Sampled(system, machine));
+                    });
+                }
+            }
+            MonitorMsg::Sampled(system, machine) => {
+                state.system = Some(system);
+                let _ = state.args.planner.send_message(PlannerMsg::MachineMeasured(machine.clone()));
+                state.args.facts.tell(Fact::MachineMeasured(machine));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Measures the machine once.
+pub fn measure_once() -> Machine {
+    System::new().map(|mut system| measure(&mut system)).unwrap_or_default()
+}
+
+/// Measures the machine now; utilisation since the last time.
+fn measure(system: &mut System) -> Machine {
+    system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
+    system.refresh_cpu_usage();
+    let pid = Pid::from_u32(std::process::id());
+    let memory = ProcessRefreshKind::nothing().with_memory();
+    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), true, memory);
+    let known = |bytes: u64| Some(bytes).filter(|&bytes| bytes > 0);
+    let usage = system.global_cpu_usage();
+    Machine {
+        memory_total_bytes: known(system.total_memory()),
+        memory_free_bytes: known(system.available_memory()),
+        process_bytes: system.process(pid).map(sysinfo::Process::memory).and_then(known),
+        cpu_utilisation: usage.is_finite().then_some(usage / 100.0),
+    }
+}

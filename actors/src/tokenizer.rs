@@ -1,0 +1,118 @@
+//! Tokenizer: encoding and chat templates of one model.
+//!
+//! - owns: the model's tokenizer;
+//! - receives: prompts to encode;
+//! - emits: itself to its instance, once it is read; token ids to whoever asked;
+//! - dies when: its instance does;
+//! - supervised by: its instance.
+//!
+//! Decoding needs no actor: a token's bytes are looked up where they are needed.
+
+use crate::instance::{InstanceMsg, InstanceRef};
+use crate::request::{Prompt, RequestError};
+use exo_engines::model::ModelFiles;
+use exo_engines::template::Message;
+use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use std::sync::Arc;
+
+pub type TokenizerRef = ActorRef<TokenizerMsg>;
+
+#[derive(Debug)]
+pub enum TokenizerMsg {
+    /// The tokenizer was read, or not.
+    Opened(Result<Arc<Tokenizer>, String>),
+    Encode {
+        prompt: Prompt,
+        reply: RpcReplyPort<Result<Vec<u32>, RequestError>>,
+    },
+}
+
+#[derive(Debug)]
+pub struct TokenizerArgs {
+    pub files: Arc<ModelFiles>,
+    pub owner: InstanceRef,
+}
+
+#[derive(Debug)]
+pub struct TokenizerState {
+    args: TokenizerArgs,
+    tokenizer: Option<Arc<Tokenizer>>,
+}
+
+#[derive(Debug)]
+pub struct TokenizerActor;
+
+impl Actor for TokenizerActor {
+    type Msg = TokenizerMsg;
+    type State = TokenizerState;
+    type Arguments = TokenizerArgs;
+
+    async fn pre_start(&self, myself: TokenizerRef, args: TokenizerArgs) -> Result<TokenizerState, ActorProcessingErr> {
+        let source = args.files.tokenizer.clone();
+        tokio::task::spawn_blocking(move || {
+            let opened = Tokenizer::open(&source).map(Arc::new).map_err(|error| format!("{error}; {}", error.remedy()));
+            // An instance that is gone needs no tokenizer.
+            let _ = myself.send_message(TokenizerMsg::Opened(opened));
+        });
+        Ok(TokenizerState { args, tokenizer: None })
+    }
+
+    async fn handle(
+        &self,
+        _: TokenizerRef,
+        message: TokenizerMsg,
+        state: &mut TokenizerState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            TokenizerMsg::Opened(opened) => state.on_opened(opened),
+            TokenizerMsg::Encode { prompt, reply } => state.encode(prompt, reply),
+        }
+        Ok(())
+    }
+}
+
+impl TokenizerState {
+    fn on_opened(&mut self, opened: Result<Arc<Tokenizer>, String>) {
+        self.tokenizer = opened.as_ref().ok().cloned();
+        let _ = self.args.owner.send_message(InstanceMsg::TokenizerOpened(opened));
+    }
+
+    fn encode(&self, prompt: Prompt, reply: RpcReplyPort<Result<Vec<u32>, RequestError>>) {
+        let Some(tokenizer) = self.tokenizer.clone() else {
+            let _ = reply.send(Err(RequestError::NotReady));
+            return;
+        };
+        tokio::task::spawn_blocking(move || {
+            // Whoever asked may have gone.
+            let _ = reply.send(ids(&tokenizer, &prompt));
+        });
+    }
+}
+
+fn ids(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>, RequestError> {
+    let bad = |what: String| RequestError::BadPrompt { what };
+    match prompt {
+        Prompt::Tokens(tokens) => {
+            let size = tokenizer.vocabulary();
+            match tokens.iter().find(|&&token| token as usize >= size) {
+                Some(token) => Err(bad(format!("token {token} is outside the vocabulary of {size}"))),
+                None => Ok(tokens.clone()),
+            }
+        }
+        Prompt::Text(text) => tokenizer.encode(text, SpecialTokens::Add).map_err(|e| bad(e.to_string())),
+        Prompt::Chat(messages) => match tokenizer.template() {
+            Some(template) => {
+                let text =
+                    template.render(messages, chrono::Local::now().naive_local()).map_err(|e| bad(e.to_string()))?;
+                tokenizer.encode(&text, SpecialTokens::AreThere).map_err(|e| bad(e.to_string()))
+            }
+            // A base model continues what it is given.
+            None => tokenizer.encode(&plain(messages), SpecialTokens::Add).map_err(|e| bad(e.to_string())),
+        },
+    }
+}
+
+fn plain(messages: &[Message]) -> String {
+    messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n")
+}

@@ -1,0 +1,152 @@
+//! `exo-node bench`: medians of a model's speed, through the whole pipeline.
+
+use super::Outcome;
+use super::progress::Display;
+use super::session::{ModelArguments, StageReport, load, milliseconds, rate, stages};
+use crate::{GenerateRequest, Generated, NodeHandle, Prompt, RequestError, SamplingParams};
+use clap::Args;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  exo-node bench smollm2
+  exo-node bench gemma3-270m --prompt-tokens 512 --generate-tokens 128 --repeat 5 --threads 2 --json")]
+pub(super) struct BenchArguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// Tokens of the prompt
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_tokens: u32,
+    /// Tokens to generate behind it
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
+    generate_tokens: u32,
+    /// Rounds, of which the medians are taken
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    quantization: String,
+    prompt_tokens: u32,
+    generate_tokens: u32,
+    repeat: u32,
+    threads: Option<u32>,
+    prefill_tokens_per_s: f64,
+    decode_tokens_per_s: f64,
+    load_ms: f64,
+    /// Weights in the model's files.
+    file_bytes: u64,
+    peak_memory_bytes: Option<u64>,
+    stages: Vec<StageReport>,
+}
+
+struct Round {
+    prefill: f64,
+    decode: f64,
+}
+
+pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
+    let display = Arc::new(if arguments.json { Display::quiet() } else { Display::new() });
+    let mut model = arguments.model.clone();
+    let wanted = arguments.prompt_tokens + arguments.generate_tokens + 1;
+    model.context = Some(model.context.unwrap_or(0).max(wanted));
+    let node = model.start_node(&display).await?;
+    let loaded = load(&node, &model, &display).await?;
+    let mut rounds = Vec::new();
+    for _ in 0..arguments.repeat {
+        rounds.push(tokio::select! {
+            round = one_round(&node, &arguments, &model, loaded.model.tokenizer.vocabulary()) => round?,
+            _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
+        });
+    }
+    let report = Report {
+        model: model.model.clone(),
+        quantization: loaded.model.model.files.quantization.clone(),
+        prompt_tokens: arguments.prompt_tokens,
+        generate_tokens: arguments.generate_tokens,
+        repeat: arguments.repeat,
+        threads: model.threads,
+        prefill_tokens_per_s: median(rounds.iter().map(|round| round.prefill)),
+        decode_tokens_per_s: median(rounds.iter().map(|round| round.decode)),
+        load_ms: milliseconds(loaded.load),
+        file_bytes: loaded.model.model.files.weight_bytes(),
+        peak_memory_bytes: peak_memory_bytes(),
+        stages: stages(&node, &loaded.model).await?,
+    };
+    print(&report, arguments.json)?;
+    node.shutdown().await;
+    Ok(Outcome::Done)
+}
+
+fn print(report: &Report, json: bool) -> anyhow::Result<()> {
+    if json {
+        println!("{}", serde_json::to_string(report)?);
+        return Ok(());
+    }
+    println!("{} ({}), medians of {} rounds", report.model, report.quantization, report.repeat);
+    println!("prefill  {:10.1} tokens/s ({} tokens)", report.prefill_tokens_per_s, report.prompt_tokens);
+    println!("decode   {:10.1} tokens/s ({} tokens)", report.decode_tokens_per_s, report.generate_tokens);
+    println!("load     {:10.0} ms", report.load_ms);
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    let peak = report.peak_memory_bytes.map_or("unknown".to_owned(), |bytes| format!("{:.0} MB", megabytes(bytes)));
+    println!("memory   {peak} at its peak, for {:.0} MB of weights in the file", megabytes(report.file_bytes));
+    Ok(())
+}
+
+async fn one_round(
+    node: &NodeHandle,
+    arguments: &BenchArguments,
+    model: &ModelArguments,
+    vocabulary: usize,
+) -> anyhow::Result<Round> {
+    // Scattered ids: what the text says has no bearing on the speed.
+    let ids = (0..arguments.prompt_tokens).map(|i| (i.wrapping_mul(7919) + 11) % vocabulary as u32);
+    let request = GenerateRequest {
+        model: model.spec(),
+        prompt: Prompt::Tokens(ids.collect()),
+        params: SamplingParams { logit_bias: BTreeMap::new(), ..SamplingParams::greedy() },
+        max_tokens: Some(arguments.generate_tokens),
+        stop: Vec::new(),
+    };
+    let mut generation = node.generate(request)?;
+    let mut started = Instant::now();
+    let mut times: Vec<Duration> = Vec::new();
+    while let Some(event) = generation.next().await {
+        match event? {
+            Generated::Started { .. } => started = Instant::now(),
+            Generated::Token { .. } => times.push(started.elapsed()),
+            Generated::Finished { .. } => break,
+        }
+    }
+    let (Some(first), Some(last)) = (times.first(), times.last()) else {
+        return Err(RequestError::BadPrompt { what: "the model ended at once".to_owned() }.into());
+    };
+    Ok(Round { prefill: rate(arguments.prompt_tokens as usize, *first), decode: rate(times.len() - 1, *last - *first) })
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => 0.0,
+        length if length % 2 == 1 => values[middle],
+        _ => f64::midpoint(values[middle - 1], values[middle]),
+    }
+}
+
+/// The largest resident memory of this process so far, where the system tells it (Linux: `VmHWM`).
+fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}

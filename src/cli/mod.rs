@@ -1,0 +1,97 @@
+//! The command line: arguments in, a node asked, people or scripts told.
+//!
+//! stdout has the answer (or, with `--json`, one object) and nothing else; progress, summaries and errors go to
+//! stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+mod bench;
+mod models;
+mod perplexity;
+mod progress;
+mod pull;
+mod run;
+mod session;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Every machine you own, one LLM inference cluster.
+#[derive(Debug, Parser)]
+#[command(name = "exo-node", version, arg_required_else_help = true, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Answer a prompt with a model
+    Run(Box<run::RunArguments>),
+    /// Bring a model's files to this machine
+    Pull(pull::PullArguments),
+    /// List the models that are known by name
+    Models(models::ModelsArguments),
+    /// Measure a model's speed on this machine
+    Bench(bench::BenchArguments),
+    /// Measure how well a model predicts a text
+    Perplexity(perplexity::PerplexityArguments),
+}
+
+/// What a command came to.
+enum Outcome {
+    Done,
+    Interrupted,
+}
+
+/// Parses the arguments of this process, and does what they say.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    start_logging();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&anyhow::anyhow!("no runtime could be started: {error}")),
+    };
+    let outcome = runtime.block_on(async {
+        match arguments.command {
+            Command::Run(arguments) => run::run(*arguments).await,
+            Command::Pull(arguments) => pull::run(arguments).await,
+            Command::Models(arguments) => models::run(&arguments),
+            Command::Bench(arguments) => bench::run(arguments).await,
+            Command::Perplexity(arguments) => perplexity::run(arguments),
+        }
+    });
+    // A download or an engine that is at work does not hold up the end.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Interrupted) => ExitCode::from(130),
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error}");
+    for cause in error.chain().skip(1) {
+        eprintln!("  because: {cause}");
+    }
+    let remedy = error.downcast_ref::<exo_actors::RequestError>().map(exo_actors::RequestError::remedy);
+    let remedy =
+        remedy.or_else(|| error.downcast_ref::<exo_engines::EngineError>().map(exo_engines::EngineError::remedy));
+    if let Some(remedy) = remedy {
+        eprintln!("  remedy: {remedy}");
+    }
+    ExitCode::FAILURE
+}
+
+/// Logs go to stderr, as `EXO_LOG` filters them (errors only, where it is not set), and as JSON with
+/// `EXO_LOG_FORMAT=json`.
+fn start_logging() {
+    use tracing_subscriber::EnvFilter;
+    let filter = std::env::var("EXO_LOG").unwrap_or_else(|_| "off".to_owned());
+    let filter = EnvFilter::try_new(&filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if std::env::var("EXO_LOG_FORMAT").is_ok_and(|format| format == "json") {
+        builder.json().init();
+    } else {
+        builder.init();
+    }
+}

@@ -1,0 +1,169 @@
+//! `exo-node perplexity`: e to the mean negative log-probability of a text's tokens.
+//!
+//! llama-perplexity's convention: the text is cut into chunks of the context's length; of each, only the second half
+//! is scored, so that every token scored has at least half a context before it.
+
+use super::Outcome;
+use anyhow::Context;
+use clap::Args;
+use exo_actors::models::ModelError;
+use exo_engines::cpu::CpuFactory;
+use exo_engines::engine::{
+    DeviceId, Engine, EngineFactory, Incarnation, Input, KvElement, Operation, OutputRows, Row, SeqId, ShardSpec, Step,
+    StepId, TensorRank,
+};
+use exo_engines::model::ModelFiles;
+use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
+use serde::Serialize;
+use std::path::PathBuf;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  exo-node perplexity smollm2 /usr/share/common-licenses/GPL-3")]
+pub(super) struct PerplexityArguments {
+    /// Name (of a model that is here), or path
+    model: String,
+    /// Text file
+    file: PathBuf,
+    /// Tokens of a chunk
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(8..=65536))]
+    context: u32,
+    /// Chunks to score at most
+    #[arg(long, value_name = "N")]
+    chunks: Option<usize>,
+    /// Take the first bytes of the file only
+    #[arg(long, value_name = "N")]
+    bytes: Option<usize>,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    perplexity: f64,
+    scored_tokens: usize,
+    chunks: usize,
+    context: u32,
+}
+
+/// Rows that are computed, and whose logits are held, at once.
+const ROWS: usize = 64;
+
+pub(super) fn run(arguments: PerplexityArguments) -> anyhow::Result<Outcome> {
+    let path = locate(&arguments.model)?;
+    let model = ModelFiles::open(&path)?;
+    let tokenizer = Tokenizer::open(&model.tokenizer)?;
+    let text = std::fs::read(&arguments.file).with_context(|| arguments.file.display().to_string())?;
+    let text = &text[..arguments.bytes.unwrap_or(text.len()).min(text.len())];
+    let tokens = tokenizer.encode(&String::from_utf8_lossy(text), SpecialTokens::Add)?;
+    let context = arguments.context as usize;
+    let chunks: Vec<&[u32]> = tokens.chunks_exact(context).take(arguments.chunks.unwrap_or(usize::MAX)).collect();
+    anyhow::ensure!(!chunks.is_empty(), "the text has {} tokens: fewer than one chunk of {context}", tokens.len());
+    let mut engine = open(&arguments, &model)?;
+    let bos = tokenizer.bos().filter(|bos| tokens.first() == Some(bos));
+    let (mut sum, mut scored) = (0.0, 0);
+    for (number, chunk) in chunks.iter().enumerate() {
+        let mut chunk = chunk.to_vec();
+        // A model that begins texts with a token of their own sees it at the start of every chunk.
+        if let Some(bos) = bos {
+            chunk[0] = bos;
+        }
+        let (chunk_sum, chunk_scored) = score(&mut *engine, SeqId(number as u64), &chunk)?;
+        sum += chunk_sum;
+        scored += chunk_scored;
+        if !arguments.json {
+            eprintln!("[{}] {:.4}", number + 1, (sum / scored as f64).exp());
+        }
+    }
+    let report = Report {
+        model: arguments.model,
+        perplexity: (sum / scored as f64).exp(),
+        scored_tokens: scored,
+        chunks: chunks.len(),
+        context: arguments.context,
+    };
+    if arguments.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        println!("perplexity {:.4} over {} tokens in {} chunks", report.perplexity, scored, report.chunks);
+    }
+    Ok(Outcome::Done)
+}
+
+fn locate(model: &str) -> anyhow::Result<PathBuf> {
+    let folders = crate::Directories::from_environment()?.models;
+    let named = crate::CATALOGUE.iter().find(|entry| entry.name.eq_ignore_ascii_case(model));
+    let in_folders = named.and_then(|entry| folders.iter().map(|folder| folder.join(entry.file)).find(|p| p.is_file()));
+    let path = PathBuf::from(model);
+    match (path.exists(), in_folders) {
+        (true, _) => Ok(path),
+        (false, Some(path)) => Ok(path),
+        (false, None) if named.is_some() => {
+            anyhow::bail!("{model} is not on this machine: `exo-node pull {model}` first")
+        }
+        (false, None) => Err(crate::RequestError::from(ModelError::Unknown { model: model.to_owned() }).into()),
+    }
+}
+
+fn open(arguments: &PerplexityArguments, model: &ModelFiles) -> anyhow::Result<Box<dyn Engine>> {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let factory = CpuFactory::new(arguments.threads.map_or(cores, |threads| threads as usize));
+    let mut engine = factory.open(&DeviceId(CpuFactory::DEVICE.to_owned()))?;
+    let spec = ShardSpec {
+        architecture: model.architecture.clone(),
+        layers: 0..model.architecture.layers.len(),
+        tensor: TensorRank::WHOLE,
+        kv_element: KvElement::F16,
+        kv_pages: exo_engines::decoder::pages_for(arguments.context),
+    };
+    engine.load(&spec, &model.weights, &mut |_| {})?;
+    Ok(engine)
+}
+
+/// The sum of negative log-probabilities of the chunk's second half, and how many tokens it has.
+fn score(engine: &mut dyn Engine, seq: SeqId, chunk: &[u32]) -> anyhow::Result<(f64, usize)> {
+    let half = chunk.len() / 2;
+    let (mut sum, mut scored) = (0.0, 0);
+    for start in (0..chunk.len()).step_by(ROWS) {
+        let part = &chunk[start..(start + ROWS).min(chunk.len())];
+        let scores = |position: usize| position >= half && position + 1 < chunk.len();
+        let positions = start..start + part.len();
+        let row = |position: usize| Row { seq, position: position as u32, wants_logits: scores(position) };
+        let logits = forward(engine, Vec::new(), positions.clone().map(row).collect(), part.to_vec())?;
+        let wanted: Vec<usize> = positions.filter(|&position| scores(position)).collect();
+        if wanted.is_empty() {
+            continue;
+        }
+        for (position, logits) in wanted.iter().zip(logits.chunks_exact(logits.len() / wanted.len())) {
+            sum += negative_logprob(logits, chunk[position + 1]);
+            scored += 1;
+        }
+    }
+    forward(engine, vec![Operation::Release { seq }], Vec::new(), Vec::new())?;
+    Ok((sum, scored))
+}
+
+fn forward(
+    engine: &mut dyn Engine,
+    operations: Vec<Operation>,
+    rows: Vec<Row>,
+    tokens: Vec<u32>,
+) -> anyhow::Result<Vec<f32>> {
+    let incarnation = Incarnation { epoch: 1, owner: [0; 32] };
+    let step = Step { incarnation, id: StepId(0), operations, rows };
+    match engine.forward(&step, Input::Tokens(tokens))?.rows {
+        OutputRows::Logits(logits) => Ok(logits),
+        OutputRows::Hidden(_) => anyhow::bail!("the engine has no last layer"),
+    }
+}
+
+fn negative_logprob(logits: &[f32], token: u32) -> f64 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+    f64::from(largest) + sum.ln() - f64::from(logits[token as usize])
+}

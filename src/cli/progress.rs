@@ -1,0 +1,89 @@
+//! Bars and notes on stderr; nothing where it is no terminal, but for what a reader of a log wants to know.
+
+use crate::Progress;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+/// What a command shows while it works.
+#[derive(Debug)]
+pub(super) struct Display {
+    bar: Mutex<ProgressBar>,
+    is_quiet: bool,
+}
+
+impl Display {
+    pub(super) fn new() -> Self {
+        Self::with(false)
+    }
+
+    /// Shows nothing but errors.
+    pub(super) fn quiet() -> Self {
+        Self::with(true)
+    }
+
+    fn with(is_quiet: bool) -> Self {
+        Self { bar: Mutex::new(ProgressBar::hidden()), is_quiet }
+    }
+
+    fn note(&self, text: &str) {
+        if !self.is_quiet {
+            self.clear();
+            eprintln!("{text}");
+        }
+    }
+
+    /// Shows how a model is fetched.
+    pub(super) fn fetch(&self, progress: Progress) {
+        match progress {
+            Progress::Trying { model, source } => self.note(&format!("fetching {model} from {source}")),
+            Progress::Failed { source, reason } => self.note(&format!("{source} failed: {reason}")),
+            Progress::Fetching { fetched_bytes, total_bytes } => self.bytes("fetching", fetched_bytes, total_bytes),
+            Progress::Verifying => self.bytes("verifying", 0, None),
+            Progress::Fetched { path, source } => {
+                self.note(&format!("fetched from {source} to {}", path.display()));
+            }
+        }
+    }
+
+    /// Shows how far a load is.
+    pub(super) fn load(&self, loaded_bytes: u64, total_bytes: u64) {
+        if total_bytes > 0 {
+            self.bytes("loading", loaded_bytes, Some(total_bytes));
+        }
+    }
+
+    /// Takes the bar away.
+    pub(super) fn clear(&self) {
+        let mut bar = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
+        bar.finish_and_clear();
+        *bar = ProgressBar::hidden();
+    }
+
+    fn bytes(&self, what: &'static str, done: u64, total: Option<u64>) {
+        if self.is_quiet || !std::io::stderr().is_terminal() {
+            return;
+        }
+        let mut bar = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
+        if bar.is_hidden() || bar.message() != what {
+            bar.finish_and_clear();
+            *bar = new_bar(total).with_message(what);
+        }
+        bar.set_position(done);
+    }
+}
+
+fn new_bar(total: Option<u64>) -> ProgressBar {
+    let (bar, template) = match total {
+        Some(total) => (ProgressBar::new(total), "{msg} {bar:32} {bytes} of {total_bytes}, {bytes_per_sec}"),
+        None => (ProgressBar::new_spinner(), "{spinner} {msg} {bytes}"),
+    };
+    bar.set_draw_target(ProgressDrawTarget::stderr());
+    bar.enable_steady_tick(Duration::from_millis(100));
+    // The templates are constants; the default style would do, too.
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}

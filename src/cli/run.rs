@@ -1,0 +1,283 @@
+//! `exo-node run`: one prompt, one answer.
+
+use super::Outcome;
+use super::progress::Display;
+use super::session::{Loaded, ModelArguments, StageReport, load, milliseconds, rate, stages};
+use crate::{
+    FinishReason, GenerateRequest, Generated, Generation, Message, Prompt, RequestError, Role, SamplingParams,
+};
+use clap::Args;
+use serde::Serialize;
+use std::io::{IsTerminal, Read, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  exo-node run smollm2 \"Why is the sky blue?\"
+  exo-node run gemma3-270m --raw --max-tokens 40 \"Once upon a time\"
+  git log -5 | exo-node run qwen3-4b --system \"Summarise.\" -
+  exo-node run smollm2 --json --seed 7 --temperature 0.8 \"Hello\" | jq .text")]
+pub(super) struct RunArguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// The prompt; `-`, or none where stdin is no terminal, reads it from stdin
+    prompt: Option<String>,
+    /// Continue the prompt as it is, without the model's chat template
+    #[arg(long)]
+    raw: bool,
+    /// What the model is told before the prompt
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    system: Option<String>,
+    /// Tokens to generate at most [default: until the model ends, or the context is full]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: Option<u32>,
+    /// 0 takes the likeliest token every time; higher is more varied
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+    /// Draw from the K likeliest tokens only; 0: from all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: u32,
+    /// Draw from the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Draw from tokens with at least this share of the likeliest's probability
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+    /// Make tokens that were there before less likely; 1: no change
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    repeat_penalty: f32,
+    /// End the answer at this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Draws the same tokens again for the same seed [default: another each time]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Report each token's log-probability, and those of the N likeliest (with --json)
+    #[arg(long, value_name = "N")]
+    logprobs: Option<u32>,
+    /// Print one JSON object, and nothing else, on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    text: String,
+    prompt_token_ids: Vec<u32>,
+    token_ids: Vec<u32>,
+    logprobs: Vec<TokenReport>,
+    finish_reason: FinishReason,
+    prompt_tokens: usize,
+    generated_tokens: usize,
+    load_ms: f64,
+    ttft_ms: f64,
+    prefill_tokens_per_s: f64,
+    decode_tokens_per_s: f64,
+    model: String,
+    quantization: String,
+    stages: Vec<StageReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct TokenReport {
+    id: u32,
+    token: String,
+    logprob: f32,
+    top_logprobs: Vec<TopReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct TopReport {
+    id: u32,
+    token: String,
+    logprob: f32,
+}
+
+/// An answer, as far as it came.
+#[derive(Debug, Default)]
+struct Answer {
+    text: String,
+    prompt_tokens: Vec<u32>,
+    tokens: Vec<TokenReport>,
+    finish: Option<FinishReason>,
+    first_token: Option<Duration>,
+    last_token: Option<Duration>,
+}
+
+pub(super) async fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
+    let display = Arc::new(if arguments.json { Display::quiet() } else { Display::new() });
+    let prompt = read_prompt(arguments.prompt.as_deref())?;
+    let params = arguments.params();
+    params.check().map_err(RequestError::from)?;
+    if prompt.is_empty() {
+        return Err(RequestError::BadPrompt { what: "it is empty".to_owned() }.into());
+    }
+    let node = arguments.model.start_node(&display).await?;
+    let loaded = tokio::select! {
+        loaded = load(&node, &arguments.model, &display) => loaded?,
+        _ = tokio::signal::ctrl_c() => {
+            display.clear();
+            return Ok(Outcome::Interrupted);
+        }
+    };
+    if loaded.model.tokenizer.template().is_none() && !arguments.raw && !arguments.json {
+        eprintln!("{} is a base model without a chat template: it continues the prompt plainly", arguments.model.model);
+    }
+    let generation = node.generate(arguments.request(prompt, params))?;
+    let started = Instant::now();
+    let mut answer = Answer::default();
+    let interrupted = tokio::select! {
+        outcome = answer.collect(generation, started, !arguments.json) => { outcome?; false }
+        _ = tokio::signal::ctrl_c() => true,
+    };
+    if arguments.json && !interrupted {
+        let stages = stages(&node, &loaded.model).await?;
+        println!("{}", serde_json::to_string(&answer.report(&loaded, stages, arguments.logprobs.is_some()))?);
+    } else if !arguments.json {
+        println!();
+        eprintln!("{}", answer.summary(&loaded));
+    }
+    node.shutdown().await;
+    Ok(if interrupted { Outcome::Interrupted } else { Outcome::Done })
+}
+
+fn read_prompt(argument: Option<&str>) -> anyhow::Result<String> {
+    match argument {
+        Some("-") => {}
+        Some(prompt) => return Ok(prompt.to_owned()),
+        None if std::io::stdin().is_terminal() => {
+            return Err(RequestError::BadPrompt { what: "there is none".to_owned() }.into());
+        }
+        None => {}
+    }
+    let mut prompt = String::new();
+    let limit = exo_engines::tokenizer::TEXT_BYTES_MAX as u64 + 1;
+    std::io::stdin().take(limit).read_to_string(&mut prompt)?;
+    Ok(prompt)
+}
+
+impl RunArguments {
+    fn params(&self) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repeat_penalty,
+            seed: self.seed.unwrap_or_else(fresh_seed),
+            top_logprobs: self.logprobs.unwrap_or(0),
+            ..SamplingParams::greedy()
+        }
+    }
+
+    fn request(&self, prompt: String, params: SamplingParams) -> GenerateRequest {
+        let prompt = if self.raw {
+            Prompt::Text(prompt)
+        } else {
+            let system = self.system.clone().map(|content| Message { role: Role::System, content });
+            let user = Message { role: Role::User, content: prompt };
+            Prompt::Chat(system.into_iter().chain([user]).collect())
+        };
+        GenerateRequest {
+            model: self.model.spec(),
+            prompt,
+            params,
+            max_tokens: self.max_tokens,
+            stop: self.stop.clone(),
+        }
+    }
+}
+
+/// The clock, mixed with the process: two runs differ.
+fn fresh_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // std's hasher is keyed at random in each process.
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+impl Answer {
+    async fn collect(&mut self, mut generation: Generation, started: Instant, shows: bool) -> anyhow::Result<()> {
+        while let Some(event) = generation.next().await {
+            match event? {
+                Generated::Started { prompt_tokens } => self.prompt_tokens = prompt_tokens,
+                Generated::Token { sampled, names, text } => {
+                    let now = started.elapsed();
+                    self.first_token.get_or_insert(now);
+                    self.last_token = Some(now);
+                    self.add(&text, shows)?;
+                    let mut names = names.into_iter();
+                    let token = names.next().unwrap_or_default();
+                    let top = sampled.top_logprobs.iter().zip(names);
+                    self.tokens.push(TokenReport {
+                        id: sampled.token,
+                        token,
+                        logprob: sampled.logprob,
+                        top_logprobs: top.map(|(&(id, logprob), token)| TopReport { id, token, logprob }).collect(),
+                    });
+                }
+                Generated::Finished { reason, text } => {
+                    self.add(&text, shows)?;
+                    self.finish = Some(reason);
+                    return Ok(());
+                }
+            }
+        }
+        Err(RequestError::ShuttingDown.into())
+    }
+
+    fn add(&mut self, text: &str, shows: bool) -> std::io::Result<()> {
+        self.text.push_str(text);
+        if shows && !text.is_empty() {
+            let mut out = std::io::stdout().lock();
+            out.write_all(text.as_bytes())?;
+            out.flush()?;
+        }
+        Ok(())
+    }
+
+    fn decode_rate(&self) -> f64 {
+        match (self.first_token, self.last_token) {
+            (Some(first), Some(last)) => rate(self.tokens.len().saturating_sub(1), last - first),
+            _ => 0.0,
+        }
+    }
+
+    fn report(self, loaded: &Loaded, stages: Vec<StageReport>, wants_logprobs: bool) -> Report {
+        let first = self.first_token.unwrap_or_default();
+        Report {
+            decode_tokens_per_s: self.decode_rate(),
+            token_ids: self.tokens.iter().map(|token| token.id).collect(),
+            prompt_tokens: self.prompt_tokens.len(),
+            generated_tokens: self.tokens.len(),
+            load_ms: milliseconds(loaded.load),
+            ttft_ms: milliseconds(first),
+            prefill_tokens_per_s: rate(self.prompt_tokens.len(), first),
+            text: self.text,
+            prompt_token_ids: self.prompt_tokens,
+            logprobs: if wants_logprobs { self.tokens } else { Vec::new() },
+            finish_reason: self.finish.unwrap_or(FinishReason::Stop),
+            model: loaded.model.model.name.clone(),
+            quantization: loaded.model.model.files.quantization.clone(),
+            stages,
+        }
+    }
+
+    fn summary(&self, loaded: &Loaded) -> String {
+        let devices: Vec<String> = loaded.model.placement.stages.iter().map(|stage| stage.device.to_string()).collect();
+        let shards = devices.len();
+        let mut distinct = devices;
+        distinct.dedup();
+        format!(
+            "{} prompt + {} generated tokens, first after {:.0} ms, then {:.1} tokens/s, on {} in {shards} shard{}, loaded in {:.0} ms",
+            self.prompt_tokens.len(),
+            self.tokens.len(),
+            milliseconds(self.first_token.unwrap_or_default()),
+            self.decode_rate(),
+            distinct.join(", "),
+            if shards == 1 { "" } else { "s" },
+            milliseconds(loaded.load),
+        )
+    }
+}

@@ -1,0 +1,123 @@
+//! What the commands that run a model share: choosing it, starting a node, showing how it loads.
+
+use super::progress::Display;
+use crate::{DeviceId, Fact, ModelSpec, Node, NodeHandle, Phase};
+use clap::Args;
+use exo_actors::planner::RunningModel;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Which model, and on what.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ModelArguments {
+    /// Name, path to a .gguf file or to a folder with safetensors, or hub name (owner/name, owner/name:file.gguf)
+    pub(super) model: String,
+    /// Split the model over this many shards
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) shards: Option<u32>,
+    /// Threads of each engine of this process [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(super) threads: Option<u32>,
+    /// Device to run on, such as cpu or candle:cpu [default: the best there is]
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<String>,
+    /// Tokens of prompt and answer together [default: the model's, at most 4096]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) context: Option<u32>,
+    /// Folder of this node's identity and settings; models lie in the shared cache
+    #[arg(long, value_name = "FOLDER")]
+    pub(super) data_dir: Option<PathBuf>,
+}
+
+impl ModelArguments {
+    pub(super) fn spec(&self) -> ModelSpec {
+        ModelSpec {
+            model: self.model.clone(),
+            shards: self.shards.map(|shards| shards as usize),
+            device: self.device.clone().map(DeviceId),
+            context_tokens: self.context,
+        }
+    }
+
+    /// A node for this command.
+    pub(super) async fn start_node(&self, display: &Arc<Display>) -> anyhow::Result<NodeHandle> {
+        let mut builder = Node::builder();
+        if let Some(threads) = self.threads {
+            builder = builder.threads(threads as usize);
+        }
+        if let Some(folder) = &self.data_dir {
+            builder = builder.data_dir(folder);
+        }
+        let display = Arc::clone(display);
+        Ok(builder.on_fetch(move |progress| display.fetch(progress)).start().await?)
+    }
+}
+
+/// A model that is loaded, and how long that took.
+pub(super) struct Loaded {
+    pub(super) model: RunningModel,
+    pub(super) load: Duration,
+}
+
+/// Loads the model, and shows how far it is.
+pub(super) async fn load(node: &NodeHandle, arguments: &ModelArguments, display: &Display) -> anyhow::Result<Loaded> {
+    let mut facts = node.subscribe().await?;
+    let loading = node.load(arguments.spec());
+    tokio::pin!(loading);
+    // Measured from the placement: a download is no part of a load.
+    let mut placed = Instant::now();
+    let model = loop {
+        tokio::select! {
+            model = &mut loading => break model?,
+            fact = facts.next() => {
+                if let Ok(Some(Fact::InstancePlaced { .. })) = fact {
+                    placed = Instant::now();
+                }
+                if let Some(Phase::Loading { loaded_bytes, total_bytes }) =
+                    facts.state().instances.values().next_back().map(|instance| instance.phase.clone())
+                {
+                    display.load(loaded_bytes, total_bytes);
+                }
+            }
+        }
+    };
+    display.clear();
+    Ok(Loaded { model, load: placed.elapsed() })
+}
+
+/// A shard of the pipeline, as scripts see it.
+#[derive(Debug, Serialize)]
+pub(super) struct StageReport {
+    node: String,
+    device: String,
+    engine: String,
+    /// First, and the one behind the last.
+    layers: [usize; 2],
+}
+
+pub(super) async fn stages(node: &NodeHandle, model: &RunningModel) -> anyhow::Result<Vec<StageReport>> {
+    let state = node.state().await?;
+    let engine_of = |device: &DeviceId| {
+        let report = state.devices.iter().find(|report| report.id == *device);
+        report.map(|report| report.engine.clone()).unwrap_or_default()
+    };
+    let stages = model.placement.stages.iter().map(|stage| StageReport {
+        node: stage.node.to_string(),
+        device: stage.device.to_string(),
+        engine: engine_of(&stage.device),
+        layers: [stage.layers.start, stage.layers.end],
+    });
+    Ok(stages.collect())
+}
+
+pub(super) fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// Things per second; 0 where no time passed.
+pub(super) fn rate(count: usize, duration: Duration) -> f64 {
+    let seconds = duration.as_secs_f64();
+    if seconds > 0.0 { count as f64 / seconds } else { 0.0 }
+}

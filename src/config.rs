@@ -1,0 +1,57 @@
+//! Where things are. Read once, here: nothing below looks at the environment.
+
+use std::path::PathBuf;
+
+/// Folders and settings of a user on this machine.
+#[derive(Debug, Clone)]
+pub struct Directories {
+    /// Identity and settings (`EXO_DATA_DIR`, else XDG's data home).
+    pub data: PathBuf,
+    /// Models folders, the first for downloads (`EXO_MODELS_DIR`, else XDG's cache home; several with `:`).
+    pub models: Vec<PathBuf>,
+    /// The Hugging Face client's cache (`HF_HUB_CACHE`, `HF_HOME`, else its own default).
+    pub hub_cache: PathBuf,
+    /// `HF_ENDPOINT`.
+    pub hub_endpoint: Option<String>,
+    /// `HF_TOKEN`, else the token that the hub's own tools have kept.
+    pub hub_token: Option<String>,
+    /// `HF_HUB_OFFLINE`.
+    pub is_offline: bool,
+}
+
+/// Why the environment tells no folders.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no home folder is known: set HOME, or EXO_DATA_DIR and EXO_MODELS_DIR")]
+pub struct ConfigError;
+
+impl Directories {
+    /// As the environment has it.
+    ///
+    /// # Errors
+    /// [`ConfigError`] where there is neither a home nor a variable instead.
+    pub fn from_environment() -> Result<Self, ConfigError> {
+        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let project = directories::ProjectDirs::from("", "", "exo");
+        let data = variable("EXO_DATA_DIR").map(PathBuf::from);
+        let data = data.or_else(|| project.as_ref().map(|dirs| dirs.data_dir().to_owned()));
+        let models = variable("EXO_MODELS_DIR").map(|paths| std::env::split_paths(&paths).collect());
+        let models = models.or_else(|| project.as_ref().map(|dirs| vec![dirs.cache_dir().join("models")]));
+        let home = directories::BaseDirs::new().map(|dirs| dirs.cache_dir().join("huggingface"));
+        let hub_home = variable("HF_HOME").map(PathBuf::from).or(home);
+        let hub_cache = variable("HF_HUB_CACHE").map(PathBuf::from);
+        let hub_cache = hub_cache.or_else(|| hub_home.as_ref().map(|home| home.join("hub")));
+        let kept_token = || {
+            let kept = std::fs::read_to_string(hub_home.as_ref()?.join("token")).ok()?;
+            Some(kept.trim().to_owned()).filter(|token| !token.is_empty())
+        };
+        let is_set = |value: String| !matches!(value.to_ascii_lowercase().as_str(), "0" | "false" | "no" | "off");
+        Ok(Self {
+            data: data.ok_or(ConfigError)?,
+            models: models.ok_or(ConfigError)?,
+            hub_cache: hub_cache.ok_or(ConfigError)?,
+            hub_endpoint: variable("HF_ENDPOINT"),
+            hub_token: variable("HF_TOKEN").or_else(kept_token),
+            is_offline: variable("HF_HUB_OFFLINE").is_some_and(is_set),
+        })
+    }
+}

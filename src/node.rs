@@ -1,0 +1,108 @@
+//! Building a node.
+
+use crate::config::{ConfigError, Directories};
+use exo_actors::models::{ModelsConfig, Progress};
+use exo_actors::{NodeConfig, NodeHandle};
+use exo_engines::candle::CandleFactory;
+use exo_engines::cpu::CpuFactory;
+use exo_engines::engine::EngineFactory;
+use exo_net::{Identity, IdentityError};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A node that is to be started.
+#[derive(Debug)]
+pub struct Node;
+
+impl Node {
+    /// A builder with the defaults of this user and machine.
+    pub fn builder() -> NodeBuilder {
+        NodeBuilder { data_dir: None, models_dirs: None, threads: None, factories: None, progress: Arc::new(|_| {}) }
+    }
+}
+
+/// Settings of a node; what is not set is as the environment has it.
+pub struct NodeBuilder {
+    data_dir: Option<PathBuf>,
+    models_dirs: Option<Vec<PathBuf>>,
+    threads: Option<usize>,
+    factories: Option<Vec<Arc<dyn EngineFactory>>>,
+    progress: Arc<dyn Fn(Progress) + Send + Sync>,
+}
+
+impl std::fmt::Debug for NodeBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NodeBuilder")
+            .field("data_dir", &self.data_dir)
+            .field("models_dirs", &self.models_dirs)
+            .field("threads", &self.threads)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a node could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error("an actor could not be started: {0}")]
+    Actor(String),
+}
+
+impl NodeBuilder {
+    /// Where the node's identity lies.
+    pub fn data_dir(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.data_dir = Some(folder.into());
+        self
+    }
+
+    /// Where models are looked for; downloads go to the first.
+    pub fn models_dirs(mut self, folders: Vec<PathBuf>) -> Self {
+        self.models_dirs = Some(folders);
+        self
+    }
+
+    /// Threads of each CPU engine; all cores where it is not set.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Engines to choose from, best first, in place of the built-in ones.
+    pub fn factories(mut self, factories: Vec<Arc<dyn EngineFactory>>) -> Self {
+        self.factories = Some(factories);
+        self
+    }
+
+    /// Hears how models are fetched. Called from any thread; must not block.
+    pub fn on_fetch(mut self, progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
+        self.progress = Arc::new(progress);
+        self
+    }
+
+    /// Starts the node on the current tokio runtime.
+    ///
+    /// # Errors
+    /// [`StartError`] where the environment tells no folders, or the identity cannot be read.
+    pub async fn start(self) -> Result<NodeHandle, StartError> {
+        let directories = Directories::from_environment()?;
+        let identity = Identity::load_or_create(&self.data_dir.unwrap_or(directories.data))?;
+        let threads =
+            self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
+        let factories =
+            self.factories.unwrap_or_else(|| vec![Arc::new(CpuFactory::new(threads)), Arc::new(CandleFactory)]);
+        let models = ModelsConfig {
+            folders: self.models_dirs.unwrap_or(directories.models),
+            hub_endpoint: directories.hub_endpoint,
+            hub_token: directories.hub_token,
+            hub_cache: directories.hub_cache,
+            is_offline: directories.is_offline,
+            python: "python3".to_owned(),
+            progress: self.progress,
+        };
+        let config = NodeConfig { id: identity.node_id(), factories, models };
+        exo_actors::start(config).await.map_err(|error| StartError::Actor(error.to_string()))
+    }
+}
