@@ -23,7 +23,7 @@ pub type DeviceRef = ActorRef<DeviceMsg>;
 #[derive(Debug)]
 pub enum DeviceMsg {
     /// Starts a shard; on this device, whatever device the task names.
-    Start(ShardTask),
+    Start(Box<ShardTask>),
     /// Stops all shards of an instance.
     StopInstance(InstanceId),
 }
@@ -65,7 +65,7 @@ impl Actor for Device {
         state: &mut DeviceState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            DeviceMsg::Start(task) => state.start(&myself, task).await,
+            DeviceMsg::Start(task) => state.start(&myself, *task).await,
             DeviceMsg::StopInstance(instance) => state.stop_instance(instance),
         }
         Ok(())
@@ -135,9 +135,9 @@ impl DeviceState {
             %error, remedy = error.remedy(), ?verdict, "shard failed"
         );
         match (verdict, &self.args.fallback) {
-            (Verdict::Restart { after }, _) => drop(myself.send_after(after, move || DeviceMsg::Start(task))),
+            (Verdict::Restart { after }, _) => drop(myself.send_after(after, move || DeviceMsg::Start(Box::new(task)))),
             (Verdict::FallBack, Some(device)) => {
-                let _ = device.send_message(DeviceMsg::Start(task));
+                let _ = device.send_message(DeviceMsg::Start(Box::new(task)));
             }
             (Verdict::FallBack | Verdict::Replan | Verdict::Stop, _) => {
                 let _ = task.owner.send_message(InstanceMsg::ShardLost { stage: task.stage, error });

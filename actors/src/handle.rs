@@ -20,17 +20,18 @@ use tokio_util::sync::DropGuard;
 #[derive(Debug)]
 pub struct Generation {
     events: mpsc::Receiver<Result<Generated, RequestError>>,
+    is_over: bool,
     _cancels: DropGuard,
 }
 
 impl Generation {
     pub(crate) fn new(events: mpsc::Receiver<Result<Generated, RequestError>>, cancels: DropGuard) -> Self {
-        Self { events, _cancels: cancels }
+        Self { events, is_over: false, _cancels: cancels }
     }
 
-    /// The next event; `None` behind the last one.
+    /// The next event; `None` behind the last one, which is [`Generated::Finished`] or an error.
     pub async fn next(&mut self) -> Option<Result<Generated, RequestError>> {
-        self.events.recv().await
+        std::future::poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
     }
 }
 
@@ -38,7 +39,17 @@ impl Stream for Generation {
     type Item = Result<Generated, RequestError>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.events.poll_recv(context)
+        if self.is_over {
+            return Poll::Ready(None);
+        }
+        let event = match self.events.poll_recv(context) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Some(event)) => event,
+            // Whoever should have finished the stream is gone.
+            Poll::Ready(None) => Err(RequestError::ShuttingDown),
+        };
+        self.is_over = matches!(event, Err(_) | Ok(Generated::Finished { .. }));
+        Poll::Ready(Some(event))
     }
 }
 

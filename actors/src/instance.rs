@@ -215,7 +215,7 @@ impl InstanceState {
             };
             let task = ShardTask { instance: self.args.id, stage, host, owner: myself.clone() };
             // A device that is gone is noticed by the node, which stops.
-            let _ = device.send_message(DeviceMsg::Start(task));
+            let _ = device.send_message(DeviceMsg::Start(Box::new(task)));
         }
     }
 
@@ -311,8 +311,10 @@ impl InstanceState {
     fn give_up(&mut self, myself: &InstanceRef, what: String, remedy: &'static str) {
         tracing::error!(instance = %self.args.id, what, remedy, "the instance stops");
         let error = RequestError::Engine { what, remedy };
+        // The planner first: whoever tries again because of the failure finds that it knows.
+        let failed = PlannerMsg::InstanceFailed { instance: self.args.id, error: error.clone() };
+        let _ = self.args.planner.send_message(failed);
         self.fail_all(&error);
-        let _ = self.args.planner.send_message(PlannerMsg::InstanceFailed { instance: self.args.id, error });
         myself.stop(None);
     }
 

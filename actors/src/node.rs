@@ -184,7 +184,7 @@ async fn start_devices(
         if is_cpu {
             fallback = Some(device.clone());
         }
-        devices[index] = Some(PlannedDevice { report, device, factory: factory });
+        devices[index] = Some(PlannedDevice { report, device, factory });
     }
     Ok(devices.into_iter().flatten().collect())
 }

@@ -2,6 +2,8 @@
 //!
 //! The fixtures are tiny random models; `fixtures/make.py` makes them.
 
+#![allow(clippy::expect_used)] // A test that cannot go on says why.
+
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::{CpuFactory, Tier};
 use exo_engines::engine::*;

