@@ -22,6 +22,7 @@ cargo clippy --lib --no-default-features --locked -- -D warnings
 
 say "licences and sources"
 # Advisories need a database that is fetched from the network: `cargo deny check advisories` where it can be reached.
+cargo fetch --locked # every platform's crates: their licences count, though they are not built here
 cargo deny --offline check bans licenses sources
 
 say "tests"
