@@ -15,6 +15,8 @@ const PAIRS_MAX: u64 = 65_536;
 const TENSORS_MAX: u64 = 1 << 20;
 /// A key or a tensor's name; the format's own limit for names is 64.
 const NAME_BYTES_MAX: u64 = 65_535;
+/// Elements of an array: the longest in real files are lists of merges, under a million.
+const ARRAY_ELEMENTS_MAX: u64 = 1 << 24;
 /// GGUF tensors have at most four dimensions.
 const DIMENSIONS_MAX: u32 = 4;
 const ALIGNMENT_DEFAULT: u64 = 32;
@@ -212,7 +214,7 @@ impl<'a> Cursor<'a> {
             return Err(self.malformed(&format!("`{key}` is an array of arrays, which no reader here uses")));
         }
         // An element takes at least one byte, so a count above the file's size is a lie.
-        let count = self.count(key, self.file.length_bytes())?;
+        let count = self.count(key, self.file.length_bytes().min(ARRAY_ELEMENTS_MAX))?;
         let mut values = Vec::new();
         for _ in 0..count {
             values.push(self.scalar(kind, key)?);
@@ -286,3 +288,6 @@ pub(crate) fn length_bytes(element: ElementType, shape: &[usize]) -> Option<u64>
     let row = element.row_bytes(inner)? as u64;
     outer.iter().try_fold(row, |bytes, &size| bytes.checked_mul(size as u64))
 }
+
+#[cfg(test)]
+mod tests;

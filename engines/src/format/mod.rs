@@ -12,6 +12,8 @@ mod element;
 mod error;
 pub mod gguf;
 mod gguf_value;
+#[cfg(test)]
+pub(crate) mod gguf_writer;
 mod mapped;
 pub mod safetensors;
 

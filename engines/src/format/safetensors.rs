@@ -188,3 +188,6 @@ pub(crate) fn check_disjoint(extents: &mut [(u64, u64, String)]) -> Result<(), (
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -112,6 +112,9 @@ impl Metadata<'_> {
         let first_heads = heads.first().copied().filter(|&h| h > 0);
         let first_heads = first_heads.ok_or_else(|| self.bad(&self.key("attention.head_count"), "is 0"))?;
         let head_dim = self.optional("attention.key_length")?.unwrap_or(hidden / first_heads);
+        if head_dim > super::HEAD_DIM_MAX {
+            return Err(self.bad(&self.key("attention.key_length"), &format!("is {head_dim}")));
+        }
         if self.optional("attention.value_length")?.unwrap_or(head_dim) != head_dim {
             return Err(self.bad(&self.key("attention.value_length"), "differs from key_length"));
         }
@@ -198,6 +201,10 @@ impl Metadata<'_> {
     /// The table of all layers, and behind it that of sliding layers where the family has one.
     fn ropes(&self, head_dim: usize) -> Result<Vec<super::Rope>, FormatError> {
         let dimensions = self.optional("rope.dimension_count")?.unwrap_or(head_dim);
+        if dimensions > head_dim {
+            let what = format!("is {dimensions}, more than the head's {head_dim}");
+            return Err(self.bad(&self.key("rope.dimension_count"), &what));
+        }
         let theta = self.float("rope.freq_base")?.unwrap_or(10_000.0);
         let mut ropes = vec![RopeParameters { theta, dimensions, scaling: self.scaling()? }];
         if let Some(default) = self.family.sliding_theta {

@@ -138,6 +138,9 @@ impl Reader<'_> {
             Some(head_dim) => head_dim,
             None => hidden.checked_div(heads).ok_or_else(|| config.bad("num_attention_heads", "is 0"))?,
         };
+        if head_dim > super::HEAD_DIM_MAX {
+            return Err(config.bad("head_dim", format!("is {head_dim}")));
+        }
         let scalar =
             if family.scales_by_scalar { config.float("query_pre_attn_scalar")?.or(Some(256.0)) } else { None };
         let bias = config.flag("attention_bias")?.unwrap_or(false);

@@ -48,6 +48,7 @@ pub enum TokenizerSource {
 const LAYERS_MAX: usize = 1024;
 const WIDTH_MAX: usize = 1 << 20;
 const VOCABULARY_MAX: usize = 1 << 22;
+const HEAD_DIM_MAX: usize = 4096;
 
 impl ModelFiles {
     /// Reads the model at `path`: a GGUF file, or a folder with `config.json` and safetensors.
@@ -99,7 +100,7 @@ impl Architecture {
             let attention = &layer.attention;
             within("number of attention heads", attention.heads, 4096)?;
             within("number of key/value heads", attention.kv_heads, attention.heads)?;
-            within("head dimension", attention.head_dim, 4096)?;
+            within("head dimension", attention.head_dim, HEAD_DIM_MAX)?;
             within("feed-forward size", layer.feed_forward.width, WIDTH_MAX)?;
             within("sliding window", attention.window.unwrap_or(1), usize::MAX)?;
             if !attention.heads.is_multiple_of(attention.kv_heads) {
@@ -125,3 +126,6 @@ impl Architecture {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

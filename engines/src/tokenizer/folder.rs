@@ -13,6 +13,8 @@ use std::path::Path;
 /// The largest published tokenizer.json is about 35 MB.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
+/// The largest published vocabularies have under 300,000 tokens; an id far above is damage, and would be room asked for.
+const TOKENS_MAX: u32 = 1 << 22;
 
 pub(super) fn open(folder: &Path) -> Result<Tokenizer, FormatError> {
     let path = folder.join("tokenizer.json");
@@ -42,6 +44,9 @@ pub(super) fn open(folder: &Path) -> Result<Tokenizer, FormatError> {
     }
     ends.extend(ends_by_text(added.iter().map(|(&id, token)| (id, token.content.as_str()))));
     let vocabulary = tokenizer.get_vocab(true);
+    if let Some((text, id)) = vocabulary.iter().find(|&(_, &id)| id >= TOKENS_MAX) {
+        return Err(bad(format!("the token `{text}` has the id {id}; ids below {TOKENS_MAX} are possible")));
+    }
     let tokens = vocabulary.iter().map(|(text, &id)| {
         let kind = match added.get(&id) {
             Some(token) if token.special => Kind::Control,

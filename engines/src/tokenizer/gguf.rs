@@ -188,3 +188,6 @@ fn pre_tokenizer(name: &str) -> tokenizers::Result<PreTokenizerWrapper> {
     };
     Ok(Sequence::new(steps).into())
 }
+
+#[cfg(test)]
+mod tests;

@@ -81,7 +81,7 @@ impl Piece {
 
 /// The byte of each character of GPT-2's alphabet (`bytes_to_unicode` of openai/gpt-2): printable Latin-1 bytes are
 /// themselves, the other 68 the characters from U+0100 on.
-fn byte_level_alphabet() -> BTreeMap<char, u8> {
+pub(super) fn byte_level_alphabet() -> BTreeMap<char, u8> {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let mut others = 0x100_u32..;
     (0..=u8::MAX)

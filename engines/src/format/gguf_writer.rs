@@ -1,0 +1,133 @@
+//! Writes small GGUF files for tests: right ones, and wrong ones on purpose.
+
+use super::Value;
+use std::path::{Path, PathBuf};
+
+/// A file in the making.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct GgufWriter {
+    pairs: Vec<(String, Value)>,
+    tensors: Vec<Tensor>,
+}
+
+#[derive(Debug, Clone)]
+struct Tensor {
+    name: String,
+    /// Rows first, as everywhere here.
+    shape: Vec<u64>,
+    /// The type's number in the format.
+    kind: u32,
+    bytes: Vec<u8>,
+}
+
+/// What the format aligns tensors to where a file says nothing else.
+const ALIGNMENT: usize = 32;
+
+impl GgufWriter {
+    pub(crate) fn pair(mut self, key: &str, value: Value) -> Self {
+        self.pairs.push((key.to_owned(), value));
+        self
+    }
+
+    pub(crate) fn text(self, key: &str, text: &str) -> Self {
+        self.pair(key, Value::Text(text.to_owned()))
+    }
+
+    pub(crate) fn texts<'a>(self, key: &str, texts: impl IntoIterator<Item = &'a str>) -> Self {
+        self.pair(key, Value::Array(texts.into_iter().map(|text| Value::Text(text.to_owned())).collect()))
+    }
+
+    pub(crate) fn count(self, key: &str, count: u64) -> Self {
+        self.pair(key, Value::Unsigned(count))
+    }
+
+    /// A tensor with these bytes, whether they fit its shape or not.
+    pub(crate) fn tensor(mut self, name: &str, shape: &[u64], kind: u32, bytes: Vec<u8>) -> Self {
+        self.tensors.push(Tensor { name: name.to_owned(), shape: shape.to_vec(), kind, bytes });
+        self
+    }
+
+    /// A tensor of f32 values.
+    pub(crate) fn floats(self, name: &str, shape: &[u64], values: impl IntoIterator<Item = f32>) -> Self {
+        self.tensor(name, shape, 0, values.into_iter().flat_map(f32::to_le_bytes).collect())
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let mut offsets = Vec::new();
+        let mut data = Vec::new();
+        for tensor in &self.tensors {
+            offsets.push(data.len() as u64);
+            data.extend_from_slice(&tensor.bytes);
+            data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
+        }
+        let mut out = self.header(&offsets);
+        out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
+        out.extend(data);
+        out
+    }
+
+    /// The file with each tensor at the offset that is given for it.
+    pub(crate) fn bytes_with_offsets(&self, offsets: &[u64]) -> Vec<u8> {
+        let mut out = self.header(offsets);
+        out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
+        out.extend(self.tensors.iter().flat_map(|tensor| tensor.bytes.iter().copied()));
+        out
+    }
+
+    pub(crate) fn write(&self, folder: &Path) -> PathBuf {
+        let path = folder.join("test.gguf");
+        std::fs::write(&path, self.bytes()).expect("a temporary folder takes files");
+        path
+    }
+
+    fn header(&self, offsets: &[u64]) -> Vec<u8> {
+        let mut out = b"GGUF".to_vec();
+        out.extend(3_u32.to_le_bytes());
+        out.extend((self.tensors.len() as u64).to_le_bytes());
+        out.extend((self.pairs.len() as u64).to_le_bytes());
+        for (key, value) in &self.pairs {
+            put_text(&mut out, key);
+            out.extend(kind_of(value).to_le_bytes());
+            put_value(&mut out, value);
+        }
+        for (tensor, offset) in self.tensors.iter().zip(offsets) {
+            put_text(&mut out, &tensor.name);
+            out.extend((tensor.shape.len() as u32).to_le_bytes());
+            tensor.shape.iter().rev().for_each(|size| out.extend(size.to_le_bytes()));
+            out.extend(tensor.kind.to_le_bytes());
+            out.extend(offset.to_le_bytes());
+        }
+        out
+    }
+}
+
+fn put_text(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
+}
+
+fn kind_of(value: &Value) -> u32 {
+    match value {
+        Value::Unsigned(_) => 10,
+        Value::Signed(_) => 11,
+        Value::Float(_) => 12,
+        Value::Bool(_) => 7,
+        Value::Text(_) => 8,
+        Value::Array(_) => 9,
+    }
+}
+
+fn put_value(out: &mut Vec<u8>, value: &Value) {
+    match value {
+        Value::Unsigned(value) => out.extend(value.to_le_bytes()),
+        Value::Signed(value) => out.extend(value.to_le_bytes()),
+        Value::Float(value) => out.extend(value.to_le_bytes()),
+        Value::Bool(value) => out.push(u8::from(*value)),
+        Value::Text(text) => put_text(out, text),
+        Value::Array(values) => {
+            out.extend(values.first().map_or(8, kind_of).to_le_bytes());
+            out.extend((values.len() as u64).to_le_bytes());
+            values.iter().for_each(|value| put_value(out, value));
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Models that are wrong, and what is said about them. Right ones are in `tests/conformance.rs`.
+
+use super::*;
+use crate::cpu::CpuFactory;
+use crate::engine::{EngineFactory, KvElement, LoadReport, ShardSpec, TensorRank};
+use crate::error::EngineError;
+use crate::format::Value;
+use crate::format::gguf_writer::GgufWriter;
+use proptest::prelude::*;
+use serde_json::json;
+
+/// A llama of one layer, after `edit` has had each tensor's shape and values.
+fn tiny(edit: impl Fn(&str, &mut Vec<u64>, &mut Vec<f32>)) -> GgufWriter {
+    let mut file = GgufWriter::default()
+        .text("general.architecture", "llama")
+        .count("llama.block_count", 1)
+        .count("llama.embedding_length", 32)
+        .count("llama.attention.head_count", 2)
+        .count("llama.feed_forward_length", 64)
+        .count("llama.context_length", 64);
+    let tensors: [(&str, &[u64]); 11] = [
+        ("token_embd.weight", &[8, 32]),
+        ("output_norm.weight", &[32]),
+        ("blk.0.attn_norm.weight", &[32]),
+        ("blk.0.attn_q.weight", &[32, 32]),
+        ("blk.0.attn_k.weight", &[32, 32]),
+        ("blk.0.attn_v.weight", &[32, 32]),
+        ("blk.0.attn_output.weight", &[32, 32]),
+        ("blk.0.ffn_norm.weight", &[32]),
+        ("blk.0.ffn_gate.weight", &[64, 32]),
+        ("blk.0.ffn_up.weight", &[64, 32]),
+        ("blk.0.ffn_down.weight", &[32, 64]),
+    ];
+    for (name, shape) in tensors {
+        let mut shape = shape.to_vec();
+        let mut values: Vec<f32> = (0..shape.iter().product()).map(|i: u64| (i as f32).sin()).collect();
+        edit(name, &mut shape, &mut values);
+        if !shape.is_empty() {
+            file = file.floats(name, &shape, values);
+        }
+    }
+    file
+}
+
+fn load(file: &GgufWriter) -> Result<LoadReport, EngineError> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let model = ModelFiles::open(&file.write(folder.path()))?;
+    let spec = ShardSpec {
+        layers: 0..model.architecture.layers.len(),
+        architecture: model.architecture,
+        tensor: TensorRank::WHOLE,
+        kv_element: KvElement::F16,
+        kv_pages: 2,
+    };
+    let factory = CpuFactory::new(1);
+    let mut engine = factory.open(&factory.probe()[0].id)?;
+    engine.load(&spec, &model.weights, &mut |_| {})
+}
+
+fn refused(file: &GgufWriter) -> String {
+    load(file).expect_err("a wrong model").to_string()
+}
+
+#[test]
+fn the_tiny_model_is_right() {
+    load(&tiny(|_, _, _| {})).expect("a right model");
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_named() {
+    for tensor in ["blk.0.ffn_up.weight", "blk.0.attn_norm.weight", "token_embd.weight"] {
+        for value in [f32::NAN, f32::INFINITY] {
+            let message = refused(&tiny(|name, _, values| {
+                if name == tensor {
+                    values[17] = value;
+                }
+            }));
+            assert!(message.contains(tensor) && message.contains("test.gguf"), "{message}");
+        }
+    }
+}
+
+#[test]
+fn scales_that_are_no_numbers_are_named() {
+    let mut bytes = vec![0; 64 * 18];
+    bytes[5 * 18..][..2].copy_from_slice(&half::f16::NAN.to_le_bytes());
+    let without = tiny(|name, shape, _| {
+        if name == "blk.0.ffn_gate.weight" {
+            shape.clear();
+        }
+    });
+    let message = refused(&without.tensor("blk.0.ffn_gate.weight", &[64, 32], 2, bytes));
+    assert!(message.contains("blk.0.ffn_gate.weight") && message.contains("row 5"), "{message}");
+}
+
+#[test]
+fn wrong_shapes_are_named() {
+    let message = refused(&tiny(|name, shape, values| {
+        if name == "blk.0.attn_k.weight" {
+            shape[0] = 16;
+            values.truncate(16 * 32);
+        }
+    }));
+    assert!(message.contains("blk.0.attn_k.weight") && message.contains("16×32, not 32×32"), "{message}");
+}
+
+#[test]
+fn missing_tensors_are_named() {
+    let message = refused(&tiny(|name, shape, _| {
+        if name == "blk.0.attn_output.weight" {
+            shape.clear();
+        }
+    }));
+    assert!(message.contains("blk.0.attn_output.weight") && message.contains("missing"), "{message}");
+}
+
+#[test]
+fn families_that_are_not_known_are_named() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = GgufWriter::default().text("general.architecture", "mamba").write(folder.path());
+    let error = ModelFiles::open(&path).expect_err("an unknown family");
+    assert!(error.to_string().contains("`mamba`") && error.remedy().contains("--families"), "{error}");
+}
+
+#[test]
+fn headers_that_no_model_can_have_are_refused() {
+    let cases: [(&str, Value, &str); 6] = [
+        ("llama.rope.scaling.type", Value::Text("magic".to_owned()), "magic"),
+        ("llama.attention.layer_norm_rms_epsilon", Value::Float(f64::NAN), "epsilon"),
+        ("llama.attention.head_count_kv", Value::Unsigned(3), "key/value heads"),
+        ("llama.attention.key_length", Value::Unsigned(1 << 40), "key_length"),
+        ("llama.rope.dimension_count", Value::Unsigned(64), "dimension_count"),
+        ("split.count", Value::Unsigned(3), "gguf-split"),
+    ];
+    for (key, value, named) in cases {
+        let message = refused(&tiny(|_, _, _| {}).pair(key, value));
+        assert!(message.contains(named), "{key}: {message}");
+    }
+}
+
+/// The folder of a fixture, with `config.json` changed.
+fn folder_with(change: impl FnOnce(&mut serde_json::Value)) -> tempfile::TempDir {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let text = std::fs::read_to_string(fixture.join("config.json")).expect("the fixture");
+    let mut config = serde_json::from_str(&text).expect("JSON");
+    change(&mut config);
+    std::fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+    std::fs::copy(fixture.join("model.safetensors"), folder.path().join("model.safetensors")).expect("copied");
+    folder
+}
+
+#[test]
+fn configs_that_no_model_can_have_are_refused_by_their_keys() {
+    let cases = [
+        ("model_type", json!("mamba"), "mamba"),
+        ("hidden_size", json!("many"), "hidden_size"),
+        ("hidden_size", json!(-4), "hidden_size"),
+        ("num_attention_heads", json!(0), "head"),
+        ("head_dim", json!(1_u64 << 40), "head_dim"),
+        ("num_hidden_layers", json!(1_u64 << 40), "layers"),
+        ("rms_norm_eps", json!("small"), "rms_norm_eps"),
+        ("rope_parameters", json!({"rope_type": "magic", "rope_theta": 1e4}), "magic"),
+        ("hidden_act", json!("magic"), "magic"),
+        ("quantization_config", json!({"quant_method": "gptq"}), "gptq"),
+    ];
+    for (key, value, named) in cases {
+        let folder = folder_with(|config| config[key] = value.clone());
+        let error = ModelFiles::open(folder.path()).expect_err(key);
+        assert!(error.to_string().contains(named), "{key}: {error}");
+        assert!(!error.remedy().is_empty());
+    }
+}
+
+#[test]
+fn a_folder_without_a_tokenizer_says_so() {
+    let folder = folder_with(|_| {});
+    let model = ModelFiles::open(folder.path()).expect("the weights are right");
+    let error = crate::tokenizer::Tokenizer::open(&model.tokenizer).expect_err("there is none");
+    assert!(matches!(&error, FormatError::NoTokenizer { .. }) && error.remedy().contains("tokenizer.json"));
+}
+
+fn any_json() -> impl Strategy<Value = serde_json::Value> {
+    let leaf = prop_oneof![
+        Just(json!(null)),
+        any::<bool>().prop_map(|v| json!(v)),
+        any::<i64>().prop_map(|v| json!(v)),
+        (0_u64..100).prop_map(|v| json!(v)),
+        any::<f64>().prop_map(|v| json!(v)),
+        "[a-z_]{0,8}".prop_map(|v| json!(v)),
+    ];
+    leaf.prop_recursive(2, 8, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(|v| json!(v)),
+            prop::collection::btree_map("rope_type|rope_theta|factor|type", inner, 0..4).prop_map(|v| json!(v)),
+        ]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Whatever stands in a config, it is read or refused.
+    #[test]
+    fn damaged_configs_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any_json()), 1..4)) {
+        let folder = folder_with(|config| {
+            let map = config.as_object_mut().expect("an object");
+            let keys: Vec<String> = map.keys().cloned().collect();
+            for (key, value) in changes {
+                map.insert(keys[key.index(keys.len())].clone(), value);
+            }
+        });
+        let _ = ModelFiles::open(folder.path());
+    }
+
+    /// Whatever bytes of a model's header are wrong, it is loaded or refused.
+    #[test]
+    fn damaged_headers_never_panic(changes in prop::collection::vec((0_usize..900, any::<u8>()), 1..4)) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut bytes = tiny(|_, _, _| {}).bytes();
+        for (at, value) in changes {
+            bytes[at] = value;
+        }
+        let path = folder.path().join("test.gguf");
+        std::fs::write(&path, bytes).expect("written");
+        let _ = ModelFiles::open(&path);
+    }
+}

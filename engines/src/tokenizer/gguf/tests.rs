@@ -1,0 +1,115 @@
+//! Vocabularies small enough to be read by eye, whose merges cross the borders that a pre-tokenizer must draw.
+
+use crate::format::gguf_writer::GgufWriter;
+use crate::format::{FormatError, Value};
+use crate::model::TokenizerSource;
+use crate::tokenizer::pieces::byte_level_alphabet;
+use crate::tokenizer::{SpecialTokens, Tokenizer};
+
+fn open(file: &GgufWriter) -> Result<Tokenizer, FormatError> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    Tokenizer::open(&TokenizerSource::Gguf(file.write(folder.path())))
+}
+
+/// All bytes, what `merges` make of them, and three control tokens.
+fn byte_level(pre: &str, merges: &[(&str, &str)]) -> GgufWriter {
+    let alphabet = byte_level_alphabet();
+    let mut tokens: Vec<String> = alphabet.keys().map(|c| c.to_string()).collect();
+    tokens.extend(merges.iter().map(|(left, right)| format!("{left}{right}")));
+    let normal = tokens.len();
+    tokens.extend(["<s>", "<|im_end|>", "<tool>"].map(str::to_owned));
+    let kinds = (0..tokens.len()).map(|id| Value::Signed(if id < normal { 1 } else { 3 })).collect();
+    GgufWriter::default()
+        .text("tokenizer.ggml.model", "gpt2")
+        .text("tokenizer.ggml.pre", pre)
+        .texts("tokenizer.ggml.tokens", tokens.iter().map(String::as_str))
+        .texts(
+            "tokenizer.ggml.merges",
+            merges.iter().map(|(l, r)| format!("{l} {r}")).collect::<Vec<_>>().iter().map(String::as_str),
+        )
+        .pair("tokenizer.ggml.token_type", Value::Array(kinds))
+        .count("tokenizer.ggml.bos_token_id", normal as u64)
+}
+
+/// The pieces that `text` falls into, spelt as they are shown.
+fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
+    let ids = tokenizer.encode(text, SpecialTokens::AreThere).expect("a text");
+    ids.iter().map(|&id| tokenizer.name(id)).collect()
+}
+
+/// Merges that go as far as a pre-tokenizer lets them.
+const EAGER: [(&str, &str); 9] =
+    [("1", "2"), ("12", "3"), ("123", "4"), ("Ġ", "a"), ("Ġ", "Ġ"), ("Ċ", "Ċ"), ("'", "s"), ("a", "'s"), ("Ġ", "1")];
+
+/// R4.1: each pre-tokenizer keeps apart what its own model's does.
+#[test]
+fn pre_tokenizers_draw_their_borders() {
+    let cases: [(&str, &str, &[&str]); 15] = [
+        ("smollm", "1234", &["1", "2", "3", "4"]),
+        ("qwen2", "1234", &["1", "2", "3", "4"]),
+        ("llama-bpe", "1234", &["123", "4"]),
+        ("gpt-2", "1234", &["1234"]),
+        ("default", "1234", &["123", "4"]),
+        ("smollm", "a's", &["a", "'s"]),
+        ("gpt-2", "a's", &["a", "'s"]),
+        ("qwen2", "a'S", &["a", "'", "S"]),
+        ("gpt-2", "a  a", &["a", " ", " a"]),
+        ("llama-bpe", "a  a", &["a", " ", " a"]),
+        ("qwen2", "a\n\na", &["a", "\n\n", "a"]),
+        ("gpt-2", "a\n\na", &["a", "\n", "\n", "a"]),
+        ("llama-bpe", "a 1", &["a", " ", "1"]),
+        ("gpt-2", "a 1", &["a", " 1"]),
+        ("smollm", "a 1", &["a", " ", "1"]),
+    ];
+    for (pre, text, expected) in cases {
+        let tokenizer = open(&byte_level(pre, &EAGER)).expect("a right vocabulary");
+        assert_eq!(pieces(&tokenizer, text), expected, "{pre}: {text:?}");
+    }
+}
+
+#[test]
+fn control_tokens_are_cut_out_and_begin_a_text_where_they_should() {
+    for (pre, adds_bos) in [("llama-bpe", true), ("qwen2", false)] {
+        let tokenizer = open(&byte_level(pre, &EAGER)).expect("a right vocabulary");
+        assert_eq!(pieces(&tokenizer, "a<|im_end|>a"), ["a", "<|im_end|>", "a"]);
+        let with = tokenizer.encode("a", SpecialTokens::Add).expect("a text");
+        assert_eq!(with.first() == tokenizer.bos().as_ref(), adds_bos, "{pre}");
+        assert_eq!(tokenizer.ends().len(), 1);
+        assert!(
+            tokenizer.ends().iter().all(|&id| tokenizer.name(id) == "<|im_end|>" && tokenizer.bytes(id).is_empty())
+        );
+    }
+    let told = byte_level("llama-bpe", &EAGER).pair("tokenizer.ggml.add_bos_token", Value::Bool(false));
+    let tokenizer = open(&told).expect("a right vocabulary");
+    assert_ne!(tokenizer.encode("a", SpecialTokens::Add).expect("a text").first(), tokenizer.bos().as_ref());
+}
+
+#[test]
+fn every_text_comes_back() {
+    let tokenizer = open(&byte_level("llama-bpe", &EAGER)).expect("a right vocabulary");
+    for text in ["", "a'sé 12 \u{1f980}\n\n\t 日本", "\u{0}\u{7f}", "  a  "] {
+        let ids = tokenizer.encode(text, SpecialTokens::AreThere).expect("a text");
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| tokenizer.bytes(id)).copied().collect();
+        assert_eq!(bytes, text.as_bytes(), "{text:?}");
+    }
+}
+
+#[test]
+fn vocabularies_that_cannot_serve_are_named() {
+    let cases = [
+        (byte_level("magic", &[]), "magic"),
+        (byte_level("gpt-2", &[]).count("tokenizer.ggml.eos_token_id", 9999), "eos_token_id"),
+        (byte_level("gpt-2", &[]).text("tokenizer.chat_template", "{% for %}"), "template"),
+        (
+            GgufWriter::default().text("tokenizer.ggml.model", "wordpiece").texts("tokenizer.ggml.tokens", ["a"]),
+            "wordpiece",
+        ),
+        (GgufWriter::default().text("tokenizer.ggml.model", "gpt2").texts("tokenizer.ggml.tokens", ["a"]), "merges"),
+        (GgufWriter::default().text("tokenizer.ggml.model", "gpt2"), "no tokenizer"),
+    ];
+    for (file, named) in cases {
+        let error = open(&file).expect_err(named);
+        assert!(error.to_string().contains(named), "{named}: {error}");
+        assert!(!error.remedy().is_empty());
+    }
+}
