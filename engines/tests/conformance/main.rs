@@ -4,10 +4,14 @@
 
 #![allow(clippy::expect_used)] // A test that cannot go on says why.
 
+mod independence;
+mod pipeline;
+
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::{CpuFactory, Tier};
 use exo_engines::engine::*;
 use exo_engines::model::{ModelFiles, families::FAMILIES};
+use pipeline::{Pipeline, SEQ, row};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -17,64 +21,6 @@ struct Expected {
     last_logprobs: Vec<f64>,
     middle_logprobs: Vec<f64>,
     greedy: Vec<u32>,
-}
-
-const SEQ: SeqId = SeqId(7);
-const LIFE: Incarnation = Incarnation { epoch: 1, owner: [0; 32] };
-
-/// A model over one engine or several in a row.
-struct Pipeline {
-    engines: Vec<Box<dyn Engine>>,
-}
-
-impl Pipeline {
-    fn new(model: &ModelFiles, factory: &dyn EngineFactory, shards: usize) -> Self {
-        let device = factory.probe().remove(0).id;
-        let layers = model.architecture.layers.len();
-        let cut = |index: usize| layers * index / shards;
-        let engines = (0..shards).map(|index| {
-            let spec = ShardSpec {
-                architecture: model.architecture.clone(),
-                layers: cut(index)..cut(index + 1),
-                tensor: TensorRank::WHOLE,
-                kv_element: KvElement::F32,
-                kv_pages: 16,
-            };
-            let mut engine = factory.open(&device).expect("the device is there");
-            engine.load(&spec, &model.weights, &mut |_| {}).expect("the fixture loads");
-            engine.warm_up().expect("the first row is finite");
-            engine
-        });
-        Self { engines: engines.collect() }
-    }
-
-    fn step(&mut self, operations: &[Operation], rows: &[Row], tokens: Vec<u32>) -> Vec<f32> {
-        let step = Step { incarnation: LIFE, id: StepId(0), operations: operations.to_vec(), rows: rows.to_vec() };
-        let mut input = Input::Tokens(tokens);
-        for engine in &mut self.engines {
-            match engine.forward(&step, input).expect("a valid step").rows {
-                OutputRows::Hidden(hidden) => input = Input::Hidden(hidden),
-                OutputRows::Logits(logits) => return logits,
-            }
-        }
-        panic!("the last shard gives logits");
-    }
-
-    /// Logits of every row of `tokens`, from `start` on, in chunks of `chunk`.
-    fn logits(&mut self, tokens: &[u32], chunk: usize) -> Vec<Vec<f32>> {
-        let mut rows_out = Vec::new();
-        let release = [Operation::Release { seq: SEQ }];
-        for (index, part) in tokens.chunks(chunk).enumerate() {
-            let rows: Vec<Row> = (0..part.len()).map(|i| row(SEQ, index * chunk + i)).collect();
-            let logits = self.step(if index == 0 { &release } else { &[] }, &rows, part.to_vec());
-            rows_out.extend(logits.chunks(logits.len() / part.len()).map(<[f32]>::to_vec));
-        }
-        rows_out
-    }
-}
-
-fn row(seq: SeqId, position: usize) -> Row {
-    Row { seq, position: position as u32, wants_logits: true }
 }
 
 fn fixtures() -> PathBuf {

@@ -1,0 +1,91 @@
+//! R4.2, R6.4: what is computed for a row depends on its sequence alone.
+//!
+//! Random sequences are cut into random chunks, dealt into random steps over a random number of shards and threads;
+//! every row's logits must be, to the bit, those of its sequence computed alone, in one step, on one shard and thread.
+
+use crate::fixture;
+use crate::pipeline::{Pipeline, row};
+use exo_engines::cpu::{CpuFactory, Tier};
+use exo_engines::engine::{KvElement, Operation, SeqId};
+use proptest::prelude::*;
+
+/// How one sequence is computed.
+#[derive(Debug, Clone)]
+struct Plan {
+    tokens: Vec<u32>,
+    /// Rows of its share of each step; what they do not cover comes one by one.
+    chunks: Vec<usize>,
+}
+
+fn plan() -> impl Strategy<Value = Plan> {
+    let tokens = prop::collection::vec(0_u32..96, 1..90);
+    (tokens, prop::collection::vec(0_usize..40, 0..6)).prop_map(|(tokens, chunks)| Plan { tokens, chunks })
+}
+
+#[derive(Debug, Clone)]
+struct Setting {
+    family: &'static str,
+    tier: Tier,
+    kv: KvElement,
+    shards: usize,
+    threads: usize,
+    /// The position at which the first sequence is forked, where it is.
+    fork_at: usize,
+}
+
+fn setting() -> impl Strategy<Value = Setting> {
+    let families = prop::sample::select(vec!["llama", "mistral", "qwen2", "qwen3", "gemma3"]);
+    let tiers = prop::sample::select(Tier::available());
+    let kvs = prop::sample::select(vec![KvElement::F16, KvElement::F32]);
+    (families, tiers, kvs, 1_usize..=3, 1_usize..=3, 1_usize..90)
+        .prop_map(|(family, tier, kv, shards, threads, fork_at)| Setting { family, tier, kv, shards, threads, fork_at })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn rows_do_not_see_their_neighbours(setting in setting(), plans in prop::collection::vec(plan(), 1..4)) {
+        let (model, _) = fixture(setting.family);
+        let one = CpuFactory::with_tier(1, setting.tier);
+        let mut alone = Pipeline::with_cache(&model, &one, 1, setting.kv);
+        let expected: Vec<_> = plans.iter().map(|plan| alone.logits(&plan.tokens, plan.tokens.len())).collect();
+        let many = CpuFactory::with_tier(setting.threads, setting.tier);
+        let mut together = Pipeline::with_cache(&model, &many, setting.shards, setting.kv);
+        let mut done = vec![0; plans.len()];
+        let mut turn = 0;
+        while plans.iter().zip(&done).any(|(plan, &done)| done < plan.tokens.len()) {
+            let mut rows = Vec::new();
+            let mut tokens = Vec::new();
+            for (index, (plan, done)) in plans.iter().zip(&done).enumerate() {
+                let share = plan.chunks.get(turn).copied().unwrap_or(1).min(plan.tokens.len() - done);
+                rows.extend((0..share).map(|i| row(SeqId(index as u64), done + i)));
+                tokens.extend_from_slice(&plan.tokens[*done..done + share]);
+            }
+            turn += 1;
+            if rows.is_empty() {
+                continue;
+            }
+            let logits = together.step(&[], &rows, tokens);
+            for (row, got) in rows.iter().zip(logits.chunks(logits.len() / rows.len())) {
+                let seq = row.seq.0 as usize;
+                prop_assert_eq!(got, &expected[seq][row.position as usize][..], "sequence {} position {}", seq, row.position);
+                done[seq] += 1;
+            }
+        }
+        // A fork continues as its origin did, and leaves it as it is.
+        let first = &plans[0].tokens;
+        if setting.fork_at < first.len() {
+            let (from, to) = (SeqId(0), SeqId(99));
+            let operations = [
+                Operation::Fork { from, to, length_tokens: setting.fork_at as u32 },
+                Operation::Truncate { seq: from, length_tokens: setting.fork_at as u32 + 1 },
+            ];
+            let rows: Vec<_> = (setting.fork_at..first.len()).map(|position| row(to, position)).collect();
+            let logits = together.step(&operations, &rows, first[setting.fork_at..].to_vec());
+            for (row, got) in rows.iter().zip(logits.chunks(logits.len() / rows.len())) {
+                prop_assert_eq!(got, &expected[0][row.position as usize][..], "the fork's position {}", row.position);
+            }
+        }
+    }
+}

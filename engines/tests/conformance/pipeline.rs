@@ -1,0 +1,71 @@
+//! A model over engines in a row, driven by hand.
+
+use exo_engines::engine::*;
+use exo_engines::model::ModelFiles;
+
+pub(crate) const SEQ: SeqId = SeqId(7);
+const LIFE: Incarnation = Incarnation { epoch: 1, owner: [0; 32] };
+
+/// A model over one engine or several in a row.
+pub(crate) struct Pipeline {
+    engines: Vec<Box<dyn Engine>>,
+}
+
+impl Pipeline {
+    pub(crate) fn new(model: &ModelFiles, factory: &dyn EngineFactory, shards: usize) -> Self {
+        Self::with_cache(model, factory, shards, KvElement::F32)
+    }
+
+    pub(crate) fn with_cache(
+        model: &ModelFiles,
+        factory: &dyn EngineFactory,
+        shards: usize,
+        kv_element: KvElement,
+    ) -> Self {
+        let device = factory.probe().remove(0).id;
+        let layers = model.architecture.layers.len();
+        let cut = |index: usize| layers * index / shards;
+        let engines = (0..shards).map(|index| {
+            let spec = ShardSpec {
+                architecture: model.architecture.clone(),
+                layers: cut(index)..cut(index + 1),
+                tensor: TensorRank::WHOLE,
+                kv_element,
+                kv_pages: 32,
+            };
+            let mut engine = factory.open(&device).expect("the device is there");
+            engine.load(&spec, &model.weights, &mut |_| {}).expect("the fixture loads");
+            engine.warm_up().expect("the first row is finite");
+            engine
+        });
+        Self { engines: engines.collect() }
+    }
+
+    pub(crate) fn step(&mut self, operations: &[Operation], rows: &[Row], tokens: Vec<u32>) -> Vec<f32> {
+        let step = Step { incarnation: LIFE, id: StepId(0), operations: operations.to_vec(), rows: rows.to_vec() };
+        let mut input = Input::Tokens(tokens);
+        for engine in &mut self.engines {
+            match engine.forward(&step, input).expect("a valid step").rows {
+                OutputRows::Hidden(hidden) => input = Input::Hidden(hidden),
+                OutputRows::Logits(logits) => return logits,
+            }
+        }
+        panic!("the last shard gives logits");
+    }
+
+    /// Logits of every row of `tokens`, from `start` on, in chunks of `chunk`.
+    pub(crate) fn logits(&mut self, tokens: &[u32], chunk: usize) -> Vec<Vec<f32>> {
+        let mut rows_out = Vec::new();
+        let release = [Operation::Release { seq: SEQ }];
+        for (index, part) in tokens.chunks(chunk).enumerate() {
+            let rows: Vec<Row> = (0..part.len()).map(|i| row(SEQ, index * chunk + i)).collect();
+            let logits = self.step(if index == 0 { &release } else { &[] }, &rows, part.to_vec());
+            rows_out.extend(logits.chunks(logits.len() / part.len()).map(<[f32]>::to_vec));
+        }
+        rows_out
+    }
+}
+
+pub(crate) fn row(seq: SeqId, position: usize) -> Row {
+    Row { seq, position: position as u32, wants_logits: true }
+}
