@@ -8,7 +8,7 @@
 
 use crate::engine::KvElement;
 use crate::error::EngineError;
-use crate::format::ElementType;
+use crate::format::{ElementType, MappedBytes};
 use crate::model::{Activation, Attention, Rope};
 use std::ops::Range;
 
@@ -20,7 +20,7 @@ pub struct TensorData<'a> {
     pub element: ElementType,
     pub rows: usize,
     pub columns: usize,
-    pub bytes: &'a [u8],
+    pub bytes: MappedBytes<'a>,
 }
 
 /// The rows of a step, by sequence.

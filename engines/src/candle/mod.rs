@@ -154,12 +154,12 @@ impl Backend for CandleBackend {
         let shape = (tensor.rows, tensor.columns);
         let form = match ggml_type(tensor.element) {
             Some(kind) => {
-                let storage = QStorage::from_data(Cow::Borrowed(tensor.bytes), &self.device, kind)?;
+                let storage = QStorage::from_data(Cow::Borrowed(tensor.bytes.get()), &self.device, kind)?;
                 Form::Quantised(QTensor::new(storage, shape)?)
             }
             None => {
                 let kind = dense_type(tensor.element);
-                Form::Dense(Tensor::from_raw_buffer(tensor.bytes, kind, &[shape.0, shape.1], &self.device)?)
+                Form::Dense(Tensor::from_raw_buffer(tensor.bytes.get(), kind, &[shape.0, shape.1], &self.device)?)
             }
         };
         Ok(Matrix { form, element: tensor.element, rows: tensor.rows, columns: tensor.columns })

@@ -322,6 +322,7 @@ unsafe fn block_dots<S: Simd, const BITS: u32, const SPLIT: bool, const ROWS: us
 mod tests {
     use super::super::activation::CodedRowMut;
     use super::*;
+    use crate::cpu::pack::Source;
     use crate::cpu::test_weights;
     use proptest::prelude::*;
 
@@ -377,7 +378,9 @@ mod tests {
         ) {
             let columns = 512;
             let bytes = test_weights::bytes(element, outputs, columns, seed);
-            let weights = Packed::pack(element, outputs, columns, &bytes).map_err(|e| TestCaseError::fail(format!("{e:?}")))?;
+            let mut team = Team::new(1).expect("threads");
+            let source = Source { element, rows: outputs, columns, bytes: &bytes, forget: &|_| {} };
+            let weights = Packed::pack(&mut team, &source).expect("finite weights");
             let input = input(rows, columns);
             for tier in Tier::available() {
                 let together = product(tier, 3, &weights, &input);

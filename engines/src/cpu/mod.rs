@@ -1,7 +1,7 @@
 //! The native CPU backend: any processor, vectors where there are any.
 //!
 //! ```text
-//! rows ─norm, round to 8 bits─► matmul (packed panels) ─► rotary, cache ─► attention ─► matmul ─► …
+//! rows ─norm, round to 16 bits─► matmul (packed panels) ─► rotary, cache ─► attention ─► matmul ─► …
 //! ```
 //! Every arithmetic step of a row is in an order fixed by the row alone. Threads share out panels and rows, never
 //! a sum.
@@ -17,6 +17,7 @@ mod factory;
 mod kernels;
 mod math;
 mod matmul;
+mod pack;
 mod packed;
 mod rotary;
 mod shares;
@@ -37,6 +38,7 @@ use crate::format::FormatError;
 use crate::model::{Attention, QueryKeyNorm, Rope};
 use activation::Rows;
 use matmul::{Operand, Product};
+use pack::{PackError, Source};
 use rotary::Rotations;
 use team::{Panicked, Team};
 
@@ -114,8 +116,17 @@ impl Backend for CpuBackend {
     }
 
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Packed, EngineError> {
-        let pack = Packed::pack(tensor.element, tensor.rows, tensor.columns, tensor.bytes);
-        pack.map_err(|at| EngineError::Format(not_a_number(tensor.name, at.row)))
+        let source = Source {
+            element: tensor.element,
+            rows: tensor.rows,
+            columns: tensor.columns,
+            bytes: tensor.bytes.get(),
+            forget: &|part| tensor.bytes.forget(part),
+        };
+        Packed::pack(&mut self.team, &source).map_err(|error| match error {
+            PackError::NotANumber { row } => EngineError::Format(not_a_number(tensor.name, row)),
+            PackError::Panicked => Panicked.into(),
+        })
     }
 
     fn matrix_bytes(matrix: &Packed) -> u64 {

@@ -220,7 +220,7 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
     fn vector(&mut self, role: Role, length: usize) -> Result<Vec<f32>, EngineError> {
         let slice = self.slice(role, 1, length)?;
         let mut values = vec![0.0; length];
-        dequantise_row(slice.element, self.reader.bytes(slice)?, &mut values);
+        dequantise_row(slice.element, self.reader.bytes(slice)?.get(), &mut values);
         if values.iter().any(|value| !value.is_finite()) {
             return Err(self.bad(slice, "it has a value that is not a finite number".to_owned()).into());
         }

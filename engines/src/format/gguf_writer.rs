@@ -1,12 +1,22 @@
 //! Writes small GGUF files for tests: right ones, and wrong ones on purpose.
 
-use super::Value;
 use std::path::{Path, PathBuf};
+
+/// A metadata value to be written.
+#[derive(Debug, Clone)]
+pub(crate) enum Datum {
+    Unsigned(u64),
+    Signed(i64),
+    Float(f64),
+    Bool(bool),
+    Text(String),
+    Array(Vec<Datum>),
+}
 
 /// A file in the making.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct GgufWriter {
-    pairs: Vec<(String, Value)>,
+    pairs: Vec<(String, Datum)>,
     tensors: Vec<Tensor>,
 }
 
@@ -24,21 +34,21 @@ struct Tensor {
 const ALIGNMENT: usize = 32;
 
 impl GgufWriter {
-    pub(crate) fn pair(mut self, key: &str, value: Value) -> Self {
+    pub(crate) fn pair(mut self, key: &str, value: Datum) -> Self {
         self.pairs.push((key.to_owned(), value));
         self
     }
 
     pub(crate) fn text(self, key: &str, text: &str) -> Self {
-        self.pair(key, Value::Text(text.to_owned()))
+        self.pair(key, Datum::Text(text.to_owned()))
     }
 
     pub(crate) fn texts<'a>(self, key: &str, texts: impl IntoIterator<Item = &'a str>) -> Self {
-        self.pair(key, Value::Array(texts.into_iter().map(|text| Value::Text(text.to_owned())).collect()))
+        self.pair(key, Datum::Array(texts.into_iter().map(|text| Datum::Text(text.to_owned())).collect()))
     }
 
     pub(crate) fn count(self, key: &str, count: u64) -> Self {
-        self.pair(key, Value::Unsigned(count))
+        self.pair(key, Datum::Unsigned(count))
     }
 
     /// A tensor with these bytes, whether they fit its shape or not.
@@ -106,25 +116,25 @@ fn put_text(out: &mut Vec<u8>, text: &str) {
     out.extend(text.as_bytes());
 }
 
-fn kind_of(value: &Value) -> u32 {
+fn kind_of(value: &Datum) -> u32 {
     match value {
-        Value::Unsigned(_) => 10,
-        Value::Signed(_) => 11,
-        Value::Float(_) => 12,
-        Value::Bool(_) => 7,
-        Value::Text(_) => 8,
-        Value::Array(_) => 9,
+        Datum::Unsigned(_) => 10,
+        Datum::Signed(_) => 11,
+        Datum::Float(_) => 12,
+        Datum::Bool(_) => 7,
+        Datum::Text(_) => 8,
+        Datum::Array(_) => 9,
     }
 }
 
-fn put_value(out: &mut Vec<u8>, value: &Value) {
+fn put_value(out: &mut Vec<u8>, value: &Datum) {
     match value {
-        Value::Unsigned(value) => out.extend(value.to_le_bytes()),
-        Value::Signed(value) => out.extend(value.to_le_bytes()),
-        Value::Float(value) => out.extend(value.to_le_bytes()),
-        Value::Bool(value) => out.push(u8::from(*value)),
-        Value::Text(text) => put_text(out, text),
-        Value::Array(values) => {
+        Datum::Unsigned(value) => out.extend(value.to_le_bytes()),
+        Datum::Signed(value) => out.extend(value.to_le_bytes()),
+        Datum::Float(value) => out.extend(value.to_le_bytes()),
+        Datum::Bool(value) => out.push(u8::from(*value)),
+        Datum::Text(text) => put_text(out, text),
+        Datum::Array(values) => {
             out.extend(values.first().map_or(8, kind_of).to_le_bytes());
             out.extend((values.len() as u64).to_le_bytes());
             values.iter().for_each(|value| put_value(out, value));

@@ -51,6 +51,12 @@ impl Mapped {
             .ok_or_else(|| FormatError::Truncated { path: self.path.clone(), what: what.to_owned() })
     }
 
+    /// As [`Mapped::slice`], with the way back to the file.
+    pub fn part(&self, range: Range<u64>, what: &str) -> Result<MappedBytes<'_>, FormatError> {
+        let bytes = self.slice(range.clone(), what)?;
+        Ok(MappedBytes { file: self, start: range.start, bytes })
+    }
+
     /// Tells the kernel that `range` will not be read again, so that resident memory does not grow by a
     /// file that has been copied into a backend's own layout.
     pub fn forget(&self, range: Range<u64>) {
@@ -69,5 +75,24 @@ impl Mapped {
                 (end - start) as usize,
             )
         };
+    }
+}
+
+/// Some bytes of a mapped file, which can be told to leave memory.
+#[derive(Debug, Clone, Copy)]
+pub struct MappedBytes<'a> {
+    file: &'a Mapped,
+    start: u64,
+    bytes: &'a [u8],
+}
+
+impl<'a> MappedBytes<'a> {
+    pub fn get(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Says that `part` of these bytes will not be read again: see [`Mapped::forget`].
+    pub fn forget(&self, part: Range<usize>) {
+        self.file.forget(self.start + part.start as u64..self.start + part.end as u64);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! path ─► Mapped (read-only bytes) ─► Gguf / SafeTensors (names, types, shapes, byte ranges)
-//!                                  └► a TensorRange, from which a backend takes one tensor's bytes
+//!                                  └► MappedBytes: one tensor's, while a backend takes them over
 //! ```
 //! Readers look at headers only: a tensor's bytes are touched when the shard that owns it loads.
 //! Every count and offset in a header is checked against the file's size before it is used.
@@ -11,7 +11,6 @@ pub mod blocks;
 mod element;
 mod error;
 pub mod gguf;
-mod gguf_value;
 #[cfg(test)]
 pub(crate) mod gguf_writer;
 mod mapped;
@@ -19,9 +18,8 @@ pub mod safetensors;
 
 pub use element::ElementType;
 pub use error::FormatError;
-pub use gguf::Gguf;
-pub use gguf_value::Value;
-pub use mapped::Mapped;
+pub use gguf::{Gguf, Value};
+pub use mapped::{Mapped, MappedBytes};
 pub use safetensors::SafeTensors;
 
 /// Where one tensor lies in its file.

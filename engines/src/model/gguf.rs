@@ -84,10 +84,9 @@ impl Metadata<'_> {
     /// A number for all layers, or one for each.
     fn per_layer(&self, key: &str, layers: usize, default: Option<usize>) -> Result<Vec<usize>, FormatError> {
         let full = self.key(key);
-        let values = match self.file.metadata.get(&full) {
+        let values = match self.file.value(&full) {
             None => vec![default.ok_or_else(|| self.bad(&full, "is missing"))?; layers],
-            Some(Value::Array(values)) => values
-                .iter()
+            Some(Value::List(values)) => values
                 .map(|value| value.as_u64().map(|v| v as usize))
                 .collect::<Option<Vec<_>>>()
                 .ok_or_else(|| self.bad(&full, "is not a list of counts"))?,
@@ -183,9 +182,9 @@ impl Metadata<'_> {
         };
         let window = self.optional("attention.sliding_window")?.filter(|&window| window > 0);
         let key = self.key("attention.sliding_window_pattern");
-        let slides: Vec<bool> = match self.file.metadata.get(&key) {
-            Some(Value::Array(flags)) => {
-                let flags: Option<Vec<bool>> = flags.iter().map(Value::as_bool).collect();
+        let slides: Vec<bool> = match self.file.value(&key) {
+            Some(Value::List(flags)) => {
+                let flags: Option<Vec<bool>> = flags.map(Value::as_bool).collect();
                 flags
                     .filter(|flags| flags.len() == layers)
                     .ok_or_else(|| self.bad(&key, "is not a list of one flag per layer"))?

@@ -4,8 +4,7 @@ use super::*;
 use crate::cpu::CpuFactory;
 use crate::engine::{EngineFactory, KvElement, LoadReport, ShardSpec, TensorRank};
 use crate::error::EngineError;
-use crate::format::Value;
-use crate::format::gguf_writer::GgufWriter;
+use crate::format::gguf_writer::{Datum, GgufWriter};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -124,13 +123,13 @@ fn families_that_are_not_known_are_named() {
 
 #[test]
 fn headers_that_no_model_can_have_are_refused() {
-    let cases: [(&str, Value, &str); 6] = [
-        ("llama.rope.scaling.type", Value::Text("magic".to_owned()), "magic"),
-        ("llama.attention.layer_norm_rms_epsilon", Value::Float(f64::NAN), "epsilon"),
-        ("llama.attention.head_count_kv", Value::Unsigned(3), "key/value heads"),
-        ("llama.attention.key_length", Value::Unsigned(1 << 40), "key_length"),
-        ("llama.rope.dimension_count", Value::Unsigned(64), "dimension_count"),
-        ("split.count", Value::Unsigned(3), "gguf-split"),
+    let cases: [(&str, Datum, &str); 6] = [
+        ("llama.rope.scaling.type", Datum::Text("magic".to_owned()), "magic"),
+        ("llama.attention.layer_norm_rms_epsilon", Datum::Float(f64::NAN), "epsilon"),
+        ("llama.attention.head_count_kv", Datum::Unsigned(3), "key/value heads"),
+        ("llama.attention.key_length", Datum::Unsigned(1 << 40), "key_length"),
+        ("llama.rope.dimension_count", Datum::Unsigned(64), "dimension_count"),
+        ("split.count", Datum::Unsigned(3), "gguf-split"),
     ];
     for (key, value, named) in cases {
         let message = refused(&tiny(|_, _, _| {}).pair(key, value));

@@ -2,7 +2,7 @@
 //!
 //! Families name tensors; the decoder asks for roles. A role's tensor may be a run of rows of a fused tensor.
 
-use crate::format::{ElementType, FormatError, Mapped, TensorInfo};
+use crate::format::{ElementType, FormatError, Mapped, MappedBytes, TensorInfo};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -116,9 +116,9 @@ impl WeightReader {
     }
 
     /// The bytes of `slice`.
-    pub fn bytes(&self, slice: &TensorSlice) -> Result<&[u8], FormatError> {
+    pub fn bytes(&self, slice: &TensorSlice) -> Result<MappedBytes<'_>, FormatError> {
         let file = self.file(slice)?;
-        file.slice(slice.offset_bytes..slice.offset_bytes.saturating_add(slice.length_bytes), &slice.name)
+        file.part(slice.offset_bytes..slice.offset_bytes.saturating_add(slice.length_bytes), &slice.name)
     }
 
     /// Says that `slice` has been copied and its pages need not stay resident.

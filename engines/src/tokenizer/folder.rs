@@ -6,7 +6,7 @@ use crate::format::FormatError;
 use crate::format::safetensors::read_text;
 use crate::template::ChatTemplate;
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::catch_unwind;
 use std::path::Path;
 
@@ -47,13 +47,14 @@ pub(super) fn open(folder: &Path) -> Result<Tokenizer, FormatError> {
     if let Some((text, id)) = vocabulary.iter().find(|&(_, &id)| id >= TOKENS_MAX) {
         return Err(bad(format!("the token `{text}` has the id {id}; ids below {TOKENS_MAX} are possible")));
     }
-    let tokens = vocabulary.iter().map(|(text, &id)| {
+    let by_id: BTreeMap<u32, &str> = vocabulary.iter().map(|(text, &id)| (id, text.as_str())).collect();
+    let tokens = by_id.into_iter().map(|(id, text)| {
         let kind = match added.get(&id) {
             Some(token) if token.special => Kind::Control,
             Some(_) => Kind::Verbatim,
             None => Kind::Normal,
         };
-        (id, text.as_str(), kind)
+        (id, text, kind)
     });
     let pieces = Pieces::new(spelling(&json), tokens);
     let template = template(folder, &config)?

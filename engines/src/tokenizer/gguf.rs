@@ -44,14 +44,12 @@ struct Vocabulary<'a> {
 
 impl<'a> Vocabulary<'a> {
     fn read(file: &'a Gguf) -> Result<Self, FormatError> {
-        let texts = file.get("tokenizer.ggml.tokens", |value| {
-            value.as_array()?.iter().map(Value::as_text).collect::<Option<Vec<_>>>()
-        })?;
+        let texts = file.list("tokenizer.ggml.tokens", Value::as_text)?;
         let Some(texts) = texts.filter(|texts| !texts.is_empty()) else {
             return Err(FormatError::NoTokenizer { path: file.file.path().to_owned() });
         };
-        let types = file.get("tokenizer.ggml.token_type", Value::as_array)?.unwrap_or(&[]);
-        let kinds = (0..texts.len()).map(|id| match types.get(id).and_then(Value::as_u64) {
+        let types = file.list("tokenizer.ggml.token_type", Value::as_u64)?.unwrap_or_default();
+        let kinds = (0..texts.len()).map(|id| match types.get(id) {
             Some(2 | 3) => Kind::Control,
             Some(4) => Kind::Verbatim,
             _ => Kind::Normal,
@@ -111,12 +109,11 @@ impl Reader<'_> {
 
     /// Merges whose parts and whole are tokens, each once: others can never apply, and the builder refuses them.
     fn merges(&self, vocab: &Vocab) -> Result<Merges, FormatError> {
-        let lines = self.file.get("tokenizer.ggml.merges", Value::as_array)?;
+        let lines = self.file.list("tokenizer.ggml.merges", Value::as_text)?;
         let lines = lines.ok_or_else(|| self.bad("`tokenizer.ggml.merges` is missing"))?;
         let mut seen = HashSet::new();
         let mut merges = Merges::with_capacity(lines.len());
         for line in lines {
-            let line = line.as_text().ok_or_else(|| self.bad("a merge is not a string"))?;
             // A part may begin with a space of its own, but is never empty.
             let cut = line.char_indices().skip(1).find(|&(_, c)| c == ' ').map(|(at, _)| at);
             let Some((left, right)) = cut.map(|at| (&line[..at], &line[at + 1..])) else {
@@ -131,10 +128,9 @@ impl Reader<'_> {
     }
 
     fn sentence_piece(self) -> Result<Tokenizer, FormatError> {
-        let scores = self.file.get("tokenizer.ggml.scores", Value::as_array)?.unwrap_or(&[]);
-        let scores = scores.iter().map(|score| score.as_f64().unwrap_or(0.0) as f32).collect();
-        let texts = self.vocabulary.texts.iter().map(|&text| text.to_owned()).collect();
-        let mut tokenizer = SpmTokenizer::new(Spm::new(texts, scores, self.id("unknown_token_id")?));
+        let scores = self.file.list("tokenizer.ggml.scores", |score| score.as_f64().map(|score| score as f32))?;
+        let scores = scores.unwrap_or_default();
+        let mut tokenizer = SpmTokenizer::new(Spm::new(&self.vocabulary.texts, scores, self.id("unknown_token_id")?));
         let mut steps: Vec<NormalizerWrapper> = Vec::new();
         if self.flag("add_space_prefix", true)? {
             steps.push(Prepend::new("▁".to_owned()).into());

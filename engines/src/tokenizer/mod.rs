@@ -12,6 +12,7 @@ mod gguf;
 mod pieces;
 mod spm;
 mod text;
+mod texts;
 
 pub use text::{StopStream, Stopped, Utf8Stream};
 

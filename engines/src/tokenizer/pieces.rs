@@ -1,5 +1,6 @@
 //! The bytes of each token.
 
+use super::texts::Texts;
 use std::collections::BTreeMap;
 
 /// How a vocabulary spells bytes.
@@ -24,58 +25,49 @@ pub(super) enum Kind {
 /// Bytes and names by id.
 #[derive(Debug)]
 pub(super) struct Pieces {
-    pieces: Vec<Piece>,
-}
-
-#[derive(Debug, Clone, Default)]
-struct Piece {
-    bytes: Box<[u8]>,
-    /// Text of a control token, which has no bytes.
-    control: Option<Box<str>>,
+    bytes: Texts,
+    /// Texts of control tokens, which have no bytes.
+    controls: BTreeMap<u32, Box<str>>,
 }
 
 impl Pieces {
-    /// Pieces of (id, text, kind). Ids that are not named have no bytes.
+    /// Pieces of (id, text, kind), in the order of ids. Ids that are not named have no bytes.
     pub(super) fn new<'a>(spelling: Spelling, tokens: impl Iterator<Item = (u32, &'a str, Kind)>) -> Self {
         let alphabet = byte_level_alphabet();
-        let mut pieces = Vec::new();
+        let mut bytes = Texts::default();
+        let mut controls = BTreeMap::new();
         for (id, text, kind) in tokens {
-            let id = id as usize;
-            if pieces.len() <= id {
-                pieces.resize(id + 1, Piece::default());
+            while bytes.len() < id as usize {
+                bytes.push(b"");
             }
-            pieces[id] = match kind {
-                Kind::Control => Piece { bytes: Box::default(), control: Some(text.into()) },
-                Kind::Verbatim => Piece::of(text.as_bytes().into()),
-                Kind::Normal => Piece::of(match spelling {
+            match kind {
+                Kind::Control => {
+                    controls.insert(id, text.into());
+                    bytes.push(b"");
+                }
+                Kind::Verbatim => bytes.push(text.as_bytes()),
+                Kind::Normal => bytes.push(&match spelling {
                     Spelling::ByteLevel => byte_level(text, &alphabet),
                     Spelling::SentencePiece => sentence_piece(text),
                 }),
-            };
+            }
         }
-        Self { pieces }
+        Self { bytes, controls }
     }
 
     pub(super) fn bytes(&self, id: u32) -> &[u8] {
-        self.pieces.get(id as usize).map_or(&[], |piece| &piece.bytes)
+        self.bytes.get(id as usize)
     }
 
     pub(super) fn name(&self, id: u32) -> String {
-        match self.pieces.get(id as usize) {
-            None => String::new(),
-            Some(Piece { control: Some(text), .. }) => text.to_string(),
-            Some(piece) => String::from_utf8_lossy(&piece.bytes).into_owned(),
+        match self.controls.get(&id) {
+            Some(text) => text.to_string(),
+            None => String::from_utf8_lossy(self.bytes(id)).into_owned(),
         }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.pieces.len()
-    }
-}
-
-impl Piece {
-    fn of(bytes: Box<[u8]>) -> Self {
-        Self { bytes, control: None }
+        self.bytes.len()
     }
 }
 
@@ -92,16 +84,16 @@ pub(super) fn byte_level_alphabet() -> BTreeMap<char, u8> {
         .collect()
 }
 
-fn byte_level(text: &str, alphabet: &BTreeMap<char, u8>) -> Box<[u8]> {
+fn byte_level(text: &str, alphabet: &BTreeMap<char, u8>) -> Vec<u8> {
     let bytes: Option<Vec<u8>> = text.chars().map(|c| alphabet.get(&c).copied()).collect();
     // A token with a character outside the alphabet is spelt as it is.
-    bytes.unwrap_or_else(|| text.as_bytes().to_vec()).into()
+    bytes.unwrap_or_else(|| text.as_bytes().to_vec())
 }
 
-fn sentence_piece(text: &str) -> Box<[u8]> {
+fn sentence_piece(text: &str) -> Vec<u8> {
     match byte_token(text) {
-        Some(byte) => [byte].into(),
-        None => text.replace('▁', " ").into_bytes().into(),
+        Some(byte) => vec![byte],
+        None => text.replace('▁', " ").into_bytes(),
     }
 }
 

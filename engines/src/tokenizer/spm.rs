@@ -5,8 +5,11 @@
 //! which cuts out special tokens and normalises before it.
 
 use super::pieces::byte_token;
+use super::texts::Texts;
+use hashbrown::HashTable;
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
+use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use tokenizers::models::bpe::BpeTrainer;
 use tokenizers::{
@@ -20,29 +23,45 @@ pub(super) type SpmTokenizer =
 /// Tokens with scores.
 #[derive(Debug, Clone)]
 pub(super) struct Spm {
-    ids: HashMap<String, u32>,
-    texts: Vec<String>,
+    texts: Texts,
+    /// Ids, found by the hash of their texts; of equal texts the first.
+    ids: HashTable<u32>,
+    hasher: RandomState,
     scores: Vec<f32>,
     bytes: [Option<u32>; 256],
     unknown: Option<u32>,
 }
 
 impl Spm {
-    pub(super) fn new(texts: Vec<String>, scores: Vec<f32>, unknown: Option<u32>) -> Self {
-        let mut bytes = [None; 256];
-        let mut ids = HashMap::with_capacity(texts.len());
-        for (id, text) in texts.iter().enumerate() {
-            let id = id as u32;
+    pub(super) fn new(tokens: &[&str], scores: Vec<f32>, unknown: Option<u32>) -> Self {
+        let mut spm = Self {
+            texts: Texts::default(),
+            ids: HashTable::with_capacity(tokens.len()),
+            hasher: RandomState::new(),
+            scores,
+            bytes: [None; 256],
+            unknown,
+        };
+        for (id, text) in tokens.iter().enumerate() {
+            spm.texts.push(text.as_bytes());
             if let Some(byte) = byte_token(text) {
-                bytes[usize::from(byte)] = Some(id);
+                spm.bytes[usize::from(byte)] = Some(id as u32);
             }
-            ids.entry(text.clone()).or_insert(id);
+            let (texts, hasher) = (&spm.texts, &spm.hasher);
+            let rehash = |&id: &u32| hasher.hash_one(texts.get(id as usize));
+            let is_same = |&id: &u32| texts.get(id as usize) == text.as_bytes();
+            spm.ids.entry(hasher.hash_one(text.as_bytes()), is_same, rehash).or_insert(id as u32);
         }
-        Self { ids, texts, scores, bytes, unknown }
+        spm
+    }
+
+    fn id(&self, text: &str) -> Option<u32> {
+        let is_same = |&id: &u32| self.texts.get(id as usize) == text.as_bytes();
+        self.ids.find(self.hasher.hash_one(text.as_bytes()), is_same).copied()
     }
 
     fn score(&self, text: &str) -> Option<f32> {
-        let id = *self.ids.get(text)? as usize;
+        let id = self.id(text)? as usize;
         Some(self.scores.get(id).copied().unwrap_or(0.0))
     }
 }
@@ -150,7 +169,7 @@ impl Model for Spm {
         for symbol in Merger::new(self, text).merge_all() {
             let piece = &text[symbol.start..symbol.end];
             let offsets = (symbol.start, symbol.end);
-            if let Some(&id) = self.ids.get(piece) {
+            if let Some(id) = self.id(piece) {
                 tokens.push(Token::new(id, piece.to_owned(), offsets));
                 continue;
             }
@@ -164,15 +183,17 @@ impl Model for Spm {
     }
 
     fn token_to_id(&self, token: &str) -> Option<u32> {
-        self.ids.get(token).copied()
+        self.id(token)
     }
 
     fn id_to_token(&self, id: u32) -> Option<String> {
-        self.texts.get(id as usize).cloned()
+        let is_there = (id as usize) < self.texts.len();
+        is_there.then(|| String::from_utf8_lossy(self.texts.get(id as usize)).into_owned())
     }
 
     fn get_vocab(&self) -> HashMap<String, u32> {
-        self.ids.clone()
+        let text_of = |&id: &u32| (String::from_utf8_lossy(self.texts.get(id as usize)).into_owned(), id);
+        self.ids.iter().map(text_of).collect()
     }
 
     fn get_vocab_size(&self) -> usize {
@@ -203,8 +224,8 @@ mod tests {
             ("<0xC3>", 0.0),
             ("<0xA9>", 0.0),
         ];
-        let (texts, scores): (Vec<_>, Vec<_>) = tokens.iter().map(|&(text, score)| (text.to_owned(), score)).unzip();
-        Spm::new(texts, scores, Some(0))
+        let (texts, scores): (Vec<_>, Vec<_>) = tokens.iter().copied().unzip();
+        Spm::new(&texts, scores, Some(0))
     }
 
     fn pieces(text: &str) -> Vec<String> {

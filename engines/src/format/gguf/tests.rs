@@ -1,6 +1,6 @@
 //! Right files are read, wrong ones are named.
 
-use super::super::gguf_writer::GgufWriter;
+use super::super::gguf_writer::{Datum, GgufWriter};
 use super::*;
 use proptest::prelude::*;
 
@@ -8,8 +8,8 @@ fn sound() -> GgufWriter {
     GgufWriter::default()
         .text("general.architecture", "llama")
         .count("llama.block_count", 2)
-        .pair("general.scale", Value::Float(0.5))
-        .pair("general.flag", Value::Bool(true))
+        .pair("general.scale", Datum::Float(0.5))
+        .pair("general.flag", Datum::Bool(true))
         .texts("tokenizer.ggml.tokens", ["a", "b", "c"])
         .floats("first", &[2, 3], (0..6).map(|i| i as f32))
         .floats("second", &[4], [1.0; 4])

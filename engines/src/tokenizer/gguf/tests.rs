@@ -1,7 +1,7 @@
 //! Vocabularies small enough to be read by eye, whose merges cross the borders that a pre-tokenizer must draw.
 
-use crate::format::gguf_writer::GgufWriter;
-use crate::format::{FormatError, Value};
+use crate::format::FormatError;
+use crate::format::gguf_writer::{Datum, GgufWriter};
 use crate::model::TokenizerSource;
 use crate::tokenizer::pieces::byte_level_alphabet;
 use crate::tokenizer::{SpecialTokens, Tokenizer};
@@ -18,7 +18,7 @@ fn byte_level(pre: &str, merges: &[(&str, &str)]) -> GgufWriter {
     tokens.extend(merges.iter().map(|(left, right)| format!("{left}{right}")));
     let normal = tokens.len();
     tokens.extend(["<s>", "<|im_end|>", "<tool>"].map(str::to_owned));
-    let kinds = (0..tokens.len()).map(|id| Value::Signed(if id < normal { 1 } else { 3 })).collect();
+    let kinds = (0..tokens.len()).map(|id| Datum::Signed(if id < normal { 1 } else { 3 })).collect();
     GgufWriter::default()
         .text("tokenizer.ggml.model", "gpt2")
         .text("tokenizer.ggml.pre", pre)
@@ -27,7 +27,7 @@ fn byte_level(pre: &str, merges: &[(&str, &str)]) -> GgufWriter {
             "tokenizer.ggml.merges",
             merges.iter().map(|(l, r)| format!("{l} {r}")).collect::<Vec<_>>().iter().map(String::as_str),
         )
-        .pair("tokenizer.ggml.token_type", Value::Array(kinds))
+        .pair("tokenizer.ggml.token_type", Datum::Array(kinds))
         .count("tokenizer.ggml.bos_token_id", normal as u64)
 }
 
@@ -79,7 +79,7 @@ fn control_tokens_are_cut_out_and_begin_a_text_where_they_should() {
             tokenizer.ends().iter().all(|&id| tokenizer.name(id) == "<|im_end|>" && tokenizer.bytes(id).is_empty())
         );
     }
-    let told = byte_level("llama-bpe", &EAGER).pair("tokenizer.ggml.add_bos_token", Value::Bool(false));
+    let told = byte_level("llama-bpe", &EAGER).pair("tokenizer.ggml.add_bos_token", Datum::Bool(false));
     let tokenizer = open(&told).expect("a right vocabulary");
     assert_ne!(tokenizer.encode("a", SpecialTokens::Add).expect("a text").first(), tokenizer.bos().as_ref());
 }

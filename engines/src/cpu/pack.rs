@@ -1,0 +1,236 @@
+//! From the order of a file to the order of the kernels.
+//!
+//! Runs of panels are shared out to the team, which writes each into its own part of the target. A run's bytes are
+//! forgotten as soon as it is packed, so that a matrix is never twice in memory.
+
+use super::packed::{Coded, Dense, Form, Lines, Packed, place};
+use super::shares::Shares;
+use super::simd::LANES;
+use super::team::{Panicked, Team};
+use crate::format::ElementType;
+use crate::format::blocks::{self, BLOCK, Coding};
+use half::f16;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Bytes of a file that one task packs: enough to be worth a task, little beside any matrix that matters.
+const TASK_BYTES: usize = 256 << 10;
+
+/// A matrix as its file has it.
+pub(super) struct Source<'a> {
+    pub(super) element: ElementType,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    /// Exactly its rows.
+    pub(super) bytes: &'a [u8],
+    /// Hears which of the bytes will not be read again.
+    pub(super) forget: &'a (dyn Fn(Range<usize>) + Sync),
+}
+
+/// Why a matrix cannot be packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PackError {
+    /// A value or a scale in this row is no finite number.
+    NotANumber {
+        row: usize,
+    },
+    Panicked,
+}
+
+impl From<Panicked> for PackError {
+    fn from(_: Panicked) -> Self {
+        Self::Panicked
+    }
+}
+
+impl Packed {
+    /// Packs a matrix, with the whole team.
+    pub(super) fn pack(team: &mut Team, source: &Source<'_>) -> Result<Self, PackError> {
+        let form = match Coding::of(source.element) {
+            Some(coding) => Form::Coded(source.coded(team, coding)?),
+            None => Form::Dense(source.dense(team)?),
+        };
+        Ok(Self { rows: source.rows, columns: source.columns, form })
+    }
+}
+
+impl Source<'_> {
+    fn panels(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.bytes.len() / self.rows.max(1)
+    }
+
+    /// Calls `pack` with (row, its bytes) for every row, each panel's rows in one task; `pack` tells whether all of
+    /// the row's values are finite.
+    fn for_rows(&self, team: &mut Team, pack: &(dyn Fn(usize, &[u8]) -> bool + Sync)) -> Result<(), PackError> {
+        let row_bytes = self.row_bytes();
+        let rows_per_task = (TASK_BYTES / (LANES * row_bytes).max(1)).max(1) * LANES;
+        let first_bad = AtomicUsize::new(usize::MAX);
+        team.run(self.rows.div_ceil(rows_per_task), &|task| {
+            let rows = task * rows_per_task..((task + 1) * rows_per_task).min(self.rows);
+            for row in rows.clone() {
+                if !pack(row, &self.bytes[row * row_bytes..][..row_bytes]) {
+                    first_bad.fetch_min(row, Ordering::Relaxed);
+                    return;
+                }
+            }
+            (self.forget)(rows.start * row_bytes..rows.end * row_bytes);
+        })?;
+        match first_bad.into_inner() {
+            usize::MAX => Ok(()),
+            row => Err(PackError::NotANumber { row }),
+        }
+    }
+
+    fn dense(&self, team: &mut Team) -> Result<Dense, PackError> {
+        let (columns, size) = (self.columns, self.element.block_bytes());
+        let panel_bytes = LANES * columns * size;
+        let mut values = Lines::zeroed(self.panels() * panel_bytes);
+        let shares = Shares::new(values.bytes_mut());
+        self.for_rows(team, &|row, source| {
+            let (panel, lane) = (row / LANES, row % LANES);
+            // SAFETY: a panel belongs to one task, which packs its rows one after the other.
+            let target = unsafe { shares.take(panel * panel_bytes..(panel + 1) * panel_bytes) };
+            let mut is_finite = true;
+            for (column, value) in source.chunks_exact(size).enumerate() {
+                let mut float = [0.0];
+                blocks::dequantise_row(self.element, value, &mut float);
+                is_finite &= float[0].is_finite();
+                target[(column * LANES + lane) * size..][..size].copy_from_slice(value);
+            }
+            is_finite
+        })?;
+        Ok(Dense { element: self.element, values })
+    }
+
+    fn coded(&self, team: &mut Team, coding: Coding) -> Result<Coded, PackError> {
+        let blocks_per_row = self.columns / BLOCK;
+        let block_count = self.panels() * blocks_per_row;
+        let mut coded = Coded {
+            coding,
+            codes: Lines::zeroed(block_count * Coded::block_bytes(coding)),
+            scales: vec![0; block_count * Coded::block_scales(coding)],
+            mins: vec![0; if coding.has_mins { block_count * LANES } else { 0 }],
+        };
+        let codes = Shares::new(coded.codes.bytes_mut());
+        let scales = Shares::new(&mut coded.scales);
+        let mins = Shares::new(&mut coded.mins);
+        self.for_rows(team, &|row, source| {
+            let (panel, lane) = (row / LANES, row % LANES);
+            let part = |size: usize| panel * blocks_per_row * size..(panel + 1) * blocks_per_row * size;
+            // SAFETY: a panel belongs to one task, which packs its rows one after the other.
+            let mut target = unsafe {
+                Panel {
+                    coding,
+                    codes: codes.take(part(Coded::block_bytes(coding))),
+                    scales: scales.take(part(Coded::block_scales(coding))),
+                    mins: mins.take(part(if coding.has_mins { LANES } else { 0 })),
+                }
+            };
+            (0..blocks_per_row).all(|index| {
+                let block = blocks::decode(self.element, source, index);
+                target.put(index, lane, &block);
+                block.scales.iter().chain(&block.mins).all(|value| value.is_finite())
+            })
+        })?;
+        Ok(coded)
+    }
+}
+
+/// Sixteen rows of a coded matrix.
+struct Panel<'a> {
+    coding: Coding,
+    codes: &'a mut [u8],
+    scales: &'a mut [u16],
+    mins: &'a mut [u16],
+}
+
+impl Panel<'_> {
+    fn put(&mut self, index: usize, lane: usize, block: &blocks::Block) {
+        let coding = self.coding;
+        let scales = &mut self.scales[index * Coded::block_scales(coding)..];
+        scales[lane] = f16::from_f32(block.scales[0]).to_bits();
+        if coding.split_scales {
+            scales[LANES + lane] = f16::from_f32(block.scales[1]).to_bits();
+        }
+        if coding.has_mins {
+            self.mins[index * LANES + lane] = f16::from_f32(block.mins[0]).to_bits();
+        }
+        let size = Coded::block_bytes(coding);
+        let bytes = &mut self.codes[index * size..][..size];
+        for (column, &code) in block.codes.iter().enumerate() {
+            let at = place(column, lane);
+            if coding.bits == 8 {
+                bytes[column / 4 * 64 + at.byte] = code;
+                continue;
+            }
+            bytes[at.vector * 64 + at.byte] |= (code & 15) << at.nibble;
+            match coding.bits {
+                5 => bytes[256 + at.byte] |= (code >> 4) << (column / 4),
+                6 => bytes[256 + column / 16 * 64 + at.byte] |= (code >> 4) << (column / 4 % 4 * 2),
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::test_weights;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// R4.3: packing keeps every value, to the half precision of its scale, and lets go of every byte.
+        #[test]
+        fn packed_rows_read_back(
+            element in prop::sample::select(ElementType::ALL.to_vec()),
+            rows in 1_usize..40,
+            blocks_per_row in 1_usize..3,
+            threads in 1_usize..4,
+            seed in any::<u64>(),
+        ) {
+            let columns = blocks_per_row * 256;
+            let bytes = test_weights::bytes(element, rows, columns, seed);
+            let forgotten = AtomicUsize::new(0);
+            let forget = |part: Range<usize>| { forgotten.fetch_add(part.len(), Ordering::Relaxed); };
+            let mut team = Team::new(threads).expect("threads");
+            let source = Source { element, rows, columns, bytes: &bytes, forget: &forget };
+            let packed = Packed::pack(&mut team, &source).expect("finite weights");
+            prop_assert_eq!(forgotten.into_inner(), bytes.len());
+            let row_bytes = element.row_bytes(columns).unwrap_or(1);
+            let (mut got, mut expected) = (vec![0.0; columns], vec![0.0; columns]);
+            for row in 0..rows {
+                packed.read_row(row, &mut got);
+                blocks::dequantise_row(element, &bytes[row * row_bytes..][..row_bytes], &mut expected);
+                for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                    let parts = match Coding::of(element) {
+                        None => 0.0,
+                        Some(_) => {
+                            let block = blocks::decode(element, &bytes[row * row_bytes..][..row_bytes], i / BLOCK);
+                            block.scales[i % BLOCK / 16].abs() * 256.0 + block.mins[0].abs()
+                        }
+                    };
+                    prop_assert!((got - expected).abs() <= 0.0005 * parts + 1e-6, "{element}: {got} {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_no_number_is_found() {
+        let mut bytes = vec![0; 3 * 64 * 4];
+        bytes[2 * 64 * 4..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        let pack = |element, rows, columns, bytes: &[u8]| {
+            let mut team = Team::new(1).expect("threads");
+            Packed::pack(&mut team, &Source { element, rows, columns, bytes, forget: &|_| {} }).err()
+        };
+        assert_eq!(pack(ElementType::F32, 3, 64, &bytes), Some(PackError::NotANumber { row: 2 }));
+        let mut block = vec![0; 18];
+        block[..2].copy_from_slice(&f16::NAN.to_le_bytes());
+        assert_eq!(pack(ElementType::Q4_0, 1, 32, &block), Some(PackError::NotANumber { row: 0 }));
+    }
+}

@@ -1,0 +1,94 @@
+//! A metadata value, borrowed from the file.
+
+use super::cursor::Cursor;
+use crate::format::FormatError;
+
+/// One value. Numbers keep their kind only as far as readers care.
+#[derive(Debug, Clone)]
+pub enum Value<'a> {
+    Unsigned(u64),
+    Signed(i64),
+    Float(f64),
+    Bool(bool),
+    Text(&'a str),
+    List(List<'a>),
+}
+
+/// The elements of a list, read one after the other.
+#[derive(Debug, Clone)]
+pub struct List<'a> {
+    cursor: Cursor<'a>,
+    kind: u32,
+    left: u64,
+}
+
+impl<'a> List<'a> {
+    pub(super) fn new(cursor: Cursor<'a>, kind: u32, left: u64) -> Self {
+        Self { cursor, kind, left }
+    }
+
+    /// Reads all elements, and checks each.
+    pub(super) fn walk(&mut self, key: &str) -> Result<(), FormatError> {
+        while self.left > 0 {
+            self.left -= 1;
+            self.cursor.scalar(self.kind, key)?;
+        }
+        Ok(())
+    }
+
+    /// Where the elements that were read end.
+    pub(super) fn end(&self) -> u64 {
+        self.cursor.at
+    }
+}
+
+impl<'a> Iterator for List<'a> {
+    type Item = Value<'a>;
+
+    fn next(&mut self) -> Option<Value<'a>> {
+        self.left = self.left.checked_sub(1)?;
+        self.cursor.scalar(self.kind, "").ok()
+    }
+}
+
+impl<'a> Value<'a> {
+    /// The value as a count, where it is a number without a sign or a fraction.
+    pub fn as_u64(self) -> Option<u64> {
+        match self {
+            Self::Unsigned(v) => Some(v),
+            Self::Signed(v) => u64::try_from(v).ok(),
+            _ => None,
+        }
+    }
+
+    /// The value as a number.
+    pub fn as_f64(self) -> Option<f64> {
+        match self {
+            Self::Float(v) => Some(v),
+            Self::Unsigned(v) => Some(v as f64),
+            Self::Signed(v) => Some(v as f64),
+            _ => None,
+        }
+    }
+
+    pub fn as_bool(self) -> Option<bool> {
+        match self {
+            Self::Bool(v) => Some(v),
+            _ => None,
+        }
+    }
+
+    pub fn as_text(self) -> Option<&'a str> {
+        match self {
+            Self::Text(v) => Some(v),
+            _ => None,
+        }
+    }
+
+    pub fn as_list(self) -> Option<List<'a>> {
+        match self {
+            Self::List(v) => Some(v),
+            _ => None,
+        }
+    }
+}

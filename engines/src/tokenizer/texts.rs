@@ -1,0 +1,28 @@
+//! The texts of a vocabulary, side by side: a quarter of a million allocations less.
+
+/// Byte strings by number.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Texts {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+}
+
+impl Texts {
+    pub(super) fn push(&mut self, text: &[u8]) {
+        self.bytes.extend_from_slice(text);
+        self.ends.push(self.bytes.len());
+    }
+
+    /// Text number `index`; nothing behind the last.
+    pub(super) fn get(&self, index: usize) -> &[u8] {
+        let start = index.checked_sub(1).map_or(Some(0), |before| self.ends.get(before).copied());
+        match (start, self.ends.get(index)) {
+            (Some(start), Some(&end)) => &self.bytes[start..end],
+            _ => &[],
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+}
