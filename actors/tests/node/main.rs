@@ -2,7 +2,9 @@
 
 #![allow(clippy::expect_used)] // A test that cannot go on says why.
 
+mod downloads;
 mod fake;
+mod hub;
 
 use exo_actors::core::view::Phase;
 use exo_actors::{Generated, Prompt, RequestError};

@@ -1,0 +1,126 @@
+//! A Hugging Face hub of our own, on loopback, that can be told to misbehave.
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, RANGE};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::response::Response;
+use axum::routing::get;
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+
+/// What the hub has, how it behaves, and what was asked of it.
+#[derive(Debug, Default)]
+pub(crate) struct Shelf {
+    /// Contents by file name; the repository is `owner/model`.
+    pub(crate) files: BTreeMap<String, Vec<u8>>,
+    /// Only who shows this token is served.
+    pub(crate) token: Option<String>,
+    /// Answers with content that are broken off in the middle, first of all.
+    pub(crate) broken_off: u32,
+    /// Every byte is served wrong, the digests right.
+    pub(crate) is_corrupt: bool,
+    /// First bytes of the ranges that were asked for; metadata requests left out.
+    pub(crate) ranges: Vec<u64>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Hub {
+    pub(crate) address: String,
+    pub(crate) shelf: Arc<Mutex<Shelf>>,
+}
+
+impl Hub {
+    pub(crate) async fn new(shelf: Shelf) -> Self {
+        let shelf = Arc::new(Mutex::new(shelf));
+        let router = Router::new()
+            .route("/api/models/owner/model/revision/main", get(info))
+            .route("/owner/model/resolve/main/{file}", get(file))
+            .with_state(Arc::clone(&shelf));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = format!("http://{}", listener.local_addr().expect("an address"));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Self { address, shelf }
+    }
+}
+
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn answer(status: StatusCode, body: Body) -> Response {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response
+}
+
+fn is_welcome(shelf: &Shelf, headers: &HeaderMap) -> bool {
+    let shown = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+    shelf.token.as_ref().is_none_or(|token| shown == Some(&format!("Bearer {token}")))
+}
+
+async fn info(State(shelf): State<Arc<Mutex<Shelf>>>, headers: HeaderMap) -> Response {
+    let shelf = shelf.lock().expect("not poisoned");
+    if !is_welcome(&shelf, &headers) {
+        return answer(StatusCode::UNAUTHORIZED, Body::empty());
+    }
+    let files = shelf.files.keys().map(|name| serde_json::json!({"rfilename": name}));
+    let info = serde_json::json!({"sha": "c0ffee", "siblings": files.collect::<Vec<_>>()});
+    answer(StatusCode::OK, Body::from(info.to_string()))
+}
+
+async fn file(State(shelf): State<Arc<Mutex<Shelf>>>, Path(name): Path<String>, headers: HeaderMap) -> Response {
+    let mut shelf = shelf.lock().expect("not poisoned");
+    if !is_welcome(&shelf, &headers) {
+        return answer(StatusCode::UNAUTHORIZED, Body::empty());
+    }
+    let Some(content) = shelf.files.get(&name).cloned() else {
+        return answer(StatusCode::NOT_FOUND, Body::empty());
+    };
+    let range = headers.get(RANGE).and_then(|value| value.to_str().ok()?.strip_prefix("bytes=")?.split_once('-'));
+    let (first, last) = range.expect("the client asks for ranges");
+    let (first, last): (usize, usize) = (first.parse().expect("a number"), last.parse().expect("a number"));
+    let last = last.min(content.len() - 1);
+    let mut part = content[first..=last].to_vec();
+    let mut breaks_off = false;
+    if (first, last) != (0, 0) {
+        shelf.ranges.push(first as u64);
+        if shelf.is_corrupt {
+            part.iter_mut().for_each(|byte| *byte ^= 0x55);
+        }
+        // A later part breaks, so that something is there to be kept.
+        breaks_off = shelf.broken_off > 0 && first > 0;
+        shelf.broken_off -= u32::from(breaks_off);
+    }
+    let length = part.len();
+    let body = if breaks_off { broken(&part) } else { Body::from(part) };
+    let mut response = answer(StatusCode::PARTIAL_CONTENT, body);
+    let mut head = |name: HeaderName, value: String| {
+        response.headers_mut().insert(name, HeaderValue::from_str(&value).expect("a header"));
+    };
+    head(CONTENT_RANGE, format!("bytes {first}-{last}/{}", content.len()));
+    head(CONTENT_LENGTH, length.to_string());
+    head(ETAG, format!("\"{}\"", sha256(&content)));
+    head(HeaderName::from_static("x-repo-commit"), "c0ffee".to_owned());
+    response
+}
+
+/// Half of `part`, and then the connection's end.
+fn broken(part: &[u8]) -> Body {
+    let half = Bytes::copy_from_slice(&part[..part.len() / 2]);
+    Body::from_stream(Parts(VecDeque::from([Ok(half), Err(std::io::Error::other("told to"))])))
+}
+
+struct Parts(VecDeque<std::io::Result<Bytes>>);
+
+impl futures_core::Stream for Parts {
+    type Item = std::io::Result<Bytes>;
+
+    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        Poll::Ready(self.0.pop_front())
+    }
+}
