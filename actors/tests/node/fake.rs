@@ -18,6 +18,8 @@ use std::time::Duration;
 /// Tokens of the tiny model's vocabulary; 2 ends an answer.
 pub(crate) const VOCABULARY: u32 = 96;
 pub(crate) const END: u32 = 2;
+/// Tokens that a sequence may have.
+const CONTEXT: u32 = 2048;
 
 /// When an engine fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,8 +44,11 @@ pub(crate) struct Script {
     pub(crate) failures: Vec<(usize, When, How, u32)>,
     pub(crate) loads: u32,
     pub(crate) step_delay: Duration,
+    pub(crate) row_delay: Duration,
     /// Rows of the largest step.
     pub(crate) rows_max: usize,
+    /// Rows of all steps of all shards.
+    pub(crate) rows: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -157,7 +162,8 @@ impl Engine for FakeEngine {
         let delay = {
             let mut script = self.script.lock().expect("not poisoned");
             script.rows_max = script.rows_max.max(step.rows.len());
-            script.step_delay
+            script.rows += step.rows.len();
+            script.step_delay + script.row_delay * step.rows.len() as u32
         };
         std::thread::sleep(delay);
         if !step.rows.is_empty() {
@@ -198,9 +204,11 @@ impl Engine for FakeEngine {
 /// A folder with a tiny model, its tokenizer of words `w0` … `w95` included.
 pub(crate) fn tiny_model(folder: &Path) -> PathBuf {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engines/tests/fixtures/llama");
-    for file in ["config.json", "model.safetensors"] {
-        std::fs::copy(fixture.join(file), folder.join(file)).expect("the fixture is there");
-    }
+    std::fs::copy(fixture.join("model.safetensors"), folder.join("model.safetensors")).expect("the fixture is there");
+    let config = std::fs::read_to_string(fixture.join("config.json")).expect("the fixture is there");
+    let mut config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    config["max_position_embeddings"] = CONTEXT.into();
+    std::fs::write(folder.join("config.json"), config.to_string()).expect("written");
     let words: BTreeMap<String, u32> = (0..VOCABULARY).map(|id| (format!("w{id}"), id)).collect();
     let tokenizer = serde_json::json!({
         "version": "1.0",
@@ -230,11 +238,16 @@ impl World {
         let factory = |&(device, kind): &(&'static str, DeviceKind)| -> Arc<dyn EngineFactory> {
             Arc::new(FakeFactory { device, kind, script: Arc::clone(&script) })
         };
+        let factories = devices.iter().map(factory).collect();
+        Self::with_factories(script, factories).await
+    }
+
+    pub(crate) async fn with_factories(script: Arc<Mutex<Script>>, factories: Vec<Arc<dyn EngineFactory>>) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let model = tiny_model(folder.path());
         let config = NodeConfig {
             id: exo_net::Identity::ephemeral().expect("random bytes").node_id(),
-            factories: devices.iter().map(factory).collect(),
+            factories,
             models: ModelsConfig {
                 folders: vec![folder.path().to_owned()],
                 hub_endpoint: None,

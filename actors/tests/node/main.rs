@@ -1,17 +1,17 @@
-//! A whole node over fake engines: batching, splitting, cancellation, and every way in which a shard can fail.
+//! A whole node: over engines that fail when they are told to, and over a hub that misbehaves.
 
 #![allow(clippy::expect_used)] // A test that cannot go on says why.
 
 mod downloads;
 mod fake;
 mod hub;
+mod recovery;
+mod sabotage;
+mod scheduling;
 
-use exo_actors::core::view::Phase;
 use exo_actors::{Generated, Prompt, RequestError};
-use exo_engines::engine::DeviceKind;
 use exo_engines::sampler::SamplingParams;
-use fake::{How, Script, When, World, answer};
-use std::sync::Arc;
+use fake::{Script, World, answer};
 use std::time::Duration;
 
 const PROMPT: [u32; 40] = {
@@ -24,10 +24,6 @@ const PROMPT: [u32; 40] = {
     prompt
 };
 
-fn failing(failures: Vec<(usize, When, How, u32)>) -> Script {
-    Script { failures, ..Script::default() }
-}
-
 /// R4.2, R4.4: the same tokens from one shard and from three.
 #[tokio::test(flavor = "multi_thread")]
 async fn shards_pass_tokens_on() {
@@ -35,95 +31,6 @@ async fn shards_pass_tokens_on() {
     for shards in [1, 3] {
         assert_eq!(world.ask(world.request(shards, &PROMPT, 30)).await, Ok(answer(&PROMPT, 30)));
     }
-    world.node.shutdown().await;
-}
-
-/// R7.5: requests share steps, and each gets its own answer.
-#[tokio::test(flavor = "multi_thread")]
-async fn requests_share_steps() {
-    let script = Script { step_delay: Duration::from_millis(2), ..Script::default() };
-    let world = Arc::new(World::new(script).await);
-    let asks = (0..20_u32).map(|i| {
-        let world = Arc::clone(&world);
-        tokio::spawn(async move {
-            let prompt: Vec<u32> = (0..10 + i * 4).map(|k| 3 + (k * 5 + i) % 90).collect();
-            let got = world.ask(world.request(2, &prompt, 25)).await;
-            assert_eq!(got, Ok(answer(&prompt, 25)));
-        })
-    });
-    for ask in asks.collect::<Vec<_>>() {
-        ask.await.expect("the answer is right");
-    }
-    assert!(world.script.lock().expect("not poisoned").rows_max > 20, "steps were shared");
-}
-
-/// R1.4, R8.4: whatever fails, whenever, in whichever shard: it is restarted, sequences are replayed, and the client's
-/// stream goes on without a lost or doubled token.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_failed_shard_is_replaced_and_streams_go_on() {
-    for layer in [0, 1, 3] {
-        for when in [When::Load, When::Prefill, When::Decode] {
-            for how in [How::Error, How::Panic, How::DeviceLost] {
-                let world = World::new(failing(vec![(layer, when, how, 2)])).await;
-                let (a, b) = tokio::join!(
-                    world.ask(world.request(3, &PROMPT, 40)),
-                    world.ask(world.request(3, &PROMPT[..9], 40)),
-                );
-                assert_eq!(a, Ok(answer(&PROMPT, 40)), "layer {layer}, {when:?}, {how:?}");
-                assert_eq!(b, Ok(answer(&PROMPT[..9], 40)), "layer {layer}, {when:?}, {how:?}");
-                assert!(world.script.lock().expect("not poisoned").loads > 3, "something was restarted");
-                world.node.shutdown().await;
-            }
-        }
-    }
-}
-
-/// R1.4: a lost GPU's shard goes to the processor, in the middle of the answer.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_lost_device_falls_back_to_the_processor() {
-    let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
-    let world = World::with_devices(failing(vec![(0, When::Decode, How::DeviceLost, 1)]), &devices).await;
-    assert_eq!(world.ask(world.request(1, &PROMPT, 40)).await, Ok(answer(&PROMPT, 40)));
-    assert_eq!(world.script.lock().expect("not poisoned").loads, 2);
-    world.node.shutdown().await;
-}
-
-/// R8.3: a shard that keeps failing ends its requests with the reason and a remedy; a later request starts anew.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_shard_beyond_help_is_told_to_its_clients() {
-    let world = World::new(failing(vec![(0, When::Decode, How::Panic, 4)])).await;
-    let failed = world.ask(world.request(1, &PROMPT, 40)).await;
-    let Err(RequestError::Engine { what, remedy }) = failed else { panic!("{failed:?}") };
-    assert!(what.contains("panicked") && !remedy.is_empty());
-    let mut facts = world.node.subscribe().await.expect("the node lives");
-    let is_stopped = |facts: &exo_actors::Subscription| {
-        facts.state().instances.values().any(|instance| matches!(instance.phase, Phase::Stopped { error: Some(_) }))
-    };
-    while !is_stopped(&facts) {
-        facts.next().await.expect("not too slow");
-    }
-    assert_eq!(world.ask(world.request(1, &PROMPT, 40)).await, Ok(answer(&PROMPT, 40)));
-    world.node.shutdown().await;
-}
-
-/// Dropping a stream cancels its work and frees its pages; others go on.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_dropped_stream_is_cancelled() {
-    let script = Script { step_delay: Duration::from_millis(5), ..Script::default() };
-    let world = World::new(script).await;
-    let mut dropped = world.node.generate(world.request(1, &PROMPT, 80)).expect("admitted");
-    while !matches!(dropped.next().await, Some(Ok(Generated::Token { .. }))) {}
-    let other = world.ask(world.request(1, &PROMPT[..5], 10));
-    drop(dropped);
-    assert_eq!(other.await, Ok(answer(&PROMPT[..5], 10)));
-    let mut facts = world.node.subscribe().await.expect("the node lives");
-    let freed = async {
-        while facts.state().instances.values().any(|instance| instance.pages_used > 0 || instance.requests_running > 0)
-        {
-            facts.next().await.expect("not too slow");
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(5), freed).await.expect("pages are freed");
     world.node.shutdown().await;
 }
 

@@ -1,0 +1,102 @@
+//! Every way in which a shard can fail, while streams run.
+
+use crate::PROMPT;
+use crate::fake::{How, Script, When, World, answer};
+use crate::sabotage::Sabotaged;
+use exo_actors::core::view::Phase;
+use exo_actors::{GenerateRequest, Generated, RequestError};
+use exo_engines::engine::DeviceKind;
+use exo_engines::sampler::{Sampled, SamplingParams};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+fn failing(failures: Vec<(usize, When, How, u32)>) -> Script {
+    Script { failures, ..Script::default() }
+}
+
+/// R1.4, R8.4: whatever fails, whenever, in whichever shard: it is restarted, sequences are replayed, and the client's
+/// stream goes on without a lost or doubled token.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_shard_is_replaced_and_streams_go_on() {
+    for layer in [0, 1, 3] {
+        for when in [When::Load, When::Prefill, When::Decode] {
+            for how in [How::Error, How::Panic, How::DeviceLost] {
+                let world = World::new(failing(vec![(layer, when, how, 2)])).await;
+                let (a, b) = tokio::join!(
+                    world.ask(world.request(3, &PROMPT, 40)),
+                    world.ask(world.request(3, &PROMPT[..9], 40)),
+                );
+                assert_eq!(a, Ok(answer(&PROMPT, 40)), "layer {layer}, {when:?}, {how:?}");
+                assert_eq!(b, Ok(answer(&PROMPT[..9], 40)), "layer {layer}, {when:?}, {how:?}");
+                assert!(world.script.lock().expect("not poisoned").loads > 3, "something was restarted");
+                world.node.shutdown().await;
+            }
+        }
+    }
+}
+
+/// R1.4: a lost GPU's shard goes to the processor, in the middle of the answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_device_falls_back_to_the_processor() {
+    let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
+    let world = World::with_devices(failing(vec![(0, When::Decode, How::DeviceLost, 1)]), &devices).await;
+    assert_eq!(world.ask(world.request(1, &PROMPT, 40)).await, Ok(answer(&PROMPT, 40)));
+    assert_eq!(world.script.lock().expect("not poisoned").loads, 2);
+    world.node.shutdown().await;
+}
+
+/// R8.3: a shard that keeps failing ends its requests with the reason and a remedy; a later request starts anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shard_beyond_help_is_told_to_its_clients() {
+    let world = World::new(failing(vec![(0, When::Decode, How::Panic, 4)])).await;
+    let failed = world.ask(world.request(1, &PROMPT, 40)).await;
+    let Err(RequestError::Engine { what, remedy }) = failed else { panic!("{failed:?}") };
+    assert!(what.contains("panicked") && !remedy.is_empty());
+    let mut facts = world.node.subscribe().await.expect("the node lives");
+    let is_stopped = |facts: &exo_actors::Subscription| {
+        facts.state().instances.values().any(|instance| matches!(instance.phase, Phase::Stopped { error: Some(_) }))
+    };
+    while !is_stopped(&facts) {
+        facts.next().await.expect("not too slow");
+    }
+    assert_eq!(world.ask(world.request(1, &PROMPT, 40)).await, Ok(answer(&PROMPT, 40)));
+    world.node.shutdown().await;
+}
+
+async fn sampled(world: &World, request: GenerateRequest) -> Vec<Sampled> {
+    let mut generation = world.node.generate(request).expect("admitted");
+    let mut tokens = Vec::new();
+    loop {
+        let event = tokio::time::timeout(Duration::from_secs(30), generation.next()).await.expect("it does not hang");
+        match event.expect("a stream has an end").expect("no error") {
+            Generated::Token { sampled, .. } => tokens.push(sampled),
+            Generated::Finished { .. } => return tokens,
+            Generated::Started { .. } => {}
+        }
+    }
+}
+
+/// R1.4, R8.4: the CPU engine itself, failing in the middle of a sampled answer: tokens and log-probabilities are, to
+/// the bit, those of an undisturbed run.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_real_engine_fails_and_no_bit_changes() {
+    for shards in [1, 3] {
+        let request = |world: &World| GenerateRequest {
+            params: SamplingParams { temperature: 0.9, seed: 11, top_logprobs: 4, ..SamplingParams::greedy() },
+            ..world.request(shards, &PROMPT, 60)
+        };
+        let mut answers = Vec::new();
+        // Steps, counted over all shards, at which one of them fails: in a prefill, and in the middle of the decode.
+        for failures in [vec![], vec![2], vec![shards as u64 * 20], vec![3, shards as u64 * 30 + 1]] {
+            let factory = Arc::new(Sabotaged::new(failures.clone()));
+            let world = World::with_factories(Arc::new(Mutex::new(Script::default())), vec![factory.clone()]).await;
+            answers.push(sampled(&world, request(&world)).await);
+            assert_eq!(factory.failures_left(), 0, "{failures:?}: every failure happened");
+            world.node.shutdown().await;
+        }
+        assert!(answers[0].len() > 30, "long enough to be disturbed");
+        for answer in &answers[1..] {
+            assert_eq!(answer, &answers[0]);
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! The CPU engine, made to fail at chosen steps.
+
+use exo_engines::cpu::CpuFactory;
+use exo_engines::engine::*;
+use exo_engines::model::WeightSource;
+use exo_engines::{Engine, EngineError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// A factory whose engines panic and err, in turn.
+#[derive(Debug)]
+pub(crate) struct Sabotaged {
+    inner: CpuFactory,
+    plan: Arc<Plan>,
+}
+
+#[derive(Debug)]
+struct Plan {
+    /// Steps of all engines together.
+    steps: AtomicU64,
+    /// Steps at which one fails, last first.
+    failures: Mutex<Vec<u64>>,
+}
+
+impl Sabotaged {
+    pub(crate) fn new(mut failures: Vec<u64>) -> Self {
+        failures.reverse();
+        let plan = Plan { steps: AtomicU64::new(0), failures: Mutex::new(failures) };
+        Self { inner: CpuFactory::new(2), plan: Arc::new(plan) }
+    }
+
+    pub(crate) fn failures_left(&self) -> usize {
+        self.plan.failures.lock().expect("not poisoned").len()
+    }
+}
+
+impl EngineFactory for Sabotaged {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn probe(&self) -> Vec<DeviceReport> {
+        self.inner.probe()
+    }
+
+    fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
+        Ok(Box::new(SabotagedEngine { inner: self.inner.open(device)?, plan: Arc::clone(&self.plan) }))
+    }
+}
+
+struct SabotagedEngine {
+    inner: Box<dyn Engine>,
+    plan: Arc<Plan>,
+}
+
+impl Engine for SabotagedEngine {
+    fn load(
+        &mut self,
+        shard: &ShardSpec,
+        weights: &WeightSource,
+        on: &mut dyn FnMut(LoadProgress),
+    ) -> Result<LoadReport, EngineError> {
+        self.inner.load(shard, weights, on)
+    }
+
+    fn warm_up(&mut self) -> Result<WarmUpReport, EngineError> {
+        self.inner.warm_up()
+    }
+
+    fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError> {
+        let number = self.plan.steps.fetch_add(1, Ordering::Relaxed);
+        let fails = {
+            let mut failures = self.plan.failures.lock().expect("no panic while it is held");
+            let fails = failures.last().is_some_and(|&at| at <= number);
+            if fails {
+                failures.pop();
+            }
+            fails
+        };
+        // A panic leaves the engine in the middle of its work; an error comes after it, and its result is lost.
+        assert!(!fails || number % 2 == 0, "told to");
+        let output = self.inner.forward(step, input)?;
+        match fails {
+            true => Err(EngineError::Device { device: "cpu".to_owned(), what: "told to".to_owned() }),
+            false => Ok(output),
+        }
+    }
+}
