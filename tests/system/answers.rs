@@ -1,0 +1,104 @@
+//! What `run` answers, and where it says what.
+
+use super::*;
+use std::io::Write;
+
+/// R4.2: three shards, one thread or two: the same tokens and the same log-probabilities, to the bit.
+#[test]
+fn shards_and_threads_change_no_bit() {
+    models();
+    let run = |shards: &str, threads: &str| {
+        let mut arguments =
+            vec!["run", SMOLLM2, "Tell me of the sea.", "--json", "--max-tokens", "24", "--logprobs", "3"];
+        arguments.extend(["--temperature", "0.8", "--seed", "5", "--shards", shards, "--threads", threads]);
+        json(&arguments)
+    };
+    let one = run("1", "2");
+    let three = run("3", "1");
+    assert_eq!(one["token_ids"], three["token_ids"]);
+    assert_eq!(one["logprobs"], three["logprobs"]);
+    let layers: Vec<Vec<u64>> =
+        three["stages"].as_array().expect("a list").iter().map(|stage| ids(&stage["layers"])).collect();
+    assert_eq!(layers.len(), 3);
+    assert_eq!((layers[0][0], layers[2][1]), (0, 30), "{layers:?}");
+    assert!(layers.windows(2).all(|pair| pair[0][1] == pair[1][0]), "{layers:?}");
+}
+
+/// R4.4: the answer streams to stdout alone; the summary goes to stderr.
+#[test]
+fn the_answer_is_all_that_stdout_has() {
+    models();
+    let mut child = exo(&["run", SMOLLM2, "-", "--max-tokens", "8"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("exo-node starts");
+    child.stdin.take().expect("a pipe").write_all(b"What is the capital of France?").expect("written");
+    let output = child.wait_with_output().expect("it ends");
+    assert!(output.status.success());
+    let report = json(&["run", SMOLLM2, "What is the capital of France?", "--max-tokens", "8", "--json"]);
+    let answer = String::from_utf8(output.stdout.clone()).expect("UTF-8");
+    assert_eq!(Some(answer.trim_end_matches('\n')), report["text"].as_str());
+    let summary = stderr(&output);
+    let tokens = format!("{} generated tokens", report["generated_tokens"]);
+    assert!(summary.contains(&tokens) && summary.contains("in 1 shard"), "{summary}");
+    assert_eq!(report["finish_reason"], "stop");
+    assert_eq!(report["quantization"], "Q4_1");
+}
+
+/// A base model says that it continues plainly.
+#[test]
+fn a_base_model_says_so() {
+    models();
+    let output = output(&["run", GEMMA3, "The sky is", "--max-tokens", "4"]);
+    assert!(output.status.success());
+    assert!(stderr(&output).contains("base model"), "{}", stderr(&output));
+}
+
+/// A stop string ends the answer before it, and is not shown.
+#[test]
+fn a_stop_string_ends_the_answer() {
+    models();
+    let ask = |stop: &[&str]| {
+        let mut arguments = vec!["run", SMOLLM2, "Count from one to ten.", "--max-tokens", "40", "--json"];
+        stop.iter().for_each(|stop| arguments.extend(["--stop", stop]));
+        json(&arguments)
+    };
+    let whole = ask(&[]);
+    let text = whole["text"].as_str().expect("a text");
+    // From the middle of one word to the middle of a later one.
+    let stop: String = text.chars().skip(12).take(9).collect();
+    let before = &text[..text.find(&stop).expect("it is there")];
+    let stopped = ask(&["never said", &stop]);
+    assert_eq!(stopped["text"].as_str(), Some(before));
+    assert_eq!(stopped["finish_reason"], "stop");
+    assert!(stopped["generated_tokens"].as_u64() < whole["generated_tokens"].as_u64());
+}
+
+/// A seed repeats an answer; another seed gives another.
+#[test]
+fn a_seed_repeats_an_answer() {
+    models();
+    let ask = |seed: &str| {
+        let arguments = ["run", SMOLLM2, "Tell me a story.", "--max-tokens", "24", "--temperature", "1", "--json"];
+        json(&[&arguments[..], &["--top-p", "0.95", "--top-k", "50", "--min-p", "0.01", "--seed", seed]].concat())
+    };
+    let (one, again, other) = (ask("1"), ask("1"), ask("2"));
+    assert_eq!(one["token_ids"], again["token_ids"]);
+    assert_ne!(one["token_ids"], other["token_ids"]);
+}
+
+/// `--raw` leaves the template out, `--system` goes into it.
+#[test]
+fn templates_are_used_unless_told_otherwise() {
+    models();
+    let ids_of = |more: &[&str]| {
+        let report = json(&[&["run", SMOLLM2, "Hello", "--max-tokens", "1", "--json"], more].concat());
+        ids(&report["prompt_token_ids"])
+    };
+    let (chat, raw, system) = (ids_of(&[]), ids_of(&["--raw"]), ids_of(&["--system", "Be brief."]));
+    assert!(raw.len() < 4, "{raw:?}");
+    assert!(chat.windows(raw.len()).any(|window| window == raw), "the prompt is in the template");
+    assert_ne!(system, chat);
+}

@@ -1,0 +1,155 @@
+//! The commands themselves: mistakes, limits, interruptions, lists.
+
+use super::*;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// R8.3: wrong usage is 2; what fails is 1, names the thing and the remedy.
+#[test]
+fn mistakes_are_told_with_their_remedy() {
+    for arguments in
+        [&["run"][..], &["run", "m", "p", "--shards", "0"], &["run", "m", "p", "--no-such"], &["frobnicate"]]
+    {
+        assert_eq!(output(arguments).status.code(), Some(2), "{arguments:?}");
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let broken = folder.path().join("broken.gguf");
+    std::fs::write(&broken, b"GGUF\x03\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff").expect("written");
+    let broken = broken.display().to_string();
+    let cases: [(&[&str], &str); 5] = [
+        (&["run", "no-such-model", "hello"], "no-such-model"),
+        (&["run", &broken, "hello"], "broken.gguf"),
+        (&["run", SMOLLM2, ""], "empty"),
+        (&["run", SMOLLM2, "x", "--temperature", "-3"], "temperature"),
+        (&["perplexity", SMOLLM2, "/no/such/file"], "/no/such/file"),
+    ];
+    models();
+    for (arguments, named) in cases {
+        let output = output(arguments);
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
+        assert!(text.contains(named), "{arguments:?}: {text}");
+        assert!(output.stdout.is_empty());
+        assert!(!text.contains("panicked"), "{text}");
+    }
+}
+
+#[test]
+fn a_prompt_over_the_context_is_refused_by_its_numbers() {
+    models();
+    let prompt = "word ".repeat(500);
+    let output = output(&["run", SMOLLM2, &prompt, "--context", "64"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("context 64"), "{}", stderr(&output));
+}
+
+/// R7.4: a model that does not fit is refused with how much is missing.
+#[test]
+fn a_model_that_does_not_fit_is_refused_by_its_numbers() {
+    models();
+    let copy = huge_context_model();
+    let output =
+        output(&["run", copy.path().join("huge.gguf").to_str().expect("UTF-8"), "x", "--context", "268435456"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("bytes are missing"), "{}", stderr(&output));
+}
+
+/// SmolLM2's file with a context in its header that no memory has room for.
+fn huge_context_model() -> tempfile::TempDir {
+    let path = PathBuf::from(json(&["pull", SMOLLM2, "--json"])["path"].as_str().expect("a path"));
+    let mut bytes = std::fs::read(path).expect("readable");
+    let key = b"llama.context_length";
+    let at = bytes.windows(key.len()).position(|window| window == key).expect("the key is there") + key.len() + 4;
+    bytes[at..at + 4].copy_from_slice(&(1_u32 << 28).to_le_bytes());
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("huge.gguf"), bytes).expect("written");
+    folder
+}
+
+/// R6.5: bench gives its figures.
+#[test]
+fn bench_measures() {
+    models();
+    let report =
+        json(&["bench", SMOLLM2, "--prompt-tokens", "32", "--generate-tokens", "8", "--repeat", "2", "--json"]);
+    for field in ["prefill_tokens_per_s", "decode_tokens_per_s", "load_ms", "peak_memory_bytes"] {
+        assert!(report[field].as_f64().is_some_and(|value| value > 0.0), "{field}: {report}");
+    }
+}
+
+/// The models folder is the cache: a second pull fetches nothing, and needs no network.
+#[test]
+fn what_is_here_is_not_fetched_again() {
+    models();
+    let mut command = exo(&["pull", SMOLLM2, "--json"]);
+    let output = command.env("HF_HUB_OFFLINE", "1").output().expect("exo-node starts");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(report["source"], "the models folder");
+}
+
+/// The example service answers through its own actor.
+#[test]
+fn the_embedding_example_works() {
+    models();
+    let target = Path::new(env!("CARGO_BIN_EXE_exo-node")).parent().expect("a folder").to_owned();
+    let output = Command::new(target.join("examples/embed"))
+        .args([SMOLLM2, "The capital of France is"])
+        .output()
+        .expect("the example is built with the tests");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(text.contains("The capital of France is ->") && text.contains("1 answers in the minutes"), "{text}");
+}
+
+/// Ctrl-C ends an answer, with a summary of what there was and the shell's own exit code for it.
+#[test]
+fn ctrl_c_ends_an_answer() {
+    models();
+    let prompt = "Write a very long story about a lighthouse keeper.";
+    let mut child = exo(&["run", SMOLLM2, prompt, "--temperature", "1", "--seed", "3", "--max-tokens", "4000"])
+        .args(["--context", "8192"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("exo-node starts");
+    let mut first = [0; 8];
+    child.stdout.as_mut().expect("a pipe").read_exact(&mut first).expect("an answer begins");
+    let interrupted = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(interrupted.expect("kill is there").success());
+    let output = child.wait_with_output().expect("it ends");
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(130), "{text}");
+    assert!(text.contains("generated tokens") && !text.contains("panicked"), "{text}");
+}
+
+/// Every command's help shows an example that begins with the program's name.
+#[test]
+fn every_command_shows_an_example() {
+    for command in ["run", "pull", "models", "bench", "perplexity"] {
+        let output = output(&[command, "--help"]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success() && text.contains(&format!("exo-node {command}")), "{text}");
+    }
+}
+
+/// The catalogue is listed for people and for scripts.
+#[test]
+fn models_are_listed() {
+    let text = String::from_utf8(output(&["models"]).stdout).expect("UTF-8");
+    let listed = json(&["models", "--json"]);
+    for name in [SMOLLM2, GEMMA3] {
+        assert!(text.contains(name), "{text}");
+        assert!(listed.as_array().expect("a list").iter().any(|entry| entry["name"] == name), "{listed}");
+    }
+}
+
+/// R6.4: loading takes little more memory than the file has, a vocabulary of 262,144 rows included.
+#[test]
+fn memory_stays_near_the_file_s_size() {
+    models();
+    let report = json(&["bench", GEMMA3, "--prompt-tokens", "16", "--generate-tokens", "4", "--repeat", "1", "--json"]);
+    let peak = report["peak_memory_bytes"].as_u64().expect("Linux tells it");
+    let file = report["file_bytes"].as_u64().expect("a size");
+    assert!(peak < file * 3 / 2 + (64 << 20), "{peak} bytes at the peak, for {file} of weights");
+}

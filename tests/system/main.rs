@@ -1,0 +1,52 @@
+//! Whole processes over real models: what a user types, and what comes back.
+//!
+//! The models are fetched once, through `exo-node pull`, into the shared cache.
+
+#![allow(clippy::expect_used)] // A test that cannot go on says why.
+
+mod answers;
+mod commands;
+mod references;
+
+use serde_json::Value;
+use std::process::{Command, Output, Stdio};
+use std::sync::Once;
+
+const SMOLLM2: &str = "smollm2";
+const GEMMA3: &str = "gemma3-270m";
+
+fn exo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_exo-node"));
+    command.args(arguments).stdin(Stdio::null());
+    command
+}
+
+fn output(arguments: &[&str]) -> Output {
+    exo(arguments).output().expect("exo-node starts")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn json(arguments: &[&str]) -> Value {
+    let output = output(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("one object and nothing else ({error}): {text}"))
+}
+
+/// Both models, on this machine.
+fn models() {
+    static PULLED: Once = Once::new();
+    PULLED.call_once(|| {
+        for model in [SMOLLM2, GEMMA3] {
+            let pulled = output(&["pull", model]);
+            assert!(pulled.status.success(), "{}", stderr(&pulled));
+        }
+    });
+}
+
+fn ids(value: &Value) -> Vec<u64> {
+    value.as_array().expect("a list").iter().map(|id| id.as_u64().expect("an id")).collect()
+}
