@@ -12,6 +12,7 @@ mod run;
 mod session;
 
 use clap::{Parser, Subcommand};
+use exo_engines::format::FormatError;
 use std::process::ExitCode;
 
 /// Every machine you own, one LLM inference cluster.
@@ -56,7 +57,7 @@ pub fn main() -> ExitCode {
             Command::Pull(arguments) => pull::run(arguments).await,
             Command::Models(arguments) => models::run(&arguments),
             Command::Bench(arguments) => bench::run(arguments).await,
-            Command::Perplexity(arguments) => perplexity::run(arguments),
+            Command::Perplexity(arguments) => perplexity::run(arguments).await,
         }
     });
     // A download or an engine that is at work does not hold up the end.
@@ -76,13 +77,14 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     let remedy = error.downcast_ref::<exo_actors::RequestError>().map(exo_actors::RequestError::remedy);
     let remedy =
         remedy.or_else(|| error.downcast_ref::<exo_engines::EngineError>().map(exo_engines::EngineError::remedy));
+    let remedy = remedy.or_else(|| error.downcast_ref::<FormatError>().map(FormatError::remedy));
     if let Some(remedy) = remedy {
         eprintln!("  remedy: {remedy}");
     }
     ExitCode::FAILURE
 }
 
-/// Logs go to stderr, as `EXO_LOG` filters them (errors only, where it is not set), and as JSON with
+/// Logs go to stderr, as `EXO_LOG` filters them (none where it is not set: commands speak for themselves), and as JSON with
 /// `EXO_LOG_FORMAT=json`.
 fn start_logging() {
     use tracing_subscriber::EnvFilter;

@@ -4,9 +4,10 @@
 //! is scored, so that every token scored has at least half a context before it.
 
 use super::Outcome;
+use super::progress::Display;
+use super::session::pull;
 use anyhow::Context;
 use clap::Args;
-use exo_actors::models::ModelError;
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{
     DeviceId, Engine, EngineFactory, Incarnation, Input, KvElement, Operation, OutputRows, Row, SeqId, ShardSpec, Step,
@@ -16,12 +17,13 @@ use exo_engines::model::ModelFiles;
 use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
 use serde::Serialize;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:
   exo-node perplexity smollm2 /usr/share/common-licenses/GPL-3")]
 pub(super) struct PerplexityArguments {
-    /// Name (of a model that is here), or path
+    /// Name, path to a .gguf file or to a folder with safetensors, or hub name
     model: String,
     /// Text file
     file: PathBuf,
@@ -54,17 +56,26 @@ struct Report {
 /// Rows that are computed, and whose logits are held, at once.
 const ROWS: usize = 64;
 
-pub(super) fn run(arguments: PerplexityArguments) -> anyhow::Result<Outcome> {
-    let path = locate(&arguments.model)?;
-    let model = ModelFiles::open(&path)?;
-    let tokenizer = Tokenizer::open(&model.tokenizer)?;
+pub(super) async fn run(arguments: PerplexityArguments) -> anyhow::Result<Outcome> {
+    let display = Arc::new(if arguments.json { Display::quiet() } else { Display::new() });
+    // Before a download: a text that is not there is known at once.
     let text = std::fs::read(&arguments.file).with_context(|| arguments.file.display().to_string())?;
+    let Some(model) = pull(&arguments.model, None, &display).await? else { return Ok(Outcome::Interrupted) };
+    let measured = tokio::task::spawn_blocking(move || measure(&arguments, &text, &model.files));
+    tokio::select! {
+        outcome = measured => outcome.context("the computation panicked")?.map(|()| Outcome::Done),
+        _ = tokio::signal::ctrl_c() => Ok(Outcome::Interrupted),
+    }
+}
+
+fn measure(arguments: &PerplexityArguments, text: &[u8], model: &ModelFiles) -> anyhow::Result<()> {
+    let tokenizer = Tokenizer::open(&model.tokenizer)?;
     let text = &text[..arguments.bytes.unwrap_or(text.len()).min(text.len())];
     let tokens = tokenizer.encode(&String::from_utf8_lossy(text), SpecialTokens::Add)?;
     let context = arguments.context as usize;
     let chunks: Vec<&[u32]> = tokens.chunks_exact(context).take(arguments.chunks.unwrap_or(usize::MAX)).collect();
     anyhow::ensure!(!chunks.is_empty(), "the text has {} tokens: fewer than one chunk of {context}", tokens.len());
-    let mut engine = open(&arguments, &model)?;
+    let mut engine = open(arguments, model)?;
     let bos = tokenizer.bos().filter(|bos| tokens.first() == Some(bos));
     let (mut sum, mut scored) = (0.0, 0);
     for (number, chunk) in chunks.iter().enumerate() {
@@ -81,7 +92,7 @@ pub(super) fn run(arguments: PerplexityArguments) -> anyhow::Result<Outcome> {
         }
     }
     let report = Report {
-        model: arguments.model,
+        model: arguments.model.clone(),
         perplexity: (sum / scored as f64).exp(),
         scored_tokens: scored,
         chunks: chunks.len(),
@@ -92,22 +103,7 @@ pub(super) fn run(arguments: PerplexityArguments) -> anyhow::Result<Outcome> {
     } else {
         println!("perplexity {:.4} over {} tokens in {} chunks", report.perplexity, scored, report.chunks);
     }
-    Ok(Outcome::Done)
-}
-
-fn locate(model: &str) -> anyhow::Result<PathBuf> {
-    let folders = crate::Directories::from_environment()?.models;
-    let named = crate::CATALOGUE.iter().find(|entry| entry.name.eq_ignore_ascii_case(model));
-    let in_folders = named.and_then(|entry| folders.iter().map(|folder| folder.join(entry.file)).find(|p| p.is_file()));
-    let path = PathBuf::from(model);
-    match (path.exists(), in_folders) {
-        (true, _) => Ok(path),
-        (false, Some(path)) => Ok(path),
-        (false, None) if named.is_some() => {
-            anyhow::bail!("{model} is not on this machine: `exo-node pull {model}` first")
-        }
-        (false, None) => Err(crate::RequestError::from(ModelError::Unknown { model: model.to_owned() }).into()),
-    }
+    Ok(())
 }
 
 fn open(arguments: &PerplexityArguments, model: &ModelFiles) -> anyhow::Result<Box<dyn Engine>> {

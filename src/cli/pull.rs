@@ -2,7 +2,8 @@
 
 use super::Outcome;
 use super::progress::Display;
-use crate::{Node, Origin};
+use super::session::pull;
+use crate::Origin;
 use clap::Args;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -36,20 +37,9 @@ struct Report {
 
 pub(super) async fn run(arguments: PullArguments) -> anyhow::Result<Outcome> {
     let display = Arc::new(if arguments.json { Display::quiet() } else { Display::new() });
-    let shown = Arc::clone(&display);
-    let mut builder = Node::builder().on_fetch(move |progress| shown.fetch(progress));
-    if let Some(folder) = &arguments.data_dir {
-        builder = builder.data_dir(folder);
-    }
-    let node = builder.start().await?;
-    let model = tokio::select! {
-        model = node.pull(&arguments.model) => model?,
-        _ = tokio::signal::ctrl_c() => {
-            display.clear();
-            return Ok(Outcome::Interrupted);
-        }
+    let Some(model) = pull(&arguments.model, arguments.data_dir.as_deref(), &display).await? else {
+        return Ok(Outcome::Interrupted);
     };
-    display.clear();
     let source = match &model.origin {
         Origin::Path => "the path given".to_owned(),
         Origin::Folder => "the models folder".to_owned(),
@@ -75,6 +65,5 @@ pub(super) async fn run(arguments: PullArguments) -> anyhow::Result<Outcome> {
             report.path.display()
         );
     }
-    node.shutdown().await;
     Ok(Outcome::Done)
 }

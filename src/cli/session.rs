@@ -3,9 +3,10 @@
 use super::progress::Display;
 use crate::{DeviceId, Fact, ModelSpec, Node, NodeHandle, Phase};
 use clap::Args;
+use exo_actors::models::ResolvedModel;
 use exo_actors::planner::RunningModel;
 use serde::Serialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,27 @@ impl ModelArguments {
         let display = Arc::clone(display);
         Ok(builder.on_fetch(move |progress| display.fetch(progress)).start().await?)
     }
+}
+
+/// Brings a model's files onto this machine; `None` where Ctrl-C came first.
+pub(super) async fn pull(
+    model: &str,
+    data_dir: Option<&Path>,
+    display: &Arc<Display>,
+) -> anyhow::Result<Option<Arc<ResolvedModel>>> {
+    let shown = Arc::clone(display);
+    let mut builder = Node::builder().on_fetch(move |progress| shown.fetch(progress));
+    if let Some(folder) = data_dir {
+        builder = builder.data_dir(folder);
+    }
+    let node = builder.start().await?;
+    let pulled = tokio::select! {
+        pulled = node.pull(model) => Some(pulled?),
+        _ = tokio::signal::ctrl_c() => None,
+    };
+    display.clear();
+    node.shutdown().await;
+    Ok(pulled)
 }
 
 /// A model that is loaded, and how long that took.

@@ -78,7 +78,7 @@ impl Engine for SabotagedEngine {
             fails
         };
         // A panic leaves the engine in the middle of its work; an error comes after it, and its result is lost.
-        assert!(!fails || number % 2 == 0, "told to");
+        assert!(!fails || number.is_multiple_of(2), "told to");
         let output = self.inner.forward(step, input)?;
         match fails {
             true => Err(EngineError::Device { device: "cpu".to_owned(), what: "told to".to_owned() }),

@@ -49,15 +49,21 @@ pub(super) struct CodedRows {
 }
 
 impl CodedRows {
+    #[cfg(test)]
     pub(super) fn zeroed(rows: usize, width: usize) -> Self {
+        let mut coded = Self::default();
+        coded.resize(rows, width);
+        coded
+    }
+
+    /// Room for `rows` rows. What was there before is not kept in order.
+    pub(super) fn resize(&mut self, rows: usize, width: usize) {
         let blocks = rows * width / BLOCK;
-        Self {
-            width,
-            codes: vec![0; blocks * BLOCK_CODES],
-            scales: vec![0.0; blocks],
-            half_sums: vec![0; blocks * 2],
-            weighted_sums: vec![0.0; blocks],
-        }
+        self.width = width;
+        self.codes.resize(blocks * BLOCK_CODES, 0);
+        self.scales.resize(blocks, 0.0);
+        self.half_sums.resize(blocks * 2, 0);
+        self.weighted_sums.resize(blocks, 0.0);
     }
 }
 

@@ -5,6 +5,7 @@ use super::cache::{LayerCache, TOKENS};
 use super::rotary::Rotations;
 use super::shares::Shares;
 use super::simd::{Kernel, Simd, Tier};
+use super::spare::Spare;
 use super::team::{Panicked, Team};
 use super::{CpuBackend, math};
 use crate::backend::{Batch, Norm};
@@ -32,12 +33,13 @@ fn over_rows<K: Kernel>(
 pub(super) fn prepare(
     tier: Tier,
     team: &mut Team,
+    spare: &mut Spare,
     input: &Rows,
     norm: Option<&Norm<CpuBackend>>,
     wants_codes: bool,
 ) -> Result<(Option<Rows>, Option<CodedRows>), Panicked> {
-    let mut floats = norm.map(|_| Rows::zeroed(input.count(), input.width));
-    let mut codes = wants_codes.then(|| CodedRows::zeroed(input.count(), input.width));
+    let mut floats = norm.map(|_| spare.rows(input.count(), input.width));
+    let mut codes = wants_codes.then(|| spare.coded(input.count(), input.width));
     {
         let floats = floats.as_mut().map(|rows| Shares::new(&mut rows.values));
         let codes = codes.as_mut().map(CodedShares::new);

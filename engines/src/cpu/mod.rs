@@ -22,6 +22,7 @@ mod packed;
 mod rotary;
 mod shares;
 mod simd;
+mod spare;
 mod team;
 #[cfg(test)]
 pub(crate) mod test_weights;
@@ -40,6 +41,7 @@ use activation::Rows;
 use matmul::{Operand, Product};
 use pack::{PackError, Source};
 use rotary::Rotations;
+use spare::Spare;
 use team::{Panicked, Team};
 
 /// Kernels of this processor, and the threads that run them.
@@ -47,6 +49,7 @@ use team::{Panicked, Team};
 pub struct CpuBackend {
     tier: Tier,
     team: Team,
+    spare: Spare,
 }
 
 /// A step's rows, with their rotations.
@@ -73,7 +76,7 @@ impl CpuBackend {
             device: "cpu".to_owned(),
             what: format!("{threads} threads could not be started: {e}"),
         })?;
-        Ok(Self { tier, team })
+        Ok(Self { tier, team, spare: Spare::default() })
     }
 
     /// Products of `input` with each of `linears`, after `norm`.
@@ -83,24 +86,31 @@ impl CpuBackend {
         input: &Rows,
         linears: [&Linear<Self>; N],
     ) -> Result<[Rows; N], EngineError> {
-        let wants_codes = linears.iter().any(|linear| linear.weight.is_coded());
-        let (floats, codes) = kernels::prepare(self.tier, &mut self.team, input, norm, wants_codes)?;
-        self.products(&Operand { floats: floats.as_ref().unwrap_or(input), codes: codes.as_ref() }, linears)
-    }
-
-    fn products<const N: usize>(
-        &mut self,
-        operand: &Operand<'_>,
-        linears: [&Linear<Self>; N],
-    ) -> Result<[Rows; N], EngineError> {
-        let rows = operand.floats.count();
-        let mut outs = linears.map(|linear| Rows::zeroed(rows, linear.weight.rows));
+        let rows = input.count();
+        let mut outs = linears.map(|linear| self.spare.rows(rows, linear.weight.rows));
         let mut products: Vec<Product<'_>> = Vec::with_capacity(N);
         for (linear, out) in linears.iter().zip(&mut outs) {
             products.push(Product { weights: &linear.weight, bias: linear.bias.as_deref(), out });
         }
-        matmul::run(self.tier, &mut self.team, operand, &mut products)?;
+        self.multiply(norm, input, &mut products)?;
         Ok(outs)
+    }
+
+    /// Fills `products`, which share `input` after `norm`.
+    fn multiply(
+        &mut self,
+        norm: Option<&Norm<Self>>,
+        input: &Rows,
+        products: &mut [Product<'_>],
+    ) -> Result<(), EngineError> {
+        let wants_codes = products.iter().any(|product| product.weights.is_coded());
+        let Self { tier, team, spare } = self;
+        let (floats, codes) = kernels::prepare(*tier, team, spare, input, norm, wants_codes)?;
+        let operand = Operand { floats: floats.as_ref().unwrap_or(input), codes: codes.as_ref() };
+        matmul::run(*tier, team, &operand, products)?;
+        floats.into_iter().for_each(|rows| spare.keep(rows));
+        codes.into_iter().for_each(|rows| spare.keep_coded(rows));
+        Ok(())
     }
 }
 
@@ -196,9 +206,10 @@ impl Backend for CpuBackend {
         }
         let cache = &mut cache.layers[layer];
         kernels::write_cache(self.tier, cache, &batch.batch, &keys, &values);
-        let mut mixed = Rows::zeroed(batch.batch.rows, spec.query_width());
+        let mut mixed = self.spare.rows(batch.batch.rows, spec.query_width());
         attention::run(self.tier, &mut self.team, spec, cache, &batch.batch, &queries, &mut mixed)?;
         let [out] = self.project(None, &mixed, [&weights.output])?;
+        [queries, keys, values, mixed].into_iter().for_each(|rows| self.spare.keep(rows));
         Ok(out)
     }
 
@@ -207,11 +218,13 @@ impl Backend for CpuBackend {
         let mut inner = gate;
         kernels::activate(self.tier, &mut self.team, weights.activation, &mut inner, &up)?;
         let [out] = self.project(None, &inner, [&weights.down])?;
+        [inner, up].into_iter().for_each(|rows| self.spare.keep(rows));
         Ok(out)
     }
 
     fn add(&mut self, hidden: &mut Rows, delta: Rows, norm: Option<&Norm<Self>>) -> Result<(), EngineError> {
         kernels::add(self.tier, &mut self.team, hidden, &delta, norm)?;
+        self.spare.keep(delta);
         Ok(())
     }
 
@@ -226,11 +239,8 @@ impl Backend for CpuBackend {
         for &row in rows {
             chosen.values.extend_from_slice(hidden.row(row));
         }
-        let (floats, codes) = kernels::prepare(self.tier, &mut self.team, &chosen, Some(norm), head.is_coded())?;
-        let operand = Operand { floats: floats.as_ref().unwrap_or(&chosen), codes: codes.as_ref() };
         let mut out = Rows::zeroed(rows.len(), head.rows);
-        let mut products = [Product { weights: head, bias: None, out: &mut out }];
-        matmul::run(self.tier, &mut self.team, &operand, &mut products)?;
+        self.multiply(Some(norm), &chosen, &mut [Product { weights: head, bias: None, out: &mut out }])?;
         Ok(out.values)
     }
 }
