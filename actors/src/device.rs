@@ -8,9 +8,8 @@
 
 use crate::core::supervise::{FailureHistory, Fallback, Verdict};
 use crate::core::view::{Fact, InstanceId};
-use crate::instance::InstanceMsg;
-use crate::node::Facts;
-use crate::shard::{Shard, ShardArgs, ShardFailure, ShardTask};
+use crate::outlet::Facts;
+use crate::shard::{Shard, ShardArgs, ShardFailure, ShardReport, ShardTask};
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceReport, EngineFactory};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -18,10 +17,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub type DeviceRef = ActorRef<DeviceMsg>;
+pub(crate) type DeviceRef = ActorRef<DeviceMsg>;
 
 #[derive(Debug)]
-pub enum DeviceMsg {
+pub(crate) enum DeviceMsg {
     /// Starts a shard; on this device, whatever device the task names.
     Start(Box<ShardTask>),
     /// Stops all shards of an instance.
@@ -29,7 +28,7 @@ pub enum DeviceMsg {
 }
 
 #[derive(Debug)]
-pub struct DeviceArgs {
+pub(crate) struct DeviceArgs {
     pub report: DeviceReport,
     pub factory: Arc<dyn EngineFactory>,
     /// Where shards go when this device is lost.
@@ -38,7 +37,7 @@ pub struct DeviceArgs {
 }
 
 #[derive(Debug)]
-pub struct DeviceState {
+pub(crate) struct DeviceState {
     args: DeviceArgs,
     started: Instant,
     shards: HashMap<ActorId, (ActorCell, ShardTask)>,
@@ -46,7 +45,7 @@ pub struct DeviceState {
 }
 
 #[derive(Debug)]
-pub struct Device;
+pub(crate) struct Device;
 
 impl Actor for Device {
     type Msg = DeviceMsg;
@@ -122,7 +121,7 @@ impl DeviceState {
             stage: task.stage,
             error: error.to_string(),
         });
-        let _ = task.owner.send_message(InstanceMsg::ShardDown { stage: task.stage, error: error.clone() });
+        task.owner.tell(ShardReport::Down { stage: task.stage, error: error.clone() });
         self.decide(myself, task, error);
     }
 
@@ -140,7 +139,7 @@ impl DeviceState {
                 let _ = device.send_message(DeviceMsg::Start(Box::new(task)));
             }
             (Verdict::FallBack | Verdict::Replan | Verdict::Stop, _) => {
-                let _ = task.owner.send_message(InstanceMsg::ShardLost { stage: task.stage, error });
+                task.owner.tell(ShardReport::Lost(error));
             }
         }
     }

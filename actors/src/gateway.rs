@@ -8,7 +8,7 @@
 //!
 //! Each request is a task of its own from admission to end; the actor never waits.
 
-use crate::handle::Generation;
+use crate::generation::Generation;
 use crate::instance::{InstanceMsg, Submission};
 use crate::planner::{PlannerMsg, PlannerRef, RunningModel};
 use crate::request::{GenerateRequest, Generated, ModelSpec, RequestError};
@@ -31,13 +31,13 @@ const EVENTS_BESIDE_TOKENS: usize = 3;
 const ENCODE_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
-pub enum GatewayMsg {
+pub(crate) enum GatewayMsg {
     Generate(Box<Admitted>),
 }
 
 /// A request with its permit.
 #[derive(Debug)]
-pub struct Admitted {
+pub(crate) struct Admitted {
     request: GenerateRequest,
     events: mpsc::Sender<Result<Generated, RequestError>>,
     cancelled: CancellationToken,
@@ -46,7 +46,7 @@ pub struct Admitted {
 
 /// The way in, for handles.
 #[derive(Debug, Clone)]
-pub struct GatewayHandle {
+pub(crate) struct GatewayHandle {
     gateway: ActorRef<GatewayMsg>,
     permits: Arc<Semaphore>,
 }
@@ -60,7 +60,7 @@ impl GatewayHandle {
     ///
     /// # Errors
     /// [`RequestError::Params`] and [`RequestError::Overloaded`] at once; everything else comes with the stream.
-    pub fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
+    pub(crate) fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
         request.params.check()?;
         let permit = Arc::clone(&self.permits).try_acquire_owned();
         let permit = permit.map_err(|_| RequestError::Overloaded { requests: REQUESTS_MAX })?;
@@ -80,18 +80,18 @@ impl GatewayHandle {
 const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
 
 #[derive(Debug)]
-pub struct GatewayArgs {
+pub(crate) struct GatewayArgs {
     pub planner: PlannerRef,
 }
 
 #[derive(Debug)]
-pub struct GatewayState {
+pub(crate) struct GatewayState {
     args: GatewayArgs,
     next_seq: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
-pub struct Gateway;
+pub(crate) struct Gateway;
 
 impl Actor for Gateway {
     type Msg = GatewayMsg;

@@ -1,110 +1,40 @@
-//! What outsiders hold: handles with methods, never an actor's reference.
+//! What outsiders hold of a node: a handle with methods, never an actor's reference.
 
-use crate::core::view::{Fact, State};
+use crate::core::view::State;
 use crate::gateway::GatewayHandle;
+use crate::generation::Generation;
 use crate::models::{ModelsRef, ResolvedModel};
-use crate::node::{NodeMsg, NodeRef};
+use crate::node::{Node, NodeArgs, NodeConfig, NodeMsg, NodeRef};
 use crate::planner::{PlannerRef, RunningModel};
-use crate::request::{GenerateRequest, Generated, ModelSpec, RequestError};
+use crate::request::{GenerateRequest, ModelSpec, RequestError};
+use crate::subscription::Subscription;
 use exo_net::NodeId;
-use futures_core::Stream;
 use ractor::rpc::CallResult;
-use std::pin::Pin;
+use ractor::{Actor, SpawnErr};
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::sync::{broadcast, mpsc};
-use tokio_util::sync::DropGuard;
+use tokio::sync::oneshot;
 
-/// An answer on its way. Dropping it cancels the work within one step.
-#[derive(Debug)]
-pub struct Generation {
-    events: mpsc::Receiver<Result<Generated, RequestError>>,
-    is_over: bool,
-    _cancels: DropGuard,
-}
-
-impl Generation {
-    pub(crate) fn new(events: mpsc::Receiver<Result<Generated, RequestError>>, cancels: DropGuard) -> Self {
-        Self { events, is_over: false, _cancels: cancels }
-    }
-
-    /// The next event; `None` behind the last one, which is [`Generated::Finished`] or an error.
-    pub async fn next(&mut self) -> Option<Result<Generated, RequestError>> {
-        std::future::poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
-    }
-}
-
-impl Stream for Generation {
-    type Item = Result<Generated, RequestError>;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.is_over {
-            return Poll::Ready(None);
-        }
-        let event = match self.events.poll_recv(context) {
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(Some(event)) => event,
-            // Whoever should have finished the stream is gone.
-            Poll::Ready(None) => Err(RequestError::ShuttingDown),
-        };
-        self.is_over = matches!(event, Err(_) | Ok(Generated::Finished { .. }));
-        Poll::Ready(Some(event))
-    }
-}
-
-/// The node's state, and then what changes it.
-#[derive(Debug)]
-pub struct Subscription {
-    state: State,
-    facts: broadcast::Receiver<(u64, Fact)>,
-}
-
-/// A subscriber was so slow that facts are missing: it takes the state anew.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{missed} facts were missed: subscribe anew")]
-pub struct Lagged {
-    pub missed: u64,
-}
-
-impl Subscription {
-    pub(crate) fn new(state: State, facts: broadcast::Receiver<(u64, Fact)>) -> Self {
-        Self { state, facts }
-    }
-
-    /// The state as of the last fact given.
-    pub fn state(&self) -> &State {
-        &self.state
-    }
-
-    /// The next fact, applied to the state; `None` when the node has stopped.
-    ///
-    /// # Errors
-    /// [`Lagged`] where this subscriber was too slow.
-    pub async fn next(&mut self) -> Result<Option<Fact>, Lagged> {
-        loop {
-            match self.facts.recv().await {
-                // Facts that were in the state already.
-                Ok((version, _)) if version <= self.state.version => {}
-                Ok((_, fact)) => {
-                    self.state.apply(&fact);
-                    return Ok(Some(fact));
-                }
-                Err(broadcast::error::RecvError::Closed) => return Ok(None),
-                Err(broadcast::error::RecvError::Lagged(missed)) => return Err(Lagged { missed }),
-            }
-        }
-    }
+/// Starts a node on the current tokio runtime.
+///
+/// # Errors
+/// ractor's, where an actor could not be started.
+pub async fn start(config: NodeConfig) -> Result<NodeHandle, SpawnErr> {
+    let id = config.id;
+    let (started, parts) = oneshot::channel();
+    let (node, _) = Node::spawn(None, Node, NodeArgs { config, started }).await?;
+    let parts = parts.await.map_err(|error| SpawnErr::StartupFailed(error.into()))?;
+    Ok(NodeHandle { id, node, gateway: parts.gateway, planner: parts.planner, models: parts.models })
 }
 
 /// A running node.
 #[derive(Debug, Clone)]
 pub struct NodeHandle {
-    pub(crate) id: NodeId,
-    pub(crate) node: NodeRef,
-    pub(crate) gateway: GatewayHandle,
-    pub(crate) planner: PlannerRef,
-    pub(crate) models: ModelsRef,
+    id: NodeId,
+    node: NodeRef,
+    gateway: GatewayHandle,
+    planner: PlannerRef,
+    models: ModelsRef,
 }
 
 /// Answers come from memory: this is a bound on a node that hangs.
@@ -146,7 +76,7 @@ impl NodeHandle {
     /// # Errors
     /// [`RequestError::ShuttingDown`].
     pub async fn state(&self) -> Result<State, RequestError> {
-        Ok(self.subscribe().await?.state)
+        Ok(self.subscribe().await?.into_state())
     }
 
     /// The node's state, and every fact from now on.

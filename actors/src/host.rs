@@ -27,7 +27,7 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 
 /// A step on its way through the shards.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Frame {
+pub(crate) struct Frame {
     pub step: Step,
     pub input: Input,
     /// For the sampler beside the last shard.
@@ -36,7 +36,7 @@ pub struct Frame {
 
 /// What a step came to.
 #[derive(Debug, Clone, PartialEq)]
-pub struct StepResult {
+pub(crate) struct StepResult {
     pub incarnation: Incarnation,
     pub id: StepId,
     /// For each row that wanted a token.
@@ -45,7 +45,7 @@ pub struct StepResult {
 
 /// Where a shard's output goes.
 #[derive(Clone)]
-pub enum Next {
+pub(crate) enum Next {
     Shard(EnginePort),
     /// To the head. Never blocks.
     Head(Arc<dyn Fn(StepResult) + Send + Sync>),
@@ -68,7 +68,7 @@ enum Command {
 
 /// A handle on an engine's thread.
 #[derive(Clone)]
-pub struct EnginePort {
+pub(crate) struct EnginePort {
     commands: SyncSender<Command>,
 }
 
@@ -81,21 +81,21 @@ impl std::fmt::Debug for EnginePort {
 /// The thread does not take commands: it has ended, or hangs with a full queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the engine's thread does not answer")]
-pub struct PortClosed;
+pub(crate) struct PortClosed;
 
 impl EnginePort {
     /// Begins a life: frames of another are dropped from now on.
-    pub fn wire(&self, incarnation: Incarnation, next: Next) -> Result<(), PortClosed> {
+    pub(crate) fn wire(&self, incarnation: Incarnation, next: Next) -> Result<(), PortClosed> {
         self.command(Command::Wire { incarnation, next })
     }
 
     /// Sends a frame. Never blocks.
-    pub fn send(&self, frame: Frame) -> Result<(), PortClosed> {
+    pub(crate) fn send(&self, frame: Frame) -> Result<(), PortClosed> {
         self.command(Command::Frame(Box::new(frame)))
     }
 
     /// Ends the thread when it has done what it is at.
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         // A thread that takes no more commands has ended, or will never.
         let _ = self.command(Command::Stop);
     }
@@ -109,7 +109,7 @@ impl EnginePort {
 
 /// What an engine's thread reports to its shard.
 #[derive(Debug, Clone)]
-pub enum HostEvent {
+pub(crate) enum HostEvent {
     Progress(LoadProgress),
     Loaded {
         report: LoadReport,
@@ -121,7 +121,7 @@ pub enum HostEvent {
 
 /// What a thread is to do.
 #[derive(Debug, Clone)]
-pub struct HostTask {
+pub(crate) struct HostTask {
     pub factory: Arc<dyn EngineFactory>,
     pub device: DeviceId,
     pub spec: ShardSpec,
@@ -132,7 +132,7 @@ pub struct HostTask {
 ///
 /// # Errors
 /// The operating system's, where it gives no thread.
-pub fn start(task: HostTask, on: impl Fn(HostEvent) + Send + 'static) -> std::io::Result<EnginePort> {
+pub(crate) fn start(task: HostTask, on: impl Fn(HostEvent) + Send + 'static) -> std::io::Result<EnginePort> {
     let (commands, receiver) = sync_channel(COMMANDS_MAX);
     let name = format!("shard-{}-{}", task.spec.layers.start, task.spec.layers.end);
     std::thread::Builder::new().name(name).spawn(move || {

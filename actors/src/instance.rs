@@ -16,11 +16,10 @@ use crate::core::schedule::{Event, Limits, Request, Schedule};
 use crate::core::view::{Fact, InstanceId};
 use crate::device::{DeviceMsg, DeviceRef};
 use crate::host::{Frame, HostTask, Next, StepResult};
-use crate::node::Facts;
-use crate::planner::{PlannerMsg, PlannerRef};
+use crate::outlet::{Facts, Outlet};
 use crate::request::{Generated, RequestError};
-use crate::shard::{LoadedShard, ShardTask};
-use crate::tokenizer::{TokenizerActor, TokenizerArgs, TokenizerRef};
+use crate::shard::{LoadedShard, ShardReport, ShardTask};
+use crate::tokenizer::{Opened, TokenizerActor, TokenizerArgs, TokenizerRef};
 use client::Client;
 use exo_engines::EngineError;
 use exo_engines::engine::{EngineFactory, Incarnation, Input, KvElement, SeqId, ShardSpec, Step, StepId, TensorRank};
@@ -34,7 +33,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
-pub type InstanceRef = ActorRef<InstanceMsg>;
+pub(crate) type InstanceRef = ActorRef<InstanceMsg>;
 
 /// Sequences that decode together; more wait their turn.
 const RUNNING_MAX: usize = 64;
@@ -50,7 +49,7 @@ const WATCH_EVERY: Duration = Duration::from_secs(5);
 
 /// A request, encoded and checked.
 #[derive(Debug)]
-pub struct Submission {
+pub(crate) struct Submission {
     pub seq: SeqId,
     pub sampler: SamplerSpec,
     pub max_tokens: u32,
@@ -60,43 +59,41 @@ pub struct Submission {
 }
 
 #[derive(Debug)]
-pub enum InstanceMsg {
+pub(crate) enum InstanceMsg {
     Submit(Submission),
     Cancel(SeqId),
     StepDone(StepResult),
-    ShardUp(LoadedShard),
-    /// A shard failed; its device is at work on it.
-    ShardDown {
-        stage: usize,
-        error: EngineError,
-    },
-    /// A shard failed, and will not come back.
-    ShardLost {
-        stage: usize,
-        error: EngineError,
-    },
-    TokenizerOpened(Result<Arc<Tokenizer>, String>),
+    Shard(ShardReport),
+    Tokenizer(Opened),
     Watch,
+}
+
+/// What the planner hears of its instances.
+#[derive(Debug)]
+pub(crate) enum InstanceReport {
+    /// A life has begun.
+    Ready { instance: InstanceId, tokenizer_ref: TokenizerRef, tokenizer: Arc<Tokenizer> },
+    /// It stops.
+    Failed { instance: InstanceId, error: RequestError },
 }
 
 /// What a placed model needs to be run.
 #[derive(Debug)]
-pub struct InstanceArgs {
+pub(crate) struct InstanceArgs {
     pub id: InstanceId,
     pub node: NodeId,
-    pub model: String,
     pub files: Arc<ModelFiles>,
     pub placement: Placement,
     /// By stage.
     pub devices: Vec<(DeviceRef, Arc<dyn EngineFactory>)>,
     pub context_tokens: u32,
     pub kv_pages: u32,
-    pub planner: PlannerRef,
+    pub planner: Outlet<InstanceReport>,
     pub facts: Facts,
 }
 
 #[derive(Debug)]
-pub struct InstanceState {
+pub(crate) struct InstanceState {
     args: InstanceArgs,
     schedule: Schedule,
     clients: HashMap<SeqId, Client>,
@@ -113,7 +110,7 @@ pub struct InstanceState {
 }
 
 #[derive(Debug)]
-pub struct Instance;
+pub(crate) struct Instance;
 
 impl Actor for Instance {
     type Msg = InstanceMsg;
@@ -121,7 +118,8 @@ impl Actor for Instance {
     type Arguments = InstanceArgs;
 
     async fn pre_start(&self, myself: InstanceRef, args: InstanceArgs) -> Result<InstanceState, ActorProcessingErr> {
-        let tokenizer_args = TokenizerArgs { files: Arc::clone(&args.files), owner: myself.clone() };
+        let tokenizer_args =
+            TokenizerArgs { files: Arc::clone(&args.files), owner: Outlet::to(&myself, InstanceMsg::Tokenizer) };
         let (tokenizer_ref, _) =
             TokenizerActor::spawn_linked(None, TokenizerActor, tokenizer_args, myself.get_cell()).await?;
         myself.send_interval(WATCH_EVERY, || InstanceMsg::Watch);
@@ -170,11 +168,13 @@ impl Actor for Instance {
             InstanceMsg::Submit(submission) => state.submit(submission),
             InstanceMsg::Cancel(seq) => state.cancel(seq),
             InstanceMsg::StepDone(result) => state.on_step_done(result),
-            InstanceMsg::ShardUp(shard) => state.on_shard_up(shard, &myself),
-            InstanceMsg::ShardDown { stage, error } => state.on_shard_down(stage, &error),
-            InstanceMsg::ShardLost { error, .. } => state.give_up(&myself, error.to_string(), error.remedy()),
-            InstanceMsg::TokenizerOpened(Ok(tokenizer)) => state.on_tokenizer(tokenizer, &myself),
-            InstanceMsg::TokenizerOpened(Err(what)) => state.give_up(&myself, what, "take another file of the model"),
+            InstanceMsg::Shard(ShardReport::Up(shard)) => state.on_shard_up(shard, &myself),
+            InstanceMsg::Shard(ShardReport::Down { stage, error }) => state.on_shard_down(stage, &error),
+            InstanceMsg::Shard(ShardReport::Lost(error)) => {
+                state.give_up(&myself, error.to_string(), error.remedy());
+            }
+            InstanceMsg::Tokenizer(Ok(tokenizer)) => state.on_tokenizer(tokenizer, &myself),
+            InstanceMsg::Tokenizer(Err(what)) => state.give_up(&myself, what, "take another file of the model"),
             InstanceMsg::Watch => state.watch(&myself),
         }
         state.pump();
@@ -197,6 +197,7 @@ impl Actor for Instance {
 impl InstanceState {
     fn start_shards(&self, myself: &InstanceRef) {
         let weights = Arc::new(self.args.files.weights.clone());
+        let owner = Outlet::to(myself, InstanceMsg::Shard);
         for (stage, (placed, (device, factory))) in
             self.args.placement.stages.iter().zip(&self.args.devices).enumerate()
         {
@@ -213,7 +214,7 @@ impl InstanceState {
                 spec,
                 weights: Arc::clone(&weights),
             };
-            let task = ShardTask { instance: self.args.id, stage, host, owner: myself.clone() };
+            let task = ShardTask { instance: self.args.id, stage, host, owner: owner.clone() };
             // A device that is gone is noticed by the node, which stops.
             let _ = device.send_message(DeviceMsg::Start(Box::new(task)));
         }
@@ -290,12 +291,8 @@ impl InstanceState {
         let (instance, epoch) = (self.args.id, self.incarnation.epoch);
         tracing::info!(%instance, epoch, "instance ready");
         self.args.facts.tell(Fact::InstanceReady { instance, epoch });
-        // A planner that is gone stops its instances.
-        let _ = self.args.planner.send_message(PlannerMsg::InstanceReady {
-            instance,
-            tokenizer_ref: self.tokenizer_ref.clone(),
-            tokenizer,
-        });
+        let tokenizer_ref = self.tokenizer_ref.clone();
+        self.args.planner.tell(InstanceReport::Ready { instance, tokenizer_ref, tokenizer });
     }
 
     fn on_shard_down(&mut self, stage: usize, error: &EngineError) {
@@ -312,8 +309,7 @@ impl InstanceState {
         tracing::error!(instance = %self.args.id, what, remedy, "the instance stops");
         let error = RequestError::Engine { what, remedy };
         // The planner first: whoever tries again because of the failure finds that it knows.
-        let failed = PlannerMsg::InstanceFailed { instance: self.args.id, error: error.clone() };
-        let _ = self.args.planner.send_message(failed);
+        self.args.planner.tell(InstanceReport::Failed { instance: self.args.id, error: error.clone() });
         self.fail_all(&error);
         myself.stop(None);
     }

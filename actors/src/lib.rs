@@ -7,19 +7,25 @@
 //! [`core`] decides and is pure; the actors carry out. Outsiders hold a [`NodeHandle`] and never an actor.
 
 pub mod core;
-pub mod device;
-pub mod gateway;
+mod device;
+mod gateway;
+mod generation;
 mod handle;
-pub mod host;
-pub mod instance;
+mod host;
+mod instance;
 pub mod models;
-pub mod monitor;
-pub mod node;
-pub mod planner;
-pub mod request;
-pub mod shard;
-pub mod tokenizer;
+mod monitor;
+mod node;
+mod outlet;
+mod planner;
+mod request;
+mod shard;
+mod subscription;
+mod tokenizer;
 
-pub use handle::{Generation, Lagged, NodeHandle, Subscription};
-pub use node::{NodeConfig, start};
+pub use generation::Generation;
+pub use handle::{NodeHandle, start};
+pub use node::NodeConfig;
+pub use planner::RunningModel;
 pub use request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError};
+pub use subscription::{Lagged, Subscription};

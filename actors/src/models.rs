@@ -11,14 +11,17 @@
 //! - supervised by: the node.
 
 mod catalogue;
+mod config;
 mod error;
+mod files;
 mod hub;
 mod python;
 mod store;
 
 pub use catalogue::{CATALOGUE, Entry, Source};
+pub use config::{ModelsConfig, Progress, ProgressSink};
 pub use error::ModelError;
-pub use store::{ModelsConfig, Origin, Progress, ProgressSink, ResolvedModel};
+pub use store::{Origin, ResolvedModel};
 
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};

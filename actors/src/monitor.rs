@@ -7,7 +7,7 @@
 //! - supervised by: the node.
 
 use crate::core::view::{Fact, Machine};
-use crate::node::Facts;
+use crate::outlet::Facts;
 use crate::planner::{PlannerMsg, PlannerRef};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::time::Duration;
@@ -17,27 +17,27 @@ use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, Sys
 const EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
-pub enum MonitorMsg {
+pub(crate) enum MonitorMsg {
     Tick,
     /// A sampling came back, and the sampler with it.
     Sampled(Box<System>, Machine),
 }
 
 #[derive(Debug)]
-pub struct MonitorArgs {
+pub(crate) struct MonitorArgs {
     pub planner: PlannerRef,
     pub facts: Facts,
 }
 
 #[derive(Debug)]
-pub struct MonitorState {
+pub(crate) struct MonitorState {
     args: MonitorArgs,
     /// Away while a sampling runs.
     system: Option<Box<System>>,
 }
 
 #[derive(Debug)]
-pub struct Monitor;
+pub(crate) struct Monitor;
 
 impl Actor for Monitor {
     type Msg = MonitorMsg;
@@ -82,7 +82,7 @@ impl Actor for Monitor {
 }
 
 /// Measures the machine once.
-pub fn measure_once() -> Machine {
+pub(crate) fn measure_once() -> Machine {
     System::new().map(|mut system| measure(&mut system)).unwrap_or_default()
 }
 

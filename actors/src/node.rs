@@ -9,18 +9,19 @@
 use crate::core::view::{Fact, State};
 use crate::device::{Device, DeviceArgs, DeviceRef};
 use crate::gateway::{Gateway, GatewayArgs, GatewayHandle};
-use crate::handle::{NodeHandle, Subscription};
 use crate::models::{Models, ModelsArgs, ModelsConfig, ModelsRef};
 use crate::monitor::{Monitor, MonitorArgs, measure_once};
+use crate::outlet::Facts;
 use crate::planner::{PlannedDevice, Planner, PlannerArgs, PlannerRef};
+use crate::subscription::Subscription;
 use exo_engines::engine::{DeviceKind, EngineFactory};
 use exo_net::NodeId;
-use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr, SupervisionEvent};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{broadcast, oneshot};
 
-pub type NodeRef = ActorRef<NodeMsg>;
+pub(crate) type NodeRef = ActorRef<NodeMsg>;
 
 /// Facts that a slow subscriber may be behind by before it is told to start over: minutes of a quiet node, seconds
 /// of a busy one.
@@ -28,20 +29,8 @@ const FACTS_BEHIND_MAX: usize = 4096;
 /// Children get this long to end what they are at.
 const CHILDREN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where facts go.
-#[derive(Debug, Clone)]
-pub struct Facts(NodeRef);
-
-impl Facts {
-    /// Tells the node something that happened.
-    pub fn tell(&self, fact: Fact) {
-        // A node that has stopped keeps no state.
-        let _ = self.0.send_message(NodeMsg::Fact(fact));
-    }
-}
-
 #[derive(Debug)]
-pub enum NodeMsg {
+pub(crate) enum NodeMsg {
     Fact(Fact),
     Subscribe(RpcReplyPort<Subscription>),
 }
@@ -57,38 +46,27 @@ pub struct NodeConfig {
 
 /// The parts that a handle needs.
 #[derive(Debug)]
-struct Parts {
-    gateway: GatewayHandle,
-    planner: PlannerRef,
-    models: ModelsRef,
+pub(crate) struct Parts {
+    pub(crate) gateway: GatewayHandle,
+    pub(crate) planner: PlannerRef,
+    pub(crate) models: ModelsRef,
 }
 
 #[derive(Debug)]
-pub struct NodeArgs {
-    config: NodeConfig,
-    started: oneshot::Sender<Parts>,
+pub(crate) struct NodeArgs {
+    pub(crate) config: NodeConfig,
+    /// Gets the parts once all are there.
+    pub(crate) started: oneshot::Sender<Parts>,
 }
 
 #[derive(Debug)]
-pub struct NodeState {
+pub(crate) struct NodeState {
     state: State,
     subscribers: broadcast::Sender<(u64, Fact)>,
 }
 
 #[derive(Debug)]
-pub struct Node;
-
-/// Starts a node on the current tokio runtime.
-///
-/// # Errors
-/// ractor's, where an actor could not be started.
-pub async fn start(config: NodeConfig) -> Result<NodeHandle, SpawnErr> {
-    let id = config.id;
-    let (started, parts) = oneshot::channel();
-    let (node, _) = Node::spawn(None, Node, NodeArgs { config, started }).await?;
-    let parts = parts.await.map_err(|error| SpawnErr::StartupFailed(error.into()))?;
-    Ok(NodeHandle { id, node, gateway: parts.gateway, planner: parts.planner, models: parts.models })
-}
+pub(crate) struct Node;
 
 impl Actor for Node {
     type Msg = NodeMsg;
@@ -143,7 +121,7 @@ impl Actor for Node {
 }
 
 async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, ActorProcessingErr> {
-    let facts = Facts(myself.clone());
+    let facts = Facts::to(myself, NodeMsg::Fact);
     let cell = || myself.get_cell();
     let models_args = ModelsArgs { config: config.models };
     let (models, _) = Models::spawn_linked(None, Models, models_args, cell()).await?;

@@ -9,9 +9,9 @@
 use crate::core::plan::{Demand, Offer, Placement, place};
 use crate::core::view::{Fact, InstanceId, Machine};
 use crate::device::DeviceRef;
-use crate::instance::{Instance, InstanceArgs, InstanceRef};
+use crate::instance::{Instance, InstanceArgs, InstanceRef, InstanceReport};
 use crate::models::{ModelsRef, ResolvedModel};
-use crate::node::Facts;
+use crate::outlet::{Facts, Outlet};
 use crate::request::{ModelSpec, RequestError};
 use crate::tokenizer::TokenizerRef;
 use exo_engines::decoder::pages_for;
@@ -23,7 +23,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent
 use std::collections::HashMap;
 use std::sync::Arc;
 
-pub type PlannerRef = ActorRef<PlannerMsg>;
+pub(crate) type PlannerRef = ActorRef<PlannerMsg>;
 
 /// Context where neither the request nor the model asks for less: more is seldom used, and its cache is reserved.
 const CONTEXT_DEFAULT_TOKENS: u32 = 4096;
@@ -38,18 +38,18 @@ const CPU_BYTES_PER_S: f64 = 2e10;
 #[derive(Debug, Clone)]
 pub struct RunningModel {
     pub id: InstanceId,
-    pub instance: InstanceRef,
-    pub tokenizer_ref: TokenizerRef,
+    pub(crate) instance: InstanceRef,
+    pub(crate) tokenizer_ref: TokenizerRef,
     pub tokenizer: Arc<Tokenizer>,
     pub model: Arc<ResolvedModel>,
     pub placement: Placement,
     pub context_tokens: u32,
 }
 
-pub type EnsureReply = RpcReplyPort<Result<RunningModel, RequestError>>;
+pub(crate) type EnsureReply = RpcReplyPort<Result<RunningModel, RequestError>>;
 
 #[derive(Debug)]
-pub enum PlannerMsg {
+pub(crate) enum PlannerMsg {
     /// Wants a model to run; the reply comes when it does.
     Ensure {
         spec: ModelSpec,
@@ -60,28 +60,20 @@ pub enum PlannerMsg {
         spec: ModelSpec,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     },
-    InstanceReady {
-        instance: InstanceId,
-        tokenizer_ref: TokenizerRef,
-        tokenizer: Arc<Tokenizer>,
-    },
-    InstanceFailed {
-        instance: InstanceId,
-        error: RequestError,
-    },
+    Instance(InstanceReport),
     MachineMeasured(Machine),
 }
 
 /// A device that the planner may use.
 #[derive(Debug, Clone)]
-pub struct PlannedDevice {
+pub(crate) struct PlannedDevice {
     pub report: DeviceReport,
     pub device: DeviceRef,
     pub factory: Arc<dyn EngineFactory>,
 }
 
 #[derive(Debug)]
-pub struct PlannerArgs {
+pub(crate) struct PlannerArgs {
     pub node: NodeId,
     /// Best first.
     pub devices: Vec<PlannedDevice>,
@@ -91,7 +83,7 @@ pub struct PlannerArgs {
 }
 
 #[derive(Debug)]
-pub struct PlannerState {
+pub(crate) struct PlannerState {
     args: PlannerArgs,
     wanted: HashMap<ModelSpec, Wanted>,
     next_instance: u64,
@@ -114,7 +106,7 @@ struct Placed {
 }
 
 #[derive(Debug)]
-pub struct Planner;
+pub(crate) struct Planner;
 
 impl Actor for Planner {
     type Msg = PlannerMsg;
@@ -134,10 +126,10 @@ impl Actor for Planner {
         match message {
             PlannerMsg::Ensure { spec, reply } => state.ensure(&myself, spec, reply),
             PlannerMsg::Resolved { spec, outcome } => state.on_resolved(&myself, spec, outcome).await,
-            PlannerMsg::InstanceReady { instance, tokenizer_ref, tokenizer } => {
+            PlannerMsg::Instance(InstanceReport::Ready { instance, tokenizer_ref, tokenizer }) => {
                 state.on_ready(instance, &tokenizer_ref, &tokenizer);
             }
-            PlannerMsg::InstanceFailed { instance, error } => state.on_failed(instance, &error),
+            PlannerMsg::Instance(InstanceReport::Failed { instance, error }) => state.on_failed(instance, &error),
             PlannerMsg::MachineMeasured(machine) => state.args.machine = machine,
         }
         Ok(())
@@ -260,13 +252,12 @@ impl PlannerState {
         let args = InstanceArgs {
             id,
             node: self.args.node,
-            model: model.name.clone(),
             files: Arc::clone(files),
             placement: placement.clone(),
             devices,
             context_tokens,
             kv_pages,
-            planner: myself.clone(),
+            planner: Outlet::to(myself, PlannerMsg::Instance),
             facts: self.args.facts.clone(),
         };
         match Instance::spawn_linked(None, Instance, args, myself.get_cell()).await {

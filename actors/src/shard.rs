@@ -8,42 +8,52 @@
 
 use crate::core::view::{Fact, InstanceId};
 use crate::host::{self, EnginePort, HostEvent, HostTask};
-use crate::instance::{InstanceMsg, InstanceRef};
-use crate::node::Facts;
+use crate::outlet::{Facts, Outlet};
 use exo_engines::EngineError;
-use exo_engines::engine::LoadReport;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 /// Which shard, of what, for whom.
 #[derive(Debug, Clone)]
-pub struct ShardTask {
+pub(crate) struct ShardTask {
     pub instance: InstanceId,
     pub stage: usize,
     pub host: HostTask,
-    pub owner: InstanceRef,
+    pub owner: Outlet<ShardReport>,
 }
 
 /// A loaded shard, as its instance gets it.
 #[derive(Debug, Clone)]
-pub struct LoadedShard {
+pub(crate) struct LoadedShard {
     pub stage: usize,
     pub port: EnginePort,
-    pub report: LoadReport,
+}
+
+/// What an instance hears of its shards.
+#[derive(Debug)]
+pub(crate) enum ShardReport {
+    Up(LoadedShard),
+    /// It failed; its device is at work on it.
+    Down {
+        stage: usize,
+        error: EngineError,
+    },
+    /// It failed, and will not come back.
+    Lost(EngineError),
 }
 
 #[derive(Debug)]
-pub enum ShardMsg {
+pub(crate) enum ShardMsg {
     Host(HostEvent),
 }
 
 #[derive(Debug)]
-pub struct ShardArgs {
+pub(crate) struct ShardArgs {
     pub task: ShardTask,
     pub facts: Facts,
 }
 
 #[derive(Debug)]
-pub struct ShardState {
+pub(crate) struct ShardState {
     args: ShardArgs,
     port: EnginePort,
 }
@@ -51,13 +61,13 @@ pub struct ShardState {
 /// Why a shard died.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("shard of layers {layers:?}: {error}")]
-pub struct ShardFailure {
+pub(crate) struct ShardFailure {
     pub layers: std::ops::Range<usize>,
     pub error: EngineError,
 }
 
 #[derive(Debug)]
-pub struct Shard;
+pub(crate) struct Shard;
 
 impl Actor for Shard {
     type Msg = ShardMsg;
@@ -104,9 +114,8 @@ impl ShardState {
                     weight_bytes = report.weight_bytes, load_ms = report.elapsed.as_millis(), row_us = warm_up.row.as_micros(),
                     "shard loaded"
                 );
-                let shard = LoadedShard { stage: *stage, port: self.port.clone(), report };
-                // An instance that is gone stops its shards through the planner.
-                let _ = owner.send_message(InstanceMsg::ShardUp(shard));
+                let shard = LoadedShard { stage: *stage, port: self.port.clone() };
+                owner.tell(ShardReport::Up(shard));
             }
             HostEvent::Failed(error) => {
                 let layers = host.spec.layers.clone();

@@ -8,7 +8,7 @@
 //!
 //! Decoding needs no actor: a token's bytes are looked up where they are needed.
 
-use crate::instance::{InstanceMsg, InstanceRef};
+use crate::outlet::Outlet;
 use crate::request::{Prompt, RequestError};
 use exo_engines::model::ModelFiles;
 use exo_engines::template::Message;
@@ -16,12 +16,15 @@ use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::sync::Arc;
 
-pub type TokenizerRef = ActorRef<TokenizerMsg>;
+pub(crate) type TokenizerRef = ActorRef<TokenizerMsg>;
+
+/// The tokenizer, or why it could not be read and what to do.
+pub(crate) type Opened = Result<Arc<Tokenizer>, String>;
 
 #[derive(Debug)]
-pub enum TokenizerMsg {
+pub(crate) enum TokenizerMsg {
     /// The tokenizer was read, or not.
-    Opened(Result<Arc<Tokenizer>, String>),
+    Opened(Opened),
     Encode {
         prompt: Prompt,
         reply: RpcReplyPort<Result<Vec<u32>, RequestError>>,
@@ -29,19 +32,19 @@ pub enum TokenizerMsg {
 }
 
 #[derive(Debug)]
-pub struct TokenizerArgs {
+pub(crate) struct TokenizerArgs {
     pub files: Arc<ModelFiles>,
-    pub owner: InstanceRef,
+    pub owner: Outlet<Opened>,
 }
 
 #[derive(Debug)]
-pub struct TokenizerState {
+pub(crate) struct TokenizerState {
     args: TokenizerArgs,
     tokenizer: Option<Arc<Tokenizer>>,
 }
 
 #[derive(Debug)]
-pub struct TokenizerActor;
+pub(crate) struct TokenizerActor;
 
 impl Actor for TokenizerActor {
     type Msg = TokenizerMsg;
@@ -73,9 +76,9 @@ impl Actor for TokenizerActor {
 }
 
 impl TokenizerState {
-    fn on_opened(&mut self, opened: Result<Arc<Tokenizer>, String>) {
+    fn on_opened(&mut self, opened: Opened) {
         self.tokenizer = opened.as_ref().ok().cloned();
-        let _ = self.args.owner.send_message(InstanceMsg::TokenizerOpened(opened));
+        self.args.owner.tell(opened);
     }
 
     fn encode(&self, prompt: Prompt, reply: RpcReplyPort<Result<Vec<u32>, RequestError>>) {

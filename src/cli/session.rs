@@ -3,8 +3,8 @@
 use super::progress::Display;
 use crate::{DeviceId, Fact, ModelSpec, Node, NodeHandle, Phase};
 use clap::Args;
+use exo_actors::RunningModel;
 use exo_actors::models::ResolvedModel;
-use exo_actors::planner::RunningModel;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

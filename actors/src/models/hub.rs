@@ -4,7 +4,8 @@
 //! large file is its ETag on the hub, and is compared here.
 
 use super::ModelError;
-use super::store::{ModelsConfig, Progress, ProgressSink, lock, sha256};
+use super::config::{ModelsConfig, Progress, ProgressSink};
+use super::files::{lock, sha256};
 use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, ApiRepo};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -5,7 +5,7 @@
 //! on with the next.
 
 use super::ModelError;
-use super::store::{ModelsConfig, Progress, ProgressSink};
+use super::config::{ModelsConfig, Progress, ProgressSink};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -4,53 +4,12 @@
 //! is a `.part` beside it.
 
 use super::catalogue::{self, Entry, Source};
+use super::config::{ModelsConfig, Progress};
+use super::files::{lock, sha256};
 use super::{ModelError, hub, python};
 use exo_engines::model::ModelFiles;
-use sha2::{Digest, Sha256};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// Where models are, and how others are fetched.
-#[derive(Clone)]
-pub struct ModelsConfig {
-    /// Looked through in order; downloads go to the first.
-    pub folders: Vec<PathBuf>,
-    /// The hub's address; `None`: the hub's own.
-    pub hub_endpoint: Option<String>,
-    pub hub_token: Option<String>,
-    /// The hub client's cache.
-    pub hub_cache: PathBuf,
-    /// Fetch nothing.
-    pub is_offline: bool,
-    /// The Python to call pip with.
-    pub python: String,
-    pub progress: ProgressSink,
-}
-
-impl std::fmt::Debug for ModelsConfig {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ModelsConfig").field("folders", &self.folders).finish_non_exhaustive()
-    }
-}
-
-/// Hears how fetching goes. Called from any thread; must not block.
-pub type ProgressSink = Arc<dyn Fn(Progress) + Send + Sync>;
-
-/// How fetching goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Progress {
-    /// A source is tried.
-    Trying { model: String, source: String },
-    /// A source failed; the next one is tried.
-    Failed { source: String, reason: String },
-    /// Bytes fetched so far; the total where it is known.
-    Fetching { fetched_bytes: u64, total_bytes: Option<u64> },
-    /// The SHA-256 is computed.
-    Verifying,
-    /// The model is there.
-    Fetched { path: PathBuf, source: String },
-}
 
 /// Where a resolved model came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -163,21 +122,6 @@ async fn fetch(config: &ModelsConfig, entry: &Entry, source: &Source, target: &P
     keep(config, part, target.to_owned(), expected).await
 }
 
-/// Keeps other processes from fetching `target` at the same time; free again when the file is dropped.
-pub(super) async fn lock(target: &Path) -> Result<std::fs::File, ModelError> {
-    let folder = target.parent().unwrap_or(Path::new(".")).to_owned();
-    let mut name = target.as_os_str().to_owned();
-    name.push(".lock");
-    let path = PathBuf::from(name);
-    let locked = tokio::task::spawn_blocking(move || {
-        std::fs::create_dir_all(&folder)
-            .and_then(|()| std::fs::File::create(&path))
-            .and_then(|file| file.lock().map(|()| file))
-            .map_err(|e| ModelError::disk(&path, &e))
-    });
-    locked.await.map_err(|_| ModelError::Interrupted)?
-}
-
 /// The name of an unfinished file.
 fn part_of(target: &Path) -> PathBuf {
     let mut name = target.as_os_str().to_owned();
@@ -205,19 +149,4 @@ async fn keep(
         std::fs::rename(&part, &target).map_err(|e| ModelError::disk(&target, &e))
     });
     kept.await.map_err(|_| ModelError::Interrupted)?
-}
-
-/// The SHA-256 of a file, in hexadecimal.
-pub(super) fn sha256(path: &Path) -> Result<String, ModelError> {
-    let disk = |e: std::io::Error| ModelError::disk(path, &e);
-    let mut file = std::fs::File::open(path).map_err(disk)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer).map_err(disk)? {
-            0 => break,
-            read => hasher.update(&buffer[..read]),
-        }
-    }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -6,8 +6,9 @@
 
 use super::activation::{BLOCK_CODES, CodedRows, Rows};
 use super::packed::{Coded, Dense, Form, Packed};
-use super::simd::{Kernel, LANES, Simd, Tier};
+use super::simd::{Kernel, LANES, Simd};
 use super::team::{Panicked, Team};
+use super::tier::Tier;
 use crate::format::ElementType;
 use crate::format::blocks::{BLOCK, Coding};
 

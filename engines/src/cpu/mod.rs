@@ -26,11 +26,12 @@ mod spare;
 mod team;
 #[cfg(test)]
 pub(crate) mod test_weights;
+mod tier;
 
 pub use cache::KvCache;
 pub use factory::CpuFactory;
 pub use packed::Packed;
-pub use simd::Tier;
+pub use tier::Tier;
 
 use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardWeights, Linear, Norm, TensorData};
 use crate::engine::KvElement;
@@ -70,8 +71,14 @@ impl CpuBackend {
     /// A backend on `threads` threads, the caller's counted, at `tier`.
     ///
     /// # Errors
-    /// [`EngineError::Device`] where the operating system gives no threads.
+    /// [`EngineError::Device`] where the operating system gives no threads, or the processor has no such tier.
     pub fn new(threads: usize, tier: Tier) -> Result<Self, EngineError> {
+        if !Tier::available().contains(&tier) {
+            return Err(EngineError::Device {
+                device: "cpu".to_owned(),
+                what: format!("this processor has no {}", tier.name()),
+            });
+        }
         let team = Team::new(threads).map_err(|e| EngineError::Device {
             device: "cpu".to_owned(),
             what: format!("{threads} threads could not be started: {e}"),

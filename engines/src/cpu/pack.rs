@@ -161,16 +161,23 @@ impl Panel<'_> {
         }
         let size = Coded::block_bytes(coding);
         let bytes = &mut self.codes[index * size..][..size];
-        for (column, &code) in block.codes.iter().enumerate() {
-            let at = place(column, lane);
+        // Four successive columns are four successive bytes: see `place`.
+        for (group, four) in block.codes.as_chunks::<4>().0.iter().enumerate() {
+            let four = u32::from_le_bytes(*four);
+            let at = place(group * 4, lane);
+            let mut join = |vector: usize, bits: u32| {
+                let word = &mut bytes[vector * 64 + at.byte..][..4];
+                let joined = bits | u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+                word.copy_from_slice(&joined.to_le_bytes());
+            };
             if coding.bits == 8 {
-                bytes[column / 4 * 64 + at.byte] = code;
+                join(group, four);
                 continue;
             }
-            bytes[at.vector * 64 + at.byte] |= (code & 15) << at.nibble;
+            join(at.vector, (four & 0x0f0f_0f0f) << at.nibble);
             match coding.bits {
-                5 => bytes[256 + at.byte] |= (code >> 4) << (column / 4),
-                6 => bytes[256 + column / 16 * 64 + at.byte] |= (code >> 4) << (column / 4 % 4 * 2),
+                5 => join(4, (four >> 4 & 0x0101_0101) << group),
+                6 => join(4 + group / 4, (four >> 4 & 0x0303_0303) << (group % 4 * 2)),
                 _ => {}
             }
         }

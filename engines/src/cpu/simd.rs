@@ -1,70 +1,12 @@
 //! The few vector operations that the kernels are written in, sixteen lanes wide.
 //!
-//! A kernel is a value with a generic [`Kernel::run`]; [`Tier::run`] instantiates it for the instruction set found
-//! at start. One body for all tiers: what a tier does faster it does here, not in the kernels.
+//! A kernel is a value with a generic [`Kernel::run`]; [`Tier::run`](super::tier::Tier::run) instantiates it for the
+//! instruction set found at start. One body for all tiers: what a tier does faster it does here, not in the kernels.
 
 use half::{bf16, f16};
 
 /// Lanes of a vector, and outputs of a weight panel.
 pub(crate) const LANES: usize = 16;
-
-/// An instruction set, worst first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Tier {
-    /// Whatever the compiler's target has.
-    Portable,
-    /// AVX2, FMA and F16C.
-    Avx2,
-    /// AVX-512 F, BW, DQ, VL and VNNI.
-    Avx512,
-}
-
-impl Tier {
-    /// The tiers of this machine, worst first.
-    pub fn available() -> Vec<Self> {
-        #[allow(unused_mut)]
-        let mut tiers = vec![Self::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if super::avx2::is_available() {
-                tiers.push(Self::Avx2);
-            }
-            if super::avx512::is_available() {
-                tiers.push(Self::Avx512);
-            }
-        }
-        tiers
-    }
-
-    /// The best tier of this machine.
-    pub fn best() -> Self {
-        Self::available().pop().unwrap_or(Self::Portable)
-    }
-
-    /// The name in fingerprints and reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Portable => "portable",
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512-vnni",
-        }
-    }
-
-    #[inline]
-    pub(crate) fn run<K: Kernel>(self, kernel: K) {
-        match self {
-            Self::Portable => kernel.run::<Portable>(),
-            // SAFETY: a tier above portable comes from `available`, which asked the processor.
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => unsafe { super::avx2::run(kernel) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { super::avx512::run(kernel) },
-            #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => kernel.run::<Portable>(),
-        }
-    }
-}
 
 /// Work that is compiled once per tier. `run` and all it calls must be `#[inline(always)]`.
 pub(crate) trait Kernel {

@@ -5,7 +5,8 @@
 //! ```
 //! Source of the format: `docs/gguf.md` of the ggml project.
 
-use super::{ElementType, FormatError, Mapped, TensorInfo};
+use super::tensor::check_disjoint;
+use super::{FormatError, Mapped, TensorInfo};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -167,18 +168,8 @@ fn place_tensors(
             return Err(bad(&info.name, "the name stands twice".to_owned()));
         }
     }
-    super::safetensors::check_disjoint(&mut extents).map_err(|(name, what)| bad(&name, what))?;
+    check_disjoint(&mut extents).map_err(|(name, what)| bad(&name, what))?;
     Ok(tensors)
-}
-
-/// Bytes of a tensor; `None` where its rows are not whole blocks, or the number overflows.
-pub(crate) fn length_bytes(element: ElementType, shape: &[usize]) -> Option<u64> {
-    let (inner, outer) = match shape.split_last() {
-        Some((inner, outer)) => (*inner, outer),
-        None => (1, shape),
-    };
-    let row = element.row_bytes(inner)? as u64;
-    outer.iter().try_fold(row, |bytes, &size| bytes.checked_mul(size as u64))
 }
 
 #[cfg(test)]

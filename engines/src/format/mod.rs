@@ -15,22 +15,11 @@ pub mod gguf;
 pub(crate) mod gguf_writer;
 mod mapped;
 pub mod safetensors;
+mod tensor;
 
 pub use element::ElementType;
 pub use error::FormatError;
 pub use gguf::{Gguf, Value};
 pub use mapped::{Mapped, MappedBytes};
 pub use safetensors::SafeTensors;
-
-/// Where one tensor lies in its file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// How its numbers are stored.
-    pub element: ElementType,
-    /// Rows first, innermost dimension last (the order of safetensors; GGUF's is reversed on reading).
-    pub shape: Vec<usize>,
-    /// First byte, from the start of the file.
-    pub offset_bytes: u64,
-    /// Length.
-    pub length_bytes: u64,
-}
+pub use tensor::TensorInfo;

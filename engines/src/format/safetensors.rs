@@ -6,7 +6,7 @@
 //! Source of the format: the README of huggingface/safetensors. The header is read by us, so that every
 //! error names its file and tensor, and the data stays where it lies.
 
-use super::gguf::length_bytes;
+use super::tensor::{check_disjoint, length_bytes};
 use super::{ElementType, FormatError, Mapped, TensorInfo};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -176,17 +176,6 @@ fn place(file: &Mapped, name: &str, entry: Entry, data_start: u64) -> Result<Ten
         }
         _ => Err(bad("it ends behind the file's end: the file is cut short".to_owned())),
     }
-}
-
-/// Fails with the name of a tensor whose bytes another tensor has too. `extents` are `(start, end, name)`.
-pub(crate) fn check_disjoint(extents: &mut [(u64, u64, String)]) -> Result<(), (String, String)> {
-    extents.sort();
-    for pair in extents.windows(2) {
-        if pair[1].0 < pair[0].1 {
-            return Err((pair[1].2.clone(), format!("it overlaps `{}`", pair[0].2)));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Reading a header from front to back.
 
-use super::{List, Place, Value, length_bytes};
+use super::{List, Place, Value};
+use crate::format::tensor::length_bytes;
 use crate::format::{ElementType, FormatError, Mapped};
 use std::collections::BTreeMap;
 

@@ -2,6 +2,7 @@
 
 use super::super::gguf_writer::{Datum, GgufWriter};
 use super::*;
+use crate::format::ElementType;
 use proptest::prelude::*;
 
 fn sound() -> GgufWriter {

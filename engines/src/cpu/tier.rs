@@ -1,0 +1,63 @@
+//! Which instruction set the kernels run on.
+
+use super::simd::{Kernel, Portable};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
+
+/// An instruction set, worst first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tier {
+    /// Whatever the compiler's target has.
+    Portable,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL and VNNI.
+    Avx512,
+}
+
+impl Tier {
+    /// The tiers of this machine, worst first.
+    pub fn available() -> Vec<Self> {
+        #[allow(unused_mut)]
+        let mut tiers = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if avx2::is_available() {
+                tiers.push(Self::Avx2);
+            }
+            if avx512::is_available() {
+                tiers.push(Self::Avx512);
+            }
+        }
+        tiers
+    }
+
+    /// The best tier of this machine.
+    pub fn best() -> Self {
+        Self::available().pop().unwrap_or(Self::Portable)
+    }
+
+    /// The name in fingerprints and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512-vnni",
+        }
+    }
+
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        match self {
+            Self::Portable => kernel.run::<Portable>(),
+            // SAFETY: a tier above portable comes from `available`, which asked the processor.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { avx2::run(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { avx512::run(kernel) },
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => kernel.run::<Portable>(),
+        }
+    }
+}
