@@ -4,7 +4,6 @@
 //! or the clock (the date that `strftime_now` formats is an argument).
 
 use chrono::NaiveDateTime;
-use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
@@ -12,13 +11,15 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Instructions of one rendering; a long conversation with tools takes some tens of thousands.
-const FUEL: u64 = 2_000_000;
+const FUEL: u64 = 500_000;
+/// Stack of a rendering. Each eight instructions can put a list into another, and every level is a call or three
+/// when the lists are compared or dropped; memory is taken only as far as a stack is used.
+const STACK_BYTES: usize = 256 << 20;
 /// Longer sources are no templates.
 const SOURCE_BYTES_MAX: usize = 1 << 20;
 /// Longer prompts fit no model's context.
 const OUTPUT_BYTES_MAX: usize = 16 << 20;
-/// Spaces of `tojson(indent=…)`.
-const INDENT_MAX: usize = 16;
+mod python;
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +63,8 @@ pub enum TemplateError {
     Refused { what: String },
     #[error("the chat template takes too long or writes too much")]
     Limit,
+    #[error("no thread for the chat template: {what}")]
+    NoThread { what: String },
 }
 
 impl ChatTemplate {
@@ -97,6 +100,15 @@ impl ChatTemplate {
     /// [`TemplateError`] where the template refuses, fails, or goes over its limits.
     pub fn render(&self, messages: &[Message], now: NaiveDateTime) -> Result<String, TemplateError> {
         *self.now.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        let thread = std::thread::Builder::new().name("template".to_owned()).stack_size(STACK_BYTES);
+        std::thread::scope(|scope| {
+            let rendering = thread.spawn_scoped(scope, || self.render_here(messages));
+            let rendering = rendering.map_err(|e| TemplateError::NoThread { what: e.to_string() })?;
+            rendering.join().unwrap_or_else(|_| Err(TemplateError::Malformed { what: "it panicked".to_owned() }))
+        })
+    }
+
+    fn render_here(&self, messages: &[Message]) -> Result<String, TemplateError> {
         let template = self.environment.get_template("chat").map_err(|e| malformed(&e))?;
         let context = minijinja::context! {
             messages => messages,
@@ -146,7 +158,8 @@ fn environment(now: &Arc<Mutex<NaiveDateTime>>) -> Environment<'static> {
     for unbounded in ["format", "batch", "slice", "indent"] {
         environment.remove_filter(unbounded);
     }
-    environment.add_filter("tojson", to_json);
+    environment.add_filter("tojson", python::to_json);
+    environment.set_formatter(python::print);
     environment.add_function("raise_exception", |what: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{what}")))
     });
@@ -171,49 +184,6 @@ fn prepared(source: &str) -> String {
         }
     }
     prepared
-}
-
-/// `json.dumps(value, ensure_ascii=False, indent=indent)`.
-fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    for ignored in ["ensure_ascii", "sort_keys", "separators"] {
-        let _: Option<Value> = options.get(ignored)?;
-    }
-    options.assert_all_used()?;
-    let mut bytes = Vec::new();
-    let written = match indent {
-        Some(indent) => {
-            let spaces = " ".repeat(indent.min(INDENT_MAX));
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter))
-        }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, PythonFormatter)),
-    };
-    written.map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
-    Ok(Value::from(String::from_utf8_lossy(&bytes).into_owned()))
-}
-
-/// Python's separators: a space behind each comma and colon.
-struct PythonFormatter;
-
-impl PythonFormatter {
-    fn separate<W: ?Sized + io::Write>(writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-}
-
-impl serde_json::ser::Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        Self::separate(writer, first)
-    }
-
-    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        Self::separate(writer, first)
-    }
-
-    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        writer.write_all(b": ")
-    }
 }
 
 /// Fails where more is written than a prompt can have.
@@ -277,5 +247,15 @@ mod tests {
         assert_eq!(render(forever), Err(TemplateError::Limit));
         assert!(render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").is_err());
         assert!(render("{{ '%1000000000s' | format(1) }}").is_err());
+        // Lists as deep as the fuel goes.
+        let deep = "{% set ns = namespace(x=[], y=[]) %}{% for i in range(45000) %}{% set ns.x = [ns.x] %}{% endfor %}";
+        assert!(render(&format!("{deep}{{{{ ns.x }}}}")).is_err());
+        assert!(render(&format!("{deep}{{{{ ns.x | tojson }}}}")).is_err());
+        assert_eq!(render(deep), Ok(String::new()));
+        let compared = deep.replace("45000", "20000").replace("ns.x = [ns.x]", "ns.x = [ns.x] %}{% set ns.y = [ns.y]");
+        assert_eq!(render(&format!("{compared}{{{{ ns.x == ns.y }}}}")), Ok("True".to_owned()));
+        let wide = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+        assert!(render(&format!("{wide}{{{{ ns.x }}}}")).is_err());
+        assert!(render(&format!("{wide}{{{{ ns.x | tojson }}}}")).is_err());
     }
 }

@@ -6,6 +6,7 @@
 
 mod independence;
 mod pipeline;
+mod templates;
 
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::{CpuFactory, Tier};

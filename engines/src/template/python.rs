@@ -1,0 +1,141 @@
+//! Values as Python writes them, since templates were tried with Python's Jinja only.
+
+use super::{Bounded, OUTPUT_BYTES_MAX};
+use minijinja::value::{Kwargs, ValueKind};
+use minijinja::{Error, ErrorKind, Output, State, Value};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::io;
+
+/// Spaces of `tojson(indent=…)`.
+const INDENT_MAX: usize = 16;
+/// Lists in lists: more are made to overflow a stack, not to be read.
+const DEPTH_MAX: usize = 64;
+/// Elements of a value, those of its elements counted: a list that holds another twice doubles at each level.
+const ELEMENTS_MAX: usize = 1 << 20;
+
+/// Prints what `{{ value }}` prints: `str(value)`.
+pub(super) fn print(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value) -> Result<(), Error> {
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Map => {
+            check_size(value, 0, &mut 0)?;
+            let mut text = String::new();
+            represent(value, &mut text)?;
+            out.write_str(&text).map_err(Error::from)
+        }
+        _ => minijinja::escape_formatter(out, state, value),
+    }
+}
+
+/// Fails where a value is too deep or too large to be written. `elements` counts.
+fn check_size(value: &Value, depth: usize, elements: &mut usize) -> Result<(), Error> {
+    *elements += 1;
+    if depth > DEPTH_MAX || *elements > ELEMENTS_MAX {
+        let what = format!("a value has more than {DEPTH_MAX} levels or {ELEMENTS_MAX} elements");
+        return Err(Error::new(ErrorKind::InvalidOperation, what));
+    }
+    match value.kind() {
+        ValueKind::Seq => value.try_iter()?.try_for_each(|item| check_size(&item, depth + 1, elements)),
+        ValueKind::Map => value.try_iter()?.try_for_each(|key| check_size(&value.get_item(&key)?, depth + 1, elements)),
+        _ => Ok(()),
+    }
+}
+
+/// Appends `repr(value)`.
+fn represent(value: &Value, out: &mut String) -> Result<(), Error> {
+    if out.len() > OUTPUT_BYTES_MAX {
+        return Err(Error::new(ErrorKind::WriteFailure, "the output is too long"));
+    }
+    match value.kind() {
+        ValueKind::None => out.push_str("None"),
+        ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
+        ValueKind::String => represent_text(value.as_str().unwrap_or_default(), out),
+        ValueKind::Seq => {
+            out.push('[');
+            for (index, item) in value.try_iter()?.enumerate() {
+                separate(index, out);
+                represent(&item, out)?;
+            }
+            out.push(']');
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (index, key) in value.try_iter()?.enumerate() {
+                separate(index, out);
+                represent(&key, out)?;
+                out.push_str(": ");
+                represent(&value.get_item(&key)?, out)?;
+            }
+            out.push('}');
+        }
+        _ => write!(out, "{value}")?,
+    }
+    Ok(())
+}
+
+fn separate(index: usize, out: &mut String) {
+    if index > 0 {
+        out.push_str(", ");
+    }
+}
+
+/// Python prefers single quotes, and escapes what cannot be seen.
+fn represent_text(text: &str, out: &mut String) {
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    out.push(quote);
+    for c in text.chars() {
+        match c {
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\\' => out.push_str("\\\\"),
+            c if c == quote => out.extend(['\\', c]),
+            c => out.push(c),
+        }
+    }
+    out.push(quote);
+}
+
+/// `json.dumps(value, ensure_ascii=False, indent=indent)`.
+pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    for ignored in ["ensure_ascii", "sort_keys", "separators"] {
+        let _: Option<Value> = options.get(ignored)?;
+    }
+    options.assert_all_used()?;
+    check_size(value, 0, &mut 0)?;
+    let mut bytes = Bounded(Vec::new());
+    let written = match indent {
+        Some(indent) => {
+            let spaces = " ".repeat(indent.min(INDENT_MAX));
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter))
+        }
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, PythonFormatter)),
+    };
+    written.map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    Ok(Value::from(String::from_utf8_lossy(&bytes.0).into_owned()))
+}
+
+/// Python's separators: a space behind each comma and colon.
+struct PythonFormatter;
+
+impl PythonFormatter {
+    fn separate<W: ?Sized + io::Write>(writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+}
+
+impl serde_json::ser::Formatter for PythonFormatter {
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        Self::separate(writer, first)
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        Self::separate(writer, first)
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
