@@ -49,6 +49,19 @@ fn crates_import_downwards_only() {
     forbid("actors/src", &["exo_dashboard", "exo::"]);
 }
 
+/// Actors from the lowest up: none imports one that stands above it. News go up through outlets.
+#[test]
+fn actors_know_only_those_below() {
+    let floors = ["outlet", "host", "shard", "tokenizer", "device", "instance", "planner", "gateway", "node", "handle"];
+    for (index, floor) in floors.iter().enumerate() {
+        let file = root().join(format!("actors/src/{floor}.rs"));
+        let text = std::fs::read_to_string(&file).expect("every actor has a file");
+        for above in &floors[index + 1..] {
+            assert!(!text.contains(&format!("crate::{above}::")), "{floor} imports {above}, which stands above it");
+        }
+    }
+}
+
 #[test]
 fn the_core_is_pure() {
     forbid(
@@ -69,7 +82,7 @@ fn the_environment_is_read_in_one_place() {
 
 #[test]
 fn every_file_says_what_it_is() {
-    for folder in ["src", "actors", "engines", "net", "tests", "examples"] {
+    for folder in ["src", "actors", "benches", "engines", "net", "tests", "examples"] {
         for file in rust_files(&root().join(folder)) {
             let text = std::fs::read_to_string(&file).expect("readable");
             assert!(text.starts_with("//! "), "{} has no module doc", file.display());

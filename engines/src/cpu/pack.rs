@@ -1,7 +1,7 @@
 //! From the order of a file to the order of the kernels.
 //!
-//! Runs of panels are shared out to the team, which writes each into its own part of the target. A run's bytes are
-//! forgotten as soon as it is packed, so that a matrix is never twice in memory.
+//! Runs of panels are shared out to the team, which writes each into its own part of the target. The bytes of a large
+//! run are forgotten as soon as it is packed, so that no large matrix is twice in memory.
 
 use super::packed::{Coded, Dense, Form, Lines, Packed, place};
 use super::shares::Shares;
@@ -13,8 +13,13 @@ use half::f16;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes of a file that one task packs: enough to be worth a task, little beside any matrix that matters.
-const TASK_BYTES: usize = 256 << 10;
+/// Bytes of a file that one task packs, at least and at most: enough to be worth a task, little beside a large matrix.
+const TASK_BYTES: (usize, usize) = (128 << 10, 4 << 20);
+/// A task of fewer bytes does not forget them: to forget takes longer than to pack them, and whoever reads the file
+/// forgets what is packed.
+const FORGET_BYTES: usize = 1 << 20;
+/// Tasks for each thread.
+const TASKS_PER_THREAD: usize = 4;
 
 /// A matrix as its file has it.
 pub(super) struct Source<'a> {
@@ -67,7 +72,8 @@ impl Source<'_> {
     /// the row's values are finite.
     fn for_rows(&self, team: &mut Team, pack: &(dyn Fn(usize, &[u8]) -> bool + Sync)) -> Result<(), PackError> {
         let row_bytes = self.row_bytes();
-        let rows_per_task = (TASK_BYTES / (LANES * row_bytes).max(1)).max(1) * LANES;
+        let task_bytes = (self.bytes.len() / (team.threads() * TASKS_PER_THREAD)).clamp(TASK_BYTES.0, TASK_BYTES.1);
+        let rows_per_task = (task_bytes / (LANES * row_bytes).max(1)).max(1) * LANES;
         let first_bad = AtomicUsize::new(usize::MAX);
         team.run(self.rows.div_ceil(rows_per_task), &|task| {
             let rows = task * rows_per_task..((task + 1) * rows_per_task).min(self.rows);
@@ -77,7 +83,9 @@ impl Source<'_> {
                     return;
                 }
             }
-            (self.forget)(rows.start * row_bytes..rows.end * row_bytes);
+            if rows.len() * row_bytes >= FORGET_BYTES {
+                (self.forget)(rows.start * row_bytes..rows.end * row_bytes);
+            }
         })?;
         match first_bad.into_inner() {
             usize::MAX => Ok(()),
@@ -130,6 +138,10 @@ impl Source<'_> {
                     mins: mins.take(part(if coding.has_mins { LANES } else { 0 })),
                 }
             };
+            if lane == 0 {
+                // Codes are joined to what is there. Memory that is read before it is written is mapped twice.
+                target.codes.fill(0);
+            }
             (0..blocks_per_row).all(|index| {
                 let block = blocks::decode(self.element, source, index);
                 target.put(index, lane, &block);
@@ -191,7 +203,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// R4.3: packing keeps every value, to the half precision of its scale, and lets go of every byte.
+        /// R4.3: packing keeps every value, to the half precision of its scale.
         #[test]
         fn packed_rows_read_back(
             element in prop::sample::select(ElementType::ALL.to_vec()),
@@ -202,12 +214,9 @@ mod tests {
         ) {
             let columns = blocks_per_row * 256;
             let bytes = test_weights::bytes(element, rows, columns, seed);
-            let forgotten = AtomicUsize::new(0);
-            let forget = |part: Range<usize>| { forgotten.fetch_add(part.len(), Ordering::Relaxed); };
             let mut team = Team::new(threads).expect("threads");
-            let source = Source { element, rows, columns, bytes: &bytes, forget: &forget };
+            let source = Source { element, rows, columns, bytes: &bytes, forget: &|_| {} };
             let packed = Packed::pack(&mut team, &source).expect("finite weights");
-            prop_assert_eq!(forgotten.into_inner(), bytes.len());
             let row_bytes = element.row_bytes(columns).unwrap_or(1);
             let (mut got, mut expected) = (vec![0.0; columns], vec![0.0; columns]);
             for row in 0..rows {
@@ -225,6 +234,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_large_matrix_is_forgotten_while_it_is_packed() {
+        let (rows, columns) = (16_384, 256);
+        let bytes = test_weights::bytes(ElementType::F32, rows, columns, 1);
+        let forgotten = std::sync::Mutex::new(Vec::new());
+        let forget = |part| forgotten.lock().expect("not poisoned").push(part);
+        let source = Source { element: ElementType::F32, rows, columns, bytes: &bytes, forget: &forget };
+        Packed::pack(&mut Team::new(2).expect("threads"), &source).expect("finite weights");
+        let mut forgotten: Vec<Range<usize>> = forgotten.into_inner().expect("not poisoned");
+        forgotten.sort_by_key(|part| part.start);
+        assert!(forgotten.len() > 1 && forgotten.windows(2).all(|pair| pair[0].end == pair[1].start), "{forgotten:?}");
+        assert_eq!((forgotten[0].start, forgotten[forgotten.len() - 1].end), (0, bytes.len()));
     }
 
     #[test]

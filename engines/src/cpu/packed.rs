@@ -10,9 +10,15 @@ use super::simd::LANES;
 use crate::format::ElementType;
 use crate::format::blocks::{self, BLOCK, Coding};
 use half::f16;
+#[cfg(target_os = "linux")]
+use rustix::mm::{Advice, madvise};
 
 /// What vector loads are aligned to.
 const LINE_BYTES: usize = 64;
+
+/// What x86-64 and aarch64 back large memory with.
+#[cfg(target_os = "linux")]
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Bytes aligned to a cache line. Zero, and not in memory before they are written.
 #[derive(Debug)]
@@ -27,8 +33,27 @@ impl Lines {
     pub(super) fn zeroed(length: usize) -> Self {
         let bytes = vec![0; length + LINE_BYTES];
         let start = bytes.as_ptr().align_offset(LINE_BYTES).min(LINE_BYTES);
-        Self { bytes, start, length }
+        let mut lines = Self { bytes, start, length };
+        lines.ask_for_huge_pages();
+        lines
     }
+
+    /// A large matrix is read from end to end for every token: fewer, larger pages are found faster.
+    #[cfg(target_os = "linux")]
+    fn ask_for_huge_pages(&mut self) {
+        let bytes = self.bytes.as_mut_ptr();
+        let before = bytes.align_offset(HUGE_PAGE_BYTES);
+        let inside = self.bytes.len().saturating_sub(before) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        if inside == 0 {
+            return;
+        }
+        // A hint: whether it is taken changes no result, so its error is of no use to anyone.
+        // SAFETY: the range is whole pages of this allocation; the advice changes how they are backed, not what is in them.
+        let _ = unsafe { madvise(bytes.add(before).cast(), inside, Advice::LinuxHugepage) };
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn ask_for_huge_pages(&mut self) {}
 
     pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes[self.start..][..self.length]

@@ -1,4 +1,4 @@
-//! Models that are wrong, and what is said about them. Right ones are in `tests/conformance.rs`.
+//! Models that are wrong, and what is said about them. Right ones are in `tests/conformance/`.
 
 use super::*;
 use crate::cpu::CpuFactory;

@@ -1,0 +1,85 @@
+//! Products against f64, and rows against themselves in other company.
+
+use super::*;
+use crate::cpu::activation::CodedRowMut;
+use crate::cpu::pack::Source;
+use crate::cpu::test_weights;
+use proptest::prelude::*;
+
+struct Encode<'a> {
+    rows: &'a Rows,
+    coded: &'a mut CodedRows,
+}
+
+impl Kernel for Encode<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let blocks = self.rows.width / BLOCK;
+        for row in 0..self.rows.count() {
+            let mut target = CodedRowMut {
+                codes: &mut self.coded.codes[row * blocks * BLOCK_CODES..][..blocks * BLOCK_CODES],
+                scales: &mut self.coded.scales[row * blocks..][..blocks],
+                half_sums: &mut self.coded.half_sums[row * blocks * 2..][..blocks * 2],
+                weighted_sums: &mut self.coded.weighted_sums[row * blocks..][..blocks],
+            };
+            target.encode(self.rows.row(row));
+        }
+    }
+}
+
+fn product(tier: Tier, threads: usize, weights: &Packed, input: &Rows) -> Rows {
+    let mut codes = CodedRows::zeroed(input.count(), input.width);
+    if weights.is_coded() {
+        tier.run(Encode { rows: input, coded: &mut codes });
+    }
+    let mut out = Rows::zeroed(input.count(), weights.rows);
+    let mut team = Team::new(threads).expect("threads");
+    let operand = Operand { floats: input, codes: Some(&codes) };
+    let mut products = [Product { weights, bias: None, out: &mut out }];
+    run(tier, &mut team, &operand, &mut products).expect("no panic");
+    out
+}
+
+fn input(rows: usize, width: usize) -> Rows {
+    Rows { width, values: (0..rows * width).map(|i| (i as f32 * 0.7311).sin() * 2.0).collect() }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// R6.3: every weight type, on every tier, is close to the product in f64 of its dequantised values, and a
+    /// row's bits are the same alone and in a batch, on one thread and on three.
+    #[test]
+    fn products_are_right_and_row_independent(
+        element in prop::sample::select(ElementType::ALL.to_vec()),
+        rows in 1_usize..20,
+        outputs in 1_usize..70,
+        seed in any::<u64>(),
+    ) {
+        let columns = 512;
+        let bytes = test_weights::bytes(element, outputs, columns, seed);
+        let mut team = Team::new(1).expect("threads");
+        let source = Source { element, rows: outputs, columns, bytes: &bytes, forget: &|_| {} };
+        let weights = Packed::pack(&mut team, &source).expect("finite weights");
+        let input = input(rows, columns);
+        for tier in Tier::available() {
+            let together = product(tier, 3, &weights, &input);
+            for row in 0..rows {
+                let alone = Rows { width: columns, values: input.row(row).to_vec() };
+                let alone = product(tier, 1, &weights, &alone);
+                prop_assert_eq!(alone.row(0), together.row(row));
+            }
+            let mut values = vec![0.0; columns];
+            for output in 0..outputs {
+                weights.read_row(output, &mut values);
+                for row in 0..rows {
+                    let terms = values.iter().zip(input.row(row)).map(|(&a, &b)| f64::from(a) * f64::from(b));
+                    let (exact, size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t * t));
+                    let error = (f64::from(together.row(row)[output]) - exact).abs();
+                    let bound = 5e-4 * size.sqrt().max(0.1);
+                    prop_assert!(error <= bound, "{element} {}: off by {error}, bound {bound}", tier.name());
+                }
+            }
+        }
+    }
+}
