@@ -9,7 +9,7 @@
 //! Each request is a task of its own from admission to end; the actor never waits.
 
 use crate::generation::Generation;
-use crate::instance::{InstanceMsg, Submission};
+use crate::instance::{InstanceMsg, Lease, Submission};
 use crate::planner::{PlannerMsg, PlannerRef, RunningModel};
 use crate::request::{GenerateRequest, Generated, ModelSpec, RequestError};
 use crate::tokenizer::TokenizerMsg;
@@ -119,9 +119,11 @@ impl Actor for Gateway {
 /// One request, from its admission to its end.
 async fn run(admitted: Admitted, seq: SeqId, planner: PlannerRef) {
     let Admitted { request, events, cancelled, permit } = admitted;
+    let over = CancellationToken::new();
+    let lease = Lease { _permit: permit, _over: over.clone().drop_guard() };
     let prepared = tokio::select! {
         () = cancelled.cancelled() => return,
-        prepared = prepare(&planner, request, seq, &events) => prepared,
+        prepared = prepare(&planner, request, seq, &events, lease) => prepared,
     };
     match prepared {
         Err(error) => drop(events.try_send(Err(error))),
@@ -130,24 +132,12 @@ async fn run(admitted: Admitted, seq: SeqId, planner: PlannerRef) {
                 let _ = events.try_send(Err(RequestError::ShuttingDown));
                 return;
             }
-            // The stream is over when the instance has let go of it; the client may go before.
-            let over = events.downgrade();
             drop(events);
             tokio::select! {
                 () = cancelled.cancelled() => drop(instance.send_message(InstanceMsg::Cancel(seq))),
-                () = closed(&over) => {}
+                () = over.cancelled() => {}
             }
         }
-    }
-    drop(permit);
-}
-
-/// Waits until no sender is left.
-async fn closed(events: &mpsc::WeakSender<Result<Generated, RequestError>>) {
-    /// A permit may be held this much longer than its request.
-    const LOOK_EVERY: Duration = Duration::from_millis(20);
-    while events.strong_count() > 0 {
-        tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 
@@ -166,6 +156,7 @@ async fn prepare(
     request: GenerateRequest,
     seq: SeqId,
     events: &mpsc::Sender<Result<Generated, RequestError>>,
+    lease: Lease,
 ) -> Result<(ActorRef<InstanceMsg>, Submission), RequestError> {
     let running = ensure(planner, request.model).await?;
     let prompt = request.prompt;
@@ -176,6 +167,6 @@ async fn prepare(
     };
     let sampler = SamplerSpec { params: request.params, prompt, generated: Vec::new() };
     let max_tokens = request.max_tokens.unwrap_or(u32::MAX).min(running.context_tokens);
-    let submission = Submission { seq, sampler, max_tokens, stop: request.stop, events: events.clone() };
+    let submission = Submission { seq, sampler, max_tokens, stop: request.stop, events: events.clone(), lease };
     Ok((running.instance, submission))
 }

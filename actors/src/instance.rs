@@ -31,7 +31,8 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio_util::sync::DropGuard;
 
 pub(crate) type InstanceRef = ActorRef<InstanceMsg>;
 
@@ -56,6 +57,15 @@ pub(crate) struct Submission {
     pub stop: Vec<String>,
     /// Has room for every event that the request can give.
     pub events: mpsc::Sender<Result<Generated, RequestError>>,
+    pub lease: Lease,
+}
+
+/// A request's admission. Whoever works on the request holds it; to drop it is to say that the request is over.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub _permit: OwnedSemaphorePermit,
+    /// Wakes the request's own task.
+    pub _over: DropGuard,
 }
 
 #[derive(Debug)]
@@ -226,10 +236,10 @@ impl InstanceState {
             let _ = submission.events.try_send(Err(RequestError::NotReady));
             return;
         };
-        let Submission { seq, sampler, max_tokens, stop, events } = submission;
+        let Submission { seq, sampler, max_tokens, stop, events, lease } = submission;
         let started = Generated::Started { prompt_tokens: sampler.prompt.clone() };
         let request = Request { seq, sampler, max_tokens, ends: tokenizer.ends().clone() };
-        let mut client = Client::new(Arc::clone(tokenizer), &stop, events);
+        let mut client = Client::new(Arc::clone(tokenizer), &stop, events, lease);
         match self.schedule.handle_request(request) {
             Err(error) => client.fail(RequestError::Admit(error)),
             Ok(()) => {

@@ -1,5 +1,6 @@
 //! One client's stream: tokens become text that may be shown.
 
+use super::Lease;
 use crate::core::schedule::{Event, FinishReason};
 use crate::request::{Generated, RequestError};
 use exo_engines::sampler::Sampled;
@@ -26,6 +27,7 @@ pub(super) struct Client {
     utf8: Utf8Stream,
     stop: StopStream,
     events: mpsc::Sender<Result<Generated, RequestError>>,
+    _lease: Lease,
 }
 
 impl Client {
@@ -33,8 +35,9 @@ impl Client {
         tokenizer: Arc<Tokenizer>,
         stop: &[String],
         events: mpsc::Sender<Result<Generated, RequestError>>,
+        lease: Lease,
     ) -> Self {
-        Self { tokenizer, utf8: Utf8Stream::default(), stop: StopStream::new(stop), events }
+        Self { tokenizer, utf8: Utf8Stream::default(), stop: StopStream::new(stop), events, _lease: lease }
     }
 
     /// Passes an event of the schedule on.

@@ -2,20 +2,27 @@
 
 use super::activation::{BLOCK_CODES, CodedRowMut, CodedRows, Rows};
 use super::cache::{LayerCache, TOKENS};
+use super::math;
 use super::rotary::Rotations;
 use super::shares::Shares;
 use super::simd::{Kernel, Simd};
 use super::spare::Spare;
 use super::team::{Panicked, Team};
 use super::tier::Tier;
-use super::{CpuBackend, math};
-use crate::backend::{Batch, Norm};
+use crate::backend::Batch;
 use crate::format::blocks::BLOCK;
 use crate::model::Activation;
 use std::ops::Range;
 
 /// Rows of one task. A decode step of a few rows is one task, which the calling thread takes without waking anyone.
 const TASK_ROWS: usize = 8;
+
+/// x / √(mean of x² + epsilon) · weight.
+#[derive(Clone, Copy)]
+pub(super) struct RmsNorm<'a> {
+    pub(super) weight: &'a [f32],
+    pub(super) epsilon: f32,
+}
 
 /// Runs `kernel` over runs of rows.
 fn over_rows<K: Kernel>(
@@ -36,7 +43,7 @@ pub(super) fn prepare(
     team: &mut Team,
     spare: &mut Spare,
     input: &Rows,
-    norm: Option<&Norm<CpuBackend>>,
+    norm: Option<RmsNorm<'_>>,
     wants_codes: bool,
 ) -> Result<(Option<Rows>, Option<CodedRows>), Panicked> {
     let mut floats = norm.map(|_| spare.rows(input.count(), input.width));
@@ -94,7 +101,7 @@ impl<'a> CodedShares<'a> {
 struct Prepare<'a> {
     rows: Range<usize>,
     input: &'a Rows,
-    norm: Option<&'a Norm<CpuBackend>>,
+    norm: Option<RmsNorm<'a>>,
     floats: Option<&'a Shares<'a, f32>>,
     codes: Option<&'a CodedShares<'a>>,
 }
@@ -108,7 +115,7 @@ impl Kernel for Prepare<'_> {
             if let (Some(norm), Some(floats)) = (self.norm, self.floats) {
                 // SAFETY: a row belongs to one task.
                 let out = unsafe { floats.take(row * width..(row + 1) * width) };
-                math::rms_norm::<S>(values, &norm.weight, norm.epsilon, out);
+                math::rms_norm::<S>(values, norm.weight, norm.epsilon, out);
                 values = out;
             }
             if let Some(codes) = self.codes {
@@ -121,7 +128,7 @@ impl Kernel for Prepare<'_> {
 
 /// What happens to queries and keys between their projection and their use.
 pub(super) struct Turn<'a> {
-    pub(super) norm: Option<&'a Norm<CpuBackend>>,
+    pub(super) norm: Option<RmsNorm<'a>>,
     /// Values that one norm spans.
     pub(super) norm_width: usize,
     pub(super) head_dim: usize,
@@ -151,7 +158,7 @@ impl Kernel for TurnRows<'_> {
             let values = unsafe { self.values.take(row * self.width..(row + 1) * self.width) };
             if let Some(norm) = self.turn.norm {
                 for part in values.chunks_exact_mut(self.turn.norm_width) {
-                    math::rms_norm::<S>(part, &norm.weight, norm.epsilon, &mut normed);
+                    math::rms_norm::<S>(part, norm.weight, norm.epsilon, &mut normed);
                     part.copy_from_slice(&normed);
                 }
             }
@@ -231,7 +238,7 @@ pub(super) fn add(
     team: &mut Team,
     hidden: &mut Rows,
     delta: &Rows,
-    norm: Option<&Norm<CpuBackend>>,
+    norm: Option<RmsNorm<'_>>,
 ) -> Result<(), Panicked> {
     let count = hidden.count();
     let hidden = Shares::new(&mut hidden.values);
@@ -242,7 +249,7 @@ struct Add<'a> {
     rows: Range<usize>,
     hidden: &'a Shares<'a, f32>,
     delta: &'a Rows,
-    norm: Option<&'a Norm<CpuBackend>>,
+    norm: Option<RmsNorm<'a>>,
 }
 
 impl Kernel for Add<'_> {
@@ -255,7 +262,7 @@ impl Kernel for Add<'_> {
             let hidden = unsafe { self.hidden.take(row * width..(row + 1) * width) };
             let mut delta = self.delta.row(row);
             if let Some(norm) = self.norm {
-                math::rms_norm::<S>(delta, &norm.weight, norm.epsilon, &mut normed);
+                math::rms_norm::<S>(delta, norm.weight, norm.epsilon, &mut normed);
                 delta = &normed;
             }
             hidden.iter_mut().zip(delta).for_each(|(h, d)| *h += d);

@@ -39,6 +39,7 @@ use crate::error::EngineError;
 use crate::format::FormatError;
 use crate::model::{Attention, QueryKeyNorm, Rope};
 use activation::Rows;
+use kernels::RmsNorm;
 use matmul::{Operand, Product};
 use pack::{PackError, Source};
 use rotary::Rotations;
@@ -59,6 +60,11 @@ pub struct CpuBatch {
     batch: Batch,
     /// One for each rope of the model.
     rotations: Vec<Rotations>,
+}
+
+/// A norm as the kernels take it.
+fn rms_norm(norm: &Norm<CpuBackend>) -> RmsNorm<'_> {
+    RmsNorm { weight: &norm.weight, epsilon: norm.epsilon }
 }
 
 impl From<Panicked> for EngineError {
@@ -112,7 +118,7 @@ impl CpuBackend {
     ) -> Result<(), EngineError> {
         let wants_codes = products.iter().any(|product| product.weights.is_coded());
         let Self { tier, team, spare } = self;
-        let (floats, codes) = kernels::prepare(*tier, team, spare, input, norm, wants_codes)?;
+        let (floats, codes) = kernels::prepare(*tier, team, spare, input, norm.map(rms_norm), wants_codes)?;
         let operand = Operand { floats: floats.as_ref().unwrap_or(input), codes: codes.as_ref() };
         matmul::run(*tier, team, &operand, products)?;
         floats.into_iter().for_each(|rows| spare.keep(rows));
@@ -208,7 +214,8 @@ impl Backend for CpuBackend {
         let rotations = &batch.rotations[spec.rope];
         for (rows, norm) in [(&mut queries, &weights.query_norm), (&mut keys, &weights.key_norm)] {
             let norm_width = if per_head { spec.head_dim } else { rows.width };
-            let turn = kernels::Turn { norm: norm.as_ref(), norm_width, head_dim: spec.head_dim, rotations };
+            let turn =
+                kernels::Turn { norm: norm.as_ref().map(rms_norm), norm_width, head_dim: spec.head_dim, rotations };
             kernels::turn_heads(self.tier, &mut self.team, &turn, rows)?;
         }
         let cache = &mut cache.layers[layer];
@@ -230,7 +237,7 @@ impl Backend for CpuBackend {
     }
 
     fn add(&mut self, hidden: &mut Rows, delta: Rows, norm: Option<&Norm<Self>>) -> Result<(), EngineError> {
-        kernels::add(self.tier, &mut self.team, hidden, &delta, norm)?;
+        kernels::add(self.tier, &mut self.team, hidden, &delta, norm.map(rms_norm))?;
         self.spare.keep(delta);
         Ok(())
     }
