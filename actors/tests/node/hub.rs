@@ -8,13 +8,17 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::Response;
 use axum::routing::get;
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 /// What the client asks for at once.
 const CHUNK_BYTES: usize = 10_000_000;
+
+/// Long enough for the client to have put away the chunk before.
+const BREAKS_AFTER: Duration = Duration::from_millis(700);
 
 /// What the hub has, how it behaves, and what was asked of it.
 #[derive(Debug, Default)]
@@ -112,18 +116,25 @@ async fn file(State(shelf): State<Arc<Mutex<Shelf>>>, Path(name): Path<String>, 
     response
 }
 
-/// Half of `part`, and then the connection's end.
+/// Half of `part`, a while, and then the connection's end.
 fn broken(part: &[u8]) -> Body {
     let half = Bytes::copy_from_slice(&part[..part.len() / 2]);
-    Body::from_stream(Parts(VecDeque::from([Ok(half), Err(std::io::Error::other("told to"))])))
+    let wait = Box::pin(tokio::time::sleep(BREAKS_AFTER));
+    Body::from_stream(Broken { half: Some(half), wait })
 }
 
-struct Parts(VecDeque<std::io::Result<Bytes>>);
+struct Broken {
+    half: Option<Bytes>,
+    wait: Pin<Box<tokio::time::Sleep>>,
+}
 
-impl futures_core::Stream for Parts {
+impl futures_core::Stream for Broken {
     type Item = std::io::Result<Bytes>;
 
-    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Poll::Ready(self.0.pop_front())
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(half) = self.half.take() {
+            return Poll::Ready(Some(Ok(half)));
+        }
+        self.wait.as_mut().poll(context).map(|()| Some(Err(std::io::Error::other("told to"))))
     }
 }
