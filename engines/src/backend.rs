@@ -2,7 +2,7 @@
 //!
 //! Calls are as coarse as a layer's halves, so that a backend can fuse what lies between two of them. Everything
 //! that depends on the rows of a step (positions, page tables, rotations) is handed over once, by
-//! [`Backend::begin`]. A family's traits reach a backend only as data of [`crate::model::architecture`].
+//! [`Backend::begin`]. A family's traits reach a backend only as data of [`Architecture`](crate::model::Architecture).
 //!
 //! Row independence is every backend's duty: what it computes for a row must not depend on the other rows.
 

@@ -5,7 +5,7 @@
 //!                   ├─────────────► Architecture + WeightSource + TokenizerSource
 //! folder ─ hf.rs  ──┘
 //! ```
-//! A new family is a row in [`families`], and whatever new data that row needs in [`architecture`].
+//! A new family is a row in [`families`], and whatever new data that row needs in [`Architecture`].
 
 mod architecture;
 pub mod families;
