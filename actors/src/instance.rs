@@ -16,6 +16,7 @@ use crate::core::schedule::{Event, Limits, Request, Schedule};
 use crate::core::view::{Fact, InstanceId};
 use crate::device::{DeviceMsg, DeviceRef};
 use crate::host::{Frame, HostTask, Next, StepResult};
+use crate::models::ModelError;
 use crate::outlet::{Facts, Outlet};
 use crate::request::{Generated, RequestError};
 use crate::shard::{LoadedShard, ShardReport, ShardTask};
@@ -181,10 +182,11 @@ impl Actor for Instance {
             InstanceMsg::Shard(ShardReport::Up(shard)) => state.on_shard_up(shard, &myself),
             InstanceMsg::Shard(ShardReport::Down { stage, error }) => state.on_shard_down(stage, &error),
             InstanceMsg::Shard(ShardReport::Lost(error)) => {
-                state.give_up(&myself, error.to_string(), error.remedy());
+                let (what, remedy) = (error.to_string(), error.remedy());
+                state.give_up(&myself, RequestError::Engine { what, remedy });
             }
             InstanceMsg::Tokenizer(Ok(tokenizer)) => state.on_tokenizer(tokenizer, &myself),
-            InstanceMsg::Tokenizer(Err(what)) => state.give_up(&myself, what, "take another file of the model"),
+            InstanceMsg::Tokenizer(Err(error)) => state.give_up(&myself, ModelError::from(error).into()),
             InstanceMsg::Watch => state.watch(&myself),
         }
         state.pump();
@@ -198,7 +200,8 @@ impl Actor for Instance {
         state: &mut InstanceState,
     ) -> Result<(), ActorProcessingErr> {
         if let SupervisionEvent::ActorFailed(_, error) = event {
-            state.give_up(&myself, format!("the tokenizer failed: {error}"), "report it, with the prompt");
+            let what = format!("the tokenizer failed: {error}");
+            state.give_up(&myself, RequestError::Engine { what, remedy: "report it, with the prompt" });
         }
         Ok(())
     }
@@ -315,9 +318,8 @@ impl InstanceState {
         self.schedule.handle_pipeline_lost();
     }
 
-    fn give_up(&mut self, myself: &InstanceRef, what: String, remedy: &'static str) {
-        tracing::error!(instance = %self.args.id, what, remedy, "the instance stops");
-        let error = RequestError::Engine { what, remedy };
+    fn give_up(&mut self, myself: &InstanceRef, error: RequestError) {
+        tracing::error!(instance = %self.args.id, %error, remedy = error.remedy(), "the instance stops");
         // The planner first: whoever tries again because of the failure finds that it knows.
         self.args.planner.tell(InstanceReport::Failed { instance: self.args.id, error: error.clone() });
         self.fail_all(&error);
@@ -335,7 +337,8 @@ impl InstanceState {
     fn watch(&mut self, myself: &InstanceRef) {
         if self.is_wired && self.schedule.steps_in_flight() > 0 && self.last_sign.elapsed() > STEP_DEADLINE {
             let what = format!("no step came back for {} s", STEP_DEADLINE.as_secs());
-            self.give_up(myself, what, "the device hangs: see the log, and start the node again");
+            let remedy = "the device hangs: see the log, and start the node again";
+            self.give_up(myself, RequestError::Engine { what, remedy });
         }
     }
 

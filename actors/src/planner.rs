@@ -61,6 +61,11 @@ pub(crate) enum PlannerMsg {
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     },
     Instance(InstanceReport),
+    /// An instance is gone, whatever it has said before.
+    InstanceEnded {
+        instance: InstanceId,
+        what: String,
+    },
     MachineMeasured(Machine),
 }
 
@@ -129,6 +134,10 @@ impl Actor for Planner {
             PlannerMsg::Instance(InstanceReport::Ready { instance, tokenizer_ref, tokenizer }) => {
                 state.on_ready(instance, &tokenizer_ref, &tokenizer);
             }
+            PlannerMsg::InstanceEnded { instance, what } => {
+                let what = format!("the instance ended: {what}");
+                state.on_failed(instance, &RequestError::Engine { what, remedy: "report it, with the log" });
+            }
             PlannerMsg::Instance(InstanceReport::Failed { instance, error }) => state.on_failed(instance, &error),
             PlannerMsg::MachineMeasured(machine) => state.args.machine = machine,
         }
@@ -137,20 +146,18 @@ impl Actor for Planner {
 
     async fn handle_supervisor_evt(
         &self,
-        _: PlannerRef,
+        myself: PlannerRef,
         event: SupervisionEvent,
         state: &mut PlannerState,
     ) -> Result<(), ActorProcessingErr> {
-        let what = match &event {
-            SupervisionEvent::ActorFailed(_, error) => error.to_string(),
-            _ => "it has stopped".to_owned(),
+        let (who, what) = match event {
+            SupervisionEvent::ActorFailed(who, error) => (who, error.to_string()),
+            SupervisionEvent::ActorTerminated(who, _, _) => (who, "it has stopped".to_owned()),
+            _ => return Ok(()),
         };
-        if let SupervisionEvent::ActorFailed(who, _) | SupervisionEvent::ActorTerminated(who, _, _) = &event {
-            let id = state.wanted.values().find_map(|wanted| wanted.id_of(who.get_id()));
-            if let Some(id) = id {
-                let remedy = "report it, with the log";
-                state.on_failed(id, &RequestError::Engine { what: format!("the instance ended: {what}"), remedy });
-            }
+        if let Some(instance) = state.wanted.values().find_map(|wanted| wanted.id_of(who.get_id())) {
+            // Supervision overtakes messages: what the instance itself said last is to be heard first.
+            let _ = myself.send_message(PlannerMsg::InstanceEnded { instance, what });
         }
         Ok(())
     }

@@ -10,6 +10,7 @@
 
 use crate::outlet::Outlet;
 use crate::request::{Prompt, RequestError};
+use exo_engines::format::FormatError;
 use exo_engines::model::ModelFiles;
 use exo_engines::template::Message;
 use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
@@ -18,8 +19,8 @@ use std::sync::Arc;
 
 pub(crate) type TokenizerRef = ActorRef<TokenizerMsg>;
 
-/// The tokenizer, or why it could not be read and what to do.
-pub(crate) type Opened = Result<Arc<Tokenizer>, String>;
+/// The tokenizer, or why it could not be read.
+pub(crate) type Opened = Result<Arc<Tokenizer>, FormatError>;
 
 #[derive(Debug)]
 pub(crate) enum TokenizerMsg {
@@ -54,7 +55,7 @@ impl Actor for TokenizerActor {
     async fn pre_start(&self, myself: TokenizerRef, args: TokenizerArgs) -> Result<TokenizerState, ActorProcessingErr> {
         let source = args.files.tokenizer.clone();
         tokio::task::spawn_blocking(move || {
-            let opened = Tokenizer::open(&source).map(Arc::new).map_err(|error| format!("{error}; {}", error.remedy()));
+            let opened = Tokenizer::open(&source).map(Arc::new);
             // An instance that is gone needs no tokenizer.
             let _ = myself.send_message(TokenizerMsg::Opened(opened));
         });

@@ -11,7 +11,7 @@ mod scheduling;
 
 use exo_actors::{Generated, Prompt, RequestError};
 use exo_engines::sampler::SamplingParams;
-use fake::{Script, World, answer};
+use fake::{How, Script, When, World, answer};
 use std::time::Duration;
 
 const PROMPT: [u32; 40] = {
@@ -59,6 +59,26 @@ async fn bad_requests_are_refused_and_others_go_on() {
         assert_eq!(world.ask(world.request(1, &PROMPT, 5)).await, Ok(answer(&PROMPT, 5)));
     }
     world.node.shutdown().await;
+}
+
+/// R8.3: loading fails with what is wrong (no tokenizer, a shard that fails for good), whichever actor hears of it
+/// first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_cannot_be_loaded_says_why() {
+    for _ in 0..10 {
+        let world = World::new(Script::default()).await;
+        std::fs::remove_file(world.model.join("tokenizer.json")).expect("it was there");
+        let error = world.node.load(world.spec(1)).await.expect_err("no tokenizer");
+        assert!(error.to_string().contains("no tokenizer") && error.remedy().contains("tokenizer.json"), "{error}");
+        world.node.shutdown().await;
+    }
+    for _ in 0..5 {
+        let script = Script { failures: vec![(0, When::Load, How::Panic, 4)], ..Script::default() };
+        let world = World::new(script).await;
+        let error = world.node.load(world.spec(1)).await.expect_err("it panics");
+        assert!(error.to_string().contains("panicked"), "{error}");
+        world.node.shutdown().await;
+    }
 }
 
 /// Two that want the same model at once share one load.
