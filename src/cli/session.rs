@@ -1,7 +1,7 @@
 //! What the commands that run a model share: choosing it, starting a node, showing how it loads.
 
 use super::progress::Display;
-use crate::{DeviceId, Fact, ModelSpec, Node, NodeHandle, Phase};
+use crate::{DeviceId, Fact, ModelSpec, Node, NodeBuilder, NodeHandle, Phase};
 use clap::Args;
 use exo_actors::RunningModel;
 use exo_actors::models::ResolvedModel;
@@ -44,15 +44,21 @@ impl ModelArguments {
 
     /// A node for this command.
     pub(super) async fn start_node(&self, display: &Arc<Display>) -> anyhow::Result<NodeHandle> {
-        let mut builder = Node::builder();
+        let mut builder = builder(self.data_dir.as_deref(), display);
         if let Some(threads) = self.threads {
             builder = builder.threads(threads as usize);
         }
-        if let Some(folder) = &self.data_dir {
-            builder = builder.data_dir(folder);
-        }
-        let display = Arc::clone(display);
-        Ok(builder.on_fetch(move |progress| display.fetch(progress)).start().await?)
+        Ok(builder.start().await?)
+    }
+}
+
+/// A node in `data_dir`, whose downloads are shown.
+fn builder(data_dir: Option<&Path>, display: &Arc<Display>) -> NodeBuilder {
+    let display = Arc::clone(display);
+    let builder = Node::builder().on_fetch(move |progress| display.fetch(progress));
+    match data_dir {
+        Some(folder) => builder.data_dir(folder),
+        None => builder,
     }
 }
 
@@ -62,12 +68,7 @@ pub(super) async fn pull(
     data_dir: Option<&Path>,
     display: &Arc<Display>,
 ) -> anyhow::Result<Option<Arc<ResolvedModel>>> {
-    let shown = Arc::clone(display);
-    let mut builder = Node::builder().on_fetch(move |progress| shown.fetch(progress));
-    if let Some(folder) = data_dir {
-        builder = builder.data_dir(folder);
-    }
-    let node = builder.start().await?;
+    let node = builder(data_dir, display).start().await?;
     let pulled = tokio::select! {
         pulled = node.pull(model) => Some(pulled?),
         _ = tokio::signal::ctrl_c() => None,

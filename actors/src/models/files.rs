@@ -1,16 +1,21 @@
-//! What is done with a file that several processes may want: locked, and checked.
+//! What is done with a file that several processes may want: named, locked, and checked.
 
 use super::ModelError;
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+/// What stands beside `target`: its name with `ending` behind it.
+pub(super) fn beside(target: &Path, ending: &str) -> PathBuf {
+    let mut name = target.as_os_str().to_owned();
+    name.push(ending);
+    PathBuf::from(name)
+}
+
 /// Keeps other processes from fetching `target` at the same time; free again when the file is dropped.
 pub(super) async fn lock(target: &Path) -> Result<std::fs::File, ModelError> {
     let folder = target.parent().unwrap_or(Path::new(".")).to_owned();
-    let mut name = target.as_os_str().to_owned();
-    name.push(".lock");
-    let path = PathBuf::from(name);
+    let path = beside(target, ".lock");
     let locked = tokio::task::spawn_blocking(move || {
         std::fs::create_dir_all(&folder)
             .and_then(|()| std::fs::File::create(&path))

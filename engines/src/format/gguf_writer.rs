@@ -64,23 +64,22 @@ impl GgufWriter {
 
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut offsets = Vec::new();
-        let mut data = Vec::new();
+        let mut end = 0;
         for tensor in &self.tensors {
-            offsets.push(data.len() as u64);
-            data.extend_from_slice(&tensor.bytes);
-            data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
+            offsets.push(end);
+            end += tensor.bytes.len().next_multiple_of(ALIGNMENT) as u64;
         }
-        let mut out = self.header(&offsets);
-        out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
-        out.extend(data);
-        out
+        self.bytes_with_offsets(&offsets)
     }
 
-    /// The file with each tensor at the offset that is given for it.
+    /// The file, with what its header says of the tensors' offsets.
     pub(crate) fn bytes_with_offsets(&self, offsets: &[u64]) -> Vec<u8> {
         let mut out = self.header(offsets);
+        for tensor in &self.tensors {
+            out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
+            out.extend(&tensor.bytes);
+        }
         out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
-        out.extend(self.tensors.iter().flat_map(|tensor| tensor.bytes.iter().copied()));
         out
     }
 
