@@ -120,6 +120,10 @@ impl CandleBackend {
 fn ggml_type(element: ElementType) -> Option<GgmlDType> {
     Some(match element {
         ElementType::F32 | ElementType::F16 | ElementType::BF16 => return None,
+        // candle has none of these: they are f32 here.
+        ElementType::IQ4_NL | ElementType::IQ4_XS | ElementType::MXFP4 => return None,
+        ElementType::Q2_K => GgmlDType::Q2K,
+        ElementType::Q3_K => GgmlDType::Q3K,
         ElementType::Q4_0 => GgmlDType::Q4_0,
         ElementType::Q4_1 => GgmlDType::Q4_1,
         ElementType::Q5_0 => GgmlDType::Q5_0,
@@ -157,6 +161,14 @@ impl Backend for CandleBackend {
                 let storage = QStorage::from_data(Cow::Borrowed(tensor.bytes.get()), &self.device, kind)?;
                 Form::Quantised(QTensor::new(storage, shape)?)
             }
+            None if tensor.element.is_quantised() => {
+                let mut values = vec![0.0; shape.0 * shape.1];
+                let rows = tensor.bytes.get().chunks(tensor.bytes.get().len() / shape.0.max(1));
+                for (row, out) in rows.zip(values.chunks_mut(shape.1)) {
+                    dequantise_row(tensor.element, row, out);
+                }
+                Form::Dense(Tensor::from_vec(values, shape, &self.device)?)
+            }
             None => {
                 let kind = dense_type(tensor.element);
                 Form::Dense(Tensor::from_raw_buffer(tensor.bytes.get(), kind, &[shape.0, shape.1], &self.device)?)
@@ -166,8 +178,10 @@ impl Backend for CandleBackend {
     }
 
     fn matrix_bytes(matrix: &Matrix) -> u64 {
-        let row = matrix.element.row_bytes(matrix.columns).unwrap_or(0);
-        (row * matrix.rows) as u64
+        match &matrix.form {
+            Form::Dense(tensor) => (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64,
+            Form::Quantised(tensor) => tensor.storage_size_in_bytes() as u64,
+        }
     }
 
     fn vector(&mut self, values: Vec<f32>) -> Result<Tensor, EngineError> {

@@ -87,10 +87,15 @@ impl Simd for Avx2 {
         codes.map(|c| unsafe { _mm256_and_si256(_mm256_srli_epi16::<4>(c), _mm256_set1_epi8(0x0f)) })
     }
     #[inline(always)]
-    unsafe fn join_bit(low: [__m256i; 2], plane: [__m256i; 2]) -> ([__m256i; 2], [__m256i; 2]) {
+    unsafe fn low_pairs(plane: [__m256i; 2]) -> ([__m256i; 2], [__m256i; 2]) {
+        let low = plane.map(|p| unsafe { _mm256_and_si256(p, _mm256_set1_epi8(3)) });
+        (low, plane.map(|p| unsafe { _mm256_srli_epi16::<2>(p) }))
+    }
+    #[inline(always)]
+    unsafe fn join_bit<const TO: u32>(low: [__m256i; 2], plane: [__m256i; 2]) -> ([__m256i; 2], [__m256i; 2]) {
         let joined = both(low, plane, |low, plane| unsafe {
-            let bit = _mm256_and_si256(_mm256_slli_epi16::<4>(plane), _mm256_set1_epi8(0x10));
-            _mm256_or_si256(low, bit)
+            let moved = if TO == 4 { _mm256_slli_epi16::<4>(plane) } else { _mm256_slli_epi16::<2>(plane) };
+            _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(1 << TO)))
         });
         (joined, plane.map(|p| unsafe { _mm256_srli_epi16::<1>(p) }))
     }
@@ -101,6 +106,13 @@ impl Simd for Avx2 {
             _mm256_or_si256(low, bits)
         });
         (joined, plane.map(|p| unsafe { _mm256_srli_epi16::<2>(p) }))
+    }
+    #[inline(always)]
+    unsafe fn look_up(codes: [__m256i; 2], table: &[u8; 16]) -> [__m256i; 2] {
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            codes.map(|c| _mm256_shuffle_epi8(table, c))
+        }
     }
     #[inline(always)]
     unsafe fn ints_zero() -> [__m256i; 2] {

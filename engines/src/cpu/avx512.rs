@@ -79,9 +79,14 @@ impl Simd for Avx512 {
         unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(codes), _mm512_set1_epi8(0x0f)) }
     }
     #[inline(always)]
-    unsafe fn join_bit(low: __m512i, plane: __m512i) -> (__m512i, __m512i) {
+    unsafe fn low_pairs(plane: __m512i) -> (__m512i, __m512i) {
+        unsafe { (_mm512_and_si512(plane, _mm512_set1_epi8(3)), _mm512_srli_epi16::<2>(plane)) }
+    }
+    #[inline(always)]
+    unsafe fn join_bit<const TO: u32>(low: __m512i, plane: __m512i) -> (__m512i, __m512i) {
         unsafe {
-            let bit = _mm512_and_si512(_mm512_slli_epi16::<4>(plane), _mm512_set1_epi8(0x10));
+            let moved = if TO == 4 { _mm512_slli_epi16::<4>(plane) } else { _mm512_slli_epi16::<2>(plane) };
+            let bit = _mm512_and_si512(moved, _mm512_set1_epi8(1 << TO));
             (_mm512_or_si512(low, bit), _mm512_srli_epi16::<1>(plane))
         }
     }
@@ -91,6 +96,10 @@ impl Simd for Avx512 {
             let bits = _mm512_and_si512(_mm512_slli_epi16::<4>(plane), _mm512_set1_epi8(0x30));
             (_mm512_or_si512(low, bits), _mm512_srli_epi16::<2>(plane))
         }
+    }
+    #[inline(always)]
+    unsafe fn look_up(codes: __m512i, table: &[u8; 16]) -> __m512i {
+        unsafe { _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), codes) }
     }
     #[inline(always)]
     unsafe fn ints_zero() -> __m512i {

@@ -10,16 +10,23 @@ use super::simd::{Kernel, LANES, Simd};
 use super::team::{Panicked, Team};
 use super::tier::Tier;
 use crate::format::ElementType;
-use crate::format::blocks::{BLOCK, Coding};
+use crate::format::blocks::{BLOCK, Coding, Levels};
+use layout::Layout;
+use std::ops::Range;
+
+mod layout;
 
 /// Tasks for each thread: enough that one held-up thread does not hold up the step.
 const TASKS_PER_THREAD: usize = 4;
 
-/// One product of a section. Products of one section share their input, and run as one set of tasks.
+/// One product of a section. Products of one section share an operand, and run as one set of tasks.
 pub(super) struct Product<'a> {
     pub(super) weights: &'a Packed,
     pub(super) bias: Option<&'a [f32]>,
-    pub(super) out: &'a mut Rows,
+    /// The rows of the operand that it takes.
+    pub(super) rows: Range<usize>,
+    /// Its rows' outputs, side by side.
+    pub(super) out: &'a mut [f32],
 }
 
 /// Activations in the forms that the products of a section want.
@@ -28,17 +35,12 @@ pub(super) struct Operand<'a> {
     pub(super) codes: Option<&'a CodedRows>,
 }
 
-/// Where a task writes: a matrix whose columns are shared out between tasks.
-#[derive(Clone, Copy)]
-struct Target {
-    values: *mut f32,
-    width: usize,
-}
-
 struct Job<'a> {
     weights: &'a Packed,
     bias: Option<&'a [f32]>,
-    out: Target,
+    rows: Range<usize>,
+    /// A matrix whose columns are shared out between tasks.
+    out: *mut f32,
     first_panel: usize,
 }
 
@@ -55,15 +57,17 @@ pub(super) fn run(
     let mut jobs = Vec::with_capacity(products.len());
     let mut panels = 0;
     for product in products.iter_mut() {
+        assert_eq!(product.out.len(), product.rows.len() * product.weights.rows, "as many outputs as the product has");
         jobs.push(Job {
             weights: product.weights,
             bias: product.bias,
-            out: Target { values: product.out.values.as_mut_ptr(), width: product.out.width },
+            rows: product.rows.clone(),
+            out: product.out.as_mut_ptr(),
             first_panel: panels,
         });
         panels += product.weights.panels();
     }
-    let tasks = (team.threads() * TASKS_PER_THREAD).min(panels);
+    let tasks = (team.threads() * TASKS_PER_THREAD).max(products.len()).min(panels);
     team.run(tasks, &|task| {
         let mut range = panels * task / tasks..panels * (task + 1) / tasks;
         while range.start < range.end {
@@ -109,10 +113,9 @@ impl Panels<'_, '_> {
     /// `KIND`: 32 for f32, 16 for f16, 17 for bf16.
     #[inline(always)]
     fn dense_rows<S: Simd, const KIND: u32>(&self, dense: &Dense, panel: usize) {
-        let rows = self.input.floats.count();
-        let mut row = 0;
-        while row < rows {
-            row += match rows - row {
+        let Range { start: mut row, end } = self.job.rows.clone();
+        while row < end {
+            row += match end - row {
                 8.. => self.dense_tile::<S, KIND, 8>(dense, panel, row),
                 4.. => self.dense_tile::<S, KIND, 4>(dense, panel, row),
                 _ => self.dense_tile::<S, KIND, 1>(dense, panel, row),
@@ -155,38 +158,36 @@ impl Panels<'_, '_> {
 
     #[inline(always)]
     fn coded<S: Simd>(&self, coded: &Coded, input: &CodedRows, panel: usize) {
-        let Coding { bits, has_mins, split_scales, .. } = coded.coding;
-        match (bits, has_mins, split_scales) {
-            (4, false, _) => self.coded_rows::<S, 4, false, false>(coded, input, panel),
-            (4, true, _) => self.coded_rows::<S, 4, true, false>(coded, input, panel),
-            (5, false, _) => self.coded_rows::<S, 5, false, false>(coded, input, panel),
-            (5, true, _) => self.coded_rows::<S, 5, true, false>(coded, input, panel),
-            (6, _, _) => self.coded_rows::<S, 6, false, true>(coded, input, panel),
-            _ => self.coded_rows::<S, 8, false, false>(coded, input, panel),
+        let Coding { bits, levels, has_mins, .. } = coded.coding;
+        match (levels, bits, has_mins) {
+            (Levels::Fp4, ..) => self.coded_rows::<S, layout::Fp4>(coded, input, panel),
+            (Levels::Iq4, ..) => self.coded_rows::<S, layout::Iq4>(coded, input, panel),
+            (_, 2, _) => self.coded_rows::<S, layout::Even<2, true, true>>(coded, input, panel),
+            (_, 3, _) => self.coded_rows::<S, layout::Even<3, false, true>>(coded, input, panel),
+            (_, 4, false) => self.coded_rows::<S, layout::Even<4, false, false>>(coded, input, panel),
+            (_, 4, true) => self.coded_rows::<S, layout::Even<4, true, false>>(coded, input, panel),
+            (_, 5, false) => self.coded_rows::<S, layout::Even<5, false, false>>(coded, input, panel),
+            (_, 5, true) => self.coded_rows::<S, layout::Even<5, true, false>>(coded, input, panel),
+            (_, 6, _) => self.coded_rows::<S, layout::Even<6, false, true>>(coded, input, panel),
+            _ => self.coded_rows::<S, layout::Even<8, false, false>>(coded, input, panel),
         }
     }
 
     #[inline(always)]
-    fn coded_rows<S: Simd, const BITS: u32, const MINS: bool, const SPLIT: bool>(
-        &self,
-        coded: &Coded,
-        input: &CodedRows,
-        panel: usize,
-    ) {
-        let rows = self.input.floats.count();
-        let mut row = 0;
-        while row < rows {
-            row += match rows - row {
-                8.. => self.coded_tile::<S, BITS, MINS, SPLIT, 8>(coded, input, panel, row),
-                4.. => self.coded_tile::<S, BITS, MINS, SPLIT, 4>(coded, input, panel, row),
-                2.. => self.coded_tile::<S, BITS, MINS, SPLIT, 2>(coded, input, panel, row),
-                _ => self.coded_tile::<S, BITS, MINS, SPLIT, 1>(coded, input, panel, row),
+    fn coded_rows<S: Simd, L: Layout>(&self, coded: &Coded, input: &CodedRows, panel: usize) {
+        let Range { start: mut row, end } = self.job.rows.clone();
+        while row < end {
+            row += match end - row {
+                8.. => self.coded_tile::<S, L, 8>(coded, input, panel, row),
+                4.. => self.coded_tile::<S, L, 4>(coded, input, panel, row),
+                2.. => self.coded_tile::<S, L, 2>(coded, input, panel, row),
+                _ => self.coded_tile::<S, L, 1>(coded, input, panel, row),
             };
         }
     }
 
     #[inline(always)]
-    fn coded_tile<S: Simd, const BITS: u32, const MINS: bool, const SPLIT: bool, const ROWS: usize>(
+    fn coded_tile<S: Simd, L: Layout, const ROWS: usize>(
         &self,
         coded: &Coded,
         input: &CodedRows,
@@ -194,11 +195,11 @@ impl Panels<'_, '_> {
         first: usize,
     ) -> usize {
         let blocks = self.job.weights.columns / BLOCK;
-        let halves = if SPLIT { 2 } else { 1 };
+        let halves = if L::SPLIT { 2 } else { 1 };
         let block_bytes = Coded::block_bytes(coded.coding);
         let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
         let scales = &coded.scales[panel * blocks * halves * LANES..][..blocks * halves * LANES];
-        let mins = if MINS { &coded.mins[panel * blocks * LANES..][..blocks * LANES] } else { &[] };
+        let mins = if L::MINS { &coded.mins[panel * blocks * halves * LANES..][..blocks * halves * LANES] } else { &[] };
         let zero = coded.coding.zero;
         let row_start = first * blocks;
         let row_codes = input.codes[row_start * BLOCK_CODES..][..ROWS * blocks * BLOCK_CODES].as_ptr();
@@ -214,25 +215,31 @@ impl Panels<'_, '_> {
                     let at = (r * blocks + block) * BLOCK_CODES + plane * BLOCK + group * 4;
                     row_codes.add(at).cast::<i32>().read_unaligned()
                 };
-                let dots = block_dots::<S, BITS, SPLIT, ROWS>(at, four);
-                let scale = S::load_f16(scales.as_ptr().add(block * halves * LANES));
+                let dots = block_dots::<S, L, ROWS>(at, four);
+                let vector = |half: usize| (block * halves + half) * LANES;
+                let scale = L::scales::<S>(scales.as_ptr().add(vector(0)));
                 for r in 0..ROWS {
                     let index = r * blocks + block;
-                    let by = S::splat(*row_scales.get_unchecked(index));
+                    let by = *row_scales.get_unchecked(index);
                     let sums_at = half_sums.as_ptr().add(index * 2);
-                    if SPLIT {
-                        let upper = S::load_f16(scales.as_ptr().add((block * 2 + 1) * LANES));
+                    if L::SPLIT {
+                        let upper = L::scales::<S>(scales.as_ptr().add(vector(1)));
                         let low = S::floats_less(dots[r][0], zero * *sums_at);
                         let high = S::floats_less(dots[r][1], zero * *sums_at.add(1));
                         let both = S::fma(high, upper, S::mul(low, scale));
-                        sums[r] = S::fma(both, by, sums[r]);
+                        sums[r] = S::fma(both, S::splat(by), sums[r]);
                     } else {
                         let less = zero * (*sums_at + *sums_at.add(1));
                         let value = S::floats_less(dots[r][0], less);
-                        sums[r] = S::fma(value, S::mul(scale, by), sums[r]);
+                        sums[r] = S::fma(value, S::mul(scale, S::splat(by)), sums[r]);
                     }
-                    if MINS {
-                        let min = S::load_f16(mins.as_ptr().add(block * LANES));
+                    if L::MINS && L::SPLIT {
+                        for half in 0..2 {
+                            let min = S::load_f16(mins.as_ptr().add(vector(half)));
+                            sums[r] = S::fma(min, S::splat(by * *sums_at.add(half) as f32), sums[r]);
+                        }
+                    } else if L::MINS {
+                        let min = S::load_f16(mins.as_ptr().add(vector(0)));
                         sums[r] = S::fma(min, S::splat(*weighted_sums.get_unchecked(index)), sums[r]);
                     }
                 }
@@ -247,7 +254,7 @@ impl Panels<'_, '_> {
     /// Writes the sixteen outputs of `panel`, or as many of them as there are.
     #[inline(always)]
     unsafe fn write<S: Simd>(&self, panel: usize, row: usize, sum: S::Floats) {
-        let Job { weights, bias, out, .. } = self.job;
+        let Job { weights, bias, rows, out, .. } = self.job;
         let column = panel * LANES;
         let used = (weights.rows - column).min(LANES);
         let mut values = [0.0; LANES];
@@ -259,43 +266,29 @@ impl Panels<'_, '_> {
                     *value += bias;
                 }
             }
-            let target = out.values.add(row * out.width + column);
+            let target = out.add((row - rows.start) * weights.rows + column);
             std::ptr::copy_nonoverlapping(values.as_ptr(), target, used);
         }
     }
 }
 
-/// Integer dot products of one block of sixteen weight rows with `ROWS` rows of codes, by halves where `SPLIT`.
+/// Integer dot products of one block of sixteen weight rows with `ROWS` rows of codes, by halves where these have scales of their own.
 /// `four(r, plane, g)` is four successive bytes of row r.
 #[inline(always)]
-unsafe fn block_dots<S: Simd, const BITS: u32, const SPLIT: bool, const ROWS: usize>(
+unsafe fn block_dots<S: Simd, L: Layout, const ROWS: usize>(
     at: *const u8,
     four: impl Fn(usize, usize, usize) -> i32,
 ) -> [[S::Ints; 2]; ROWS] {
     // SAFETY: the caller gives a whole block, and rows that have its 32 columns.
     unsafe {
         let mut out = [[S::ints_zero(); 2]; ROWS];
-        let mut bits = S::codes(if BITS == 5 || BITS == 6 { at.add(256) } else { at });
+        let mut planes = layout::Planes::<S>::of::<L>(at);
         let mut upper = [S::ints_zero(); ROWS];
         let mut lower = [S::ints_zero(); ROWS];
         for group in 0..8 {
-            let mut codes = if BITS == 8 {
-                S::codes(at.add(group * 64))
-            } else {
-                let pair = S::codes(at.add(group % 4 * 64));
-                if group < 4 { S::low_nibbles(pair) } else { S::high_nibbles(pair) }
-            };
-            if BITS == 5 {
-                (codes, bits) = S::join_bit(codes, bits);
-            }
-            if BITS == 6 {
-                if group == 4 {
-                    bits = S::codes(at.add(320));
-                }
-                (codes, bits) = S::join_bits(codes, bits);
-            }
+            let codes = planes.next::<L>(at, group);
             for r in 0..ROWS {
-                if BITS == 8 {
+                if L::WIDE {
                     upper[r] = S::dot_wide(upper[r], codes, four(r, 0, group));
                     lower[r] = S::dot_wide(lower[r], codes, four(r, 1, group));
                 } else {
@@ -303,7 +296,7 @@ unsafe fn block_dots<S: Simd, const BITS: u32, const SPLIT: bool, const ROWS: us
                     lower[r] = S::dot(lower[r], codes, four(r, 1, group));
                 }
             }
-            if SPLIT && group == 3 {
+            if L::SPLIT && group == 3 {
                 for r in 0..ROWS {
                     out[r][0] = S::join_planes(upper[r], lower[r]);
                     upper[r] = S::ints_zero();
@@ -311,7 +304,7 @@ unsafe fn block_dots<S: Simd, const BITS: u32, const SPLIT: bool, const ROWS: us
                 }
             }
         }
-        let last = if SPLIT { 1 } else { 0 };
+        let last = if L::SPLIT { 1 } else { 0 };
         for r in 0..ROWS {
             out[r][last] = S::join_planes(upper[r], lower[r]);
         }

@@ -44,6 +44,7 @@ use matmul::{Operand, Product};
 use pack::{PackError, Source};
 use rotary::Rotations;
 use spare::Spare;
+use std::ops::Range;
 use team::{Panicked, Team};
 
 /// Kernels of this processor, and the threads that run them.
@@ -65,6 +66,11 @@ pub struct CpuBatch {
 /// A norm as the kernels take it.
 fn rms_norm(norm: &Norm<CpuBackend>) -> RmsNorm<'_> {
     RmsNorm { weight: &norm.weight, epsilon: norm.epsilon }
+}
+
+/// The product of the operand's `rows` with `linear`.
+fn product<'a>(linear: &'a Linear<CpuBackend>, rows: Range<usize>, out: &'a mut [f32]) -> Product<'a> {
+    Product { weights: &linear.weight, bias: linear.bias.as_deref(), rows, out }
 }
 
 impl From<Panicked> for EngineError {
@@ -103,7 +109,7 @@ impl CpuBackend {
         let mut outs = linears.map(|linear| self.spare.rows(rows, linear.weight.rows));
         let mut products: Vec<Product<'_>> = Vec::with_capacity(N);
         for (linear, out) in linears.iter().zip(&mut outs) {
-            products.push(Product { weights: &linear.weight, bias: linear.bias.as_deref(), out });
+            products.push(product(linear, 0..rows, &mut out.values));
         }
         self.multiply(norm, input, &mut products)?;
         Ok(outs)
@@ -254,7 +260,7 @@ impl Backend for CpuBackend {
             chosen.values.extend_from_slice(hidden.row(row));
         }
         let mut out = Rows::zeroed(rows.len(), head.rows);
-        self.multiply(Some(norm), &chosen, &mut [Product { weights: head, bias: None, out: &mut out }])?;
+        self.multiply(Some(norm), &chosen, &mut [Product { weights: head, bias: None, rows: 0..rows.len(), out: &mut out.values }])?;
         Ok(out.values)
     }
 }

@@ -3,7 +3,7 @@
 //! Runs of panels are shared out to the team, which writes each into its own part of the target. The bytes of a large
 //! run are forgotten as soon as it is packed, so that no large matrix is twice in memory.
 
-use super::packed::{Coded, Dense, Form, Lines, Packed, place};
+use super::packed::{Coded, Dense, Form, Lines, Packed, place, scale_bits};
 use super::shares::Shares;
 use super::simd::LANES;
 use super::team::{Panicked, Team};
@@ -121,7 +121,7 @@ impl Source<'_> {
             coding,
             codes: Lines::zeroed(block_count * Coded::block_bytes(coding)),
             scales: vec![0; block_count * Coded::block_scales(coding)],
-            mins: vec![0; if coding.has_mins { block_count * LANES } else { 0 }],
+            mins: vec![0; block_count * Coded::block_mins(coding)],
         };
         let codes = Shares::new(coded.codes.bytes_mut());
         let scales = Shares::new(&mut coded.scales);
@@ -135,7 +135,7 @@ impl Source<'_> {
                     coding,
                     codes: codes.take(part(Coded::block_bytes(coding))),
                     scales: scales.take(part(Coded::block_scales(coding))),
-                    mins: mins.take(part(if coding.has_mins { LANES } else { 0 })),
+                    mins: mins.take(part(Coded::block_mins(coding))),
                 }
             };
             if lane == 0 {
@@ -163,13 +163,13 @@ struct Panel<'a> {
 impl Panel<'_> {
     fn put(&mut self, index: usize, lane: usize, block: &blocks::Block) {
         let coding = self.coding;
-        let scales = &mut self.scales[index * Coded::block_scales(coding)..];
-        scales[lane] = f16::from_f32(block.scales[0]).to_bits();
-        if coding.split_scales {
-            scales[LANES + lane] = f16::from_f32(block.scales[1]).to_bits();
-        }
-        if coding.has_mins {
-            self.mins[index * LANES + lane] = f16::from_f32(block.mins[0]).to_bits();
+        let halves = if coding.split { 2 } else { 1 };
+        for half in 0..halves {
+            let at = (index * halves + half) * LANES + lane;
+            self.scales[at] = scale_bits(coding, block.scales[half]);
+            if coding.has_mins {
+                self.mins[at] = f16::from_f32(block.mins[half]).to_bits();
+            }
         }
         let size = Coded::block_bytes(coding);
         let bytes = &mut self.codes[index * size..][..size];
@@ -182,12 +182,13 @@ impl Panel<'_> {
                 let joined = bits | u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
                 word.copy_from_slice(&joined.to_le_bytes());
             };
-            if coding.bits == 8 {
-                join(group, four);
-                continue;
-            }
-            join(at.vector, (four & 0x0f0f_0f0f) << at.nibble);
             match coding.bits {
+                8 => join(group, four),
+                2 | 3 => join(group / 4, (four & 0x0303_0303) << (group % 4 * 2)),
+                _ => join(at.vector, (four & 0x0f0f_0f0f) << at.nibble),
+            }
+            match coding.bits {
+                3 => join(2, (four >> 2 & 0x0101_0101) << group),
                 5 => join(4, (four >> 4 & 0x0101_0101) << group),
                 6 => join(4 + group / 4, (four >> 4 & 0x0303_0303) << (group % 4 * 2)),
                 _ => {}
@@ -227,7 +228,7 @@ mod tests {
                         None => 0.0,
                         Some(_) => {
                             let block = blocks::decode(element, &bytes[row * row_bytes..][..row_bytes], i / BLOCK);
-                            block.scales[i % BLOCK / 16].abs() * 256.0 + block.mins[0].abs()
+                            block.scales[i % BLOCK / 16].abs() * 256.0 + block.mins[i % BLOCK / 16].abs()
                         }
                     };
                     prop_assert!((got - expected).abs() <= 0.0005 * parts + 1e-6, "{element}: {got} {expected}");

@@ -3,13 +3,13 @@
 //! A matrix of `rows` × `columns` is cut into panels of sixteen rows. A panel of quantised blocks holds, for each
 //! 32 columns, the codes of its sixteen rows interleaved so that one vector has four successive columns of each row:
 //! low nibbles of the vectors 0–3 are columns 0–15, high nibbles columns 16–31; fifth and sixth bits lie in planes
-//! behind them. A panel of floats holds sixteen rows' values of one column side by side. Scales lie apart. The size
+//! behind them. Codes of two and three bits are pairs of bits in two vectors, and a plane behind them. A panel of floats holds sixteen rows' values of one column side by side. Scales lie apart. The size
 //! stays the file's to within its rounding (Q8_0, Q4_0: equal; K-quants: their scales are spelt out).
 
 use super::simd::LANES;
 use crate::format::ElementType;
-use crate::format::blocks::{self, BLOCK, Coding};
-use half::f16;
+use crate::format::blocks::{self, BLOCK, Coding, Levels};
+use half::{bf16, f16};
 #[cfg(target_os = "linux")]
 use rustix::mm::{Advice, madvise};
 
@@ -88,9 +88,9 @@ pub(super) struct Dense {
 pub(super) struct Coded {
     pub(super) coding: Coding,
     pub(super) codes: Lines,
-    /// f16, \[panel]\[block]\[half where split]\[lane].
+    /// f16, or bf16 for [`Levels::Fp4`]: \[panel]\[block]\[half where split]\[lane].
     pub(super) scales: Vec<u16>,
-    /// f16, \[panel]\[block]\[lane]; empty where the format has no minima.
+    /// f16, likewise; empty where the format has no minima.
     pub(super) mins: Vec<u16>,
 }
 
@@ -102,7 +102,28 @@ impl Coded {
 
     /// Scales in one block.
     pub(super) fn block_scales(coding: Coding) -> usize {
-        if coding.split_scales { 2 * LANES } else { LANES }
+        if coding.split { 2 * LANES } else { LANES }
+    }
+
+    /// Minima in one block.
+    pub(super) fn block_mins(coding: Coding) -> usize {
+        if coding.has_mins { Self::block_scales(coding) } else { 0 }
+    }
+}
+
+/// `scale` as a panel of `coding` keeps it.
+pub(super) fn scale_bits(coding: Coding, scale: f32) -> u16 {
+    match coding.levels {
+        // A power of two, of any size: f16 has too few.
+        Levels::Fp4 => bf16::from_f32(scale).to_bits(),
+        Levels::Even | Levels::Iq4 => f16::from_f32(scale).to_bits(),
+    }
+}
+
+fn scale_value(coding: Coding, bits: u16) -> f32 {
+    match coding.levels {
+        Levels::Fp4 => bf16::from_bits(bits).to_f32(),
+        Levels::Even | Levels::Iq4 => f16::from_bits(bits).to_f32(),
     }
 }
 
@@ -154,10 +175,10 @@ impl Coded {
             let block = panel * blocks_per_row + index;
             let codes = self.read_codes(block, lane);
             for (i, value) in values.iter_mut().enumerate() {
-                let split = if self.coding.split_scales { i / 16 * LANES } else { 0 };
-                let scale = self.scales[block * Self::block_scales(self.coding) + split + lane];
-                let min = self.mins.get(block * LANES + lane).copied().unwrap_or(0);
-                *value = f16::from_bits(scale).to_f32() * (i32::from(codes[i]) - self.coding.zero) as f32
+                let split = if self.coding.split { i / 16 * LANES } else { 0 };
+                let at = block * Self::block_scales(self.coding) + split + lane;
+                let min = self.mins.get(at).copied().unwrap_or(0);
+                *value = scale_value(self.coding, self.scales[at]) * self.coding.level(codes[i]) as f32
                     + f16::from_bits(min).to_f32();
             }
         }
@@ -168,8 +189,15 @@ impl Coded {
         let bytes = &self.codes.bytes()[block * size..][..size];
         std::array::from_fn(|column| {
             let at = place(column, lane);
-            if self.coding.bits == 8 {
-                return bytes[column / 4 * 64 + at.byte];
+            let group = column / 4;
+            match self.coding.bits {
+                8 => return bytes[group * 64 + at.byte],
+                2 | 3 => {
+                    let low = bytes[group / 4 * 64 + at.byte] >> (group % 4 * 2) & 3;
+                    let high = if self.coding.bits == 3 { bytes[128 + at.byte] >> group & 1 } else { 0 };
+                    return low | high << 2;
+                }
+                _ => {}
             }
             let low = bytes[at.vector * 64 + at.byte] >> at.nibble & 15;
             let high = match self.coding.bits {

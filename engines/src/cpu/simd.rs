@@ -36,10 +36,15 @@ pub(crate) trait Simd: Copy {
     unsafe fn codes(from: *const u8) -> Self::Codes;
     unsafe fn low_nibbles(codes: Self::Codes) -> Self::Codes;
     unsafe fn high_nibbles(codes: Self::Codes) -> Self::Codes;
-    /// Bit 0 of every byte, moved to bit 4 and joined to `low`; and `plane` with the next bit at bit 0.
-    unsafe fn join_bit(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes);
+    /// Bits 0–1 of every byte, and `plane` with the next two at bit 0.
+    unsafe fn low_pairs(plane: Self::Codes) -> (Self::Codes, Self::Codes);
+    /// Bit 0 of every byte, moved to bit `TO` (2 or 4) and joined to `low`; and `plane` with the next bit at bit 0.
+    unsafe fn join_bit<const TO: u32>(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes);
     /// Bits 0–1 of every byte, moved to bits 4–5 and joined to `low`; and `plane` with the next two at bit 0.
     unsafe fn join_bits(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes);
+
+    /// The entry of `table` for every code, which is below 16.
+    unsafe fn look_up(codes: Self::Codes, table: &[u8; 16]) -> Self::Codes;
 
     unsafe fn ints_zero() -> Self::Ints;
     /// Per lane: sum + Σ codes[4] · four[4], with unsigned codes of at most 7 bits and the signed bytes of `four`.
@@ -122,12 +127,20 @@ impl Simd for Portable {
         codes.map(|c| c >> 4)
     }
     #[inline(always)]
-    unsafe fn join_bit(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes) {
-        (std::array::from_fn(|i| low[i] | plane[i] << 4 & 0x10), plane.map(|p| p >> 1))
+    unsafe fn low_pairs(plane: Self::Codes) -> (Self::Codes, Self::Codes) {
+        (plane.map(|p| p & 3), plane.map(|p| p >> 2))
+    }
+    #[inline(always)]
+    unsafe fn join_bit<const TO: u32>(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes) {
+        (std::array::from_fn(|i| low[i] | (plane[i] & 1) << TO), plane.map(|p| p >> 1))
     }
     #[inline(always)]
     unsafe fn join_bits(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes) {
         (std::array::from_fn(|i| low[i] | plane[i] << 4 & 0x30), plane.map(|p| p >> 2))
+    }
+    #[inline(always)]
+    unsafe fn look_up(codes: Self::Codes, table: &[u8; 16]) -> Self::Codes {
+        codes.map(|c| table[usize::from(c & 15)])
     }
     #[inline(always)]
     unsafe fn ints_zero() -> Self::Ints {

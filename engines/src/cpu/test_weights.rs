@@ -24,6 +24,14 @@ pub(crate) fn bytes(element: ElementType, rows: usize, columns: usize, seed: u64
             ElementType::F16 => block.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
             ElementType::BF16 => block.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
             ElementType::Q4_0 | ElementType::Q5_0 | ElementType::Q8_0 => block[..2].copy_from_slice(&scale),
+            ElementType::IQ4_NL => block[..2].copy_from_slice(&f16::from_f32(value / 400.0).to_le_bytes()),
+            ElementType::IQ4_XS => block[..2].copy_from_slice(&f16::from_f32(value / 9000.0).to_le_bytes()),
+            ElementType::MXFP4 => block[0] = 120 + block[0] % 5,
+            ElementType::Q2_K => {
+                block[80..82].copy_from_slice(&f16::from_f32(value / 40.0).to_le_bytes());
+                block[82..].copy_from_slice(&f16::from_f32(value / 50.0).to_le_bytes());
+            }
+            ElementType::Q3_K => block[108..].copy_from_slice(&f16::from_f32(value / 400.0).to_le_bytes()),
             ElementType::Q4_1 | ElementType::Q5_1 => {
                 block[..2].copy_from_slice(&scale);
                 block[2..4].copy_from_slice(&min);

@@ -35,7 +35,7 @@ fn product(tier: Tier, threads: usize, weights: &Packed, input: &Rows) -> Rows {
     let mut out = Rows::zeroed(input.count(), weights.rows);
     let mut team = Team::new(threads).expect("threads");
     let operand = Operand { floats: input, codes: Some(&codes) };
-    let mut products = [Product { weights, bias: None, out: &mut out }];
+    let mut products = [Product { weights, bias: None, rows: 0..input.count(), out: &mut out.values }];
     run(tier, &mut team, &operand, &mut products).expect("no panic");
     out
 }

@@ -1,0 +1,135 @@
+//! What the kernels must know of a coding while they are compiled.
+
+use crate::cpu::simd::Simd;
+use crate::format::blocks::Levels;
+
+/// A [`Coding`](crate::format::blocks::Coding) as constants.
+pub(super) trait Layout {
+    const BITS: u32;
+    const LEVELS: Levels;
+    const MINS: bool;
+    const SPLIT: bool;
+    /// Whether levels have eight bits.
+    const WIDE: bool;
+
+    /// The scales of sixteen rows.
+    ///
+    /// # Safety
+    /// Only inside a kernel of `S`; sixteen scales lie at `at`.
+    unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats;
+}
+
+/// Codes that stand for themselves.
+pub(super) struct Even<const BITS: u32, const MINS: bool, const SPLIT: bool>;
+
+impl<const BITS: u32, const MINS: bool, const SPLIT: bool> Layout for Even<BITS, MINS, SPLIT> {
+    const BITS: u32 = BITS;
+    const LEVELS: Levels = Levels::Even;
+    const MINS: bool = MINS;
+    const SPLIT: bool = SPLIT;
+    const WIDE: bool = BITS == 8;
+
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_f16(at) }
+    }
+}
+
+/// [`Levels::Fp4`].
+pub(super) struct Fp4;
+
+impl Layout for Fp4 {
+    const BITS: u32 = 4;
+    const LEVELS: Levels = Levels::Fp4;
+    const MINS: bool = false;
+    const SPLIT: bool = false;
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_bf16(at) }
+    }
+}
+
+/// [`Levels::Iq4`].
+pub(super) struct Iq4;
+
+impl Layout for Iq4 {
+    const BITS: u32 = 4;
+    const LEVELS: Levels = Levels::Iq4;
+    const MINS: bool = false;
+    const SPLIT: bool = false;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_f16(at) }
+    }
+}
+
+/// The bits of a block that are taken off vector by vector.
+pub(super) struct Planes<S: Simd> {
+    /// The third bit of three, the fifth of five, the fifth and sixth of six.
+    upper: S::Codes,
+    /// The pairs of two and three.
+    pairs: S::Codes,
+}
+
+impl<S: Simd> Planes<S> {
+    /// # Safety
+    /// Only inside a kernel of `S`; a whole block of `L` lies at `at`.
+    #[inline(always)]
+    pub(super) unsafe fn of<L: Layout>(at: *const u8) -> Self {
+        let upper = match L::BITS {
+            3 => 128,
+            5 | 6 => 256,
+            _ => 0,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { Self { upper: S::codes(at.add(upper)), pairs: S::codes(at) } }
+    }
+
+    /// The levels of columns 4 · `group` to 4 · `group` + 3 of each row; groups are taken in order.
+    ///
+    /// # Safety
+    /// As [`Planes::of`].
+    #[inline(always)]
+    pub(super) unsafe fn next<L: Layout>(&mut self, at: *const u8, group: usize) -> S::Codes {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut codes = match L::BITS {
+                8 => S::codes(at.add(group * 64)),
+                2 | 3 => {
+                    if group == 4 {
+                        self.pairs = S::codes(at.add(64));
+                    }
+                    let (codes, pairs) = S::low_pairs(self.pairs);
+                    self.pairs = pairs;
+                    codes
+                }
+                _ => {
+                    let pair = S::codes(at.add(group % 4 * 64));
+                    if group < 4 { S::low_nibbles(pair) } else { S::high_nibbles(pair) }
+                }
+            };
+            match L::BITS {
+                3 => (codes, self.upper) = S::join_bit::<2>(codes, self.upper),
+                5 => (codes, self.upper) = S::join_bit::<4>(codes, self.upper),
+                6 => {
+                    if group == 4 {
+                        self.upper = S::codes(at.add(320));
+                    }
+                    (codes, self.upper) = S::join_bits(codes, self.upper);
+                }
+                _ => {}
+            }
+            match L::LEVELS.table() {
+                Some(table) => S::look_up(codes, table),
+                None => codes,
+            }
+        }
+    }
+}
