@@ -8,19 +8,19 @@
 
 use crate::engine::KvElement;
 use crate::error::EngineError;
-use crate::format::{ElementType, MappedBytes};
-use crate::model::{Activation, Attention, Rope};
+use crate::format::ElementType;
+use crate::model::{Activation, Attention, Experts, Rope, TensorBytes};
 use std::ops::Range;
 
 /// A tensor's bytes as stored, with what they mean.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct TensorData<'a> {
     /// For errors.
     pub name: &'a str,
     pub element: ElementType,
     pub rows: usize,
     pub columns: usize,
-    pub bytes: MappedBytes<'a>,
+    pub bytes: TensorBytes<'a>,
 }
 
 /// The rows of a step, by sequence.
@@ -65,6 +65,8 @@ pub struct AttentionWeights<B: Backend> {
     pub value: Linear<B>,
     pub query_norm: Option<Norm<B>>,
     pub key_norm: Option<Norm<B>>,
+    /// A score for each head.
+    pub sinks: Option<B::Vector>,
     pub output: Linear<B>,
 }
 
@@ -73,9 +75,31 @@ pub struct AttentionWeights<B: Backend> {
 pub struct FeedForwardWeights<B: Backend> {
     pub activation: Activation,
     pub norm: Option<Norm<B>>,
+    pub kind: FeedForwardKind<B>,
+}
+
+/// What a feed-forward is made of.
+#[derive(Debug)]
+pub enum FeedForwardKind<B: Backend> {
+    Dense(Gated<B>),
+    Mixture(Mixture<B>),
+}
+
+/// One gated feed-forward.
+#[derive(Debug)]
+pub struct Gated<B: Backend> {
     pub gate: Linear<B>,
     pub up: Linear<B>,
     pub down: Linear<B>,
+}
+
+/// A router and its experts. Which of them a row goes to is [`route`](crate::routing::route)'s; a backend reads the
+/// weights of no others.
+#[derive(Debug)]
+pub struct Mixture<B: Backend> {
+    pub spec: Experts,
+    pub router: Linear<B>,
+    pub experts: Vec<Gated<B>>,
 }
 
 /// A device's kernels and memory.
@@ -131,7 +155,7 @@ pub trait Backend: Sized {
         hidden: &Self::Buffer,
     ) -> Result<Self::Buffer, EngineError>;
 
-    /// Norm, gate and up projections, activation, down projection.
+    /// Norm, gate and up projections, activation, down projection; of each row's experts where there are any.
     fn feed_forward(
         &mut self,
         weights: &FeedForwardWeights<Self>,

@@ -15,6 +15,7 @@ mod error;
 pub mod exchange;
 pub mod format;
 pub mod model;
+pub mod routing;
 pub mod sampler;
 pub mod template;
 pub mod tokenizer;

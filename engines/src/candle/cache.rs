@@ -54,14 +54,30 @@ impl CandleCache {
     }
 
     /// Attention of `queries`, \[rows, heads, head_dim], over their sequence's keys; gives \[rows, query width].
-    pub(super) fn attend(&self, layer: usize, span: &Span, spec: &Attention, queries: &Tensor) -> Result<Tensor> {
+    pub(super) fn attend(
+        &self,
+        layer: usize,
+        span: &Span,
+        spec: &Attention,
+        sinks: Option<&Tensor>,
+        queries: &Tensor,
+    ) -> Result<Tensor> {
         let (keys, values) = &self.layers[layer];
         let rows = queries.dim(0)?;
         let end = span.first_position + rows;
         // [kv heads, group · rows, head_dim]: query heads that share keys lie side by side.
         let shape = (spec.kv_heads, spec.group() * rows, spec.head_dim);
         let queries = queries.transpose(0, 1)?.contiguous()?.reshape(shape)?;
-        let mut running: Option<(Tensor, Tensor, Tensor)> = None;
+        let mut running: Option<(Tensor, Tensor, Tensor)> = match sinks {
+            None => None,
+            // A sink is as if its key had been seen before all others.
+            Some(sinks) => {
+                let sinks = sinks.reshape((spec.kv_heads, spec.group(), 1))?.repeat((1, 1, rows))?;
+                let largest = sinks.reshape((spec.kv_heads, spec.group() * rows, 1))?;
+                let sum = largest.ones_like()?;
+                Some((largest, sum, queries.zeros_like()?))
+            }
+        };
         for start in (0..end).step_by(BLOCK_KEYS) {
             let block_end = (start + BLOCK_KEYS).min(end);
             let slots = slots(span, start, block_end, queries.device())?;

@@ -11,12 +11,15 @@ mod factory;
 pub use cache::CandleCache;
 pub use factory::CandleFactory;
 
-use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardWeights, Linear, Norm, TensorData};
+use crate::backend::{
+    AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
+};
 use crate::engine::KvElement;
 use crate::error::EngineError;
 use crate::format::ElementType;
 use crate::format::blocks::dequantise_row;
 use crate::model::{Activation, Attention, Pairing, QueryKeyNorm, Rope};
+use crate::routing::{self, Choice};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{D, DType, Device, Tensor};
 use std::borrow::Cow;
@@ -81,6 +84,43 @@ impl CandleBackend {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
         }
+    }
+
+    fn gated(&self, activation: Activation, gated: &Gated<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
+        let gate = self.linear(&gated.gate, x)?;
+        let up = self.linear(&gated.up, x)?;
+        let inner = match activation {
+            Activation::Silu => (gate.silu()? * up)?,
+            Activation::GeluTanh => (gate.gelu()? * up)?,
+            Activation::ClampedSwish { slope, limit } => {
+                let gate = gate.minimum(limit)?;
+                let sigmoid = ((gate.affine(-f64::from(slope), 0.0)?.exp()? + 1.0)?).recip()?;
+                ((up.clamp(-limit, limit)? + 1.0)? * (gate * sigmoid)?)?
+            }
+        };
+        self.linear(&gated.down, &inner)
+    }
+
+    /// Each expert's rows together; a row's sum is in the order of experts.
+    fn mixture(&self, activation: Activation, mixture: &Mixture<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
+        let logits = self.linear(&mixture.router, x)?.to_vec2::<f32>()?;
+        let choices: Vec<Vec<Choice>> = logits.iter().map(|row| routing::route(&mixture.spec, row)).collect();
+        let mut out = x.zeros_like()?;
+        for (number, gated) in mixture.experts.iter().enumerate() {
+            let mine = choices.iter().enumerate().flat_map(|(row, choices)| {
+                choices.iter().filter(|choice| choice.expert == number).map(move |choice| (row as u32, choice.weight))
+            });
+            let (rows, weights): (Vec<u32>, Vec<f32>) = mine.unzip();
+            if rows.is_empty() {
+                continue;
+            }
+            let count = rows.len();
+            let rows = Tensor::from_vec(rows, count, &self.device)?;
+            let weights = Tensor::from_vec(weights, (count, 1), &self.device)?;
+            let part = self.gated(activation, gated, &x.index_select(&rows, 0)?)?;
+            out = out.index_add(&rows, &part.broadcast_mul(&weights)?, 0)?;
+        }
+        Ok(out)
     }
 
     /// Norms (where the model does) and rotates queries or keys; gives \[rows, heads, head_dim].
@@ -261,7 +301,7 @@ impl Backend for CandleBackend {
         for span in &batch.batch.spans {
             cache.write(layer, span, &keys, &values)?;
             let rows = queries.narrow(0, span.rows.start, span.rows.len())?;
-            mixed.push(cache.attend(layer, span, spec, &rows)?);
+            mixed.push(cache.attend(layer, span, spec, weights.sinks.as_ref(), &rows)?);
         }
         let mixed = Tensor::cat(&mixed, 0)?;
         Ok(self.linear(&weights.output, &mixed)?)
@@ -269,13 +309,10 @@ impl Backend for CandleBackend {
 
     fn feed_forward(&mut self, weights: &FeedForwardWeights<Self>, hidden: &Tensor) -> Result<Tensor, EngineError> {
         let x = Self::norm(weights.norm.as_ref(), hidden)?;
-        let gate = self.linear(&weights.gate, &x)?;
-        let up = self.linear(&weights.up, &x)?;
-        let gate = match weights.activation {
-            Activation::Silu => gate.silu()?,
-            Activation::GeluTanh => gate.gelu()?,
-        };
-        Ok(self.linear(&weights.down, &(gate * up)?)?)
+        match &weights.kind {
+            FeedForwardKind::Dense(gated) => Ok(self.gated(weights.activation, gated, &x)?),
+            FeedForwardKind::Mixture(mixture) => Ok(self.mixture(weights.activation, mixture, &x)?),
+        }
     }
 
     fn add(&mut self, hidden: &mut Tensor, delta: Tensor, norm: Option<&Norm<Self>>) -> Result<(), EngineError> {

@@ -20,21 +20,30 @@ const TILE: usize = 4;
 /// Rows of one task where a chunk of a prompt is computed.
 const TASK_ROWS: usize = 16;
 
+/// A layer's heads, and what they look at.
+#[derive(Clone, Copy)]
+pub(super) struct Heads<'a> {
+    pub(super) spec: &'a Attention,
+    /// For each head, the score of a key that has no value.
+    pub(super) sinks: Option<&'a [f32]>,
+    pub(super) cache: &'a LayerCache,
+}
+
 /// out = softmax(q · K · scale) · V, for every row and head.
 pub(super) fn run(
     tier: Tier,
     team: &mut Team,
-    spec: &Attention,
-    cache: &LayerCache,
+    heads: &Heads<'_>,
     batch: &Batch,
     queries: &Rows,
     out: &mut Rows,
 ) -> Result<(), Panicked> {
+    let Heads { spec, sinks, cache } = *heads;
     let tasks = tasks(spec, batch, team.threads());
     let width = out.width;
     let shares = Shares::new(&mut out.values);
     team.run(tasks.len(), &|index| {
-        tier.run(Job { spec, cache, task: &tasks[index], queries, out: &shares, out_width: width });
+        tier.run(Job { spec, sinks, cache, task: &tasks[index], queries, out: &shares, out_width: width });
     })
 }
 
@@ -72,6 +81,7 @@ fn tasks<'a>(spec: &Attention, batch: &'a Batch, threads: usize) -> Vec<Task<'a>
 
 struct Job<'a> {
     spec: &'a Attention,
+    sinks: Option<&'a [f32]>,
     cache: &'a LayerCache,
     task: &'a Task<'a>,
     queries: &'a Rows,
@@ -124,14 +134,16 @@ impl<'a> Job<'a> {
         let head = heads.start + number % heads.len();
         let position = self.task.span.first_position + row - self.task.span.rows.start;
         let window = self.spec.window.unwrap_or(usize::MAX);
+        // A sink is as if its key had been seen before all others.
+        let (largest, sum) = self.sinks.map_or((f32::NEG_INFINITY, 0.0), |sinks| (sinks[head], 1.0));
         Query {
             row,
             head,
             values: &self.queries.row(row)[head * self.spec.head_dim..][..self.spec.head_dim],
             first_key: (position + 1).saturating_sub(window),
             end_key: position + 1,
-            largest: f32::NEG_INFINITY,
-            sum: 0.0,
+            largest,
+            sum,
         }
     }
 

@@ -194,7 +194,7 @@ impl Kernel for WriteCache<'_> {
     }
 }
 
-/// gate = activation(gate) · up.
+/// gate = activation(gate, up).
 pub(super) fn activate(
     tier: Tier,
     team: &mut Team,
@@ -228,6 +228,9 @@ impl Kernel for Activate<'_> {
         match self.activation {
             Activation::Silu => gate.iter_mut().zip(up).for_each(|(g, u)| *g = math::silu::<S>(*g) * u),
             Activation::GeluTanh => gate.iter_mut().zip(up).for_each(|(g, u)| *g = math::gelu_tanh::<S>(*g) * u),
+            Activation::ClampedSwish { slope, limit } => {
+                gate.iter_mut().zip(up).for_each(|(g, u)| *g = math::clamped_swish::<S>(*g, *u, slope, limit));
+            }
         }
     }
 }
@@ -266,6 +269,41 @@ impl Kernel for Add<'_> {
                 delta = &normed;
             }
             hidden.iter_mut().zip(delta).for_each(|(h, d)| *h += d);
+        }
+    }
+}
+
+/// Each row of `out` = Σ weight · row of `parts`, in the order of its choices.
+pub(super) fn combine(
+    tier: Tier,
+    team: &mut Team,
+    choices: &[Vec<(usize, f32)>],
+    parts: &Rows,
+    out: &mut Rows,
+) -> Result<(), Panicked> {
+    let count = out.count();
+    let out = Shares::new(&mut out.values);
+    over_rows(tier, team, count, |rows| Combine { rows, choices, parts, out: &out })
+}
+
+struct Combine<'a> {
+    rows: Range<usize>,
+    choices: &'a [Vec<(usize, f32)>],
+    parts: &'a Rows,
+    out: &'a Shares<'a, f32>,
+}
+
+impl Kernel for Combine<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let width = self.parts.width;
+        for row in self.rows.clone() {
+            // SAFETY: a row belongs to one task.
+            let out = unsafe { self.out.take(row * width..(row + 1) * width) };
+            out.fill(0.0);
+            for &(at, weight) in &self.choices[row] {
+                out.iter_mut().zip(self.parts.row(at)).for_each(|(o, p)| *o = S::fma1(weight, *p, *o));
+            }
         }
     }
 }

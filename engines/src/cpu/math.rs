@@ -47,6 +47,14 @@ pub(super) fn gelu_tanh<S: Simd>(x: f32) -> f32 {
     0.5 * x * (1.0 + tanh::<S>(inner))
 }
 
+/// gpt_oss's: gate · σ(slope · gate) · (up + 1), with the gate at most `limit` and up within ±`limit`.
+#[inline(always)]
+pub(super) fn clamped_swish<S: Simd>(gate: f32, up: f32, slope: f32, limit: f32) -> f32 {
+    let gate = if gate > limit { limit } else { gate };
+    let up = up.clamp(-limit, limit);
+    gate / (1.0 + exp::<S>(-slope * gate)) * (up + 1.0)
+}
+
 #[inline(always)]
 pub(super) fn largest_magnitude(values: &[f32; 32]) -> f32 {
     let mut lanes = [0.0_f32; LANES];

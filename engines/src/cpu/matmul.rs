@@ -199,7 +199,8 @@ impl Panels<'_, '_> {
         let block_bytes = Coded::block_bytes(coded.coding);
         let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
         let scales = &coded.scales[panel * blocks * halves * LANES..][..blocks * halves * LANES];
-        let mins = if L::MINS { &coded.mins[panel * blocks * halves * LANES..][..blocks * halves * LANES] } else { &[] };
+        let mins =
+            if L::MINS { &coded.mins[panel * blocks * halves * LANES..][..blocks * halves * LANES] } else { &[] };
         let zero = coded.coding.zero;
         let row_start = first * blocks;
         let row_codes = input.codes[row_start * BLOCK_CODES..][..ROWS * blocks * BLOCK_CODES].as_ptr();

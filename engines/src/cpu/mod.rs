@@ -13,6 +13,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod cache;
+mod experts;
 mod factory;
 mod kernels;
 mod math;
@@ -33,7 +34,7 @@ pub use factory::CpuFactory;
 pub use packed::Packed;
 pub use tier::Tier;
 
-use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardWeights, Linear, Norm, TensorData};
+use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Linear, Norm, TensorData};
 use crate::engine::KvElement;
 use crate::error::EngineError;
 use crate::format::FormatError;
@@ -227,17 +228,23 @@ impl Backend for CpuBackend {
         let cache = &mut cache.layers[layer];
         kernels::write_cache(self.tier, cache, &batch.batch, &keys, &values);
         let mut mixed = self.spare.rows(batch.batch.rows, spec.query_width());
-        attention::run(self.tier, &mut self.team, spec, cache, &batch.batch, &queries, &mut mixed)?;
+        let sinks = weights.sinks.as_deref();
+        let heads = attention::Heads { spec, sinks, cache };
+        attention::run(self.tier, &mut self.team, &heads, &batch.batch, &queries, &mut mixed)?;
         let [out] = self.project(None, &mixed, [&weights.output])?;
         [queries, keys, values, mixed].into_iter().for_each(|rows| self.spare.keep(rows));
         Ok(out)
     }
 
     fn feed_forward(&mut self, weights: &FeedForwardWeights<Self>, hidden: &Rows) -> Result<Rows, EngineError> {
-        let [gate, up] = self.project(weights.norm.as_ref(), hidden, [&weights.gate, &weights.up])?;
-        let mut inner = gate;
+        let norm = weights.norm.as_ref();
+        let gated = match &weights.kind {
+            FeedForwardKind::Dense(gated) => gated,
+            FeedForwardKind::Mixture(mixture) => return self.mixture(weights.activation, norm, mixture, hidden),
+        };
+        let [mut inner, up] = self.project(norm, hidden, [&gated.gate, &gated.up])?;
         kernels::activate(self.tier, &mut self.team, weights.activation, &mut inner, &up)?;
-        let [out] = self.project(None, &inner, [&weights.down])?;
+        let [out] = self.project(None, &inner, [&gated.down])?;
         [inner, up].into_iter().for_each(|rows| self.spare.keep(rows));
         Ok(out)
     }
@@ -260,7 +267,11 @@ impl Backend for CpuBackend {
             chosen.values.extend_from_slice(hidden.row(row));
         }
         let mut out = Rows::zeroed(rows.len(), head.rows);
-        self.multiply(Some(norm), &chosen, &mut [Product { weights: head, bias: None, rows: 0..rows.len(), out: &mut out.values }])?;
+        self.multiply(
+            Some(norm),
+            &chosen,
+            &mut [Product { weights: head, bias: None, rows: 0..rows.len(), out: &mut out.values }],
+        )?;
         Ok(out.values)
     }
 }

@@ -1,11 +1,13 @@
 //! A shard's weights: read role by role, checked against the architecture, handed to the backend.
 
-use crate::backend::{AttentionWeights, Backend, FeedForwardWeights, Linear, Norm, TensorData};
+use crate::backend::{
+    AttentionWeights, Backend, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
+};
 use crate::engine::{LoadProgress, ShardSpec};
 use crate::error::EngineError;
 use crate::format::blocks::dequantise_row;
 use crate::format::{ElementType, FormatError};
-use crate::model::{Layer, LayerRole, QueryKeyNorm, Role, TensorSlice, WeightReader, WeightSource};
+use crate::model::{FeedForward, Layer, LayerRole, Part, QueryKeyNorm, Role, TensorSlice, WeightReader, WeightSource};
 
 /// What a shard has of the model.
 pub(super) struct ShardWeights<B: Backend> {
@@ -155,6 +157,10 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
             )?,
             query_norm: self.norm_if(query_norm, role(LayerRole::QueryNorm))?,
             key_norm: self.norm_if(key_norm, role(LayerRole::KeyNorm))?,
+            sinks: match spec.sinks {
+                true => Some(self.bias(role(LayerRole::Sinks), spec.heads)?),
+                false => None,
+            },
             output: self.linear(
                 role(LayerRole::AttentionOutput),
                 bias(LayerRole::AttentionOutputBias, spec.output_bias),
@@ -168,13 +174,29 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         let spec = &layer.feed_forward;
         let hidden = self.shard.architecture.hidden;
         let role = |part| Role::Layer(index as u32, part);
+        let norm = self.norm_if(layer.norms.before().then_some(hidden), role(LayerRole::FeedForwardNorm))?;
+        let kind = match &spec.experts {
+            None => FeedForwardKind::Dense(self.gated(spec, |part| role(LayerRole::Gated(part)))?),
+            Some(experts) => {
+                let bias = experts.router_bias.then(|| role(LayerRole::RouterBias));
+                let router = self.linear(role(LayerRole::Router), bias, experts.count, hidden)?;
+                let numbers = 0..experts.count as u32;
+                let experts_loaded =
+                    numbers.map(|number| self.gated(spec, |part| role(LayerRole::Expert(number, part))));
+                let experts_loaded = experts_loaded.collect::<Result<_, _>>()?;
+                FeedForwardKind::Mixture(Mixture { spec: experts.clone(), router, experts: experts_loaded })
+            }
+        };
+        Ok(FeedForwardWeights { activation: spec.activation, norm, kind })
+    }
+
+    fn gated(&mut self, spec: &FeedForward, role: impl Fn(Part) -> Role) -> Result<Gated<B>, EngineError> {
+        let hidden = self.shard.architecture.hidden;
         let bias = |part| spec.bias.then(|| role(part));
-        Ok(FeedForwardWeights {
-            activation: spec.activation,
-            norm: self.norm_if(layer.norms.before().then_some(hidden), role(LayerRole::FeedForwardNorm))?,
-            gate: self.linear(role(LayerRole::Gate), bias(LayerRole::GateBias), spec.width, hidden)?,
-            up: self.linear(role(LayerRole::Up), bias(LayerRole::UpBias), spec.width, hidden)?,
-            down: self.linear(role(LayerRole::Down), bias(LayerRole::DownBias), hidden, spec.width)?,
+        Ok(Gated {
+            gate: self.linear(role(Part::Gate), bias(Part::GateBias), spec.width, hidden)?,
+            up: self.linear(role(Part::Up), bias(Part::UpBias), spec.width, hidden)?,
+            down: self.linear(role(Part::Down), bias(Part::DownBias), hidden, spec.width)?,
         })
     }
 
@@ -186,14 +208,13 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         columns: usize,
     ) -> Result<Linear<B>, EngineError> {
         let weight = self.matrix(weight, rows, columns)?;
-        let bias = match bias {
-            Some(role) => {
-                let values = self.vector(role, rows)?;
-                Some(self.backend.vector(values)?)
-            }
-            None => None,
-        };
+        let bias = bias.map(|role| self.bias(role, rows)).transpose()?;
         Ok(Linear { weight, bias })
+    }
+
+    fn bias(&mut self, role: Role, length: usize) -> Result<B::Vector, EngineError> {
+        let values = self.vector(role, length)?;
+        self.backend.vector(values)
     }
 
     fn norm_if(&mut self, length: Option<usize>, role: Role) -> Result<Option<Norm<B>>, EngineError> {

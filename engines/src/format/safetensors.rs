@@ -10,6 +10,7 @@ use super::tensor::{check_disjoint, length_bytes};
 use super::{ElementType, FormatError, Mapped, TensorInfo};
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// The format's own limit.
@@ -25,6 +26,22 @@ pub struct SafeTensors {
     pub files: Vec<Mapped>,
     /// By name: which of `files`, and where in it.
     pub tensors: BTreeMap<String, (usize, TensorInfo)>,
+    /// Likewise, those of plain bytes (`U8`): what they mean is known to who named them.
+    pub bytes: BTreeMap<String, (usize, BytesInfo)>,
+}
+
+/// Where a tensor of bytes lies in its file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BytesInfo {
+    /// Rows first.
+    pub shape: Vec<usize>,
+    pub offset_bytes: u64,
+}
+
+/// What a header says of one tensor.
+enum Described {
+    Numbers(TensorInfo),
+    Bytes(BytesInfo),
 }
 
 #[derive(Deserialize)]
@@ -47,12 +64,16 @@ impl SafeTensors {
     /// [`FormatError`] where a file is missing, damaged, or has a type that no engine computes on.
     pub fn open_folder(folder: &Path) -> Result<Self, FormatError> {
         let paths = file_paths(folder)?;
-        let mut files = Vec::new();
-        let mut tensors = BTreeMap::new();
+        let mut all = Self { files: Vec::new(), tensors: BTreeMap::new(), bytes: BTreeMap::new() };
         for path in paths {
             let file = Mapped::open(&path)?;
-            for (name, info) in read_header(&file)? {
-                if tensors.insert(name.clone(), (files.len(), info)).is_some() {
+            let number = all.files.len();
+            for (name, described) in read_header(&file)? {
+                let is_new = match described {
+                    Described::Numbers(info) => all.tensors.insert(name.clone(), (number, info)).is_none(),
+                    Described::Bytes(info) => all.bytes.insert(name.clone(), (number, info)).is_none(),
+                };
+                if !is_new {
                     return Err(FormatError::BadTensor {
                         path,
                         tensor: name,
@@ -60,9 +81,9 @@ impl SafeTensors {
                     });
                 }
             }
-            files.push(file);
+            all.files.push(file);
         }
-        Ok(Self { files, tensors })
+        Ok(all)
     }
 }
 
@@ -118,7 +139,7 @@ pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, FormatError> 
     std::fs::read_to_string(path).map_err(|e| FormatError::io(path, &e))
 }
 
-fn read_header(file: &Mapped) -> Result<BTreeMap<String, TensorInfo>, FormatError> {
+fn read_header(file: &Mapped) -> Result<BTreeMap<String, Described>, FormatError> {
     let malformed = |what: String| FormatError::Malformed { path: file.path().to_owned(), what };
     let mut length = [0; 8];
     length.copy_from_slice(file.slice(0..8, "the header's length")?);
@@ -146,9 +167,9 @@ fn read_header(file: &Mapped) -> Result<BTreeMap<String, TensorInfo>, FormatErro
             tensor: name.clone(),
             what: e.to_string(),
         })?;
-        let info = place(file, &name, entry, data_start)?;
-        extents.push((info.offset_bytes, info.offset_bytes + info.length_bytes, name.clone()));
-        tensors.insert(name, info);
+        let (described, extent) = place(file, &name, entry, data_start)?;
+        extents.push((extent.start, extent.end, name.clone()));
+        tensors.insert(name, described);
     }
     check_disjoint(&mut extents).map_err(|(tensor, what)| FormatError::BadTensor {
         path: file.path().to_owned(),
@@ -158,24 +179,35 @@ fn read_header(file: &Mapped) -> Result<BTreeMap<String, TensorInfo>, FormatErro
     Ok(tensors)
 }
 
-fn place(file: &Mapped, name: &str, entry: Entry, data_start: u64) -> Result<TensorInfo, FormatError> {
+fn place(file: &Mapped, name: &str, entry: Entry, data_start: u64) -> Result<(Described, Range<u64>), FormatError> {
     let bad = |what: String| FormatError::BadTensor { path: file.path().to_owned(), tensor: name.to_owned(), what };
-    let element = ElementType::from_safetensors(&entry.dtype).ok_or_else(|| FormatError::UnsupportedType {
-        path: file.path().to_owned(),
-        tensor: name.to_owned(),
-        element: entry.dtype.clone(),
-    })?;
+    let element = ElementType::from_safetensors(&entry.dtype);
+    if element.is_none() && entry.dtype != "U8" {
+        return Err(FormatError::UnsupportedType {
+            path: file.path().to_owned(),
+            tensor: name.to_owned(),
+            element: entry.dtype,
+        });
+    }
     let (start, end) = entry.data_offsets;
-    let expected = length_bytes(element, &entry.shape).ok_or_else(|| bad("its shape overflows".to_owned()))?;
+    let expected = match element {
+        Some(element) => length_bytes(element, &entry.shape),
+        None => entry.shape.iter().try_fold(1, |bytes: u64, &size| bytes.checked_mul(size as u64)),
+    };
+    let expected = expected.ok_or_else(|| bad("its shape overflows".to_owned()))?;
     if end.checked_sub(start) != Some(expected) {
-        return Err(bad(format!("bytes {start}..{end} do not fit {element} of the shape {:?}", entry.shape)));
+        let what = format!("bytes {start}..{end} do not fit {} of the shape {:?}", entry.dtype, entry.shape);
+        return Err(bad(what));
     }
-    match data_start.checked_add(end) {
-        Some(last) if last <= file.length_bytes() => {
-            Ok(TensorInfo { element, shape: entry.shape, offset_bytes: data_start + start, length_bytes: expected })
-        }
-        _ => Err(bad("it ends behind the file's end: the file is cut short".to_owned())),
+    if data_start.checked_add(end).is_none_or(|last| last > file.length_bytes()) {
+        return Err(bad("it ends behind the file's end: the file is cut short".to_owned()));
     }
+    let (shape, offset_bytes) = (entry.shape, data_start + start);
+    let described = match element {
+        Some(element) => Described::Numbers(TensorInfo { element, shape, offset_bytes, length_bytes: expected }),
+        None => Described::Bytes(BytesInfo { shape, offset_bytes }),
+    };
+    Ok((described, offset_bytes..offset_bytes + expected))
 }
 
 #[cfg(test)]

@@ -26,6 +26,8 @@ pub struct Architecture {
     pub logit_softcap: Option<f32>,
     /// The rotary tables that layers refer to.
     pub ropes: Vec<Rope>,
+    /// Others in their place, where contexts are longer than so many tokens (LongRoPE).
+    pub long_ropes: Option<LongRopes>,
     pub layers: Vec<Layer>,
 }
 
@@ -77,6 +79,8 @@ pub struct Attention {
     pub input_bias: bool,
     /// Whether the output projection has one.
     pub output_bias: bool,
+    /// Whether each head has a sink: a score of its own that takes part in the softmax, and has no value.
+    pub sinks: bool,
 }
 
 impl Attention {
@@ -105,18 +109,43 @@ pub enum QueryKeyNorm {
     Projection,
 }
 
-/// A gated feed-forward: down(activation(gate x) · up x).
+/// A gated feed-forward, down(activation(gate x, up x)), or experts that each are one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FeedForward {
+    /// Of the inner row; an expert's where there are experts.
     pub width: usize,
     pub activation: Activation,
     pub bias: bool,
+    pub experts: Option<Experts>,
 }
 
+/// A mixture of experts: a linear router chooses `used` of `count` for each row.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Experts {
+    pub count: usize,
+    pub used: usize,
+    pub weighting: Weighting,
+    pub router_bias: bool,
+}
+
+/// What the outputs of the chosen experts are multiplied by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Weighting {
+    /// A softmax over the chosen.
+    AmongChosen,
+    /// A softmax over all, of which the chosen keep their part.
+    AmongAll,
+}
+
+/// How gate and up projections become the inner row.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Activation {
+    /// gate · σ(gate) · up.
     Silu,
+    /// GELU(gate) · up, in the tanh approximation.
     GeluTanh,
+    /// g · σ(slope · g) · (u + 1), with g = min(gate, limit) and u = up within ±limit (gpt_oss).
+    ClampedSwish { slope: f32, limit: f32 },
 }
 
 /// A rotary position embedding. Pair i of a head is turned by position · `frequencies[i]`.
@@ -129,6 +158,15 @@ pub struct Rope {
     pub magnitude: f32,
 }
 
+/// Rotary tables of long contexts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LongRopes {
+    /// Contexts of more tokens have them.
+    pub above_tokens: usize,
+    /// In the order of [`Architecture::ropes`].
+    pub ropes: Vec<Rope>,
+}
+
 /// Which dimensions a rotation pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Pairing {
@@ -139,6 +177,20 @@ pub enum Pairing {
 }
 
 impl Architecture {
+    /// The architecture of a model that serves contexts of up to `context_tokens`.
+    ///
+    /// LongRoPE has one table for short and one for long sequences. A sequence that grew from one into the other would
+    /// have keys of both; so which one it is depends on the longest sequence that there can be.
+    pub fn for_context(&self, context_tokens: usize) -> Self {
+        let mut architecture = self.clone();
+        architecture.context_tokens = self.context_tokens.min(context_tokens);
+        if let Some(long) = architecture.long_ropes.take_if(|long| architecture.context_tokens > long.above_tokens) {
+            architecture.ropes = long.ropes;
+        }
+        architecture.long_ropes = None;
+        architecture
+    }
+
     /// Bytes of keys and values that one token takes in the layers `range`, at `element_bytes` each.
     pub fn kv_bytes_per_token(&self, range: std::ops::Range<usize>, element_bytes: usize) -> u64 {
         let widths = self.layers[range].iter().map(|layer| 2 * layer.attention.kv_width());

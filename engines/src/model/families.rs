@@ -3,20 +3,22 @@
 //! A row says what a family's files leave unsaid. Sources: the modelling code of Hugging Face transformers 5.23
 //! for safetensors, llama.cpp's loader and converter for GGUF.
 
-use super::{Activation, NormPlacement, Pairing, QueryKeyNorm};
+use super::{Activation, NormPlacement, Pairing, QueryKeyNorm, Weighting};
 
 /// What all models of a family share.
 #[derive(Debug, Clone, Copy)]
 pub struct Family {
-    /// `general.architecture` in GGUF, and the name that users see.
+    /// The name that users see.
     pub name: &'static str,
-    /// Whether GGUF files of this name exist: some families' files carry another's.
-    pub in_gguf: bool,
+    /// `general.architecture` in GGUF; `None` for a family whose files carry another's.
+    pub gguf_name: Option<&'static str>,
     /// `model_type` in config.json.
     pub model_types: &'static [&'static str],
     /// How GGUF files of the family pair rotated dimensions. Safetensors always have halves.
     pub gguf_pairing: Pairing,
     pub norms: NormPlacement,
+    /// ε of the norms where files name none.
+    pub norm_epsilon: f64,
     pub activation: Activation,
     pub query_key_norm: Option<QueryKeyNorm>,
     pub biases: Biases,
@@ -26,8 +28,17 @@ pub struct Family {
     pub norms_less_one: bool,
     /// Head dimension where config.json names none; `None`: hidden / heads.
     pub head_dim: Option<usize>,
-    /// Attention scale: from `query_pre_attn_scalar`, where a model has it.
-    pub scales_by_scalar: bool,
+    /// Whether attention is scaled by `query_pre_attn_scalar`, and what GGUF leaves unsaid of it.
+    pub scalar: Option<Scalar>,
+    /// Caps of attention scores and of logits where files name none.
+    pub softcaps: Softcaps,
+    /// Whether heads have sinks.
+    pub sinks: bool,
+    /// How experts are weighted, and whether the router has a bias; where files say that there are experts.
+    pub weighting: Weighting,
+    pub router_bias: bool,
+    /// Whether YaRN's ramp ends at whole dimensions, which GGUF does not say.
+    pub truncates_yarn: bool,
     /// Rotary base where files name none.
     pub theta: f64,
     /// Rotary base of sliding layers, where it is another.
@@ -35,6 +46,33 @@ pub struct Family {
     pub windows: Windows,
     /// `tie_word_embeddings` where config.json does not say.
     pub ties_embeddings: bool,
+    /// How safetensors name the tensors of a layer.
+    pub naming: Naming,
+}
+
+/// Attention's scale of the Gemmas: 1/√head_dim in GGUF, but for one size of each, whose scalar is hidden / heads.
+#[derive(Debug, Clone, Copy)]
+pub struct Scalar {
+    /// Layers of that size.
+    pub layers: usize,
+}
+
+/// Caps that a family has where config.json does not say.
+#[derive(Debug, Clone, Copy)]
+pub struct Softcaps {
+    pub attention: Option<f64>,
+    pub logits: Option<f64>,
+}
+
+/// Tensor names that differ by more than the family's traits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Naming {
+    /// `mlp.gate_proj`, `mlp.experts.0.gate_proj`, `mlp.gate`.
+    Llama,
+    /// `block_sparse_moe.experts.0.w1`.
+    Mixtral,
+    /// `mlp.experts.gate_up_proj` of all experts, their transposes; or blocks and scales of MXFP4.
+    GptOss,
 }
 
 /// Which projections have biases.
@@ -45,6 +83,8 @@ pub enum Biases {
     AsConfigured,
     /// Query, key and value, always.
     Inputs,
+    /// Query, key, value, output and the feed-forward's, always.
+    All,
 }
 
 /// Which layers see a window only.
@@ -53,7 +93,7 @@ pub enum Windows {
     Never,
     /// All, where `sliding_window` is a number; this many where config.json does not say.
     Always {
-        window: usize,
+        window: Option<usize>,
     },
     /// Where `use_sliding_window` is set: layers from `max_window_layers` on.
     Upper {
@@ -68,21 +108,56 @@ pub enum Windows {
 
 const LLAMA: Family = Family {
     name: "llama",
-    in_gguf: true,
+    gguf_name: Some("llama"),
     model_types: &["llama"],
     gguf_pairing: Pairing::Neighbours,
     norms: NormPlacement::Before,
+    norm_epsilon: 1e-6,
     activation: Activation::Silu,
     query_key_norm: None,
     biases: Biases::AsConfigured,
     scales_embedding: false,
     norms_less_one: false,
     head_dim: None,
-    scales_by_scalar: false,
+    scalar: None,
+    softcaps: Softcaps { attention: None, logits: None },
+    sinks: false,
+    weighting: Weighting::AmongChosen,
+    router_bias: false,
+    truncates_yarn: true,
     theta: 10_000.0,
     sliding_theta: None,
     windows: Windows::Never,
     ties_embeddings: false,
+    naming: Naming::Llama,
+};
+
+const QWEN3: Family = Family {
+    name: "qwen3",
+    gguf_name: Some("qwen3"),
+    model_types: &["qwen3"],
+    gguf_pairing: Pairing::Halves,
+    query_key_norm: Some(QueryKeyNorm::PerHead),
+    head_dim: Some(128),
+    windows: Windows::Upper { from_layer: 28 },
+    ..LLAMA
+};
+
+const GEMMA2: Family = Family {
+    name: "gemma2",
+    gguf_name: Some("gemma2"),
+    model_types: &["gemma2"],
+    gguf_pairing: Pairing::Halves,
+    norms: NormPlacement::Both,
+    activation: Activation::GeluTanh,
+    scales_embedding: true,
+    norms_less_one: true,
+    head_dim: Some(256),
+    scalar: Some(Scalar { layers: 46 }),
+    softcaps: Softcaps { attention: Some(50.0), logits: Some(30.0) },
+    windows: Windows::Alternating { period: 2, window: 4096 },
+    ties_embeddings: true,
+    ..LLAMA
 };
 
 /// Every family, in the order in which they are listed to users.
@@ -90,50 +165,92 @@ pub const FAMILIES: &[Family] = &[
     LLAMA,
     Family {
         name: "mistral",
-        in_gguf: false,
+        gguf_name: None,
         model_types: &["mistral"],
-        windows: Windows::Always { window: 4096 },
+        windows: Windows::Always { window: Some(4096) },
+        ..LLAMA
+    },
+    Family {
+        name: "mixtral",
+        gguf_name: None,
+        model_types: &["mixtral"],
+        norm_epsilon: 1e-5,
+        theta: 1_000_000.0,
+        windows: Windows::Always { window: None },
+        naming: Naming::Mixtral,
         ..LLAMA
     },
     Family {
         name: "qwen2",
+        gguf_name: Some("qwen2"),
         model_types: &["qwen2"],
         gguf_pairing: Pairing::Halves,
         biases: Biases::Inputs,
         windows: Windows::Upper { from_layer: 28 },
         ..LLAMA
     },
+    QWEN3,
     Family {
-        name: "qwen3",
-        model_types: &["qwen3"],
-        gguf_pairing: Pairing::Halves,
-        query_key_norm: Some(QueryKeyNorm::PerHead),
-        head_dim: Some(128),
-        windows: Windows::Upper { from_layer: 28 },
-        ..LLAMA
+        name: "qwen3_moe",
+        gguf_name: Some("qwen3moe"),
+        model_types: &["qwen3_moe"],
+        windows: Windows::Never,
+        ..QWEN3
     },
+    GEMMA2,
     Family {
         name: "gemma3",
+        gguf_name: Some("gemma3"),
         model_types: &["gemma3_text", "gemma3"],
-        gguf_pairing: Pairing::Halves,
-        norms: NormPlacement::Both,
-        activation: Activation::GeluTanh,
         query_key_norm: Some(QueryKeyNorm::PerHead),
-        scales_embedding: true,
-        norms_less_one: true,
-        head_dim: Some(256),
-        scales_by_scalar: true,
+        scalar: Some(Scalar { layers: 62 }),
+        softcaps: Softcaps { attention: None, logits: None },
         theta: 1_000_000.0,
         sliding_theta: Some(10_000.0),
         windows: Windows::Alternating { period: 6, window: 4096 },
-        ties_embeddings: true,
+        ..GEMMA2
+    },
+    Family {
+        name: "phi3",
+        gguf_name: Some("phi3"),
+        model_types: &["phi3"],
+        gguf_pairing: Pairing::Halves,
+        norm_epsilon: 1e-5,
+        windows: Windows::Always { window: None },
+        ..LLAMA
+    },
+    Family {
+        name: "olmo2",
+        gguf_name: Some("olmo2"),
+        model_types: &["olmo2"],
+        gguf_pairing: Pairing::Halves,
+        norms: NormPlacement::After,
+        norm_epsilon: 1e-5,
+        query_key_norm: Some(QueryKeyNorm::Projection),
+        ..LLAMA
+    },
+    Family {
+        name: "gpt_oss",
+        gguf_name: Some("gpt-oss"),
+        model_types: &["gpt_oss"],
+        gguf_pairing: Pairing::Halves,
+        norm_epsilon: 1e-5,
+        activation: Activation::ClampedSwish { slope: 1.702, limit: 7.0 },
+        biases: Biases::All,
+        head_dim: Some(64),
+        sinks: true,
+        router_bias: true,
+        truncates_yarn: false,
+        theta: 150_000.0,
+        windows: Windows::Alternating { period: 2, window: 128 },
+        naming: Naming::GptOss,
         ..LLAMA
     },
 ];
 
 /// The family of a GGUF file's `general.architecture`.
 pub(super) fn of_gguf(name: &str) -> Option<&'static Family> {
-    FAMILIES.iter().find(|family| family.in_gguf && family.name == name)
+    FAMILIES.iter().find(|family| family.gguf_name == Some(name))
 }
 
 /// The family of a config.json's `model_type`.

@@ -5,7 +5,7 @@
 use super::families::{self, Biases, Family, Windows};
 use super::rope::{RopeParameters, Scaling};
 use super::{
-    Architecture, Attention, FeedForward, Layer, ModelFiles, Role, TensorSlice, TokenizerSource, WeightSource, names,
+    Architecture, Attention, Experts, FeedForward, Layer, LongRopes, ModelFiles, TokenizerSource, WeightSource, names,
 };
 use crate::format::blocks::dequantise_row;
 use crate::format::{ElementType, FormatError, Gguf, Value};
@@ -39,17 +39,14 @@ pub(super) fn open(path: &Path) -> Result<ModelFiles, FormatError> {
 fn weights(file: &Gguf, architecture: &Architecture) -> Result<WeightSource, FormatError> {
     let mut tensors = BTreeMap::new();
     for role in names::roles(architecture) {
-        let mut name = names::gguf(role);
-        // No head of its own: the embedding is the head.
-        if role == Role::Output && !file.tensors.contains_key(&name) {
-            name = names::gguf(Role::TokenEmbedding);
-        }
-        let info = file.tensors.get(&name).ok_or_else(|| FormatError::BadTensor {
+        let places = names::gguf(role, architecture);
+        let slice = places.iter().find_map(|place| place.slice(0, file.tensors.get(&place.tensor)?));
+        let slice = slice.ok_or_else(|| FormatError::BadTensor {
             path: file.file.path().to_owned(),
-            tensor: name.clone(),
+            tensor: places.first().map(|place| place.tensor.clone()).unwrap_or_default(),
             what: "it is missing".to_owned(),
         })?;
-        tensors.insert(role, TensorSlice::whole(&name, 0, info));
+        tensors.insert(role, slice);
     }
     Ok(WeightSource { files: vec![file.file.path().to_owned()], tensors })
 }
@@ -65,7 +62,7 @@ impl Metadata<'_> {
     }
 
     fn key(&self, key: &str) -> String {
-        format!("{}.{key}", self.family.name)
+        format!("{}.{key}", self.family.gguf_name.unwrap_or(self.family.name))
     }
 
     fn optional(&self, key: &str) -> Result<Option<usize>, FormatError> {
@@ -118,28 +115,26 @@ impl Metadata<'_> {
             return Err(self.bad(&self.key("attention.value_length"), "differs from key_length"));
         }
         let kv_heads = self.per_layer("attention.head_count_kv", layer_count, Some(first_heads))?;
-        let widths = self.per_layer("feed_forward_length", layer_count, None)?;
+        let feed_forwards = self.feed_forwards(layer_count)?;
         let (ropes, windows) = (self.ropes(head_dim)?, self.windows(layer_count)?);
         let scaled = self.family.sliding_theta.is_some();
-        let layers = (0..layer_count).map(|index| Layer {
+        let softcap = self.softcap("attn_logit_softcapping", self.family.softcaps.attention)?;
+        let layers = feed_forwards.into_iter().enumerate().map(|(index, feed_forward)| Layer {
             norms: self.family.norms,
             attention: Attention {
                 heads: heads[index],
                 kv_heads: kv_heads[index],
                 head_dim,
                 scale: self.scale(hidden, heads[index], head_dim, layer_count),
-                softcap: None,
+                softcap,
                 window: windows[index],
                 rope: usize::from(scaled && windows[index].is_some()),
                 query_key_norm: self.family.query_key_norm,
                 input_bias: self.has_bias(index, "attn_q"),
                 output_bias: self.has_bias(index, "attn_output"),
+                sinks: self.family.sinks,
             },
-            feed_forward: FeedForward {
-                width: widths[index],
-                activation: self.family.activation,
-                bias: self.has_bias(index, "ffn_gate"),
-            },
+            feed_forward,
         });
         Ok(Architecture {
             family: self.family.name.to_owned(),
@@ -149,21 +144,58 @@ impl Metadata<'_> {
             embedding_scale: if self.family.scales_embedding { (hidden as f32).sqrt() } else { 1.0 },
             norm_offset: 0.0,
             norm_epsilon: self.float("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5) as f32,
-            logit_softcap: self.float("final_logit_softcapping")?.map(|cap| cap as f32),
+            logit_softcap: self.softcap("final_logit_softcapping", self.family.softcaps.logits)?,
             ropes,
+            long_ropes: self.long_ropes(head_dim)?,
             layers: layers.collect(),
         })
     }
 
-    /// GGUF does not say it: 1/√head_dim, but for Gemma 3 27B (62 layers), whose scalar is hidden / heads.
+    fn softcap(&self, key: &str, own: Option<f64>) -> Result<Option<f32>, FormatError> {
+        Ok(self.float(key)?.or(own).filter(|&cap| cap > 0.0).map(|cap| cap as f32))
+    }
+
+    fn feed_forwards(&self, layers: usize) -> Result<Vec<FeedForward>, FormatError> {
+        let widths = self.per_layer("feed_forward_length", layers, None)?;
+        let count = self.optional("expert_count")?.filter(|&count| count > 0);
+        let experts = match count {
+            Some(count) => Some(Experts {
+                count,
+                used: self.required("expert_used_count")?,
+                weighting: self.family.weighting,
+                router_bias: self.family.router_bias,
+            }),
+            None => None,
+        };
+        let own_width = self.optional("expert_feed_forward_length")?;
+        let of = |layer: usize| {
+            // A layer with a gate of its own is dense.
+            let experts = experts.clone().filter(|_| !self.has(layer, "ffn_gate.weight"));
+            FeedForward {
+                width: own_width.filter(|_| experts.is_some()).unwrap_or(widths[layer]),
+                activation: self.family.activation,
+                bias: self.has(layer, "ffn_gate.bias") || self.has(layer, "ffn_gate_exps.bias"),
+                experts,
+            }
+        };
+        Ok((0..layers).map(of).collect())
+    }
+
+    /// GGUF does not say it: see [`Scalar`](families::Scalar).
     fn scale(&self, hidden: usize, heads: usize, head_dim: usize, layers: usize) -> f32 {
-        let by = if self.family.scales_by_scalar && layers == 62 { hidden / heads.max(1) } else { head_dim };
+        let is_other = self.family.scalar.is_some_and(|scalar| scalar.layers == layers);
+        let by = if is_other { hidden / heads.max(1) } else { head_dim };
         (by as f32).sqrt().recip()
+    }
+
+    fn has(&self, layer: usize, tensor: &str) -> bool {
+        self.file.tensors.contains_key(&format!("blk.{layer}.{tensor}"))
     }
 
     fn has_bias(&self, layer: usize, part: &str) -> bool {
         let always = self.family.biases == Biases::Inputs && part == "attn_q";
-        always || self.file.tensors.contains_key(&format!("blk.{layer}.{part}.bias"))
+        let fused = part == "attn_q" && self.has(layer, "attn_qkv.bias");
+        always || fused || self.has(layer, &format!("{part}.bias"))
     }
 
     /// The embedding's rows are the truth; `vocab_size` and the token list may be padded apart.
@@ -177,10 +209,13 @@ impl Metadata<'_> {
     }
 
     fn windows(&self, layers: usize) -> Result<Vec<Option<usize>>, FormatError> {
-        let Windows::Alternating { period, .. } = self.family.windows else {
-            return Ok(vec![None; layers]);
-        };
         let window = self.optional("attention.sliding_window")?.filter(|&window| window > 0);
+        let period = match self.family.windows {
+            Windows::Alternating { period, .. } => period,
+            // Files of other families that have the key mean all layers.
+            Windows::Always { .. } => return Ok(vec![window; layers]),
+            Windows::Never | Windows::Upper { .. } => return Ok(vec![None; layers]),
+        };
         let key = self.key("attention.sliding_window_pattern");
         let slides: Vec<bool> = match self.file.value(&key) {
             Some(Value::List(flags)) => {
@@ -213,15 +248,46 @@ impl Metadata<'_> {
                 scaling: Scaling::None,
             });
         }
-        Ok(ropes.iter().map(|rope| rope.build(self.family.gguf_pairing)).collect())
+        ropes.iter().map(|rope| self.build(rope)).collect()
+    }
+
+    fn build(&self, rope: &RopeParameters) -> Result<super::Rope, FormatError> {
+        match rope.is_complete() {
+            true => Ok(rope.build(self.family.gguf_pairing)),
+            false => Err(self.bad("rope_freqs.weight", "has not one divisor for each pair of dimensions")),
+        }
+    }
+
+    /// LongRoPE's second table, where the file has one.
+    fn long_ropes(&self, head_dim: usize) -> Result<Option<LongRopes>, FormatError> {
+        let Some(divisors) = self.divisors("rope_factors_long.weight")? else { return Ok(None) };
+        let rope = RopeParameters {
+            theta: self.float("rope.freq_base")?.unwrap_or(10_000.0),
+            dimensions: self.optional("rope.dimension_count")?.unwrap_or(head_dim),
+            scaling: Scaling::Divisors { divisors, magnitude: self.magnitude()? },
+        };
+        let above_tokens = self.required("rope.scaling.original_context_length")?;
+        Ok(Some(LongRopes { above_tokens, ropes: vec![self.build(&rope)?] }))
+    }
+
+    fn magnitude(&self) -> Result<f64, FormatError> {
+        Ok(self.float("rope.scaling.attn_factor")?.unwrap_or(1.0))
+    }
+
+    fn divisors(&self, tensor: &str) -> Result<Option<Vec<f32>>, FormatError> {
+        let Some(info) = self.file.tensors.get(tensor) else { return Ok(None) };
+        let range = info.offset_bytes..info.offset_bytes + info.length_bytes;
+        let mut divisors = vec![0.0; info.shape.iter().product()];
+        dequantise_row(info.element, self.file.file.slice(range, tensor)?, &mut divisors);
+        Ok(Some(divisors))
     }
 
     fn scaling(&self) -> Result<Scaling, FormatError> {
-        if let Some(info) = self.file.tensors.get("rope_freqs.weight") {
-            let range = info.offset_bytes..info.offset_bytes + info.length_bytes;
-            let mut divisors = vec![0.0; info.shape.iter().product()];
-            dequantise_row(info.element, self.file.file.slice(range, "rope_freqs.weight")?, &mut divisors);
-            return Ok(Scaling::Divisors(divisors));
+        if let Some(divisors) = self.divisors("rope_freqs.weight")? {
+            return Ok(Scaling::Divisors { divisors, magnitude: 1.0 });
+        }
+        if let Some(divisors) = self.divisors("rope_factors_short.weight")? {
+            return Ok(Scaling::Divisors { divisors, magnitude: self.magnitude()? });
         }
         let factor = self.float("rope.scaling.factor")?.filter(|&factor| factor > 0.0);
         let key = self.key("rope.scaling.type");
@@ -239,13 +305,13 @@ impl Metadata<'_> {
             Some(context) => context,
             None => self.required("context_length")?,
         };
-        let attention = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
+        let attention = self.magnitude()?;
         Ok(Scaling::Yarn {
             factor,
             beta_fast: self.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
             beta_slow: self.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
             original_context: context as f64,
-            truncate: true,
+            truncate: self.family.truncates_yarn,
             attention_factor: Some((0.1 * factor.max(1.0).ln() + 1.0) * attention),
         })
     }
@@ -265,7 +331,14 @@ fn quantization(file: &Gguf) -> Result<String, FormatError> {
         Some(15) => "Q4_K_M",
         Some(16) => "Q5_K_S",
         Some(17) => "Q5_K_M",
+        Some(10) => "Q2_K",
+        Some(11) => "Q3_K_S",
+        Some(12) => "Q3_K_M",
+        Some(13) => "Q3_K_L",
         Some(18) => "Q6_K",
+        Some(25) => "IQ4_NL",
+        Some(30) => "IQ4_XS",
+        Some(38) => "MXFP4",
         Some(32) => "BF16",
         _ => {
             let mut bytes: BTreeMap<ElementType, u64> = BTreeMap::new();

@@ -1,10 +1,11 @@
 //! A model out of a Hugging Face folder: config.json and safetensors.
 
-use super::families::{self, Biases, Family, Windows};
+use super::families::{self, Biases, Family, Naming, Windows};
 use super::hf_config::{Config, ScalingUse};
+use super::rope::RopeParameters;
 use super::{
-    Architecture, Attention, FeedForward, Layer, ModelFiles, Pairing, Role, TensorSlice, TokenizerSource, WeightSource,
-    names,
+    Activation, Architecture, Attention, Experts, FeedForward, Layer, Layout, LongRopes, ModelFiles, Pairing, Role,
+    TensorSlice, TokenizerSource, WeightSource, Weighting, names,
 };
 use crate::format::{ElementType, FormatError, SafeTensors};
 use std::collections::BTreeMap;
@@ -24,8 +25,12 @@ pub(super) fn open(folder: &Path) -> Result<ModelFiles, FormatError> {
     };
     let family = families::of_model_type(model_type)
         .ok_or_else(|| FormatError::UnknownFamily { path, family: model_type.to_owned() })?;
-    if let Some(method) = config.nested("quantization_config") {
-        let method = method.text("quant_method")?.unwrap_or("unknown").to_owned();
+    let method = match config.nested("quantization_config") {
+        Some(method) => Some(method.text("quant_method")?.unwrap_or("unknown").to_owned()),
+        None => None,
+    };
+    let is_mxfp4 = method.as_deref() == Some("mxfp4") && family.naming == Naming::GptOss;
+    if let Some(method) = method.filter(|_| !is_mxfp4) {
         return Err(config.bad("quantization_config", format!("names the method `{method}`, which is not supported")));
     }
     let tensors = SafeTensors::open_folder(folder)?;
@@ -33,7 +38,10 @@ pub(super) fn open(folder: &Path) -> Result<ModelFiles, FormatError> {
     let architecture = reader.architecture()?;
     let tied = config.flag("tie_word_embeddings")?.or(outer.flag("tie_word_embeddings")?);
     let weights = weights(&tensors, &architecture, family, tied.unwrap_or(family.ties_embeddings), folder)?;
-    let quantization = weights.tensors.get(&Role::TokenEmbedding).map_or(ElementType::F32, |slice| slice.element);
+    let quantization = match is_mxfp4 {
+        true => ElementType::MXFP4,
+        false => weights.tensors.get(&Role::TokenEmbedding).map_or(ElementType::F32, |slice| slice.element),
+    };
     Ok(ModelFiles {
         path: folder.to_owned(),
         architecture,
@@ -50,23 +58,55 @@ fn weights(
     tied: bool,
     folder: &Path,
 ) -> Result<WeightSource, FormatError> {
-    let has = |name: &str| found.tensors.contains_key(name);
-    let embedding = |prefix: &str| names::safetensors(Role::TokenEmbedding, family.norms, prefix);
-    let prefix = PREFIXES.into_iter().find(|prefix| has(&embedding(prefix))).unwrap_or(PREFIXES[0]);
+    let mut schemes = PREFIXES.map(|prefix| names::Safetensors { naming: family.naming, prefix, architecture });
+    schemes.sort_by_key(|names| !found.tensors.contains_key(&names.embedding().tensor));
+    let names = &schemes[0];
     let mut tensors = BTreeMap::new();
     for role in names::roles(architecture) {
-        let mut name = names::safetensors(role, family.norms, prefix);
-        if role == Role::Output && (tied || !has(&name)) {
-            name = embedding(prefix);
-        }
-        let (file, info) = found.tensors.get(&name).ok_or_else(|| FormatError::BadTensor {
+        let places = if role == Role::Output && tied { vec![names.embedding()] } else { names.places(role) };
+        let slice = places.iter().find_map(|place| {
+            let (file, info) = found.tensors.get(&place.tensor)?;
+            place.slice(*file, info)
+        });
+        let apart = || mxfp4_slice(found, &names.mxfp4(role)?);
+        let slice = slice.or_else(apart).ok_or_else(|| FormatError::BadTensor {
             path: folder.to_owned(),
-            tensor: name.clone(),
+            tensor: places.first().map(|place| place.tensor.clone()).unwrap_or_default(),
             what: "it is missing".to_owned(),
         })?;
-        tensors.insert(role, TensorSlice::whole(&name, *file, info));
+        tensors.insert(role, slice);
     }
     Ok(WeightSource { files: found.files.iter().map(|file| file.path().to_owned()).collect(), tensors })
+}
+
+/// The slice that `place` is, if its two tensors are there and have its values.
+fn mxfp4_slice(found: &SafeTensors, place: &names::Mxfp4Place) -> Option<TensorSlice> {
+    let (file, blocks) = found.bytes.get(&place.blocks)?;
+    let (scales_file, scales) = found.bytes.get(&place.scales)?;
+    let per_row = place.columns / 32;
+    let rows_needed = place.first_row + place.rows.checked_sub(1)?.checked_mul(place.row_step)? + 1;
+    let holds = |shape: &[usize], row_bytes: usize| {
+        let bytes: usize = shape.iter().product();
+        rows_needed.checked_mul(row_bytes).is_some_and(|needed| needed <= bytes)
+    };
+    if !place.columns.is_multiple_of(32) || !holds(&blocks.shape, per_row * 16) || !holds(&scales.shape, per_row) {
+        return None;
+    }
+    let first = place.first_row as u64;
+    Some(TensorSlice {
+        name: place.blocks.clone(),
+        file: *file,
+        element: ElementType::MXFP4,
+        rows: place.rows,
+        columns: place.columns,
+        offset_bytes: blocks.offset_bytes + first * per_row as u64 * 16,
+        length_bytes: (place.rows * per_row * ElementType::MXFP4.block_bytes()) as u64,
+        layout: Layout::Mxfp4Apart {
+            row_step: place.row_step as u64,
+            scales_file: *scales_file,
+            scales_offset_bytes: scales.offset_bytes + first * per_row as u64,
+        },
+    })
 }
 
 struct Reader<'a> {
@@ -86,15 +126,11 @@ impl Reader<'_> {
         let attention = self.attention(hidden)?;
         let windows = self.windows(layer_count)?;
         let two_ropes = family.sliding_theta.is_some();
-        let feed_forward = FeedForward {
-            width: config.required("intermediate_size")?,
-            activation: family.activation,
-            bias: family.biases == Biases::AsConfigured && config.flag("mlp_bias")?.unwrap_or(false),
-        };
-        let layers = windows.into_iter().map(|window| Layer {
+        let feed_forwards = self.feed_forwards(layer_count)?;
+        let layers = windows.into_iter().zip(feed_forwards).map(|(window, feed_forward)| Layer {
             norms: family.norms,
             attention: Attention { window, rope: usize::from(two_ropes && window.is_some()), ..attention.clone() },
-            feed_forward: feed_forward.clone(),
+            feed_forward,
         });
         Ok(Architecture {
             family: family.name.to_owned(),
@@ -103,11 +139,57 @@ impl Reader<'_> {
             context_tokens: config.count("max_position_embeddings")?.unwrap_or(2048),
             embedding_scale: if family.scales_embedding { (hidden as f32).sqrt() } else { 1.0 },
             norm_offset: if family.norms_less_one { 1.0 } else { 0.0 },
-            norm_epsilon: config.float("rms_norm_eps")?.unwrap_or(1e-6) as f32,
-            logit_softcap: config.float("final_logit_softcapping")?.map(|cap| cap as f32),
+            norm_epsilon: config.float("rms_norm_eps")?.unwrap_or(family.norm_epsilon) as f32,
+            logit_softcap: self.softcap("final_logit_softcapping", family.softcaps.logits)?,
             ropes: self.ropes(attention.head_dim)?,
+            long_ropes: self.long_ropes(attention.head_dim)?,
             layers: layers.collect(),
         })
+    }
+
+    /// A family's own cap, unless the config says another, or `null`.
+    fn softcap(&self, key: &str, own: Option<f64>) -> Result<Option<f32>, FormatError> {
+        let own = own.filter(|_| !self.config.is_null(key));
+        Ok(self.config.float(key)?.or(own).map(|cap| cap as f32))
+    }
+
+    fn feed_forwards(&self, layers: usize) -> Result<Vec<FeedForward>, FormatError> {
+        let (config, family) = (self.config, self.family);
+        let bias = match family.biases {
+            Biases::AsConfigured => config.flag("mlp_bias")?.unwrap_or(false),
+            Biases::Inputs => false,
+            Biases::All => true,
+        };
+        let activation = match (family.activation, config.float("swiglu_limit")?, config.float("swiglu_alpha")?) {
+            (Activation::ClampedSwish { slope, limit }, own_limit, own_slope) => Activation::ClampedSwish {
+                slope: own_slope.map_or(slope, |slope| slope as f32),
+                limit: own_limit.map_or(limit, |limit| limit as f32),
+            },
+            (activation, ..) => activation,
+        };
+        let dense = FeedForward { width: config.required("intermediate_size")?, activation, bias, experts: None };
+        let Some(experts) = self.experts()? else { return Ok(vec![dense; layers]) };
+        let width = config.count("moe_intermediate_size")?.unwrap_or(dense.width);
+        // qwen3_moe: each so manieth layer has experts, but for some.
+        let period = config.count("decoder_sparse_step")?.unwrap_or(1).max(1);
+        let dense_layers = config.counts("mlp_only_layers")?.unwrap_or_default();
+        let of = |layer: usize| match (layer + 1).is_multiple_of(period) && !dense_layers.contains(&layer) {
+            true => FeedForward { width, experts: Some(experts.clone()), ..dense.clone() },
+            false => dense.clone(),
+        };
+        Ok((0..layers).map(of).collect())
+    }
+
+    fn experts(&self) -> Result<Option<Experts>, FormatError> {
+        let config = self.config;
+        let count = config.count("num_local_experts")?.or(config.count("num_experts")?).filter(|&count| count > 0);
+        let Some(count) = count else { return Ok(None) };
+        let weighting = match config.flag("norm_topk_prob")? {
+            Some(false) => Weighting::AmongAll,
+            Some(true) | None => self.family.weighting,
+        };
+        let used = config.required("num_experts_per_tok")?;
+        Ok(Some(Experts { count, used, weighting, router_bias: self.family.router_bias }))
     }
 
     fn check_activation(&self) -> Result<(), FormatError> {
@@ -116,8 +198,8 @@ impl Reader<'_> {
             None => self.config.text("hidden_activation")?,
         };
         let expected: &[&str] = match self.family.activation {
-            super::Activation::Silu => &["silu", "swish"],
-            super::Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu"],
+            Activation::Silu | Activation::ClampedSwish { .. } => &["silu", "swish"],
+            Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu"],
         };
         match named {
             Some(named) if !expected.contains(&named) => Err(self
@@ -141,20 +223,23 @@ impl Reader<'_> {
         if head_dim > super::HEAD_DIM_MAX {
             return Err(config.bad("head_dim", format!("is {head_dim}")));
         }
-        let scalar =
-            if family.scales_by_scalar { config.float("query_pre_attn_scalar")?.or(Some(256.0)) } else { None };
+        let scalar = match family.scalar {
+            Some(_) => config.float("query_pre_attn_scalar")?.or(Some(256.0)),
+            None => None,
+        };
         let bias = config.flag("attention_bias")?.unwrap_or(false);
         Ok(Attention {
             heads,
             kv_heads: config.count("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
             scale: scalar.unwrap_or(head_dim as f64).sqrt().recip() as f32,
-            softcap: None,
+            softcap: self.softcap("attn_logit_softcapping", family.softcaps.attention)?,
             window: None,
             rope: 0,
             query_key_norm: family.query_key_norm,
-            input_bias: family.biases == Biases::Inputs || bias,
-            output_bias: family.biases == Biases::AsConfigured && bias,
+            input_bias: family.biases != Biases::AsConfigured || bias,
+            output_bias: family.biases == Biases::All || family.biases == Biases::AsConfigured && bias,
+            sinks: family.sinks,
         })
     }
 
@@ -175,7 +260,7 @@ impl Reader<'_> {
         match self.family.windows {
             Windows::Never => Ok(vec![None; layers]),
             Windows::Always { window } => {
-                let default = (!config.is_null("sliding_window")).then_some(window);
+                let default = window.filter(|_| !config.is_null("sliding_window"));
                 Ok(by_rule(&|_| true, given.or(default)))
             }
             Windows::Upper { from_layer } => {
@@ -202,6 +287,19 @@ impl Reader<'_> {
             }
             ropes.push(sliding);
         }
-        Ok(ropes.iter().map(|rope| rope.build(Pairing::Halves)).collect())
+        ropes.iter().map(|rope| self.build(rope)).collect()
+    }
+
+    fn long_ropes(&self, head_dim: usize) -> Result<Option<LongRopes>, FormatError> {
+        let Some((above_tokens, scaling)) = self.config.long_rope()? else { return Ok(None) };
+        let short = self.config.rope("full_attention", self.family.theta, head_dim, ScalingUse::Applies)?;
+        Ok(Some(LongRopes { above_tokens, ropes: vec![self.build(&RopeParameters { scaling, ..short })?] }))
+    }
+
+    fn build(&self, rope: &RopeParameters) -> Result<super::Rope, FormatError> {
+        match rope.is_complete() {
+            true => Ok(rope.build(Pairing::Halves)),
+            false => Err(self.config.bad("rope_scaling", "has not one factor for each pair of dimensions")),
+        }
     }
 }

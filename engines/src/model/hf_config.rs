@@ -1,6 +1,6 @@
 //! config.json, in the layouts of transformers before and after version 5.
 
-use super::rope::{RopeParameters, Scaling};
+use super::rope::{self, RopeParameters, Scaling};
 use crate::format::FormatError;
 use crate::format::safetensors::read_text;
 use serde_json::{Map, Value};
@@ -61,6 +61,11 @@ impl Config {
         self.get(key, "a count", |v| usize::try_from(v.as_u64()?).ok())
     }
 
+    pub(super) fn counts(&self, key: &str) -> Result<Option<Vec<usize>>, FormatError> {
+        let list = |value: &Value| value.as_array()?.iter().map(|v| usize::try_from(v.as_u64()?).ok()).collect();
+        self.get(key, "a list of counts", list)
+    }
+
     pub(super) fn required(&self, key: &str) -> Result<usize, FormatError> {
         self.count(key)?.ok_or_else(|| self.bad(key, "is missing"))
     }
@@ -81,6 +86,11 @@ impl Config {
         self.get(key, "a list of strings", |value| value.as_array()?.iter().map(Value::as_str).collect())
     }
 
+    fn floats(&self, key: &str) -> Result<Vec<f32>, FormatError> {
+        let list = |value: &Value| value.as_array()?.iter().map(|v| v.as_f64().map(|f| f as f32)).collect();
+        self.get(key, "a list of numbers", list)?.ok_or_else(|| self.bad(key, "is missing"))
+    }
+
     /// The rotary embedding of layers of `layer_type` (`full_attention` or `sliding_attention`).
     ///
     /// New layout: `rope_parameters`, flat or by layer type. Old: `rope_theta` and `rope_scaling`.
@@ -91,11 +101,7 @@ impl Config {
         dimensions: usize,
         scales: ScalingUse,
     ) -> Result<RopeParameters, FormatError> {
-        let new = self.nested("rope_parameters");
-        let by_type = new.as_ref().and_then(|parameters| parameters.nested(layer_type));
-        let nested = by_type.is_some();
-        let old = self.nested("rope_scaling").filter(|_| scales == ScalingUse::Applies);
-        let section = by_type.or(new).or(old);
+        let (section, nested) = self.rope_section(layer_type, scales);
         let own_theta = match &section {
             Some(section) => section.float("rope_theta")?,
             None => None,
@@ -105,22 +111,72 @@ impl Config {
             Some(section) => section.scaling(self)?,
             None => Scaling::None,
         };
+        let part = match &section {
+            Some(section) => section.float("partial_rotary_factor")?,
+            None => None,
+        };
+        let part = part.or(self.float("partial_rotary_factor")?).unwrap_or(1.0);
+        let dimensions = (dimensions as f64 * part.clamp(0.0, 1.0)) as usize;
         Ok(RopeParameters { theta: own_theta.or(outer_theta).unwrap_or(theta), dimensions, scaling })
     }
 
+    /// The object that describes the rotary embedding, and whether it is one of several layer types'.
+    fn rope_section(&self, layer_type: &str, scales: ScalingUse) -> (Option<Self>, bool) {
+        let new = self.nested("rope_parameters");
+        let by_type = new.as_ref().and_then(|parameters| parameters.nested(layer_type));
+        let nested = by_type.is_some();
+        let old = self.nested("rope_scaling").filter(|_| scales == ScalingUse::Applies);
+        (by_type.or(new).or(old), nested)
+    }
+
+    /// Where the model has LongRoPE: the context above which other divisors hold, and those divisors' scaling.
+    pub(super) fn long_rope(&self) -> Result<Option<(usize, Scaling)>, FormatError> {
+        let (Some(section), _) = self.rope_section("full_attention", ScalingUse::Applies) else { return Ok(None) };
+        if !section.is_long_rope()? {
+            return Ok(None);
+        }
+        let original = section.original_context(self)?;
+        Ok(Some((original as usize, section.long_scaling(self, "long_factor")?)))
+    }
+
+    fn rope_type(&self) -> Result<&str, FormatError> {
+        match self.text("rope_type")? {
+            Some(kind) => Ok(kind),
+            None => Ok(self.text("type")?.unwrap_or("default")),
+        }
+    }
+
+    /// `su` is LongRoPE's name in the first checkpoints of phi3.
+    fn is_long_rope(&self) -> Result<bool, FormatError> {
+        Ok(matches!(self.rope_type()?, "longrope" | "su"))
+    }
+
+    fn long_scaling(&self, outer: &Self, key: &str) -> Result<Scaling, FormatError> {
+        let original = self.original_context(outer)?;
+        let factor = match self.float("factor")? {
+            Some(factor) => factor,
+            None => outer.required("max_position_embeddings")? as f64 / original,
+        };
+        let magnitude = self.float("attention_factor")?.unwrap_or(rope::long_magnitude(factor, original));
+        Ok(Scaling::Divisors { divisors: self.floats(key)?, magnitude })
+    }
+
+    fn original_context(&self, outer: &Self) -> Result<f64, FormatError> {
+        let key = "original_max_position_embeddings";
+        match outer.float(key)?.or(self.float(key)?) {
+            Some(context) if context >= 1.0 => Ok(context),
+            Some(context) => Err(self.bad(key, format!("is {context}"))),
+            None => Ok(outer.required("max_position_embeddings")? as f64),
+        }
+    }
+
     fn scaling(&self, outer: &Self) -> Result<Scaling, FormatError> {
-        let kind = match self.text("rope_type")? {
-            Some(kind) => kind,
-            None => self.text("type")?.unwrap_or("default"),
-        };
+        let kind = self.rope_type()?;
+        if self.is_long_rope()? {
+            return self.long_scaling(outer, "short_factor");
+        }
         let factor = || self.float("factor")?.ok_or_else(|| self.bad("factor", "is missing"));
-        let original = || -> Result<f64, FormatError> {
-            let key = "original_max_position_embeddings";
-            match outer.float(key)?.or(self.float(key)?) {
-                Some(context) => Ok(context),
-                None => Ok(outer.required("max_position_embeddings")? as f64),
-            }
-        };
+        let original = || self.original_context(outer);
         match kind {
             "default" => Ok(Scaling::None),
             "linear" => Ok(Scaling::Linear { factor: factor()? }),

@@ -9,15 +9,17 @@
 
 mod architecture;
 pub mod families;
+mod gather;
 mod gguf;
 mod hf;
 mod hf_config;
 mod names;
+mod place;
 mod rope;
 mod weights;
 
 pub use architecture::*;
-pub use weights::{LayerRole, Role, TensorSlice, WeightReader, WeightSource};
+pub use weights::{LayerRole, Layout, Part, Role, TensorBytes, TensorSlice, WeightReader, WeightSource};
 
 use crate::format::{FormatError, Gguf};
 use serde::{Deserialize, Serialize};
@@ -49,6 +51,7 @@ const LAYERS_MAX: usize = 1024;
 const WIDTH_MAX: usize = 1 << 20;
 const VOCABULARY_MAX: usize = 1 << 22;
 const HEAD_DIM_MAX: usize = 4096;
+const EXPERTS_MAX: usize = 1024;
 
 impl ModelFiles {
     /// Reads the model at `path`: a GGUF file, or a folder with `config.json` and safetensors.
@@ -85,10 +88,6 @@ impl ModelFiles {
 impl Architecture {
     /// The first thing that no model can have, as (key, what is wrong with it).
     fn check(&self) -> Result<(), (&'static str, String)> {
-        let within = |key, value: usize, limit: usize| match (1..=limit).contains(&value) {
-            true => Ok(()),
-            false => Err((key, format!("is {value}; 1 to {limit} is possible"))),
-        };
         within("vocabulary size", self.vocabulary, VOCABULARY_MAX)?;
         within("hidden size", self.hidden, WIDTH_MAX)?;
         within("number of layers", self.layers.len(), LAYERS_MAX)?;
@@ -96,32 +95,64 @@ impl Architecture {
         if !(self.norm_epsilon > 0.0 && self.norm_epsilon < 1.0) {
             return Err(("norm epsilon", format!("is {}", self.norm_epsilon)));
         }
+        self.layers.iter().try_for_each(Layer::check)?;
+        let long = self.long_ropes.as_ref().map_or(&[][..], |long| &long.ropes);
+        if long.len() > self.ropes.len() {
+            return Err(("rotary frequencies", "are more for long contexts than for short ones".to_owned()));
+        }
         for layer in &self.layers {
-            let attention = &layer.attention;
-            within("number of attention heads", attention.heads, 4096)?;
-            within("number of key/value heads", attention.kv_heads, attention.heads)?;
-            within("head dimension", attention.head_dim, HEAD_DIM_MAX)?;
-            within("feed-forward size", layer.feed_forward.width, WIDTH_MAX)?;
-            within("sliding window", attention.window.unwrap_or(1), usize::MAX)?;
-            if !attention.heads.is_multiple_of(attention.kv_heads) {
-                return Err((
-                    "number of key/value heads",
-                    format!("is {}, which does not divide {} heads", attention.kv_heads, attention.heads),
-                ));
-            }
-            if !attention.scale.is_finite() {
-                return Err(("attention scale", format!("is {}", attention.scale)));
-            }
-            let rope = &self.ropes[attention.rope];
-            if rope.frequencies.len() * 2 > attention.head_dim {
-                return Err((
-                    "rotary dimension",
-                    format!("is {}, more than the head's {}", rope.frequencies.len() * 2, attention.head_dim),
-                ));
-            }
-            if rope.frequencies.iter().any(|f| !f.is_finite()) || !rope.magnitude.is_finite() {
-                return Err(("rotary frequencies", "are not finite".to_owned()));
-            }
+            let index = layer.attention.rope;
+            let ropes = self.ropes.get(index).into_iter().chain(long.get(index));
+            ropes.into_iter().try_for_each(|rope| rope.check(layer.attention.head_dim))?;
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a count of 0, and one that no model has.
+fn within(key: &'static str, value: usize, limit: usize) -> Result<(), (&'static str, String)> {
+    match (1..=limit).contains(&value) {
+        true => Ok(()),
+        false => Err((key, format!("is {value}; 1 to {limit} is possible"))),
+    }
+}
+
+impl Layer {
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        let attention = &self.attention;
+        within("number of attention heads", attention.heads, 4096)?;
+        within("number of key/value heads", attention.kv_heads, attention.heads)?;
+        within("head dimension", attention.head_dim, HEAD_DIM_MAX)?;
+        within("feed-forward size", self.feed_forward.width, WIDTH_MAX)?;
+        within("sliding window", attention.window.unwrap_or(1), usize::MAX)?;
+        if !attention.heads.is_multiple_of(attention.kv_heads) {
+            return Err((
+                "number of key/value heads",
+                format!("is {}, which does not divide {} heads", attention.kv_heads, attention.heads),
+            ));
+        }
+        if !attention.scale.is_finite() {
+            return Err(("attention scale", format!("is {}", attention.scale)));
+        }
+        if attention.softcap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
+            return Err(("attention cap", format!("is {:?}", attention.softcap)));
+        }
+        if let Some(experts) = &self.feed_forward.experts {
+            within("number of experts", experts.count, EXPERTS_MAX)?;
+            within("number of experts in use", experts.used, experts.count)?;
+        }
+        Ok(())
+    }
+}
+
+impl Rope {
+    fn check(&self, head_dim: usize) -> Result<(), (&'static str, String)> {
+        if self.frequencies.len() * 2 > head_dim {
+            let what = format!("is {}, more than the head's {head_dim}", self.frequencies.len() * 2);
+            return Err(("rotary dimension", what));
+        }
+        if self.frequencies.iter().any(|f| !f.is_finite()) || !self.magnitude.is_finite() {
+            return Err(("rotary frequencies", "are not finite".to_owned()));
         }
         Ok(())
     }

@@ -37,11 +37,29 @@ pub(super) enum Scaling {
         /// What cos and sin are multiplied by; `None`: 0.1 ln factor + 1.
         attention_factor: Option<f64>,
     },
-    /// Each frequency divided by its own number (GGUF's `rope_freqs.weight`).
-    Divisors(Vec<f32>),
+    /// Each frequency divided by its own number.
+    Divisors {
+        divisors: Vec<f32>,
+        /// What cos and sin are multiplied by.
+        magnitude: f64,
+    },
+}
+
+/// What LongRoPE multiplies cos and sin by in a model whose context was stretched `factor`-fold from
+/// `original_context` (Ding et al. 2024).
+pub(super) fn long_magnitude(factor: f64, original_context: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original_context.ln()).sqrt() }
 }
 
 impl RopeParameters {
+    /// Whether there is a divisor for each frequency, where there are any.
+    pub(super) fn is_complete(&self) -> bool {
+        match &self.scaling {
+            Scaling::Divisors { divisors, .. } => divisors.len() == self.dimensions / 2,
+            _ => true,
+        }
+    }
+
     pub(super) fn build(&self, pairing: Pairing) -> Rope {
         let half = self.dimensions / 2;
         let plain = (0..half).map(|i| self.theta.powf(-2.0 * i as f64 / self.dimensions as f64));
@@ -49,7 +67,10 @@ impl RopeParameters {
         let frequencies: Vec<f64> = match &self.scaling {
             Scaling::None => plain.collect(),
             Scaling::Linear { factor } => plain.map(|f| f / factor).collect(),
-            Scaling::Divisors(divisors) => plain.zip(divisors).map(|(f, &d)| f / f64::from(d)).collect(),
+            Scaling::Divisors { divisors, magnitude: by } => {
+                magnitude = *by;
+                plain.zip(divisors).map(|(f, &d)| f / f64::from(d)).collect()
+            }
             Scaling::Llama3 { factor, low_frequency_factor: low, high_frequency_factor: high, original_context } => {
                 let scale = |f: f64| {
                     let wavelength = 2.0 * PI / f;

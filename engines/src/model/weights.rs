@@ -1,7 +1,9 @@
 //! Which tensor plays which role, and the bytes it is stored in.
 //!
-//! Families name tensors; the decoder asks for roles. A role's tensor may be a run of rows of a fused tensor.
+//! Families name tensors; the decoder asks for roles. A role's tensor may be some rows of a fused tensor, or strewn
+//! over one: what the reader gives is always row behind row.
 
+use super::gather;
 use crate::format::{ElementType, FormatError, Mapped, MappedBytes, TensorInfo};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -29,20 +31,32 @@ pub enum LayerRole {
     ValueBias,
     QueryNorm,
     KeyNorm,
+    Sinks,
     AttentionOutput,
     AttentionOutputBias,
     PostAttentionNorm,
     FeedForwardNorm,
+    /// Of a feed-forward without experts.
+    Gated(Part),
+    Router,
+    RouterBias,
+    /// Of one expert.
+    Expert(u32, Part),
+    PostFeedForwardNorm,
+}
+
+/// A tensor of one gated feed-forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Part {
     Gate,
     Up,
     Down,
     GateBias,
     UpBias,
     DownBias,
-    PostFeedForwardNorm,
 }
 
-/// A tensor's place: whole rows of `columns` values, in one run of bytes.
+/// A tensor's place: `rows` rows of `columns` values.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorSlice {
     /// Name in its file, for errors.
@@ -52,8 +66,23 @@ pub struct TensorSlice {
     pub element: ElementType,
     pub rows: usize,
     pub columns: usize,
+    /// Of its first value.
     pub offset_bytes: u64,
+    /// Of its values, wherever they lie.
     pub length_bytes: u64,
+    pub layout: Layout,
+}
+
+/// How a tensor's rows lie in their file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Layout {
+    /// Row behind row.
+    Rows,
+    /// The dense value of row r, column c lies r · `row_step` + c · `column_step` values behind the first.
+    Strided { row_step: u64, column_step: u64 },
+    /// MXFP4 as checkpoints of gpt_oss have it. Each row has sixteen bytes for 32 values, two successive ones in a
+    /// byte, and lies `row_step` such rows behind the one before; its scales lie likewise, elsewhere.
+    Mxfp4Apart { row_step: u64, scales_file: usize, scales_offset_bytes: u64 },
 }
 
 impl TensorSlice {
@@ -68,6 +97,31 @@ impl TensorSlice {
             columns,
             offset_bytes: info.offset_bytes,
             length_bytes: info.length_bytes,
+            layout: Layout::Rows,
+        }
+    }
+}
+
+/// A tensor's rows, one behind the other, as its element type stores them.
+#[derive(Debug)]
+pub enum TensorBytes<'a> {
+    InFile(MappedBytes<'a>),
+    /// Put in order, or made anew.
+    Gathered(Vec<u8>),
+}
+
+impl TensorBytes<'_> {
+    pub fn get(&self) -> &[u8] {
+        match self {
+            Self::InFile(bytes) => bytes.get(),
+            Self::Gathered(bytes) => bytes,
+        }
+    }
+
+    /// Says that `part` of these bytes will not be read again, and need not stay in memory.
+    pub fn forget(&self, part: std::ops::Range<usize>) {
+        if let Self::InFile(bytes) = self {
+            bytes.forget(part);
         }
     }
 }
@@ -115,29 +169,41 @@ impl WeightReader {
         Ok(Self { files })
     }
 
-    /// The bytes of `slice`.
-    pub fn bytes(&self, slice: &TensorSlice) -> Result<MappedBytes<'_>, FormatError> {
-        let file = self.file(slice)?;
-        file.part(slice.offset_bytes..slice.offset_bytes.saturating_add(slice.length_bytes), &slice.name)
+    /// The rows of `slice`.
+    pub fn bytes(&self, slice: &TensorSlice) -> Result<TensorBytes<'_>, FormatError> {
+        let file = self.file(slice, slice.file)?;
+        match slice.layout {
+            Layout::Rows => {
+                let range = slice.offset_bytes..slice.offset_bytes.saturating_add(slice.length_bytes);
+                Ok(TensorBytes::InFile(file.part(range, &slice.name)?))
+            }
+            Layout::Strided { row_step, column_step } => {
+                Ok(TensorBytes::Gathered(gather::strided(file, slice, row_step, column_step)?))
+            }
+            Layout::Mxfp4Apart { row_step, scales_file, scales_offset_bytes } => {
+                let scales = self.file(slice, scales_file)?;
+                Ok(TensorBytes::Gathered(gather::mxfp4(file, scales, slice, row_step, scales_offset_bytes)?))
+            }
+        }
     }
 
     /// Says that `slice` has been copied and its pages need not stay resident.
     pub fn forget(&self, slice: &TensorSlice) {
-        if let Ok(file) = self.file(slice) {
-            file.forget(slice.offset_bytes..slice.offset_bytes + slice.length_bytes);
+        if let Ok(file) = self.file(slice, slice.file) {
+            file.forget(slice.offset_bytes..slice.offset_bytes.saturating_add(slice.length_bytes));
         }
     }
 
     /// The path of `slice`'s file, for errors.
     pub fn path(&self, slice: &TensorSlice) -> PathBuf {
-        self.file(slice).map(|file| file.path().to_owned()).unwrap_or_default()
+        self.file(slice, slice.file).map(|file| file.path().to_owned()).unwrap_or_default()
     }
 
-    fn file(&self, slice: &TensorSlice) -> Result<&Mapped, FormatError> {
-        self.files.get(slice.file).ok_or_else(|| FormatError::BadTensor {
+    fn file(&self, slice: &TensorSlice, number: usize) -> Result<&Mapped, FormatError> {
+        self.files.get(number).ok_or_else(|| FormatError::BadTensor {
             path: PathBuf::new(),
             tensor: slice.name.clone(),
-            what: format!("file number {} is not in the source", slice.file),
+            what: format!("file number {number} is not in the source"),
         })
     }
 }

@@ -7,6 +7,7 @@ use crate::fixture;
 use crate::pipeline::{Pipeline, row};
 use exo_engines::cpu::{CpuFactory, Tier};
 use exo_engines::engine::{KvElement, Operation, SeqId};
+use exo_engines::model::families::FAMILIES;
 use proptest::prelude::*;
 
 /// How one sequence is computed.
@@ -34,7 +35,7 @@ struct Setting {
 }
 
 fn setting() -> impl Strategy<Value = Setting> {
-    let families = prop::sample::select(vec!["llama", "mistral", "qwen2", "qwen3", "gemma3"]);
+    let families = prop::sample::select(FAMILIES.iter().map(|family| family.name).chain(["gpt_oss_mxfp4"]).collect::<Vec<_>>());
     let tiers = prop::sample::select(Tier::available());
     let kvs = prop::sample::select(vec![KvElement::F16, KvElement::F32]);
     (families, tiers, kvs, 1_usize..=3, 1_usize..=3, 1_usize..90)
@@ -42,11 +43,11 @@ fn setting() -> impl Strategy<Value = Setting> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
     fn rows_do_not_see_their_neighbours(setting in setting(), plans in prop::collection::vec(plan(), 1..4)) {
-        let (model, _) = fixture(setting.family);
+        let model = fixture(setting.family).model;
         let one = CpuFactory::with_tier(1, setting.tier);
         let mut alone = Pipeline::with_cache(&model, &one, 1, setting.kv);
         let expected: Vec<_> = plans.iter().map(|plan| alone.logits(&plan.tokens, plan.tokens.len())).collect();

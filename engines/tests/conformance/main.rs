@@ -21,6 +21,9 @@ struct Expected {
     prompt: Vec<u32>,
     last_logprobs: Vec<f64>,
     middle_logprobs: Vec<f64>,
+    /// Of the prompt's first so many tokens alone: as many as phi3's short table serves.
+    short_tokens: usize,
+    short_logprobs: Vec<f64>,
     greedy: Vec<u32>,
 }
 
@@ -28,11 +31,27 @@ fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
-fn fixture(family: &str) -> (ModelFiles, Expected) {
-    let folder = fixtures().join(family);
-    let model = ModelFiles::open(&folder).expect("the fixture opens");
+/// A family in one of its file formats.
+struct Fixture {
+    name: String,
+    model: ModelFiles,
+    expected: Expected,
+}
+
+/// Every family from safetensors and from GGUF (as llama.cpp's converter writes it), and gpt_oss with its experts in
+/// MXFP4 besides.
+fn all_fixtures() -> Vec<Fixture> {
+    let names = FAMILIES.iter().map(|family| family.name).chain(["gpt_oss_mxfp4"]);
+    names.flat_map(|name| [fixture(name), fixture(&format!("{name}/gguf"))]).collect()
+}
+
+fn fixture(name: &str) -> Fixture {
+    let folder = fixtures().join(name);
+    let path = if name.ends_with("gguf") { folder.join("model.gguf") } else { folder.clone() };
+    let model = ModelFiles::open(&path).expect("the fixture opens");
     let expected = std::fs::read_to_string(folder.join("expected.json")).expect("expected.json is there");
-    (model, serde_json::from_str(&expected).expect("expected.json is as make.py writes it"))
+    let expected = serde_json::from_str(&expected).expect("expected.json is as make.py writes it");
+    Fixture { name: name.to_owned(), model, expected }
 }
 
 fn logprobs(logits: &[f32]) -> Vec<f64> {
@@ -57,23 +76,22 @@ fn factories() -> Vec<(String, Box<dyn EngineFactory>)> {
     factories
 }
 
-/// Log-probabilities within 1e-3 of float32, greedy continuations equal, for every family on every backend, whole
-/// and in three shards, over prompts longer than any sliding window.
+/// Log-probabilities within 1e-3 of float32, greedy continuations equal, for every family in both formats on every
+/// backend, whole and in three shards, over prompts longer than any sliding window.
 #[test]
 fn families_agree_with_transformers_on_every_backend() {
-    for family in FAMILIES {
-        let (model, expected) = fixture(family.name);
-        for (name, factory) in factories() {
+    for Fixture { name, model, expected } in all_fixtures() {
+        for (backend, factory) in factories() {
             for shards in [1, 3] {
                 let mut pipeline = Pipeline::new(&model, &*factory, shards);
                 let rows = pipeline.logits(&expected.prompt, expected.prompt.len());
                 let last = distance(&logprobs(&rows[rows.len() - 1]), &expected.last_logprobs);
                 let middle = distance(&logprobs(&rows[rows.len() / 2]), &expected.middle_logprobs);
-                println!("{:8} {name:16} {shards} shards: {last:.2e} {middle:.2e}", family.name);
-                assert!(last < 1e-3 && middle < 1e-3, "{} on {name}: {last} {middle}", family.name);
+                println!("{name:18} {backend:16} {shards} shards: {last:.2e} {middle:.2e}");
+                assert!(last < 1e-3 && middle < 1e-3, "{name} on {backend}: {last} {middle}");
                 let mut token = best(&rows[rows.len() - 1]);
                 for (index, &wanted) in expected.greedy.iter().enumerate() {
-                    assert_eq!(token, wanted, "{} on {name}, token {index}", family.name);
+                    assert_eq!(token, wanted, "{name} on {backend}, token {index}");
                     let position = expected.prompt.len() + index;
                     token = best(&pipeline.step(&[], &[row(SEQ, position)], vec![token]));
                 }
@@ -86,12 +104,28 @@ fn families_agree_with_transformers_on_every_backend() {
 #[test]
 fn the_old_layout_of_configs_means_the_same() {
     for family in FAMILIES {
-        let (new, _) = fixture(family.name);
+        let new = fixture(family.name).model;
         let folder = tempfile::tempdir().expect("a temporary folder");
         let from = fixtures().join(family.name);
         std::fs::copy(from.join("config.old.json"), folder.path().join("config.json")).expect("copied");
         std::fs::copy(from.join("model.safetensors"), folder.path().join("model.safetensors")).expect("copied");
         let old = ModelFiles::open(folder.path()).expect("the old layout opens");
         assert_eq!(old.architecture, new.architecture, "{}", family.name);
+    }
+}
+
+/// LongRoPE: a node that serves no longer contexts than the model was first trained for has the short table.
+#[test]
+fn short_contexts_have_frequencies_of_their_own() {
+    for name in ["phi3", "phi3/gguf"] {
+        let Fixture { mut model, expected, .. } = fixture(name);
+        let prompt = &expected.prompt[..expected.short_tokens];
+        let mut long = Pipeline::new(&model, &CpuFactory::new(1), 1);
+        let rows = long.logits(prompt, prompt.len());
+        assert!(distance(&logprobs(&rows[rows.len() - 1]), &expected.short_logprobs) > 1e-2, "{name}");
+        model.architecture = model.architecture.for_context(prompt.len());
+        let mut short = Pipeline::new(&model, &CpuFactory::new(1), 1);
+        let rows = short.logits(prompt, prompt.len());
+        assert!(distance(&logprobs(&rows[rows.len() - 1]), &expected.short_logprobs) < 1e-3, "{name}");
     }
 }

@@ -27,7 +27,7 @@ impl Pipeline {
         let cut = |index: usize| layers * index / shards;
         let engines = (0..shards).map(|index| {
             let spec = ShardSpec {
-                architecture: model.architecture.clone(),
+                architecture: model.architecture.for_context(usize::MAX),
                 layers: cut(index)..cut(index + 1),
                 tensor: TensorRank::WHOLE,
                 kv_element,

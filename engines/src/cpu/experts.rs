@@ -1,0 +1,101 @@
+//! A mixture of experts: rows are sorted by expert, each expert meets its own, and nobody else's weights are read.
+//!
+//! ```text
+//! norm ─► router ─► routes, by expert ─► gate, up ─► activation ─► down ─► each row: Σ weight · its experts' outputs
+//! ```
+//! An expert computes a row as it would alone, and a row's sum is in the order of its own choices: what else is in the
+//! batch changes no bit.
+
+use super::activation::Rows;
+use super::kernels;
+use super::matmul::Product;
+use super::{CpuBackend, product, rms_norm};
+use crate::backend::{Gated, Linear, Mixture, Norm};
+use crate::error::EngineError;
+use crate::model::Activation;
+use crate::routing;
+use std::ops::Range;
+
+/// Rows sorted by expert.
+struct Routes {
+    /// The row that each sorted one is.
+    rows: Vec<usize>,
+    /// Experts that have rows, with their range of the sorted ones.
+    groups: Vec<(usize, Range<usize>)>,
+    /// For each row, where its experts' outputs lie, and their weights.
+    choices: Vec<Vec<(usize, f32)>>,
+}
+
+impl Routes {
+    fn new(mixture: &Mixture<CpuBackend>, logits: &Rows) -> Self {
+        let mut choices = Vec::with_capacity(logits.count());
+        let mut sorted: Vec<(usize, usize, usize)> = Vec::new();
+        for row in 0..logits.count() {
+            let chosen = routing::route(&mixture.spec, logits.row(row));
+            sorted.extend(chosen.iter().enumerate().map(|(slot, choice)| (choice.expert, row, slot)));
+            choices.push(chosen.iter().map(|choice| (0, choice.weight)).collect::<Vec<_>>());
+        }
+        sorted.sort_unstable();
+        let mut groups: Vec<(usize, Range<usize>)> = Vec::new();
+        for (at, &(expert, row, slot)) in sorted.iter().enumerate() {
+            choices[row][slot].0 = at;
+            match groups.last_mut() {
+                Some((last, range)) if *last == expert => range.end = at + 1,
+                _ => groups.push((expert, at..at + 1)),
+            }
+        }
+        Self { rows: sorted.into_iter().map(|(_, row, _)| row).collect(), groups, choices }
+    }
+}
+
+impl CpuBackend {
+    pub(super) fn mixture(
+        &mut self,
+        activation: Activation,
+        norm: Option<&Norm<Self>>,
+        mixture: &Mixture<Self>,
+        hidden: &Rows,
+    ) -> Result<Rows, EngineError> {
+        let Self { tier, team, spare } = self;
+        let (normed, _) = kernels::prepare(*tier, team, spare, hidden, norm.map(rms_norm), false)?;
+        let input = normed.as_ref().unwrap_or(hidden);
+        let [logits] = self.project(None, input, [&mixture.router])?;
+        let routes = Routes::new(mixture, &logits);
+        let mut sorted = self.spare.rows(routes.rows.len(), input.width);
+        for (to, &row) in sorted.values.chunks_mut(input.width).zip(&routes.rows) {
+            to.copy_from_slice(input.row(row));
+        }
+        let [mut inner, up] = self.experts(mixture, &routes, &sorted, |gated| [&gated.gate, &gated.up])?;
+        kernels::activate(self.tier, &mut self.team, activation, &mut inner, &up)?;
+        let [parts] = self.experts(mixture, &routes, &inner, |gated| [&gated.down])?;
+        let mut out = self.spare.rows(hidden.count(), parts.width);
+        kernels::combine(self.tier, &mut self.team, &routes.choices, &parts, &mut out)?;
+        [logits, sorted, inner, up, parts].into_iter().chain(normed).for_each(|rows| self.spare.keep(rows));
+        Ok(out)
+    }
+
+    /// The products of each expert's rows with `linears` of that expert.
+    fn experts<'m, const N: usize>(
+        &mut self,
+        mixture: &'m Mixture<Self>,
+        routes: &Routes,
+        input: &Rows,
+        linears: impl Fn(&'m Gated<Self>) -> [&'m Linear<Self>; N],
+    ) -> Result<[Rows; N], EngineError> {
+        let widths = mixture.experts.first().map_or([0; N], |gated| linears(gated).map(|linear| linear.weight.rows));
+        let mut outs = widths.map(|width| self.spare.rows(input.count(), width));
+        {
+            let mut products: Vec<Product<'_>> = Vec::with_capacity(N * routes.groups.len());
+            let mut rest = outs.each_mut().map(|rows| rows.values.as_mut_slice());
+            for (expert, rows) in &routes.groups {
+                for (linear, rest) in linears(&mixture.experts[*expert]).into_iter().zip(&mut rest) {
+                    let (own, behind) = std::mem::take(rest).split_at_mut(rows.len() * linear.weight.rows);
+                    *rest = behind;
+                    products.push(product(linear, rows.clone(), own));
+                }
+            }
+            self.multiply(None, input, &mut products)?;
+        }
+        Ok(outs)
+    }
+}

@@ -1,0 +1,66 @@
+//! Tensors whose rows do not lie one behind the other, put in order.
+
+use super::TensorSlice;
+use crate::format::{ElementType, FormatError, Mapped};
+use std::ops::Range;
+
+/// Values of one scale in MXFP4.
+const MXFP4_VALUES: usize = 32;
+
+/// A dense matrix of which neither rows nor columns need be neighbours.
+pub(super) fn strided(
+    file: &Mapped,
+    slice: &TensorSlice,
+    row_step: u64,
+    column_step: u64,
+) -> Result<Vec<u8>, FormatError> {
+    let size = slice.element.block_bytes();
+    let (rows, columns) = (slice.rows as u64, slice.columns as u64);
+    let last = rows
+        .saturating_sub(1)
+        .saturating_mul(row_step)
+        .saturating_add(columns.saturating_sub(1).saturating_mul(column_step));
+    let length = last.saturating_add(1).saturating_mul(size as u64);
+    let source = file.slice(slice.offset_bytes..slice.offset_bytes.saturating_add(length), &slice.name)?;
+    let mut out = vec![0; slice.rows * slice.columns * size];
+    let (row_step, column_step) = (row_step as usize * size, column_step as usize * size);
+    // Column by column: what lies together in the file is read together.
+    for column in 0..slice.columns {
+        for row in 0..slice.rows {
+            let from = row * row_step + column * column_step;
+            let to = (row * slice.columns + column) * size;
+            out[to..to + size].copy_from_slice(&source[from..from + size]);
+        }
+    }
+    Ok(out)
+}
+
+/// Rows of MXFP4 in GGUF's order: each block its scale, then sixteen bytes with values 0–15 in the low nibbles and
+/// 16–31 in the high ones.
+pub(super) fn mxfp4(
+    blocks: &Mapped,
+    scales: &Mapped,
+    slice: &TensorSlice,
+    row_step: u64,
+    scales_offset_bytes: u64,
+) -> Result<Vec<u8>, FormatError> {
+    let per_row = slice.columns / MXFP4_VALUES;
+    let mut out = Vec::with_capacity(slice.rows * per_row * ElementType::MXFP4.block_bytes());
+    for row in 0..slice.rows {
+        let number = (row as u64).saturating_mul(row_step);
+        let pairs = blocks.slice(nth(slice.offset_bytes, number, per_row * 16), &slice.name)?;
+        let row_scales = scales.slice(nth(scales_offset_bytes, number, per_row), &slice.name)?;
+        for (pairs, &scale) in pairs.as_chunks::<16>().0.iter().zip(row_scales) {
+            out.push(scale);
+            let value = |i: usize| pairs[i / 2] >> (i % 2 * 4) & 15;
+            out.extend((0..16).map(|i| value(i) | value(i + 16) << 4));
+        }
+    }
+    Ok(out)
+}
+
+/// The bytes of the `number`-th of rows of `length` bytes from `start` on.
+fn nth(start: u64, number: u64, length: usize) -> Range<u64> {
+    let start = start.saturating_add(number.saturating_mul(length as u64));
+    start..start.saturating_add(length as u64)
+}

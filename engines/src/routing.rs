@@ -1,0 +1,54 @@
+//! Which experts a row goes to.
+//!
+//! A function of the row's own router logits: the same for every backend, and whatever else is in the batch.
+
+use crate::model::{Experts, Weighting};
+
+/// An expert of a row, and what its output is multiplied by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Choice {
+    pub expert: usize,
+    pub weight: f32,
+}
+
+/// The experts of a row with these router logits, the best first; of equals, the one with the lower number.
+pub fn route(spec: &Experts, logits: &[f32]) -> Vec<Choice> {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    let chosen = &order[..spec.used.min(order.len())];
+    let Some(&best) = chosen.first() else { return Vec::new() };
+    let odds = |expert: usize| (logits[expert] - logits[best]).exp();
+    let sum: f32 = match spec.weighting {
+        Weighting::AmongChosen => chosen.iter().map(|&expert| odds(expert)).sum(),
+        Weighting::AmongAll => order.iter().map(|&expert| odds(expert)).sum(),
+    };
+    chosen.iter().map(|&expert| Choice { expert, weight: odds(expert) / sum }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(weighting: Weighting) -> Experts {
+        Experts { count: 4, used: 2, weighting, router_bias: false }
+    }
+
+    #[test]
+    fn the_best_are_chosen_and_share_out_one() {
+        let choices = route(&spec(Weighting::AmongChosen), &[0.0, 3.0_f32.ln(), -1.0, 0.0]);
+        assert_eq!(choices.iter().map(|c| c.expert).collect::<Vec<_>>(), [1, 0]);
+        assert!((choices[0].weight - 0.75).abs() < 1e-6 && (choices[1].weight - 0.25).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_rest_keep_their_part_where_all_are_weighed() {
+        let choices = route(&spec(Weighting::AmongAll), &[0.0; 4]);
+        assert_eq!(choices, [Choice { expert: 0, weight: 0.25 }, Choice { expert: 1, weight: 0.25 }]);
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow() {
+        let choices = route(&spec(Weighting::AmongAll), &[1e4, -1e4, 1e4, 0.0]);
+        assert!(choices.iter().all(|c| (c.weight - 0.5).abs() < 1e-6), "{choices:?}");
+    }
+}
