@@ -341,7 +341,7 @@ fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
     let layers = architecture.layers.len();
     let bytes_of = |wanted: &dyn Fn(&Role) -> bool| -> u64 {
         let tensors = files.weights.tensors.iter().filter(|(role, _)| wanted(role));
-        tensors.map(|(_, slice)| slice.length_bytes).sum()
+        tensors.map(|(_, slice)| slice.kept_bytes()).sum()
     };
     let kv_tokens = u64::from(kv_pages) * u64::from(PAGE_TOKENS);
     let place = |role| files.weights.tensors.get(&role).map(|slice| (slice.file, slice.offset_bytes));

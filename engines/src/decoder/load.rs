@@ -6,8 +6,11 @@ use crate::backend::{
 use crate::engine::{LoadProgress, ShardSpec};
 use crate::error::EngineError;
 use crate::format::blocks::dequantise_row;
+use crate::format::quantise::{self, QuantiseError};
 use crate::format::{ElementType, FormatError};
-use crate::model::{FeedForward, Layer, LayerRole, Part, QueryKeyNorm, Role, TensorSlice, WeightReader, WeightSource};
+use crate::model::{
+    FeedForward, Layer, LayerRole, Part, QueryKeyNorm, Role, TensorBytes, TensorSlice, WeightReader, WeightSource,
+};
 
 /// What a shard has of the model.
 pub(super) struct ShardWeights<B: Backend> {
@@ -92,6 +95,7 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         let mut layers = Vec::new();
         for index in self.shard.layers.clone() {
             layers.push(self.layer(index)?);
+            self.reader.forget_all();
         }
         let mut output_norm = None;
         let mut output = None;
@@ -230,12 +234,27 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
 
     fn matrix(&mut self, role: Role, rows: usize, columns: usize) -> Result<B::Matrix, EngineError> {
         let slice = self.slice(role, rows, columns)?;
-        let data =
-            TensorData { name: &slice.name, element: slice.element, rows, columns, bytes: self.reader.bytes(slice)? };
+        let bytes = self.reader.bytes(slice)?;
+        let bytes = match slice.kept_as == slice.element {
+            true => bytes,
+            false => TensorBytes::Gathered(self.quantised(slice, &bytes)?),
+        };
+        let data = TensorData { name: &slice.name, element: slice.kept_as, rows, columns, bytes };
         let matrix = self.backend.matrix(&data).map_err(|error| self.with_path(slice, error))?;
         self.memory_bytes += B::matrix_bytes(&matrix);
         self.done(slice);
         Ok(matrix)
+    }
+
+    fn quantised(&self, slice: &TensorSlice, bytes: &TensorBytes<'_>) -> Result<Vec<u8>, FormatError> {
+        let types = (slice.element, slice.kept_as);
+        quantise::rows(types, bytes.get(), slice.columns, &|part| bytes.forget(part)).map_err(|error| {
+            let what = match error {
+                QuantiseError::NotANumber { row } => format!("row {row} has a value that is not a finite number"),
+                QuantiseError::Failed { what } => format!("it cannot be quantised: {what}"),
+            };
+            self.bad(slice, what)
+        })
     }
 
     fn vector(&mut self, role: Role, length: usize) -> Result<Vec<f32>, EngineError> {
@@ -295,3 +314,6 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
 fn expected_bytes(element: ElementType, rows: usize, columns: usize) -> Option<u64> {
     (element.row_bytes(columns)? as u64).checked_mul(rows as u64)
 }
+
+#[cfg(test)]
+mod tests;

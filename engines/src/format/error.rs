@@ -24,6 +24,8 @@ pub enum FormatError {
     UnknownFamily { path: PathBuf, family: String },
     #[error("{path}: `{key}` {what}")]
     BadConfig { path: PathBuf, key: String, what: String },
+    #[error("{path}: its weights are {quantization} already, and are not quantised again to {recipe}")]
+    AlreadyQuantised { path: PathBuf, quantization: String, recipe: &'static str },
     #[error("{path}: no tokenizer in it")]
     NoTokenizer { path: PathBuf },
     #[error("{path}: tokenizer: {what}")]
@@ -49,10 +51,11 @@ impl FormatError {
                 "the file does not fit its own description: download it again, or convert it anew"
             }
             Self::UnsupportedType { .. } => {
-                "take a quantisation of F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K"
+                "take F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, a K-quant (Q2_K to Q6_K), IQ4_NL, IQ4_XS or MXFP4"
             }
             Self::UnknownFamily { .. } => "`exo-node models --families` lists the families that can be run",
             Self::BadConfig { .. } => "compare config.json (or the GGUF's metadata) with the model's original",
+            Self::AlreadyQuantised { .. } => "run it as it is, or take the model's original in BF16, F16 or F32",
             Self::NoTokenizer { .. } => {
                 "put the model's tokenizer.json beside its weights, or take a GGUF with a tokenizer in it"
             }

@@ -14,6 +14,7 @@ pub mod gguf;
 #[cfg(test)]
 pub(crate) mod gguf_writer;
 mod mapped;
+pub(crate) mod quantise;
 pub mod safetensors;
 mod tensor;
 

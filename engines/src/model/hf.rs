@@ -106,6 +106,7 @@ fn mxfp4_slice(found: &SafeTensors, place: &names::Mxfp4Place) -> Option<TensorS
             scales_file: *scales_file,
             scales_offset_bytes: scales.offset_bytes + first * per_row as u64,
         },
+        kept_as: ElementType::MXFP4,
     })
 }
 

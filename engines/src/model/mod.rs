@@ -15,10 +15,12 @@ mod hf;
 mod hf_config;
 mod names;
 mod place;
+mod recipe;
 mod rope;
 mod weights;
 
 pub use architecture::*;
+pub use recipe::{Recipe, UnknownRecipe};
 pub use weights::{LayerRole, Layout, Part, Role, TensorBytes, TensorSlice, WeightReader, WeightSource};
 
 use crate::format::{FormatError, Gguf};
@@ -76,6 +78,19 @@ impl ModelFiles {
             what,
         })?;
         Ok(model)
+    }
+
+    /// The same model, with its dense matrices quantised while they are loaded.
+    ///
+    /// # Errors
+    /// [`FormatError::AlreadyQuantised`] where no matrix is dense: what is quantised is not quantised again.
+    pub fn quantised(mut self, recipe: Recipe) -> Result<Self, FormatError> {
+        if !self.weights.quantise(recipe) {
+            let Self { path, quantization, .. } = self;
+            return Err(FormatError::AlreadyQuantised { path, quantization, recipe: recipe.name() });
+        }
+        self.quantization = recipe.name().to_uppercase();
+        Ok(self)
     }
 
     /// Bytes of all weights in the files.

@@ -3,7 +3,7 @@
 //! Families name tensors; the decoder asks for roles. A role's tensor may be some rows of a fused tensor, or strewn
 //! over one: what the reader gives is always row behind row.
 
-use super::gather;
+use super::{Recipe, gather};
 use crate::format::{ElementType, FormatError, Mapped, MappedBytes, TensorInfo};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -71,6 +71,8 @@ pub struct TensorSlice {
     /// Of its values, wherever they lie.
     pub length_bytes: u64,
     pub layout: Layout,
+    /// What the engine is to keep it as: what it is in the file, or what it is quantised to while it is loaded.
+    pub kept_as: ElementType,
 }
 
 /// How a tensor's rows lie in their file.
@@ -98,6 +100,15 @@ impl TensorSlice {
             offset_bytes: info.offset_bytes,
             length_bytes: info.length_bytes,
             layout: Layout::Rows,
+            kept_as: info.element,
+        }
+    }
+
+    /// Bytes of its values as they are kept.
+    pub fn kept_bytes(&self) -> u64 {
+        match self.kept_as == self.element {
+            true => self.length_bytes,
+            false => self.kept_as.row_bytes(self.columns).map_or(0, |bytes| (bytes * self.rows) as u64),
         }
     }
 }
@@ -154,6 +165,17 @@ impl WeightSource {
         let slices = self.roles_of(range, layer_count).map(|(_, slice)| slice);
         slices.filter(|slice| places.insert((slice.file, slice.offset_bytes))).map(|slice| slice.length_bytes).sum()
     }
+
+    /// Has dense matrices quantised while they are loaded; tells whether there are any.
+    #[must_use]
+    pub(super) fn quantise(&mut self, recipe: Recipe) -> bool {
+        let mut is_changed = false;
+        for (role, slice) in &mut self.tensors {
+            slice.kept_as = recipe.element_for(*role, slice);
+            is_changed |= slice.kept_as != slice.element;
+        }
+        is_changed
+    }
 }
 
 /// The files of a [`WeightSource`], opened to be read.
@@ -192,6 +214,12 @@ impl WeightReader {
         if let Ok(file) = self.file(slice, slice.file) {
             file.forget(slice.offset_bytes..slice.offset_bytes.saturating_add(slice.length_bytes));
         }
+    }
+
+    /// Says that nothing of the files need stay resident. The kernel maps more than is read (with large folios, 2 MB
+    /// for a norm of some kilobytes), which [`WeightReader::forget`] leaves there.
+    pub fn forget_all(&self) {
+        self.files.iter().for_each(|file| file.forget(0..file.length_bytes()));
     }
 
     /// The path of `slice`'s file, for errors.

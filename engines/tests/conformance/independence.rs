@@ -35,7 +35,8 @@ struct Setting {
 }
 
 fn setting() -> impl Strategy<Value = Setting> {
-    let families = prop::sample::select(FAMILIES.iter().map(|family| family.name).chain(["gpt_oss_mxfp4"]).collect::<Vec<_>>());
+    let families =
+        prop::sample::select(FAMILIES.iter().map(|family| family.name).chain(["gpt_oss_mxfp4"]).collect::<Vec<_>>());
     let tiers = prop::sample::select(Tier::available());
     let kvs = prop::sample::select(vec![KvElement::F16, KvElement::F32]);
     (families, tiers, kvs, 1_usize..=3, 1_usize..=3, 1_usize..90)

@@ -11,7 +11,7 @@ mod templates;
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::{CpuFactory, Tier};
 use exo_engines::engine::*;
-use exo_engines::model::{ModelFiles, families::FAMILIES};
+use exo_engines::model::{ModelFiles, Recipe, families::FAMILIES};
 use pipeline::{Pipeline, SEQ, row};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -96,6 +96,23 @@ fn families_agree_with_transformers_on_every_backend() {
                     token = best(&pipeline.step(&[], &[row(SEQ, position)], vec![token]));
                 }
             }
+        }
+    }
+}
+
+/// R4.3: quantised while it is loaded, a model of any layout of tensors says nearly the same.
+#[test]
+fn quantising_while_loading_keeps_the_meaning() {
+    for name in ["llama", "phi3", "mixtral/gguf", "gpt_oss"] {
+        for recipe in Recipe::ALL {
+            let Fixture { model, expected, .. } = fixture(name);
+            let model = model.quantised(recipe).expect("it is dense");
+            let mut pipeline = Pipeline::new(&model, &CpuFactory::new(2), 1);
+            let rows = pipeline.logits(&expected.prompt, expected.prompt.len());
+            let error = distance(&logprobs(&rows[rows.len() - 1]), &expected.last_logprobs);
+            println!("{name:14} {recipe}: {error:.3}");
+            let limit = if recipe == Recipe::Q8_0 { 0.5 } else { 3.0 };
+            assert!(error > 1e-5 && error < limit, "{name} {recipe}: {error}");
         }
     }
 }
