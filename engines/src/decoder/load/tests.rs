@@ -76,7 +76,8 @@ fn holds_one_tensor_besides_the_target(recipe: Recipe) {
     let report = engine.load(&spec, &model.weights, &mut |_| {}).expect("it loads");
     let peak = status_bytes("VmHWM") - before;
     println!("{recipe}: {} MB kept, peak {} MB", report.weight_bytes >> 20, peak >> 20);
-    let largest_tensor = HIDDEN * WIDTH * 2;
+    // As the file has it, and as it is on its way to the backend.
+    let largest_tensor = HIDDEN * WIDTH * 3;
     // Pieces of f32, and what the allocator keeps of them.
     let pieces = 4 << 20;
     assert!(peak > report.weight_bytes / 2 && peak <= report.weight_bytes + largest_tensor + pieces, "{peak}");
