@@ -38,8 +38,9 @@ pub use exo_actors::{
     GenerateRequest, Generated, Generation, Lagged, ModelSpec, NodeHandle, Prompt, RequestError, Subscription,
 };
 pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory};
+pub use exo_engines::model::Recipe;
 pub use exo_engines::sampler::{Sampled, SamplingParams};
-pub use exo_engines::template::{Message, Role};
+pub use exo_engines::template::{Conversation, FunctionCall, Message, Role, ToolCall};
 pub use exo_net::{Identity, NodeId};
 pub use node::{Node, NodeBuilder, StartError};
 

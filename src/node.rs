@@ -2,13 +2,14 @@
 
 use crate::config::{ConfigError, Directories};
 use exo_actors::models::{ModelsConfig, Progress};
-use exo_actors::{NodeConfig, NodeHandle};
+use exo_actors::{NodeConfig, NodeHandle, PlannerLimits};
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::EngineFactory;
 use exo_net::{Identity, IdentityError};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A node that is to be started.
 #[derive(Debug)]
@@ -17,7 +18,14 @@ pub struct Node;
 impl Node {
     /// A builder with the defaults of this user and machine.
     pub fn builder() -> NodeBuilder {
-        NodeBuilder { data_dir: None, models_dirs: None, threads: None, factories: None, progress: Arc::new(|_| {}) }
+        NodeBuilder {
+            data_dir: None,
+            models_dirs: None,
+            threads: None,
+            factories: None,
+            limits: PlannerLimits::default(),
+            progress: Arc::new(|_| {}),
+        }
     }
 }
 
@@ -27,6 +35,7 @@ pub struct NodeBuilder {
     models_dirs: Option<Vec<PathBuf>>,
     threads: Option<usize>,
     factories: Option<Vec<Arc<dyn EngineFactory>>>,
+    limits: PlannerLimits,
     progress: Arc<dyn Fn(Progress) + Send + Sync>,
 }
 
@@ -76,6 +85,18 @@ impl NodeBuilder {
         self
     }
 
+    /// A model that nobody has used for so long leaves memory; it stays where this is not set.
+    pub fn unload_after(mut self, idle: Duration) -> Self {
+        self.limits.idle = Some(idle);
+        self
+    }
+
+    /// Memory of all models together; what the machine has where it is not set.
+    pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
+        self.limits.memory_bytes = Some(bytes);
+        self
+    }
+
     /// Hears how models are fetched. Called from any thread; must not block.
     pub fn on_fetch(mut self, progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
         self.progress = Arc::new(progress);
@@ -102,7 +123,7 @@ impl NodeBuilder {
             python: "python3".to_owned(),
             progress: self.progress,
         };
-        let config = NodeConfig { id: identity.node_id(), factories, models };
+        let config = NodeConfig { id: identity.node_id(), factories, models, limits: self.limits };
         exo_actors::start(config).await.map_err(|error| StartError::Actor(error.to_string()))
     }
 }

@@ -120,7 +120,7 @@ impl Actor for Gateway {
 async fn run(admitted: Admitted, seq: SeqId, planner: PlannerRef) {
     let Admitted { request, events, cancelled, permit } = admitted;
     let over = CancellationToken::new();
-    let lease = Lease { _permit: permit, _over: over.clone().drop_guard() };
+    let lease = Lease { _permit: permit, _over: over.clone().drop_guard(), in_use: None };
     let prepared = tokio::select! {
         () = cancelled.cancelled() => return,
         prepared = prepare(&planner, request, seq, &events, lease) => prepared,
@@ -156,9 +156,10 @@ async fn prepare(
     request: GenerateRequest,
     seq: SeqId,
     events: &mpsc::Sender<Result<Generated, RequestError>>,
-    lease: Lease,
+    mut lease: Lease,
 ) -> Result<(ActorRef<InstanceMsg>, Submission), RequestError> {
     let running = ensure(planner, request.model).await?;
+    lease.in_use = Some(Arc::clone(&running.in_use));
     let prompt = request.prompt;
     let called = running.tokenizer_ref.call(|reply| TokenizerMsg::Encode { prompt, reply }, Some(ENCODE_TIMEOUT)).await;
     let prompt = match called {

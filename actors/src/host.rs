@@ -7,6 +7,7 @@
 //! output to the next. What an engine does wrong, a panic included, ends its thread and is reported once.
 
 use crate::core::schedule::SamplerOperation;
+use crate::room::Room;
 use exo_engines::engine::{
     DeviceId, EngineFactory, Incarnation, Input, LoadProgress, LoadReport, OutputRows, Row, SeqId, ShardSpec, Step,
     StepId, WarmUpReport,
@@ -126,6 +127,8 @@ pub(crate) struct HostTask {
     pub device: DeviceId,
     pub spec: ShardSpec,
     pub weights: Arc<WeightSource>,
+    /// Held until the engine is gone.
+    pub _room: Arc<Room>,
 }
 
 /// Starts a thread that loads and then serves.

@@ -12,13 +12,14 @@
 mod client;
 
 use crate::core::plan::Placement;
-use crate::core::schedule::{Event, Limits, Request, Schedule};
+use crate::core::schedule::{Limits, Request, Schedule};
 use crate::core::view::{Fact, InstanceId};
 use crate::device::{DeviceMsg, DeviceRef};
 use crate::host::{Frame, HostTask, Next, StepResult};
 use crate::models::ModelError;
 use crate::outlet::{Facts, Outlet};
 use crate::request::{Generated, RequestError};
+use crate::room::Room;
 use crate::shard::{LoadedShard, ShardReport, ShardTask};
 use crate::tokenizer::{Opened, TokenizerActor, TokenizerArgs, TokenizerRef};
 use client::Client;
@@ -67,6 +68,8 @@ pub(crate) struct Lease {
     pub _permit: OwnedSemaphorePermit,
     /// Wakes the request's own task.
     pub _over: DropGuard,
+    /// Keeps the model in memory.
+    pub in_use: Option<Arc<()>>,
 }
 
 #[derive(Debug)]
@@ -99,6 +102,7 @@ pub(crate) struct InstanceArgs {
     pub devices: Vec<(DeviceRef, Arc<dyn EngineFactory>)>,
     pub context_tokens: u32,
     pub kv_pages: u32,
+    pub room: Arc<Room>,
     pub planner: Outlet<InstanceReport>,
     pub facts: Facts,
 }
@@ -215,7 +219,7 @@ impl InstanceState {
             self.args.placement.stages.iter().zip(&self.args.devices).enumerate()
         {
             let spec = ShardSpec {
-                architecture: self.args.files.architecture.clone(),
+                architecture: self.args.files.architecture.for_context(self.args.context_tokens as usize),
                 layers: placed.layers.clone(),
                 tensor: TensorRank::WHOLE,
                 kv_element: KvElement::F16,
@@ -226,6 +230,7 @@ impl InstanceState {
                 device: placed.device.clone(),
                 spec,
                 weights: Arc::clone(&weights),
+                _room: Arc::clone(&self.args.room),
             };
             let task = ShardTask { instance: self.args.id, stage, host, owner: owner.clone() };
             // A device that is gone is noticed by the node, which stops.
@@ -371,9 +376,7 @@ impl InstanceState {
 
     fn tell_clients(&mut self) {
         while let Some(event) = self.schedule.poll_event() {
-            let seq = match &event {
-                Event::Token { seq, .. } | Event::Finished { seq, .. } | Event::Failed { seq, .. } => *seq,
-            };
+            let seq = event.seq();
             let Some(client) = self.clients.get_mut(&seq) else { continue };
             if client.tell(event).is_over() {
                 self.cancel(seq);

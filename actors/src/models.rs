@@ -23,6 +23,7 @@ pub use config::{ModelsConfig, Progress, ProgressSink};
 pub use error::ModelError;
 pub use store::{Origin, ResolvedModel};
 
+use exo_engines::model::{ModelFiles, Recipe};
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::HashMap;
@@ -102,4 +103,12 @@ pub(crate) async fn resolve(models: &ModelsRef, model: String) -> Outcome {
         Ok(CallResult::Success(outcome)) => outcome,
         _ => Err(ModelError::Interrupted),
     }
+}
+
+/// The same model, to be quantised while it is loaded. The recipe is part of its name.
+pub(crate) fn quantised(model: Arc<ResolvedModel>, recipe: Option<Recipe>) -> Outcome {
+    let Some(recipe) = recipe else { return Ok(model) };
+    let files = ModelFiles::clone(&model.files).quantised(recipe)?;
+    let name = format!("{}@{recipe}", model.name);
+    Ok(Arc::new(ResolvedModel { name, files: Arc::new(files), origin: model.origin.clone() }))
 }

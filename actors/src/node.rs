@@ -12,7 +12,7 @@ use crate::gateway::{Gateway, GatewayArgs, GatewayHandle};
 use crate::models::{Models, ModelsArgs, ModelsConfig, ModelsRef};
 use crate::monitor::{Monitor, MonitorArgs, measure_once};
 use crate::outlet::Facts;
-use crate::planner::{PlannedDevice, Planner, PlannerArgs, PlannerRef};
+use crate::planner::{PlannedDevice, Planner, PlannerArgs, PlannerLimits, PlannerRef};
 use crate::subscription::Subscription;
 use exo_engines::engine::{DeviceKind, EngineFactory};
 use exo_net::NodeId;
@@ -42,6 +42,7 @@ pub struct NodeConfig {
     /// Best first; the processor last.
     pub factories: Vec<Arc<dyn EngineFactory>>,
     pub models: ModelsConfig,
+    pub limits: PlannerLimits,
 }
 
 /// The parts that a handle needs.
@@ -128,7 +129,14 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
     let devices = start_devices(myself, &config.factories, &facts).await?;
     let machine = tokio::task::spawn_blocking(measure_once).await?;
     facts.tell(Fact::MachineMeasured(machine.clone()));
-    let planner_args = PlannerArgs { node: config.id, devices, machine, models: models.clone(), facts: facts.clone() };
+    let planner_args = PlannerArgs {
+        node: config.id,
+        devices,
+        machine,
+        limits: config.limits,
+        models: models.clone(),
+        facts: facts.clone(),
+    };
     let (planner, _) = Planner::spawn_linked(None, Planner, planner_args, cell()).await?;
     let monitor_args = MonitorArgs { planner: planner.clone(), facts };
     Monitor::spawn_linked(None, Monitor, monitor_args, cell()).await?;

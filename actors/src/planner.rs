@@ -5,23 +5,33 @@
 //! - emits: placements, as instances;
 //! - dies when: the node stops;
 //! - supervised by: the node.
+//!
+//! A model that nobody has used for a while leaves, and so does, when another needs its room, the one of those that
+//! nobody uses now that was used longest ago.
 
-use crate::core::plan::{Demand, Offer, Placement, place};
+mod demand;
+mod wanted;
+
+pub use wanted::RunningModel;
+
+use crate::core::plan::{Offer, PlanError, place};
 use crate::core::view::{Fact, InstanceId, Machine};
 use crate::device::DeviceRef;
-use crate::instance::{Instance, InstanceArgs, InstanceRef, InstanceReport};
+use crate::instance::{Instance, InstanceArgs, InstanceReport};
 use crate::models::{ModelsRef, ResolvedModel};
 use crate::outlet::{Facts, Outlet};
 use crate::request::{ModelSpec, RequestError};
+use crate::room::Room;
 use crate::tokenizer::TokenizerRef;
 use exo_engines::decoder::pages_for;
-use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, KvElement, PAGE_TOKENS};
-use exo_engines::model::{ModelFiles, Role};
+use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, PAGE_TOKENS};
 use exo_engines::tokenizer::Tokenizer;
 use exo_net::NodeId;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+use wanted::{Placed, Wanted, reply_all};
 
 pub(crate) type PlannerRef = ActorRef<PlannerMsg>;
 
@@ -33,18 +43,8 @@ const FULL_SEQUENCES: u32 = 4;
 const RESERVE_BYTES: u64 = 512 << 20;
 /// A processor's guess until it is measured: weights that a desktop's memory delivers in a second.
 const CPU_BYTES_PER_S: f64 = 2e10;
-
-/// A running model, as requests use it.
-#[derive(Debug, Clone)]
-pub struct RunningModel {
-    pub id: InstanceId,
-    pub(crate) instance: InstanceRef,
-    pub(crate) tokenizer_ref: TokenizerRef,
-    pub tokenizer: Arc<Tokenizer>,
-    pub model: Arc<ResolvedModel>,
-    pub placement: Placement,
-    pub context_tokens: u32,
-}
+/// How often the planner looks for models that nobody uses.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 pub(crate) type EnsureReply = RpcReplyPort<Result<RunningModel, RequestError>>;
 
@@ -67,6 +67,10 @@ pub(crate) enum PlannerMsg {
         what: String,
     },
     MachineMeasured(Machine),
+    /// The memory of an instance that is gone is free.
+    Vacated(InstanceId),
+    /// Time to look for models that nobody uses.
+    Look,
 }
 
 /// A device that the planner may use.
@@ -77,12 +81,22 @@ pub(crate) struct PlannedDevice {
     pub factory: Arc<dyn EngineFactory>,
 }
 
+/// What a user bounds.
+#[derive(Debug, Clone, Default)]
+pub struct PlannerLimits {
+    /// A model that nobody has used for so long leaves; `None`: it stays.
+    pub idle: Option<Duration>,
+    /// Memory of all models together; `None`: what the machine has.
+    pub memory_bytes: Option<u64>,
+}
+
 #[derive(Debug)]
 pub(crate) struct PlannerArgs {
     pub node: NodeId,
     /// Best first.
     pub devices: Vec<PlannedDevice>,
     pub machine: Machine,
+    pub limits: PlannerLimits,
     pub models: ModelsRef,
     pub facts: Facts,
 }
@@ -91,23 +105,9 @@ pub(crate) struct PlannerArgs {
 pub(crate) struct PlannerState {
     args: PlannerArgs,
     wanted: HashMap<ModelSpec, Wanted>,
+    /// Instances that are gone or going, and the memory that they still have.
+    leaving: HashMap<InstanceId, u64>,
     next_instance: u64,
-}
-
-#[derive(Debug)]
-enum Wanted {
-    Resolving { waiting: Vec<EnsureReply> },
-    Starting { waiting: Vec<EnsureReply>, placed: Placed },
-    Running(RunningModel),
-}
-
-#[derive(Debug)]
-struct Placed {
-    id: InstanceId,
-    instance: InstanceRef,
-    model: Arc<ResolvedModel>,
-    placement: Placement,
-    context_tokens: u32,
 }
 
 #[derive(Debug)]
@@ -118,8 +118,9 @@ impl Actor for Planner {
     type State = PlannerState;
     type Arguments = PlannerArgs;
 
-    async fn pre_start(&self, _: PlannerRef, args: PlannerArgs) -> Result<PlannerState, ActorProcessingErr> {
-        Ok(PlannerState { args, wanted: HashMap::new(), next_instance: 0 })
+    async fn pre_start(&self, myself: PlannerRef, args: PlannerArgs) -> Result<PlannerState, ActorProcessingErr> {
+        myself.send_interval(LOOK_EVERY, || PlannerMsg::Look);
+        Ok(PlannerState { args, wanted: HashMap::new(), leaving: HashMap::new(), next_instance: 0 })
     }
 
     async fn handle(
@@ -139,7 +140,9 @@ impl Actor for Planner {
                 state.on_failed(instance, &RequestError::Engine { what, remedy: "report it, with the log" });
             }
             PlannerMsg::Instance(InstanceReport::Failed { instance, error }) => state.on_failed(instance, &error),
-            PlannerMsg::MachineMeasured(machine) => state.args.machine = machine,
+            PlannerMsg::MachineMeasured(machine) => state.on_measured(&myself, machine).await,
+            PlannerMsg::Vacated(instance) => state.on_vacated(&myself, instance),
+            PlannerMsg::Look => state.unload_idle(Instant::now()),
         }
         Ok(())
     }
@@ -163,52 +166,26 @@ impl Actor for Planner {
     }
 }
 
-impl Wanted {
-    fn id(&self) -> Option<InstanceId> {
-        match self {
-            Self::Resolving { .. } => None,
-            Self::Starting { placed, .. } => Some(placed.id),
-            Self::Running(running) => Some(running.id),
-        }
-    }
-
-    fn id_of(&self, actor: ractor::ActorId) -> Option<InstanceId> {
-        let (id, instance) = match self {
-            Self::Resolving { .. } => return None,
-            Self::Starting { placed, .. } => (placed.id, &placed.instance),
-            Self::Running(running) => (running.id, &running.instance),
-        };
-        (instance.get_id() == actor).then_some(id)
-    }
-
-    fn placement(&self) -> Option<&Placement> {
-        match self {
-            Self::Resolving { .. } => None,
-            Self::Starting { placed, .. } => Some(&placed.placement),
-            Self::Running(running) => Some(&running.placement),
-        }
-    }
-}
-
-fn reply_all(waiting: Vec<EnsureReply>, outcome: &Result<RunningModel, RequestError>) {
-    for reply in waiting {
-        // Whoever asked may have gone.
-        let _ = reply.send(outcome.clone());
-    }
-}
-
 impl PlannerState {
     fn ensure(&mut self, myself: &PlannerRef, spec: ModelSpec, reply: EnsureReply) {
         match self.wanted.get_mut(&spec) {
-            Some(Wanted::Running(running)) => reply_all(vec![reply], &Ok(running.clone())),
-            Some(Wanted::Resolving { waiting } | Wanted::Starting { waiting, .. }) => waiting.push(reply),
+            Some(Wanted::Running { running, last_used }) => {
+                *last_used = Instant::now();
+                reply_all(vec![reply], &Ok(running.clone()));
+            }
+            Some(
+                Wanted::Resolving { waiting } | Wanted::Crowded { waiting, .. } | Wanted::Starting { waiting, .. },
+            ) => {
+                waiting.push(reply);
+            }
             None => {
-                let (models, planner, model) = (self.args.models.clone(), myself.clone(), spec.model.clone());
+                let (models, planner, asked) = (self.args.models.clone(), myself.clone(), spec.clone());
                 self.wanted.insert(spec.clone(), Wanted::Resolving { waiting: vec![reply] });
                 tokio::spawn(async move {
-                    let outcome = crate::models::resolve(&models, model).await.map_err(RequestError::from);
+                    let outcome = crate::models::resolve(&models, asked.model).await;
+                    let outcome = outcome.and_then(|model| crate::models::quantised(model, asked.quantize));
                     // A planner that is gone plans nothing.
-                    let _ = planner.send_message(PlannerMsg::Resolved { spec, outcome });
+                    let _ = planner.send_message(PlannerMsg::Resolved { spec, outcome: outcome.map_err(Into::into) });
                 });
             }
         }
@@ -221,13 +198,101 @@ impl PlannerState {
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     ) {
         let Some(Wanted::Resolving { waiting }) = self.wanted.remove(&spec) else { return };
-        let started = match outcome {
-            Ok(model) => self.start(myself, &spec, model).await,
-            Err(error) => Err(error),
-        };
-        match started {
-            Ok(placed) => drop(self.wanted.insert(spec, Wanted::Starting { waiting, placed })),
+        match outcome {
+            Ok(model) => self.start_or_wait(myself, spec, model, waiting).await,
             Err(error) => reply_all(waiting, &Err(error)),
+        }
+    }
+
+    /// Starts a model; where there is no room, as soon as others have left.
+    async fn start_or_wait(
+        &mut self,
+        myself: &PlannerRef,
+        spec: ModelSpec,
+        model: Arc<ResolvedModel>,
+        waiting: Vec<EnsureReply>,
+    ) {
+        match self.start(myself, &spec, Arc::clone(&model)).await {
+            Ok(placed) => drop(self.wanted.insert(spec, Wanted::Starting { waiting, placed })),
+            Err(RequestError::Plan(PlanError::DoesNotFit { .. })) if self.make_room() => {
+                self.wanted.insert(spec, Wanted::Crowded { waiting, model });
+            }
+            Err(RequestError::Plan(PlanError::DoesNotFit { needed_bytes, .. })) if self.others_are_in_use() => {
+                reply_all(waiting, &Err(RequestError::Crowded { model: model.name.clone(), needed_bytes }));
+            }
+            Err(error) => reply_all(waiting, &Err(error)),
+        }
+    }
+
+    fn others_are_in_use(&self) -> bool {
+        self.wanted.values().any(|wanted| wanted.promised_bytes() > 0)
+    }
+
+    /// Whether a model is leaving, or is made to: the one of those that nobody uses that was used longest ago.
+    fn make_room(&mut self) -> bool {
+        if !self.leaving.is_empty() {
+            return true;
+        }
+        let idle = self.wanted.iter().filter_map(|(spec, wanted)| Some((wanted.idle_since()?, spec)));
+        let Some(spec) = idle.min_by_key(|(since, _)| *since).map(|(_, spec)| spec.clone()) else { return false };
+        self.unload(&spec, "another model needs its room");
+        true
+    }
+
+    fn unload_idle(&mut self, now: Instant) {
+        let Some(limit) = self.args.limits.idle else { return };
+        for wanted in self.wanted.values_mut() {
+            if let (None, Wanted::Running { last_used, .. }) = (wanted.idle_since(), &mut *wanted) {
+                *last_used = now;
+            }
+        }
+        let is_over = |wanted: &Wanted| wanted.idle_since().is_some_and(|since| now.duration_since(since) >= limit);
+        let over = self.wanted.iter().filter(|(_, wanted)| is_over(wanted)).map(|(spec, _)| spec.clone());
+        for spec in over.collect::<Vec<_>>() {
+            self.unload(&spec, "nobody uses it");
+        }
+    }
+
+    /// Has a running model leave.
+    fn unload(&mut self, spec: &ModelSpec, why: &str) {
+        let Some(wanted) = self.wanted.remove(spec) else { return };
+        self.leaves(&wanted);
+        if let Wanted::Running { running, .. } = &wanted {
+            tracing::info!(instance = %running.id, model = running.model.name, why, "unloading a model");
+            self.args.facts.tell(Fact::InstanceStopped { instance: running.id, error: None });
+            running.instance.stop(None);
+        }
+    }
+
+    fn leaves(&mut self, wanted: &Wanted) {
+        if let Some(id) = wanted.id() {
+            self.leaving.insert(id, wanted.promised_bytes());
+        }
+    }
+
+    fn on_vacated(&mut self, myself: &PlannerRef, instance: InstanceId) {
+        self.leaving.remove(&instance);
+        if self.wanted.values().any(|wanted| matches!(wanted, Wanted::Crowded { .. })) {
+            let planner = myself.clone();
+            tokio::task::spawn_blocking(move || {
+                // A planner that is gone plans nothing.
+                let _ = planner.send_message(PlannerMsg::MachineMeasured(crate::monitor::measure_once()));
+            });
+        }
+    }
+
+    /// Takes note of what is free now, and tries again what there was no room for.
+    async fn on_measured(&mut self, myself: &PlannerRef, machine: Machine) {
+        self.args.machine = machine;
+        if !self.leaving.is_empty() {
+            return;
+        }
+        let is_crowded = |wanted: &Wanted| matches!(wanted, Wanted::Crowded { .. });
+        let crowded = self.wanted.iter().filter(|(_, wanted)| is_crowded(wanted)).map(|(spec, _)| spec.clone());
+        for spec in crowded.collect::<Vec<_>>() {
+            if let Some(Wanted::Crowded { waiting, model }) = self.wanted.remove(&spec) {
+                self.start_or_wait(myself, spec, model, waiting).await;
+            }
         }
     }
 
@@ -243,7 +308,7 @@ impl PlannerState {
         let kv_pages = pages_for(context_tokens) * FULL_SEQUENCES;
         let candidates = self.candidates(spec)?;
         let offers = self.offers(&candidates);
-        let placement = place(&demand(files, kv_pages), &offers, spec.shard_count())?;
+        let placement = place(&demand::demand(files, kv_pages), &offers, spec.shard_count())?;
         self.next_instance += 1;
         let id = InstanceId(self.next_instance);
         let device_of = |device: &DeviceId| {
@@ -264,6 +329,7 @@ impl PlannerState {
             devices,
             context_tokens,
             kv_pages,
+            room: Arc::new(Room { instance: id, vacated: Outlet::to(myself, PlannerMsg::Vacated) }),
             planner: Outlet::to(myself, PlannerMsg::Instance),
             facts: self.args.facts.clone(),
         };
@@ -291,12 +357,14 @@ impl PlannerState {
 
     /// What the devices can still take. All share the machine's memory as long as all are processors.
     fn offers(&self, candidates: &[PlannedDevice]) -> Vec<Offer> {
-        let placements = self.wanted.values().filter_map(Wanted::placement);
-        let starting: u64 = placements.flat_map(|placement| &placement.stages).map(|stage| stage.memory_bytes).sum();
+        let promised: u64 =
+            self.wanted.values().map(Wanted::promised_bytes).chain(self.leaving.values().copied()).sum();
         let free = self.args.machine.memory_free_bytes.unwrap_or(u64::MAX);
         let total = self.args.machine.memory_total_bytes.unwrap_or(u64::MAX);
         // What has been promised counts even where it has not been touched yet.
-        let free_bytes = free.min(total.saturating_sub(starting)).saturating_sub(RESERVE_BYTES);
+        let free_bytes = free.min(total.saturating_sub(promised)).saturating_sub(RESERVE_BYTES);
+        let limit = self.args.limits.memory_bytes.unwrap_or(u64::MAX);
+        let free_bytes = free_bytes.min(limit.saturating_sub(promised));
         let offer = |candidate: &PlannedDevice| Offer {
             node: self.args.node,
             device: candidate.report.id.clone(),
@@ -319,41 +387,20 @@ impl PlannerState {
                 model: Arc::clone(&placed.model),
                 placement: placed.placement.clone(),
                 context_tokens: placed.context_tokens,
+                in_use: Arc::new(()),
             };
             reply_all(std::mem::take(waiting), &Ok(running.clone()));
-            *wanted = Wanted::Running(running);
+            *wanted = Wanted::Running { running, last_used: Instant::now() };
         }
     }
 
     fn on_failed(&mut self, id: InstanceId, error: &RequestError) {
         let spec = self.wanted.iter().find(|(_, wanted)| wanted.id() == Some(id)).map(|(spec, _)| spec.clone());
         let Some(wanted) = spec.and_then(|spec| self.wanted.remove(&spec)) else { return };
+        self.leaves(&wanted);
         self.args.facts.tell(Fact::InstanceStopped { instance: id, error: Some(error.to_string()) });
         if let Wanted::Starting { waiting, .. } = wanted {
             reply_all(waiting, &Err(error.clone()));
         }
-    }
-}
-
-/// What a model needs in memory, with caches of `kv_pages` pages.
-fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
-    let architecture = &files.architecture;
-    let layers = architecture.layers.len();
-    let bytes_of = |wanted: &dyn Fn(&Role) -> bool| -> u64 {
-        let tensors = files.weights.tensors.iter().filter(|(role, _)| wanted(role));
-        tensors.map(|(_, slice)| slice.kept_bytes()).sum()
-    };
-    let kv_tokens = u64::from(kv_pages) * u64::from(PAGE_TOKENS);
-    let place = |role| files.weights.tensors.get(&role).map(|slice| (slice.file, slice.offset_bytes));
-    Demand {
-        layer_bytes: (0..layers)
-            .map(|layer| bytes_of(&|role| matches!(role, Role::Layer(l, _) if *l as usize == layer)))
-            .collect(),
-        kv_bytes: (0..layers)
-            .map(|layer| architecture.kv_bytes_per_token(layer..layer + 1, KvElement::F16.bytes()) * kv_tokens)
-            .collect(),
-        embedding_bytes: bytes_of(&|role| *role == Role::TokenEmbedding),
-        head_bytes: bytes_of(&|role| *role == Role::Output),
-        ties_embeddings: place(Role::Output) == place(Role::TokenEmbedding),
     }
 }

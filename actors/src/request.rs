@@ -4,8 +4,9 @@ use crate::core::plan::{PlanError, ShardCount};
 use crate::core::schedule::{AdmitError, FinishReason};
 use crate::models::ModelError;
 use exo_engines::engine::DeviceId;
+use exo_engines::model::Recipe;
 use exo_engines::sampler::{ParamsError, Sampled, SamplingParams};
-use exo_engines::template::Message;
+use exo_engines::template::Conversation;
 
 /// Which model, and how it is to be run. Requests with equal specs share an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -18,12 +19,20 @@ pub struct ModelSpec {
     pub device: Option<DeviceId>,
     /// Tokens of one sequence; `None`: the model's, up to a default bound.
     pub context_tokens: Option<u32>,
+    /// What dense weights are quantised to while they are loaded.
+    pub quantize: Option<Recipe>,
 }
 
 impl ModelSpec {
-    /// The model as the node would run it by itself.
+    /// The model as the node would run it by itself. A name may end with the recipe that the weights are quantised
+    /// by: `owner/model@q4_k`.
     pub fn new(model: impl Into<String>) -> Self {
-        Self { model: model.into(), shards: None, device: None, context_tokens: None }
+        let model = model.into();
+        let (model, quantize) = match model.rsplit_once('@').map(|(name, recipe)| (name, recipe.parse())) {
+            Some((name, Ok(recipe))) => (name.to_owned(), Some(recipe)),
+            _ => (model, None),
+        };
+        Self { model, shards: None, device: None, context_tokens: None, quantize }
     }
 
     pub(crate) fn shard_count(&self) -> ShardCount {
@@ -35,7 +44,7 @@ impl ModelSpec {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Prompt {
     /// Rendered by the model's chat template; a base model continues the texts plainly.
-    Chat(Vec<Message>),
+    Chat(Conversation),
     /// Plain text, behind the model's first token.
     Text(String),
     /// Exactly these.
@@ -71,6 +80,8 @@ pub enum Generated {
         reason: FinishReason,
         /// What was held back.
         text: String,
+        /// Tokens of the prompt that had been computed before, for a request that began likewise.
+        reused_tokens: usize,
     },
 }
 
@@ -90,6 +101,8 @@ pub enum RequestError {
     BadPrompt { what: String },
     #[error(transparent)]
     Admit(#[from] AdmitError),
+    #[error("`{model}` needs {needed_bytes} bytes, which other models use now")]
+    Crowded { model: String, needed_bytes: u64 },
     #[error("{requests} requests are running: no more are taken now")]
     Overloaded { requests: usize },
     #[error("the model's shards failed: {what}")]
@@ -113,7 +126,7 @@ impl RequestError {
             Self::Params(_) | Self::BadPrompt { .. } => "change the request",
             Self::Admit(AdmitError::EmptyPrompt) => "give a prompt",
             Self::Admit(AdmitError::TooLong { .. }) => "shorten the prompt, or start the model with a larger --context",
-            Self::Overloaded { .. } | Self::NotReady => "try again in a moment",
+            Self::Overloaded { .. } | Self::NotReady | Self::Crowded { .. } => "try again in a moment",
             Self::Engine { remedy, .. } => remedy,
             Self::ShuttingDown => "start the node again",
         }

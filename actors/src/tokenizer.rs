@@ -12,7 +12,7 @@ use crate::outlet::Outlet;
 use crate::request::{Prompt, RequestError};
 use exo_engines::format::FormatError;
 use exo_engines::model::ModelFiles;
-use exo_engines::template::Message;
+use exo_engines::template::Conversation;
 use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::sync::Arc;
@@ -105,18 +105,19 @@ fn ids(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>, RequestError>
             }
         }
         Prompt::Text(text) => tokenizer.encode(text, SpecialTokens::Add).map_err(|e| bad(e.to_string())),
-        Prompt::Chat(messages) => match tokenizer.template() {
+        Prompt::Chat(conversation) => match tokenizer.template() {
             Some(template) => {
-                let text =
-                    template.render(messages, chrono::Local::now().naive_local()).map_err(|e| bad(e.to_string()))?;
+                let text = template
+                    .render(conversation, chrono::Local::now().naive_local())
+                    .map_err(|e| bad(e.to_string()))?;
                 tokenizer.encode(&text, SpecialTokens::AreThere).map_err(|e| bad(e.to_string()))
             }
             // A base model continues what it is given.
-            None => tokenizer.encode(&plain(messages), SpecialTokens::Add).map_err(|e| bad(e.to_string())),
+            None => tokenizer.encode(&plain(conversation), SpecialTokens::Add).map_err(|e| bad(e.to_string())),
         },
     }
 }
 
-fn plain(messages: &[Message]) -> String {
-    messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n")
+fn plain(conversation: &Conversation) -> String {
+    conversation.messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n")
 }

@@ -5,7 +5,6 @@
 
 use chrono::NaiveDateTime;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
-use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,24 +18,10 @@ const STACK_BYTES: usize = 256 << 20;
 const SOURCE_BYTES_MAX: usize = 1 << 20;
 /// Longer prompts fit no model's context.
 const OUTPUT_BYTES_MAX: usize = 16 << 20;
+mod conversation;
 mod python;
 
-/// One message of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
-    pub role: Role,
-    pub content: String,
-}
-
-/// Who speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    System,
-    User,
-    Assistant,
-    Tool,
-}
+pub use conversation::{Conversation, FunctionCall, Message, Role, ToolCall};
 
 /// A compiled chat template.
 pub struct ChatTemplate {
@@ -94,27 +79,38 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// The prompt for the next answer to `messages`, as of the local time `now`.
+    /// Whether the template knows of tools.
+    pub fn takes_tools(&self) -> bool {
+        self.source.contains("tools")
+    }
+
+    /// The prompt for the next answer to `conversation`, as of the local time `now`.
     ///
     /// # Errors
     /// [`TemplateError`] where the template refuses, fails, or goes over its limits.
-    pub fn render(&self, messages: &[Message], now: NaiveDateTime) -> Result<String, TemplateError> {
+    pub fn render(&self, conversation: &Conversation, now: NaiveDateTime) -> Result<String, TemplateError> {
         *self.now.lock().unwrap_or_else(PoisonError::into_inner) = now;
         let thread = std::thread::Builder::new().name("template".to_owned()).stack_size(STACK_BYTES);
         std::thread::scope(|scope| {
-            let rendering = thread.spawn_scoped(scope, || self.render_here(messages));
+            let rendering = thread.spawn_scoped(scope, || self.render_here(conversation));
             let rendering = rendering.map_err(|e| TemplateError::NoThread { what: e.to_string() })?;
             rendering.join().unwrap_or_else(|_| Err(TemplateError::Malformed { what: "it panicked".to_owned() }))
         })
     }
 
-    fn render_here(&self, messages: &[Message]) -> Result<String, TemplateError> {
+    fn render_here(&self, conversation: &Conversation) -> Result<String, TemplateError> {
         let template = self.environment.get_template("chat").map_err(|e| malformed(&e))?;
+        let tools = match conversation.tools.is_empty() {
+            true => Value::from(()),
+            false => Value::from_serialize(&conversation.tools),
+        };
         let context = minijinja::context! {
-            messages => messages,
+            messages => conversation.values(),
+            tools,
             add_generation_prompt => true,
             bos_token => self.bos,
             eos_token => self.eos,
+            ..Value::from_serialize(&conversation.arguments),
         };
         let mut output = Bounded(Vec::new());
         match template.render_captured_to(context, &mut output) {
@@ -208,13 +204,10 @@ mod tests {
     use super::*;
 
     fn render(source: &str) -> Result<String, TemplateError> {
-        let messages = [
-            Message { role: Role::User, content: "Hi <b>".to_owned() },
-            Message { role: Role::Assistant, content: " yes ".to_owned() },
-        ];
+        let messages = vec![Message::new(Role::User, "Hi <b>"), Message::new(Role::Assistant, " yes ")];
         let now =
             chrono::NaiveDate::from_ymd_opt(2026, 3, 1).unwrap_or_default().and_hms_opt(9, 5, 0).unwrap_or_default();
-        ChatTemplate::new(source, Some("<s>"), Some("</s>"))?.render(&messages, now)
+        ChatTemplate::new(source, Some("<s>"), Some("</s>"))?.render(&messages.into(), now)
     }
 
     #[test]

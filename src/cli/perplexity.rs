@@ -111,7 +111,7 @@ fn open(arguments: &PerplexityArguments, model: &ModelFiles) -> anyhow::Result<B
     let factory = CpuFactory::new(arguments.threads.map_or(cores, |threads| threads as usize));
     let mut engine = factory.open(&DeviceId(CpuFactory::DEVICE.to_owned()))?;
     let spec = ShardSpec {
-        architecture: model.architecture.clone(),
+        architecture: model.architecture.for_context(arguments.context as usize),
         layers: 0..model.architecture.layers.len(),
         tensor: TensorRank::WHOLE,
         kv_element: KvElement::F16,

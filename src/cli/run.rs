@@ -176,9 +176,9 @@ impl RunArguments {
         let prompt = if self.raw {
             Prompt::Text(prompt)
         } else {
-            let system = self.system.clone().map(|content| Message { role: Role::System, content });
-            let user = Message { role: Role::User, content: prompt };
-            Prompt::Chat(system.into_iter().chain([user]).collect())
+            let system = self.system.clone().map(|content| Message::new(Role::System, content));
+            let user = Message::new(Role::User, prompt);
+            Prompt::Chat(system.into_iter().chain([user]).collect::<Vec<_>>().into())
         };
         GenerateRequest {
             model: self.model.spec(),
@@ -217,7 +217,7 @@ impl Answer {
                         top_logprobs: top.map(|(&(id, logprob), token)| TopReport { id, token, logprob }).collect(),
                     });
                 }
-                Generated::Finished { reason, text } => {
+                Generated::Finished { reason, text, .. } => {
                     self.add(&text, shows)?;
                     self.finish = Some(reason);
                     return Ok(());

@@ -1,7 +1,7 @@
 //! What the commands that run a model share: choosing it, starting a node, showing how it loads.
 
 use super::progress::Display;
-use crate::{DeviceId, Fact, ModelSpec, Node, NodeBuilder, NodeHandle, Phase};
+use crate::{DeviceId, Fact, ModelSpec, Node, NodeBuilder, NodeHandle, Phase, Recipe};
 use clap::Args;
 use exo_actors::RunningModel;
 use exo_actors::models::ResolvedModel;
@@ -27,6 +27,9 @@ pub(super) struct ModelArguments {
     /// Tokens of prompt and answer together [default: the model's, at most 4096]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) context: Option<u32>,
+    /// Quantise dense weights while they are loaded: q4_0, q4_k or q8_0
+    #[arg(long, value_name = "TYPE")]
+    pub(super) quantize: Option<Recipe>,
     /// Folder of this node's identity and settings; models lie in the shared cache
     #[arg(long, value_name = "FOLDER")]
     pub(super) data_dir: Option<PathBuf>,
@@ -39,6 +42,7 @@ impl ModelArguments {
             shards: self.shards.map(|shards| shards as usize),
             device: self.device.clone().map(DeviceId),
             context_tokens: self.context,
+            quantize: self.quantize,
         }
     }
 

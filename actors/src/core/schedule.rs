@@ -9,88 +9,22 @@
 //! Sequences share steps: each decodes one row at a time, and prompts go in chunks between them, so that a long
 //! prompt stalls nobody. The head keeps the page table that all shards keep, so it knows what fits without asking;
 //! when pages run out the newest sequence gives its up and is replayed later, from its tokens, to the same bits.
+//!
+//! A prompt that begins as another sequence does, one that runs or one that is over and kept, forks that one's pages
+//! and is computed from where they part. It waits while that beginning is still being computed for another. Pages of
+//! kept sequences are free for whoever needs them.
+
+mod kept;
+mod port;
+mod take_up;
+
+pub use port::*;
 
 use exo_engines::decoder::PageTable;
 use exo_engines::engine::{Operation, PAGE_TOKENS, Row, SeqId};
-use exo_engines::sampler::{SampleError, Sampled, SamplerSpec};
-use serde::{Deserialize, Serialize};
+use exo_engines::sampler::{SampleError, Sampled, SamplerSpec, SamplingParams};
+use kept::Kept;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-
-/// Bounds of a schedule.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
-    /// Pages of each shard's cache.
-    pub pages: u32,
-    /// Tokens of one sequence, prompt and answer.
-    pub context_tokens: u32,
-    /// Steps in flight: as many as there are stages.
-    pub steps_in_flight: usize,
-    /// Sequences that decode together.
-    pub running: usize,
-    /// Rows of a step that nobody waits behind.
-    pub rows_alone: usize,
-    /// Rows of a step while other sequences decode: what a long prompt may hold them up by.
-    pub rows_shared: usize,
-}
-
-/// A request to generate.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Request {
-    pub seq: SeqId,
-    /// Parameters and prompt, and tokens that were generated before where a request is resumed.
-    pub sampler: SamplerSpec,
-    /// Tokens to generate at most.
-    pub max_tokens: u32,
-    /// Tokens that end the answer; they are not part of it.
-    pub ends: BTreeSet<u32>,
-}
-
-/// Why a request was not taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
-pub enum AdmitError {
-    #[error("the prompt is empty")]
-    EmptyPrompt,
-    #[error("the prompt has {prompt_tokens} tokens, and the context {context_tokens}: at least one must be left")]
-    TooLong { prompt_tokens: usize, context_tokens: u32 },
-}
-
-/// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FinishReason {
-    /// The model ended it.
-    Stop,
-    /// `max_tokens`, or the context, is full.
-    Length,
-}
-
-/// A change of the samplers beside the last shard, in band with the step that needs it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum SamplerOperation {
-    Open { seq: SeqId, spec: SamplerSpec },
-    Close { seq: SeqId },
-}
-
-/// What goes into the pipeline next.
-#[derive(Debug, Clone, PartialEq)]
-pub struct StepPlan {
-    pub operations: Vec<Operation>,
-    pub samplers: Vec<SamplerOperation>,
-    pub rows: Vec<Row>,
-    /// One for each row.
-    pub tokens: Vec<u32>,
-}
-
-/// Something to tell a client.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Event {
-    /// The next token of the answer.
-    Token { seq: SeqId, sampled: Sampled },
-    /// No more tokens come.
-    Finished { seq: SeqId, reason: FinishReason },
-    /// No token can be drawn any more.
-    Failed { seq: SeqId, error: SampleError },
-}
 
 /// The state machine.
 #[derive(Debug)]
@@ -104,35 +38,43 @@ pub struct Schedule {
     running: Vec<SeqId>,
     /// What each step in flight will give back, first sent first.
     in_flight: VecDeque<Vec<SeqId>>,
+    kept: Kept,
     /// Sequences to be forgotten by the shards with the next step.
     releases: Vec<SeqId>,
+    /// Those whose samplers are.
+    closes: Vec<SeqId>,
     events: VecDeque<Event>,
 }
 
 #[derive(Debug)]
 struct Sequence {
-    sampler: SamplerSpec,
+    params: SamplingParams,
+    /// Prompt and answer.
+    tokens: Vec<u32>,
+    prompt_tokens: usize,
     max_tokens: u32,
     ends: BTreeSet<u32>,
-    /// Tokens sent into the pipeline since it was last taken up.
+    /// Tokens that are in the caches, or on their way there, since it was last taken up.
     sent: usize,
     /// Whether a step in flight will draw its next token.
     draws: bool,
+    /// Whether its client knows that it was taken up.
+    is_told: bool,
 }
 
 impl Sequence {
-    fn length(&self) -> usize {
-        self.sampler.prompt.len() + self.sampler.generated.len()
+    fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_tokens
     }
 
-    fn token(&self, position: usize) -> u32 {
-        let prompt = &self.sampler.prompt;
-        prompt.get(position).copied().unwrap_or_else(|| self.sampler.generated[position - prompt.len()])
+    fn sampler(&self) -> SamplerSpec {
+        let (prompt, generated) = self.tokens.split_at(self.prompt_tokens);
+        SamplerSpec { params: self.params.clone(), prompt: prompt.to_vec(), generated: generated.to_vec() }
     }
 
     /// Rows that it has to send.
     fn rows_left(&self) -> usize {
-        if self.draws { 0 } else { self.length() - self.sent }
+        if self.draws { 0 } else { self.tokens.len() - self.sent }
     }
 
     /// Whether its next row is the one that draws.
@@ -151,7 +93,9 @@ impl Schedule {
             waiting: VecDeque::new(),
             running: Vec::new(),
             in_flight: VecDeque::new(),
+            kept: Kept::default(),
             releases: Vec::new(),
+            closes: Vec::new(),
             events: VecDeque::new(),
         }
     }
@@ -188,14 +132,19 @@ impl Schedule {
             return Err(AdmitError::TooLong { prompt_tokens, context_tokens });
         }
         let room = context_tokens - prompt_tokens as u32;
+        let SamplerSpec { params, prompt: mut tokens, generated } = request.sampler;
+        tokens.extend(generated);
         let sequence = Sequence {
+            params,
+            tokens,
+            prompt_tokens,
             max_tokens: request.max_tokens.min(room),
-            sampler: request.sampler,
             ends: request.ends,
             sent: 0,
             draws: false,
+            is_told: false,
         };
-        if sequence.sampler.generated.len() >= sequence.max_tokens as usize {
+        if sequence.generated() >= sequence.max_tokens as usize {
             self.events.push_back(Event::Finished { seq: request.seq, reason: FinishReason::Length });
             return Ok(());
         }
@@ -207,11 +156,7 @@ impl Schedule {
     /// Forgets a request: no more events come of it. No error where it is not there.
     pub fn handle_cancel(&mut self, seq: SeqId) {
         self.forget(seq);
-        self.events.retain(|event| match event {
-            Event::Token { seq: other, .. } | Event::Finished { seq: other, .. } | Event::Failed { seq: other, .. } => {
-                *other != seq
-            }
-        });
+        self.events.retain(|event| event.seq() != seq);
     }
 
     /// Takes the tokens that the oldest step in flight drew.
@@ -225,6 +170,8 @@ impl Schedule {
                 Ok(sampled) => self.drawn(seq, sampled),
                 Err(error) => {
                     self.forget(seq);
+                    // What is not finite for this one would not be for whoever goes on from it.
+                    self.let_go_of_kept();
                     self.events.push_back(Event::Failed { seq, error });
                 }
             }
@@ -236,6 +183,8 @@ impl Schedule {
     pub fn handle_pipeline_lost(&mut self) {
         self.in_flight.clear();
         self.releases.clear();
+        self.closes.clear();
+        self.kept.clear();
         self.pages.clear();
         for seq in std::mem::take(&mut self.running).into_iter().rev() {
             self.wait_again(seq);
@@ -263,12 +212,15 @@ impl Schedule {
         for seq in std::mem::take(&mut self.releases) {
             self.release(seq, &mut plan);
         }
+        // Forks come before rows, as the shards will apply them: a page that is shared is copied when it is written.
+        self.take_up(&mut plan);
         self.add_decodes(&mut plan);
         self.add_prompts(&mut plan);
-        self.take_up(&mut plan);
-        if plan.rows.is_empty() && plan.operations.is_empty() {
+        if plan.rows.is_empty() && plan.operations.is_empty() && plan.samplers.is_empty() {
             return None;
         }
+        let closes = std::mem::take(&mut self.closes).into_iter().map(|seq| SamplerOperation::Close { seq });
+        plan.samplers.splice(0..0, closes);
         let drawn = plan.rows.iter().filter(|row| row.wants_logits).map(|row| row.seq).collect();
         self.in_flight.push_back(drawn);
         Some(plan)
@@ -281,8 +233,8 @@ impl Schedule {
             self.events.push_back(Event::Finished { seq, reason: FinishReason::Stop });
             return;
         }
-        sequence.sampler.generated.push(sampled.token);
-        let is_full = sequence.sampler.generated.len() >= sequence.max_tokens as usize;
+        sequence.tokens.push(sampled.token);
+        let is_full = sequence.generated() >= sequence.max_tokens as usize;
         self.events.push_back(Event::Token { seq, sampled });
         if is_full {
             self.forget(seq);
@@ -291,14 +243,21 @@ impl Schedule {
     }
 
     fn forget(&mut self, seq: SeqId) {
-        if self.sequences.remove(&seq).is_none() {
-            return;
-        }
+        let Some(sequence) = self.sequences.remove(&seq) else { return };
         self.waiting.retain(|&other| other != seq);
         if self.running.contains(&seq) {
             self.running.retain(|&other| other != seq);
-            self.releases.push(seq);
+            self.closes.push(seq);
+            let Sequence { mut tokens, sent, .. } = sequence;
+            tokens.truncate(sent);
+            let over = self.kept.keep(seq, tokens);
+            self.releases.extend(over);
         }
+    }
+
+    fn let_go_of_kept(&mut self) {
+        self.releases.extend(self.kept.sequences());
+        self.kept.clear();
     }
 
     fn wait_again(&mut self, seq: SeqId) {
@@ -314,7 +273,15 @@ impl Schedule {
         // Releasing never fails.
         let _ = self.pages.apply(operation);
         plan.operations.push(operation);
-        plan.samplers.push(SamplerOperation::Close { seq });
+    }
+
+    /// Lets go of kept sequences, but not of `except`, until `needed` pages are free; tells whether they are.
+    fn free_pages(&mut self, needed: u32, except: Option<SeqId>, plan: &mut StepPlan) -> bool {
+        while needed > self.pages.free() {
+            let Some(seq) = self.kept.evict(except) else { return false };
+            self.release(seq, plan);
+        }
+        true
     }
 
     /// One row for each sequence that decodes, oldest first; the newest give way where pages run out.
@@ -336,40 +303,10 @@ impl Schedule {
             if rows == 0 || in_plan {
                 continue;
             }
-            if self.pages.pages_needed(seq, rows as u32) <= self.pages.free() {
+            if self.free_pages(self.pages.pages_needed(seq, rows as u32), None, plan) {
                 self.add_rows(seq, rows, plan);
             }
         }
-    }
-
-    /// Takes up waiting sequences, in order, while their tokens so far fit the free pages.
-    fn take_up(&mut self, plan: &mut StepPlan) {
-        while let Some(&seq) = self.waiting.front() {
-            let Some(sequence) = self.sequences.get(&seq) else {
-                self.waiting.pop_front();
-                continue;
-            };
-            let tokens = sequence.length() as u32;
-            // Room for the next token, too: else it would be the first to give way again.
-            let fits = (tokens + 1).div_ceil(PAGE_TOKENS) + self.promised() <= self.pages.free();
-            let rows = sequence.length().min(self.room(plan));
-            if !fits || rows == 0 || self.running.len() >= self.limits.running {
-                return;
-            }
-            plan.samplers.push(SamplerOperation::Open { seq, spec: sequence.sampler.clone() });
-            self.waiting.pop_front();
-            self.running.push(seq);
-            self.add_rows(seq, rows, plan);
-        }
-    }
-
-    /// Pages that running sequences will still take for tokens that they have.
-    fn promised(&self) -> u32 {
-        let needed = |seq: &SeqId| {
-            let rows = self.sequences.get(seq).map_or(0, |sequence| sequence.length() - sequence.sent);
-            self.pages.pages_needed(*seq, rows as u32)
-        };
-        self.running.iter().map(needed).sum()
     }
 
     /// Rows that the step has room for.
@@ -386,7 +323,7 @@ impl Schedule {
     /// Frees a page for the next row of `seq`, if it needs one. The newest sequences give way, first the newest; one
     /// that is in flight, or in this step, cannot.
     fn make_room(&mut self, seq: SeqId, plan: &mut StepPlan) -> bool {
-        while self.pages.pages_needed(seq, 1) > self.pages.free() {
+        while !self.free_pages(self.pages.pages_needed(seq, 1), None, plan) {
             let gives_way = |other: &&SeqId| {
                 let idle = self.sequences.get(other).is_some_and(|sequence| !sequence.draws);
                 idle && !self.is_in_flight(**other) && !plan.rows.iter().any(|row| row.seq == **other)
@@ -394,6 +331,10 @@ impl Schedule {
             let Some(&newest) = self.running.iter().rev().find(gives_way) else { return false };
             self.running.retain(|&other| other != newest);
             self.release(newest, plan);
+            // What this very step was to open is not opened.
+            plan.samplers
+                .retain(|operation| !matches!(operation, SamplerOperation::Open { seq, .. } if *seq == newest));
+            self.closes.push(newest);
             self.wait_again(newest);
             if newest == seq {
                 return false;
@@ -413,9 +354,9 @@ impl Schedule {
             return;
         }
         for position in sequence.sent..sequence.sent + rows {
-            let wants_logits = position + 1 == sequence.length();
+            let wants_logits = position + 1 == sequence.tokens.len();
             plan.rows.push(Row { seq, position: position as u32, wants_logits });
-            plan.tokens.push(sequence.token(position));
+            plan.tokens.push(sequence.tokens[position]);
             sequence.draws |= wants_logits;
         }
         sequence.sent += rows;

@@ -5,7 +5,7 @@
 
 use super::schedule::{Event, FinishReason, Limits, Request, SamplerOperation, Schedule, StepPlan};
 use exo_engines::decoder::PageTable;
-use exo_engines::engine::SeqId;
+use exo_engines::engine::{Operation, SeqId};
 use exo_engines::sampler::{SampleError, Sampled, SamplerSpec, SamplingParams};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -60,8 +60,15 @@ impl Pipeline {
     fn run(&mut self, plan: StepPlan) -> Vec<(SeqId, Result<Sampled, SampleError>)> {
         for operation in &plan.operations {
             self.pages.apply(*operation).expect("the head knows what is there");
-            if let exo_engines::engine::Operation::Release { seq } = operation {
-                self.caches.remove(seq);
+            match operation {
+                Operation::Release { seq } => drop(self.caches.remove(seq)),
+                Operation::Truncate { seq, length_tokens } => {
+                    self.caches.entry(*seq).or_default().truncate(*length_tokens as usize);
+                }
+                Operation::Fork { from, to, length_tokens } => {
+                    let beginning = self.caches[from][..*length_tokens as usize].to_vec();
+                    self.caches.insert(*to, beginning);
+                }
             }
         }
         for operation in plan.samplers {
@@ -101,6 +108,7 @@ struct World {
     limits: Limits,
     clients: BTreeMap<SeqId, Client>,
     next: u64,
+    reused_tokens: usize,
 }
 
 impl World {
@@ -121,6 +129,7 @@ impl World {
             limits,
             clients: BTreeMap::new(),
             next: 0,
+            reused_tokens: 0,
         }
     }
 
@@ -142,7 +151,13 @@ impl World {
         self.next += 1;
         let seq = SeqId(self.next);
         let length = 1 + self.random.below(80);
-        let prompt: Vec<u32> = (0..length).map(|_| self.random.below(VOCABULARY) as u32).collect();
+        let mut prompt: Vec<u32> = (0..length).map(|_| self.random.below(VOCABULARY) as u32).collect();
+        // Most begin as one of three system prompts does.
+        let system = self.random.below(5) as u32;
+        if system < 3 {
+            let shared = (length as usize).min(20 + 20 * system as usize);
+            (0..shared).for_each(|at| prompt[at] = (at as u32 * (system + 2)) % VOCABULARY as u32);
+        }
         let max_tokens = 1 + self.random.below(30) as u32;
         let sampler = SamplerSpec { params: SamplingParams::greedy(), prompt: prompt.clone(), generated: Vec::new() };
         let request = Request { seq, sampler, max_tokens, ends: BTreeSet::from([END]) };
@@ -171,6 +186,9 @@ impl World {
     fn finish_step(&mut self) {
         if let Some(plan) = self.pipeline.sent.pop_front() {
             let results = self.pipeline.run(plan);
+            if self.pipeline.sent.is_empty() {
+                assert_eq!(self.schedule.pages_used(), self.pipeline.pages.used(), "head and shards count the same");
+            }
             self.schedule.handle_step_done(results);
         }
     }
@@ -188,6 +206,11 @@ impl World {
                     let expected = answer(&client.prompt, client.max_tokens);
                     assert_eq!((client.got, reason), expected, "no token lost, none doubled");
                 }
+                Event::TakenUp { seq, reused_tokens } => {
+                    let client = &self.clients[&seq];
+                    assert!(reused_tokens < client.prompt.len(), "a token is left to be computed");
+                    self.reused_tokens += reused_tokens;
+                }
                 Event::Failed { seq, error } => panic!("{seq:?} failed: {error}"),
             }
         }
@@ -197,14 +220,21 @@ impl World {
     fn settle(&mut self) {
         for _ in 0..100_000 {
             self.send();
-            self.finish_step();
-            self.deliver();
-            if self.clients.is_empty() && self.pipeline.sent.is_empty() && self.schedule.poll_step().is_none() {
+            if self.clients.is_empty() && self.pipeline.sent.is_empty() {
                 break;
             }
+            self.finish_step();
+            self.deliver();
         }
         assert!(self.clients.is_empty(), "{} requests hang", self.clients.len());
-        assert_eq!(self.schedule.pages_used(), 0, "pages leak");
+        // What is kept is let go when its place is needed: then nothing is left.
+        let length = self.limits.context_tokens.min(self.limits.pages * 32) as usize - 1;
+        self.schedule.handle_request(request(u64::MAX, length, 1)).expect("it fits the context");
+        while let Some(plan) = self.schedule.poll_step() {
+            self.pipeline.sent.push_back(plan);
+            self.finish_step();
+        }
+        assert!(self.pipeline.samplers.len() <= 1, "samplers leak");
         assert_eq!(self.schedule.running() + self.schedule.waiting(), 0);
     }
 }
@@ -217,6 +247,7 @@ fn every_answer_is_undisturbed() {
         Ok(seed) => vec![seed.parse().expect("EXO_SIM_SEED is a number")],
         Err(_) => (0..400).collect(),
     };
+    let mut reused_tokens = 0;
     for seed in seeds {
         println!("seed {seed}");
         let mut world = World::new(seed);
@@ -224,7 +255,10 @@ fn every_answer_is_undisturbed() {
             world.act();
         }
         world.settle();
+        reused_tokens += world.reused_tokens;
     }
+    println!("{reused_tokens} tokens of prompts were not computed again");
+    assert!(reused_tokens > 0);
 }
 
 fn request(seq: u64, prompt: usize, max_tokens: u32) -> Request {
@@ -258,20 +292,57 @@ fn a_long_prompt_leaves_room_for_running_streams() {
     }
 }
 
-/// A cancelled request is gone with the next step, and its pages with it.
+/// A cancelled request computes nothing more, and its pages are there for whoever needs them.
 #[test]
-fn a_cancelled_request_frees_its_pages_within_a_step() {
-    let mut schedule = Schedule::new(limits());
+fn a_cancelled_request_gives_its_pages_to_the_next() {
+    let mut schedule = Schedule::new(Limits { pages: 12, ..limits() });
     schedule.handle_request(request(1, 300, 100)).expect("it fits");
     let plan = schedule.poll_step().expect("a step");
-    assert!(schedule.pages_used() > 0);
     schedule.handle_cancel(SeqId(1));
     draw(&mut schedule, &plan);
-    let plan = schedule.poll_step().expect("a step that releases");
-    assert!(plan.rows.is_empty() && plan.operations.len() == 1);
-    assert_eq!(schedule.pages_used(), 0);
-    draw(&mut schedule, &plan);
     assert_eq!(schedule.poll_step(), None);
+    let mut other = request(2, 350, 1);
+    other.sampler.prompt.fill(2);
+    schedule.handle_request(other).expect("it fits");
+    let plan = schedule.poll_step().expect("a step");
+    assert_eq!(plan.operations, [Operation::Release { seq: SeqId(1) }]);
+    assert!(plan.rows.iter().all(|row| row.seq == SeqId(2)));
+}
+
+fn events(schedule: &mut Schedule) -> Vec<Event> {
+    std::iter::from_fn(|| schedule.poll_event()).collect()
+}
+
+/// R6.4: what was computed for a request that is over is not computed again for one that begins as it did.
+#[test]
+fn a_prompt_goes_on_from_a_kept_one() {
+    let mut schedule = Schedule::new(limits());
+    schedule.handle_request(request(1, 200, 1)).expect("it fits");
+    let plan = schedule.poll_step().expect("a step");
+    draw(&mut schedule, &plan);
+    let mut longer = request(2, 210, 1);
+    longer.sampler.prompt[200..].fill(9);
+    schedule.handle_request(longer).expect("it fits");
+    let plan = schedule.poll_step().expect("a step");
+    assert_eq!(plan.operations, [Operation::Fork { from: SeqId(1), to: SeqId(2), length_tokens: 200 }]);
+    assert_eq!(plan.rows.len(), 10);
+    assert!(events(&mut schedule).contains(&Event::TakenUp { seq: SeqId(2), reused_tokens: 200 }));
+}
+
+/// Requests with one prompt, as n > 1 makes them, wait for the first, and then compute a row each.
+#[test]
+fn equal_prompts_are_computed_once() {
+    let mut schedule = Schedule::new(limits());
+    for seq in 1..=4 {
+        schedule.handle_request(request(seq, 400, 10)).expect("it fits");
+    }
+    let mut rows = Vec::new();
+    for _ in 0..3 {
+        let plan = schedule.poll_step().expect("a step");
+        rows.push(plan.rows.len());
+        draw(&mut schedule, &plan);
+    }
+    assert_eq!(rows, [256, 144, 4], "the prompt in two chunks, then the first's token and three rows");
 }
 
 #[test]

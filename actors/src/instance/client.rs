@@ -26,6 +26,7 @@ pub(super) struct Client {
     tokenizer: Arc<Tokenizer>,
     utf8: Utf8Stream,
     stop: StopStream,
+    reused_tokens: usize,
     events: mpsc::Sender<Result<Generated, RequestError>>,
     _lease: Lease,
 }
@@ -37,12 +38,23 @@ impl Client {
         events: mpsc::Sender<Result<Generated, RequestError>>,
         lease: Lease,
     ) -> Self {
-        Self { tokenizer, utf8: Utf8Stream::default(), stop: StopStream::new(stop), events, _lease: lease }
+        Self {
+            tokenizer,
+            utf8: Utf8Stream::default(),
+            stop: StopStream::new(stop),
+            reused_tokens: 0,
+            events,
+            _lease: lease,
+        }
     }
 
     /// Passes an event of the schedule on.
     pub(super) fn tell(&mut self, event: Event) -> Stream {
         match event {
+            Event::TakenUp { reused_tokens, .. } => {
+                self.reused_tokens = reused_tokens;
+                Stream::Open
+            }
             Event::Token { sampled, .. } => self.token(sampled),
             Event::Finished { reason, .. } => {
                 let rest = self.utf8.finish();
@@ -50,7 +62,7 @@ impl Client {
                     Stopped::Here(text) => (text, FinishReason::Stop),
                     Stopped::Not(text) => (text + &self.stop.finish(), reason),
                 };
-                self.send(Generated::Finished { reason, text });
+                self.finish(reason, text);
                 Stream::Over
             }
             Event::Failed { error, .. } => {
@@ -72,10 +84,14 @@ impl Client {
             Stopped::Not(text) => self.send(Generated::Token { sampled, names, text }),
             Stopped::Here(text) => {
                 self.send(Generated::Token { sampled, names, text });
-                self.send(Generated::Finished { reason: FinishReason::Stop, text: String::new() });
+                self.finish(FinishReason::Stop, String::new());
                 Stream::Over
             }
         }
+    }
+
+    fn finish(&mut self, reason: FinishReason, text: String) {
+        self.send(Generated::Finished { reason, text, reused_tokens: self.reused_tokens });
     }
 
     /// Sends an event. The channel has room for all that a request can give; it is closed where the client has gone.

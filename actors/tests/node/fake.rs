@@ -4,7 +4,7 @@
 //! computed right.
 
 use exo_actors::models::ModelsConfig;
-use exo_actors::{GenerateRequest, Generated, ModelSpec, NodeConfig, NodeHandle, Prompt, RequestError};
+use exo_actors::{GenerateRequest, Generated, ModelSpec, NodeConfig, NodeHandle, PlannerLimits, Prompt, RequestError};
 use exo_engines::decoder::PageTable;
 use exo_engines::engine::*;
 use exo_engines::model::WeightSource;
@@ -172,8 +172,15 @@ impl Engine for FakeEngine {
         }
         for &operation in &step.operations {
             self.pages.apply(operation).map_err(|e| EngineError::BadStep { what: e.to_string() })?;
-            if let Operation::Release { seq } = operation {
-                self.caches.remove(&seq);
+            match operation {
+                Operation::Release { seq } => drop(self.caches.remove(&seq)),
+                Operation::Truncate { seq, length_tokens } => {
+                    self.caches.entry(seq).or_default().truncate(length_tokens as usize);
+                }
+                Operation::Fork { from, to, length_tokens } => {
+                    let beginning = self.caches[&from][..length_tokens as usize].to_vec();
+                    self.caches.insert(to, beginning);
+                }
             }
         }
         // A token travels as the first value of its hidden row.
@@ -233,6 +240,13 @@ impl World {
         Self::with_devices(script, &[("fake", DeviceKind::Cpu)]).await
     }
 
+    /// A node with one processor, and bounds.
+    pub(crate) async fn limited(limits: PlannerLimits) -> Self {
+        let script = Arc::new(Mutex::new(Script::default()));
+        let factory = FakeFactory { device: "fake", kind: DeviceKind::Cpu, script: Arc::clone(&script) };
+        Self::with_limits(script, vec![Arc::new(factory)], limits).await
+    }
+
     pub(crate) async fn with_devices(script: Script, devices: &[(&'static str, DeviceKind)]) -> Self {
         let script = Arc::new(Mutex::new(script));
         let factory = |&(device, kind): &(&'static str, DeviceKind)| -> Arc<dyn EngineFactory> {
@@ -243,6 +257,14 @@ impl World {
     }
 
     pub(crate) async fn with_factories(script: Arc<Mutex<Script>>, factories: Vec<Arc<dyn EngineFactory>>) -> Self {
+        Self::with_limits(script, factories, PlannerLimits::default()).await
+    }
+
+    pub(crate) async fn with_limits(
+        script: Arc<Mutex<Script>>,
+        factories: Vec<Arc<dyn EngineFactory>>,
+        limits: PlannerLimits,
+    ) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let model = tiny_model(folder.path());
         let config = NodeConfig {
@@ -257,6 +279,7 @@ impl World {
                 python: "python3".to_owned(),
                 progress: Arc::new(|_| {}),
             },
+            limits,
         };
         let node = exo_actors::start(config).await.expect("the node starts");
         Self { node, script, model, _folder: folder }

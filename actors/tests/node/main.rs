@@ -5,6 +5,7 @@
 mod downloads;
 mod fake;
 mod hub;
+mod memory;
 mod recovery;
 mod sabotage;
 mod scheduling;

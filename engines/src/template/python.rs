@@ -96,46 +96,104 @@ fn represent_text(text: &str, out: &mut String) {
     out.push(quote);
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent=indent)`.
+/// `json.dumps(value, ensure_ascii=False, indent=…, separators=…, sort_keys=…)`.
 pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
-    for ignored in ["ensure_ascii", "sort_keys", "separators"] {
-        let _: Option<Value> = options.get(ignored)?;
-    }
+    let sort_keys: Option<bool> = options.get("sort_keys")?;
+    let separators: Option<Vec<String>> = options.get("separators")?;
+    // Templates that ask for it mean what is the default here.
+    let _: Option<Value> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
     check_size(value, 0, &mut 0)?;
+    let separators = match separators.as_deref() {
+        None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
+        None => (", ".to_owned(), ": ".to_owned()),
+        Some([item, key]) => (item.clone(), key.clone()),
+        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "`separators` are two")),
+    };
+    let indent = indent.map(|spaces| " ".repeat(spaces.min(INDENT_MAX)));
+    let formatter = PythonFormatter { separators, indent, depth: 0, is_empty: true };
     let mut bytes = Bounded(Vec::new());
-    let written = match indent {
-        Some(indent) => {
-            let spaces = " ".repeat(indent.min(INDENT_MAX));
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter))
-        }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, PythonFormatter)),
+    let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, formatter);
+    let written = match sort_keys {
+        Some(true) => serde_json::to_value(value).and_then(|mut value| {
+            value.sort_all_objects();
+            value.serialize(&mut serializer)
+        }),
+        _ => value.serialize(&mut serializer),
     };
     written.map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     Ok(Value::from(String::from_utf8_lossy(&bytes.0).into_owned()))
 }
 
-/// Python's separators: a space behind each comma and colon.
-struct PythonFormatter;
+/// Python's layout of JSON: by default a space behind each comma and colon.
+struct PythonFormatter {
+    /// Behind an item, behind a key.
+    separators: (String, String),
+    /// Of one level; `None`: all in one line.
+    indent: Option<String>,
+    depth: usize,
+    /// Whether the list or object that is open has nothing in it yet.
+    is_empty: bool,
+}
 
 impl PythonFormatter {
-    fn separate<W: ?Sized + io::Write>(writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
+    fn open<W: ?Sized + io::Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
+        self.depth += 1;
+        self.is_empty = true;
+        writer.write_all(bracket)
+    }
+
+    fn close<W: ?Sized + io::Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
+        self.depth -= 1;
+        if !self.is_empty {
+            self.new_line(writer)?;
+        }
+        self.is_empty = false;
+        writer.write_all(bracket)
+    }
+
+    fn item<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if !first {
+            writer.write_all(self.separators.0.as_bytes())?;
+        }
+        self.is_empty = false;
+        self.new_line(writer)
+    }
+
+    fn new_line<W: ?Sized + io::Write>(&self, writer: &mut W) -> io::Result<()> {
+        let Some(indent) = &self.indent else { return Ok(()) };
+        writer.write_all(b"\n")?;
+        (0..self.depth).try_for_each(|_| writer.write_all(indent.as_bytes()))
     }
 }
 
 impl serde_json::ser::Formatter for PythonFormatter {
+    fn begin_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.open(writer, b"[")
+    }
+
+    fn end_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.close(writer, b"]")
+    }
+
+    fn begin_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.open(writer, b"{")
+    }
+
+    fn end_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.close(writer, b"}")
+    }
+
     fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        Self::separate(writer, first)
+        self.item(writer, first)
     }
 
     fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        Self::separate(writer, first)
+        self.item(writer, first)
     }
 
     fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        writer.write_all(b": ")
+        writer.write_all(self.separators.1.as_bytes())
     }
 }

@@ -1,7 +1,7 @@
 //! R4.1: chat templates against Hugging Face's own rendering of them (`fixtures/templates/make.py`).
 
 use crate::fixtures;
-use exo_engines::template::{ChatTemplate, Message, TemplateError};
+use exo_engines::template::{ChatTemplate, Conversation, TemplateError};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -15,7 +15,8 @@ struct Cases {
 struct Case {
     template: String,
     conversation: String,
-    messages: Vec<Message>,
+    #[serde(flatten)]
+    given: Conversation,
     expected: Option<String>,
     /// What the template raised in its place.
     refusal: Option<String>,
@@ -28,7 +29,7 @@ fn templates_render_as_transformers_renders_them() {
     let mut wrong = Vec::new();
     for case in &cases.cases {
         let template = ChatTemplate::new(&cases.templates[&case.template], Some("<s>"), Some("</s>"));
-        let got = template.and_then(|template| template.render(&case.messages, chrono::NaiveDateTime::default()));
+        let got = template.and_then(|template| template.render(&case.given, chrono::NaiveDateTime::default()));
         let expected = match (&case.expected, &case.refusal) {
             (Some(text), _) => Ok(text.clone()),
             (None, refusal) => Err(TemplateError::Refused { what: refusal.clone().unwrap_or_default() }),

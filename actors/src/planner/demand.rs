@@ -1,0 +1,28 @@
+//! What a model asks of the devices that it is placed on.
+
+use crate::core::plan::Demand;
+use exo_engines::engine::{KvElement, PAGE_TOKENS};
+use exo_engines::model::{ModelFiles, Role};
+
+/// What a model needs in memory, with caches of `kv_pages` pages.
+pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
+    let architecture = &files.architecture;
+    let layers = architecture.layers.len();
+    let bytes_of = |wanted: &dyn Fn(&Role) -> bool| -> u64 {
+        let tensors = files.weights.tensors.iter().filter(|(role, _)| wanted(role));
+        tensors.map(|(_, slice)| slice.kept_bytes()).sum()
+    };
+    let kv_tokens = u64::from(kv_pages) * u64::from(PAGE_TOKENS);
+    let place = |role| files.weights.tensors.get(&role).map(|slice| (slice.file, slice.offset_bytes));
+    Demand {
+        layer_bytes: (0..layers)
+            .map(|layer| bytes_of(&|role| matches!(role, Role::Layer(l, _) if *l as usize == layer)))
+            .collect(),
+        kv_bytes: (0..layers)
+            .map(|layer| architecture.kv_bytes_per_token(layer..layer + 1, KvElement::F16.bytes()) * kv_tokens)
+            .collect(),
+        embedding_bytes: bytes_of(&|role| *role == Role::TokenEmbedding),
+        head_bytes: bytes_of(&|role| *role == Role::Output),
+        ties_embeddings: place(Role::Output) == place(Role::TokenEmbedding),
+    }
+}

@@ -1,0 +1,18 @@
+//! Memory of an instance, as a thing that is held.
+
+use crate::core::view::InstanceId;
+use crate::outlet::Outlet;
+
+/// Held by all that takes memory for an instance, its engines' threads to the last: when nobody holds it any more the
+/// room is free again, and whoever gave it hears of that.
+#[derive(Debug)]
+pub(crate) struct Room {
+    pub(crate) instance: InstanceId,
+    pub(crate) vacated: Outlet<InstanceId>,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.vacated.tell(self.instance);
+    }
+}
