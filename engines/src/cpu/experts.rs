@@ -99,3 +99,63 @@ impl CpuBackend {
         Ok(outs)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Backend, FeedForwardKind, FeedForwardWeights, TensorData};
+    use crate::cpu::Tier;
+    use crate::format::ElementType;
+    use crate::model::{Experts, TensorBytes, Weighting};
+
+    const HIDDEN: usize = 32;
+    const EXPERTS: usize = 8;
+
+    /// A mixture whose experts 5, 6 and 7 give nothing but values that are no numbers, wherever they are read.
+    fn mixture(backend: &mut CpuBackend) -> FeedForwardWeights<CpuBackend> {
+        let mut linear = |rows: usize, value: &dyn Fn(usize) -> f32| {
+            let bytes = (0..rows * HIDDEN).flat_map(|i| value(i).to_le_bytes()).collect();
+            let bytes = TensorBytes::Gathered(bytes);
+            let data = TensorData { name: "test", element: ElementType::F32, rows, columns: HIDDEN, bytes };
+            Linear { weight: backend.matrix(&data).expect("finite weights"), bias: None }
+        };
+        // Row r of the input has a 1 at column r % 5: it goes to the experts r % 5 and r % 5 + 1, of those below 5.
+        let router = linear(EXPERTS, &|i| match (i / HIDDEN, i % HIDDEN) {
+            (expert, column) if expert == column => 2.0,
+            (expert, column) if expert < 5 && expert == (column + 1) % 5 => 1.0,
+            (5.., _) => -9.0,
+            _ => 0.0,
+        });
+        let experts = (0..EXPERTS).map(|expert| {
+            let mut weight = |salt: usize| {
+                let value = move |i: usize| ((i * 7 + expert * 13 + salt) as f32 * 0.37).sin();
+                linear(HIDDEN, &move |i| if expert < 5 { value(i) } else { f32::MAX })
+            };
+            Gated { gate: weight(1), up: weight(2), down: weight(3) }
+        });
+        let experts = experts.collect();
+        let spec = Experts { count: EXPERTS, used: 2, weighting: Weighting::AmongChosen, router_bias: false };
+        let kind = FeedForwardKind::Mixture(Mixture { spec, router, experts });
+        FeedForwardWeights { activation: Activation::Silu, norm: None, kind }
+    }
+
+    fn input(rows: std::ops::Range<usize>) -> Rows {
+        let values = rows.flat_map(|row| (0..HIDDEN).map(move |column| f32::from(u8::from(column == row % 5))));
+        Rows { width: HIDDEN, values: values.collect() }
+    }
+
+    /// Experts that no row goes to are not read, and a row's bits do not depend on the others.
+    #[test]
+    fn rows_meet_their_own_experts_alone() {
+        let mut backend = CpuBackend::new(2, Tier::best()).expect("threads");
+        let weights = mixture(&mut backend);
+        let together = backend.feed_forward(&weights, &input(0..23)).expect("no panic");
+        assert!(together.values.iter().all(|value| value.is_finite()), "an expert was read that no row goes to");
+        for row in 0..23 {
+            let alone = backend.feed_forward(&weights, &input(row..row + 1)).expect("no panic");
+            assert_eq!(alone.values, together.row(row), "row {row}");
+        }
+        assert_ne!(together.row(0), together.row(1));
+        assert_eq!(together.row(0), together.row(5));
+    }
+}

@@ -25,7 +25,7 @@ pub(super) fn open(path: &Path) -> Result<ModelFiles, FormatError> {
         });
     }
     let reader = Metadata { file: &file, family };
-    let architecture = reader.architecture()?;
+    let architecture = reader.architecture()?.checked(path)?;
     let weights = weights(&file, &architecture)?;
     Ok(ModelFiles {
         path: path.to_owned(),

@@ -35,7 +35,7 @@ pub(super) fn open(folder: &Path) -> Result<ModelFiles, FormatError> {
     }
     let tensors = SafeTensors::open_folder(folder)?;
     let reader = Reader { config, family };
-    let architecture = reader.architecture()?;
+    let architecture = reader.architecture()?.checked(folder)?;
     let tied = config.flag("tie_word_embeddings")?.or(outer.flag("tie_word_embeddings")?);
     let weights = weights(&tensors, &architecture, family, tied.unwrap_or(family.ties_embeddings), folder)?;
     let quantization = match is_mxfp4 {

@@ -62,22 +62,13 @@ impl ModelFiles {
     /// [`FormatError`] with the file, the key or the tensor that is wrong.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let metadata = std::fs::metadata(path).map_err(|e| FormatError::io(path, &e))?;
-        let model = if metadata.is_dir() {
-            hf::open(path)?
+        if metadata.is_dir() {
+            hf::open(path)
         } else if Gguf::is_gguf(path) {
-            gguf::open(path)?
+            gguf::open(path)
         } else {
-            return Err(FormatError::NotAModel {
-                path: path.to_owned(),
-                reason: "it does not start with `GGUF`".to_owned(),
-            });
-        };
-        model.architecture.check().map_err(|(key, what)| FormatError::BadConfig {
-            path: path.to_owned(),
-            key: key.to_owned(),
-            what,
-        })?;
-        Ok(model)
+            Err(FormatError::NotAModel { path: path.to_owned(), reason: "it does not start with `GGUF`".to_owned() })
+        }
     }
 
     /// The same model, with its dense matrices quantised while they are loaded.
@@ -101,6 +92,14 @@ impl ModelFiles {
 }
 
 impl Architecture {
+    /// The architecture of the model at `path`, if a model can have it. Nothing is sized by it before.
+    fn checked(self, path: &Path) -> Result<Self, FormatError> {
+        match self.check() {
+            Ok(()) => Ok(self),
+            Err((key, what)) => Err(FormatError::BadConfig { path: path.to_owned(), key: key.to_owned(), what }),
+        }
+    }
+
     /// The first thing that no model can have, as (key, what is wrong with it).
     fn check(&self) -> Result<(), (&'static str, String)> {
         within("vocabulary size", self.vocabulary, VOCABULARY_MAX)?;

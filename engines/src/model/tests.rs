@@ -114,6 +114,23 @@ fn missing_tensors_are_named() {
 }
 
 #[test]
+fn absurd_counts_of_experts_and_widths_are_named_before_anything_is_sized_by_them() {
+    let without_gate = || {
+        tiny(|name, shape, _| {
+            if name == "blk.0.ffn_gate.weight" {
+                shape.clear();
+            }
+        })
+    };
+    let message = refused(&without_gate().count("llama.expert_count", 1 << 40).count("llama.expert_used_count", 2));
+    assert!(message.contains("number of experts"), "{message}");
+    assert!(refused(&without_gate().count("llama.expert_count", 8)).contains("expert_used_count"));
+    let wide = without_gate().count("llama.expert_count", 8).count("llama.expert_used_count", 2);
+    let message = refused(&wide.count("llama.expert_feed_forward_length", u64::MAX));
+    assert!(message.contains("feed-forward size"), "{message}");
+}
+
+#[test]
 fn families_that_are_not_known_are_named() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = GgufWriter::default().text("general.architecture", "mamba").write(folder.path());
