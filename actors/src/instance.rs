@@ -12,8 +12,8 @@
 mod client;
 
 use crate::core::plan::Placement;
-use crate::core::schedule::{Limits, Request, Schedule};
-use crate::core::view::{Fact, InstanceId};
+use crate::core::schedule::{Event, Limits, Request, Schedule};
+use crate::core::view::{Fact, InstanceId, Load, Totals};
 use crate::device::{DeviceMsg, DeviceRef};
 use crate::host::{Frame, HostTask, Next, StepResult};
 use crate::models::ModelError;
@@ -121,7 +121,8 @@ pub(crate) struct InstanceState {
     next_step: u64,
     /// When the pipeline last gave something, or was given something after being idle.
     last_sign: Instant,
-    reported: Option<(usize, usize, u32)>,
+    totals: Totals,
+    reported: Option<Load>,
 }
 
 #[derive(Debug)]
@@ -157,6 +158,7 @@ impl Actor for Instance {
             is_wired: false,
             next_step: 0,
             last_sign: Instant::now(),
+            totals: Totals::default(),
             reported: None,
             args,
         };
@@ -245,12 +247,14 @@ impl InstanceState {
             return;
         };
         let Submission { seq, sampler, max_tokens, stop, events, lease } = submission;
+        let prompt_tokens = sampler.prompt.len() as u64;
         let started = Generated::Started { prompt_tokens: sampler.prompt.clone() };
         let request = Request { seq, sampler, max_tokens, ends: tokenizer.ends().clone() };
         let mut client = Client::new(Arc::clone(tokenizer), &stop, events, lease);
         match self.schedule.handle_request(request) {
             Err(error) => client.fail(RequestError::Admit(error)),
             Ok(()) => {
+                self.totals.prompt_tokens += prompt_tokens;
                 client.send(started);
                 self.clients.insert(seq, client);
             }
@@ -258,7 +262,9 @@ impl InstanceState {
     }
 
     fn cancel(&mut self, seq: SeqId) {
-        self.clients.remove(&seq);
+        if self.clients.remove(&seq).is_some() {
+            self.totals.requests += 1;
+        }
         self.schedule.handle_cancel(seq);
     }
 
@@ -378,6 +384,11 @@ impl InstanceState {
         while let Some(event) = self.schedule.poll_event() {
             let seq = event.seq();
             let Some(client) = self.clients.get_mut(&seq) else { continue };
+            match event {
+                Event::TakenUp { reused_tokens, .. } => self.totals.reused_tokens += reused_tokens as u64,
+                Event::Token { .. } => self.totals.generated_tokens += 1,
+                Event::Finished { .. } | Event::Failed { .. } => {}
+            }
             if client.tell(event).is_over() {
                 self.cancel(seq);
             }
@@ -385,16 +396,15 @@ impl InstanceState {
     }
 
     fn report(&mut self) {
-        let now = (self.schedule.running(), self.schedule.waiting(), self.schedule.pages_used());
-        if self.reported != Some(now) {
-            self.reported = Some(now);
-            self.args.facts.tell(Fact::RequestsChanged {
-                instance: self.args.id,
-                running: now.0,
-                waiting: now.1,
-                pages_used: now.2,
-                pages_total: self.args.kv_pages,
-            });
+        let load = Load {
+            running: self.schedule.running(),
+            waiting: self.schedule.waiting(),
+            pages_used: self.schedule.pages_used(),
+            pages_total: self.args.kv_pages,
+        };
+        if self.reported != Some(load) {
+            self.reported = Some(load);
+            self.args.facts.tell(Fact::RequestsChanged { instance: self.args.id, load, totals: self.totals });
         }
     }
 }

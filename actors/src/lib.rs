@@ -13,6 +13,7 @@ mod generation;
 mod handle;
 mod host;
 mod instance;
+mod machine;
 pub mod models;
 mod monitor;
 mod node;
@@ -24,6 +25,9 @@ mod shard;
 mod subscription;
 mod tokenizer;
 
+// What requests and answers are made of.
+pub use exo_engines::sampler::{Sampled, SamplingParams};
+pub use exo_engines::template::{Conversation, FunctionCall, Message, Role, ToolCall};
 pub use generation::Generation;
 pub use handle::{NodeHandle, start};
 pub use node::NodeConfig;

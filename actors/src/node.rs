@@ -9,8 +9,9 @@
 use crate::core::view::{Fact, State};
 use crate::device::{Device, DeviceArgs, DeviceRef};
 use crate::gateway::{Gateway, GatewayArgs, GatewayHandle};
+use crate::machine::measure_once;
 use crate::models::{Models, ModelsArgs, ModelsConfig, ModelsRef};
-use crate::monitor::{Monitor, MonitorArgs, measure_once};
+use crate::monitor::{Monitor, MonitorArgs};
 use crate::outlet::Facts;
 use crate::planner::{PlannedDevice, Planner, PlannerArgs, PlannerLimits, PlannerRef};
 use crate::subscription::Subscription;

@@ -15,9 +15,10 @@ mod wanted;
 pub use wanted::RunningModel;
 
 use crate::core::plan::{Offer, PlanError, place};
-use crate::core::view::{Fact, InstanceId, Machine};
+use crate::core::view::{Fact, InstanceId, Machine, Model};
 use crate::device::DeviceRef;
 use crate::instance::{Instance, InstanceArgs, InstanceReport};
+use crate::machine::measure_once;
 use crate::models::{ModelsRef, ResolvedModel};
 use crate::outlet::{Facts, Outlet};
 use crate::request::{ModelSpec, RequestError};
@@ -276,7 +277,7 @@ impl PlannerState {
             let planner = myself.clone();
             tokio::task::spawn_blocking(move || {
                 // A planner that is gone plans nothing.
-                let _ = planner.send_message(PlannerMsg::MachineMeasured(crate::monitor::measure_once()));
+                let _ = planner.send_message(PlannerMsg::MachineMeasured(measure_once()));
             });
         }
     }
@@ -318,7 +319,12 @@ impl PlannerState {
         let devices = placement.stages.iter().filter_map(|stage| device_of(&stage.device)).collect();
         self.args.facts.tell(Fact::InstancePlaced {
             instance: id,
-            model: model.name.clone(),
+            model: Model {
+                name: model.name.clone(),
+                family: files.architecture.family.clone(),
+                quantization: files.quantization.clone(),
+                context_tokens,
+            },
             placement: placement.clone(),
         });
         let args = InstanceArgs {

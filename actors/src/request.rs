@@ -7,9 +7,10 @@ use exo_engines::engine::DeviceId;
 use exo_engines::model::Recipe;
 use exo_engines::sampler::{ParamsError, Sampled, SamplingParams};
 use exo_engines::template::Conversation;
+use serde::{Deserialize, Serialize};
 
 /// Which model, and how it is to be run. Requests with equal specs share an instance.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ModelSpec {
     /// A catalogue name, a hub name, or a path.
     pub model: String,
@@ -40,8 +41,19 @@ impl ModelSpec {
     }
 }
 
+/// The model's name, its recipe included.
+impl std::fmt::Display for ModelSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.quantize {
+            Some(recipe) => write!(f, "{}@{recipe}", self.model),
+            None => f.write_str(&self.model),
+        }
+    }
+}
+
 /// What is to be continued.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Prompt {
     /// Rendered by the model's chat template; a base model continues the texts plainly.
     Chat(Conversation),
@@ -52,7 +64,7 @@ pub enum Prompt {
 }
 
 /// A request to generate.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
     pub model: ModelSpec,
     pub prompt: Prompt,
@@ -64,7 +76,8 @@ pub struct GenerateRequest {
 }
 
 /// What a request's stream gives, in this order: `Started`, tokens, `Finished`; or an error at any point.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Generated {
     Started {
         prompt_tokens: Vec<u32>,

@@ -3,7 +3,8 @@
 use ring::digest::{SHA256, digest};
 use ring::rand::SystemRandom;
 use ring::signature::{Ed25519KeyPair, KeyPair};
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -15,7 +16,7 @@ const KEY_FILE: &str = "node.key";
 const KEY_BYTES_MAX: u64 = 1024;
 
 /// SHA-256 of a node's public key.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId([u8; 32]);
 
 impl NodeId {
@@ -33,6 +34,34 @@ impl NodeId {
 impl std::fmt::Display for NodeId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// Digits where people read, bytes where they do not.
+impl Serialize for NodeId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match serializer.is_human_readable() {
+            true => serializer.collect_str(self),
+            false => self.0.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for NodeId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if !deserializer.is_human_readable() {
+            return <[u8; 32]>::deserialize(deserializer).map(Self);
+        }
+        let digits = String::deserialize(deserializer)?;
+        let byte = |at: usize| u8::from_str_radix(digits.get(at * 2..at * 2 + 2)?, 16).ok();
+        let mut id = [0; 32];
+        for (at, slot) in id.iter_mut().enumerate() {
+            *slot = byte(at).ok_or_else(|| D::Error::custom("a node's id has 64 hexadecimal digits"))?;
+        }
+        match digits.len() {
+            64 => Ok(Self(id)),
+            _ => Err(D::Error::custom("a node's id has 64 hexadecimal digits")),
+        }
     }
 }
 
@@ -159,5 +188,16 @@ mod tests {
     fn ids_differ() {
         let ids = [Identity::ephemeral(), Identity::ephemeral()].map(|id| id.map(|id| id.node_id()));
         assert_ne!(ids[0].as_ref().ok(), ids[1].as_ref().ok());
+    }
+
+    #[test]
+    fn an_id_is_its_digits_where_people_read() {
+        let id = Identity::ephemeral().expect("random bytes").node_id();
+        let text = serde_json::to_string(&id).expect("it is text");
+        assert_eq!(text, format!("\"{id}\""));
+        assert_eq!(serde_json::from_str::<NodeId>(&text).expect("it reads back"), id);
+        for wrong in ["\"\"", "\"00\"", &text.replace(|c: char| c.is_ascii_digit(), "x"), &text[..65], "5"] {
+            assert!(serde_json::from_str::<NodeId>(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -23,12 +23,44 @@ impl std::fmt::Display for InstanceId {
 pub enum Fact {
     DeviceFound(DeviceReport),
     MachineMeasured(Machine),
-    InstancePlaced { instance: InstanceId, model: String, placement: Placement },
+    InstancePlaced { instance: InstanceId, model: Model, placement: Placement },
     ShardLoading { instance: InstanceId, stage: usize, loaded_bytes: u64, total_bytes: u64 },
     InstanceReady { instance: InstanceId, epoch: u64 },
     ShardFailed { instance: InstanceId, stage: usize, error: String },
     InstanceStopped { instance: InstanceId, error: Option<String> },
-    RequestsChanged { instance: InstanceId, running: usize, waiting: usize, pages_used: u32, pages_total: u32 },
+    RequestsChanged { instance: InstanceId, load: Load, totals: Totals },
+}
+
+/// What is run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Model {
+    /// As it was asked for, its recipe included.
+    pub name: String,
+    pub family: String,
+    /// How most of its weights are kept.
+    pub quantization: String,
+    /// Tokens of one sequence at most.
+    pub context_tokens: u32,
+}
+
+/// What an instance has to do now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Load {
+    pub running: usize,
+    pub waiting: usize,
+    pub pages_used: u32,
+    pub pages_total: u32,
+}
+
+/// What an instance has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// That have ended, in whatever way.
+    pub requests: u64,
+    pub prompt_tokens: u64,
+    /// Of the prompts' tokens, those that had been computed for others.
+    pub reused_tokens: u64,
+    pub generated_tokens: u64,
 }
 
 /// Measurements of this machine. What cannot be read is `None`, never 0.
@@ -62,7 +94,7 @@ pub enum Phase {
 /// One instance as people see it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct InstanceState {
-    pub model: String,
+    pub model: Model,
     pub placement: Placement,
     pub phase: Phase,
     pub epoch: u64,
@@ -72,6 +104,7 @@ pub struct InstanceState {
     pub requests_waiting: usize,
     pub pages_used: u32,
     pub pages_total: u32,
+    pub totals: Totals,
 }
 
 /// The node as people see it.
@@ -118,14 +151,13 @@ impl State {
                 self.change(*instance, |state| state.phase = Phase::Stopped { error: error.clone() });
                 self.forget_old();
             }
-            Fact::RequestsChanged { instance, running, waiting, pages_used, pages_total } => {
-                self.change(*instance, |state| {
-                    state.requests_running = *running;
-                    state.requests_waiting = *waiting;
-                    state.pages_used = *pages_used;
-                    state.pages_total = *pages_total;
-                })
-            }
+            Fact::RequestsChanged { instance, load, totals } => self.change(*instance, |state| {
+                state.requests_running = load.running;
+                state.requests_waiting = load.waiting;
+                state.pages_used = load.pages_used;
+                state.pages_total = load.pages_total;
+                state.totals = *totals;
+            }),
         }
     }
 
@@ -135,9 +167,9 @@ impl State {
         }
     }
 
-    fn placed(&mut self, instance: InstanceId, model: &str, placement: &Placement) {
+    fn placed(&mut self, instance: InstanceId, model: &Model, placement: &Placement) {
         let state = InstanceState {
-            model: model.to_owned(),
+            model: model.clone(),
             placement: placement.clone(),
             phase: Phase::Loading { loaded_bytes: 0, total_bytes: 0 },
             epoch: 0,
@@ -146,6 +178,7 @@ impl State {
             requests_waiting: 0,
             pages_used: 0,
             pages_total: 0,
+            totals: Totals::default(),
         };
         self.instances.insert(instance, state);
     }
@@ -182,8 +215,10 @@ mod tests {
         let phase = |state: &State| state.instances[&instance].phase.clone();
         state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
         assert!(state.instances.is_empty());
+        let model =
+            Model { name: "m".to_owned(), family: String::new(), quantization: String::new(), context_tokens: 1 };
         let placement = Placement { stages: Vec::new() };
-        state.apply(&Fact::InstancePlaced { instance, model: "m".to_owned(), placement });
+        state.apply(&Fact::InstancePlaced { instance, model: model.clone(), placement });
         state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
         state.apply(&Fact::ShardLoading { instance, stage: 1, loaded_bytes: 3, total_bytes: 4 });
         assert_eq!(phase(&state), Phase::Loading { loaded_bytes: 4, total_bytes: 6 });
@@ -195,7 +230,7 @@ mod tests {
             let instance = InstanceId(id);
             state.apply(&Fact::InstancePlaced {
                 instance,
-                model: "m".to_owned(),
+                model: model.clone(),
                 placement: Placement { stages: Vec::new() },
             });
             state.apply(&Fact::InstanceStopped { instance, error: None });
