@@ -24,6 +24,11 @@
 //! A [`NodeHandle`] generates, tells its state and the facts that change it, and shuts down. Dropping a
 //! [`Generation`] cancels it. `examples/embed.rs` is a small service with an actor of its own beside these.
 
+/// The HTTP API, for embedders that serve it.
+#[cfg(feature = "http")]
+pub mod api {
+    pub use exo_dashboard::api::*;
+}
 #[cfg(feature = "cli")]
 pub mod cli;
 mod config;
@@ -32,15 +37,14 @@ mod node;
 pub use config::{ConfigError, Directories};
 pub use exo_actors::core::plan::{Placement, PlanError, Stage};
 pub use exo_actors::core::schedule::FinishReason;
-pub use exo_actors::core::view::{Fact, InstanceId, InstanceState, Machine, Phase, State};
+pub use exo_actors::core::view::{Fact, InstanceId, InstanceState, Load, Machine, Model, Phase, State, Totals};
 pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};
 pub use exo_actors::{
-    GenerateRequest, Generated, Generation, Lagged, ModelSpec, NodeHandle, Prompt, RequestError, Subscription,
+    Conversation, FunctionCall, GenerateRequest, Generated, Generation, Lagged, Message, ModelSpec, NodeHandle, Prompt,
+    RequestError, Role, Sampled, SamplingParams, Subscription, ToolCall,
 };
 pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory};
 pub use exo_engines::model::Recipe;
-pub use exo_engines::sampler::{Sampled, SamplingParams};
-pub use exo_engines::template::{Conversation, FunctionCall, Message, Role, ToolCall};
 pub use exo_net::{Identity, NodeId};
 pub use node::{Node, NodeBuilder, StartError};
 

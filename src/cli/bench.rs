@@ -66,9 +66,10 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     // An answer that ends at once measures nothing.
     let endless = loaded.model.tokenizer.ends().iter().map(|&id| (id, NEVER)).collect();
     let mut rounds = Vec::new();
-    for _ in 0..arguments.repeat {
+    for number in 0..arguments.repeat {
+        let ids = prompt(number, arguments.prompt_tokens, loaded.model.tokenizer.vocabulary());
         rounds.push(tokio::select! {
-            round = one_round(&node, &arguments, &model, loaded.model.tokenizer.vocabulary(), &endless) => round?,
+            round = one_round(&node, &arguments, &model, ids, &endless) => round?,
             _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
         });
     }
@@ -84,7 +85,7 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
         load_ms: milliseconds(loaded.load),
         file_bytes: loaded.model.model.files.weight_bytes(),
         peak_memory_bytes: peak_memory_bytes(),
-        stages: stages(&node, &loaded.model).await?,
+        stages: stages(&node.state().await?, &loaded.model.placement),
     };
     print(&report, arguments.json)?;
     node.shutdown().await;
@@ -106,18 +107,22 @@ fn print(report: &Report, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Scattered ids: what the text says has no bearing on the speed. Each round's are others from the first on, or the
+/// prompt would not be computed again.
+fn prompt(round: u32, tokens: u32, vocabulary: usize) -> Vec<u32> {
+    (0..tokens).map(|i| (i.wrapping_mul(7919).wrapping_add(11 + round * 31)) % vocabulary as u32).collect()
+}
+
 async fn one_round(
     node: &NodeHandle,
     arguments: &BenchArguments,
     model: &ModelArguments,
-    vocabulary: usize,
+    ids: Vec<u32>,
     endless: &BTreeMap<u32, f32>,
 ) -> anyhow::Result<Round> {
-    // Scattered ids: what the text says has no bearing on the speed.
-    let ids = (0..arguments.prompt_tokens).map(|i| (i.wrapping_mul(7919) + 11) % vocabulary as u32);
     let request = GenerateRequest {
         model: model.spec(),
-        prompt: Prompt::Tokens(ids.collect()),
+        prompt: Prompt::Tokens(ids),
         params: SamplingParams { logit_bias: endless.clone(), ..SamplingParams::greedy() },
         max_tokens: Some(arguments.generate_tokens),
         stop: Vec::new(),

@@ -4,12 +4,16 @@
 //! stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod bench;
+mod chat;
 mod models;
 mod perplexity;
 mod progress;
 mod pull;
+mod remote;
 mod run;
 mod session;
+mod status;
+mod up;
 
 use clap::{Parser, Subcommand};
 use exo_engines::format::FormatError;
@@ -17,16 +21,23 @@ use std::process::ExitCode;
 
 /// Every machine you own, one LLM inference cluster.
 #[derive(Debug, Parser)]
-#[command(name = "exo-node", version, arg_required_else_help = true, max_term_width = 100)]
+#[command(name = "exo-node", version, max_term_width = 100)]
 struct Arguments {
+    /// What to do [default: up]
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Start a node that stays, and serves the HTTP API
+    Up(up::UpArguments),
     /// Answer a prompt with a model
     Run(Box<run::RunArguments>),
+    /// Talk with a model, turn by turn
+    Chat(Box<chat::ChatArguments>),
+    /// Show what the running node is at
+    Status(status::StatusArguments),
     /// Bring a model's files to this machine
     Pull(pull::PullArguments),
     /// List the models that are known by name
@@ -46,14 +57,22 @@ enum Outcome {
 /// Parses the arguments of this process, and does what they say.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    start_logging();
+    let command = arguments.command.unwrap_or_else(|| Command::Up(up::UpArguments::default()));
+    start_logging(match command {
+        Command::Up(_) => "info",
+        // Commands speak for themselves.
+        _ => "off",
+    });
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow::anyhow!("no runtime could be started: {error}")),
     };
     let outcome = runtime.block_on(async {
-        match arguments.command {
+        match command {
+            Command::Up(arguments) => up::run(arguments).await,
             Command::Run(arguments) => run::run(*arguments).await,
+            Command::Chat(arguments) => chat::run(*arguments).await,
+            Command::Status(arguments) => status::run(arguments).await,
             Command::Pull(arguments) => pull::run(arguments).await,
             Command::Models(arguments) => models::run(&arguments),
             Command::Bench(arguments) => bench::run(arguments).await,
@@ -84,11 +103,10 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Logs go to stderr, as `EXO_LOG` filters them (none where it is not set: commands speak for themselves), and as JSON with
-/// `EXO_LOG_FORMAT=json`.
-fn start_logging() {
+/// Logs go to stderr, as `EXO_LOG` filters them (`default` where it is not set), and as JSON with `EXO_LOG_FORMAT=json`.
+fn start_logging(default: &str) {
     use tracing_subscriber::EnvFilter;
-    let filter = std::env::var("EXO_LOG").unwrap_or_else(|_| "off".to_owned());
+    let filter = std::env::var("EXO_LOG").unwrap_or_else(|_| default.to_owned());
     let filter = EnvFilter::try_new(&filter).unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if std::env::var("EXO_LOG_FORMAT").is_ok_and(|format| format == "json") {

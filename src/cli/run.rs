@@ -2,10 +2,8 @@
 
 use super::Outcome;
 use super::progress::Display;
-use super::session::{Loaded, ModelArguments, StageReport, load, milliseconds, rate, stages};
-use crate::{
-    FinishReason, GenerateRequest, Generated, Generation, Message, Prompt, RequestError, Role, SamplingParams,
-};
+use super::session::{Answered, Answering, ModelArguments, Session, StageReport, milliseconds, rate};
+use crate::{FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams};
 use clap::Args;
 use serde::Serialize;
 use std::io::{IsTerminal, Read, Write};
@@ -71,7 +69,8 @@ struct Report {
     finish_reason: FinishReason,
     prompt_tokens: usize,
     generated_tokens: usize,
-    load_ms: f64,
+    /// `None` where a running node had the model.
+    load_ms: Option<f64>,
     ttft_ms: f64,
     prefill_tokens_per_s: f64,
     decode_tokens_per_s: f64,
@@ -114,32 +113,32 @@ pub(super) async fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
     if prompt.is_empty() {
         return Err(RequestError::BadPrompt { what: "it is empty".to_owned() }.into());
     }
-    let node = arguments.model.start_node(&display).await?;
-    let loaded = tokio::select! {
-        loaded = load(&node, &arguments.model, &display) => loaded?,
-        _ = tokio::signal::ctrl_c() => {
-            display.clear();
-            return Ok(Outcome::Interrupted);
-        }
+    let Some(session) = Session::open(&arguments.model, &display).await? else {
+        return Ok(Outcome::Interrupted);
     };
-    if loaded.model.tokenizer.template().is_none() && !arguments.raw && !arguments.json {
+    if session.is_base_model() && !arguments.raw && !arguments.json {
         eprintln!("{} is a base model without a chat template: it continues the prompt plainly", arguments.model.model);
     }
-    let generation = node.generate(arguments.request(prompt, params))?;
     let started = Instant::now();
     let mut answer = Answer::default();
+    let answering = async {
+        let generation = session.generate(arguments.request(prompt, params)).await?;
+        answer.collect(generation, started, !arguments.json).await
+    };
     let interrupted = tokio::select! {
-        outcome = answer.collect(generation, started, !arguments.json) => { outcome?; false }
+        outcome = answering => { outcome?; false }
         _ = tokio::signal::ctrl_c() => true,
     };
+    let answered = session.answered(&arguments.model.spec()).await;
     if arguments.json && !interrupted {
-        let stages = stages(&node, &loaded.model).await?;
-        println!("{}", serde_json::to_string(&answer.report(&loaded, stages, arguments.logprobs.is_some()))?);
+        println!("{}", serde_json::to_string(&answer.report(answered?, arguments.logprobs.is_some()))?);
     } else if !arguments.json {
         println!();
-        eprintln!("{}", answer.summary(&loaded));
+        if let Ok(answered) = answered {
+            eprintln!("{}", answer.summary(&answered));
+        }
     }
-    node.shutdown().await;
+    session.close().await;
     Ok(if interrupted { Outcome::Interrupted } else { Outcome::Done })
 }
 
@@ -191,14 +190,14 @@ impl RunArguments {
 }
 
 /// The clock, mixed with the process: two runs differ.
-fn fresh_seed() -> u64 {
+pub(super) fn fresh_seed() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     // std's hasher is keyed at random in each process.
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
 impl Answer {
-    async fn collect(&mut self, mut generation: Generation, started: Instant, shows: bool) -> anyhow::Result<()> {
+    async fn collect(&mut self, mut generation: Answering, started: Instant, shows: bool) -> anyhow::Result<()> {
         while let Some(event) = generation.next().await {
             match event? {
                 Generated::Started { prompt_tokens } => self.prompt_tokens = prompt_tokens,
@@ -244,40 +243,42 @@ impl Answer {
         }
     }
 
-    fn report(self, loaded: &Loaded, stages: Vec<StageReport>, wants_logprobs: bool) -> Report {
+    fn report(self, answered: Answered, wants_logprobs: bool) -> Report {
         let first = self.first_token.unwrap_or_default();
         Report {
             decode_tokens_per_s: self.decode_rate(),
             token_ids: self.tokens.iter().map(|token| token.id).collect(),
             prompt_tokens: self.prompt_tokens.len(),
             generated_tokens: self.tokens.len(),
-            load_ms: milliseconds(loaded.load),
+            load_ms: answered.load.map(milliseconds),
             ttft_ms: milliseconds(first),
             prefill_tokens_per_s: rate(self.prompt_tokens.len(), first),
             text: self.text,
             prompt_token_ids: self.prompt_tokens,
             logprobs: if wants_logprobs { self.tokens } else { Vec::new() },
             finish_reason: self.finish.unwrap_or(FinishReason::Stop),
-            model: loaded.model.model.name.clone(),
-            quantization: loaded.model.model.files.quantization.clone(),
-            stages,
+            model: answered.model,
+            quantization: answered.quantization,
+            stages: answered.stages,
         }
     }
 
-    fn summary(&self, loaded: &Loaded) -> String {
-        let devices: Vec<String> = loaded.model.placement.stages.iter().map(|stage| stage.device.to_string()).collect();
+    fn summary(&self, answered: &Answered) -> String {
+        let mut devices: Vec<&str> = answered.stages.iter().map(|stage| stage.device.as_str()).collect();
         let shards = devices.len();
-        let mut distinct = devices;
-        distinct.dedup();
+        devices.dedup();
+        let loaded = match answered.load {
+            Some(load) => format!("loaded in {:.0} ms", milliseconds(load)),
+            None => "by the running node".to_owned(),
+        };
         format!(
-            "{} prompt + {} generated tokens, first after {:.0} ms, then {:.1} tokens/s, on {} in {shards} shard{}, loaded in {:.0} ms",
+            "{} prompt + {} generated tokens, first after {:.0} ms, then {:.1} tokens/s, on {} in {shards} shard{}, {loaded}",
             self.prompt_tokens.len(),
             self.tokens.len(),
             milliseconds(self.first_token.unwrap_or_default()),
             self.decode_rate(),
-            distinct.join(", "),
+            devices.join(", "),
             if shards == 1 { "" } else { "s" },
-            milliseconds(loaded.load),
         )
     }
 }

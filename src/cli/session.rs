@@ -1,9 +1,14 @@
 //! What the commands that run a model share: choosing it, starting a node, showing how it loads.
 
 use super::progress::Display;
-use crate::{DeviceId, Fact, ModelSpec, Node, NodeBuilder, NodeHandle, Phase, Recipe};
+use super::remote::{Remote, RemoteAnswer};
+use crate::{
+    DeviceId, Directories, Fact, GenerateRequest, Generated, Generation, ModelSpec, Node, NodeBuilder, NodeHandle,
+    Phase, Recipe, State,
+};
 use clap::Args;
 use exo_actors::RunningModel;
+use exo_actors::core::plan::Placement;
 use exo_actors::models::ResolvedModel;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -33,17 +38,37 @@ pub(super) struct ModelArguments {
     /// Folder of this node's identity and settings; models lie in the shared cache
     #[arg(long, value_name = "FOLDER")]
     pub(super) data_dir: Option<PathBuf>,
+    /// Load the model in this process, even where a node is running on the data folder
+    #[arg(long)]
+    pub(super) standalone: bool,
 }
 
 impl ModelArguments {
     pub(super) fn spec(&self) -> ModelSpec {
+        let named = ModelSpec::new(self.model.clone());
         ModelSpec {
-            model: self.model.clone(),
             shards: self.shards.map(|shards| shards as usize),
             device: self.device.clone().map(DeviceId),
             context_tokens: self.context,
-            quantize: self.quantize,
+            quantize: self.quantize.or(named.quantize),
+            model: named.model,
         }
+    }
+
+    /// The node that is running on the data folder, where there is one and it is to be used.
+    pub(super) async fn running_node(&self) -> anyhow::Result<Option<Remote>> {
+        if self.standalone {
+            return Ok(None);
+        }
+        let data_dir = match &self.data_dir {
+            Some(folder) => folder.clone(),
+            None => Directories::from_environment()?.data,
+        };
+        let running = Remote::find(&data_dir).await;
+        if running.is_some() && self.threads.is_some() {
+            anyhow::bail!("--threads is the running node's to choose: stop it, or add --standalone");
+        }
+        Ok(running)
     }
 
     /// A node for this command.
@@ -118,25 +143,129 @@ pub(super) async fn load(node: &NodeHandle, arguments: &ModelArguments, display:
 #[derive(Debug, Serialize)]
 pub(super) struct StageReport {
     node: String,
-    device: String,
+    pub(super) device: String,
     engine: String,
     /// First, and the one behind the last.
     layers: [usize; 2],
 }
 
-pub(super) async fn stages(node: &NodeHandle, model: &RunningModel) -> anyhow::Result<Vec<StageReport>> {
-    let state = node.state().await?;
+/// The shards of `placement`.
+pub(super) fn stages(state: &State, placement: &Placement) -> Vec<StageReport> {
     let engine_of = |device: &DeviceId| {
         let report = state.devices.iter().find(|report| report.id == *device);
         report.map(|report| report.engine.clone()).unwrap_or_default()
     };
-    let stages = model.placement.stages.iter().map(|stage| StageReport {
+    let stages = placement.stages.iter().map(|stage| StageReport {
         node: stage.node.to_string(),
         device: stage.device.to_string(),
         engine: engine_of(&stage.device),
         layers: [stage.layers.start, stage.layers.end],
     });
-    Ok(stages.collect())
+    stages.collect()
+}
+
+/// Who answers: a node of this process, or the one that is running.
+pub(super) enum Session {
+    Own { node: NodeHandle, loaded: Box<Loaded> },
+    Running(Remote),
+}
+
+/// An answer on its way. Dropping it cancels the work.
+pub(super) enum Answering {
+    Own(Generation),
+    Running(RemoteAnswer),
+}
+
+/// What has answered.
+pub(super) struct Answered {
+    pub(super) model: String,
+    pub(super) quantization: String,
+    pub(super) stages: Vec<StageReport>,
+    /// `None` where the running node had it.
+    pub(super) load: Option<Duration>,
+}
+
+impl Session {
+    /// The running node, or one that is started for `arguments`; `None` where Ctrl-C came first.
+    pub(super) async fn open(arguments: &ModelArguments, display: &Arc<Display>) -> anyhow::Result<Option<Self>> {
+        if let Some(remote) = arguments.running_node().await? {
+            return Ok(Some(Self::Running(remote)));
+        }
+        let node = arguments.start_node(display).await?;
+        tokio::select! {
+            loaded = load(&node, arguments, display) => {
+                let loaded = Box::new(loaded?);
+                Ok(Some(Self::Own { node, loaded }))
+            }
+            _ = tokio::signal::ctrl_c() => {
+                display.clear();
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether the model is known to continue texts only.
+    pub(super) fn is_base_model(&self) -> bool {
+        match self {
+            Self::Own { loaded, .. } => loaded.model.tokenizer.template().is_none(),
+            Self::Running(_) => false,
+        }
+    }
+
+    pub(super) async fn generate(&self, request: GenerateRequest) -> anyhow::Result<Answering> {
+        match self {
+            Self::Own { node, .. } => Ok(Answering::Own(node.generate(request)?)),
+            Self::Running(remote) => Ok(Answering::Running(remote.generate(&request).await?)),
+        }
+    }
+
+    /// What has answered a request for `spec`.
+    pub(super) async fn answered(&self, spec: &ModelSpec) -> anyhow::Result<Answered> {
+        match self {
+            Self::Own { node, loaded } => {
+                let Loaded { model, load } = &**loaded;
+                Ok(Answered {
+                    model: model.model.name.clone(),
+                    quantization: model.model.files.quantization.clone(),
+                    stages: stages(&node.state().await?, &model.placement),
+                    load: Some(*load),
+                })
+            }
+            Self::Running(remote) => {
+                let state = remote.state().await?;
+                let name = spec.to_string();
+                // The newest of them, where the model runs in several ways.
+                let found = state.instances.values().rev();
+                let found = found.filter(|instance| instance.model.name == name && instance.phase == Phase::Ready);
+                let Some(instance) = found.into_iter().next() else {
+                    anyhow::bail!("{name} has left the node's memory meanwhile");
+                };
+                Ok(Answered {
+                    model: name,
+                    quantization: instance.model.quantization.clone(),
+                    stages: stages(&state, &instance.placement),
+                    load: None,
+                })
+            }
+        }
+    }
+
+    pub(super) async fn close(self) {
+        if let Self::Own { node, loaded } = self {
+            drop(loaded);
+            node.shutdown().await;
+        }
+    }
+}
+
+impl Answering {
+    /// The next event; `None` behind the last.
+    pub(super) async fn next(&mut self) -> Option<anyhow::Result<Generated>> {
+        match self {
+            Self::Own(generation) => generation.next().await.map(|event| event.map_err(Into::into)),
+            Self::Running(answer) => answer.next().await,
+        }
+    }
 }
 
 pub(super) fn milliseconds(duration: Duration) -> f64 {

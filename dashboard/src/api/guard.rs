@@ -1,0 +1,119 @@
+//! Who may come in over TCP.
+//!
+//! A browser is made to send requests to this machine by any page that it shows. A page's own address stands in
+//! `Origin`, and after DNS rebinding in `Host`: both must be ours. Where a key is asked for, nobody without it comes in,
+//! whatever the headers say.
+
+use super::ApiError;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use std::sync::Arc;
+use subtle::ConstantTimeEq;
+
+/// What the guard knows.
+#[derive(Clone)]
+pub(super) struct Guard {
+    /// `None`: none is asked for, and only loopback is served.
+    pub(super) key: Option<Arc<str>>,
+}
+
+impl std::fmt::Debug for Guard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Guard").field("key", &self.key.as_ref().map(|_| "…")).finish()
+    }
+}
+
+pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
+    // Balancers and service managers ask whether the node lives, and have no key.
+    let is_open = request.uri().path() == "/health";
+    match guard.check(request.headers(), is_open) {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    }
+}
+
+impl Guard {
+    fn check(&self, headers: &HeaderMap, is_open: bool) -> Result<(), ApiError> {
+        let text = |name| headers.get(name).and_then(|value: &header::HeaderValue| value.to_str().ok());
+        let host = text(header::HOST).unwrap_or_default();
+        if self.key.is_none() && !is_loopback(host) {
+            let what = format!("the Host header is `{host}`: this node serves loopback names only");
+            return Err(ApiError::new(StatusCode::FORBIDDEN, "foreign_host", what));
+        }
+        if let Some(origin) = headers.get(header::ORIGIN) {
+            let origin = origin.to_str().unwrap_or_default();
+            let authority = origin.split_once("://").map_or("", |(_, authority)| authority);
+            if authority.is_empty() || !authority.eq_ignore_ascii_case(host) {
+                let what = format!("pages of `{origin}` may not use this node");
+                return Err(ApiError::new(StatusCode::FORBIDDEN, "foreign_origin", what));
+            }
+        }
+        match &self.key {
+            Some(key) if !is_open && !is_key(key, headers) => {
+                let what = "this node asks for its API key: send it as `Authorization: Bearer KEY`";
+                Err(ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", what))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(v6) => v6.split(']').next().unwrap_or_default(),
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+fn is_key(key: &str, headers: &HeaderMap) -> bool {
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let bearer = bearer.and_then(|value| value.strip_prefix("Bearer "));
+    let given = bearer.or_else(|| headers.get("x-api-key").and_then(|value| value.to_str().ok()));
+    given.is_some_and(|given| given.trim().as_bytes().ct_eq(key.as_bytes()).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::http::HeaderName;
+
+    fn check(key: Option<&str>, headers: &[(&'static str, &str)]) -> Option<u16> {
+        let guard = Guard { key: key.map(Arc::from) };
+        let headers = headers.iter().map(|&(name, value)| {
+            (HeaderName::from_static(name), value.parse().unwrap_or_else(|_| header::HeaderValue::from_static("")))
+        });
+        guard.check(&headers.collect(), false).err().map(|error| error.status.as_u16())
+    }
+
+    #[test]
+    fn loopback_names_and_own_pages_come_in() {
+        for host in ["localhost:52415", "127.0.0.1:1", "[::1]:52415", "LOCALHOST", "127.0.0.1"] {
+            assert_eq!(check(None, &[("host", host)]), None, "{host}");
+        }
+        assert_eq!(check(None, &[("host", "localhost:1"), ("origin", "http://localhost:1")]), None);
+    }
+
+    #[test]
+    fn rebound_names_and_foreign_pages_do_not() {
+        for host in ["evil.example", "evil.example:52415", "127.0.0.1.evil.example", "", "192.168.0.4:52415"] {
+            assert_eq!(check(None, &[("host", host)]), Some(403), "{host}");
+        }
+        for origin in ["http://evil.example", "null", "http://localhost:2", "https://localhost.evil.example:1"] {
+            assert_eq!(check(None, &[("host", "localhost:1"), ("origin", origin)]), Some(403), "{origin}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_asked_for() {
+        let host = ("host", "gpu-box.lan:52415");
+        assert_eq!(check(Some("secret"), &[host]), Some(401));
+        assert_eq!(check(Some("secret"), &[host, ("authorization", "Bearer wrong")]), Some(401));
+        assert_eq!(check(Some("secret"), &[host, ("authorization", "Bearer secret")]), None);
+        assert_eq!(check(Some("secret"), &[host, ("x-api-key", "secret")]), None);
+        let foreign = [host, ("authorization", "Bearer secret"), ("origin", "http://evil.example")];
+        assert_eq!(check(Some("secret"), &foreign), Some(403));
+    }
+}

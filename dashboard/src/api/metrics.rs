@@ -1,0 +1,118 @@
+//! `/metrics`: the node's state in Prometheus' text format, version 0.0.4.
+
+use super::{Api, ApiError};
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use exo_actors::core::view;
+use std::fmt::Write as _;
+
+pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, ApiError> {
+    let text = render(&api.node.state().await?);
+    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
+}
+
+/// Values of one metric, each with its labels.
+struct Metric<'a> {
+    name: &'a str,
+    /// `gauge` or `counter`.
+    kind: &'a str,
+    help: &'a str,
+}
+
+impl Metric<'_> {
+    fn write(&self, out: &mut String, values: impl IntoIterator<Item = (String, f64)>) {
+        let mut values = values.into_iter().peekable();
+        // What is not known is not there: never 0.
+        if values.peek().is_none() {
+            return;
+        }
+        let Self { name, kind, help } = self;
+        // Writing to a string does not fail.
+        let _ = write!(out, "# HELP exo_{name} {help}\n# TYPE exo_{name} {kind}\n");
+        for (labels, value) in values {
+            let _ = writeln!(out, "exo_{name}{labels} {value}");
+        }
+    }
+}
+
+fn gauge<'a>(name: &'a str, help: &'a str) -> Metric<'a> {
+    Metric { name, kind: "gauge", help }
+}
+
+fn counter<'a>(name: &'a str, help: &'a str) -> Metric<'a> {
+    Metric { name, kind: "counter", help }
+}
+
+fn render(state: &view::State) -> String {
+    let mut out = String::new();
+    let machine = &state.machine;
+    let plain = |value: Option<f64>| value.map(|value| (String::new(), value));
+    let bytes = |bytes: Option<u64>| plain(bytes.map(|bytes| bytes as f64));
+    gauge("memory_total_bytes", "Memory of this machine.").write(&mut out, bytes(machine.memory_total_bytes));
+    gauge("memory_free_bytes", "Memory that is free.").write(&mut out, bytes(machine.memory_free_bytes));
+    gauge("process_bytes", "Resident memory of this process.").write(&mut out, bytes(machine.process_bytes));
+    let busy = machine.cpu_utilisation.map(f64::from);
+    gauge("cpu_utilisation", "Share of all cores in use, 0 to 1.").write(&mut out, plain(busy));
+    let devices = state
+        .devices
+        .iter()
+        .map(|device| (labels(&[("device", &device.id.0), ("engine", &device.engine), ("tier", &device.tier)]), 1.0));
+    gauge("device_info", "Devices that engines can be opened on.").write(&mut out, devices);
+    instances(state, &mut out);
+    out
+}
+
+fn instances(state: &view::State, out: &mut String) {
+    type Read = fn(&view::InstanceState) -> f64;
+    let metrics: [(Metric<'_>, Read); 9] = [
+        (gauge("requests_running", "Requests that decode or prefill."), |i| i.requests_running as f64),
+        (gauge("requests_waiting", "Requests that wait for their turn."), |i| i.requests_waiting as f64),
+        (gauge("kv_pages_used", "Pages of the cache in use, kept beginnings counted."), |i| f64::from(i.pages_used)),
+        (gauge("kv_pages_total", "Pages of the cache."), |i| f64::from(i.pages_total)),
+        (gauge("instance_epoch", "Lives of the instance so far."), |i| i.epoch as f64),
+        (counter("requests_total", "Requests that have ended."), |i| i.totals.requests as f64),
+        (counter("prompt_tokens_total", "Tokens of prompts."), |i| i.totals.prompt_tokens as f64),
+        (counter("reused_tokens_total", "Tokens of prompts that were not computed again."), |i| {
+            i.totals.reused_tokens as f64
+        }),
+        (counter("generated_tokens_total", "Tokens drawn."), |i| i.totals.generated_tokens as f64),
+    ];
+    for (metric, read) in metrics {
+        let live =
+            state.instances.iter().filter(|(_, instance)| !matches!(instance.phase, view::Phase::Stopped { .. }));
+        let values = live.map(|(id, instance)| {
+            (labels(&[("instance", &id.to_string()), ("model", &instance.model.name)]), read(instance))
+        });
+        metric.write(out, values);
+    }
+}
+
+/// `{name="value",…}`, escaped as the format asks for.
+fn labels(pairs: &[(&str, &str)]) -> String {
+    let escape = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+    let pairs: Vec<String> = pairs.iter().map(|(name, value)| format!("{name}=\"{}\"", escape(value))).collect();
+    format!("{{{}}}", pairs.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_escaped() {
+        assert_eq!(labels(&[("a", "x\"y\\z\n"), ("b", "")]), "{a=\"x\\\"y\\\\z\\n\",b=\"\"}");
+    }
+
+    #[test]
+    fn what_is_unknown_is_not_there() {
+        let mut out = String::new();
+        gauge("memory_free_bytes", "…").write(&mut out, None::<(String, f64)>);
+        assert_eq!(out, "");
+        gauge("memory_free_bytes", "Free.").write(&mut out, Some((String::new(), 5.0)));
+        assert_eq!(
+            out,
+            "# HELP exo_memory_free_bytes Free.\n# TYPE exo_memory_free_bytes gauge\nexo_memory_free_bytes 5\n"
+        );
+    }
+}

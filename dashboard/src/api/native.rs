@@ -1,0 +1,59 @@
+//! `/generate`: requests and answers as the node itself has them, a JSON line for each event. The command line uses
+//! it: token ids and log-probabilities come with nothing left out.
+
+use super::body::{Body, FromBody, read_json};
+use super::{Api, ApiError, ErrorDetail, Reach};
+use axum::body::{Body as Stream, Bytes};
+use axum::extract::State;
+use axum::response::Response;
+use exo_actors::{GenerateRequest, Generated};
+use futures_util::StreamExt;
+use serde::{Deserialize, Serialize};
+use std::convert::Infallible;
+
+/// What a node's socket is called in its data folder.
+pub const SOCKET_NAME: &str = "api.sock";
+
+/// One line of an answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Line {
+    Event(Generated),
+    /// The last line, where the answer broke off.
+    Error(ErrorDetail),
+}
+
+impl FromBody for GenerateRequest {
+    fn read(bytes: &[u8]) -> Result<Self, ApiError> {
+        read_json(bytes)
+    }
+}
+
+pub(super) async fn generate(
+    State(api): State<Api>,
+    Body(request): Body<GenerateRequest>,
+) -> Result<Response, ApiError> {
+    if api.reach == Reach::Network {
+        api.spec(&request.model.model)?;
+    }
+    let mut generation = api.node.generate(request)?;
+    // What fails before it begins has a status of its own.
+    let first = match generation.next().await {
+        Some(event) => event?,
+        None => return Err(exo_actors::RequestError::ShuttingDown.into()),
+    };
+    let rest = generation.map(|event| match event {
+        Ok(event) => Line::Event(event),
+        Err(error) => Line::Error(ApiError::from(error).detail),
+    });
+    let lines = futures_util::stream::once(async { Line::Event(first) }).chain(rest);
+    let bytes = lines.map(|line| {
+        let mut text = serde_json::to_vec(&line).unwrap_or_default();
+        text.push(b'\n');
+        Ok::<_, Infallible>(Bytes::from(text))
+    });
+    let mut response = Response::new(Stream::from_stream(bytes));
+    let kind = axum::http::HeaderValue::from_static("application/x-ndjson");
+    response.headers_mut().insert(axum::http::header::CONTENT_TYPE, kind);
+    Ok(response)
+}

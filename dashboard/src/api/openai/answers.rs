@@ -1,0 +1,255 @@
+//! Several answers on their way at once, and the two ways of telling them: whole, or as a stream.
+
+use super::{now, random};
+use crate::api::{Api, ApiError};
+use axum::Json;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use exo_actors::core::schedule::FinishReason;
+use exo_actors::{GenerateRequest, Generated, Generation, ModelSpec, RequestError, RunningModel, Sampled};
+use futures_util::stream::{SelectAll, Stream, StreamExt, select_all};
+use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::pin::Pin;
+
+/// What is to be generated, and how it is told.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// The model as the client named it.
+    pub(super) name: String,
+    pub(super) model: ModelSpec,
+    /// One for each answer.
+    pub(super) requests: Vec<GenerateRequest>,
+    /// How many different prompts these have.
+    pub(super) prompts: usize,
+    pub(super) is_streamed: bool,
+    pub(super) includes_usage: bool,
+}
+
+/// A kind of completion.
+pub(super) trait Shape: Send + 'static {
+    const OBJECT: &'static str;
+    const CHUNK: &'static str;
+    /// What ids begin with.
+    const ID: &'static str;
+
+    /// All answers have begun.
+    fn begin(&mut self, answers: &Answers);
+    /// What a stream says of an answer before its first piece.
+    fn first_chunk(&mut self, index: usize) -> Option<Value>;
+    /// A piece as a stream tells it.
+    fn chunk(&mut self, piece: &Piece, model: &RunningModel) -> Option<Value>;
+    /// Takes a piece of an answer that is told whole.
+    fn collect(&mut self, piece: &Piece, model: &RunningModel);
+    /// A whole answer.
+    fn choice(&mut self, answer: &Answer) -> Value;
+}
+
+/// A piece of one of the answers.
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) index: usize,
+    pub(super) text: String,
+    pub(super) sampled: Option<Sampled>,
+    pub(super) finish: Option<FinishReason>,
+}
+
+/// An answer that has ended.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) index: usize,
+    pub(super) finish: FinishReason,
+}
+
+type Events = SelectAll<Pin<Box<dyn Stream<Item = (usize, Result<Generated, RequestError>)> + Send>>>;
+
+/// Answers that have begun.
+pub(super) struct Answers {
+    model: RunningModel,
+    events: Events,
+    count: usize,
+    /// The first prompt's last tokens.
+    tail: Vec<u32>,
+    usage: Usage,
+}
+
+/// Tokens, as OpenAI counts them.
+#[derive(Debug, Clone, Copy, Default)]
+struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    /// Of the prompts' tokens, those that were not computed again.
+    cached_tokens: usize,
+}
+
+impl Usage {
+    fn json(self) -> Value {
+        json!({
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": { "cached_tokens": self.cached_tokens },
+        })
+    }
+}
+
+/// Tokens that tell how a prompt ends.
+const TAIL_TOKENS: usize = 8;
+
+impl Answers {
+    /// Begins all answers of `plan`. What fails before any has begun has a status of its own.
+    async fn begin(api: &Api, plan: &mut Plan) -> Result<Self, ApiError> {
+        let model = api.node.load(plan.model.clone()).await?;
+        let requests = std::mem::take(&mut plan.requests);
+        let answers_per_prompt = (requests.len() / plan.prompts.max(1)).max(1);
+        let generations: Result<Vec<Generation>, RequestError> =
+            requests.into_iter().map(|request| api.node.generate(request)).collect();
+        let mut answers = Self { model, events: select_all([]), count: 0, tail: Vec::new(), usage: Usage::default() };
+        for (index, mut generation) in generations?.into_iter().enumerate() {
+            let Some(event) = generation.next().await else { return Err(RequestError::ShuttingDown.into()) };
+            if let Generated::Started { prompt_tokens } = event?
+                && index.is_multiple_of(answers_per_prompt)
+            {
+                answers.usage.prompt_tokens += prompt_tokens.len();
+                if index == 0 {
+                    answers.tail = prompt_tokens[prompt_tokens.len().saturating_sub(TAIL_TOKENS)..].to_vec();
+                }
+            }
+            answers.count += 1;
+            answers.events.push(generation.map(move |event| (index, event)).boxed());
+        }
+        Ok(answers)
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Whether the prompt ends with `text`, blanks aside.
+    pub(super) fn ends_with(&self, text: &str) -> bool {
+        let bytes: Vec<u8> = self.tail.iter().flat_map(|&id| self.model.tokenizer.bytes(id)).copied().collect();
+        String::from_utf8_lossy(&bytes).trim_end().ends_with(text)
+    }
+
+    /// The next piece of any answer; `None` when all have ended.
+    async fn next(&mut self) -> Option<Result<Piece, RequestError>> {
+        loop {
+            let (index, event) = self.events.next().await?;
+            return Some(match event {
+                Err(error) => Err(error),
+                Ok(Generated::Started { .. }) => continue,
+                Ok(Generated::Token { sampled, text, .. }) => {
+                    self.usage.completion_tokens += 1;
+                    Ok(Piece { index, text, sampled: Some(sampled), finish: None })
+                }
+                Ok(Generated::Finished { reason, text, reused_tokens }) => {
+                    if index == 0 {
+                        self.usage.cached_tokens = reused_tokens;
+                    }
+                    Ok(Piece { index, text, sampled: None, finish: Some(reason) })
+                }
+            });
+        }
+    }
+}
+
+/// Carries a plan out, and tells it in `shape`.
+pub(super) async fn answer<S: Shape>(api: &Api, mut plan: Plan, mut shape: S) -> Result<Response, ApiError> {
+    let answers = Answers::begin(api, &mut plan).await?;
+    shape.begin(&answers);
+    let id = format!("{}-{:016x}{:08x}", S::ID, random(), now());
+    match plan.is_streamed {
+        true => Ok(stream(answers, plan, shape, id)),
+        false => Ok(Json(whole(answers, plan, shape, id).await?).into_response()),
+    }
+}
+
+async fn whole<S: Shape>(mut answers: Answers, plan: Plan, mut shape: S, id: String) -> Result<Value, ApiError> {
+    let mut ended = Vec::new();
+    while let Some(piece) = answers.next().await {
+        let piece = piece?;
+        shape.collect(&piece, &answers.model);
+        ended.extend(piece.finish.map(|finish| Answer { index: piece.index, finish }));
+    }
+    ended.sort_by_key(|answer| answer.index);
+    let choices: Vec<Value> = ended.iter().map(|answer| shape.choice(answer)).collect();
+    let usage = answers.usage.json();
+    Ok(json!({
+        "id": id, "object": S::OBJECT, "created": now(), "model": plan.name, "choices": choices, "usage": usage,
+    }))
+}
+
+/// What a stream still has to say.
+struct Streaming<S> {
+    answers: Answers,
+    plan: Plan,
+    shape: S,
+    id: String,
+    created: u64,
+    /// Events that are ready.
+    ready: VecDeque<Value>,
+    /// Whether nothing comes behind what is ready but the end.
+    is_over: bool,
+    is_done: bool,
+}
+
+fn stream<S: Shape>(answers: Answers, plan: Plan, mut shape: S, id: String) -> Response {
+    let first: Vec<Value> = (0..answers.count()).filter_map(|index| shape.first_chunk(index)).collect();
+    let mut streaming =
+        Streaming { answers, plan, shape, id, created: now(), ready: VecDeque::new(), is_over: false, is_done: false };
+    let first = first.into_iter().map(|choice| streaming.envelope(vec![choice])).collect();
+    streaming.ready = first;
+    let events = futures_util::stream::unfold(streaming, |mut streaming| async move {
+        let event = streaming.next().await?;
+        Some((Ok::<_, Infallible>(event), streaming))
+    });
+    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+}
+
+impl<S: Shape> Streaming<S> {
+    async fn next(&mut self) -> Option<Event> {
+        loop {
+            if let Some(value) = self.ready.pop_front() {
+                return Some(Event::default().data(value.to_string()));
+            }
+            if self.is_done {
+                return None;
+            }
+            if self.is_over {
+                self.is_done = true;
+                return Some(Event::default().data("[DONE]"));
+            }
+            match self.answers.next().await {
+                Some(Ok(piece)) => {
+                    let choice = self.shape.chunk(&piece, &self.answers.model);
+                    let chunk = choice.map(|choice| self.envelope(vec![choice]));
+                    self.ready.extend(chunk);
+                }
+                Some(Err(error)) => {
+                    // Clients take an event with an error for the end.
+                    self.ready.push_back(json!(ApiError::from(error).body()));
+                    self.is_over = true;
+                }
+                None => {
+                    if self.plan.includes_usage {
+                        let mut last = self.envelope(Vec::new());
+                        last["usage"] = self.answers.usage.json();
+                        self.ready.push_back(last);
+                    }
+                    self.is_over = true;
+                }
+            }
+        }
+    }
+
+    fn envelope(&self, choices: Vec<Value>) -> Value {
+        let mut chunk = json!({
+            "id": self.id, "object": S::CHUNK, "created": self.created, "model": self.plan.name, "choices": choices,
+        });
+        if self.plan.includes_usage {
+            chunk["usage"] = Value::Null;
+        }
+        chunk
+    }
+}

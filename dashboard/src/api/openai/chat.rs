@@ -1,0 +1,282 @@
+//! `/v1/chat/completions`.
+
+use super::answers::{Answer, Answers, Piece, Plan, Shape};
+use super::sampling::Sampling;
+use super::tools;
+use crate::api::body::{FromBody, read_json};
+use crate::api::reasoning::{Parts, Splitter};
+use crate::api::{Api, ApiError};
+use exo_actors::{Conversation, GenerateRequest, Message, Prompt, Role, RunningModel, ToolCall};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+/// As OpenAI bounds it.
+const TOP_LOGPROBS_MAX: u32 = 20;
+
+/// A request, its sampling read apart: so that each field is named where it is wrong.
+#[derive(Debug, Clone)]
+pub(in crate::api) struct ChatRequest {
+    own: Own,
+    sampling: Sampling,
+}
+
+impl FromBody for ChatRequest {
+    fn read(bytes: &[u8]) -> Result<Self, ApiError> {
+        Ok(Self { own: read_json(bytes)?, sampling: read_json(bytes)? })
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Own {
+    model: String,
+    messages: Vec<Spoken>,
+    #[serde(default)]
+    logprobs: Option<bool>,
+    #[serde(default)]
+    top_logprobs: Option<u32>,
+    #[serde(default)]
+    tools: Option<Vec<Value>>,
+    #[serde(default)]
+    tool_choice: Option<Value>,
+    #[serde(default)]
+    response_format: Option<Value>,
+    #[serde(default)]
+    reasoning_effort: Option<String>,
+    /// Variables for the model's template, as vLLM and llama.cpp take them.
+    #[serde(default)]
+    chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+/// A message as clients send it.
+#[derive(Debug, Clone, Deserialize)]
+struct Spoken {
+    role: Role,
+    #[serde(default)]
+    content: Option<Content>,
+    #[serde(default, alias = "reasoning")]
+    reasoning_content: Option<String>,
+    #[serde(default)]
+    tool_calls: Option<Vec<ToolCall>>,
+    #[serde(default)]
+    tool_call_id: Option<String>,
+    #[serde(default)]
+    name: Option<String>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Parts(Vec<Value>),
+}
+
+impl Content {
+    fn text(self) -> Result<String, ApiError> {
+        let parts = match self {
+            Self::Text(text) => return Ok(text),
+            Self::Parts(parts) => parts,
+        };
+        let text = |part: &Value| match (part["type"].as_str(), part["text"].as_str()) {
+            (Some("text"), Some(text)) => Ok(text.to_owned()),
+            (kind, _) => {
+                let what = format!("has a part of the type `{}`; models here take text", kind.unwrap_or("none"));
+                Err(ApiError::bad_value("messages", what))
+            }
+        };
+        parts.iter().map(text).collect::<Result<Vec<_>, _>>().map(|texts| texts.concat())
+    }
+}
+
+impl Spoken {
+    fn message(self) -> Result<Message, ApiError> {
+        Ok(Message {
+            role: self.role,
+            content: self.content.map(Content::text).transpose()?.unwrap_or_default(),
+            reasoning_content: self.reasoning_content,
+            tool_calls: self.tool_calls.unwrap_or_default(),
+            tool_call_id: self.tool_call_id,
+            name: self.name,
+        })
+    }
+}
+
+impl ChatRequest {
+    pub(super) fn plan(self, api: &Api, fresh_seed: u64) -> Result<(Plan, Chat), ApiError> {
+        let model = api.spec(&self.own.model)?;
+        let top_logprobs = self.top_logprobs()?;
+        let tools = self.tools()?;
+        if let Some(kind) = self.own.response_format.as_ref().and_then(|format| format["type"].as_str())
+            && kind != "text"
+        {
+            return Err(ApiError::bad_value("response_format", format!("is `{kind}`; only `text` is served")));
+        }
+        if self.own.messages.is_empty() {
+            return Err(ApiError::bad_value("messages", "is empty"));
+        }
+        let messages = self.own.messages.into_iter().map(Spoken::message).collect::<Result<_, _>>()?;
+        let mut arguments = self.own.chat_template_kwargs.unwrap_or_default();
+        if let Some(effort) = self.own.reasoning_effort {
+            arguments.entry("reasoning_effort").or_insert(Value::from(effort));
+        }
+        let chat = Chat {
+            has_tools: !tools.is_empty(),
+            wants_logprobs: self.own.logprobs.unwrap_or(false),
+            choices: Vec::new(),
+        };
+        let prompt = Prompt::Chat(Conversation { messages, tools, arguments });
+        let mut requests = Vec::new();
+        for choice in 0..self.sampling.choices()? {
+            requests.push(GenerateRequest {
+                model: model.clone(),
+                prompt: prompt.clone(),
+                params: self.sampling.params(choice, top_logprobs, fresh_seed)?,
+                max_tokens: self.sampling.max_tokens()?,
+                stop: self.sampling.stop()?,
+            });
+        }
+        let (is_streamed, includes_usage) = (self.sampling.is_streamed(), self.sampling.includes_usage());
+        Ok((Plan { name: self.own.model, model, requests, prompts: 1, is_streamed, includes_usage }, chat))
+    }
+
+    fn top_logprobs(&self) -> Result<u32, ApiError> {
+        match (self.own.logprobs.unwrap_or(false), self.own.top_logprobs.unwrap_or(0)) {
+            (_, 0) => Ok(0),
+            (false, _) => Err(ApiError::bad_value("top_logprobs", "needs `logprobs` to be true")),
+            (true, count) if count <= TOP_LOGPROBS_MAX => Ok(count),
+            (true, count) => {
+                Err(ApiError::bad_value("top_logprobs", format!("is {count}; 0 to {TOP_LOGPROBS_MAX} is possible")))
+            }
+        }
+    }
+
+    fn tools(&self) -> Result<Vec<Value>, ApiError> {
+        let tools = self.own.tools.clone().unwrap_or_default();
+        if tools.iter().any(|tool| !tool["function"]["name"].is_string()) {
+            return Err(ApiError::bad_value("tools", "has one that is no function with a name"));
+        }
+        match self.own.tool_choice.as_ref().map(|choice| (choice.as_str(), choice)) {
+            None | Some((Some("auto"), _)) | Some((None, Value::Null)) => Ok(tools),
+            Some((Some("none"), _)) => Ok(Vec::new()),
+            Some(_) => {
+                Err(ApiError::bad_value("tool_choice", "can be `auto` or `none`: a model is not forced to call"))
+            }
+        }
+    }
+}
+
+/// The shape of chat completions.
+#[derive(Debug)]
+pub(super) struct Chat {
+    has_tools: bool,
+    wants_logprobs: bool,
+    choices: Vec<Choice>,
+}
+
+/// One answer, as far as it came.
+#[derive(Debug, Default)]
+struct Choice {
+    splitter: Splitter,
+    parts: Parts,
+    logprobs: Vec<Value>,
+    /// Words that are not told before the end: they may be calls of tools.
+    held: String,
+}
+
+impl Shape for Chat {
+    const OBJECT: &'static str = "chat.completion";
+    const CHUNK: &'static str = "chat.completion.chunk";
+    const ID: &'static str = "chatcmpl";
+
+    fn begin(&mut self, answers: &Answers) {
+        let splitter = || match answers.ends_with("<think>") {
+            true => Splitter::within_thought(),
+            false => Splitter::default(),
+        };
+        self.choices = (0..answers.count()).map(|_| Choice { splitter: splitter(), ..Choice::default() }).collect();
+    }
+
+    fn first_chunk(&mut self, index: usize) -> Option<Value> {
+        let delta = json!({ "role": "assistant", "content": "" });
+        Some(json!({ "index": index, "delta": delta, "logprobs": null, "finish_reason": null }))
+    }
+
+    fn chunk(&mut self, piece: &Piece, model: &RunningModel) -> Option<Value> {
+        let parts = self.take(piece, model);
+        let mut delta = Map::new();
+        if !parts.thought.is_empty() {
+            delta.insert("reasoning_content".to_owned(), Value::from(parts.thought));
+        }
+        let choice = &mut self.choices[piece.index];
+        let mut finish = piece.finish.map(super::finish_name);
+        match self.has_tools {
+            false if !parts.words.is_empty() => drop(delta.insert("content".to_owned(), Value::from(parts.words))),
+            false => {}
+            true => {
+                choice.held.push_str(&parts.words);
+                if finish.is_some() {
+                    let (words, calls) = tools::parse(&choice.held);
+                    if !calls.is_empty() {
+                        finish = Some("tool_calls");
+                        delta.insert("tool_calls".to_owned(), tools::deltas(&calls));
+                    }
+                    if !words.is_empty() {
+                        delta.insert("content".to_owned(), Value::from(words));
+                    }
+                }
+            }
+        }
+        let logprobs = std::mem::take(&mut choice.logprobs);
+        if delta.is_empty() && finish.is_none() && logprobs.is_empty() {
+            return None;
+        }
+        let logprobs = self.wants_logprobs.then(|| json!({ "content": logprobs, "refusal": null }));
+        Some(json!({ "index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish }))
+    }
+
+    fn collect(&mut self, piece: &Piece, model: &RunningModel) {
+        let parts = self.take(piece, model);
+        let choice = &mut self.choices[piece.index];
+        choice.parts.thought.push_str(&parts.thought);
+        choice.parts.words.push_str(&parts.words);
+    }
+
+    fn choice(&mut self, answer: &Answer) -> Value {
+        let Choice { parts, logprobs, .. } = std::mem::take(&mut self.choices[answer.index]);
+        let (words, calls) = if self.has_tools { tools::parse(&parts.words) } else { (parts.words, Vec::new()) };
+        let content = if words.is_empty() && !calls.is_empty() { Value::Null } else { Value::from(words) };
+        let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
+        if !parts.thought.is_empty() {
+            message["reasoning_content"] = Value::from(parts.thought);
+        }
+        let mut finish = super::finish_name(answer.finish);
+        if !calls.is_empty() {
+            finish = "tool_calls";
+            message["tool_calls"] = tools::whole(&calls);
+        }
+        let logprobs = self.wants_logprobs.then(|| json!({ "content": logprobs, "refusal": null }));
+        json!({ "index": answer.index, "message": message, "logprobs": logprobs, "finish_reason": finish })
+    }
+}
+
+impl Chat {
+    fn take(&mut self, piece: &Piece, model: &RunningModel) -> Parts {
+        let choice = &mut self.choices[piece.index];
+        if let Some(sampled) = piece.sampled.as_ref().filter(|_| self.wants_logprobs) {
+            let entry = |id: u32, logprob: f32| {
+                let bytes = model.tokenizer.bytes(id);
+                json!({ "token": String::from_utf8_lossy(bytes), "logprob": logprob, "bytes": bytes })
+            };
+            let mut own = entry(sampled.token, sampled.logprob);
+            let top: Vec<Value> = sampled.top_logprobs.iter().map(|&(id, logprob)| entry(id, logprob)).collect();
+            own["top_logprobs"] = Value::from(top);
+            choice.logprobs.push(own);
+        }
+        let mut parts = choice.splitter.push(&piece.text);
+        if piece.finish.is_some() {
+            let rest = choice.splitter.finish();
+            parts.thought.push_str(&rest.thought);
+            parts.words.push_str(&rest.words);
+        }
+        parts
+    }
+}

@@ -1,0 +1,188 @@
+//! `/v1/completions`: plain texts continued.
+
+use super::answers::{Answer, Answers, Piece, Plan, Shape};
+use super::sampling::Sampling;
+use crate::api::body::{FromBody, read_json};
+use crate::api::{Api, ApiError};
+use exo_actors::{GenerateRequest, Prompt, RunningModel};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+/// As OpenAI bounds it for older models: more are seldom asked for.
+const LOGPROBS_MAX: u32 = 20;
+/// Prompts of one request: each takes a request's place.
+const PROMPTS_MAX: usize = 64;
+
+/// A request, its sampling read apart: so that each field is named where it is wrong.
+#[derive(Debug, Clone)]
+pub(in crate::api) struct CompletionRequest {
+    own: Own,
+    sampling: Sampling,
+}
+
+impl FromBody for CompletionRequest {
+    fn read(bytes: &[u8]) -> Result<Self, ApiError> {
+        Ok(Self { own: read_json(bytes)?, sampling: read_json(bytes)? })
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Own {
+    model: String,
+    prompt: Prompts,
+    #[serde(default)]
+    logprobs: Option<u32>,
+    #[serde(default)]
+    echo: Option<bool>,
+    #[serde(default)]
+    suffix: Option<String>,
+    #[serde(default)]
+    best_of: Option<u32>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Prompts {
+    Text(String),
+    Texts(Vec<String>),
+    Tokens(Vec<u32>),
+    TokenLists(Vec<Vec<u32>>),
+}
+
+impl Prompts {
+    fn all(self) -> Vec<Prompt> {
+        match self {
+            Self::Text(text) => vec![Prompt::Text(text)],
+            Self::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
+            Self::Tokens(tokens) => vec![Prompt::Tokens(tokens)],
+            Self::TokenLists(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
+        }
+    }
+}
+
+impl CompletionRequest {
+    pub(super) fn plan(self, api: &Api, fresh_seed: u64) -> Result<(Plan, Completions), ApiError> {
+        let model = api.spec(&self.own.model)?;
+        let choices = self.sampling.choices()?;
+        if self.own.echo == Some(true) {
+            return Err(ApiError::bad_value("echo", "is set; the prompt is not given back"));
+        }
+        if self.own.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
+            return Err(ApiError::bad_value("suffix", "is set; texts are continued, not filled in"));
+        }
+        if self.own.best_of.is_some_and(|best_of| best_of != choices) {
+            return Err(ApiError::bad_value("best_of", "differs from `n`; all answers are given"));
+        }
+        if self.own.logprobs.is_some_and(|count| count > LOGPROBS_MAX) {
+            return Err(ApiError::bad_value("logprobs", format!("is more than {LOGPROBS_MAX}")));
+        }
+        let prompts = self.own.prompt.all();
+        if prompts.is_empty() || prompts.len() > PROMPTS_MAX {
+            let what = format!("has {} texts; 1 to {PROMPTS_MAX} are possible", prompts.len());
+            return Err(ApiError::bad_value("prompt", what));
+        }
+        let mut requests = Vec::new();
+        for prompt in &prompts {
+            for choice in 0..choices {
+                requests.push(GenerateRequest {
+                    model: model.clone(),
+                    prompt: prompt.clone(),
+                    params: self.sampling.params(choice, self.own.logprobs.unwrap_or(0), fresh_seed)?,
+                    max_tokens: self.sampling.max_tokens()?.or(Some(16)),
+                    stop: self.sampling.stop()?,
+                });
+            }
+        }
+        let shape = Completions { wants_logprobs: self.own.logprobs.is_some(), choices: Vec::new() };
+        let (is_streamed, includes_usage) = (self.sampling.is_streamed(), self.sampling.includes_usage());
+        let prompts = prompts.len();
+        Ok((Plan { name: self.own.model, model, requests, prompts, is_streamed, includes_usage }, shape))
+    }
+}
+
+/// The shape of completions.
+#[derive(Debug)]
+pub(super) struct Completions {
+    wants_logprobs: bool,
+    choices: Vec<Choice>,
+}
+
+#[derive(Debug, Default)]
+struct Choice {
+    text: String,
+    logprobs: Logprobs,
+    /// Characters of the tokens so far.
+    offset: usize,
+}
+
+/// Lists side by side, as the older API has them.
+#[derive(Debug, Default)]
+struct Logprobs {
+    tokens: Vec<String>,
+    token_logprobs: Vec<f32>,
+    top_logprobs: Vec<Map<String, Value>>,
+    text_offset: Vec<usize>,
+}
+
+impl Shape for Completions {
+    const OBJECT: &'static str = "text_completion";
+    const CHUNK: &'static str = "text_completion";
+    const ID: &'static str = "cmpl";
+
+    fn begin(&mut self, answers: &Answers) {
+        self.choices = (0..answers.count()).map(|_| Choice::default()).collect();
+    }
+
+    fn first_chunk(&mut self, _: usize) -> Option<Value> {
+        None
+    }
+
+    fn chunk(&mut self, piece: &Piece, model: &RunningModel) -> Option<Value> {
+        self.take(piece, model);
+        if piece.text.is_empty() && piece.finish.is_none() && !self.wants_logprobs {
+            return None;
+        }
+        let logprobs = self.logprobs(piece.index);
+        let finish = piece.finish.map(super::finish_name);
+        Some(json!({ "index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish }))
+    }
+
+    fn collect(&mut self, piece: &Piece, model: &RunningModel) {
+        self.take(piece, model);
+        self.choices[piece.index].text.push_str(&piece.text);
+    }
+
+    fn choice(&mut self, answer: &Answer) -> Value {
+        let logprobs = self.logprobs(answer.index);
+        let text = std::mem::take(&mut self.choices[answer.index].text);
+        json!({
+            "index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": super::finish_name(answer.finish)
+        })
+    }
+}
+
+impl Completions {
+    fn take(&mut self, piece: &Piece, model: &RunningModel) {
+        let Some(sampled) = piece.sampled.as_ref().filter(|_| self.wants_logprobs) else { return };
+        let Choice { logprobs, offset, .. } = &mut self.choices[piece.index];
+        let name = |id: u32| String::from_utf8_lossy(model.tokenizer.bytes(id)).into_owned();
+        let token = name(sampled.token);
+        logprobs.text_offset.push(*offset);
+        *offset += token.chars().count();
+        logprobs.tokens.push(token);
+        logprobs.token_logprobs.push(sampled.logprob);
+        let top = sampled.top_logprobs.iter().map(|&(id, logprob)| (name(id), Value::from(logprob)));
+        logprobs.top_logprobs.push(top.collect());
+    }
+
+    fn logprobs(&mut self, index: usize) -> Value {
+        if !self.wants_logprobs {
+            return Value::Null;
+        }
+        let Logprobs { tokens, token_logprobs, top_logprobs, text_offset } =
+            std::mem::take(&mut self.choices[index].logprobs);
+        json!({
+            "tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top_logprobs, "text_offset": text_offset
+        })
+    }
+}

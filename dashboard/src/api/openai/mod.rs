@@ -1,0 +1,80 @@
+//! OpenAI's API: `/v1/chat/completions`, `/v1/completions`, `/v1/models`.
+//!
+//! ```text
+//! body ─► ChatRequest, CompletionRequest ─plan─► GenerateRequests ─► Answers ─pieces─► Shape ─► JSON, or events
+//! ```
+//! Source of the shapes: OpenAI's published OpenAPI description, and what its Python client reads. Several answers to a
+//! prompt are several requests: the schedule computes the prompt once.
+
+mod answers;
+mod chat;
+mod completions;
+mod sampling;
+mod tools;
+
+use super::body::Body;
+use super::{Api, ApiError};
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::response::Response;
+use chat::ChatRequest;
+use completions::CompletionRequest;
+use exo_actors::core::schedule::FinishReason;
+use exo_actors::core::view::Phase;
+use exo_actors::models::CATALOGUE;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+pub(super) async fn chat(State(api): State<Api>, Body(request): Body<ChatRequest>) -> Result<Response, ApiError> {
+    let (plan, shape) = request.plan(&api, random())?;
+    answers::answer(&api, plan, shape).await
+}
+
+pub(super) async fn completions(
+    State(api): State<Api>,
+    Body(request): Body<CompletionRequest>,
+) -> Result<Response, ApiError> {
+    let (plan, shape) = request.plan(&api, random())?;
+    answers::answer(&api, plan, shape).await
+}
+
+/// Models that are known by name, and those that run.
+pub(super) async fn models(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
+    let data: Vec<Value> = known(&api).await?.into_values().collect();
+    Ok(Json(json!({ "object": "list", "data": data })))
+}
+
+pub(super) async fn model(State(api): State<Api>, Path(model): Path<String>) -> Result<Json<Value>, ApiError> {
+    let found = known(&api).await?.remove(&model);
+    found.map(Json).ok_or_else(|| ApiError::unknown_model(&model))
+}
+
+async fn known(api: &Api) -> Result<BTreeMap<String, Value>, ApiError> {
+    let entry = |id: &str, is_loaded: bool| json!({ "id": id, "object": "model", "created": 0, "owned_by": "exo", "loaded": is_loaded });
+    let catalogue = CATALOGUE.iter().map(|known| (known.name.to_owned(), entry(known.name, false)));
+    let mut all: BTreeMap<String, Value> = catalogue.collect();
+    let state = api.node.state().await?;
+    let live = state.instances.values().filter(|instance| !matches!(instance.phase, Phase::Stopped { .. }));
+    all.extend(live.map(|instance| (instance.model.name.clone(), entry(&instance.model.name, true))));
+    Ok(all)
+}
+
+fn finish_name(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// A number that nobody else has, for ids and seeds. Not a secret.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // std's hashers are keyed at random.
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}

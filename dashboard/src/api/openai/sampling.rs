@@ -1,0 +1,113 @@
+//! What both kinds of completions ask of the sampler.
+
+use crate::api::ApiError;
+use exo_actors::SamplingParams;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+
+/// Answers to one prompt at most: each takes a request's place.
+const CHOICES_MAX: u32 = 16;
+/// Stop strings at most: each is looked for at every token.
+const STOPS_MAX: usize = 16;
+
+/// OpenAI's fields, and those that local servers have besides. What is not known is ignored, as OpenAI does.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Sampling {
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    /// 0 and less: all.
+    top_k: Option<i64>,
+    min_p: Option<f32>,
+    #[serde(alias = "repeat_penalty")]
+    repetition_penalty: Option<f32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    logit_bias: Option<BTreeMap<String, f32>>,
+    seed: Option<i64>,
+    max_tokens: Option<u32>,
+    max_completion_tokens: Option<u32>,
+    stop: Option<Stop>,
+    n: Option<u32>,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Stop {
+    One(String),
+    Several(Vec<String>),
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+impl Sampling {
+    pub(super) fn is_streamed(&self) -> bool {
+        self.stream.unwrap_or(false)
+    }
+
+    pub(super) fn includes_usage(&self) -> bool {
+        self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false)
+    }
+
+    /// Answers to each prompt.
+    pub(super) fn choices(&self) -> Result<u32, ApiError> {
+        match self.n {
+            None => Ok(1),
+            Some(n) if (1..=CHOICES_MAX).contains(&n) => Ok(n),
+            Some(n) => Err(ApiError::bad_value("n", format!("is {n}; 1 to {CHOICES_MAX} is possible"))),
+        }
+    }
+
+    pub(super) fn max_tokens(&self) -> Result<Option<u32>, ApiError> {
+        match self.max_completion_tokens.or(self.max_tokens) {
+            Some(0) => Err(ApiError::bad_value("max_tokens", "is 0; an answer has at least one token")),
+            limit => Ok(limit),
+        }
+    }
+
+    pub(super) fn stop(&self) -> Result<Vec<String>, ApiError> {
+        let stops = match self.stop.clone() {
+            None => Vec::new(),
+            Some(Stop::One(text)) => vec![text],
+            Some(Stop::Several(texts)) => texts,
+        };
+        if stops.len() > STOPS_MAX {
+            return Err(ApiError::bad_value("stop", format!("has {} texts; {STOPS_MAX} are possible", stops.len())));
+        }
+        match stops.iter().any(String::is_empty) {
+            true => Err(ApiError::bad_value("stop", "has an empty text")),
+            false => Ok(stops),
+        }
+    }
+
+    /// The parameters of the `choice`-th answer to a prompt. Where no seed is given, `fresh` is.
+    pub(super) fn params(&self, choice: u32, top_logprobs: u32, fresh: u64) -> Result<SamplingParams, ApiError> {
+        let mut logit_bias = BTreeMap::new();
+        for (token, bias) in self.logit_bias.iter().flatten() {
+            let id =
+                token.parse().map_err(|_| ApiError::bad_value("logit_bias", format!("names no token: `{token}`")))?;
+            logit_bias.insert(id, *bias);
+        }
+        let params = SamplingParams {
+            temperature: self.temperature.unwrap_or(1.0),
+            top_k: u32::try_from(self.top_k.unwrap_or(0).max(0)).unwrap_or(u32::MAX),
+            top_p: self.top_p.unwrap_or(1.0),
+            min_p: self.min_p.unwrap_or(0.0),
+            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
+            presence_penalty: self.presence_penalty.unwrap_or(0.0),
+            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
+            logit_bias,
+            // Negative seeds are seeds, too.
+            seed: self.seed.map_or(fresh, i64::cast_unsigned).wrapping_add(u64::from(choice)),
+            top_logprobs,
+        };
+        params.check().map_err(exo_actors::RequestError::from)?;
+        Ok(params)
+    }
+}

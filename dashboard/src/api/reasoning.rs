@@ -1,0 +1,140 @@
+//! Thoughts told apart from words: what stands between `<think>` and `</think>` at an answer's start.
+
+const OPEN: &str = "<think>";
+const CLOSE: &str = "</think>";
+
+/// Splits an answer as it comes.
+#[derive(Debug, Default)]
+pub(super) struct Splitter {
+    place: Place,
+    /// What may be the start of a tag.
+    held: String,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Place {
+    /// Nothing but blanks came.
+    #[default]
+    Start,
+    /// Line breaks behind the opening tag.
+    Opened,
+    Thought,
+    /// Blanks between a thought and the words.
+    Gap,
+    Words,
+}
+
+/// Parts of an answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Parts {
+    pub(super) thought: String,
+    pub(super) words: String,
+}
+
+impl Splitter {
+    /// A splitter of an answer whose prompt has opened the thought already.
+    pub(super) fn within_thought() -> Self {
+        Self { place: Place::Opened, held: String::new() }
+    }
+
+    /// Takes the next piece; gives what can be told now.
+    pub(super) fn push(&mut self, text: &str) -> Parts {
+        self.held.push_str(text);
+        let mut parts = Parts::default();
+        loop {
+            match self.place {
+                Place::Start => {
+                    let rest = self.held.trim_start();
+                    if let Some(behind) = rest.strip_prefix(OPEN) {
+                        self.held = behind.to_owned();
+                        self.place = Place::Opened;
+                    } else if OPEN.starts_with(rest) {
+                        return parts;
+                    } else {
+                        self.place = Place::Words;
+                    }
+                }
+                Place::Thought => match self.held.find(CLOSE) {
+                    Some(at) => {
+                        parts.thought.push_str(self.held[..at].trim_end_matches('\n'));
+                        self.held.drain(..at + CLOSE.len());
+                        self.place = Place::Gap;
+                    }
+                    None => {
+                        let keep = held_back(&self.held);
+                        parts.thought.extend(self.held.drain(..self.held.len() - keep));
+                        return parts;
+                    }
+                },
+                Place::Opened | Place::Gap => {
+                    self.held = self.held.trim_start_matches('\n').to_owned();
+                    if self.held.is_empty() {
+                        return parts;
+                    }
+                    self.place = if self.place == Place::Opened { Place::Thought } else { Place::Words };
+                }
+                Place::Words => {
+                    parts.words.push_str(&std::mem::take(&mut self.held));
+                    return parts;
+                }
+            }
+        }
+    }
+
+    /// What was held back, at the end.
+    pub(super) fn finish(&mut self) -> Parts {
+        let held = std::mem::take(&mut self.held);
+        match self.place {
+            Place::Opened | Place::Thought => Parts { thought: held, words: String::new() },
+            _ => Parts { thought: String::new(), words: held },
+        }
+    }
+}
+
+/// Bytes at the end of a thought that may belong to its end: line breaks, and the start of the closing tag.
+fn held_back(text: &str) -> usize {
+    let longest = (1..CLOSE.len()).rev().find(|&length| text.ends_with(&CLOSE[..length])).unwrap_or(0);
+    let before = &text[..text.len() - longest];
+    longest + before.len() - before.trim_end_matches('\n').len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The parts of `text`, whatever the pieces that it comes in.
+    fn split(text: &str, piece: usize, mut splitter: Splitter) -> Parts {
+        let mut all = Parts::default();
+        let chars: Vec<char> = text.chars().collect();
+        let pieces = chars.chunks(piece).map(|piece| piece.iter().collect::<String>());
+        for part in pieces.map(|piece| splitter.push(&piece)).collect::<Vec<_>>().into_iter().chain([splitter.finish()])
+        {
+            all.thought.push_str(&part.thought);
+            all.words.push_str(&part.words);
+        }
+        all
+    }
+
+    fn parts(thought: &str, words: &str) -> Parts {
+        Parts { thought: thought.to_owned(), words: words.to_owned() }
+    }
+
+    #[test]
+    fn thoughts_are_told_apart_in_any_pieces() {
+        let cases = [
+            ("<think>\nhm, é\n</think>\n\nYes <b>", parts("hm, é", "Yes <b>")),
+            ("Plain words", parts("", "Plain words")),
+            ("\n<think>only</think>", parts("only", "")),
+            ("Words with <think> inside</think>", parts("", "Words with <think> inside</think>")),
+            ("<think>cut off </thin", parts("cut off </thin", "")),
+            ("<thin", parts("", "<thin")),
+            ("", parts("", "")),
+        ];
+        for (text, expected) in cases {
+            for piece in [1, 2, 3, 7, 100] {
+                assert_eq!(split(text, piece, Splitter::default()), expected, "{text:?} by {piece}");
+            }
+        }
+        assert_eq!(split("a\n\nb</think>c", 1, Splitter::within_thought()), parts("a\n\nb", "c"));
+    }
+}

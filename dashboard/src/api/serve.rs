@@ -1,0 +1,133 @@
+//! Listening: on TCP, and on a Unix socket.
+
+use super::guard::{Guard, guard};
+use super::{Api, Reach, router};
+use axum::middleware::from_fn_with_state;
+use exo_actors::NodeHandle;
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// Where to listen, and who may come in.
+#[derive(Clone, Default)]
+pub struct ApiConfig {
+    /// `None`: not on TCP.
+    pub listen: Option<SocketAddr>,
+    /// `None`: no Unix socket.
+    pub socket: Option<PathBuf>,
+    /// Asked of whoever comes over TCP. Without one only loopback is served.
+    pub api_key: Option<String>,
+    /// Models that may be named by path over TCP.
+    pub named_models: BTreeSet<String>,
+}
+
+impl std::fmt::Debug for ApiConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ApiConfig").field("listen", &self.listen).field("socket", &self.socket).finish_non_exhaustive()
+    }
+}
+
+/// Why the API cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("{address} can be reached by others: give an API key (--api-key), or listen on 127.0.0.1")]
+    NeedsKey { address: SocketAddr },
+    #[error("the API key is empty, or has characters that no header takes")]
+    BadKey,
+    #[error("{address}: {reason}")]
+    Listen { address: SocketAddr, reason: String },
+    #[error("{path}: another node is running in this folder")]
+    AlreadyRunning { path: PathBuf },
+    #[error("{path}: {reason}")]
+    Socket { path: PathBuf, reason: String },
+}
+
+/// The API, being served.
+#[derive(Debug)]
+pub struct Served {
+    /// Where TCP is served: the port is known where 0 was asked for.
+    pub address: Option<SocketAddr>,
+    socket: Option<PathBuf>,
+    stop: CancellationToken,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// Serves the API of `node` until [`Served::stop`].
+///
+/// # Errors
+/// [`ServeError`] where it may not, or cannot, listen.
+pub async fn serve(node: NodeHandle, config: ApiConfig) -> Result<Served, ServeError> {
+    let key = match &config.api_key {
+        Some(key) if key.trim().is_empty() || !key.bytes().all(|b| b.is_ascii_graphic()) => {
+            return Err(ServeError::BadKey);
+        }
+        key => key.as_deref().map(Arc::<str>::from),
+    };
+    if let Some(address) = config.listen.filter(|address| !address.ip().is_loopback() && key.is_none()) {
+        return Err(ServeError::NeedsKey { address });
+    }
+    let named = Arc::new(config.named_models);
+    let api = |reach| Api { node: node.clone(), reach, named: Arc::clone(&named) };
+    let stop = CancellationToken::new();
+    let mut served = Served { address: None, socket: None, stop: stop.clone(), tasks: Vec::new() };
+    if let Some(path) = config.socket {
+        let listener = bind_socket(&path).await?;
+        served.socket = Some(path);
+        let service = router(api(Reach::Owner)).into_make_service();
+        served.run(axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned()).into_future());
+    }
+    if let Some(address) = config.listen {
+        let failed = |error: std::io::Error| ServeError::Listen { address, reason: error.to_string() };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        served.address = Some(listener.local_addr().map_err(failed)?);
+        let routes = router(api(Reach::Network)).layer(from_fn_with_state(Guard { key }, guard));
+        let service = routes.into_make_service();
+        served.run(axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).into_future());
+    }
+    Ok(served)
+}
+
+impl Served {
+    fn run(&mut self, serving: impl Future<Output = std::io::Result<()>> + Send + 'static) {
+        self.tasks.push(tokio::spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "the API stopped");
+            }
+        }));
+    }
+
+    /// Takes no more requests, and lets those that run come to their end: the node ends them.
+    pub fn stop(&self) {
+        self.stop.cancel();
+        if let Some(path) = &self.socket {
+            // Where it is gone already, it is gone.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.stop();
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// A socket that only its owner can open. One that a node left behind is taken over; one that answers is not.
+async fn bind_socket(path: &Path) -> Result<UnixListener, ServeError> {
+    use std::os::unix::fs::PermissionsExt;
+    let failed = |error: std::io::Error| ServeError::Socket { path: path.to_owned(), reason: error.to_string() };
+    if UnixStream::connect(path).await.is_ok() {
+        return Err(ServeError::AlreadyRunning { path: path.to_owned() });
+    }
+    if path.exists() {
+        std::fs::remove_file(path).map_err(failed)?;
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}

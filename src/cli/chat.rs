@@ -1,0 +1,351 @@
+//! `exo-node chat`: a conversation, turn by turn.
+
+use super::Outcome;
+use super::progress::Display;
+use super::run::fresh_seed;
+use super::session::{ModelArguments, Session};
+use crate::{
+    Directories, FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams,
+};
+use anyhow::Context;
+use clap::Args;
+use rustyline::DefaultEditor;
+use rustyline::error::ReadlineError;
+use serde::{Deserialize, Serialize};
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  exo-node chat smollm2
+  exo-node chat qwen3-4b --system \"You are a pirate.\" --temperature 0.7
+
+In the conversation: /help lists the commands; a line that ends with \\ goes on in the next; Ctrl-C stops the
+answer, Ctrl-D leaves.")]
+pub(super) struct ChatArguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Tokens of an answer at most [default: until the model ends, or the context is full]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: Option<u32>,
+    /// 0 takes the likeliest token every time; higher is more varied
+    #[arg(long, value_name = "T", default_value_t = 0.7, allow_negative_numbers = true)]
+    temperature: f32,
+    /// Draw from the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
+    top_p: f32,
+    /// Draws the same tokens again for the same seed [default: another each time]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Go on with a conversation that was saved
+    #[arg(long, value_name = "FILE")]
+    load: Option<PathBuf>,
+}
+
+/// A conversation, as it is saved.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+struct Conversation {
+    model: String,
+    messages: Vec<Message>,
+}
+
+/// What a line asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Line<'a> {
+    Say(&'a str),
+    System(&'a str),
+    Save(&'a str),
+    Load(&'a str),
+    Clear,
+    History,
+    Help,
+    Exit,
+    Unknown(&'a str),
+}
+
+const HELP: &str = "/system [TEXT]  tell the model who it is, or show what it was told
+/history        show the conversation so far
+/clear          begin a new one
+/save FILE      save it
+/load FILE      go on with a saved one
+/exit           leave (Ctrl-D, too)";
+
+impl<'a> Line<'a> {
+    fn parse(line: &'a str) -> Self {
+        let line = line.trim();
+        let Some(command) = line.strip_prefix('/') else { return Self::Say(line) };
+        let (name, rest) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
+        match name {
+            "system" => Self::System(rest.trim()),
+            "save" => Self::Save(rest.trim()),
+            "load" => Self::Load(rest.trim()),
+            "clear" | "new" => Self::Clear,
+            "history" => Self::History,
+            "help" | "?" => Self::Help,
+            "exit" | "quit" | "bye" => Self::Exit,
+            _ => Self::Unknown(name),
+        }
+    }
+}
+
+impl Conversation {
+    fn system(&self) -> Option<&str> {
+        self.messages.first().filter(|message| message.role == Role::System).map(|message| message.content.as_str())
+    }
+
+    fn set_system(&mut self, text: &str) {
+        if self.system().is_some() {
+            self.messages.remove(0);
+        }
+        if !text.is_empty() {
+            self.messages.insert(0, Message::new(Role::System, text));
+        }
+    }
+
+    fn clear(&mut self) {
+        self.messages.retain(|message| message.role == Role::System);
+    }
+
+    fn save(&self, path: &str) -> anyhow::Result<()> {
+        anyhow::ensure!(!path.is_empty(), "/save needs a file's name");
+        let text = serde_json::to_string_pretty(self)?;
+        std::fs::write(path, text + "\n").with_context(|| format!("{path} cannot be written"))
+    }
+
+    fn load(path: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} is no saved conversation", path.display()))
+    }
+
+    fn show(&self) {
+        for message in &self.messages {
+            let who = match message.role {
+                Role::System => "system",
+                Role::User => "you",
+                Role::Assistant => "model",
+                Role::Tool => "tool",
+            };
+            println!("{who}: {}", message.content);
+        }
+    }
+}
+
+/// A conversation with its model.
+struct Chat {
+    arguments: ChatArguments,
+    session: Session,
+    conversation: Conversation,
+}
+
+pub(super) async fn run(arguments: ChatArguments) -> anyhow::Result<Outcome> {
+    let display = Arc::new(Display::new());
+    let mut conversation = match &arguments.load {
+        Some(path) => Conversation::load(path)?,
+        None => Conversation::default(),
+    };
+    conversation.model = arguments.model.spec().to_string();
+    if let Some(system) = &arguments.system {
+        conversation.set_system(system);
+    }
+    arguments.params().check().map_err(RequestError::from)?;
+    let history = match &arguments.model.data_dir {
+        Some(folder) => folder.clone(),
+        None => Directories::from_environment()?.data,
+    };
+    let history = history.join("chat_history");
+    let Some(session) = Session::open(&arguments.model, &display).await? else {
+        return Ok(Outcome::Interrupted);
+    };
+    if session.is_base_model() {
+        eprintln!("{} is a base model without a chat template: it continues texts plainly", arguments.model.model);
+    }
+    if std::io::stdin().is_terminal() {
+        eprintln!("{}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", conversation.model);
+    }
+    let mut chat = Chat { arguments, session, conversation };
+    while let Some(line) = read(&history).await? {
+        if !chat.take(&line).await? {
+            break;
+        }
+    }
+    chat.session.close().await;
+    Ok(Outcome::Done)
+}
+
+/// The next line, joined with those that it goes on in; `None` where the user leaves.
+async fn read(history: &Path) -> anyhow::Result<Option<String>> {
+    let mut text = String::new();
+    loop {
+        let prompt = if text.is_empty() { "> " } else { "… " };
+        let history = history.to_owned();
+        // Reading blocks: it has a thread of its own.
+        let reading = tokio::task::spawn_blocking(move || read_line(prompt, &history));
+        let line = tokio::select! {
+            line = reading => line?,
+            // Only where stdin is no terminal: there Ctrl-C is a key.
+            _ = tokio::signal::ctrl_c() => return Ok(None),
+        };
+        match line {
+            Ok(line) => match line.strip_suffix('\\') {
+                Some(part) => {
+                    text.push_str(part);
+                    text.push('\n');
+                }
+                None => return Ok(Some(text + &line)),
+            },
+            Err(ReadlineError::Interrupted) => text.clear(),
+            Err(ReadlineError::Eof) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// One line of a terminal, or of a file. The editor takes SIGINT as long as it lives, so it lives for a line only:
+/// between lines Ctrl-C is ours.
+fn read_line(prompt: &str, history: &Path) -> Result<String, ReadlineError> {
+    let mut editor = DefaultEditor::new()?;
+    // There is none before the first conversation.
+    let _ = editor.load_history(history);
+    let line = editor.readline(prompt)?;
+    // A line that cannot be remembered can be said all the same.
+    let _ = editor.add_history_entry(&line).and_then(|_| editor.append_history(history));
+    Ok(line)
+}
+
+impl ChatArguments {
+    fn params(&self) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            seed: self.seed.unwrap_or_else(fresh_seed),
+            ..SamplingParams::greedy()
+        }
+    }
+}
+
+impl Chat {
+    /// Does what a line asks for; tells whether the conversation goes on.
+    async fn take(&mut self, line: &str) -> anyhow::Result<bool> {
+        let conversation = &mut self.conversation;
+        let done = match Line::parse(line) {
+            Line::Say("") => Ok(()),
+            Line::Say(text) => return self.say(text).await.map(|()| true),
+            Line::System("") => {
+                println!("{}", conversation.system().unwrap_or("(nothing)"));
+                Ok(())
+            }
+            Line::System(text) => {
+                conversation.set_system(text);
+                Ok(())
+            }
+            Line::Save(path) => conversation.save(path),
+            Line::Load(path) => Conversation::load(Path::new(path)).map(|loaded| {
+                let model = std::mem::take(&mut conversation.model);
+                *conversation = Conversation { model, ..loaded };
+            }),
+            Line::Clear => {
+                conversation.clear();
+                Ok(())
+            }
+            Line::History => {
+                conversation.show();
+                Ok(())
+            }
+            Line::Help => {
+                println!("{HELP}");
+                Ok(())
+            }
+            Line::Exit => return Ok(false),
+            Line::Unknown(name) => {
+                eprintln!("/{name} is no command: /help lists them");
+                Ok(())
+            }
+        };
+        // A file that is not there ends nothing.
+        if let Err(error) = done {
+            eprintln!("error: {error:#}");
+        }
+        Ok(true)
+    }
+
+    async fn say(&mut self, text: &str) -> anyhow::Result<()> {
+        self.conversation.messages.push(Message::new(Role::User, text));
+        let mut answer = String::new();
+        let outcome = tokio::select! {
+            outcome = self.answer(&mut answer) => Some(outcome),
+            _ = tokio::signal::ctrl_c() => None,
+        };
+        println!();
+        match outcome {
+            Some(Err(error)) => {
+                // What was not answered was not said.
+                self.conversation.messages.pop();
+                eprintln!("error: {error:#}");
+                return Ok(());
+            }
+            Some(Ok(FinishReason::Length)) => eprintln!("(cut off: the answer reached its limit)"),
+            Some(Ok(FinishReason::Stop)) => {}
+            None => eprintln!("(stopped)"),
+        }
+        self.conversation.messages.push(Message::new(Role::Assistant, answer));
+        Ok(())
+    }
+
+    /// Prints the answer as it comes.
+    async fn answer(&self, answer: &mut String) -> anyhow::Result<FinishReason> {
+        let request = GenerateRequest {
+            model: self.arguments.model.spec(),
+            prompt: Prompt::Chat(self.conversation.messages.clone().into()),
+            params: self.arguments.params(),
+            max_tokens: self.arguments.max_tokens,
+            stop: Vec::new(),
+        };
+        let mut answering = self.session.generate(request).await?;
+        while let Some(event) = answering.next().await {
+            let (text, finish) = match event? {
+                Generated::Started { .. } => continue,
+                Generated::Token { text, .. } => (text, None),
+                Generated::Finished { text, reason, .. } => (text, Some(reason)),
+            };
+            answer.push_str(&text);
+            let mut out = std::io::stdout().lock();
+            out.write_all(text.as_bytes())?;
+            out.flush()?;
+            if let Some(reason) = finish {
+                return Ok(reason);
+            }
+        }
+        Err(RequestError::ShuttingDown.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_words_or_commands() {
+        assert_eq!(Line::parse(" Hello there "), Line::Say("Hello there"));
+        assert_eq!(Line::parse("/system  You are brief. "), Line::System("You are brief."));
+        assert_eq!(Line::parse("/save a b.json"), Line::Save("a b.json"));
+        assert_eq!(Line::parse("/exit"), Line::Exit);
+        assert_eq!(Line::parse("/nonsense x"), Line::Unknown("nonsense"));
+    }
+
+    #[test]
+    fn the_system_message_stands_first_and_once() {
+        let mut conversation = Conversation::default();
+        conversation.messages.push(Message::new(Role::User, "Hi"));
+        conversation.set_system("A");
+        conversation.set_system("B");
+        assert_eq!((conversation.system(), conversation.messages.len()), (Some("B"), 2));
+        conversation.clear();
+        assert_eq!(conversation.messages.len(), 1);
+        conversation.set_system("");
+        assert!(conversation.messages.is_empty());
+    }
+}

@@ -1,0 +1,136 @@
+//! `exo-node up`: a node that stays, and serves.
+
+use super::Outcome;
+use crate::api::{ApiConfig, SOCKET_NAME, serve};
+use crate::{Directories, ModelSpec, Node};
+use anyhow::Context;
+use clap::Args;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// exo's own port.
+const API_DEFAULT: &str = "127.0.0.1:52415";
+/// Long enough for a pause in a conversation, short enough that a model of yesterday does not fill the memory.
+const UNLOAD_AFTER_DEFAULT: &str = "30m";
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  exo-node up
+  exo-node up smollm2 --unload-after never
+  exo-node up --api 0.0.0.0:52415 --api-key \"$(openssl rand -hex 24)\"
+  curl http://127.0.0.1:52415/v1/chat/completions -d \\
+    '{\"model\": \"smollm2\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")]
+pub(super) struct UpArguments {
+    /// Models to load at once; others are loaded when they are asked for
+    models: Vec<String>,
+    /// Where the HTTP API listens, or `none`
+    #[arg(long, value_name = "ADDR:PORT", default_value = API_DEFAULT)]
+    api: String,
+    /// Asked of all who come over TCP; needed where others than this machine can come
+    #[arg(long, value_name = "KEY", env = "EXO_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// How long a model that nobody uses stays in memory: 90s, 30m, 2h, or `never` to leave
+    #[arg(long, value_name = "TIME", default_value = UNLOAD_AFTER_DEFAULT)]
+    unload_after: String,
+    /// Memory of all models together, in gigabytes [default: what is free]
+    #[arg(long, value_name = "GB")]
+    memory: Option<f64>,
+    /// Threads of each engine [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+    /// Folder of this node's identity and settings; models lie in the shared cache
+    #[arg(long, value_name = "FOLDER")]
+    data_dir: Option<PathBuf>,
+}
+
+impl Default for UpArguments {
+    fn default() -> Self {
+        Self {
+            models: Vec::new(),
+            api: API_DEFAULT.to_owned(),
+            api_key: std::env::var("EXO_API_KEY").ok(),
+            unload_after: UNLOAD_AFTER_DEFAULT.to_owned(),
+            memory: None,
+            threads: None,
+            data_dir: None,
+        }
+    }
+}
+
+pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
+    let mut builder = Node::builder().on_fetch(|progress| tracing::info!(?progress, "fetching"));
+    if let Some(idle) = arguments.unload_after()? {
+        builder = builder.unload_after(idle);
+    }
+    if let Some(bytes) = arguments.memory_bytes()? {
+        builder = builder.memory_limit_bytes(bytes);
+    }
+    if let Some(threads) = arguments.threads {
+        builder = builder.threads(threads as usize);
+    }
+    let data_dir = match &arguments.data_dir {
+        Some(folder) => folder.clone(),
+        None => Directories::from_environment()?.data,
+    };
+    let config = ApiConfig {
+        listen: arguments.listen()?,
+        socket: Some(data_dir.join(SOCKET_NAME)),
+        api_key: arguments.api_key.clone(),
+        named_models: arguments.models.iter().cloned().collect(),
+    };
+    // From here on a signal is the node's to take.
+    let mut terminated = signal(SignalKind::terminate())?;
+    let node = builder.data_dir(&data_dir).start().await?;
+    let served = serve(node.clone(), config).await?;
+    eprintln!("exo-node {}, node {}", env!("CARGO_PKG_VERSION"), node.id());
+    if let Some(address) = served.address {
+        eprintln!("API on http://{address}/v1");
+    }
+    let loading = async {
+        for model in &arguments.models {
+            match node.load(ModelSpec::new(model)).await {
+                Ok(_) => eprintln!("{model} is loaded"),
+                // The others are still of use.
+                Err(error) => eprintln!("error: {model}: {error}\n  remedy: {}", error.remedy()),
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = loading => {}
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminated.recv() => {}
+    }
+    eprintln!("stopping");
+    served.stop();
+    node.shutdown().await;
+    Ok(Outcome::Done)
+}
+
+impl UpArguments {
+    fn listen(&self) -> anyhow::Result<Option<SocketAddr>> {
+        match self.api.as_str() {
+            "none" => Ok(None),
+            address => {
+                Ok(Some(address.parse().with_context(|| format!("--api {address}: not ADDR:PORT, nor `none`"))?))
+            }
+        }
+    }
+
+    fn unload_after(&self) -> anyhow::Result<Option<Duration>> {
+        match self.unload_after.as_str() {
+            "never" => Ok(None),
+            time => Ok(Some(humantime::parse_duration(time).with_context(|| format!("--unload-after {time}"))?)),
+        }
+    }
+
+    fn memory_bytes(&self) -> anyhow::Result<Option<u64>> {
+        match self.memory {
+            None => Ok(None),
+            Some(gigabytes) if gigabytes > 0.0 && gigabytes < 1e6 => Ok(Some((gigabytes * 1e9) as u64)),
+            Some(gigabytes) => anyhow::bail!("--memory {gigabytes}: not a number of gigabytes"),
+        }
+    }
+}
