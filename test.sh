@@ -13,12 +13,23 @@ command -v cc >/dev/null || { apt-get update -qq && apt-get install -y -qq build
 command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
 command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
 
+# OpenAI's own client, for the API's test; in the build folder, where it stays.
+export EXO_TEST_PYTHON="${CARGO_TARGET_DIR:-target}/python/bin/python"
+if ! "$EXO_TEST_PYTHON" -c 'import openai' 2>/dev/null; then
+  python3 -m venv "${EXO_TEST_PYTHON%/bin/python}" 2>/dev/null || {
+    apt-get update -qq && apt-get install -y -qq python3-venv && python3 -m venv --clear "${EXO_TEST_PYTHON%/bin/python}"
+  }
+  "$EXO_TEST_PYTHON" -m pip install --quiet 'openai>=3,<4'
+fi
+EXO_TEST_PYTHON="$(realpath --no-symlinks "$EXO_TEST_PYTHON")"
+
 say "format"
 cargo fmt --all --check
 
 say "lints"
 cargo clippy --workspace --all-targets --locked -- -D warnings
 cargo clippy --lib --no-default-features --locked -- -D warnings
+cargo clippy --lib --no-default-features --features http --locked -- -D warnings
 
 say "licences and sources"
 # Advisories need a database that is fetched from the network: `cargo deny check advisories` where it can be reached.

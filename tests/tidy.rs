@@ -47,12 +47,27 @@ fn crates_import_downwards_only() {
     forbid("engines/src", &["exo_net", "exo_actors", "exo_dashboard", "tokio", "ractor", "async fn"]);
     forbid("net/src", &["exo_engines", "exo_actors", "exo_dashboard"]);
     forbid("actors/src", &["exo_dashboard", "exo::"]);
+    forbid("dashboard/src", &["exo_engines", "exo_net", "ractor", "exo::"]);
 }
 
 /// Actors from the lowest up: none imports one that stands above it. News go up through outlets.
 #[test]
 fn actors_know_only_those_below() {
-    let floors = ["outlet", "host", "shard", "tokenizer", "device", "instance", "planner", "gateway", "node", "handle"];
+    let floors = [
+        "outlet",
+        "room",
+        "host",
+        "shard",
+        "tokenizer",
+        "device",
+        "instance",
+        "machine",
+        "planner",
+        "monitor",
+        "gateway",
+        "node",
+        "handle",
+    ];
     for (index, floor) in floors.iter().enumerate() {
         let file = root().join(format!("actors/src/{floor}.rs"));
         let text = std::fs::read_to_string(&file).expect("every actor has a file");
@@ -72,7 +87,7 @@ fn the_core_is_pure() {
 
 #[test]
 fn the_environment_is_read_in_one_place() {
-    for folder in ["engines/src", "net/src", "actors/src"] {
+    for folder in ["engines/src", "net/src", "actors/src", "dashboard/src"] {
         for (file, line) in code(folder) {
             let is_test = file.ends_with("simulation.rs");
             assert!(is_test || !line.contains("env::var"), "{}: {line}", file.display());
@@ -82,7 +97,7 @@ fn the_environment_is_read_in_one_place() {
 
 #[test]
 fn every_file_says_what_it_is() {
-    for folder in ["src", "actors", "benches", "engines", "net", "tests", "examples"] {
+    for folder in ["src", "actors", "benches", "dashboard", "engines", "net", "tests", "examples"] {
         for file in rust_files(&root().join(folder)) {
             let text = std::fs::read_to_string(&file).expect("readable");
             assert!(text.starts_with("//! "), "{} has no module doc", file.display());
@@ -94,7 +109,7 @@ fn every_file_says_what_it_is() {
 
 #[test]
 fn there_is_no_room_without_a_purpose() {
-    for folder in ["src", "actors/src", "engines/src", "net/src"] {
+    for folder in ["src", "actors/src", "dashboard/src", "engines/src", "net/src"] {
         for file in rust_files(&root().join(folder)) {
             let stem = file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
             assert!(!["common", "utils", "util", "types", "helpers", "misc"].contains(&stem), "{}", file.display());

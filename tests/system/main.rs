@@ -5,10 +5,13 @@
 #![allow(clippy::expect_used)] // A test that cannot go on says why.
 
 mod answers;
+mod api;
 mod commands;
+mod node;
 mod references;
 
 use serde_json::Value;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Once;
 
@@ -17,8 +20,13 @@ const GEMMA3: &str = "gemma3-270m";
 
 fn exo(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exo-node"));
-    command.args(arguments).stdin(Stdio::null());
+    command.args(arguments).stdin(Stdio::null()).env("EXO_DATA_DIR", data_dir());
     command
+}
+
+/// A folder on which no node is running: commands load their models themselves.
+fn data_dir() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("nobody")
 }
 
 fn output(arguments: &[&str]) -> Output {

@@ -1,0 +1,304 @@
+//! The HTTP API of a node that stays.
+
+use crate::node::Node;
+use crate::{SMOLLM2, exo, ids, json, models, output, stderr};
+use serde_json::{Value, json as object};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+fn question(text: &str, more: Value) -> Value {
+    let mut body = object!({ "model": SMOLLM2, "temperature": 0, "messages": [{ "role": "user", "content": text }] });
+    for (key, value) in more.as_object().expect("an object") {
+        body[key] = value.clone();
+    }
+    body
+}
+
+/// R4.4, R4.5: OpenAI's own client gets what it expects: whole and streamed, usage, log-probabilities, stop, n, seeds,
+/// errors.
+#[test]
+fn the_official_client_is_served() {
+    models();
+    let python = std::env::var("EXO_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let has_client = Command::new(&python).args(["-c", "import openai"]).output().is_ok_and(|o| o.status.success());
+    if !has_client {
+        eprintln!("SKIPPED: {python} has no `openai` package; ./test.sh brings one (EXO_TEST_PYTHON)");
+        return;
+    }
+    let node = Node::up(&[]);
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/system/openai_client.py");
+    let output = Command::new(python).args([script, &format!("http://127.0.0.1:{}/v1", node.port), SMOLLM2]).output();
+    let output = output.expect("Python starts");
+    println!("{}", String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+/// R8.3: what is wrong is told with the right status, in OpenAI's shape, and by its name.
+#[test]
+fn mistakes_have_the_right_status() {
+    models();
+    let node = Node::up(&[]);
+    let long = "word ".repeat(9000);
+    let chat = |more: Value| question("Hi", more);
+    let cases: [(&str, Value, u16, &str); 14] = [
+        ("/v1/chat/completions", chat(object!({ "model": "no-such-model" })), 404, "no-such-model"),
+        ("/v1/chat/completions", chat(object!({ "model": "/etc/passwd" })), 404, "/etc/passwd"),
+        ("/v1/chat/completions", chat(object!({ "model": "../../etc/passwd" })), 404, "passwd"),
+        ("/v1/chat/completions", chat(object!({ "model": "" })), 400, "model"),
+        ("/v1/chat/completions", chat(object!({ "messages": [] })), 400, "messages"),
+        ("/v1/chat/completions", object!({ "messages": [] }), 400, "model"),
+        ("/v1/chat/completions", chat(object!({ "temperature": "warm" })), 400, "temperature"),
+        ("/v1/chat/completions", chat(object!({ "top_p": 7 })), 400, "top_p"),
+        ("/v1/chat/completions", chat(object!({ "max_tokens": 0 })), 400, "max_tokens"),
+        ("/v1/chat/completions", chat(object!({ "stop": [""] })), 400, "stop"),
+        (
+            "/v1/chat/completions",
+            chat(object!({ "response_format": { "type": "json_object" } })),
+            400,
+            "response_format",
+        ),
+        ("/v1/chat/completions", question(&long, object!({})), 400, "context"),
+        ("/v1/completions", object!({ "model": SMOLLM2, "prompt": "x", "best_of": 4 }), 400, "best_of"),
+        ("/v1/nothing", object!({}), 404, "/v1/nothing"),
+    ];
+    for (path, body, status, named) in cases {
+        let answer = node.post(path, &body);
+        let error = &answer.json()["error"];
+        assert_eq!(answer.status, status, "{body}: {error}");
+        let told = format!("{} {}", error["message"], error["param"]);
+        assert!(told.contains(named) && error["type"].is_string() && error["code"].is_string(), "{body}: {error}");
+    }
+    assert_eq!(node.request("POST", "/v1/chat/completions", &[], "{not json").status, 400);
+    assert_eq!(node.get("/v1/chat/completions").status, 405);
+    let large = format!("{{\"model\": \"{}\"}}", "x".repeat(33 << 20));
+    let refused = node.request("POST", "/v1/completions", &[], &large);
+    assert_eq!(refused.status, 413);
+    assert!(refused.body.contains("33554432"), "{}", refused.body);
+    // None of it did any harm.
+    assert_eq!(node.post("/v1/chat/completions", &chat(object!({ "max_tokens": 3 }))).status, 200);
+    assert_eq!(node.get("/health").json()["status"], "ok");
+}
+
+/// Pages of other sites, names that were rebound to this machine, and callers without the key stay out.
+#[test]
+fn strangers_stay_out() {
+    let node = Node::up(&[]);
+    let get = |headers: &[(&str, &str)]| node.request("GET", "/v1/models", headers, "").status;
+    let own = format!("http://localhost:{}", node.port);
+    let host = format!("localhost:{}", node.port);
+    assert_eq!(get(&[]), 200);
+    assert_eq!(get(&[("host", &host), ("origin", &own)]), 200);
+    assert_eq!(get(&[("host", "evil.example")]), 403);
+    assert_eq!(get(&[("host", &host), ("origin", "http://evil.example")]), 403);
+    drop(node);
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let open = output(&["up", "--api", "0.0.0.0:0", "--data-dir", folder.path().to_str().expect("UTF-8")]);
+    assert_eq!(open.status.code(), Some(1));
+    assert!(stderr(&open).contains("--api-key"), "{}", stderr(&open));
+    let node = Node::up(&["--api", "0.0.0.0:0", "--api-key", "a-secret"]);
+    let get = |path: &str, headers: &[(&str, &str)]| node.request("GET", path, headers, "").status;
+    assert_eq!(get("/v1/models", &[]), 401);
+    assert_eq!(get("/v1/models", &[("authorization", "Bearer another")]), 401);
+    assert_eq!(get("/v1/models", &[("authorization", "Bearer a-secret"), ("host", "gpu-box.lan")]), 200);
+    assert_eq!(get("/health", &[]), 200);
+    // The owner of the folder needs no key.
+    assert!(node.command(&["status"]).status.success());
+}
+
+/// A client that closes its connection ends its request, within a step.
+#[test]
+fn closing_the_connection_cancels() {
+    models();
+    let node = Node::up(&[]);
+    for is_streamed in [true, false] {
+        let before = node.metric("requests_total");
+        let body = question(
+            "Count to ten thousand.",
+            object!({
+                "max_tokens": 3500, "stream": is_streamed, "logit_bias": { "2": -100 },
+            }),
+        );
+        let stream = node.send("POST", "/v1/chat/completions", &[], &body.to_string());
+        let started = Instant::now();
+        while node.metric("requests_running") < 1.0 {
+            assert!(started.elapsed() < Duration::from_secs(60), "it never ran");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if is_streamed {
+            let mut lines = BufReader::new(&stream).lines();
+            assert!(lines.any(|line| line.expect("UTF-8").contains("content")));
+        }
+        drop(stream);
+        let closed = Instant::now();
+        while node.metric("requests_running") > 0.0 {
+            assert!(closed.elapsed() < Duration::from_secs(20), "it runs on");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        println!("streamed {is_streamed}: over {:?} after the close", closed.elapsed());
+        assert_eq!(node.metric("requests_total"), before + 1.0);
+        assert!(node.metric("generated_tokens_total") < 3000.0);
+    }
+}
+
+/// A node that is full says so, and when to come again; those that it has taken go on.
+#[test]
+fn a_full_node_says_when_to_come_again() {
+    models();
+    let node = Node::up(&[SMOLLM2]);
+    let body =
+        question("Count.", object!({ "max_tokens": 2000, "stream": true, "logit_bias": { "2": -100 } })).to_string();
+    let first: Vec<_> = (0..256).map(|_| node.send("POST", "/v1/chat/completions", &[], &body)).collect();
+    let started = Instant::now();
+    while node.metric("requests_running") + node.metric("requests_waiting") < 256.0 {
+        assert!(started.elapsed() < Duration::from_secs(60), "they were not all taken");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let refused = node.post("/v1/completions", &object!({ "model": SMOLLM2, "prompt": "x", "max_tokens": 1 }));
+    assert_eq!(refused.status, 429, "{}", refused.body);
+    assert!(refused.headers.contains("retry-after: ") && refused.body.contains("rate_limit_error"), "{refused:?}");
+    let mut lines = BufReader::new(&first[0]).lines();
+    assert!(lines.any(|line| line.expect("UTF-8").contains("\"content\":\"")), "what was taken goes on");
+}
+
+/// What many requests begin with is computed once, and told as `cached_tokens`; the answer is the same.
+#[test]
+fn a_shared_beginning_is_computed_once() {
+    models();
+    let node = Node::up(&[SMOLLM2]);
+    let system: String = (0..50).map(|i| format!("Rule {i}: be kind to number {}. ", i * 7)).collect();
+    let ask = |text: &str| {
+        let messages = object!([{ "role": "system", "content": system }, { "role": "user", "content": text }]);
+        let started = Instant::now();
+        let answer =
+            node.post("/v1/chat/completions", &question("", object!({ "messages": messages, "max_tokens": 1 })));
+        let elapsed = started.elapsed();
+        let usage = answer.json()["usage"].clone();
+        let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a count");
+        (elapsed, usage["prompt_tokens"].as_u64().expect("a count"), cached, answer.json()["choices"][0].clone())
+    };
+    // The first of all loads the model.
+    let _ = node.post("/v1/chat/completions", &question("Hi", object!({ "max_tokens": 1 })));
+    let (cold, prompt, cached, _) = ask("Which rule is the first?");
+    assert_eq!(cached, 0);
+    let (warm, _, cached, answer) = ask("Which rule is the last?");
+    println!("{prompt} tokens: {cold:?} to the first token, then {warm:?} with {cached} tokens from before");
+    assert!(cached > prompt * 9 / 10, "{cached} of {prompt}");
+    let fresh = Node::up(&[]);
+    let messages =
+        object!([{ "role": "system", "content": system }, { "role": "user", "content": "Which rule is the last?" }]);
+    let undisturbed =
+        fresh.post("/v1/chat/completions", &question("", object!({ "messages": messages, "max_tokens": 1 })));
+    assert_eq!(undisturbed.json()["choices"][0], answer);
+}
+
+/// R6.4: sixty-four streams at once, again and again: each is answered, and memory stays where it is.
+#[test]
+fn sixty_four_streams_leave_memory_flat() {
+    models();
+    let node = Node::up(&[]);
+    let round = |salt: usize| {
+        std::thread::scope(|scope| {
+            for number in 0..64 {
+                let node = &node;
+                scope.spawn(move || {
+                    let text = format!("Tell me about the number {}.", number * 31 + salt);
+                    let body = question(&text, object!({ "max_tokens": 8, "stream": true }));
+                    let answer = node.post("/v1/chat/completions", &body);
+                    assert_eq!(answer.status, 200, "{}", answer.body);
+                    assert!(answer.body.contains("finish_reason\":\"") && answer.body.trim_end().ends_with("[DONE]"));
+                });
+            }
+        });
+        // The monitor measures each second.
+        std::thread::sleep(Duration::from_millis(1200));
+        node.metric("process_bytes") / 1e6
+    };
+    let megabytes: Vec<f64> = (0..3).map(|number| round(number * 10_000)).collect();
+    println!("64 streams, three times: {megabytes:.0?} MB resident");
+    // The first round touches the cache's pages.
+    assert!(megabytes[2] < megabytes[1] + 24.0, "{megabytes:?}");
+}
+
+/// Where a node is running, commands are its clients: same answers, nothing loaded twice.
+#[test]
+fn commands_use_the_running_node() {
+    models();
+    let node = Node::up(&[]);
+    let ask = ["run", SMOLLM2, "Tell me of the sea.", "--json", "--max-tokens", "12", "--logprobs", "2"];
+    let through = node.json(&ask);
+    assert_eq!(through["load_ms"], Value::Null);
+    assert_eq!(through["stages"][0]["layers"], object!([0, 30]));
+    let alone = json(&[&ask[..], &["--standalone"]].concat());
+    assert_eq!(ids(&through["token_ids"]), ids(&alone["token_ids"]));
+    assert_eq!(through["logprobs"], alone["logprobs"]);
+    let state = node.json(&["status", "--json"]);
+    assert_eq!(state["instances"]["1"]["model"]["name"], SMOLLM2);
+    assert_eq!(state["instances"]["1"]["totals"]["generated_tokens"], 12);
+    let drawn = node.command(&["status"]);
+    assert!(String::from_utf8_lossy(&drawn.stdout).contains("layers 0–29 on cpu"));
+    let threads = node.command(&[&ask[..], &["--threads", "1"]].concat());
+    assert!(stderr(&threads).contains("--standalone"), "{}", stderr(&threads));
+    let second = node.command(&["up", "--api", "127.0.0.1:0"]);
+    assert!(stderr(&second).contains("another node is running"), "{}", stderr(&second));
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let nobody = output(&["status", "--data-dir", folder.path().to_str().expect("UTF-8")]);
+    assert!(stderr(&nobody).contains("exo-node up"), "{}", stderr(&nobody));
+}
+
+/// A conversation remembers, is saved, and goes on.
+#[test]
+fn a_conversation_remembers_and_is_saved() {
+    models();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let saved = folder.path().join("talk.json");
+    let path = saved.to_str().expect("UTF-8");
+    let talk = |input: String, more: &[&str]| {
+        let mut command = exo(&["chat", SMOLLM2, "--temperature", "0", "--max-tokens", "8"]);
+        command.args(more).args(["--data-dir", folder.path().to_str().expect("UTF-8")]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("exo-node starts");
+        std::io::Write::write_all(&mut child.stdin.take().expect("piped"), input.as_bytes()).expect("it reads");
+        let output = child.wait_with_output().expect("it ends");
+        assert!(output.status.success(), "{}", stderr(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    talk(format!("/system Be brief.\nMy name is Ada.\n/nonsense\n/load {path}.none\n/save {path}\n/exit\n"), &[]);
+    let mut text = String::new();
+    std::fs::File::open(&saved).expect("it was saved").read_to_string(&mut text).expect("readable");
+    let conversation: Value = serde_json::from_str(&text).expect("JSON");
+    let roles: Vec<&str> =
+        conversation["messages"].as_array().expect("a list").iter().filter_map(|m| m["role"].as_str()).collect();
+    assert_eq!(roles, ["system", "user", "assistant"]);
+    assert_eq!(
+        (&conversation["model"], &conversation["messages"][1]["content"]),
+        (&object!(SMOLLM2), &object!("My name is Ada."))
+    );
+    let shown = talk("/history\n/clear\n/history\n".to_owned(), &["--load", path]);
+    assert_eq!(shown.matches("you: My name is Ada.").count(), 1, "{shown}");
+    assert_eq!(shown.matches("system: Be brief.").count(), 2, "{shown}");
+}
+
+/// Ctrl-C on a terminal stops the answer, and only that.
+#[test]
+fn ctrl_c_stops_the_answer_only() {
+    models();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/system/interrupt.py");
+    let mut command = Command::new("python3");
+    command.args([script, env!("CARGO_BIN_EXE_exo-node"), SMOLLM2]).arg(folder.path());
+    let output = command.output().expect("Python starts");
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+/// R4.3: what is quantised already is not quantised again, and says so.
+#[test]
+fn quantising_twice_is_refused() {
+    models();
+    for arguments in [&["run", SMOLLM2, "x", "--quantize", "q4_k"][..], &["run", "smollm2@q8_0", "x"]] {
+        let refused = output(arguments);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(stderr(&refused).contains("already"), "{}", stderr(&refused));
+    }
+    assert_eq!(output(&["run", SMOLLM2, "x", "--quantize", "q9"]).status.code(), Some(2));
+}

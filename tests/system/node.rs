@@ -1,0 +1,138 @@
+//! A node that stays, as a process, and plain HTTP to talk to it.
+
+use crate::{exo, stderr};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+/// A running node. Dropping it ends it.
+pub(crate) struct Node {
+    child: Child,
+    pub(crate) port: u16,
+    pub(crate) folder: tempfile::TempDir,
+}
+
+/// An HTTP answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: String,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("not JSON ({error}): {}", self.body))
+    }
+}
+
+impl Node {
+    pub(crate) fn up(arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut command = exo(&["up", "--data-dir"]);
+        command.arg(folder.path()).args(arguments);
+        if !arguments.contains(&"--api") {
+            command.args(["--api", "127.0.0.1:0"]);
+        }
+        let mut child = command.env("EXO_LOG", "warn").stderr(Stdio::piped()).spawn().expect("exo-node starts");
+        let mut lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();
+        let address = lines.find_map(|line| {
+            let line = line.expect("UTF-8");
+            Some(line.strip_prefix("API on http://")?.strip_suffix("/v1")?.to_owned())
+        });
+        let address = address.expect("the node says where its API is");
+        // What it says later goes to the test's own output.
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("node: {line}")));
+        let port = address.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
+        Self { child, port, folder }
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A connection with a request on it.
+    pub(crate) fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).expect("the node listens");
+        stream.set_read_timeout(Some(Duration::from_secs(120))).expect("a socket");
+        let host = if headers.iter().any(|(name, _)| *name == "host") { "" } else { "host: localhost\r\n" };
+        let mut head =
+            format!("{method} {path} HTTP/1.1\r\n{host}connection: close\r\ncontent-length: {}\r\n", body.len());
+        headers.iter().for_each(|(name, value)| head.push_str(&format!("{name}: {value}\r\n")));
+        stream.write_all(format!("{head}\r\n{body}").as_bytes()).expect("the node reads");
+        stream
+    }
+
+    pub(crate) fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        let mut text = Vec::new();
+        self.send(method, path, headers, body).read_to_end(&mut text).expect("an answer");
+        let text = String::from_utf8(text).expect("UTF-8");
+        let (headers, body) = text.split_once("\r\n\r\n").expect("a head and a body");
+        let status = headers.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
+        let body = if headers.contains("chunked") { unchunk(body) } else { body.to_owned() };
+        Answer { status, headers: headers.to_lowercase(), body }
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Answer {
+        self.request("GET", path, &[], "")
+    }
+
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Answer {
+        self.request("POST", path, &[], &body.to_string())
+    }
+
+    /// The sum of a metric over all its labels.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").body;
+        let lines = text.lines().filter(|line| line.starts_with(&format!("exo_{name}")));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    /// A command on the node's folder.
+    pub(crate) fn command(&self, arguments: &[&str]) -> std::process::Output {
+        let folder = self.folder().to_str().expect("UTF-8");
+        let mut command = exo(arguments);
+        command.args(["--data-dir", folder]).output().expect("exo-node starts")
+    }
+
+    /// One JSON object of a command on the node's folder.
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.command(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+        serde_json::from_slice(&output.stdout).expect("one object")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let pid = self.child.id().to_string();
+        // It ends by itself; one that does not is killed.
+        let asked = std::process::Command::new("kill").args(["-TERM", &pid]).status();
+        let ended = asked.is_ok_and(|status| status.success()) && {
+            (0..100).any(|_| {
+                std::thread::sleep(Duration::from_millis(100));
+                matches!(self.child.try_wait(), Ok(Some(_)))
+            })
+        };
+        if !ended {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            if !std::thread::panicking() {
+                panic!("the node did not end when it was asked to");
+            }
+        }
+    }
+}
+
+fn unchunk(body: &str) -> String {
+    let (mut rest, mut out) = (body, String::new());
+    while let Some((size, behind)) = rest.split_once("\r\n") {
+        let size = usize::from_str_radix(size, 16).expect("a chunk's size");
+        out.push_str(&behind[..size]);
+        rest = behind[size..].trim_start_matches("\r\n");
+    }
+    out
+}
