@@ -17,6 +17,7 @@ mod up;
 
 use clap::{Parser, Subcommand};
 use exo_engines::format::FormatError;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 /// Every machine you own, one LLM inference cluster.
@@ -108,7 +109,8 @@ fn start_logging(default: &str) {
     use tracing_subscriber::EnvFilter;
     let filter = std::env::var("EXO_LOG").unwrap_or_else(|_| default.to_owned());
     let filter = EnvFilter::try_new(&filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let colours = std::io::stderr().is_terminal();
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
     if std::env::var("EXO_LOG_FORMAT").is_ok_and(|format| format == "json") {
         builder.json().init();
     } else {
