@@ -1,5 +1,7 @@
 //! Where things are. Read once, here: nothing below looks at the environment.
 
+#[cfg(feature = "cli")]
+use std::path::Path;
 use std::path::PathBuf;
 
 /// Folders and settings of a user on this machine.
@@ -23,6 +25,18 @@ pub struct Directories {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("no home folder is known: set HOME, or EXO_DATA_DIR and EXO_MODELS_DIR")]
 pub struct ConfigError;
+
+/// `given`, or the folder of identity and settings that the environment names.
+///
+/// # Errors
+/// [`ConfigError`] where neither is there.
+#[cfg(feature = "cli")]
+pub(crate) fn data_folder(given: Option<&Path>) -> Result<PathBuf, ConfigError> {
+    match given {
+        Some(folder) => Ok(folder.to_owned()),
+        None => Ok(Directories::from_environment()?.data),
+    }
+}
 
 impl Directories {
     /// As the environment has it.

@@ -41,7 +41,7 @@ pub use exo_actors::core::view::{Fact, InstanceId, InstanceState, Load, Machine,
 pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};
 pub use exo_actors::{
     Conversation, FunctionCall, GenerateRequest, Generated, Generation, Lagged, Message, ModelSpec, NodeHandle, Prompt,
-    RequestError, Role, Sampled, SamplingParams, Subscription, ToolCall,
+    RequestError, Role, Sampled, SamplingParams, Subscription, ToolCall, fresh_seed,
 };
 pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory};
 pub use exo_engines::model::Recipe;

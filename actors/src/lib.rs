@@ -32,5 +32,5 @@ pub use generation::Generation;
 pub use handle::{NodeHandle, start};
 pub use node::NodeConfig;
 pub use planner::{PlannerLimits, RunningModel};
-pub use request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError};
+pub use request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError, fresh_seed};
 pub use subscription::{Lagged, Subscription};

@@ -75,6 +75,13 @@ pub struct GenerateRequest {
     pub stop: Vec<String>,
 }
 
+/// A seed that nobody else has; of use for ids, too. Not a secret.
+pub fn fresh_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // std's hashers are keyed at random.
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
 /// What a request's stream gives, in this order: `Started`, tokens, `Finished`; or an error at any point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

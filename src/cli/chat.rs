@@ -2,10 +2,10 @@
 
 use super::Outcome;
 use super::progress::Display;
-use super::run::fresh_seed;
 use super::session::{ModelArguments, Session};
+use crate::config::data_folder;
 use crate::{
-    Directories, FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams,
+    FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams, fresh_seed,
 };
 use anyhow::Context;
 use clap::Args;
@@ -152,11 +152,7 @@ pub(super) async fn run(arguments: ChatArguments) -> anyhow::Result<Outcome> {
         conversation.set_system(system);
     }
     arguments.params().check().map_err(RequestError::from)?;
-    let history = match &arguments.model.data_dir {
-        Some(folder) => folder.clone(),
-        None => Directories::from_environment()?.data,
-    };
-    let history = history.join("chat_history");
+    let history = data_folder(arguments.model.data_dir.as_deref())?.join("chat_history");
     let Some(session) = Session::open(&arguments.model, &display).await? else {
         return Ok(Outcome::Interrupted);
     };

@@ -58,7 +58,7 @@ enum Outcome {
 /// Parses the arguments of this process, and does what they say.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let command = arguments.command.unwrap_or_else(|| Command::Up(up::UpArguments::default()));
+    let command = arguments.command.unwrap_or_else(|| Command::Up(up::UpArguments::parse_from(["up"])));
     start_logging(match command {
         Command::Up(_) => "info",
         // Commands speak for themselves.

@@ -3,7 +3,9 @@
 use super::Outcome;
 use super::progress::Display;
 use super::session::{Answered, Answering, ModelArguments, Session, StageReport, milliseconds, rate};
-use crate::{FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams};
+use crate::{
+    FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams, fresh_seed,
+};
 use clap::Args;
 use serde::Serialize;
 use std::io::{IsTerminal, Read, Write};
@@ -187,13 +189,6 @@ impl RunArguments {
             stop: self.stop.clone(),
         }
     }
-}
-
-/// The clock, mixed with the process: two runs differ.
-pub(super) fn fresh_seed() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    // std's hasher is keyed at random in each process.
-    std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
 impl Answer {

@@ -2,9 +2,10 @@
 
 use super::progress::Display;
 use super::remote::{Remote, RemoteAnswer};
+use crate::config::data_folder;
 use crate::{
-    DeviceId, Directories, Fact, GenerateRequest, Generated, Generation, ModelSpec, Node, NodeBuilder, NodeHandle,
-    Phase, Recipe, State,
+    DeviceId, Fact, GenerateRequest, Generated, Generation, ModelSpec, Node, NodeBuilder, NodeHandle, Phase, Recipe,
+    State,
 };
 use clap::Args;
 use exo_actors::RunningModel;
@@ -60,11 +61,7 @@ impl ModelArguments {
         if self.standalone {
             return Ok(None);
         }
-        let data_dir = match &self.data_dir {
-            Some(folder) => folder.clone(),
-            None => Directories::from_environment()?.data,
-        };
-        let running = Remote::find(&data_dir).await;
+        let running = Remote::find(&data_folder(self.data_dir.as_deref())?).await;
         if running.is_some() && self.threads.is_some() {
             anyhow::bail!("--threads is the running node's to choose: stop it, or add --standalone");
         }

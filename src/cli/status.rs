@@ -2,7 +2,8 @@
 
 use super::Outcome;
 use super::remote::Remote;
-use crate::{Directories, InstanceState, Phase, State};
+use crate::config::data_folder;
+use crate::{InstanceState, Phase, State};
 use clap::Args;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -21,10 +22,7 @@ pub(super) struct StatusArguments {
 }
 
 pub(super) async fn run(arguments: StatusArguments) -> anyhow::Result<Outcome> {
-    let data_dir = match arguments.data_dir {
-        Some(folder) => folder,
-        None => Directories::from_environment()?.data,
-    };
+    let data_dir = data_folder(arguments.data_dir.as_deref())?;
     let Some(node) = Remote::find(&data_dir).await else {
         anyhow::bail!("no node is running on {}: `exo-node up` starts one", data_dir.display());
     };
@@ -49,8 +47,7 @@ fn draw(state: &State) -> String {
     for device in &state.devices {
         let _ = writeln!(out, "device   {:12} {} {}, {}", device.id, device.engine, device.tier, device.name);
     }
-    let live = state.instances.iter().filter(|(_, instance)| !matches!(instance.phase, Phase::Stopped { .. }));
-    let mut live = live.peekable();
+    let mut live = state.live().peekable();
     if live.peek().is_none() {
         let _ = writeln!(out, "models   none in memory");
     }

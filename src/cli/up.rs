@@ -2,9 +2,10 @@
 
 use super::Outcome;
 use crate::api::{ApiConfig, SOCKET_NAME, serve};
-use crate::{Directories, ModelSpec, Node};
+use crate::config::data_folder;
+use crate::{ModelSpec, Node};
 use anyhow::Context;
-use clap::Args;
+use clap::Parser;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,7 +16,8 @@ const API_DEFAULT: &str = "127.0.0.1:52415";
 /// Long enough for a pause in a conversation, short enough that a model of yesterday does not fill the memory.
 const UNLOAD_AFTER_DEFAULT: &str = "30m";
 
-#[derive(Debug, Args)]
+/// A parser of its own, too: without a command, its defaults are what is run.
+#[derive(Debug, Parser)]
 #[command(after_help = "Examples:
   exo-node up
   exo-node up smollm2 --unload-after never
@@ -45,20 +47,6 @@ pub(super) struct UpArguments {
     data_dir: Option<PathBuf>,
 }
 
-impl Default for UpArguments {
-    fn default() -> Self {
-        Self {
-            models: Vec::new(),
-            api: API_DEFAULT.to_owned(),
-            api_key: std::env::var("EXO_API_KEY").ok(),
-            unload_after: UNLOAD_AFTER_DEFAULT.to_owned(),
-            memory: None,
-            threads: None,
-            data_dir: None,
-        }
-    }
-}
-
 pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     let mut builder = Node::builder().on_fetch(|progress| tracing::info!(?progress, "fetching"));
     if let Some(idle) = arguments.unload_after()? {
@@ -70,10 +58,7 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     if let Some(threads) = arguments.threads {
         builder = builder.threads(threads as usize);
     }
-    let data_dir = match &arguments.data_dir {
-        Some(folder) => folder.clone(),
-        None => Directories::from_environment()?.data,
-    };
+    let data_dir = data_folder(arguments.data_dir.as_deref())?;
     let config = ApiConfig {
         listen: arguments.listen()?,
         socket: Some(data_dir.join(SOCKET_NAME)),

@@ -127,6 +127,12 @@ impl State {
         Self { node, devices: Vec::new(), machine: Machine::default(), instances: BTreeMap::new(), version: 0 }
     }
 
+    /// Instances that have not stopped.
+    pub fn live(&self) -> impl Iterator<Item = (InstanceId, &InstanceState)> {
+        let instances = self.instances.iter().map(|(&id, instance)| (id, instance));
+        instances.filter(|(_, instance)| !matches!(instance.phase, Phase::Stopped { .. }))
+    }
+
     /// Takes one fact into account. Facts about an instance that is not there change nothing.
     pub fn apply(&mut self, fact: &Fact) {
         self.version += 1;

@@ -79,9 +79,7 @@ fn instances(state: &view::State, out: &mut String) {
         (counter("generated_tokens_total", "Tokens drawn."), |i| i.totals.generated_tokens as f64),
     ];
     for (metric, read) in metrics {
-        let live =
-            state.instances.iter().filter(|(_, instance)| !matches!(instance.phase, view::Phase::Stopped { .. }));
-        let values = live.map(|(id, instance)| {
+        let values = state.live().map(|(id, instance)| {
             (labels(&[("instance", &id.to_string()), ("model", &instance.model.name)]), read(instance))
         });
         metric.write(out, values);

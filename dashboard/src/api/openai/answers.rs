@@ -1,12 +1,12 @@
 //! Several answers on their way at once, and the two ways of telling them: whole, or as a stream.
 
-use super::{now, random};
+use super::now;
 use crate::api::{Api, ApiError};
 use axum::Json;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use exo_actors::core::schedule::FinishReason;
-use exo_actors::{GenerateRequest, Generated, Generation, ModelSpec, RequestError, RunningModel, Sampled};
+use exo_actors::{GenerateRequest, Generated, Generation, ModelSpec, RequestError, RunningModel, Sampled, fresh_seed};
 use futures_util::stream::{SelectAll, Stream, StreamExt, select_all};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -21,8 +21,8 @@ pub(super) struct Plan {
     pub(super) model: ModelSpec,
     /// One for each answer.
     pub(super) requests: Vec<GenerateRequest>,
-    /// How many different prompts these have.
-    pub(super) prompts: usize,
+    /// Answers to one prompt follow each other.
+    pub(super) answers_per_prompt: u32,
     pub(super) is_streamed: bool,
     pub(super) includes_usage: bool,
 }
@@ -102,14 +102,13 @@ impl Answers {
     async fn begin(api: &Api, plan: &mut Plan) -> Result<Self, ApiError> {
         let model = api.node.load(plan.model.clone()).await?;
         let requests = std::mem::take(&mut plan.requests);
-        let answers_per_prompt = (requests.len() / plan.prompts.max(1)).max(1);
         let generations: Result<Vec<Generation>, RequestError> =
             requests.into_iter().map(|request| api.node.generate(request)).collect();
         let mut answers = Self { model, events: select_all([]), count: 0, tail: Vec::new(), usage: Usage::default() };
         for (index, mut generation) in generations?.into_iter().enumerate() {
             let Some(event) = generation.next().await else { return Err(RequestError::ShuttingDown.into()) };
             if let Generated::Started { prompt_tokens } = event?
-                && index.is_multiple_of(answers_per_prompt)
+                && index.is_multiple_of(plan.answers_per_prompt as usize)
             {
                 answers.usage.prompt_tokens += prompt_tokens.len();
                 if index == 0 {
@@ -158,7 +157,7 @@ impl Answers {
 pub(super) async fn answer<S: Shape>(api: &Api, mut plan: Plan, mut shape: S) -> Result<Response, ApiError> {
     let answers = Answers::begin(api, &mut plan).await?;
     shape.begin(&answers);
-    let id = format!("{}-{:016x}{:08x}", S::ID, random(), now());
+    let id = format!("{}-{:016x}{:08x}", S::ID, fresh_seed(), now());
     match plan.is_streamed {
         true => Ok(stream(answers, plan, shape, id)),
         false => Ok(Json(whole(answers, plan, shape, id).await?).into_response()),
@@ -188,17 +187,15 @@ struct Streaming<S> {
     id: String,
     created: u64,
     /// Events that are ready.
-    ready: VecDeque<Value>,
-    /// Whether nothing comes behind what is ready but the end.
+    ready: VecDeque<String>,
+    /// Whether nothing comes behind what is ready.
     is_over: bool,
-    is_done: bool,
 }
 
 fn stream<S: Shape>(answers: Answers, plan: Plan, mut shape: S, id: String) -> Response {
     let first: Vec<Value> = (0..answers.count()).filter_map(|index| shape.first_chunk(index)).collect();
-    let mut streaming =
-        Streaming { answers, plan, shape, id, created: now(), ready: VecDeque::new(), is_over: false, is_done: false };
-    let first = first.into_iter().map(|choice| streaming.envelope(vec![choice])).collect();
+    let mut streaming = Streaming { answers, plan, shape, id, created: now(), ready: VecDeque::new(), is_over: false };
+    let first = first.into_iter().map(|choice| streaming.envelope(vec![choice]).to_string()).collect();
     streaming.ready = first;
     let events = futures_util::stream::unfold(streaming, |mut streaming| async move {
         let event = streaming.next().await?;
@@ -210,37 +207,38 @@ fn stream<S: Shape>(answers: Answers, plan: Plan, mut shape: S, id: String) -> R
 impl<S: Shape> Streaming<S> {
     async fn next(&mut self) -> Option<Event> {
         loop {
-            if let Some(value) = self.ready.pop_front() {
-                return Some(Event::default().data(value.to_string()));
-            }
-            if self.is_done {
-                return None;
+            if let Some(data) = self.ready.pop_front() {
+                return Some(Event::default().data(data));
             }
             if self.is_over {
-                self.is_done = true;
-                return Some(Event::default().data("[DONE]"));
+                return None;
             }
             match self.answers.next().await {
                 Some(Ok(piece)) => {
                     let choice = self.shape.chunk(&piece, &self.answers.model);
-                    let chunk = choice.map(|choice| self.envelope(vec![choice]));
+                    let chunk = choice.map(|choice| self.envelope(vec![choice]).to_string());
                     self.ready.extend(chunk);
                 }
                 Some(Err(error)) => {
                     // Clients take an event with an error for the end.
-                    self.ready.push_back(json!(ApiError::from(error).body()));
-                    self.is_over = true;
+                    self.end(Some(json!(ApiError::from(error).body())));
                 }
                 None => {
-                    if self.plan.includes_usage {
+                    let usage = self.plan.includes_usage.then(|| {
                         let mut last = self.envelope(Vec::new());
                         last["usage"] = self.answers.usage.json();
-                        self.ready.push_back(last);
-                    }
-                    self.is_over = true;
+                        last
+                    });
+                    self.end(usage);
                 }
             }
         }
+    }
+
+    fn end(&mut self, last: Option<Value>) {
+        self.ready.extend(last.map(|value| value.to_string()));
+        self.ready.push_back("[DONE]".to_owned());
+        self.is_over = true;
     }
 
     fn envelope(&self, choices: Vec<Value>) -> Value {

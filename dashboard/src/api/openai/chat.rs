@@ -6,7 +6,7 @@ use super::tools;
 use crate::api::body::{FromBody, read_json};
 use crate::api::reasoning::{Parts, Splitter};
 use crate::api::{Api, ApiError};
-use exo_actors::{Conversation, GenerateRequest, Message, Prompt, Role, RunningModel, ToolCall};
+use exo_actors::{Conversation, Message, Prompt, Role, RunningModel, ToolCall};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -101,7 +101,7 @@ impl Spoken {
 }
 
 impl ChatRequest {
-    pub(super) fn plan(self, api: &Api, fresh_seed: u64) -> Result<(Plan, Chat), ApiError> {
+    pub(super) fn plan(self, api: &Api) -> Result<(Plan, Chat), ApiError> {
         let model = api.spec(&self.own.model)?;
         let top_logprobs = self.top_logprobs()?;
         let tools = self.tools()?;
@@ -124,18 +124,10 @@ impl ChatRequest {
             choices: Vec::new(),
         };
         let prompt = Prompt::Chat(Conversation { messages, tools, arguments });
-        let mut requests = Vec::new();
-        for choice in 0..self.sampling.choices()? {
-            requests.push(GenerateRequest {
-                model: model.clone(),
-                prompt: prompt.clone(),
-                params: self.sampling.params(choice, top_logprobs, fresh_seed)?,
-                max_tokens: self.sampling.max_tokens()?,
-                stop: self.sampling.stop()?,
-            });
-        }
+        let requests = self.sampling.requests(&model, &[prompt], top_logprobs, None)?;
+        let answers_per_prompt = self.sampling.choices()?;
         let (is_streamed, includes_usage) = (self.sampling.is_streamed(), self.sampling.includes_usage());
-        Ok((Plan { name: self.own.model, model, requests, prompts: 1, is_streamed, includes_usage }, chat))
+        Ok((Plan { name: self.own.model, model, requests, answers_per_prompt, is_streamed, includes_usage }, chat))
     }
 
     fn top_logprobs(&self) -> Result<u32, ApiError> {

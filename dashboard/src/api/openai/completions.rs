@@ -4,7 +4,7 @@ use super::answers::{Answer, Answers, Piece, Plan, Shape};
 use super::sampling::Sampling;
 use crate::api::body::{FromBody, read_json};
 use crate::api::{Api, ApiError};
-use exo_actors::{GenerateRequest, Prompt, RunningModel};
+use exo_actors::{Prompt, RunningModel};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -61,7 +61,7 @@ impl Prompts {
 }
 
 impl CompletionRequest {
-    pub(super) fn plan(self, api: &Api, fresh_seed: u64) -> Result<(Plan, Completions), ApiError> {
+    pub(super) fn plan(self, api: &Api) -> Result<(Plan, Completions), ApiError> {
         let model = api.spec(&self.own.model)?;
         let choices = self.sampling.choices()?;
         if self.own.echo == Some(true) {
@@ -81,22 +81,14 @@ impl CompletionRequest {
             let what = format!("has {} texts; 1 to {PROMPTS_MAX} are possible", prompts.len());
             return Err(ApiError::bad_value("prompt", what));
         }
-        let mut requests = Vec::new();
-        for prompt in &prompts {
-            for choice in 0..choices {
-                requests.push(GenerateRequest {
-                    model: model.clone(),
-                    prompt: prompt.clone(),
-                    params: self.sampling.params(choice, self.own.logprobs.unwrap_or(0), fresh_seed)?,
-                    max_tokens: self.sampling.max_tokens()?.or(Some(16)),
-                    stop: self.sampling.stop()?,
-                });
-            }
-        }
+        // OpenAI's limit where none is named.
+        let requests = self.sampling.requests(&model, &prompts, self.own.logprobs.unwrap_or(0), Some(16))?;
         let shape = Completions { wants_logprobs: self.own.logprobs.is_some(), choices: Vec::new() };
         let (is_streamed, includes_usage) = (self.sampling.is_streamed(), self.sampling.includes_usage());
-        let prompts = prompts.len();
-        Ok((Plan { name: self.own.model, model, requests, prompts, is_streamed, includes_usage }, shape))
+        Ok((
+            Plan { name: self.own.model, model, requests, answers_per_prompt: choices, is_streamed, includes_usage },
+            shape,
+        ))
     }
 }
 

@@ -20,14 +20,13 @@ use axum::response::Response;
 use chat::ChatRequest;
 use completions::CompletionRequest;
 use exo_actors::core::schedule::FinishReason;
-use exo_actors::core::view::Phase;
 use exo_actors::models::CATALOGUE;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub(super) async fn chat(State(api): State<Api>, Body(request): Body<ChatRequest>) -> Result<Response, ApiError> {
-    let (plan, shape) = request.plan(&api, random())?;
+    let (plan, shape) = request.plan(&api)?;
     answers::answer(&api, plan, shape).await
 }
 
@@ -35,7 +34,7 @@ pub(super) async fn completions(
     State(api): State<Api>,
     Body(request): Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
-    let (plan, shape) = request.plan(&api, random())?;
+    let (plan, shape) = request.plan(&api)?;
     answers::answer(&api, plan, shape).await
 }
 
@@ -55,8 +54,7 @@ async fn known(api: &Api) -> Result<BTreeMap<String, Value>, ApiError> {
     let catalogue = CATALOGUE.iter().map(|known| (known.name.to_owned(), entry(known.name, false)));
     let mut all: BTreeMap<String, Value> = catalogue.collect();
     let state = api.node.state().await?;
-    let live = state.instances.values().filter(|instance| !matches!(instance.phase, Phase::Stopped { .. }));
-    all.extend(live.map(|instance| (instance.model.name.clone(), entry(&instance.model.name, true))));
+    all.extend(state.live().map(|(_, instance)| (instance.model.name.clone(), entry(&instance.model.name, true))));
     Ok(all)
 }
 
@@ -70,11 +68,4 @@ fn finish_name(reason: FinishReason) -> &'static str {
 /// Seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-/// A number that nobody else has, for ids and seeds. Not a secret.
-fn random() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    // std's hashers are keyed at random.
-    std::collections::hash_map::RandomState::new().build_hasher().finish()
 }

@@ -1,7 +1,7 @@
 //! What both kinds of completions ask of the sampler.
 
 use crate::api::ApiError;
-use exo_actors::SamplingParams;
+use exo_actors::{GenerateRequest, ModelSpec, Prompt, SamplingParams, fresh_seed};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -55,6 +55,32 @@ impl Sampling {
         self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false)
     }
 
+    /// A request for each answer to each of `prompts`: those to one prompt follow each other. `top_logprobs` and the
+    /// limit that holds where the client names none are the endpoint's.
+    pub(super) fn requests(
+        &self,
+        model: &ModelSpec,
+        prompts: &[Prompt],
+        top_logprobs: u32,
+        default_max_tokens: Option<u32>,
+    ) -> Result<Vec<GenerateRequest>, ApiError> {
+        let choices = self.choices()?;
+        let fresh = fresh_seed();
+        let mut requests = Vec::new();
+        for prompt in prompts {
+            for choice in 0..choices {
+                requests.push(GenerateRequest {
+                    model: model.clone(),
+                    prompt: prompt.clone(),
+                    params: self.params(choice, top_logprobs, fresh)?,
+                    max_tokens: self.max_tokens()?.or(default_max_tokens),
+                    stop: self.stop()?,
+                });
+            }
+        }
+        Ok(requests)
+    }
+
     /// Answers to each prompt.
     pub(super) fn choices(&self) -> Result<u32, ApiError> {
         match self.n {
@@ -64,14 +90,14 @@ impl Sampling {
         }
     }
 
-    pub(super) fn max_tokens(&self) -> Result<Option<u32>, ApiError> {
+    fn max_tokens(&self) -> Result<Option<u32>, ApiError> {
         match self.max_completion_tokens.or(self.max_tokens) {
             Some(0) => Err(ApiError::bad_value("max_tokens", "is 0; an answer has at least one token")),
             limit => Ok(limit),
         }
     }
 
-    pub(super) fn stop(&self) -> Result<Vec<String>, ApiError> {
+    fn stop(&self) -> Result<Vec<String>, ApiError> {
         let stops = match self.stop.clone() {
             None => Vec::new(),
             Some(Stop::One(text)) => vec![text],
@@ -87,7 +113,7 @@ impl Sampling {
     }
 
     /// The parameters of the `choice`-th answer to a prompt. Where no seed is given, `fresh` is.
-    pub(super) fn params(&self, choice: u32, top_logprobs: u32, fresh: u64) -> Result<SamplingParams, ApiError> {
+    fn params(&self, choice: u32, top_logprobs: u32, fresh: u64) -> Result<SamplingParams, ApiError> {
         let mut logit_bias = BTreeMap::new();
         for (token, bias) in self.logit_bias.iter().flatten() {
             let id =

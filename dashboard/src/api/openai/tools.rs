@@ -51,7 +51,7 @@ fn call(text: &str, number: usize) -> Option<Call> {
         Value::String(text) => text.clone(),
         other => other.to_string(),
     };
-    let id = format!("call_{:016x}{number}", super::random());
+    let id = format!("call_{:016x}{number}", exo_actors::fresh_seed());
     Some(Call { id, name: value["name"].as_str()?.to_owned(), arguments })
 }
 
