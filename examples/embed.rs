@@ -17,6 +17,9 @@ enum ScribeMsg {
     Answered { question: String, answer: String },
 }
 
+// ractor knows remote messages, too; these stay in this process.
+impl ractor::Message for ScribeMsg {}
+
 struct ScribeState {
     node: NodeHandle,
     model: ModelSpec,

@@ -31,11 +31,14 @@ pub mod api {
 }
 #[cfg(feature = "cli")]
 pub mod cli;
+mod cluster;
 mod config;
 mod node;
 
+pub use cluster::{ClusterSettings, PORT_DEFAULT};
 pub use config::{ConfigError, Directories};
-pub use exo_actors::core::plan::{Placement, PlanError, Stage};
+pub use exo_actors::core::members::{DeviceOffer, MemberReport, OwnedInstance};
+pub use exo_actors::core::plan::{Link, Placement, PlanError, Policy, Split, Stage};
 pub use exo_actors::core::schedule::FinishReason;
 pub use exo_actors::core::view::{Fact, InstanceId, InstanceState, Load, Machine, Model, Phase, State, Totals};
 pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};
@@ -45,7 +48,7 @@ pub use exo_actors::{
 };
 pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory};
 pub use exo_engines::model::Recipe;
-pub use exo_net::{Identity, NodeId};
+pub use exo_net::{ClusterSecret, Discover, Identity, JoinToken, NodeId, WireType};
 pub use node::{Node, NodeBuilder, StartError};
 
 /// The engine port, for embedders that bring an engine of their own.

@@ -1,12 +1,13 @@
 //! Building a node.
 
+use crate::cluster::{self, ClusterSettings};
 use crate::config::{ConfigError, Directories};
 use exo_actors::models::{ModelsConfig, Progress};
 use exo_actors::{NodeConfig, NodeHandle, PlannerLimits};
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::EngineFactory;
-use exo_net::{Identity, IdentityError};
+use exo_net::{Identity, IdentityError, NetworkError, SecretError};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,18 +25,23 @@ impl Node {
             threads: None,
             factories: None,
             limits: PlannerLimits::default(),
+            name: None,
+            cluster: None,
             progress: Arc::new(|_| {}),
         }
     }
 }
 
 /// Settings of a node; what is not set is as the environment has it.
+#[derive(Clone)]
 pub struct NodeBuilder {
     data_dir: Option<PathBuf>,
     models_dirs: Option<Vec<PathBuf>>,
     threads: Option<usize>,
     factories: Option<Vec<Arc<dyn EngineFactory>>>,
     limits: PlannerLimits,
+    name: Option<String>,
+    cluster: Option<ClusterSettings>,
     progress: Arc<dyn Fn(Progress) + Send + Sync>,
 }
 
@@ -56,6 +62,12 @@ pub enum StartError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    #[error("{path}: {source}")]
+    Members { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error("an actor could not be started: {0}")]
     Actor(String),
 }
@@ -97,6 +109,18 @@ impl NodeBuilder {
         self
     }
 
+    /// What others call this node; the machine's name where it is not set.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Makes the node a member of its user's cluster; without this it is alone.
+    pub fn cluster(mut self, settings: ClusterSettings) -> Self {
+        self.cluster = Some(settings);
+        self
+    }
+
     /// Hears how models are fetched. Called from any thread; must not block.
     pub fn on_fetch(mut self, progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
         self.progress = Arc::new(progress);
@@ -109,7 +133,14 @@ impl NodeBuilder {
     /// [`StartError`] where the environment tells no folders, or the identity cannot be read.
     pub async fn start(self) -> Result<NodeHandle, StartError> {
         let directories = Directories::from_environment()?;
-        let identity = Identity::load_or_create(&self.data_dir.unwrap_or(directories.data))?;
+        let data_dir = self.data_dir.unwrap_or(directories.data);
+        let identity = Arc::new(Identity::load_or_create(&data_dir)?);
+        let name = self.name.unwrap_or_else(exo_actors::host_name);
+        let wire_type = self.cluster.as_ref().map(|settings| settings.wire_type).unwrap_or_default();
+        let joined = match self.cluster {
+            Some(settings) => Some(cluster::join(&data_dir, Arc::clone(&identity), name.clone(), settings)?),
+            None => None,
+        };
         let threads =
             self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
         let factories =
@@ -123,7 +154,8 @@ impl NodeBuilder {
             python: "python3".to_owned(),
             progress: self.progress,
         };
-        let config = NodeConfig { id: identity.node_id(), factories, models, limits: self.limits };
+        let (id, limits) = (identity.node_id(), self.limits);
+        let config = NodeConfig { id, name, factories, models, limits, wire_type, joined };
         exo_actors::start(config).await.map_err(|error| StartError::Actor(error.to_string()))
     }
 }

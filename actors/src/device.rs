@@ -1,8 +1,8 @@
 //! Device: one compute device of this node.
 //!
 //! - owns: the shards on it, and how often each failed lately;
-//! - receives: shards to start, instances to stop;
-//! - emits: the loss of a shard, to its instance;
+//! - receives: shards to start and to stop;
+//! - emits: the loss of a shard, to whoever started it;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
@@ -13,18 +13,19 @@ use crate::shard::{Shard, ShardArgs, ShardFailure, ShardReport, ShardTask};
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceReport, EngineFactory};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor_cluster::RactorMessage;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 pub(crate) type DeviceRef = ActorRef<DeviceMsg>;
 
-#[derive(Debug)]
+#[derive(Debug, RactorMessage)]
 pub(crate) enum DeviceMsg {
     /// Starts a shard; on this device, whatever device the task names.
     Start(Box<ShardTask>),
-    /// Stops all shards of an instance.
-    StopInstance(InstanceId),
+    /// Stops a shard.
+    Stop { instance: InstanceId, stage: usize },
 }
 
 #[derive(Debug)]
@@ -65,7 +66,7 @@ impl Actor for Device {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             DeviceMsg::Start(task) => state.start(&myself, *task).await,
-            DeviceMsg::StopInstance(instance) => state.stop_instance(instance),
+            DeviceMsg::Stop { instance, stage } => state.stop((instance, stage)),
         }
         Ok(())
     }
@@ -95,7 +96,7 @@ impl DeviceState {
     async fn start(&mut self, myself: &DeviceRef, mut task: ShardTask) {
         task.host.device = self.args.report.id.clone();
         task.host.factory = Arc::clone(&self.args.factory);
-        let args = ShardArgs { task: task.clone(), facts: self.args.facts.clone() };
+        let args = ShardArgs { task: task.clone() };
         match Shard::spawn_linked(None, Shard, args, myself.get_cell()).await {
             Ok((shard, _)) => drop(self.shards.insert(shard.get_id(), (shard.get_cell(), task))),
             Err(error) => {
@@ -105,10 +106,10 @@ impl DeviceState {
         }
     }
 
-    fn stop_instance(&mut self, instance: InstanceId) {
-        self.histories.retain(|(other, _), _| *other != instance);
+    fn stop(&mut self, shard: (InstanceId, usize)) {
+        self.histories.remove(&shard);
         for (cell, task) in self.shards.values() {
-            if task.instance == instance {
+            if (task.instance, task.stage) == shard {
                 cell.stop(None);
             }
         }
@@ -116,12 +117,7 @@ impl DeviceState {
 
     fn on_failure(&mut self, myself: &DeviceRef, who: ActorId, error: EngineError) {
         let Some((_, task)) = self.shards.remove(&who) else { return };
-        self.args.facts.tell(Fact::ShardFailed {
-            instance: task.instance,
-            stage: task.stage,
-            error: error.to_string(),
-        });
-        task.owner.tell(ShardReport::Down { stage: task.stage, error: error.clone() });
+        task.owner.tell(ShardReport::Down(error.clone()));
         self.decide(myself, task, error);
     }
 

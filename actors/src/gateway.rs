@@ -1,22 +1,32 @@
 //! Gateway: requests from the API, the command line and embedders.
 //!
 //! - owns: the admission permits;
-//! - receives: requests;
-//! - emits: encoded requests to instances, cancellations when a stream is dropped;
+//! - receives: requests of this node's users, and of other nodes for heads that are here;
+//! - emits: encoded requests to heads, here or elsewhere; cancellations when a stream is dropped;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
-//! Each request is a task of its own from admission to end; the actor never waits.
+//! Each request is a task of its own from admission to end; the actor never waits. The task writes down what its client
+//! has been given: when a head dies or moves, it goes on from there with the next one.
 
+mod answer;
+mod serve;
+
+use crate::core::view::InstanceId;
 use crate::generation::Generation;
-use crate::instance::{InstanceMsg, Lease, Submission};
-use crate::planner::{PlannerMsg, PlannerRef, RunningModel};
+use crate::instance::{InstanceMsg, InstanceRef, Lease, Submission};
+use crate::planner::{Home, PlannerMsg, PlannerRef, RunningModel};
+use crate::post::Post;
+use crate::protocol::{DataHello, HeadEvent, HeadRequest};
 use crate::request::{GenerateRequest, Generated, ModelSpec, RequestError};
 use crate::tokenizer::TokenizerMsg;
+use answer::{Answer, Stream};
 use exo_engines::engine::SeqId;
 use exo_engines::sampler::SamplerSpec;
+use exo_net::{DataStream, NodeId, Payload, Priority};
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::RactorMessage;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -25,14 +35,24 @@ use tokio_util::sync::CancellationToken;
 
 /// Requests that may be on their way at once: running, waiting for their turn, or for their model.
 const REQUESTS_MAX: usize = 256;
-/// `Started`, `Finished`, and an error.
-const EVENTS_BESIDE_TOKENS: usize = 3;
+/// `Started`, `TakenUp`, `Finished`, and an error.
+const EVENTS_BESIDE_TOKENS: usize = 4;
 /// Encoding the longest text that is taken needs seconds.
 const ENCODE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Heads that a request tries in a row without getting a token: more than a cluster loses while it finds itself again.
+const HEADS_MAX: u32 = 100;
+/// The wait before the next; it grows with each, up to ten times.
+const HEAD_WAIT: Duration = Duration::from_millis(50);
 
-#[derive(Debug)]
+#[derive(Debug, RactorMessage)]
 pub(crate) enum GatewayMsg {
     Generate(Box<Admitted>),
+    /// A request of another node.
+    Serve {
+        instance: InstanceId,
+        request: Box<HeadRequest>,
+        stream: DataStream,
+    },
 }
 
 /// A request with its permit.
@@ -52,8 +72,8 @@ pub(crate) struct GatewayHandle {
 }
 
 impl GatewayHandle {
-    pub(crate) fn new(gateway: ActorRef<GatewayMsg>) -> Self {
-        Self { gateway, permits: Arc::new(Semaphore::new(REQUESTS_MAX)) }
+    pub(crate) fn new(gateway: ActorRef<GatewayMsg>, permits: Arc<Semaphore>) -> Self {
+        Self { gateway, permits }
     }
 
     /// Admits a request.
@@ -79,9 +99,16 @@ impl GatewayHandle {
 /// No model here has a longer context.
 const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
 
+/// Permits of a node's requests.
+pub(crate) fn permits() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(REQUESTS_MAX))
+}
+
 #[derive(Debug)]
 pub(crate) struct GatewayArgs {
     pub planner: PlannerRef,
+    pub post: Post,
+    pub permits: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
@@ -108,36 +135,162 @@ impl Actor for Gateway {
         message: GatewayMsg,
         state: &mut GatewayState,
     ) -> Result<(), ActorProcessingErr> {
-        let GatewayMsg::Generate(admitted) = message;
-        let seq = SeqId(state.next_seq.fetch_add(1, Ordering::Relaxed));
-        let planner = state.args.planner.clone();
-        tokio::spawn(run(*admitted, seq, planner));
+        match message {
+            GatewayMsg::Generate(admitted) => {
+                let Admitted { request, events, cancelled, permit } = *admitted;
+                let (planner, post) = (state.args.planner.clone(), state.args.post.clone());
+                let next_seq = Arc::clone(&state.next_seq);
+                let task = Task { planner, post, next_seq, cancelled, permit: Arc::new(permit) };
+                tokio::spawn(task.run(request, events));
+            }
+            GatewayMsg::Serve { instance, request, stream } => state.serve(instance, *request, stream),
+        }
         Ok(())
     }
 }
 
 /// One request, from its admission to its end.
-async fn run(admitted: Admitted, seq: SeqId, planner: PlannerRef) {
-    let Admitted { request, events, cancelled, permit } = admitted;
-    let over = CancellationToken::new();
-    let lease = Lease { _permit: permit, _over: over.clone().drop_guard(), in_use: None };
-    let prepared = tokio::select! {
-        () = cancelled.cancelled() => return,
-        prepared = prepare(&planner, request, seq, &events, lease) => prepared,
-    };
-    match prepared {
-        Err(error) => drop(events.try_send(Err(error))),
-        Ok((instance, submission)) => {
-            if instance.send_message(InstanceMsg::Submit(submission)).is_err() {
-                let _ = events.try_send(Err(RequestError::ShuttingDown));
-                return;
-            }
-            drop(events);
-            tokio::select! {
-                () = cancelled.cancelled() => drop(instance.send_message(InstanceMsg::Cancel(seq))),
-                () = over.cancelled() => {}
+struct Task {
+    planner: PlannerRef,
+    post: Post,
+    next_seq: Arc<AtomicU64>,
+    cancelled: CancellationToken,
+    permit: Arc<OwnedSemaphorePermit>,
+}
+
+/// What became of a request at one head.
+enum Outcome {
+    /// The client has all, or has gone.
+    Over,
+    /// It goes on at the next head.
+    Moved,
+    Failed(RequestError),
+}
+
+impl Task {
+    async fn run(self, request: GenerateRequest, events: mpsc::Sender<Result<Generated, RequestError>>) {
+        let cancelled = self.cancelled.clone();
+        tokio::select! {
+            () = cancelled.cancelled() => {}
+            outcome = self.answer(request, &events) => {
+                if let Err(error) = outcome {
+                    // A client that has gone needs no reason.
+                    let _ = events.try_send(Err(error));
+                }
             }
         }
+    }
+
+    /// Answers, at as many heads as it takes.
+    async fn answer(
+        &self,
+        request: GenerateRequest,
+        events: &mpsc::Sender<Result<Generated, RequestError>>,
+    ) -> Result<(), RequestError> {
+        let GenerateRequest { model: spec, prompt, params, max_tokens, stop } = request;
+        let mut running = ensure(&self.planner, spec.clone()).await?;
+        let encoding = |reply| TokenizerMsg::Encode { prompt, reply };
+        let prompt = match running.tokenizer_ref.call(encoding, Some(ENCODE_TIMEOUT)).await {
+            Ok(CallResult::Success(ids)) => ids?,
+            _ => return Err(RequestError::ShuttingDown),
+        };
+        let mut answer = Answer::new(Arc::clone(&running.tokenizer), &stop, prompt, events.clone());
+        let mut heads = 0;
+        loop {
+            let given = answer.journal().len();
+            let sampler = SamplerSpec {
+                params: params.clone(),
+                prompt: answer.prompt().to_vec(),
+                generated: answer.journal().to_vec(),
+            };
+            let max_tokens = max_tokens.unwrap_or(u32::MAX).min(running.context_tokens);
+            let request = HeadRequest { sampler, max_tokens, ends: running.tokenizer.ends().clone() };
+            let outcome = match &running.home {
+                Home::Here(instance) => self.here(instance, &running, request, &mut answer).await,
+                Home::There(node) => self.there(*node, running.id, request, &mut answer).await,
+            };
+            match outcome {
+                Outcome::Over => return Ok(()),
+                Outcome::Failed(error) => return Err(error),
+                Outcome::Moved => {}
+            }
+            heads = if answer.journal().len() > given { 1 } else { heads + 1 };
+            if heads > HEADS_MAX {
+                let what = "the model changes its place and does not come to rest".to_owned();
+                return Err(RequestError::Engine { what, remedy: "see the logs of its machines".into() });
+            }
+            tokio::time::sleep(HEAD_WAIT * heads.min(10)).await;
+            running = ensure(&self.planner, spec.clone()).await?;
+        }
+    }
+
+    async fn here(
+        &self,
+        instance: &InstanceRef,
+        running: &RunningModel,
+        request: HeadRequest,
+        answer: &mut Answer,
+    ) -> Outcome {
+        let seq = SeqId(self.next_seq.fetch_add(1, Ordering::Relaxed));
+        let room = request.max_tokens.min(CONTEXT_TOKENS_MAX) as usize + EVENTS_BESIDE_TOKENS;
+        let (events, mut receiver) = mpsc::channel(room);
+        let lease = Lease { _permit: Arc::clone(&self.permit), _in_use: Arc::clone(&running.in_use) };
+        // Whatever ends this, the head forgets the request.
+        let _cancels = Cancels { instance: instance.clone(), seq };
+        if instance.send_message(InstanceMsg::Submit(Submission { seq, request, events, lease })).is_err() {
+            return Outcome::Moved;
+        }
+        loop {
+            match receiver.recv().await {
+                // A head that is gone without a word has moved.
+                None | Some(HeadEvent::Failed(RequestError::Moved)) => return Outcome::Moved,
+                Some(HeadEvent::Failed(error)) => return Outcome::Failed(error),
+                Some(event) => {
+                    if answer.tell(event) == Stream::Over {
+                        return Outcome::Over;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn there(&self, node: NodeId, instance: InstanceId, request: HeadRequest, answer: &mut Answer) -> Outcome {
+        let Some(data) = self.post.data(node) else { return Outcome::Moved };
+        let Ok(mut stream) = data.open(Priority::Normal).await else { return Outcome::Moved };
+        let hello = DataHello::Request { instance, request: Box::new(request) };
+        if stream.writer.send(&hello, Payload::Nothing).await.is_err() {
+            return Outcome::Moved;
+        }
+        loop {
+            let received = stream.reader.receive::<HeadEvent>(|_, _| Ok(())).await;
+            match received {
+                // The node is gone, or its head.
+                Err(_) | Ok(None) => return Outcome::Moved,
+                Ok(Some((HeadEvent::Failed(RequestError::Moved | RequestError::ShuttingDown), _))) => {
+                    return Outcome::Moved;
+                }
+                Ok(Some((HeadEvent::Failed(error), _))) => return Outcome::Failed(error),
+                Ok(Some((event, _))) => {
+                    if answer.tell(event) == Stream::Over {
+                        stream.give_up();
+                        return Outcome::Over;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Cancels a request when it is dropped.
+struct Cancels {
+    instance: InstanceRef,
+    seq: SeqId,
+}
+
+impl Drop for Cancels {
+    fn drop(&mut self) {
+        // A head that is gone, or has ended the request, has forgotten it.
+        let _ = self.instance.send_message(InstanceMsg::Cancel(self.seq));
     }
 }
 
@@ -149,25 +302,4 @@ pub(crate) async fn ensure(planner: &PlannerRef, spec: ModelSpec) -> Result<Runn
         Ok(CallResult::Success(outcome)) => outcome,
         _ => Err(RequestError::ShuttingDown),
     }
-}
-
-async fn prepare(
-    planner: &PlannerRef,
-    request: GenerateRequest,
-    seq: SeqId,
-    events: &mpsc::Sender<Result<Generated, RequestError>>,
-    mut lease: Lease,
-) -> Result<(ActorRef<InstanceMsg>, Submission), RequestError> {
-    let running = ensure(planner, request.model).await?;
-    lease.in_use = Some(Arc::clone(&running.in_use));
-    let prompt = request.prompt;
-    let called = running.tokenizer_ref.call(|reply| TokenizerMsg::Encode { prompt, reply }, Some(ENCODE_TIMEOUT)).await;
-    let prompt = match called {
-        Ok(CallResult::Success(ids)) => ids?,
-        _ => return Err(RequestError::ShuttingDown),
-    };
-    let sampler = SamplerSpec { params: request.params, prompt, generated: Vec::new() };
-    let max_tokens = request.max_tokens.unwrap_or(u32::MAX).min(running.context_tokens);
-    let submission = Submission { seq, sampler, max_tokens, stop: request.stop, events: events.clone(), lease };
-    Ok((running.instance, submission))
 }

@@ -5,7 +5,7 @@ use crate::gateway::GatewayHandle;
 use crate::generation::Generation;
 use crate::models::{ModelsRef, ResolvedModel};
 use crate::node::{Node, NodeArgs, NodeConfig, NodeMsg, NodeRef};
-use crate::planner::{PlannerRef, RunningModel};
+use crate::planner::{PlannerMsg, PlannerRef, RunningModel};
 use crate::request::{GenerateRequest, ModelSpec, RequestError};
 use crate::subscription::Subscription;
 use exo_net::NodeId;
@@ -86,6 +86,19 @@ impl NodeHandle {
     pub async fn subscribe(&self) -> Result<Subscription, RequestError> {
         match self.node.call(NodeMsg::Subscribe, Some(QUERY_TIMEOUT)).await {
             Ok(CallResult::Success(subscription)) => Ok(subscription),
+            _ => Err(RequestError::ShuttingDown),
+        }
+    }
+
+    /// Takes this node out of its cluster: what runs on it moves to others first. Returns when nothing runs on it any
+    /// more; where it is alone, at once.
+    ///
+    /// # Errors
+    /// [`RequestError::ShuttingDown`].
+    pub async fn drain(&self) -> Result<(), RequestError> {
+        // No deadline: others load what moves to them.
+        match self.planner.call(PlannerMsg::Drain, None).await {
+            Ok(CallResult::Success(())) => Ok(()),
             _ => Err(RequestError::ShuttingDown),
         }
     }

@@ -3,10 +3,12 @@
 //! ```text
 //! head ─Frame─► thread of stage 0 ─Frame─► … ─► thread of the last stage, with the sampler ─StepResult─► head
 //! ```
+//! What goes to another node leaves by a link (`links.rs`).
 //! The engine is made, used and dropped on its thread. A step crosses no actor on its way: each thread hands its
 //! output to the next. What an engine does wrong, a panic included, ends its thread and is reported once.
 
 use crate::core::schedule::SamplerOperation;
+use crate::outlet::Outlet;
 use crate::room::Room;
 use exo_engines::engine::{
     DeviceId, EngineFactory, Incarnation, Input, LoadProgress, LoadReport, OutputRows, Row, SeqId, ShardSpec, Step,
@@ -15,10 +17,12 @@ use exo_engines::engine::{
 use exo_engines::model::WeightSource;
 use exo_engines::sampler::{SampleError, Sampled, Sampler, TokenSampler};
 use exo_engines::{Engine, EngineError};
+use serde::{Deserialize, Serialize};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
 
 /// Commands that a thread may have waiting. The head keeps at most one frame per stage in flight, and a rewiring
 /// comes once per life, so this is never full while the thread is well.
@@ -36,7 +40,7 @@ pub(crate) struct Frame {
 }
 
 /// What a step came to.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StepResult {
     pub incarnation: Incarnation,
     pub id: StepId,
@@ -50,6 +54,36 @@ pub(crate) enum Next {
     Shard(EnginePort),
     /// To the head. Never blocks.
     Head(Arc<dyn Fn(StepResult) + Send + Sync>),
+    /// To a shard, or the head, on another node.
+    Link(Outgoing),
+}
+
+/// What an engine's thread gives to a link.
+#[derive(Debug)]
+pub(crate) enum Leaving {
+    Frame(Frame),
+    Result(StepResult),
+}
+
+/// An engine's way out of this node. Never blocks.
+#[derive(Debug, Clone)]
+pub(crate) struct Outgoing {
+    queue: mpsc::Sender<Leaving>,
+    cut: Outlet<String>,
+}
+
+impl Outgoing {
+    /// Into `queue`; `cut` hears where it does not take what a pipeline can have on its way.
+    pub(crate) fn new(queue: mpsc::Sender<Leaving>, cut: Outlet<String>) -> Self {
+        Self { queue, cut }
+    }
+
+    fn send(&self, leaving: Leaving) {
+        // Whoever takes from the queue has told why it ended, if it has.
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.queue.try_send(leaving) {
+            self.cut.tell("more steps are on their way than a pipeline has".to_owned());
+        }
+    }
 }
 
 impl std::fmt::Debug for Next {
@@ -57,6 +91,7 @@ impl std::fmt::Debug for Next {
         f.write_str(match self {
             Self::Shard(_) => "Shard",
             Self::Head(_) => "Head",
+            Self::Link(_) => "Link",
         })
     }
 }
@@ -198,13 +233,17 @@ fn pass(
 ) -> Result<(), EngineError> {
     let Frame { step, input, samplers } = frame;
     let output = engine.forward(&step, input)?;
-    match (output.rows, next) {
-        (OutputRows::Hidden(hidden), Next::Shard(port)) => {
-            // A next shard that is gone reports that itself.
-            let _ = port.send(Frame { step, input: Input::Hidden(hidden), samplers });
-            Ok(())
+    match output.rows {
+        OutputRows::Hidden(hidden) => {
+            let frame = Frame { step, input: Input::Hidden(hidden), samplers };
+            match next {
+                // A next shard that is gone reports that itself.
+                Next::Shard(port) => drop(port.send(frame)),
+                Next::Link(link) => link.send(Leaving::Frame(frame)),
+                Next::Head(_) => return Err(EngineError::BadStep { what: "the head takes no hidden rows".to_owned() }),
+            }
         }
-        (OutputRows::Logits(logits), Next::Head(head)) => {
+        OutputRows::Logits(logits) => {
             for operation in samplers {
                 match operation {
                     SamplerOperation::Open { seq, spec } => sampler.open(seq, spec),
@@ -212,11 +251,15 @@ fn pass(
                 }
             }
             let tokens = draw(sampler, &step.rows, &logits, vocabulary);
-            head(StepResult { incarnation: step.incarnation, id: step.id, tokens });
-            Ok(())
+            let result = StepResult { incarnation: step.incarnation, id: step.id, tokens };
+            match next {
+                Next::Head(head) => head(result),
+                Next::Link(link) => link.send(Leaving::Result(result)),
+                Next::Shard(_) => return Err(EngineError::BadStep { what: "a shard takes no tokens".to_owned() }),
+            }
         }
-        _ => Err(EngineError::BadStep { what: "the shard's output does not fit what it is wired to".to_owned() }),
     }
+    Ok(())
 }
 
 fn draw(

@@ -1,40 +1,35 @@
 //! Instance: the pipeline head of one model.
 //!
-//! - owns: the schedule, the clients' streams, the wiring of its shards;
-//! - receives: requests, tokens that the last shard drew, shards that came and went;
-//! - emits: frames to the first shard, events to clients, facts;
-//! - dies when: it is stopped, or a shard is lost for good; its requests then fail with the reason;
+//! - owns: the schedule, the streams of its requests, the wiring of its shards;
+//! - receives: requests, tokens that the last shard drew, news of shards wherever they are, new placements;
+//! - emits: frames to the first shard, orders to the stages' nodes, events to requests, facts;
+//! - dies when: it is stopped; its requests are told why;
 //! - supervised by: the planner.
 //!
-//! A life (incarnation) begins when all shards are up. When one goes down the epoch rises, all that is in flight is
-//! void, and when all are up again sequences are replayed from their tokens: clients only see a pause.
+//! A life (incarnation) begins when all shards are up and wired. When one goes down, or a link or a node does, the epoch
+//! rises, all that is in flight is void, and when all are up again sequences are replayed from their tokens: clients
+//! only see a pause. A new placement is loaded beside the one that serves, and takes over at a token's boundary.
 
-mod client;
+mod line;
 
-use crate::core::plan::Placement;
+use crate::core::desired::{Stamp, Wanted};
 use crate::core::schedule::{Event, Limits, Request, Schedule};
 use crate::core::view::{Fact, InstanceId, Load, Totals};
-use crate::device::{DeviceMsg, DeviceRef};
-use crate::host::{Frame, HostTask, Next, StepResult};
-use crate::models::ModelError;
+use crate::host::{Frame, StepResult};
+use crate::links::{Expected, Sink, Switchboard};
 use crate::outlet::{Facts, Outlet};
-use crate::request::{Generated, RequestError};
-use crate::room::Room;
-use crate::shard::{LoadedShard, ShardReport, ShardTask};
-use crate::tokenizer::{Opened, TokenizerActor, TokenizerArgs, TokenizerRef};
-use client::Client;
-use exo_engines::EngineError;
-use exo_engines::engine::{EngineFactory, Incarnation, Input, KvElement, SeqId, ShardSpec, Step, StepId, TensorRank};
-use exo_engines::model::ModelFiles;
-use exo_engines::sampler::SamplerSpec;
-use exo_engines::tokenizer::Tokenizer;
-use exo_net::NodeId;
-use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use crate::post::Post;
+use crate::protocol::{ControlMessage, End, HeadEvent, HeadRequest, StageNews, StageOrder};
+use crate::request::RequestError;
+use exo_engines::engine::{Incarnation, Input, SeqId, Step, StepId};
+use exo_net::{NodeId, WireType};
+use line::{Line, Step as LineStep};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::RactorMessage;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio_util::sync::DropGuard;
 
 pub(crate) type InstanceRef = ActorRef<InstanceMsg>;
 
@@ -47,62 +42,69 @@ const ROWS_ALONE: usize = 256;
 const ROWS_SHARED: usize = 64;
 /// A step that takes longer than this has hung: the slowest machine that is of use decodes a token in seconds.
 const STEP_DEADLINE: Duration = Duration::from_secs(120);
-/// How often the watchdog looks.
-const WATCH_EVERY: Duration = Duration::from_secs(5);
+/// How often the watchdog looks, and says again what nobody has acted on.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
 
-/// A request, encoded and checked.
+/// A request for this head.
 #[derive(Debug)]
 pub(crate) struct Submission {
     pub seq: SeqId,
-    pub sampler: SamplerSpec,
-    pub max_tokens: u32,
-    pub stop: Vec<String>,
+    pub request: HeadRequest,
     /// Has room for every event that the request can give.
-    pub events: mpsc::Sender<Result<Generated, RequestError>>,
+    pub events: mpsc::Sender<HeadEvent>,
     pub lease: Lease,
 }
 
-/// A request's admission. Whoever works on the request holds it; to drop it is to say that the request is over.
+/// A request's admission. Whoever works on the request holds it.
 #[derive(Debug)]
 pub(crate) struct Lease {
-    pub _permit: OwnedSemaphorePermit,
-    /// Wakes the request's own task.
-    pub _over: DropGuard,
+    pub _permit: Arc<OwnedSemaphorePermit>,
     /// Keeps the model in memory.
-    pub in_use: Option<Arc<()>>,
+    pub _in_use: Arc<()>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, RactorMessage)]
 pub(crate) enum InstanceMsg {
     Submit(Submission),
     Cancel(SeqId),
     StepDone(StepResult),
-    Shard(ShardReport),
-    Tokenizer(Opened),
+    News {
+        from: NodeId,
+        stamp: Stamp,
+        news: StageNews,
+    },
+    /// It is to run otherwise from now on.
+    Replan {
+        stamp: Stamp,
+        wanted: Arc<Wanted>,
+    },
+    NodeLost(NodeId),
+    Rewire,
     Watch,
+    /// It is over; its requests hear this.
+    Retire(RequestError),
 }
 
 /// What the planner hears of its instances.
 #[derive(Debug)]
 pub(crate) enum InstanceReport {
     /// A life has begun.
-    Ready { instance: InstanceId, tokenizer_ref: TokenizerRef, tokenizer: Arc<Tokenizer> },
-    /// It stops.
-    Failed { instance: InstanceId, error: RequestError },
+    Ready { instance: InstanceId },
+    /// Not all shards are up and connected: requests wait.
+    Waiting { instance: InstanceId },
+    /// A stage has no place where it is.
+    Broken { instance: InstanceId, stamp: Stamp, stage: usize, error: RequestError },
 }
 
 /// What a placed model needs to be run.
 #[derive(Debug)]
 pub(crate) struct InstanceArgs {
     pub id: InstanceId,
-    pub node: NodeId,
-    pub files: Arc<ModelFiles>,
-    pub placement: Placement,
-    /// By stage.
-    pub devices: Vec<(DeviceRef, Arc<dyn EngineFactory>)>,
-    pub context_tokens: u32,
-    pub kv_pages: u32,
-    pub room: Arc<Room>,
+    pub stamp: Stamp,
+    pub wanted: Arc<Wanted>,
+    pub wire_type: WireType,
+    pub post: Post,
+    pub board: Switchboard,
     pub planner: Outlet<InstanceReport>,
     pub facts: Facts,
 }
@@ -111,18 +113,17 @@ pub(crate) struct InstanceArgs {
 pub(crate) struct InstanceState {
     args: InstanceArgs,
     schedule: Schedule,
-    clients: HashMap<SeqId, Client>,
-    shards: Vec<Option<LoadedShard>>,
-    tokenizer_ref: TokenizerRef,
-    tokenizer: Option<Arc<Tokenizer>>,
-    incarnation: Incarnation,
-    /// Whether this life has begun.
-    is_wired: bool,
+    requests: HashMap<SeqId, (mpsc::Sender<HeadEvent>, Lease)>,
+    /// The placement that serves, or is to.
+    line: Line,
+    /// The one that will take over when it is loaded.
+    coming: Option<Line>,
     next_step: u64,
     /// When the pipeline last gave something, or was given something after being idle.
     last_sign: Instant,
     totals: Totals,
     reported: Option<Load>,
+    ending: RequestError,
 }
 
 #[derive(Debug)]
@@ -134,44 +135,35 @@ impl Actor for Instance {
     type Arguments = InstanceArgs;
 
     async fn pre_start(&self, myself: InstanceRef, args: InstanceArgs) -> Result<InstanceState, ActorProcessingErr> {
-        let tokenizer_args =
-            TokenizerArgs { files: Arc::clone(&args.files), owner: Outlet::to(&myself, InstanceMsg::Tokenizer) };
-        let (tokenizer_ref, _) =
-            TokenizerActor::spawn_linked(None, TokenizerActor, tokenizer_args, myself.get_cell()).await?;
         myself.send_interval(WATCH_EVERY, || InstanceMsg::Watch);
-        let stages = args.placement.stages.len();
+        let line = Line::new(args.stamp, Arc::clone(&args.wanted));
         let limits = Limits {
-            pages: args.kv_pages,
-            context_tokens: args.context_tokens,
-            steps_in_flight: stages,
+            pages: args.wanted.kv_pages,
+            context_tokens: args.wanted.model.context_tokens,
+            steps_in_flight: args.wanted.placement.stages.len(),
             running: RUNNING_MAX,
             rows_alone: ROWS_ALONE,
             rows_shared: ROWS_SHARED,
         };
         let state = InstanceState {
             schedule: Schedule::new(limits),
-            clients: HashMap::new(),
-            shards: vec![None; stages],
-            tokenizer_ref,
-            tokenizer: None,
-            incarnation: Incarnation { epoch: 1, owner: *args.node.as_bytes() },
-            is_wired: false,
+            requests: HashMap::new(),
+            line,
+            coming: None,
             next_step: 0,
             last_sign: Instant::now(),
             totals: Totals::default(),
             reported: None,
+            ending: RequestError::ShuttingDown,
             args,
         };
-        state.start_shards(&myself);
+        state.line.start(state.args.id, &state.args.post);
         Ok(state)
     }
 
     async fn post_stop(&self, _: InstanceRef, state: &mut InstanceState) -> Result<(), ActorProcessingErr> {
-        state.fail_all(&RequestError::ShuttingDown);
-        for (device, _) in &state.args.devices {
-            // A device that is gone has no shards.
-            let _ = device.send_message(DeviceMsg::StopInstance(state.args.id));
-        }
+        state.fail_all();
+        state.args.board.forget(state.args.id, End::Head);
         Ok(())
     }
 
@@ -185,211 +177,285 @@ impl Actor for Instance {
             InstanceMsg::Submit(submission) => state.submit(submission),
             InstanceMsg::Cancel(seq) => state.cancel(seq),
             InstanceMsg::StepDone(result) => state.on_step_done(result),
-            InstanceMsg::Shard(ShardReport::Up(shard)) => state.on_shard_up(shard, &myself),
-            InstanceMsg::Shard(ShardReport::Down { stage, error }) => state.on_shard_down(stage, &error),
-            InstanceMsg::Shard(ShardReport::Lost(error)) => {
-                let (what, remedy) = (error.to_string(), error.remedy());
-                state.give_up(&myself, RequestError::Engine { what, remedy });
-            }
-            InstanceMsg::Tokenizer(Ok(tokenizer)) => state.on_tokenizer(tokenizer, &myself),
-            InstanceMsg::Tokenizer(Err(error)) => state.give_up(&myself, ModelError::from(error).into()),
+            InstanceMsg::News { from, stamp, news } => state.on_news(&myself, from, stamp, news),
+            InstanceMsg::Replan { stamp, wanted } => state.replan(&myself, stamp, wanted),
+            InstanceMsg::NodeLost(node) => state.on_node_lost(node),
+            InstanceMsg::Rewire => state.begin_life(&myself),
             InstanceMsg::Watch => state.watch(&myself),
+            InstanceMsg::Retire(error) => {
+                state.ending = error;
+                // Now, and not behind what else waits in the mailbox: whoever asks again is to find another place.
+                state.fail_all();
+                myself.stop(None);
+            }
         }
         state.pump();
-        Ok(())
-    }
-
-    async fn handle_supervisor_evt(
-        &self,
-        myself: InstanceRef,
-        event: SupervisionEvent,
-        state: &mut InstanceState,
-    ) -> Result<(), ActorProcessingErr> {
-        if let SupervisionEvent::ActorFailed(_, error) = event {
-            let what = format!("the tokenizer failed: {error}");
-            state.give_up(&myself, RequestError::Engine { what, remedy: "report it, with the prompt" });
-        }
         Ok(())
     }
 }
 
 impl InstanceState {
-    fn start_shards(&self, myself: &InstanceRef) {
-        let weights = Arc::new(self.args.files.weights.clone());
-        let owner = Outlet::to(myself, InstanceMsg::Shard);
-        for (stage, (placed, (device, factory))) in
-            self.args.placement.stages.iter().zip(&self.args.devices).enumerate()
-        {
-            let spec = ShardSpec {
-                architecture: self.args.files.architecture.for_context(self.args.context_tokens as usize),
-                layers: placed.layers.clone(),
-                tensor: TensorRank::WHOLE,
-                kv_element: KvElement::F16,
-                kv_pages: self.args.kv_pages,
-            };
-            let host = HostTask {
-                factory: Arc::clone(factory),
-                device: placed.device.clone(),
-                spec,
-                weights: Arc::clone(&weights),
-                _room: Arc::clone(&self.args.room),
-            };
-            let task = ShardTask { instance: self.args.id, stage, host, owner: owner.clone() };
-            // A device that is gone is noticed by the node, which stops.
-            let _ = device.send_message(DeviceMsg::Start(Box::new(task)));
-        }
-    }
-
     fn submit(&mut self, submission: Submission) {
-        let Some(tokenizer) = &self.tokenizer else {
+        let Submission { seq, request, events, lease } = submission;
+        let HeadRequest { sampler, max_tokens, ends } = request;
+        self.totals.prompt_tokens += sampler.prompt.len() as u64;
+        match self.schedule.handle_request(Request { seq, sampler, max_tokens, ends }) {
             // There is room for an event; whoever asked may have gone.
-            let _ = submission.events.try_send(Err(RequestError::NotReady));
-            return;
-        };
-        let Submission { seq, sampler, max_tokens, stop, events, lease } = submission;
-        let prompt_tokens = sampler.prompt.len() as u64;
-        let started = Generated::Started { prompt_tokens: sampler.prompt.clone() };
-        let request = Request { seq, sampler, max_tokens, ends: tokenizer.ends().clone() };
-        let mut client = Client::new(Arc::clone(tokenizer), &stop, events, lease);
-        match self.schedule.handle_request(request) {
-            Err(error) => client.fail(RequestError::Admit(error)),
+            Err(error) => drop(events.try_send(HeadEvent::Failed(RequestError::Admit(error)))),
             Ok(()) => {
-                self.totals.prompt_tokens += prompt_tokens;
-                client.send(started);
-                self.clients.insert(seq, client);
+                let _ = events.try_send(HeadEvent::Accepted);
+                self.requests.insert(seq, (events, lease));
             }
         }
     }
 
     fn cancel(&mut self, seq: SeqId) {
-        if self.clients.remove(&seq).is_some() {
+        if self.requests.remove(&seq).is_some() {
             self.totals.requests += 1;
         }
         self.schedule.handle_cancel(seq);
     }
 
     fn on_step_done(&mut self, result: StepResult) {
-        if result.incarnation != self.incarnation || !self.is_wired {
+        if !self.line.is_running() || result.incarnation != self.line.incarnation() {
             return;
         }
         self.last_sign = Instant::now();
         self.schedule.handle_step_done(result.tokens);
     }
 
-    fn on_shard_up(&mut self, shard: LoadedShard, myself: &InstanceRef) {
-        let stage = shard.stage;
-        if let Some(slot) = self.shards.get_mut(stage) {
-            *slot = Some(shard);
+    fn on_news(&mut self, myself: &InstanceRef, from: NodeId, stamp: Stamp, news: StageNews) {
+        if let StageNews::Loading { stage, loaded_bytes, total_bytes } = news {
+            let instance = self.args.id;
+            return self.args.facts.tell(Fact::ShardLoading { instance, stage, loaded_bytes, total_bytes });
         }
-        self.begin_life(myself);
-    }
-
-    fn on_tokenizer(&mut self, tokenizer: Arc<Tokenizer>, myself: &InstanceRef) {
-        self.tokenizer = Some(tokenizer);
-        self.begin_life(myself);
-    }
-
-    /// Wires the shards, if all are there.
-    fn begin_life(&mut self, myself: &InstanceRef) {
-        let Some(tokenizer) = self.tokenizer.clone() else { return };
-        let shards: Option<Vec<&LoadedShard>> = self.shards.iter().map(Option::as_ref).collect();
-        let Some(shards) = shards.filter(|_| !self.is_wired) else { return };
-        for (stage, shard) in shards.iter().enumerate() {
-            let next = match shards.get(stage + 1) {
-                Some(next) => Next::Shard(next.port.clone()),
-                None => {
-                    let head = myself.clone();
-                    Next::Head(Arc::new(move |result| {
-                        // A head that is gone wants no results.
-                        let _ = head.send_message(InstanceMsg::StepDone(result));
-                    }))
-                }
-            };
-            if shard.port.wire(self.incarnation, next).is_err() {
-                // Its thread has ended since: the report of that is on its way.
+        if let Some(coming) = self.coming.as_mut().filter(|coming| coming.stamp() == stamp) {
+            let shared = coming.shares_stage(&self.line, &news);
+            let step = coming.on_news(from, &news);
+            if matches!(step, LineStep::Lost(..)) {
+                self.report_broken(stamp, &step);
+            }
+            if self.coming.as_ref().is_some_and(Line::is_loaded) {
+                return self.switch(myself);
+            }
+            // A shard that both placements have is of the later stamp, and serves the earlier one.
+            if !shared {
                 return;
             }
+        } else if self.line.stamp() != stamp {
+            return;
         }
-        self.is_wired = true;
-        self.last_sign = Instant::now();
-        let (instance, epoch) = (self.args.id, self.incarnation.epoch);
-        tracing::info!(%instance, epoch, "instance ready");
-        self.args.facts.tell(Fact::InstanceReady { instance, epoch });
-        let tokenizer_ref = self.tokenizer_ref.clone();
-        self.args.planner.tell(InstanceReport::Ready { instance, tokenizer_ref, tokenizer });
+        let step = self.line.on_news(from, &news);
+        self.take(myself, step);
     }
 
-    fn on_shard_down(&mut self, stage: usize, error: &EngineError) {
-        tracing::warn!(instance = %self.args.id, stage, %error, "a shard is down: requests wait for it");
-        if let Some(slot) = self.shards.get_mut(stage) {
-            *slot = None;
+    /// What news of the serving placement lead to.
+    fn take(&mut self, myself: &InstanceRef, step: LineStep) {
+        match step {
+            LineStep::Nothing => {}
+            LineStep::Loaded => self.begin_life(myself),
+            LineStep::Running => self.on_running(),
+            LineStep::Down(stage, ref error) => {
+                tracing::warn!(instance = %self.args.id, stage, error, "a shard is down: requests wait for it");
+                self.pause(stage, error);
+            }
+            LineStep::Lost(stage, ref error) => {
+                tracing::warn!(instance = %self.args.id, stage, %error, "a shard is lost: requests wait for another place");
+                self.pause(stage, &error.to_string());
+                self.report_broken(self.line.stamp(), &step);
+            }
+            LineStep::Cut(stage, ref what, wait) => {
+                tracing::warn!(instance = %self.args.id, stage, what, "rows do not get through: connecting anew");
+                self.pause(stage, what);
+                myself.send_after(wait, || InstanceMsg::Rewire);
+            }
         }
-        self.incarnation.epoch += 1;
-        self.is_wired = false;
+    }
+
+    fn on_node_lost(&mut self, node: NodeId) {
+        if let Some(coming) = &mut self.coming {
+            coming.on_node_lost(node);
+        }
+        if let Some(stage) = self.line.on_node_lost(node) {
+            let what = format!("node {} is gone", node.short());
+            tracing::warn!(instance = %self.args.id, stage, what, "requests wait for another place of its shards");
+            self.pause(stage, &what);
+            self.report_all_lost();
+        }
+    }
+
+    /// The pipeline does not work: what is in flight is void.
+    fn pause(&mut self, stage: usize, error: &str) {
+        self.args.board.forget(self.args.id, End::Head);
         self.schedule.handle_pipeline_lost();
+        let (instance, error) = (self.args.id, error.to_owned());
+        self.args.facts.tell(Fact::ShardFailed { instance, stage, error });
+        self.args.planner.tell(InstanceReport::Waiting { instance });
+        // What is loaded already is better than what is to be mended.
     }
 
-    fn give_up(&mut self, myself: &InstanceRef, error: RequestError) {
-        tracing::error!(instance = %self.args.id, %error, remedy = error.remedy(), "the instance stops");
-        // The planner first: whoever tries again because of the failure finds that it knows.
-        self.args.planner.tell(InstanceReport::Failed { instance: self.args.id, error: error.clone() });
-        self.fail_all(&error);
-        myself.stop(None);
-    }
-
-    fn fail_all(&mut self, error: &RequestError) {
-        self.schedule.handle_stop();
-        for (_, mut client) in self.clients.drain() {
-            client.fail(error.clone());
+    fn report_broken(&self, stamp: Stamp, step: &LineStep) {
+        if let LineStep::Lost(stage, error) = step {
+            let (instance, stage, error) = (self.args.id, *stage, error.clone());
+            self.args.planner.tell(InstanceReport::Broken { instance, stamp, stage, error });
         }
     }
 
-    /// A step that does not come back is a failure of the pipeline.
+    fn report_all_lost(&self) {
+        for (stage, error) in self.line.lost() {
+            self.report_broken(self.line.stamp(), &LineStep::Lost(stage, error));
+        }
+    }
+
+    fn replan(&mut self, myself: &InstanceRef, stamp: Stamp, wanted: Arc<Wanted>) {
+        if stamp <= self.line.stamp() || self.coming.as_ref().is_some_and(|coming| stamp <= coming.stamp()) {
+            return;
+        }
+        let (instance, placement) = (self.args.id, wanted.placement.clone());
+        self.args.facts.tell(Fact::InstancePlaced { instance, model: wanted.model.clone(), placement });
+        let line = Line::new(stamp, wanted);
+        line.start(self.args.id, &self.args.post);
+        self.coming = Some(line);
+        if !self.line.is_running() {
+            self.switch(myself);
+        }
+    }
+
+    /// The coming placement takes over.
+    fn switch(&mut self, myself: &InstanceRef) {
+        let Some(coming) = self.coming.take() else { return };
+        self.line = coming;
+        self.schedule.handle_pipeline_lost();
+        self.schedule.set_steps_in_flight(self.line.wanted().placement.stages.len());
+        if self.line.is_loaded() {
+            self.begin_life(myself);
+        } else {
+            self.args.planner.tell(InstanceReport::Waiting { instance: self.args.id });
+        }
+    }
+
+    /// Has all shards wired, if all are loaded.
+    fn begin_life(&mut self, myself: &InstanceRef) {
+        if !self.line.is_loaded() || self.line.is_running() {
+            return;
+        }
+        let own = self.args.post.own();
+        let incarnation = self.line.next_life(own);
+        let head = myself.clone();
+        let sink = Sink::Head(Arc::new(move |result| {
+            // A head that is gone wants no results.
+            let _ = head.send_message(InstanceMsg::StepDone(result));
+        }));
+        let stages = &self.line.wanted().placement.stages;
+        let Some(last) = stages.last() else { return };
+        self.args.board.expect(self.args.id, End::Head, Expected { incarnation, from: last.node, sink });
+        for (stage, placed) in stages.iter().enumerate() {
+            let (next, to) = match stages.get(stage + 1) {
+                Some(next) => (next.node, End::Stage(stage + 1)),
+                None => (own, End::Head),
+            };
+            let from = stage.checked_sub(1).map_or(own, |before| stages[before].node);
+            let (instance, wire_type) = (self.args.id, self.args.wire_type);
+            let order = StageOrder::Wire { instance, stage, incarnation, from, next, to, wire_type };
+            self.args.post.tell(placed.node, ControlMessage::Stage(order));
+        }
+    }
+
+    fn on_running(&mut self) {
+        self.last_sign = Instant::now();
+        let (instance, stamp, epoch) = (self.args.id, self.line.stamp(), self.line.incarnation().epoch);
+        tracing::info!(%instance, epoch, stages = self.line.wanted().placement.stages.len(), "instance ready");
+        self.args.facts.tell(Fact::InstanceReady { instance, epoch });
+        self.args.planner.tell(InstanceReport::Ready { instance });
+        // Shards of earlier placements have served their time; one that is coming has a later stamp.
+        let clear = StageOrder::Clear { instance, below: stamp };
+        self.args.post.tell(self.args.post.own(), ControlMessage::Stage(clear.clone()));
+        self.args.post.tell_others(&ControlMessage::Stage(clear));
+    }
+
+    fn fail_all(&mut self) {
+        self.schedule.handle_stop();
+        for (_, (events, _lease)) in self.requests.drain() {
+            // There is room for it; whoever asked may have gone.
+            let _ = events.try_send(HeadEvent::Failed(self.ending.clone()));
+        }
+    }
+
+    /// A step that does not come back is a failure of the pipeline; what nobody has acted on is said again.
     fn watch(&mut self, myself: &InstanceRef) {
-        if self.is_wired && self.schedule.steps_in_flight() > 0 && self.last_sign.elapsed() > STEP_DEADLINE {
-            let what = format!("no step came back for {} s", STEP_DEADLINE.as_secs());
-            let remedy = "the device hangs: see the log, and start the node again";
-            self.give_up(myself, RequestError::Engine { what, remedy });
+        if self.line.is_running() {
+            if self.schedule.steps_in_flight() > 0 && self.last_sign.elapsed() > STEP_DEADLINE {
+                let what = format!("no step came back for {} s", STEP_DEADLINE.as_secs());
+                let remedy = "the device hangs: see the log, and start the node again".into();
+                let error = RequestError::Engine { what, remedy };
+                self.report_broken(self.line.stamp(), &LineStep::Lost(0, error));
+                self.last_sign = Instant::now();
+            }
+            return;
+        }
+        self.report_all_lost();
+        if let Some(stage) = self.line.is_overdue() {
+            let step = self.line.cut(stage, "a stage did not answer in time".to_owned());
+            self.take(myself, step);
         }
     }
 
     /// Tells clients what happened, and sends what may be sent.
     fn pump(&mut self) {
         self.tell_clients();
-        while self.is_wired {
+        while self.line.is_running() {
             let was_idle = self.schedule.steps_in_flight() == 0;
             let Some(plan) = self.schedule.poll_step() else { break };
             if was_idle {
                 self.last_sign = Instant::now();
             }
             self.next_step += 1;
-            let step = Step {
-                incarnation: self.incarnation,
-                id: StepId(self.next_step),
-                operations: plan.operations,
-                rows: plan.rows,
-            };
+            let incarnation = self.line.incarnation();
+            let step = Step { incarnation, id: StepId(self.next_step), operations: plan.operations, rows: plan.rows };
             let frame = Frame { step, input: Input::Tokens(plan.tokens), samplers: plan.samplers };
-            // A first shard that is gone reports that itself.
-            let first = self.shards.first().and_then(Option::as_ref);
-            if let Some(Err(error)) = first.map(|shard| shard.port.send(frame)) {
-                tracing::warn!(instance = %self.args.id, %error, "a step could not be sent");
+            if !self.send(incarnation, frame) {
                 break;
             }
         }
         self.report();
     }
 
+    fn send(&self, incarnation: Incarnation, frame: Frame) -> bool {
+        let first = self.args.board.find(self.args.id, End::Stage(0), incarnation);
+        match first.map(|first| first.sink) {
+            Some(Sink::Shard { port, .. }) => match port.send(frame) {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::warn!(instance = %self.args.id, %error, "a step could not be sent");
+                    false
+                }
+            },
+            // A first shard that is gone: the news of that is on its way.
+            _ => false,
+        }
+    }
+
     fn tell_clients(&mut self) {
         while let Some(event) = self.schedule.poll_event() {
             let seq = event.seq();
-            let Some(client) = self.clients.get_mut(&seq) else { continue };
-            match event {
-                Event::TakenUp { reused_tokens, .. } => self.totals.reused_tokens += reused_tokens as u64,
-                Event::Token { .. } => self.totals.generated_tokens += 1,
-                Event::Finished { .. } | Event::Failed { .. } => {}
-            }
-            if client.tell(event).is_over() {
+            let Some((events, _)) = self.requests.get(&seq) else { continue };
+            let (event, is_last) = match event {
+                Event::TakenUp { reused_tokens, .. } => {
+                    self.totals.reused_tokens += reused_tokens as u64;
+                    (HeadEvent::TakenUp { reused_tokens }, false)
+                }
+                Event::Token { sampled, .. } => {
+                    self.totals.generated_tokens += 1;
+                    (HeadEvent::Token(sampled), false)
+                }
+                Event::Finished { reason, .. } => (HeadEvent::Finished(reason), true),
+                Event::Failed { error, .. } => {
+                    let remedy = "the model's weights may be damaged: download it again".into();
+                    (HeadEvent::Failed(RequestError::Engine { what: error.to_string(), remedy }), true)
+                }
+            };
+            // The channel has room for all that a request can give; it is closed where the client has gone.
+            if events.try_send(event).is_err() || is_last {
                 self.cancel(seq);
             }
         }
@@ -400,7 +466,7 @@ impl InstanceState {
             running: self.schedule.running(),
             waiting: self.schedule.waiting(),
             pages_used: self.schedule.pages_used(),
-            pages_total: self.args.kv_pages,
+            pages_total: self.args.wanted.kv_pages,
         };
         if self.reported != Some(load) {
             self.reported = Some(load);

@@ -6,6 +6,8 @@
 //! ```
 //! [`core`] decides and is pure; the actors carry out. Outsiders hold a [`NodeHandle`] and never an actor.
 
+mod cluster;
+mod control;
 pub mod core;
 mod device;
 mod gateway;
@@ -13,24 +15,30 @@ mod generation;
 mod handle;
 mod host;
 mod instance;
+mod links;
 mod machine;
 pub mod models;
 mod monitor;
 mod node;
 mod outlet;
 mod planner;
+mod post;
+mod protocol;
 mod request;
 mod room;
 mod shard;
+mod stages;
 mod subscription;
 mod tokenizer;
 
 // What requests and answers are made of.
 pub use exo_engines::sampler::{Sampled, SamplingParams};
 pub use exo_engines::template::{Conversation, FunctionCall, Message, Role, ToolCall};
+pub use exo_net::WireType;
 pub use generation::Generation;
 pub use handle::{NodeHandle, start};
-pub use node::NodeConfig;
+pub use machine::host_name;
+pub use node::{Joined, NodeConfig};
 pub use planner::{PlannerLimits, RunningModel};
 pub use request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError, fresh_seed};
 pub use subscription::{Lagged, Subscription};

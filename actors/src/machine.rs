@@ -3,6 +3,11 @@
 use crate::core::view::Machine;
 use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
+/// The machine's name, as its user gave it; `node` where it has none.
+pub fn host_name() -> String {
+    System::host_name().ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "node".to_owned())
+}
+
 /// Measures the machine once.
 pub(crate) fn measure_once() -> Machine {
     System::new().map(|mut system| measure(&mut system)).unwrap_or_default()

@@ -26,13 +26,14 @@ pub use store::{Origin, ResolvedModel};
 use exo_engines::model::{ModelFiles, Recipe};
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use ractor_cluster::RactorMessage;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 pub type ModelsRef = ActorRef<ModelsMsg>;
 type Outcome = Result<Arc<ResolvedModel>, ModelError>;
 
-#[derive(Debug)]
+#[derive(Debug, RactorMessage)]
 pub enum ModelsMsg {
     Resolve { model: String, reply: RpcReplyPort<Outcome> },
     Resolved { model: String, outcome: Outcome },

@@ -11,13 +11,14 @@ use crate::machine::measure;
 use crate::outlet::Facts;
 use crate::planner::{PlannerMsg, PlannerRef};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::RactorMessage;
 use std::time::Duration;
 use sysinfo::System;
 
 /// How often the machine is measured.
 const EVERY: Duration = Duration::from_secs(1);
 
-#[derive(Debug)]
+#[derive(Debug, RactorMessage)]
 pub(crate) enum MonitorMsg {
     Tick,
     /// A sampling came back, and the sampler with it.

@@ -19,6 +19,11 @@ impl<T: 'static> Outlet<T> {
         Self(Arc::new(move |news| drop(actor.send_message(wrap(news)))))
     }
 
+    /// To whatever `hear` does with it.
+    pub(crate) fn new(hear: impl Fn(T) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(hear))
+    }
+
     pub(crate) fn tell(&self, news: T) {
         (self.0)(news);
     }

@@ -1,65 +1,81 @@
 //! Planner: which models run, and where.
 //!
-//! - owns: the instances that are wanted, and what each device has promised to whom;
-//! - receives: models that requests need, the machine's free memory, news of instances;
-//! - emits: placements, as instances;
+//! - owns: this node's copy of what is wanted, what members tell of themselves, the instances whose head is here;
+//! - receives: models that requests need, news of members, of instances, of this machine;
+//! - emits: placements, as entries that all members hear of; instances, where the head is here;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
-//! A model that nobody has used for a while leaves, and so does, when another needs its room, the one of those that
-//! nobody uses now that was used longest ago.
+//! ```text
+//! Ensure ─► wanting (files, tokenizer) ─Want─► lead (on the leader: place, mend, unload) ─► Desired ─► own (heads here)
+//! ```
+//! The member with the lowest id leads: it alone writes what is wanted, all hear of it, and whoever leads next goes on
+//! from what it has heard. A model that nobody has used for a while leaves, and so does, when another needs its room, the
+//! one of those that nobody uses now that was used longest ago.
 
 mod demand;
-mod wanted;
+mod lead;
+mod own;
+mod wanting;
 
-pub use wanted::RunningModel;
+pub(crate) use wanting::Home;
+pub use wanting::RunningModel;
 
-use crate::core::plan::{Offer, PlanError, place};
-use crate::core::view::{Fact, InstanceId, Machine, Model};
-use crate::device::DeviceRef;
-use crate::instance::{Instance, InstanceArgs, InstanceReport};
-use crate::machine::measure_once;
+use crate::core::desired::{Desired, Entry, Stamp, Want};
+use crate::core::members::Members;
+use crate::core::plan::Link;
+use crate::core::spec::ModelSpec;
+use crate::core::view::{Fact, InstanceId, InstanceState, Machine};
+use crate::instance::{InstanceRef, InstanceReport};
+use crate::links::Switchboard;
 use crate::models::{ModelsRef, ResolvedModel};
-use crate::outlet::{Facts, Outlet};
-use crate::request::{ModelSpec, RequestError};
-use crate::room::Room;
-use crate::tokenizer::TokenizerRef;
-use exo_engines::decoder::pages_for;
-use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, PAGE_TOKENS};
-use exo_engines::tokenizer::Tokenizer;
-use exo_net::NodeId;
+use crate::outlet::Facts;
+use crate::post::Post;
+use crate::protocol::{Ask, ControlMessage};
+use crate::request::RequestError;
+use crate::stages::{StagesFact, StagesRef};
+use crate::tokenizer::Opened;
+use exo_engines::engine::{DeviceId, DeviceReport};
+use exo_net::{NodeId, WireType};
+use lead::Lead;
+use own::Owned;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
-use std::collections::HashMap;
+use ractor_cluster::RactorMessage;
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use wanted::{Placed, Wanted, reply_all};
+use wanting::Wanting;
 
 pub(crate) type PlannerRef = ActorRef<PlannerMsg>;
 
-/// Context where neither the request nor the model asks for less: more is seldom used, and its cache is reserved.
-const CONTEXT_DEFAULT_TOKENS: u32 = 4096;
-/// Sequences of full context that the cache holds at once; shorter ones are more.
-const FULL_SEQUENCES: u32 = 4;
-/// Memory that is left to everything else on the machine.
-const RESERVE_BYTES: u64 = 512 << 20;
-/// A processor's guess until it is measured: weights that a desktop's memory delivers in a second.
-const CPU_BYTES_PER_S: f64 = 2e10;
-/// How often the planner looks for models that nobody uses.
+/// How often the planner looks after everything, and tells the others of this node.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 pub(crate) type EnsureReply = RpcReplyPort<Result<RunningModel, RequestError>>;
+/// A head of this node, and what says that it is in use.
+pub(crate) type Head = (InstanceRef, Arc<()>);
 
-#[derive(Debug)]
+#[derive(Debug, RactorMessage)]
 pub(crate) enum PlannerMsg {
     /// Wants a model to run; the reply comes when it does.
     Ensure {
         spec: ModelSpec,
         reply: EnsureReply,
     },
+    /// Wants the head of an instance; `None` where it is not here.
+    Head {
+        instance: InstanceId,
+        reply: RpcReplyPort<Option<Head>>,
+    },
     /// The files of a wanted model are there, or not.
     Resolved {
         spec: ModelSpec,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
+    },
+    Tokenizer {
+        spec: ModelSpec,
+        opened: Opened,
     },
     Instance(InstanceReport),
     /// An instance is gone, whatever it has said before.
@@ -68,18 +84,20 @@ pub(crate) enum PlannerMsg {
         what: String,
     },
     MachineMeasured(Machine),
-    /// The memory of an instance that is gone is free.
-    Vacated(InstanceId),
-    /// Time to look for models that nobody uses.
+    /// What is known of the instances whose head is here, for the others.
+    Summary(BTreeMap<InstanceId, InstanceState>),
+    Stages(StagesFact),
+    /// A member says something.
+    Heard {
+        from: NodeId,
+        message: Box<ControlMessage>,
+    },
+    NodeUp(NodeId),
+    NodeDown(NodeId),
+    LinksMeasured(BTreeMap<NodeId, Link>),
+    /// Takes this node out of the cluster; the reply comes when nothing runs on it.
+    Drain(RpcReplyPort<()>),
     Look,
-}
-
-/// A device that the planner may use.
-#[derive(Debug, Clone)]
-pub(crate) struct PlannedDevice {
-    pub report: DeviceReport,
-    pub device: DeviceRef,
-    pub factory: Arc<dyn EngineFactory>,
 }
 
 /// What a user bounds.
@@ -94,21 +112,38 @@ pub struct PlannerLimits {
 #[derive(Debug)]
 pub(crate) struct PlannerArgs {
     pub node: NodeId,
+    pub name: String,
+    /// Where others reach this node.
+    pub addresses: Vec<SocketAddr>,
     /// Best first.
-    pub devices: Vec<PlannedDevice>,
+    pub devices: Vec<DeviceReport>,
     pub machine: Machine,
     pub limits: PlannerLimits,
+    pub wire_type: WireType,
     pub models: ModelsRef,
+    pub stages: StagesRef,
+    pub post: Post,
+    pub board: Switchboard,
     pub facts: Facts,
 }
 
 #[derive(Debug)]
 pub(crate) struct PlannerState {
     args: PlannerArgs,
-    wanted: HashMap<ModelSpec, Wanted>,
-    /// Instances that are gone or going, and the memory that they still have.
-    leaving: HashMap<InstanceId, u64>,
-    next_instance: u64,
+    started: Instant,
+    desired: Desired,
+    members: Members,
+    /// What requests of this node wait for, and use.
+    wanting: HashMap<ModelSpec, Wanting>,
+    lead: Lead,
+    owned: HashMap<InstanceId, Owned>,
+    /// Memory that shards of this node hold, by instance.
+    held: BTreeMap<InstanceId, u64>,
+    speeds: HashMap<DeviceId, f64>,
+    links: BTreeMap<NodeId, Link>,
+    summary: BTreeMap<InstanceId, InstanceState>,
+    draining: Option<Vec<RpcReplyPort<()>>>,
+    last_look: Instant,
 }
 
 #[derive(Debug)]
@@ -121,7 +156,23 @@ impl Actor for Planner {
 
     async fn pre_start(&self, myself: PlannerRef, args: PlannerArgs) -> Result<PlannerState, ActorProcessingErr> {
         myself.send_interval(LOOK_EVERY, || PlannerMsg::Look);
-        Ok(PlannerState { args, wanted: HashMap::new(), leaving: HashMap::new(), next_instance: 0 })
+        let mut state = PlannerState {
+            started: Instant::now(),
+            desired: Desired::new(args.node),
+            members: Members::default(),
+            wanting: HashMap::new(),
+            lead: Lead::default(),
+            owned: HashMap::new(),
+            held: BTreeMap::new(),
+            speeds: HashMap::new(),
+            links: BTreeMap::new(),
+            summary: BTreeMap::new(),
+            draining: None,
+            last_look: Instant::now(),
+            args,
+        };
+        state.renew_report();
+        Ok(state)
     }
 
     async fn handle(
@@ -132,19 +183,29 @@ impl Actor for Planner {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             PlannerMsg::Ensure { spec, reply } => state.ensure(&myself, spec, reply),
-            PlannerMsg::Resolved { spec, outcome } => state.on_resolved(&myself, spec, outcome).await,
-            PlannerMsg::Instance(InstanceReport::Ready { instance, tokenizer_ref, tokenizer }) => {
-                state.on_ready(instance, &tokenizer_ref, &tokenizer);
+            PlannerMsg::Head { instance, reply } => drop(reply.send(state.head(instance))),
+            PlannerMsg::Resolved { spec, outcome } => state.on_resolved(&myself, &spec, outcome).await,
+            PlannerMsg::Tokenizer { spec, opened } => state.on_tokenizer(&spec, opened),
+            PlannerMsg::Instance(report) => state.on_instance(report),
+            PlannerMsg::InstanceEnded { instance, what } => state.on_instance_ended(instance, &what),
+            PlannerMsg::MachineMeasured(machine) => state.args.machine = machine,
+            PlannerMsg::Summary(summary) => {
+                state.summary = summary;
+                state.tell_report();
+                return Ok(());
             }
-            PlannerMsg::InstanceEnded { instance, what } => {
-                let what = format!("the instance ended: {what}");
-                state.on_failed(instance, &RequestError::Engine { what, remedy: "report it, with the log" });
+            PlannerMsg::Stages(fact) => state.on_stages(fact),
+            PlannerMsg::Heard { from, message } => state.on_heard(from, *message),
+            PlannerMsg::NodeUp(node) => state.on_node_up(node),
+            PlannerMsg::NodeDown(node) => state.on_node_down(node),
+            PlannerMsg::LinksMeasured(links) => {
+                state.links = links;
+                return Ok(());
             }
-            PlannerMsg::Instance(InstanceReport::Failed { instance, error }) => state.on_failed(instance, &error),
-            PlannerMsg::MachineMeasured(machine) => state.on_measured(&myself, machine).await,
-            PlannerMsg::Vacated(instance) => state.on_vacated(&myself, instance),
-            PlannerMsg::Look => state.unload_idle(Instant::now()),
+            PlannerMsg::Drain(reply) => state.drain(reply),
+            PlannerMsg::Look => state.look(),
         }
+        state.reconcile(&myself).await;
         Ok(())
     }
 
@@ -159,7 +220,7 @@ impl Actor for Planner {
             SupervisionEvent::ActorTerminated(who, _, _) => (who, "it has stopped".to_owned()),
             _ => return Ok(()),
         };
-        if let Some(instance) = state.wanted.values().find_map(|wanted| wanted.id_of(who.get_id())) {
+        if let Some(instance) = state.owned_by_actor(who.get_id()) {
             // Supervision overtakes messages: what the instance itself said last is to be heard first.
             let _ = myself.send_message(PlannerMsg::InstanceEnded { instance, what });
         }
@@ -168,245 +229,134 @@ impl Actor for Planner {
 }
 
 impl PlannerState {
-    fn ensure(&mut self, myself: &PlannerRef, spec: ModelSpec, reply: EnsureReply) {
-        match self.wanted.get_mut(&spec) {
-            Some(Wanted::Running { running, last_used }) => {
-                *last_used = Instant::now();
-                reply_all(vec![reply], &Ok(running.clone()));
+    /// Since the planner began.
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn is_leader(&self) -> bool {
+        self.members.leader() == Some(self.args.node)
+    }
+
+    /// Brings about what is wanted, as far as it is this node's to do.
+    async fn reconcile(&mut self, myself: &PlannerRef) {
+        self.renew_report();
+        if self.is_leader() {
+            self.lead();
+        }
+        self.reconcile_owned(myself).await;
+        self.advance_all();
+    }
+
+    fn look(&mut self) {
+        let now = Instant::now();
+        // A process that was stopped, or a machine that slept, finds its peers gone; they are not.
+        if now.duration_since(self.last_look) > 3 * LOOK_EVERY {
+            self.lead.wait(now);
+        }
+        self.last_look = now;
+        self.forget_unused();
+        self.renew_report();
+        self.tell_report();
+        self.answer_drain();
+    }
+
+    fn on_heard(&mut self, from: NodeId, message: ControlMessage) {
+        match message {
+            ControlMessage::Report(report) if report.is_plausible() => {
+                self.args.facts.tell(Fact::MemberReported { node: from, report: report.clone() });
+                self.members.0.insert(from, *report);
             }
-            Some(
-                Wanted::Resolving { waiting } | Wanted::Crowded { waiting, .. } | Wanted::Starting { waiting, .. },
-            ) => {
-                waiting.push(reply);
+            ControlMessage::Report(_) => tracing::warn!(peer = %from, "a report that cannot be"),
+            ControlMessage::Desired(entries) => self.merge(entries),
+            ControlMessage::Want(ask) => self.on_ask(from, *ask),
+            ControlMessage::Refused { spec, error } => self.refuse_here(&spec, &error),
+            ControlMessage::Broken { instance, stamp, node, device, error } => {
+                self.on_broken(from, instance, stamp, (node, device), error);
             }
-            None => {
-                let (models, planner, asked) = (self.args.models.clone(), myself.clone(), spec.clone());
-                self.wanted.insert(spec.clone(), Wanted::Resolving { waiting: vec![reply] });
-                tokio::spawn(async move {
-                    let outcome = crate::models::resolve(&models, asked.model).await;
-                    let outcome = outcome.and_then(|model| crate::models::quantised(model, asked.quantize));
-                    // A planner that is gone plans nothing.
-                    let _ = planner.send_message(PlannerMsg::Resolved { spec, outcome: outcome.map_err(Into::into) });
-                });
-            }
+            ControlMessage::News { instance, stamp, news } => self.on_news(from, instance, stamp, news),
+            // For those who keep shards.
+            ControlMessage::Stage(_) => {}
         }
     }
 
-    async fn on_resolved(
-        &mut self,
-        myself: &PlannerRef,
-        spec: ModelSpec,
-        outcome: Result<Arc<ResolvedModel>, RequestError>,
-    ) {
-        let Some(Wanted::Resolving { waiting }) = self.wanted.remove(&spec) else { return };
-        match outcome {
-            Ok(model) => self.start_or_wait(myself, spec, model, waiting).await,
-            Err(error) => reply_all(waiting, &Err(error)),
-        }
-    }
-
-    /// Starts a model; where there is no room, as soon as others have left.
-    async fn start_or_wait(
-        &mut self,
-        myself: &PlannerRef,
-        spec: ModelSpec,
-        model: Arc<ResolvedModel>,
-        waiting: Vec<EnsureReply>,
-    ) {
-        match self.start(myself, &spec, Arc::clone(&model)).await {
-            Ok(placed) => drop(self.wanted.insert(spec, Wanted::Starting { waiting, placed })),
-            Err(RequestError::Plan(PlanError::DoesNotFit { .. })) if self.make_room() => {
-                self.wanted.insert(spec, Wanted::Crowded { waiting, model });
-            }
-            Err(RequestError::Plan(PlanError::DoesNotFit { needed_bytes, .. })) if self.others_are_in_use() => {
-                reply_all(waiting, &Err(RequestError::Crowded { model: model.name.clone(), needed_bytes }));
-            }
-            Err(error) => reply_all(waiting, &Err(error)),
-        }
-    }
-
-    fn others_are_in_use(&self) -> bool {
-        self.wanted.values().any(|wanted| wanted.promised_bytes() > 0)
-    }
-
-    /// Whether a model is leaving, or is made to: the one of those that nobody uses that was used longest ago.
-    fn make_room(&mut self) -> bool {
-        if !self.leaving.is_empty() {
-            return true;
-        }
-        let idle = self.wanted.iter().filter_map(|(spec, wanted)| Some((wanted.idle_since()?, spec)));
-        let Some(spec) = idle.min_by_key(|(since, _)| *since).map(|(_, spec)| spec.clone()) else { return false };
-        self.unload(&spec, "another model needs its room");
-        true
-    }
-
-    fn unload_idle(&mut self, now: Instant) {
-        let Some(limit) = self.args.limits.idle else { return };
-        for wanted in self.wanted.values_mut() {
-            if let (None, Wanted::Running { last_used, .. }) = (wanted.idle_since(), &mut *wanted) {
-                *last_used = now;
+    fn merge(&mut self, entries: Vec<(InstanceId, Entry)>) {
+        let now = self.now();
+        for (id, entry) in &entries {
+            if self.desired.get(*id).is_none_or(|known| entry.stamp > known.stamp) {
+                self.note_end(*id, &entry.want);
             }
         }
-        let is_over = |wanted: &Wanted| wanted.idle_since().is_some_and(|since| now.duration_since(since) >= limit);
-        let over = self.wanted.iter().filter(|(_, wanted)| is_over(wanted)).map(|(spec, _)| spec.clone());
-        for spec in over.collect::<Vec<_>>() {
-            self.unload(&spec, "nobody uses it");
+        let changed = self.desired.merge(entries, now);
+        for id in changed {
+            self.lead.forget_exclusions(id);
         }
     }
 
-    /// Has a running model leave.
-    fn unload(&mut self, spec: &ModelSpec, why: &str) {
-        let Some(wanted) = self.wanted.remove(spec) else { return };
-        self.leaves(&wanted);
-        if let Wanted::Running { running, .. } = &wanted {
-            tracing::info!(instance = %running.id, model = running.model.name, why, "unloading a model");
-            self.args.facts.tell(Fact::InstanceStopped { instance: running.id, error: None });
-            running.instance.stop(None);
+    fn on_node_up(&mut self, node: NodeId) {
+        self.renew_report();
+        if let Some(report) = self.members.0.get(&self.args.node) {
+            self.args.post.tell(node, ControlMessage::Report(Box::new(report.clone())));
+        }
+        let entries: Vec<_> = self.desired.entries().map(|(id, entry)| (id, entry.clone())).collect();
+        self.args.post.tell(node, ControlMessage::Desired(entries));
+    }
+
+    fn on_node_down(&mut self, node: NodeId) {
+        let before = self.members.0.len();
+        self.members.0.remove(&node);
+        self.lead.on_node_down(Instant::now(), before);
+        self.args.facts.tell(Fact::MemberGone { node });
+        self.tell_owned_of_loss(node);
+        for wanting in self.wanting.values_mut() {
+            wanting.ask_again();
         }
     }
 
-    fn leaves(&mut self, wanted: &Wanted) {
-        if let Some(id) = wanted.id() {
-            self.leaving.insert(id, wanted.promised_bytes());
-        }
-    }
-
-    fn on_vacated(&mut self, myself: &PlannerRef, instance: InstanceId) {
-        self.leaving.remove(&instance);
-        if self.wanted.values().any(|wanted| matches!(wanted, Wanted::Crowded { .. })) {
-            let planner = myself.clone();
-            tokio::task::spawn_blocking(move || {
-                // A planner that is gone plans nothing.
-                let _ = planner.send_message(PlannerMsg::MachineMeasured(measure_once()));
-            });
-        }
-    }
-
-    /// Takes note of what is free now, and tries again what there was no room for.
-    async fn on_measured(&mut self, myself: &PlannerRef, machine: Machine) {
-        self.args.machine = machine;
-        if !self.leaving.is_empty() {
-            return;
-        }
-        let is_crowded = |wanted: &Wanted| matches!(wanted, Wanted::Crowded { .. });
-        let crowded = self.wanted.iter().filter(|(_, wanted)| is_crowded(wanted)).map(|(spec, _)| spec.clone());
-        for spec in crowded.collect::<Vec<_>>() {
-            if let Some(Wanted::Crowded { waiting, model }) = self.wanted.remove(&spec) {
-                self.start_or_wait(myself, spec, model, waiting).await;
+    fn on_stages(&mut self, fact: StagesFact) {
+        match fact {
+            StagesFact::Held(held) => {
+                let has_left = self.held.keys().any(|id| !held.contains_key(id));
+                self.held = held;
+                if has_left {
+                    self.measure_again();
+                }
+            }
+            StagesFact::Measured { device, bytes_per_s } => {
+                // Whatever disturbs a measurement makes it lower.
+                let known = self.speeds.entry(device).or_insert(bytes_per_s);
+                *known = known.max(bytes_per_s);
             }
         }
     }
 
-    async fn start(
-        &mut self,
-        myself: &PlannerRef,
-        spec: &ModelSpec,
-        model: Arc<ResolvedModel>,
-    ) -> Result<Placed, RequestError> {
-        let files = &model.files;
-        let trained = u32::try_from(files.architecture.context_tokens).unwrap_or(u32::MAX);
-        let context_tokens = spec.context_tokens.unwrap_or(CONTEXT_DEFAULT_TOKENS).min(trained).max(PAGE_TOKENS);
-        let kv_pages = pages_for(context_tokens) * FULL_SEQUENCES;
-        let candidates = self.candidates(spec)?;
-        let offers = self.offers(&candidates);
-        let placement = place(&demand::demand(files, kv_pages), &offers, spec.shard_count())?;
-        self.next_instance += 1;
-        let id = InstanceId(self.next_instance);
-        let device_of = |device: &DeviceId| {
-            let found = candidates.iter().find(|candidate| candidate.report.id == *device);
-            found.map(|candidate| (candidate.device.clone(), Arc::clone(&candidate.factory)))
-        };
-        let devices = placement.stages.iter().filter_map(|stage| device_of(&stage.device)).collect();
-        self.args.facts.tell(Fact::InstancePlaced {
-            instance: id,
-            model: Model {
-                name: model.name.clone(),
-                family: files.architecture.family.clone(),
-                quantization: files.quantization.clone(),
-                context_tokens,
-            },
-            placement: placement.clone(),
-        });
-        let args = InstanceArgs {
-            id,
-            node: self.args.node,
-            files: Arc::clone(files),
-            placement: placement.clone(),
-            devices,
-            context_tokens,
-            kv_pages,
-            room: Arc::new(Room { instance: id, vacated: Outlet::to(myself, PlannerMsg::Vacated) }),
-            planner: Outlet::to(myself, PlannerMsg::Instance),
-            facts: self.args.facts.clone(),
-        };
-        match Instance::spawn_linked(None, Instance, args, myself.get_cell()).await {
-            Ok((instance, _)) => Ok(Placed { id, instance, model, placement, context_tokens }),
-            Err(error) => Err(RequestError::Engine { what: error.to_string(), remedy: "report it, with the log" }),
+    /// Writes an entry, and tells all members.
+    fn set(&mut self, id: InstanceId, want: Want) -> Stamp {
+        self.note_end(id, &want);
+        let now = self.now();
+        let entry = self.desired.set(id, want, now);
+        let stamp = entry.stamp;
+        self.args.post.tell_others(&ControlMessage::Desired(vec![(id, entry)]));
+        stamp
+    }
+
+    /// Where an instance is over because it failed, whoever waits for it hears why, and does not ask anew.
+    fn note_end(&mut self, id: InstanceId, want: &Want) {
+        let Want::Gone { error: Some(error) } = want else { return };
+        let spec = self.desired.get(id).and_then(Entry::wanted).map(|wanted| wanted.spec.clone());
+        if let Some(spec) = spec {
+            self.refuse_here(&spec, error);
         }
     }
 
-    /// Devices that may be used: those of the engine that is best for this node, or the one that is named.
-    fn candidates(&self, spec: &ModelSpec) -> Result<Vec<PlannedDevice>, RequestError> {
-        let devices = &self.args.devices;
-        let chosen: Vec<PlannedDevice> = match &spec.device {
-            Some(id) => devices.iter().filter(|device| device.report.id == *id).cloned().collect(),
-            None => {
-                let best = devices.first().map(|device| device.report.engine.clone());
-                devices.iter().filter(|device| Some(&device.report.engine) == best.as_ref()).cloned().collect()
-            }
-        };
-        match (&spec.device, chosen.is_empty()) {
-            (Some(id), true) => Err(RequestError::NoDevice { device: id.to_string() }),
-            _ => Ok(chosen),
+    /// Tells whoever leads.
+    fn tell_leader(&self, message: ControlMessage) {
+        if let Some(leader) = self.members.leader() {
+            self.args.post.tell(leader, message);
         }
     }
 
-    /// What the devices can still take. All share the machine's memory as long as all are processors.
-    fn offers(&self, candidates: &[PlannedDevice]) -> Vec<Offer> {
-        let promised: u64 =
-            self.wanted.values().map(Wanted::promised_bytes).chain(self.leaving.values().copied()).sum();
-        let free = self.args.machine.memory_free_bytes.unwrap_or(u64::MAX);
-        let total = self.args.machine.memory_total_bytes.unwrap_or(u64::MAX);
-        // What has been promised counts even where it has not been touched yet.
-        let free_bytes = free.min(total.saturating_sub(promised)).saturating_sub(RESERVE_BYTES);
-        let limit = self.args.limits.memory_bytes.unwrap_or(u64::MAX);
-        let free_bytes = free_bytes.min(limit.saturating_sub(promised));
-        let offer = |candidate: &PlannedDevice| Offer {
-            node: self.args.node,
-            device: candidate.report.id.clone(),
-            free_bytes,
-            bytes_per_s: CPU_BYTES_PER_S,
-        };
-        candidates.iter().map(offer).collect()
-    }
-
-    fn on_ready(&mut self, id: InstanceId, tokenizer_ref: &TokenizerRef, tokenizer: &Arc<Tokenizer>) {
-        let found = self.wanted.iter_mut().find(|(_, wanted)| wanted.id() == Some(id));
-        let Some((_, wanted)) = found else { return };
-        // A later life of a running instance changes nothing here.
-        if let Wanted::Starting { waiting, placed } = wanted {
-            let running = RunningModel {
-                id,
-                instance: placed.instance.clone(),
-                tokenizer_ref: tokenizer_ref.clone(),
-                tokenizer: Arc::clone(tokenizer),
-                model: Arc::clone(&placed.model),
-                placement: placed.placement.clone(),
-                context_tokens: placed.context_tokens,
-                in_use: Arc::new(()),
-            };
-            reply_all(std::mem::take(waiting), &Ok(running.clone()));
-            *wanted = Wanted::Running { running, last_used: Instant::now() };
-        }
-    }
-
-    fn on_failed(&mut self, id: InstanceId, error: &RequestError) {
-        let spec = self.wanted.iter().find(|(_, wanted)| wanted.id() == Some(id)).map(|(spec, _)| spec.clone());
-        let Some(wanted) = spec.and_then(|spec| self.wanted.remove(&spec)) else { return };
-        self.leaves(&wanted);
-        self.args.facts.tell(Fact::InstanceStopped { instance: id, error: Some(error.to_string()) });
-        if let Wanted::Starting { waiting, .. } = wanted {
-            reply_all(waiting, &Err(error.clone()));
-        }
+    fn on_ask(&mut self, from: NodeId, ask: Ask) {
+        self.lead.take(from, ask);
     }
 }

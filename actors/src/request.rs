@@ -1,55 +1,13 @@
 //! What a request asks, and what comes back.
 
-use crate::core::plan::{PlanError, ShardCount};
+use crate::core::plan::PlanError;
 use crate::core::schedule::{AdmitError, FinishReason};
+pub use crate::core::spec::ModelSpec;
 use crate::models::ModelError;
-use exo_engines::engine::DeviceId;
-use exo_engines::model::Recipe;
 use exo_engines::sampler::{ParamsError, Sampled, SamplingParams};
 use exo_engines::template::Conversation;
 use serde::{Deserialize, Serialize};
-
-/// Which model, and how it is to be run. Requests with equal specs share an instance.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct ModelSpec {
-    /// A catalogue name, a hub name, or a path.
-    pub model: String,
-    /// `None`: one, or as few as fit.
-    pub shards: Option<usize>,
-    /// `None`: the best there is.
-    pub device: Option<DeviceId>,
-    /// Tokens of one sequence; `None`: the model's, up to a default bound.
-    pub context_tokens: Option<u32>,
-    /// What dense weights are quantised to while they are loaded.
-    pub quantize: Option<Recipe>,
-}
-
-impl ModelSpec {
-    /// The model as the node would run it by itself. A name may end with the recipe that the weights are quantised
-    /// by: `owner/model@q4_k`.
-    pub fn new(model: impl Into<String>) -> Self {
-        let model = model.into();
-        let (model, quantize) = match model.rsplit_once('@').map(|(name, recipe)| (name, recipe.parse())) {
-            Some((name, Ok(recipe))) => (name.to_owned(), Some(recipe)),
-            _ => (model, None),
-        };
-        Self { model, shards: None, device: None, context_tokens: None, quantize }
-    }
-
-    pub(crate) fn shard_count(&self) -> ShardCount {
-        self.shards.map_or(ShardCount::Automatic, ShardCount::Exactly)
-    }
-}
-
-/// The model's name, its recipe included.
-impl std::fmt::Display for ModelSpec {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.quantize {
-            Some(recipe) => write!(f, "{}@{recipe}", self.model),
-            None => f.write_str(&self.model),
-        }
-    }
-}
+use std::borrow::Cow;
 
 /// What is to be continued.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,7 +64,7 @@ pub enum Generated {
 }
 
 /// Why a request failed.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum RequestError {
     #[error(transparent)]
@@ -116,6 +74,7 @@ pub enum RequestError {
     #[error("no device `{device}` here")]
     NoDevice { device: String },
     #[error(transparent)]
+    #[serde(skip)]
     Params(#[from] ParamsError),
     #[error("the prompt cannot be used: {what}")]
     BadPrompt { what: String },
@@ -126,7 +85,9 @@ pub enum RequestError {
     #[error("{requests} requests are running: no more are taken now")]
     Overloaded { requests: usize },
     #[error("the model's shards failed: {what}")]
-    Engine { what: String, remedy: &'static str },
+    Engine { what: String, remedy: Cow<'static, str> },
+    #[error("the model has moved to another machine")]
+    Moved,
     #[error("the tokenizer is not ready")]
     NotReady,
     #[error("the node is shutting down")]
@@ -135,7 +96,7 @@ pub enum RequestError {
 
 impl RequestError {
     /// What the user can do about it.
-    pub fn remedy(&self) -> &'static str {
+    pub fn remedy(&self) -> &str {
         match self {
             Self::Model(error) => error.remedy(),
             Self::Plan(PlanError::DoesNotFit { .. }) => {
@@ -146,7 +107,9 @@ impl RequestError {
             Self::Params(_) | Self::BadPrompt { .. } => "change the request",
             Self::Admit(AdmitError::EmptyPrompt) => "give a prompt",
             Self::Admit(AdmitError::TooLong { .. }) => "shorten the prompt, or start the model with a larger --context",
-            Self::Overloaded { .. } | Self::NotReady | Self::Crowded { .. } => "try again in a moment",
+            Self::Plan(PlanError::BadSplit { .. }) => "give each layer once: --split laptop:0-11,desktop:12-29",
+            Self::Plan(PlanError::NoSuchNode { .. }) => "`exo-node status` lists the members' names",
+            Self::Overloaded { .. } | Self::NotReady | Self::Crowded { .. } | Self::Moved => "try again in a moment",
             Self::Engine { remedy, .. } => remedy,
             Self::ShuttingDown => "start the node again",
         }

@@ -8,11 +8,13 @@ use crate::outlet::Outlet;
 #[derive(Debug)]
 pub(crate) struct Room {
     pub(crate) instance: InstanceId,
-    pub(crate) vacated: Outlet<InstanceId>,
+    pub(crate) bytes: u64,
+    /// Hears of it, with the bytes.
+    pub(crate) vacated: Outlet<(InstanceId, u64)>,
 }
 
 impl Drop for Room {
     fn drop(&mut self) {
-        self.vacated.tell(self.instance);
+        self.vacated.tell((self.instance, self.bytes));
     }
 }

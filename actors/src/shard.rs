@@ -2,15 +2,18 @@
 //!
 //! - owns: the engine's thread;
 //! - receives: what the thread reports;
-//! - emits: progress as facts; itself to its instance, once it is loaded;
+//! - emits: progress, and itself once it is loaded, to whoever started it;
 //! - dies when: its engine fails (with the engine's error), or it is stopped;
 //! - supervised by: its device.
 
-use crate::core::view::{Fact, InstanceId};
+use crate::core::view::InstanceId;
 use crate::host::{self, EnginePort, HostEvent, HostTask};
-use crate::outlet::{Facts, Outlet};
+use crate::outlet::Outlet;
 use exo_engines::EngineError;
+use exo_engines::engine::{DeviceId, LoadProgress};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::RactorMessage;
+use std::time::Duration;
 
 /// Which shard, of what, for whom.
 #[derive(Debug, Clone)]
@@ -18,30 +21,29 @@ pub(crate) struct ShardTask {
     pub instance: InstanceId,
     pub stage: usize,
     pub host: HostTask,
+    /// Numbers of a row between shards.
+    pub hidden: usize,
     pub owner: Outlet<ShardReport>,
 }
 
-/// A loaded shard, as its instance gets it.
-#[derive(Debug, Clone)]
-pub(crate) struct LoadedShard {
-    pub stage: usize,
-    pub port: EnginePort,
-}
-
-/// What an instance hears of its shards.
+/// What whoever started a shard hears of it.
 #[derive(Debug)]
 pub(crate) enum ShardReport {
-    Up(LoadedShard),
-    /// It failed; its device is at work on it.
-    Down {
-        stage: usize,
-        error: EngineError,
+    Loading(LoadProgress),
+    /// It is loaded, on this device, and takes so long for a row.
+    Up {
+        port: EnginePort,
+        device: DeviceId,
+        row: Duration,
+        hidden: usize,
     },
+    /// It failed; its device is at work on it.
+    Down(EngineError),
     /// It failed, and will not come back.
     Lost(EngineError),
 }
 
-#[derive(Debug)]
+#[derive(Debug, RactorMessage)]
 pub(crate) enum ShardMsg {
     Host(HostEvent),
 }
@@ -49,7 +51,6 @@ pub(crate) enum ShardMsg {
 #[derive(Debug)]
 pub(crate) struct ShardArgs {
     pub task: ShardTask,
-    pub facts: Facts,
 }
 
 #[derive(Debug)]
@@ -100,22 +101,17 @@ impl Actor for Shard {
 
 impl ShardState {
     fn on_event(&self, event: HostEvent) -> Result<(), ActorProcessingErr> {
-        let ShardTask { instance, stage, host, owner } = &self.args.task;
+        let ShardTask { instance, stage, host, hidden, owner } = &self.args.task;
         match event {
-            HostEvent::Progress(progress) => self.args.facts.tell(Fact::ShardLoading {
-                instance: *instance,
-                stage: *stage,
-                loaded_bytes: progress.loaded_bytes,
-                total_bytes: progress.total_bytes,
-            }),
+            HostEvent::Progress(progress) => owner.tell(ShardReport::Loading(progress)),
             HostEvent::Loaded { report, warm_up } => {
                 tracing::info!(
                     %instance, stage, layers = ?host.spec.layers, device = %host.device, fingerprint = report.fingerprint,
                     weight_bytes = report.weight_bytes, load_ms = report.elapsed.as_millis(), row_us = warm_up.row.as_micros(),
                     "shard loaded"
                 );
-                let shard = LoadedShard { stage: *stage, port: self.port.clone() };
-                owner.tell(ShardReport::Up(shard));
+                let (port, device) = (self.port.clone(), host.device.clone());
+                owner.tell(ShardReport::Up { port, device, row: warm_up.row, hidden: *hidden });
             }
             HostEvent::Failed(error) => {
                 let layers = host.spec.layers.clone();

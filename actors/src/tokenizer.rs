@@ -15,6 +15,7 @@ use exo_engines::model::ModelFiles;
 use exo_engines::template::Conversation;
 use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use ractor_cluster::RactorMessage;
 use std::sync::Arc;
 
 pub(crate) type TokenizerRef = ActorRef<TokenizerMsg>;
@@ -22,7 +23,7 @@ pub(crate) type TokenizerRef = ActorRef<TokenizerMsg>;
 /// The tokenizer, or why it could not be read.
 pub(crate) type Opened = Result<Arc<Tokenizer>, FormatError>;
 
-#[derive(Debug)]
+#[derive(Debug, RactorMessage)]
 pub(crate) enum TokenizerMsg {
     /// The tokenizer was read, or not.
     Opened(Opened),

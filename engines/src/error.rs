@@ -19,7 +19,7 @@ pub enum ErrorClass {
 }
 
 /// Why an engine could not do what it was asked.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum EngineError {
     #[error(transparent)]
@@ -35,9 +35,9 @@ pub enum EngineError {
     #[error("the engine has no model loaded")]
     NotLoaded,
     #[error("{what} is not supported by the engine `{engine}`")]
-    Unsupported { engine: &'static str, what: String },
+    Unsupported { engine: String, what: String },
     #[error("no device `{device}` for the engine `{engine}`")]
-    NoDevice { engine: &'static str, device: String },
+    NoDevice { engine: String, device: String },
     #[error("the engine's self-test failed: {what}")]
     SelfTest { what: String },
     #[error("the device `{device}` failed: {what}")]

@@ -1,25 +1,28 @@
 //! An Ed25519 key per node, kept in the data directory; the node's id is the hash of its public key.
 
+use crate::private_file::{self, PrivateFileError};
 use ring::digest::{SHA256, digest};
 use ring::rand::SystemRandom;
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use std::fs::OpenOptions;
-use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// The file of the key, PKCS #8, readable by its owner only.
 const KEY_FILE: &str = "node.key";
-/// A PKCS #8 document of an Ed25519 key has 83 bytes.
-const KEY_BYTES_MAX: u64 = 1024;
 
 /// SHA-256 of a node's public key.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId([u8; 32]);
 
 impl NodeId {
+    /// The id of the node whose Ed25519 public key has these 32 bytes.
+    pub(crate) fn of_key(public_key: &[u8]) -> Self {
+        let mut id = [0; 32];
+        id.copy_from_slice(digest(&SHA256, public_key).as_ref());
+        Self(id)
+    }
+
     /// The id's bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
@@ -53,15 +56,25 @@ impl<'de> Deserialize<'de> for NodeId {
             return <[u8; 32]>::deserialize(deserializer).map(Self);
         }
         let digits = String::deserialize(deserializer)?;
+        digits.parse().map_err(D::Error::custom)
+    }
+}
+
+/// Why a text is no node's id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a node's id has 64 hexadecimal digits")]
+pub struct NodeIdError;
+
+impl std::str::FromStr for NodeId {
+    type Err = NodeIdError;
+
+    fn from_str(digits: &str) -> Result<Self, NodeIdError> {
         let byte = |at: usize| u8::from_str_radix(digits.get(at * 2..at * 2 + 2)?, 16).ok();
         let mut id = [0; 32];
         for (at, slot) in id.iter_mut().enumerate() {
-            *slot = byte(at).ok_or_else(|| D::Error::custom("a node's id has 64 hexadecimal digits"))?;
+            *slot = byte(at).ok_or(NodeIdError)?;
         }
-        match digits.len() {
-            64 => Ok(Self(id)),
-            _ => Err(D::Error::custom("a node's id has 64 hexadecimal digits")),
-        }
+        if digits.len() == 64 { Ok(Self(id)) } else { Err(NodeIdError) }
     }
 }
 
@@ -72,20 +85,25 @@ impl std::fmt::Debug for NodeId {
 }
 
 /// A node's key pair.
-#[derive(Debug)]
 pub struct Identity {
     key: Ed25519KeyPair,
+    /// As it is kept: PKCS #8.
+    document: Vec<u8>,
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Identity({})", self.node_id().short())
+    }
 }
 
 /// Why a node has no identity.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    File(#[from] PrivateFileError),
     #[error("{path} is not an Ed25519 key; move it away to get a new identity")]
     Malformed { path: PathBuf },
-    #[error("{path} may be read by others (mode {mode:o}); chmod 600 it")]
-    Exposed { path: PathBuf, mode: u32 },
     #[error("the system gave no random bytes for a new key")]
     NoRandomness,
 }
@@ -97,11 +115,15 @@ impl Identity {
     /// [`IdentityError`] where the file cannot be read or written, is no key, or is open to others.
     pub fn load_or_create(data_dir: &Path) -> Result<Self, IdentityError> {
         let path = data_dir.join(KEY_FILE);
-        match OpenOptions::new().read(true).open(&path) {
-            Ok(file) => Self::read(file, path),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Self::create(data_dir, path),
-            Err(source) => Err(IdentityError::Io { path, source }),
-        }
+        let kept = match private_file::read(&path)? {
+            Some(kept) => kept,
+            None => {
+                private_file::create(&path, &Self::ephemeral()?.document)?;
+                // Another process may have been first.
+                private_file::read(&path)?.unwrap_or_default()
+            }
+        };
+        Self::from_document(kept).ok_or(IdentityError::Malformed { path })
     }
 
     /// An identity that is kept nowhere: a command that runs once needs none.
@@ -111,56 +133,29 @@ impl Identity {
     pub fn ephemeral() -> Result<Self, IdentityError> {
         let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new());
         let document = document.map_err(|_| IdentityError::NoRandomness)?;
-        let key = Ed25519KeyPair::from_pkcs8(document.as_ref()).map_err(|_| IdentityError::NoRandomness)?;
-        Ok(Self { key })
+        Self::from_document(document.as_ref().to_vec()).ok_or(IdentityError::NoRandomness)
     }
 
-    fn read(file: std::fs::File, path: PathBuf) -> Result<Self, IdentityError> {
-        let io = |source| IdentityError::Io { path: path.clone(), source };
-        let mode = file.metadata().map_err(io)?.mode() & 0o777;
-        if mode & 0o077 != 0 {
-            return Err(IdentityError::Exposed { path, mode });
-        }
-        let mut bytes = Vec::new();
-        file.take(KEY_BYTES_MAX).read_to_end(&mut bytes).map_err(io)?;
-        let key = Ed25519KeyPair::from_pkcs8(&bytes).map_err(|_| IdentityError::Malformed { path })?;
-        Ok(Self { key })
+    fn from_document(document: Vec<u8>) -> Option<Self> {
+        let key = Ed25519KeyPair::from_pkcs8(&document).ok()?;
+        Some(Self { key, document })
     }
 
-    fn create(data_dir: &Path, path: PathBuf) -> Result<Self, IdentityError> {
-        let io = |source| IdentityError::Io { path: path.clone(), source };
-        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new());
-        let document = document.map_err(|_| IdentityError::NoRandomness)?;
-        std::fs::create_dir_all(data_dir).map_err(io)?;
-        std::fs::set_permissions(data_dir, std::fs::Permissions::from_mode(0o700)).map_err(io)?;
-        // Written whole under another name, then linked: two processes that start at once agree on one key.
-        let draft = data_dir.join(format!("{KEY_FILE}.{}", std::process::id()));
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft).map_err(io)?;
-        file.write_all(document.as_ref()).and_then(|()| file.sync_all()).map_err(io)?;
-        let linked = std::fs::hard_link(&draft, &path);
-        std::fs::remove_file(&draft).map_err(io)?;
-        match linked {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(source) => return Err(IdentityError::Io { path, source }),
-        }
-        let file = OpenOptions::new().read(true).open(&path).map_err(io)?;
-        Self::read(file, path)
+    /// The key as PKCS #8.
+    pub(crate) fn document(&self) -> &[u8] {
+        &self.document
     }
 
     /// The id that follows from the key.
     pub fn node_id(&self) -> NodeId {
-        let hash = digest(&SHA256, self.key.public_key().as_ref());
-        let mut id = [0; 32];
-        id.copy_from_slice(hash.as_ref());
-        NodeId(id)
+        NodeId::of_key(self.key.public_key().as_ref())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     #[test]
     fn an_identity_stays_and_is_its_owner_s_alone() {
@@ -171,7 +166,10 @@ mod tests {
         assert_eq!(std::fs::metadata(&key).expect("there").mode() & 0o777, 0o600);
         assert_eq!(std::fs::read_dir(folder.path()).expect("there").count(), 1);
         std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).expect("chmod");
-        assert!(matches!(Identity::load_or_create(folder.path()), Err(IdentityError::Exposed { .. })));
+        assert!(matches!(
+            Identity::load_or_create(folder.path()),
+            Err(IdentityError::File(PrivateFileError::Exposed { .. }))
+        ));
     }
 
     #[test]

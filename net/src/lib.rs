@@ -1,8 +1,39 @@
-//! Who a node is.
+//! Who a node is, and how nodes reach each other.
 //!
-//! Today this crate holds a node's identity; the transport between nodes will stand beside it. It knows no engine
-//! and no model.
+//! ```text
+//! secret, identity ─► certificate ─► endpoint (QUIC, mutual TLS) ─► network (whom to dial, who is here)
+//!                                                                       │ Peer
+//!                                        ┌──────────────────────────────┴───────────────────┐
+//!                   control connection: ractor_cluster, behind a sieve       data connection: frames on streams
+//! ```
+//! This crate knows no engine and no model: what frames and messages mean, `exo-actors` knows.
 
+mod addresses;
+mod certificate;
+mod control;
+mod dial;
+mod discovery;
+mod endpoint;
+mod frame;
 mod identity;
+mod link;
+mod network;
+mod peer;
+mod private_file;
+mod secret;
+mod token;
+pub mod wire;
 
-pub use identity::{Identity, IdentityError, NodeId};
+pub use addresses::reachable;
+pub use certificate::{CertificateError, PeerIdError};
+pub use control::{CONTROL_FRAME_BYTES_MAX, ControlStream, Inbox, cluster_name, session_label};
+pub use dial::{DialPolicy, Source};
+pub use endpoint::BindError;
+pub use frame::{Announced, FrameError, FrameReader, FrameWriter, PAYLOAD_BYTES_MAX, Payload, Received, WireType};
+pub use identity::{Identity, IdentityError, NodeId, NodeIdError};
+pub use link::{CREDITS, DataStream, LinkReceiver, LinkSender};
+pub use network::{Discover, Network, NetworkConfig, NetworkError, NetworkEvent};
+pub use peer::{DataConnection, NAME_BYTES_MAX, Pass, Peer, Priority};
+pub use private_file::PrivateFileError;
+pub use secret::{ClusterSecret, SecretError};
+pub use token::{JoinToken, TokenError};

@@ -5,6 +5,7 @@
 
 mod bench;
 mod chat;
+mod drain;
 mod models;
 mod perplexity;
 mod progress;
@@ -13,6 +14,7 @@ mod remote;
 mod run;
 mod session;
 mod status;
+mod token;
 mod up;
 
 use clap::{Parser, Subcommand};
@@ -39,6 +41,10 @@ enum Command {
     Chat(Box<chat::ChatArguments>),
     /// Show what the running node is at
     Status(status::StatusArguments),
+    /// Print what another machine needs to join this one's cluster
+    Token(token::TokenArguments),
+    /// Move the running node's work to others, so that it can be stopped
+    Drain(drain::DrainArguments),
     /// Bring a model's files to this machine
     Pull(pull::PullArguments),
     /// List the models that are known by name
@@ -74,6 +80,8 @@ pub fn main() -> ExitCode {
             Command::Run(arguments) => run::run(*arguments).await,
             Command::Chat(arguments) => chat::run(*arguments).await,
             Command::Status(arguments) => status::run(arguments).await,
+            Command::Token(arguments) => token::run(arguments).await,
+            Command::Drain(arguments) => drain::run(arguments).await,
             Command::Pull(arguments) => pull::run(arguments).await,
             Command::Models(arguments) => models::run(&arguments),
             Command::Bench(arguments) => bench::run(arguments).await,

@@ -29,6 +29,11 @@ impl Remote {
         Ok(serde_json::from_slice(&body)?)
     }
 
+    /// Takes the node out of its cluster; returns when nothing runs on it any more.
+    pub(super) async fn drain(&self) -> anyhow::Result<()> {
+        self.send("POST", "/drain", Bytes::new()).await.map(drop)
+    }
+
     /// Asks for an answer. Dropping it cancels the work.
     pub(super) async fn generate(&self, request: &GenerateRequest) -> anyhow::Result<RemoteAnswer> {
         let body = serde_json::to_vec(request)?;

@@ -4,8 +4,8 @@ use super::progress::Display;
 use super::remote::{Remote, RemoteAnswer};
 use crate::config::data_folder;
 use crate::{
-    DeviceId, Fact, GenerateRequest, Generated, Generation, ModelSpec, Node, NodeBuilder, NodeHandle, Phase, Recipe,
-    State,
+    DeviceId, Fact, GenerateRequest, Generated, Generation, ModelSpec, Node, NodeBuilder, NodeHandle, Phase, Policy,
+    Recipe, Split, State,
 };
 use clap::Args;
 use exo_actors::RunningModel;
@@ -24,6 +24,12 @@ pub(super) struct ModelArguments {
     /// Split the model over this many shards
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) shards: Option<u32>,
+    /// Split the model by hand: nodes' names or ids, and the layers of each, first to last
+    #[arg(long, value_name = "NODE:FIRST-LAST,…", conflicts_with = "shards")]
+    pub(super) split: Option<Split>,
+    /// What the placement is to be good at: latency, throughput or fewest-nodes
+    #[arg(long, value_name = "POLICY", default_value = "latency")]
+    pub(super) policy: Policy,
     /// Threads of each engine of this process [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(super) threads: Option<u32>,
@@ -52,6 +58,8 @@ impl ModelArguments {
             device: self.device.clone().map(DeviceId),
             context_tokens: self.context,
             quantize: self.quantize.or(named.quantize),
+            split: self.split.clone(),
+            policy: self.policy,
             model: named.model,
         }
     }

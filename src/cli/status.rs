@@ -3,7 +3,7 @@
 use super::Outcome;
 use super::remote::Remote;
 use crate::config::data_folder;
-use crate::{InstanceState, Phase, State};
+use crate::{InstanceId, InstanceState, Machine, MemberReport, NodeId, Phase, State};
 use clap::Args;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -36,54 +36,82 @@ pub(super) async fn run(arguments: StatusArguments) -> anyhow::Result<Outcome> {
 
 fn draw(state: &State) -> String {
     let mut out = String::new();
-    let gigabytes = |bytes: Option<u64>| bytes.map_or("?".to_owned(), |bytes| format!("{:.1}", bytes as f64 / 1e9));
-    let machine = &state.machine;
-    let busy = machine.cpu_utilisation.map_or("?".to_owned(), |busy| format!("{:.0} %", busy * 100.0));
-    let (free, total) = (gigabytes(machine.memory_free_bytes), gigabytes(machine.memory_total_bytes));
     // Writing to a string does not fail.
-    let _ = writeln!(out, "node     {}", state.node);
-    let _ = writeln!(out, "memory   {free} of {total} GB free, {} used by this node", gigabytes(machine.process_bytes));
-    let _ = writeln!(out, "cores    {busy} busy");
+    let _ = writeln!(out, "node     {} ({})", state.name, state.node);
+    draw_machine(&mut out, &state.machine);
     for device in &state.devices {
         let _ = writeln!(out, "device   {:12} {} {}, {}", device.id, device.engine, device.tier, device.name);
     }
-    let mut live = state.live().peekable();
+    for (id, member) in &state.members {
+        draw_member(&mut out, state, *id, member);
+    }
+    let elsewhere = state
+        .members
+        .values()
+        .flat_map(|member| member.owned.iter().filter_map(|(id, owned)| Some((*id, owned.state.as_ref()?))));
+    let mut live = state.live().chain(elsewhere).peekable();
     if live.peek().is_none() {
         let _ = writeln!(out, "models   none in memory");
     }
     for (id, instance) in live {
-        let _ = writeln!(
-            out,
-            "model    {} ({})  instance {id}, {}",
-            instance.model.name,
-            instance.model.quantization,
-            phase(instance)
-        );
-        for stage in &instance.placement.stages {
-            let bytes = gigabytes(Some(stage.memory_bytes));
-            let _ = writeln!(
-                out,
-                "         layers {}–{} on {}, {bytes} GB",
-                stage.layers.start,
-                stage.layers.end - 1,
-                stage.device
-            );
-        }
-        let totals = &instance.totals;
-        let _ = writeln!(
-            out,
-            "         {} running, {} waiting, {} of {} pages; {} answered, {} + {} tokens, {} not computed again",
-            instance.requests_running,
-            instance.requests_waiting,
-            instance.pages_used,
-            instance.pages_total,
-            totals.requests,
-            totals.prompt_tokens,
-            totals.generated_tokens,
-            totals.reused_tokens,
-        );
+        draw_instance(&mut out, state, id, instance);
     }
     out
+}
+
+fn gigabytes(bytes: Option<u64>) -> String {
+    bytes.map_or("?".to_owned(), |bytes| format!("{:.1}", bytes as f64 / 1e9))
+}
+
+fn draw_machine(out: &mut String, machine: &Machine) {
+    let busy = machine.cpu_utilisation.map_or("?".to_owned(), |busy| format!("{:.0} %", busy * 100.0));
+    let (free, total) = (gigabytes(machine.memory_free_bytes), gigabytes(machine.memory_total_bytes));
+    let _ = writeln!(out, "memory   {free} of {total} GB free, {} used by this node", gigabytes(machine.process_bytes));
+    let _ = writeln!(out, "cores    {busy} busy");
+}
+
+fn draw_member(out: &mut String, state: &State, id: NodeId, member: &MemberReport) {
+    let rtt = member.links.get(&state.node).map_or("?".to_owned(), |link| format!("{:.1} ms", link.rtt_s * 1e3));
+    let (free, total) = (gigabytes(member.machine.memory_free_bytes), gigabytes(member.machine.memory_total_bytes));
+    let leaving = if member.is_draining { ", leaving" } else { "" };
+    let _ = writeln!(out, "member   {:12} {} {rtt} away, {free} of {total} GB free{leaving}", member.name, id.short());
+    for device in &member.devices {
+        let speed = device.bytes_per_s.map_or(String::new(), |speed| format!(", {:.1} GB/s", speed / 1e9));
+        let report = &device.report;
+        let _ = writeln!(out, "         {:12} {} {}, {}{speed}", report.id, report.engine, report.tier, report.name);
+    }
+}
+
+fn draw_instance(out: &mut String, state: &State, id: InstanceId, instance: &InstanceState) {
+    let (name, quantization) = (&instance.model.name, &instance.model.quantization);
+    let _ = writeln!(out, "model    {name} ({quantization})  instance {id}, {}", phase(instance));
+    for stage in &instance.placement.stages {
+        let bytes = gigabytes(Some(stage.memory_bytes));
+        let (first, last) = (stage.layers.start, stage.layers.end - 1);
+        let on = format!("{} of {}", stage.device, name_of(state, stage.node));
+        let _ = writeln!(out, "         layers {first}–{last} on {on}, {bytes} GB");
+    }
+    let totals = &instance.totals;
+    let _ = writeln!(
+        out,
+        "         {} running, {} waiting, {} of {} pages; {} answered, {} + {} tokens, {} not computed again",
+        instance.requests_running,
+        instance.requests_waiting,
+        instance.pages_used,
+        instance.pages_total,
+        totals.requests,
+        totals.prompt_tokens,
+        totals.generated_tokens,
+        totals.reused_tokens,
+    );
+}
+
+fn name_of(state: &State, node: NodeId) -> String {
+    match state.members.get(&node) {
+        Some(member) => member.name.clone(),
+        None if node == state.node => state.name.clone(),
+        None => node.short(),
+    }
 }
 
 fn phase(instance: &InstanceState) -> String {

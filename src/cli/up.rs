@@ -3,7 +3,9 @@
 use super::Outcome;
 use crate::api::{ApiConfig, SOCKET_NAME, serve};
 use crate::config::data_folder;
-use crate::{ModelSpec, Node};
+use crate::{
+    ClusterSettings, Discover, JoinToken, ModelSpec, Node, NodeBuilder, NodeHandle, PORT_DEFAULT, StartError, WireType,
+};
 use anyhow::Context;
 use clap::Parser;
 use std::net::SocketAddr;
@@ -21,6 +23,7 @@ const UNLOAD_AFTER_DEFAULT: &str = "30m";
 #[command(after_help = "Examples:
   exo-node up
   exo-node up smollm2 --unload-after never
+  exo-node up --join \"$(ssh desktop exo-node token)\"
   exo-node up --api 0.0.0.0:52415 --api-key \"$(openssl rand -hex 24)\"
   curl http://127.0.0.1:52415/v1/chat/completions -d \\
     '{\"model\": \"smollm2\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")]
@@ -39,6 +42,25 @@ pub(super) struct UpArguments {
     /// Memory of all models together, in gigabytes [default: what is free]
     #[arg(long, value_name = "GB")]
     memory: Option<f64>,
+    /// Where other members reach this node (UDP), or `none` to be alone [default: 0.0.0.0:52416, or any port where
+    /// that is taken]
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Option<String>,
+    /// Join the cluster of this token, which `exo-node token` prints on a member; kept for later starts
+    #[arg(long, value_name = "TOKEN", env = "EXO_JOIN", hide_env_values = true)]
+    join: Option<JoinToken>,
+    /// Address of a member, where discovery does not find it
+    #[arg(long = "peer", value_name = "ADDR:PORT")]
+    peers: Vec<SocketAddr>,
+    /// Do not look for members on the local network, and do not tell it of this node
+    #[arg(long)]
+    no_discovery: bool,
+    /// What others call this node [default: the machine's name]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// How activations travel to other machines: f32, or f16 or bf16 for half the bytes and less accuracy
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    wire_dtype: WireType,
     /// Threads of each engine [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
@@ -58,6 +80,9 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     if let Some(threads) = arguments.threads {
         builder = builder.threads(threads as usize);
     }
+    if let Some(name) = &arguments.name {
+        builder = builder.name(name.clone());
+    }
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
     let config = ApiConfig {
         listen: arguments.listen()?,
@@ -67,9 +92,13 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     };
     // From here on a signal is the node's to take.
     let mut terminated = signal(SignalKind::terminate())?;
-    let node = builder.data_dir(&data_dir).start().await?;
+    let node = arguments.start(builder.data_dir(&data_dir)).await?;
     let served = serve(node.clone(), config).await?;
     eprintln!("exo-node {}, node {}", env!("CARGO_PKG_VERSION"), node.id());
+    let state = node.state().await?;
+    for address in &state.addresses {
+        eprintln!("`{}` listens for members on {address}", state.name);
+    }
     if let Some(address) = served.address {
         eprintln!("API on http://{address}/v1");
     }
@@ -95,6 +124,34 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
 }
 
 impl UpArguments {
+    /// Starts the node, as a member of its cluster where it is to be one.
+    async fn start(&self, builder: NodeBuilder) -> anyhow::Result<NodeHandle> {
+        let settings = |listen| ClusterSettings {
+            listen,
+            join: self.join.clone(),
+            peers: self.peers.clone(),
+            discover: if self.no_discovery { Discover::Off } else { Discover::Multicast },
+            wire_type: self.wire_dtype,
+        };
+        let any = SocketAddr::from(([0, 0, 0, 0], PORT_DEFAULT));
+        match self.listen.as_deref() {
+            Some("none") => Ok(builder.start().await?),
+            Some(address) => {
+                let address =
+                    address.parse().with_context(|| format!("--listen {address}: not ADDR:PORT, nor `none`"))?;
+                Ok(builder.cluster(settings(address)).start().await?)
+            }
+            None => match builder.clone().cluster(settings(any)).start().await {
+                // Another node of this machine has it; members find this one by discovery, or tell each other.
+                Err(StartError::Network(_)) => {
+                    let free = SocketAddr::from(([0, 0, 0, 0], 0));
+                    Ok(builder.cluster(settings(free)).start().await?)
+                }
+                started => Ok(started?),
+            },
+        }
+    }
+
     fn listen(&self) -> anyhow::Result<Option<SocketAddr>> {
         match self.api.as_str() {
             "none" => Ok(None),

@@ -4,13 +4,19 @@
 //! tested by properties and by seeded simulation.
 //!
 //! - [`plan`]: model and devices in, placement out;
+//! - [`spec`]: which model is asked for;
+//! - [`desired`]: what is to run, as every member knows it;
+//! - [`members`]: what members tell each other of themselves;
 //! - [`schedule`]: requests and results in, steps and tokens out;
 //! - [`supervise`]: failures in, what to do about them out;
 //! - [`view`]: facts in, the state that people see out.
 
+pub mod desired;
+pub mod members;
 pub mod plan;
 pub mod schedule;
 #[cfg(test)]
 mod simulation;
+pub mod spec;
 pub mod supervise;
 pub mod view;

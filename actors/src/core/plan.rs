@@ -1,12 +1,20 @@
 //! Where a model's layers go.
 //!
-//! An exact search over contiguous ranges: the devices are taken in order, each gets a range, and the split with the
-//! least time per token wins under every device's free memory, KV cache and embeddings counted. A model that fits one
-//! device is not split unless it is asked for.
+//! An exact search over contiguous ranges ([`search`]): the devices stand in order, the fastest first, and of all ways
+//! to give ranges to some of them the best one by the policy wins, under every device's free memory, KV cache and
+//! embeddings counted, and with what each hop between nodes costs. When a node is lost, its ranges go to others and the
+//! rest stays where it is ([`mend`]). All of it is a function of its arguments: a preview is the same call.
+
+mod mend;
+mod search;
+
+pub use mend::{mend, pays_for_itself};
 
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
+use search::{Slot, best_chain, exact_split};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// A device that shards can be put on.
@@ -20,6 +28,84 @@ pub struct Offer {
     pub bytes_per_s: f64,
 }
 
+/// The way between two nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Link {
+    /// There and back.
+    pub rtt_s: f64,
+    /// `None`: not measured yet.
+    pub bytes_per_s: Option<f64>,
+}
+
+/// The ways between nodes, as the first of each pair sees it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Links(pub BTreeMap<(NodeId, NodeId), Link>);
+
+/// A link that was not measured: a home's network.
+const LINK_GUESS: Link = Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) };
+
+impl Links {
+    /// Seconds that `bytes` take from one node to another; nothing within one.
+    pub(super) fn seconds(&self, from: NodeId, to: NodeId, bytes: u64) -> f64 {
+        if from == to {
+            return 0.0;
+        }
+        let link = self.0.get(&(from, to)).or_else(|| self.0.get(&(to, from))).copied().unwrap_or(LINK_GUESS);
+        let bandwidth = link.bytes_per_s.or(LINK_GUESS.bytes_per_s).unwrap_or(f64::INFINITY).max(1.0);
+        link.rtt_s / 2.0 + bytes as f64 / bandwidth
+    }
+}
+
+/// What a placement is to be good at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// The least time per token of one answer.
+    #[default]
+    Latency,
+    /// The most tokens a second of many answers: the slowest shard is as fast as it can be.
+    Throughput,
+    /// As few machines as can hold it.
+    FewestNodes,
+}
+
+impl std::str::FromStr for Policy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "latency" => Ok(Self::Latency),
+            "throughput" => Ok(Self::Throughput),
+            "fewest-nodes" => Ok(Self::FewestNodes),
+            other => Err(format!("`{other}`: one of latency, throughput, fewest-nodes")),
+        }
+    }
+}
+
+/// A split by hand: whose, and which layers, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Split(pub Vec<(String, Range<usize>)>);
+
+/// `laptop:0-11,desktop:12-29`: names or ids of nodes, first and last layer.
+impl std::str::FromStr for Split {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let part = |part: &str| {
+            let (node, layers) = part.rsplit_once(':')?;
+            let (first, last) = layers.split_once('-').unwrap_or((layers, layers));
+            let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+            let is_range = !node.is_empty() && first <= last && last < LAYERS_MAX;
+            is_range.then(|| (node.to_owned(), first..last + 1))
+        };
+        let parts: Option<Vec<_>> = text.split(',').map(|text| part(text.trim())).collect();
+        parts.map(Self).ok_or_else(|| format!("`{text}`: not NODE:FIRST-LAST,NODE:FIRST-LAST"))
+    }
+}
+
+/// No model has more.
+const LAYERS_MAX: usize = 4096;
+
 /// What a model needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Demand {
@@ -32,15 +118,19 @@ pub struct Demand {
     /// The head and the final norm, on the last shard; where it is the embedding, a model that is not split has it once.
     pub head_bytes: u64,
     pub ties_embeddings: bool,
+    /// A row between two shards.
+    pub row_bytes: u64,
 }
 
 /// How many shards.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ShardCount {
     /// One, if it fits somewhere; else as few as fit.
     Automatic,
     /// This many: distinct nodes first, then distinct devices, then the same device several times.
     Exactly(usize),
+    /// As someone wants it: ranges with the nodes that they go to, each to its fastest device.
+    ByHand(Vec<(NodeId, Range<usize>)>),
 }
 
 /// One shard of a placement.
@@ -68,6 +158,10 @@ pub enum PlanError {
     DoesNotFit { needed_bytes: u64, free_bytes: u64, missing_bytes: u64 },
     #[error("{shards} shards of a model of {layers} layers")]
     TooManyShards { shards: usize, layers: usize },
+    #[error("the split does not cover the model's {layers} layers once, in order")]
+    BadSplit { layers: usize },
+    #[error("no node is called `{node}`")]
+    NoSuchNode { node: String },
 }
 
 impl Demand {
@@ -101,23 +195,29 @@ impl Demand {
 ///
 /// # Errors
 /// [`PlanError`] with what is missing.
-pub fn place(demand: &Demand, offers: &[Offer], shards: ShardCount) -> Result<Placement, PlanError> {
+pub fn place(
+    demand: &Demand,
+    offers: &[Offer],
+    links: &Links,
+    shards: &ShardCount,
+    policy: Policy,
+) -> Result<Placement, PlanError> {
     if offers.is_empty() {
         return Err(PlanError::NoDevice);
     }
     let layers = demand.layers();
     let ordered = in_order(offers);
-    let counts = match shards {
-        ShardCount::Exactly(count) if count == 0 || count > layers => {
-            return Err(PlanError::TooManyShards { shards: count, layers });
+    let stages = match shards {
+        ShardCount::Exactly(count) if *count == 0 || *count > layers => {
+            return Err(PlanError::TooManyShards { shards: *count, layers });
         }
-        ShardCount::Exactly(count) => count..count + 1,
-        ShardCount::Automatic => 1..layers.min(offers.len()) + 1,
+        ShardCount::Exactly(1) => whole(demand, &ordered),
+        ShardCount::Exactly(count) => exactly(demand, &ordered, *count),
+        ShardCount::Automatic => best_chain(demand, &ordered, links, policy),
+        ShardCount::ByHand(parts) => by_hand(demand, &ordered, parts)?,
     };
-    for count in counts {
-        if let Some(placement) = best_of(demand, &ordered, count) {
-            return Ok(placement);
-        }
+    if let Some(stages) = stages {
+        return Ok(Placement { stages });
     }
     let needed_bytes = demand.memory_bytes(&(0..layers));
     let free_bytes = offers.iter().map(|offer| offer.free_bytes).sum();
@@ -126,10 +226,24 @@ pub fn place(demand: &Demand, offers: &[Offer], shards: ShardCount) -> Result<Pl
     Err(PlanError::DoesNotFit { needed_bytes, free_bytes, missing_bytes })
 }
 
+/// Seconds that a token of one answer takes through a placement, the way back to the head included.
+pub fn token_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], links: &Links) -> f64 {
+    let stages = &placement.stages;
+    let speed = |stage: &Stage| offers.iter().find(|offer| (offer.node, &offer.device) == (stage.node, &stage.device));
+    let compute: f64 = stages
+        .iter()
+        .map(|stage| speed(stage).map_or(f64::INFINITY, |offer| demand.seconds(&stage.layers, offer)))
+        .sum();
+    let hops = stages.windows(2).map(|pair| links.seconds(pair[0].node, pair[1].node, demand.row_bytes));
+    let back = stages.first().zip(stages.last()).map_or(0.0, |(first, last)| links.seconds(last.node, first.node, 0));
+    compute + hops.sum::<f64>() + back
+}
+
 /// Each node's fastest device first, then each node's second, and so on.
 fn in_order(offers: &[Offer]) -> Vec<&Offer> {
     let mut by_speed: Vec<&Offer> = offers.iter().collect();
-    by_speed.sort_by(|a, b| b.bytes_per_s.total_cmp(&a.bytes_per_s).then(a.device.cmp(&b.device)));
+    // Stable: of equals, those that were offered first.
+    by_speed.sort_by(|a, b| b.bytes_per_s.total_cmp(&a.bytes_per_s));
     let mut ranked: Vec<(usize, &Offer)> = Vec::new();
     for offer in by_speed {
         let rank = ranked.iter().filter(|(_, other)| other.node == offer.node).count();
@@ -139,17 +253,18 @@ fn in_order(offers: &[Offer]) -> Vec<&Offer> {
     ranked.into_iter().map(|(_, offer)| offer).collect()
 }
 
-/// The best split into `count` shards. One shard goes to the fastest device that has room; several go to devices in
-/// order, and over again where there are more shards than devices.
-fn best_of(demand: &Demand, ordered: &[&Offer], count: usize) -> Option<Placement> {
-    let layers = demand.layers();
-    if count == 1 {
-        let whole = 0..layers;
-        let needed = demand.memory_bytes(&whole);
-        let fits = ordered.iter().filter(|offer| offer.free_bytes >= needed);
-        let offer = fits.max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s))?;
-        return Some(Placement { stages: vec![stage(demand, offer, whole)] });
-    }
+/// The whole model on the fastest device that has room.
+fn whole(demand: &Demand, ordered: &[&Offer]) -> Option<Vec<Stage>> {
+    let whole = 0..demand.layers();
+    let needed = demand.memory_bytes(&whole);
+    let mut fits = ordered.iter().filter(|offer| offer.free_bytes >= needed);
+    let first = fits.next()?;
+    let offer = fits.fold(first, |best, offer| if offer.bytes_per_s > best.bytes_per_s { offer } else { best });
+    Some(vec![stage(demand, offer, whole)])
+}
+
+/// The best split into `count` shards: over devices in order, and over again where there are more shards than devices.
+fn exactly(demand: &Demand, ordered: &[&Offer], count: usize) -> Option<Vec<Stage>> {
     let slots: Vec<Slot<'_>> = (0..count)
         .map(|index| {
             let offer = ordered[index % ordered.len()];
@@ -157,79 +272,38 @@ fn best_of(demand: &Demand, ordered: &[&Offer], count: usize) -> Option<Placemen
             Slot { offer, free_bytes: offer.free_bytes / sharers }
         })
         .collect();
-    let ranges = split(demand, &slots)?;
-    let stages = ranges.into_iter().zip(&slots).map(|(range, slot)| stage(demand, slot.offer, range));
-    Some(Placement { stages: stages.collect() })
+    let ranges = exact_split(demand, &slots)?;
+    Some(ranges.into_iter().zip(&slots).map(|(range, slot)| stage(demand, slot.offer, range)).collect())
 }
 
-/// A place for one shard: a device, or a share of one.
-struct Slot<'a> {
-    offer: &'a Offer,
-    free_bytes: u64,
-}
-
-/// What a split costs: the time of a token, then, of equals, the slowest shard's.
-#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
-struct Cost {
-    total_s: f64,
-    slowest_s: f64,
-}
-
-/// The cheapest ranges, one for each slot, in order; dynamic programming over (slot, first layer not yet placed).
-fn split(demand: &Demand, slots: &[Slot<'_>]) -> Option<Vec<Range<usize>>> {
-    let layers = demand.layers();
-    // best[slot][end]: cost of layers 0..end over the slots up to `slot`, and where the slot's range starts.
-    let mut best: Vec<Vec<Option<(Cost, usize)>>> = Vec::new();
-    for (index, slot) in slots.iter().enumerate() {
-        // Every slot before and behind has a layer at least.
-        let ends = index + 1..=layers - (slots.len() - 1 - index);
-        let before = best.last();
-        let row = (0..=layers).map(|end| match ends.contains(&end) {
-            true => cheapest_to(demand, slot, before.map(Vec::as_slice), index..end),
-            false => None,
-        });
-        best.push(row.collect());
-    }
-    let mut ranges = Vec::new();
-    let mut end = layers;
-    for row in best.iter().rev() {
-        let (_, start) = row[end]?;
-        ranges.push(start..end);
-        end = start;
-    }
-    ranges.reverse();
-    Some(ranges)
-}
-
-/// The cheapest way to have layers 0..`starts.end` placed with `slot` as the last, whose range starts in `starts`.
-fn cheapest_to(
+fn by_hand(
     demand: &Demand,
-    slot: &Slot<'_>,
-    before: Option<&[Option<(Cost, usize)>]>,
-    starts: Range<usize>,
-) -> Option<(Cost, usize)> {
-    let end = starts.end;
-    let mut best: Option<(Cost, usize)> = None;
-    for start in starts {
-        let before = match before {
-            Some(row) => row[start].map(|(cost, _)| cost),
-            None => (start == 0).then_some(Cost { total_s: 0.0, slowest_s: 0.0 }),
-        };
-        let range = start..end;
-        let Some(before) = before.filter(|_| demand.memory_bytes(&range) <= slot.free_bytes) else { continue };
-        let seconds = demand.seconds(&range, slot.offer);
-        let cost = Cost { total_s: before.total_s + seconds, slowest_s: before.slowest_s.max(seconds) };
-        if best.is_none_or(|(other, _)| cheaper(cost, other)) {
-            best = Some((cost, start));
+    ordered: &[&Offer],
+    parts: &[(NodeId, Range<usize>)],
+) -> Result<Option<Vec<Stage>>, PlanError> {
+    let layers = demand.layers();
+    let mut end = 0;
+    let mut stages: Vec<Stage> = Vec::new();
+    for (node, range) in parts {
+        if range.start != end || range.is_empty() || range.end > layers {
+            return Err(PlanError::BadSplit { layers });
         }
+        end = range.end;
+        let needed = demand.memory_bytes(range);
+        let taken = |offer: &Offer| -> u64 {
+            let here = stages.iter().filter(|stage| (stage.node, &stage.device) == (offer.node, &offer.device));
+            here.map(|stage| stage.memory_bytes).sum()
+        };
+        let of_node = ordered.iter().filter(|offer| offer.node == *node);
+        let Some(offer) = of_node.into_iter().find(|offer| offer.free_bytes >= needed + taken(offer)) else {
+            return match ordered.iter().any(|offer| offer.node == *node) {
+                true => Ok(None),
+                false => Err(PlanError::NoSuchNode { node: node.to_string() }),
+            };
+        };
+        stages.push(stage(demand, offer, range.clone()));
     }
-    best
-}
-
-/// Sums of the same terms in another order differ in the last bits: those are equals.
-fn cheaper(a: Cost, b: Cost) -> bool {
-    let margin = 1e-9 * b.total_s.abs();
-    a.total_s < b.total_s - margin || (a.total_s <= b.total_s + margin && a.slowest_s < b.slowest_s)
+    if end == layers { Ok(Some(stages)) } else { Err(PlanError::BadSplit { layers }) }
 }
 
 fn stage(demand: &Demand, offer: &Offer, layers: Range<usize>) -> Stage {
@@ -252,6 +326,7 @@ mod tests {
             embedding_bytes: ends,
             head_bytes: ends,
             ties_embeddings: true,
+            row_bytes: 16,
         }
     }
 
@@ -266,9 +341,17 @@ mod tests {
         free.iter().enumerate().map(offer).collect()
     }
 
+    fn automatic(demand: &Demand, offers: &[Offer]) -> Result<Placement, PlanError> {
+        place(demand, offers, &Links::default(), &ShardCount::Automatic, Policy::Latency)
+    }
+
+    fn exact(demand: &Demand, offers: &[Offer], count: usize) -> Result<Placement, PlanError> {
+        place(demand, offers, &Links::default(), &ShardCount::Exactly(count), Policy::Latency)
+    }
+
     #[test]
     fn a_model_that_fits_one_device_is_not_split() {
-        let placement = place(&demand(vec![10; 8], 5), &offers(&[(200, 1.0), (200, 2.0)]), ShardCount::Automatic);
+        let placement = automatic(&demand(vec![10; 8], 5), &offers(&[(200, 1.0), (200, 2.0)]));
         let stages = placement.expect("it fits").stages;
         assert_eq!(stages.len(), 1);
         assert_eq!(stages[0].device.0, "gpu:1");
@@ -277,18 +360,18 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named() {
-        let missing = place(&demand(vec![10; 8], 5), &offers(&[(40, 1.0), (20, 1.0)]), ShardCount::Automatic);
+        let missing = automatic(&demand(vec![10; 8], 5), &offers(&[(40, 1.0), (20, 1.0)]));
         let expected = PlanError::DoesNotFit { needed_bytes: 93, free_bytes: 60, missing_bytes: 33 };
         assert_eq!(missing, Err(expected));
-        assert_eq!(place(&demand(vec![1], 0), &[], ShardCount::Automatic), Err(PlanError::NoDevice));
+        assert_eq!(automatic(&demand(vec![1], 0), &[]), Err(PlanError::NoDevice));
     }
 
     #[test]
     fn shards_on_one_device_are_even() {
-        let placement = place(&demand(vec![10; 30], 0), &offers(&[(1000, 1.0)]), ShardCount::Exactly(3));
+        let placement = exact(&demand(vec![10; 30], 0), &offers(&[(1000, 1.0)]), 3);
         let ranges: Vec<_> = placement.expect("it fits").stages.into_iter().map(|stage| stage.layers).collect();
         assert_eq!(ranges, [0..10, 10..20, 20..30]);
-        let too_many = place(&demand(vec![10; 3], 0), &offers(&[(1000, 1.0)]), ShardCount::Exactly(4));
+        let too_many = exact(&demand(vec![10; 3], 0), &offers(&[(1000, 1.0)]), 4);
         assert_eq!(too_many, Err(PlanError::TooManyShards { shards: 4, layers: 3 }));
     }
 
@@ -325,7 +408,7 @@ mod tests {
             };
             let splits = all_splits(demand.layers(), count);
             let cheapest = splits.iter().filter_map(|split| cost(split)).min_by(f64::total_cmp);
-            match place(&demand, &offers, ShardCount::Exactly(count)) {
+            match exact(&demand, &offers, count) {
                 Err(_) => prop_assert_eq!(cheapest, None),
                 Ok(placement) => {
                     let ranges: Vec<_> = placement.stages.iter().map(|stage| stage.layers.clone()).collect();

@@ -114,6 +114,11 @@ impl Schedule {
         self.pages.used()
     }
 
+    /// The pipeline has another number of stages now; nothing is in flight.
+    pub fn set_steps_in_flight(&mut self, steps: usize) {
+        self.limits.steps_in_flight = steps;
+    }
+
     pub fn steps_in_flight(&self) -> usize {
         self.in_flight.len()
     }

@@ -2,11 +2,13 @@
 //!
 //! Subscribers get the state once and then the facts; applying these gives them the same state that the node has.
 
+use super::members::MemberReport;
 use super::plan::Placement;
 use exo_engines::engine::DeviceReport;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 /// One running or starting model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -23,12 +25,43 @@ impl std::fmt::Display for InstanceId {
 pub enum Fact {
     DeviceFound(DeviceReport),
     MachineMeasured(Machine),
-    InstancePlaced { instance: InstanceId, model: Model, placement: Placement },
-    ShardLoading { instance: InstanceId, stage: usize, loaded_bytes: u64, total_bytes: u64 },
-    InstanceReady { instance: InstanceId, epoch: u64 },
-    ShardFailed { instance: InstanceId, stage: usize, error: String },
-    InstanceStopped { instance: InstanceId, error: Option<String> },
-    RequestsChanged { instance: InstanceId, load: Load, totals: Totals },
+    InstancePlaced {
+        instance: InstanceId,
+        model: Model,
+        placement: Placement,
+    },
+    ShardLoading {
+        instance: InstanceId,
+        stage: usize,
+        loaded_bytes: u64,
+        total_bytes: u64,
+    },
+    InstanceReady {
+        instance: InstanceId,
+        epoch: u64,
+    },
+    ShardFailed {
+        instance: InstanceId,
+        stage: usize,
+        error: String,
+    },
+    InstanceStopped {
+        instance: InstanceId,
+        error: Option<String>,
+    },
+    RequestsChanged {
+        instance: InstanceId,
+        load: Load,
+        totals: Totals,
+    },
+    /// Another member has told of itself.
+    MemberReported {
+        node: NodeId,
+        report: Box<MemberReport>,
+    },
+    MemberGone {
+        node: NodeId,
+    },
 }
 
 /// What is run.
@@ -111,9 +144,16 @@ pub struct InstanceState {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
     pub node: NodeId,
+    /// As its user calls it.
+    pub name: String,
+    /// Where others reach it; none where it is alone.
+    pub addresses: Vec<SocketAddr>,
     pub devices: Vec<DeviceReport>,
     pub machine: Machine,
+    /// Those whose head is on this node.
     pub instances: BTreeMap<InstanceId, InstanceState>,
+    /// The other members that are here, with the instances whose heads they have.
+    pub members: BTreeMap<NodeId, MemberReport>,
     /// Facts applied so far.
     pub version: u64,
 }
@@ -123,8 +163,18 @@ const STOPPED_KEPT: usize = 16;
 
 impl State {
     /// The state before any fact.
-    pub fn new(node: NodeId) -> Self {
-        Self { node, devices: Vec::new(), machine: Machine::default(), instances: BTreeMap::new(), version: 0 }
+    pub fn new(node: NodeId, name: String, addresses: Vec<SocketAddr>) -> Self {
+        let (devices, machine) = (Vec::new(), Machine::default());
+        Self {
+            node,
+            name,
+            addresses,
+            devices,
+            machine,
+            instances: BTreeMap::new(),
+            members: BTreeMap::new(),
+            version: 0,
+        }
     }
 
     /// Instances that have not stopped.
@@ -157,6 +207,8 @@ impl State {
                 self.change(*instance, |state| state.phase = Phase::Stopped { error: error.clone() });
                 self.forget_old();
             }
+            Fact::MemberReported { node, report } => drop(self.members.insert(*node, MemberReport::clone(report))),
+            Fact::MemberGone { node } => drop(self.members.remove(node)),
             Fact::RequestsChanged { instance, load, totals } => self.change(*instance, |state| {
                 state.requests_running = load.running;
                 state.requests_waiting = load.waiting;
@@ -174,6 +226,13 @@ impl State {
     }
 
     fn placed(&mut self, instance: InstanceId, model: &Model, placement: &Placement) {
+        let known = self.instances.get_mut(&instance);
+        if let Some(state) = known.filter(|state| !matches!(state.phase, Phase::Stopped { .. })) {
+            // It goes on elsewhere, and serves where it is until then.
+            state.placement = placement.clone();
+            state.loading.clear();
+            return;
+        }
         let state = InstanceState {
             model: model.clone(),
             placement: placement.clone(),
@@ -216,7 +275,7 @@ mod tests {
     #[test]
     fn facts_tell_an_instance_s_life() {
         let node = exo_net::Identity::ephemeral().expect("random bytes").node_id();
-        let mut state = State::new(node);
+        let mut state = State::new(node, "here".to_owned(), Vec::new());
         let instance = InstanceId(1);
         let phase = |state: &State| state.instances[&instance].phase.clone();
         state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });

@@ -3,7 +3,7 @@
 use exo_engines::format::FormatError;
 use std::path::PathBuf;
 
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum ModelError {
     #[error("no model is called `{model}`, and no file or folder is there")]

@@ -23,6 +23,7 @@ pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
             .collect(),
         embedding_bytes: bytes_of(&|role| *role == Role::TokenEmbedding),
         head_bytes: bytes_of(&|role| *role == Role::Output),
+        row_bytes: (architecture.hidden * size_of::<f32>()) as u64,
         ties_embeddings: place(Role::Output) == place(Role::TokenEmbedding),
     }
 }

@@ -3,7 +3,7 @@
 use crate::fake;
 use crate::hub::{Hub, Shelf, sha256};
 use exo_actors::models::{ModelError, ModelsConfig, Origin, Progress};
-use exo_actors::{ModelSpec, NodeConfig, NodeHandle, PlannerLimits, RequestError};
+use exo_actors::{ModelSpec, NodeConfig, NodeHandle, PlannerLimits, RequestError, WireType};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -53,9 +53,17 @@ impl Client {
         change(&mut models);
         let id = exo_net::Identity::ephemeral().expect("random bytes").node_id();
         let factories = vec![Arc::new(exo_engines::cpu::CpuFactory::new(1)) as Arc<_>];
-        let node = exo_actors::start(NodeConfig { id, factories, models, limits: PlannerLimits::default() })
-            .await
-            .expect("the node starts");
+        let node = exo_actors::start(NodeConfig {
+            name: "test".to_owned(),
+            wire_type: WireType::F32,
+            joined: None,
+            id,
+            factories,
+            models,
+            limits: PlannerLimits::default(),
+        })
+        .await
+        .expect("the node starts");
         Self { node, progress, cache: cache.to_owned() }
     }
 

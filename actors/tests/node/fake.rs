@@ -4,7 +4,9 @@
 //! computed right.
 
 use exo_actors::models::ModelsConfig;
-use exo_actors::{GenerateRequest, Generated, ModelSpec, NodeConfig, NodeHandle, PlannerLimits, Prompt, RequestError};
+use exo_actors::{
+    GenerateRequest, Generated, ModelSpec, NodeConfig, NodeHandle, PlannerLimits, Prompt, RequestError, WireType,
+};
 use exo_engines::decoder::PageTable;
 use exo_engines::engine::*;
 use exo_engines::model::WeightSource;
@@ -268,6 +270,9 @@ impl World {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let model = tiny_model(folder.path());
         let config = NodeConfig {
+            name: "test".to_owned(),
+            wire_type: WireType::F32,
+            joined: None,
             id: exo_net::Identity::ephemeral().expect("random bytes").node_id(),
             factories,
             models: ModelsConfig {

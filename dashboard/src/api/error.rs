@@ -64,6 +64,11 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "model_not_found", message).about("model")
     }
 
+    /// 403: what only the owner may ask, over the socket.
+    pub(super) fn owner_only() -> Self {
+        Self::new(StatusCode::FORBIDDEN, "owner_only", "only the node's owner may do that, over its socket")
+    }
+
     fn about(mut self, param: &str) -> Self {
         self.detail.param = Some(param.to_owned());
         self
@@ -80,7 +85,9 @@ impl From<RequestError> for ApiError {
         let with = |status, code| Self::new(status, code, message.clone());
         match &error {
             RequestError::Model(error) => model_error(error, &message),
-            RequestError::Plan(PlanError::TooManyShards { .. }) => with(StatusCode::BAD_REQUEST, "invalid_value"),
+            RequestError::Plan(
+                PlanError::TooManyShards { .. } | PlanError::BadSplit { .. } | PlanError::NoSuchNode { .. },
+            ) => with(StatusCode::BAD_REQUEST, "invalid_value"),
             RequestError::Plan(_) => with(StatusCode::SERVICE_UNAVAILABLE, "insufficient_memory"),
             RequestError::NoDevice { .. } => with(StatusCode::BAD_REQUEST, "no_such_device"),
             RequestError::Params(error) => with(StatusCode::BAD_REQUEST, "invalid_value").about(error.field),
@@ -92,7 +99,9 @@ impl From<RequestError> for ApiError {
             }
             RequestError::Overloaded { .. } => with(StatusCode::TOO_MANY_REQUESTS, "overloaded"),
             RequestError::Crowded { .. } => with(StatusCode::SERVICE_UNAVAILABLE, "model_crowded_out"),
-            RequestError::NotReady | RequestError::ShuttingDown => with(StatusCode::SERVICE_UNAVAILABLE, "not_ready"),
+            RequestError::NotReady | RequestError::ShuttingDown | RequestError::Moved => {
+                with(StatusCode::SERVICE_UNAVAILABLE, "not_ready")
+            }
             _ => with(StatusCode::INTERNAL_SERVER_ERROR, "engine_failed"),
         }
     }

@@ -72,6 +72,7 @@ fn router(api: Api) -> Router {
         .route("/v1/models", get(openai::models))
         .route("/v1/models/{*model}", get(openai::model))
         .route("/generate", post(native::generate))
+        .route("/drain", post(native::drain))
         .route("/health", get(state::health))
         .route("/state", get(state::state))
         .route("/metrics", get(metrics::metrics))

@@ -3,12 +3,14 @@
 
 use super::body::{Body, FromBody, read_json};
 use super::{Api, ApiError, ErrorDetail, Reach};
+use axum::Json;
 use axum::body::{Body as Stream, Bytes};
 use axum::extract::State;
 use axum::response::Response;
 use exo_actors::{GenerateRequest, Generated};
 use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use std::convert::Infallible;
 
 /// What a node's socket is called in its data folder.
@@ -21,6 +23,15 @@ pub enum Line {
     Event(Generated),
     /// The last line, where the answer broke off.
     Error(ErrorDetail),
+}
+
+/// Takes the node out of its cluster; answers when nothing runs on it any more. Its owner's to ask.
+pub(super) async fn drain(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
+    if api.reach == Reach::Network {
+        return Err(ApiError::owner_only());
+    }
+    api.node.drain().await?;
+    Ok(Json(json!({ "status": "drained" })))
 }
 
 impl FromBody for GenerateRequest {

@@ -35,7 +35,7 @@ impl EngineFactory for CandleFactory {
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
         match device.0.as_str() {
             Self::DEVICE => Ok(Box::new(DecoderEngine::new(CandleBackend::new(Device::Cpu)))),
-            other => Err(EngineError::NoDevice { engine: self.name(), device: other.to_owned() }),
+            other => Err(EngineError::NoDevice { engine: self.name().to_owned(), device: other.to_owned() }),
         }
     }
 }

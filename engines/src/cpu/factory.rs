@@ -46,7 +46,7 @@ impl EngineFactory for CpuFactory {
 
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
         if device.0 != Self::DEVICE {
-            return Err(EngineError::NoDevice { engine: self.name(), device: device.0.clone() });
+            return Err(EngineError::NoDevice { engine: self.name().to_owned(), device: device.0.clone() });
         }
         let backend = CpuBackend::new(self.threads, self.tier)?;
         Ok(Box::new(DecoderEngine::new(backend)))

@@ -38,7 +38,7 @@ impl<B: Backend> ShardWeights<B> {
 pub(super) fn check_spec(shard: &ShardSpec) -> Result<(), EngineError> {
     if shard.tensor.of != 1 {
         return Err(EngineError::Unsupported {
-            engine: "decoder",
+            engine: "decoder".to_owned(),
             what: format!("rank {} of {} of a layer", shard.tensor.rank, shard.tensor.of),
         });
     }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// Why a model's files could not be read. Every variant names the thing; [`FormatError::remedy`] says what to do.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum FormatError {
     #[error("{path}: {reason}")]
@@ -25,7 +25,7 @@ pub enum FormatError {
     #[error("{path}: `{key}` {what}")]
     BadConfig { path: PathBuf, key: String, what: String },
     #[error("{path}: its weights are {quantization} already, and are not quantised again to {recipe}")]
-    AlreadyQuantised { path: PathBuf, quantization: String, recipe: &'static str },
+    AlreadyQuantised { path: PathBuf, quantization: String, recipe: String },
     #[error("{path}: no tokenizer in it")]
     NoTokenizer { path: PathBuf },
     #[error("{path}: tokenizer: {what}")]

@@ -78,7 +78,7 @@ impl ModelFiles {
     pub fn quantised(mut self, recipe: Recipe) -> Result<Self, FormatError> {
         if !self.weights.quantise(recipe) {
             let Self { path, quantization, .. } = self;
-            return Err(FormatError::AlreadyQuantised { path, quantization, recipe: recipe.name() });
+            return Err(FormatError::AlreadyQuantised { path, quantization, recipe: recipe.name().to_owned() });
         }
         self.quantization = recipe.name().to_uppercase();
         Ok(self)

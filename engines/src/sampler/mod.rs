@@ -36,7 +36,7 @@ pub struct Sampled {
 }
 
 /// Why no token could be drawn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum SampleError {
     #[error("sequence {} has no open sampler", .0.0)]
     NotOpen(SeqId),

@@ -1,0 +1,285 @@
+//! Cluster: the members that are here.
+//!
+//! - owns: the network, ractor_cluster's server and the one actor that members can reach, each peer's session;
+//! - receives: peers that come and go, what they say, the streams that they open;
+//! - emits: ways to peers (`post.rs`); what they say, to whom it concerns; links and requests;
+//! - dies when: the node stops;
+//! - supervised by: the node.
+//!
+//! ```text
+//! Network ─PeerUp─► session of ractor_cluster over its control stream ─ready─► Post::connect, NodeUp
+//!                   data connection ─streams─► links.rs, gateway
+//! Network ─PeerDown─► Post::disconnect, NodeDown
+//! ```
+
+mod sessions;
+
+use crate::control::{Control, ControlArgs, ControlMsg, Heard, Senders};
+use crate::core::plan::Link;
+use crate::gateway::GatewayMsg;
+use crate::links::{self, Switchboard};
+use crate::outlet::Outlet;
+use crate::planner::{PlannerMsg, PlannerRef};
+use crate::post::{Line, Post};
+use crate::protocol::{ControlMessage, DataHello};
+use exo_net::{DataConnection, DataStream, Inbox, Network, NetworkEvent, NodeId, Pass, Peer};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::{NodeServerMessage, RactorMessage};
+use sessions::{SessionEvent, SessionRef};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+pub(crate) type ClusterRef = ActorRef<ClusterMsg>;
+
+/// How often links are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// From a peer to its session: what takes longer does not come.
+const SESSION_DEADLINE: Duration = Duration::from_secs(5);
+/// From a stream to its first frame.
+const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, RactorMessage)]
+pub(crate) enum ClusterMsg {
+    Network(NetworkEvent),
+    Session(SessionEvent),
+    Heard(Heard),
+    Look,
+}
+
+#[derive(Debug)]
+pub(crate) struct ClusterArgs {
+    pub own: NodeId,
+    pub network: Network,
+    pub events: mpsc::Receiver<NetworkEvent>,
+    /// What ractor_cluster's sessions ask of each other.
+    pub cookie: String,
+    pub post: Post,
+    pub board: Switchboard,
+    pub planner: PlannerRef,
+    pub gateway: ActorRef<GatewayMsg>,
+    /// For this node's other actors.
+    pub deliver: Outlet<Heard>,
+}
+
+#[derive(Debug)]
+pub(crate) struct ClusterState {
+    own: NodeId,
+    network: Network,
+    post: Post,
+    board: Switchboard,
+    planner: PlannerRef,
+    gateway: ActorRef<GatewayMsg>,
+    deliver: Outlet<Heard>,
+    senders: Senders,
+    server: ActorRef<NodeServerMessage>,
+    peers: BTreeMap<NodeId, Present>,
+    /// Sessions of ractor_cluster that have not ended, by label; and who waits for one to end.
+    sessions: BTreeMap<NodeId, Vec<(u64, SessionRef)>>,
+    waiting: BTreeMap<NodeId, Box<Peer>>,
+}
+
+/// A peer that is here.
+#[derive(Debug)]
+struct Present {
+    session: u64,
+    pass: Pass,
+    expects: Pass,
+    data: DataConnection,
+    since: Instant,
+    is_ready: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Cluster;
+
+impl Actor for Cluster {
+    type Msg = ClusterMsg;
+    type State = ClusterState;
+    type Arguments = ClusterArgs;
+
+    async fn pre_start(&self, myself: ClusterRef, args: ClusterArgs) -> Result<ClusterState, ActorProcessingErr> {
+        let ClusterArgs { own, network, mut events, cookie, post, board, planner, gateway, deliver } = args;
+        let senders = Senders::default();
+        let control = ControlArgs { senders: senders.clone(), heard: Outlet::to(&myself, ClusterMsg::Heard) };
+        Control::spawn_linked(None, Control, control, myself.get_cell()).await?;
+        let server = sessions::start(own, cookie, &myself).await?;
+        let cluster = myself.clone();
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                if cluster.send_message(ClusterMsg::Network(event)).is_err() {
+                    return;
+                }
+            }
+        });
+        myself.send_interval(LOOK_EVERY, || ClusterMsg::Look);
+        Ok(ClusterState {
+            own,
+            network,
+            post,
+            board,
+            planner,
+            gateway,
+            deliver,
+            senders,
+            server,
+            peers: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+        })
+    }
+
+    async fn post_stop(&self, _: ClusterRef, state: &mut ClusterState) -> Result<(), ActorProcessingErr> {
+        state.network.stop().await;
+        Ok(())
+    }
+
+    async fn handle(
+        &self,
+        _: ClusterRef,
+        message: ClusterMsg,
+        state: &mut ClusterState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            ClusterMsg::Network(NetworkEvent::PeerUp(peer)) => state.on_up(peer),
+            ClusterMsg::Network(NetworkEvent::PeerDown { id, session, reason }) => state.on_down(id, session, &reason),
+            ClusterMsg::Session(event) => state.on_session(event),
+            ClusterMsg::Heard(heard) => state.on_heard(heard),
+            ClusterMsg::Look => state.look(),
+        }
+        Ok(())
+    }
+}
+
+impl ClusterState {
+    fn on_up(&mut self, peer: Box<Peer>) {
+        let id = peer.id;
+        if self.sessions.get(&id).is_some_and(|sessions| !sessions.is_empty()) {
+            // ractor_cluster would have to choose between two of one name: the old one ends first.
+            self.waiting.insert(id, peer);
+            return self.end_sessions(id);
+        }
+        self.open_session(*peer);
+    }
+
+    fn open_session(&mut self, peer: Peer) {
+        let Peer { id, session, is_dialled, control, inbox, pass, expects, data, .. } = peer;
+        self.senders.admit(expects, id, Inbox::clone(&inbox));
+        let present = Present { session, pass, expects, data, since: Instant::now(), is_ready: false };
+        self.peers.insert(id, present);
+        let opened = NodeServerMessage::ConnectionOpenedExternal { stream: Box::new(control), is_server: !is_dialled };
+        // A server that is gone takes the node with it.
+        let _ = self.server.cast(opened);
+    }
+
+    fn end_sessions(&self, id: NodeId) {
+        for (_, session) in self.sessions.get(&id).into_iter().flatten() {
+            session.kill();
+        }
+    }
+
+    fn on_down(&mut self, id: NodeId, session: u64, reason: &str) {
+        if self.waiting.get(&id).is_some_and(|peer| peer.session == session) {
+            self.waiting.remove(&id);
+        }
+        if self.peers.get(&id).is_none_or(|present| present.session != session) {
+            return;
+        }
+        let Some(present) = self.peers.remove(&id) else { return };
+        self.senders.dismiss(present.expects);
+        self.post.disconnect(id);
+        self.end_sessions(id);
+        if present.is_ready {
+            tracing::warn!(peer = %id, reason, "a member is gone");
+            let _ = self.planner.send_message(PlannerMsg::NodeDown(id));
+        }
+    }
+
+    fn on_session(&mut self, event: SessionEvent) {
+        match event {
+            SessionEvent::Opened { id, session, actor } => self.sessions.entry(id).or_default().push((session, actor)),
+            SessionEvent::Ready { id, session, control } => self.on_ready(id, session, control),
+            SessionEvent::Ended { id, session } => {
+                if let Some(sessions) = self.sessions.get_mut(&id) {
+                    sessions.retain(|(other, _)| *other != session);
+                    if sessions.is_empty() {
+                        self.sessions.remove(&id);
+                        if let Some(peer) = self.waiting.remove(&id) {
+                            self.open_session(*peer);
+                        }
+                    }
+                }
+                // Without its session a peer is of no use: it comes anew.
+                if let Some(present) = self.peers.get(&id).filter(|present| present.session == session) {
+                    present.data.close("the control session ended");
+                }
+            }
+        }
+    }
+
+    fn on_ready(&mut self, id: NodeId, session: u64, control: ActorRef<ControlMsg>) {
+        let Some(present) = self.peers.get_mut(&id).filter(|present| present.session == session) else { return };
+        if std::mem::replace(&mut present.is_ready, true) {
+            return;
+        }
+        tracing::info!(peer = %id, "a member is here");
+        let line = Line { control, pass: present.pass, data: present.data.clone() };
+        self.post.connect(id, line);
+        let (data, board, gateway) = (present.data.clone(), self.board.clone(), self.gateway.clone());
+        let accepting = data.clone();
+        data.spawn(async move {
+            while let Ok(stream) = accepting.accept().await {
+                let (board, gateway) = (board.clone(), gateway.clone());
+                accepting.spawn(serve(id, stream, board, gateway));
+            }
+        });
+        let _ = self.planner.send_message(PlannerMsg::NodeUp(id));
+    }
+
+    fn on_heard(&mut self, heard: Heard) {
+        if let ControlMessage::Report(report) = &heard.message {
+            // Whoever is a member of a member's cluster is one of ours.
+            for address in report.addresses.iter().take(16) {
+                self.network.hear_of(*address);
+            }
+        }
+        // A member may speak once it is here, and as long as it is.
+        if self.peers.contains_key(&heard.from) && heard.from != self.own {
+            self.deliver.tell(heard);
+        }
+    }
+
+    fn look(&mut self) {
+        let mut links = BTreeMap::new();
+        for (id, present) in &self.peers {
+            if present.is_ready {
+                let link = Link { rtt_s: present.data.rtt().as_secs_f64(), bytes_per_s: None };
+                links.insert(*id, link);
+            } else if present.since.elapsed() > SESSION_DEADLINE {
+                present.data.close("no session in time");
+            }
+        }
+        let _ = self.planner.send_message(PlannerMsg::LinksMeasured(links));
+    }
+}
+
+/// A stream that a peer has opened: what it is for, and on to there.
+async fn serve(from: NodeId, mut stream: DataStream, board: Switchboard, gateway: ActorRef<GatewayMsg>) {
+    let first = stream.reader.receive::<DataHello>(|_, announced| match announced {
+        exo_net::Announced::Nothing => Ok(()),
+        _ => Err("a payload before it was said what for".to_owned()),
+    });
+    match tokio::time::timeout(HELLO_DEADLINE, first).await {
+        Ok(Ok(Some((DataHello::Link(hello), _)))) => links::serve(board, from, hello, stream).await,
+        Ok(Ok(Some((DataHello::Request { instance, request }, _)))) => {
+            // Where there is no gateway, the node stops.
+            let _ = gateway.send_message(GatewayMsg::Serve { instance, request, stream });
+        }
+        Ok(Ok(None)) => {}
+        Ok(Err(error)) => {
+            tracing::info!(peer = %from, %error, "a stream of a peer was not taken");
+            stream.give_up();
+        }
+        Err(_) => stream.give_up(),
+    }
+}

@@ -1,0 +1,104 @@
+//! ractor_cluster's sessions: started over our own streams only, and told of by whose they are.
+//!
+//! Its server also opens a TCP listener, which cannot be switched off: it listens on loopback, and whoever comes that way
+//! is turned away before a word is said.
+
+use super::{ClusterMsg, ClusterRef};
+use crate::control::ControlMsg;
+use crate::outlet::Outlet;
+use exo_net::{CONTROL_FRAME_BYTES_MAX, NodeId, cluster_name};
+use ractor::{Actor, ActorRef, SpawnErr};
+use ractor_cluster::node::{NodeConnectionMode, NodeServerSessionInformation};
+use ractor_cluster::{NodeEventSubscription, NodeServer, NodeServerMessage, NodeSessionMessage};
+use std::net::Ipv4Addr;
+
+/// One session, to be ended.
+#[derive(Debug, Clone)]
+pub(crate) struct SessionRef(ActorRef<NodeSessionMessage>);
+
+impl SessionRef {
+    pub(super) fn kill(&self) {
+        self.0.kill();
+    }
+}
+
+/// What became of a session.
+#[derive(Debug)]
+pub(crate) enum SessionEvent {
+    Opened {
+        id: NodeId,
+        session: u64,
+        actor: SessionRef,
+    },
+    /// The peer's control actor can be spoken to.
+    Ready {
+        id: NodeId,
+        session: u64,
+        control: ActorRef<ControlMsg>,
+    },
+    Ended {
+        id: NodeId,
+        session: u64,
+    },
+}
+
+/// Starts ractor_cluster's server.
+pub(super) async fn start(
+    own: NodeId,
+    cookie: String,
+    cluster: &ClusterRef,
+) -> Result<ActorRef<NodeServerMessage>, SpawnErr> {
+    let name = cluster_name(own);
+    let server = NodeServer::new(0, cookie, name.clone(), name, None, Some(NodeConnectionMode::Isolated))
+        .with_listen_addr(Ipv4Addr::LOCALHOST.into())
+        .with_max_inbound_frame_size(CONTROL_FRAME_BYTES_MAX);
+    let (server, _) = NodeServer::spawn_linked(None, server, (), cluster.get_cell()).await?;
+    let subscription = Box::new(Sessions(Outlet::to(cluster, ClusterMsg::Session)));
+    let subscribed = NodeServerMessage::SubscribeToEvents { id: "exo".to_owned(), subscription };
+    server.cast(subscribed).map_err(|error| SpawnErr::StartupFailed(error.to_string().into()))?;
+    Ok(server)
+}
+
+struct Sessions(Outlet<SessionEvent>);
+
+/// Whose session it is; `None` for one that did not come over a stream of ours.
+fn whose(session: &NodeServerSessionInformation) -> Option<(NodeId, u64)> {
+    let label = session.peer_addr.strip_prefix("quic/")?;
+    let (id, number) = label.split_once('/')?;
+    Some((id.parse().ok()?, number.parse().ok()?))
+}
+
+impl NodeEventSubscription for Sessions {
+    fn node_session_opened(&self, session: NodeServerSessionInformation) {
+        match whose(&session) {
+            Some((id, number)) => {
+                let actor = SessionRef(session.actor);
+                self.0.tell(SessionEvent::Opened { id, session: number, actor });
+            }
+            None => {
+                tracing::warn!(peer = session.peer_addr, "turned away a connection that is not ours");
+                session.actor.kill();
+            }
+        }
+    }
+
+    fn node_session_disconnected(&self, session: NodeServerSessionInformation) {
+        if let Some((id, session)) = whose(&session) {
+            self.0.tell(SessionEvent::Ended { id, session });
+        }
+    }
+
+    fn node_session_authenticated(&self, _: NodeServerSessionInformation) {}
+
+    fn node_session_ready(&self, session: NodeServerSessionInformation) {
+        let Some((id, number)) = whose(&session) else { return };
+        let mut remote = session.actor.get_children().into_iter().filter(|child| !child.get_id().is_local());
+        match (remote.next(), remote.next()) {
+            (Some(control), None) => {
+                self.0.tell(SessionEvent::Ready { id, session: number, control: control.into() });
+            }
+            // No member has more than its control actor, or none.
+            _ => session.actor.kill(),
+        }
+    }
+}

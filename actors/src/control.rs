@@ -1,0 +1,114 @@
+//! Control: the one actor of this node that other nodes can reach.
+//!
+//! - owns: nothing but the way in;
+//! - receives: bytes from members;
+//! - emits: messages, with who sent them;
+//! - dies when: the node stops;
+//! - supervised by: the cluster.
+//!
+//! ractor_cluster does not tell who a message is from. Each message carries the pass that this node gave to its sender
+//! when they met; one without a pass that is valid now is dropped. A test keeps that no other actor is remotable.
+
+use crate::outlet::Outlet;
+use crate::protocol::ControlMessage;
+use exo_net::{Inbox, NodeId, Pass, wire};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::RactorClusterMessage;
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The only message from other nodes: an [`Envelope`], as bytes.
+#[derive(Debug, RactorClusterMessage)]
+pub(crate) enum ControlMsg {
+    Tell(Vec<u8>),
+}
+
+/// A message and whose it is.
+#[derive(Debug, Serialize, Deserialize)]
+struct Envelope {
+    pass: Pass,
+    message: Vec<u8>,
+}
+
+/// The bytes of `message`, under the pass that its receiver gave.
+pub(crate) fn seal(pass: Pass, message: &ControlMessage) -> Result<Vec<u8>, wire::WireError> {
+    wire::encode(&Envelope { pass, message: wire::encode(message)? })
+}
+
+/// Who may speak now: by the pass that each was given.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Senders(Arc<Mutex<HashMap<Pass, (NodeId, Inbox)>>>);
+
+impl Senders {
+    fn table(&self) -> MutexGuard<'_, HashMap<Pass, (NodeId, Inbox)>> {
+        // A map is whole between two statements, whatever panicked.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn admit(&self, pass: Pass, node: NodeId, inbox: Inbox) {
+        self.table().insert(pass, (node, inbox));
+    }
+
+    pub(crate) fn dismiss(&self, pass: Pass) {
+        self.table().remove(&pass);
+    }
+
+    fn find(&self, pass: Pass) -> Option<(NodeId, Inbox)> {
+        self.table().get(&pass).cloned()
+    }
+}
+
+/// A message from a member.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    pub(crate) from: NodeId,
+    pub(crate) message: ControlMessage,
+}
+
+#[derive(Debug)]
+pub(crate) struct ControlArgs {
+    pub(crate) senders: Senders,
+    pub(crate) heard: Outlet<Heard>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Control;
+
+impl Actor for Control {
+    type Msg = ControlMsg;
+    type State = ControlArgs;
+    type Arguments = ControlArgs;
+
+    async fn pre_start(&self, _: ActorRef<ControlMsg>, args: ControlArgs) -> Result<ControlArgs, ActorProcessingErr> {
+        Ok(args)
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<ControlMsg>,
+        message: ControlMsg,
+        state: &mut ControlArgs,
+    ) -> Result<(), ActorProcessingErr> {
+        let ControlMsg::Tell(bytes) = message;
+        state.open(&bytes);
+        Ok(())
+    }
+}
+
+impl ControlArgs {
+    fn open(&self, bytes: &[u8]) {
+        let envelope: Envelope = match wire::decode(bytes) {
+            Ok(envelope) => envelope,
+            Err(error) => return tracing::warn!(%error, "dropped a message that is none"),
+        };
+        let Some((from, inbox)) = self.senders.find(envelope.pass) else {
+            return tracing::debug!("dropped a message of nobody who is here");
+        };
+        inbox.handled();
+        match wire::decode(&envelope.message) {
+            Ok(message) => self.heard.tell(Heard { from, message }),
+            Err(error) => tracing::warn!(peer = %from, %error, "dropped a message that is none"),
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! What is to run, as every member knows it: without consensus, by last writer wins.
+//!
+//! Each instance has an entry with a stamp; of two entries the one with the higher stamp holds, wherever and in whatever
+//! order they are heard of, so members that have heard the same hold the same. What is over stays for a while as a
+//! tombstone, so that a member that was away does not bring it back.
+//!
+//! The stamp orders the lives of an instance, too: incarnations of a later stamp are later.
+
+use super::plan::{Demand, Placement};
+use super::spec::ModelSpec;
+use super::view::{InstanceId, Model};
+use crate::request::RequestError;
+use exo_engines::engine::Incarnation;
+use exo_net::NodeId;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How long what is over is remembered: longer than a member is away and comes back with old entries.
+const TOMBSTONES_KEPT: Duration = Duration::from_secs(24 * 3600);
+/// And how many: the oldest go first.
+const TOMBSTONES_MAX: usize = 1024;
+/// Instances at once.
+pub const INSTANCES_MAX: usize = 256;
+/// A stamp is no later than this beyond what we know: counters grow by one, and nobody can use them up.
+const LEAP_MAX: u64 = 1 << 32;
+/// Lives of an instance within one stamp.
+const LIVES_BITS: u32 = 20;
+
+/// When an entry was written: a Lamport clock, and who.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Stamp {
+    pub counter: u64,
+    pub by: NodeId,
+}
+
+/// An instance that is to run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Wanted {
+    pub spec: ModelSpec,
+    pub model: Model,
+    pub placement: Placement,
+    /// Pages of each shard's cache.
+    pub kv_pages: u32,
+    /// What it needs, so that whoever plans next needs no file.
+    pub demand: Demand,
+    /// Why it is where it is, for people.
+    pub reason: String,
+}
+
+impl Wanted {
+    /// The node with the head: that of the first shard.
+    pub fn owner(&self) -> Option<NodeId> {
+        self.placement.stages.first().map(|stage| stage.node)
+    }
+}
+
+/// What is wanted of an instance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Want {
+    Run(Box<Wanted>),
+    /// It is over; why, where that was nobody's wish.
+    Gone {
+        error: Option<RequestError>,
+    },
+}
+
+/// One instance's entry.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    pub stamp: Stamp,
+    pub want: Want,
+}
+
+impl Entry {
+    /// What is to run, if it is.
+    pub fn wanted(&self) -> Option<&Wanted> {
+        match &self.want {
+            Want::Run(wanted) => Some(wanted),
+            Want::Gone { .. } => None,
+        }
+    }
+}
+
+/// The incarnation of life `life` of an instance as `stamp` has it.
+pub fn incarnation(stamp: Stamp, life: u64, owner: NodeId) -> Incarnation {
+    let epoch = (stamp.counter << LIVES_BITS) | life.min((1 << LIVES_BITS) - 1);
+    Incarnation { epoch, owner: *owner.as_bytes() }
+}
+
+/// A member's list.
+#[derive(Debug)]
+pub struct Desired {
+    own: NodeId,
+    clock: u64,
+    entries: BTreeMap<InstanceId, Entry>,
+    /// When a tombstone came, since any fixed start.
+    over: BTreeMap<InstanceId, Duration>,
+}
+
+impl Desired {
+    /// An empty list of the member `own`.
+    pub fn new(own: NodeId) -> Self {
+        Self { own, clock: 0, entries: BTreeMap::new(), over: BTreeMap::new() }
+    }
+
+    pub fn get(&self, id: InstanceId) -> Option<&Entry> {
+        self.entries.get(&id)
+    }
+
+    /// All entries, tombstones included.
+    pub fn entries(&self) -> impl Iterator<Item = (InstanceId, &Entry)> {
+        self.entries.iter().map(|(&id, entry)| (id, entry))
+    }
+
+    /// What is to run.
+    pub fn running(&self) -> impl Iterator<Item = (InstanceId, Stamp, &Wanted)> {
+        self.entries().filter_map(|(id, entry)| Some((id, entry.stamp, entry.wanted()?)))
+    }
+
+    /// The instance that is to run `spec`; of several, the one with the highest stamp.
+    pub fn find(&self, spec: &ModelSpec) -> Option<(InstanceId, Stamp, &Wanted)> {
+        self.running().filter(|(.., wanted)| wanted.spec == *spec).max_by_key(|(_, stamp, _)| *stamp)
+    }
+
+    /// Writes an entry; gives it, for others.
+    pub fn set(&mut self, id: InstanceId, want: Want, now: Duration) -> Entry {
+        self.clock += 1;
+        let entry = Entry { stamp: Stamp { counter: self.clock, by: self.own }, want };
+        self.insert(id, entry.clone(), now);
+        entry
+    }
+
+    /// Takes in what another member has; gives the instances whose entry changed.
+    pub fn merge(&mut self, entries: Vec<(InstanceId, Entry)>, now: Duration) -> Vec<InstanceId> {
+        let mut changed = Vec::new();
+        for (id, entry) in entries {
+            let is_later = self.entries.get(&id).is_none_or(|known| entry.stamp > known.stamp);
+            let is_possible = entry.stamp.counter <= self.clock.saturating_add(LEAP_MAX);
+            let is_full = self.entries.len() >= INSTANCES_MAX + TOMBSTONES_MAX && !self.entries.contains_key(&id);
+            if !is_later || !is_possible || is_full {
+                continue;
+            }
+            self.clock = self.clock.max(entry.stamp.counter);
+            self.insert(id, entry, now);
+            changed.push(id);
+        }
+        changed
+    }
+
+    fn insert(&mut self, id: InstanceId, entry: Entry, now: Duration) {
+        match entry.want {
+            Want::Run(_) => drop(self.over.remove(&id)),
+            Want::Gone { .. } => drop(self.over.insert(id, now)),
+        }
+        self.entries.insert(id, entry);
+        self.forget_old(now);
+    }
+
+    fn forget_old(&mut self, now: Duration) {
+        let mut by_age: Vec<(Duration, InstanceId)> = self.over.iter().map(|(&id, &at)| (at, id)).collect();
+        by_age.sort_unstable();
+        let surplus = by_age.len().saturating_sub(TOMBSTONES_MAX);
+        for (index, (at, id)) in by_age.into_iter().enumerate() {
+            if index < surplus || at + TOMBSTONES_KEPT < now {
+                self.over.remove(&id);
+                self.entries.remove(&id);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn node() -> NodeId {
+        exo_net::Identity::ephemeral().expect("random bytes").node_id()
+    }
+
+    fn run(model: &str) -> Want {
+        let demand = Demand {
+            layer_bytes: vec![1],
+            kv_bytes: vec![1],
+            embedding_bytes: 0,
+            head_bytes: 0,
+            ties_embeddings: false,
+            row_bytes: 1,
+        };
+        Want::Run(Box::new(Wanted {
+            spec: ModelSpec::new(model),
+            model: Model {
+                name: model.to_owned(),
+                family: String::new(),
+                quantization: String::new(),
+                context_tokens: 1,
+            },
+            placement: Placement { stages: Vec::new() },
+            kv_pages: 1,
+            demand,
+            reason: String::new(),
+        }))
+    }
+
+    #[test]
+    fn of_two_instances_of_one_model_the_later_counts() {
+        let mut desired = Desired::new(node());
+        desired.set(InstanceId(7), run("a"), Duration::ZERO);
+        desired.set(InstanceId(3), run("a"), Duration::ZERO);
+        assert_eq!(desired.find(&ModelSpec::new("a")).map(|(id, ..)| id), Some(InstanceId(3)));
+        desired.set(InstanceId(3), Want::Gone { error: None }, Duration::ZERO);
+        assert_eq!(desired.find(&ModelSpec::new("a")).map(|(id, ..)| id), Some(InstanceId(7)));
+    }
+
+    #[test]
+    fn what_is_over_does_not_come_back_and_is_forgotten_in_time() {
+        let (mut here, mut away) = (Desired::new(node()), Desired::new(node()));
+        let begun = here.set(InstanceId(1), run("a"), Duration::ZERO);
+        away.merge(vec![(InstanceId(1), begun.clone())], Duration::ZERO);
+        here.set(InstanceId(1), Want::Gone { error: None }, Duration::ZERO);
+        assert!(here.merge(vec![(InstanceId(1), begun)], Duration::ZERO).is_empty());
+        let known: Vec<_> = here.entries().map(|(id, entry)| (id, entry.clone())).collect();
+        assert_eq!(away.merge(known, Duration::ZERO), [InstanceId(1)]);
+        assert_eq!(away.running().count(), 0);
+        for id in 2..5000 {
+            away.set(InstanceId(id), Want::Gone { error: None }, Duration::from_secs(id));
+        }
+        assert_eq!(away.entries().count(), TOMBSTONES_MAX);
+        away.set(InstanceId(1), Want::Gone { error: None }, TOMBSTONES_KEPT * 3);
+        assert_eq!(away.entries().count(), 1);
+    }
+
+    #[test]
+    fn nobody_can_use_up_the_stamps() {
+        let mut desired = Desired::new(node());
+        let absurd = Entry { stamp: Stamp { counter: u64::MAX, by: node() }, want: run("a") };
+        assert!(desired.merge(vec![(InstanceId(1), absurd)], Duration::ZERO).is_empty());
+        assert!(desired.set(InstanceId(1), run("a"), Duration::ZERO).stamp.counter < 10);
+    }
+
+    proptest! {
+        /// Members that have heard the same hold the same, in whatever order, and however often, they heard it; and a
+        /// later stamp begins later lives.
+        #[test]
+        fn all_who_hear_the_same_hold_the_same(
+            writes in prop::collection::vec((0_u64..4, 0_usize..3, any::<bool>()), 1..30),
+            order in any::<u64>(),
+        ) {
+            let nodes = [node(), node(), node()];
+            let mut writers = nodes.map(Desired::new);
+            let mut log = Vec::new();
+            for (id, writer, is_run) in writes {
+                let want = if is_run { run("a") } else { Want::Gone { error: None } };
+                log.push((InstanceId(id), writers[writer].set(InstanceId(id), want, Duration::ZERO)));
+            }
+            let mut shuffled = log.clone();
+            fastrand::Rng::with_seed(order).shuffle(&mut shuffled);
+            let (mut a, mut b) = (Desired::new(nodes[0]), Desired::new(nodes[1]));
+            a.merge(log.clone(), Duration::ZERO);
+            for entry in shuffled.iter().chain(&shuffled) {
+                b.merge(vec![entry.clone()], Duration::ZERO);
+            }
+            prop_assert!(a.entries().eq(b.entries()));
+            for (_, first) in &log {
+                for (_, second) in log.iter().filter(|(_, second)| second.stamp.counter > first.stamp.counter) {
+                    let earlier = incarnation(first.stamp, u64::MAX, first.stamp.by);
+                    prop_assert!(earlier < incarnation(second.stamp, 0, second.stamp.by));
+                }
+            }
+        }
+    }
+}

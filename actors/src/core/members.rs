@@ -1,0 +1,190 @@
+//! What members tell each other of themselves, and what follows from it for the planner.
+
+use super::desired::Stamp;
+use super::plan::{Link, Links, Offer};
+use super::view::{InstanceId, InstanceState, Machine};
+use exo_engines::engine::{DeviceId, DeviceReport};
+use exo_net::NodeId;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+/// Memory that is left to everything else on a machine.
+const RESERVE_BYTES: u64 = 512 << 20;
+/// A processor's guess until one is measured: weights that a desktop's memory delivers in a second.
+const SPEED_GUESS_BYTES_PER_S: f64 = 2e10;
+/// Devices, instances and links of one member: more are not believed.
+const LISTED_MAX: usize = 256;
+
+/// A device, as the planner sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DeviceOffer {
+    pub report: DeviceReport,
+    /// Weights that it goes through in a second of decoding; `None`: it has not been measured.
+    pub bytes_per_s: Option<f64>,
+}
+
+/// An instance that a member has the head of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OwnedInstance {
+    pub stamp: Stamp,
+    /// Whether requests can be sent to it.
+    pub is_ready: bool,
+    /// Whether requests of anyone are on their way in it.
+    pub is_in_use: bool,
+    pub state: Option<InstanceState>,
+}
+
+/// What a member tells of itself, every second and when it changes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MemberReport {
+    /// As its user calls it.
+    pub name: String,
+    /// Where it can be reached.
+    pub addresses: Vec<SocketAddr>,
+    /// Best first.
+    pub devices: Vec<DeviceOffer>,
+    pub machine: Machine,
+    /// Memory of all models together, where its user bounds it.
+    pub memory_limit_bytes: Option<u64>,
+    /// Memory of shards that are going and still have it.
+    pub leaving_bytes: u64,
+    /// Its user takes it out: nothing new is put on it.
+    pub is_draining: bool,
+    /// Those that it has the head of.
+    pub owned: BTreeMap<InstanceId, OwnedInstance>,
+    /// Those that are used through it.
+    pub in_use: Vec<InstanceId>,
+    /// How it sees the others.
+    pub links: BTreeMap<NodeId, Link>,
+}
+
+impl MemberReport {
+    /// Whether a member could have said that.
+    pub fn is_plausible(&self) -> bool {
+        let counts = [self.devices.len(), self.owned.len(), self.in_use.len(), self.links.len(), self.addresses.len()];
+        let speeds =
+            self.devices.iter().filter_map(|device| device.bytes_per_s).all(|speed| speed.is_finite() && speed > 0.0);
+        let links = self.links.values().all(|link| {
+            let is_speed = link.bytes_per_s.is_none_or(|speed| speed.is_finite() && speed > 0.0);
+            is_speed && link.rtt_s.is_finite() && link.rtt_s >= 0.0
+        });
+        speeds && links && counts.iter().all(|&count| count <= LISTED_MAX) && self.name.len() <= LISTED_MAX
+    }
+
+    /// What its devices can still take, where `promised_bytes` of its memory are promised, and `freed_bytes` of what is
+    /// used now would be free. A device that was not measured is taken for as fast as `guess`. All share the machine's
+    /// memory as long as all are processors.
+    pub fn offers(
+        &self,
+        node: NodeId,
+        promised_bytes: u64,
+        freed_bytes: u64,
+        device: Option<&DeviceId>,
+        guess: Option<f64>,
+    ) -> Vec<Offer> {
+        let promised = promised_bytes.saturating_add(self.leaving_bytes);
+        let free = self.machine.memory_free_bytes.unwrap_or(u64::MAX).saturating_add(freed_bytes);
+        let total = self.machine.memory_total_bytes.unwrap_or(u64::MAX);
+        // What has been promised counts even where it has not been touched yet.
+        let free_bytes = free.min(total.saturating_sub(promised)).saturating_sub(RESERVE_BYTES);
+        let limit = self.memory_limit_bytes.unwrap_or(u64::MAX);
+        let free_bytes = free_bytes.min(limit.saturating_sub(promised));
+        let best = self.devices.first().map(|device| &device.report.engine);
+        let is_wanted = |offer: &&DeviceOffer| match device {
+            Some(id) => offer.report.id == *id,
+            None => Some(&offer.report.engine) == best,
+        };
+        let offer = |offer: &DeviceOffer| Offer {
+            node,
+            device: offer.report.id.clone(),
+            free_bytes,
+            bytes_per_s: offer.bytes_per_s.or(guess).unwrap_or(SPEED_GUESS_BYTES_PER_S),
+        };
+        self.devices.iter().filter(is_wanted).map(offer).collect()
+    }
+}
+
+/// The members that are here, this one included.
+#[derive(Debug, Clone, Default)]
+pub struct Members(pub BTreeMap<NodeId, MemberReport>);
+
+impl Members {
+    /// Who plans: of those that stay, the one with the lowest id.
+    pub fn leader(&self) -> Option<NodeId> {
+        let stays = self.0.iter().find(|(_, report)| !report.is_draining);
+        stays.or_else(|| self.0.iter().next()).map(|(&id, _)| id)
+    }
+
+    /// The member that someone calls `name`: by its name, or its id or the beginning of it. `None` where none or
+    /// several are called so.
+    pub fn called(&self, name: &str) -> Option<NodeId> {
+        let is_called = |(id, report): &(&NodeId, &MemberReport)| {
+            report.name == name || name.len() >= 4 && id.to_string().starts_with(name)
+        };
+        let mut found = self.0.iter().filter(is_called).map(|(&id, _)| id);
+        found.next().filter(|_| found.next().is_none())
+    }
+
+    /// The ways between all pairs.
+    pub fn links(&self) -> Links {
+        let of_one = |(&from, report): (&NodeId, &MemberReport)| {
+            report.links.iter().map(move |(&to, &link)| ((from, to), link)).collect::<Vec<_>>()
+        };
+        Links(self.0.iter().flat_map(of_one).collect())
+    }
+
+    /// Whether anyone uses an instance.
+    pub fn use_instance(&self, id: InstanceId) -> bool {
+        let uses = |report: &MemberReport| {
+            report.in_use.contains(&id) || report.owned.get(&id).is_some_and(|owned| owned.is_in_use)
+        };
+        self.0.values().any(uses)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(name: &str) -> MemberReport {
+        MemberReport {
+            name: name.to_owned(),
+            addresses: Vec::new(),
+            devices: Vec::new(),
+            machine: Machine::default(),
+            memory_limit_bytes: None,
+            leaving_bytes: 0,
+            is_draining: false,
+            owned: BTreeMap::new(),
+            in_use: Vec::new(),
+            links: BTreeMap::new(),
+        }
+    }
+
+    fn members(names: &[&str]) -> Members {
+        let id = || exo_net::Identity::ephemeral().expect("random bytes").node_id();
+        Members(names.iter().map(|name| (id(), report(name))).collect())
+    }
+
+    #[test]
+    fn the_lowest_id_that_stays_leads() {
+        let mut members = members(&["a", "b", "c"]);
+        let ids: Vec<NodeId> = members.0.keys().copied().collect();
+        assert_eq!(members.leader(), Some(ids[0]));
+        for (index, id) in ids.iter().enumerate() {
+            members.0.get_mut(id).expect("there").is_draining = true;
+            let next = ids.get(index + 1).unwrap_or(&ids[0]);
+            assert_eq!(members.leader(), Some(*next));
+        }
+    }
+
+    #[test]
+    fn a_name_that_two_have_names_nobody() {
+        let members = members(&["laptop", "desktop", "desktop"]);
+        assert!(members.called("laptop").is_some());
+        assert_eq!(members.called("desktop"), None);
+        let id = *members.0.keys().next().expect("there");
+        assert_eq!(members.called(&id.to_string()[..20]), Some(id));
+    }
+}

@@ -1,0 +1,227 @@
+//! One placement of an instance: how far its shards are.
+//!
+//! A state machine without I/O but for the orders that start it. News of stages go in, and what they mean for the
+//! whole comes out.
+
+use crate::core::desired::{Stamp, Wanted, incarnation};
+use crate::core::view::InstanceId;
+use crate::post::Post;
+use crate::protocol::{ControlMessage, StageNews, StageOrder, StageTask};
+use crate::request::RequestError;
+use exo_engines::engine::Incarnation;
+use exo_net::NodeId;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// From the order to wire to the last stage's answer.
+const WIRE_DEADLINE: Duration = Duration::from_secs(5);
+/// The first wait before shards are connected anew; each further one doubles it.
+const CUT_WAIT: Duration = Duration::from_millis(50);
+/// More cuts than this in a row: the link does not come back by itself.
+const CUTS_MAX: u32 = 5;
+/// A life this long says that the link is well.
+const LIVES_WELL: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Clone)]
+enum StageState {
+    Loading,
+    Up,
+    /// Wired for the life of this epoch.
+    Wired(u64),
+    /// Its place is gone.
+    Lost(RequestError),
+}
+
+/// What news mean for the whole.
+#[derive(Debug)]
+pub(super) enum Step {
+    Nothing,
+    /// All shards are up.
+    Loaded,
+    /// All are wired: a life begins.
+    Running,
+    Down(usize, String),
+    Lost(usize, RequestError),
+    /// To be wired anew, after a wait.
+    Cut(usize, String, Duration),
+}
+
+#[derive(Debug)]
+pub(super) struct Line {
+    stamp: Stamp,
+    wanted: Arc<Wanted>,
+    stages: Vec<StageState>,
+    life: u64,
+    incarnation: Option<Incarnation>,
+    is_running: bool,
+    /// Since it was ordered to be wired, or ran.
+    since: Instant,
+    cuts: u32,
+}
+
+impl Line {
+    pub(super) fn new(stamp: Stamp, wanted: Arc<Wanted>) -> Self {
+        let stages = vec![StageState::Loading; wanted.placement.stages.len()];
+        Self { stamp, wanted, stages, life: 0, incarnation: None, is_running: false, since: Instant::now(), cuts: 0 }
+    }
+
+    /// Orders all shards to be loaded.
+    pub(super) fn start(&self, instance: InstanceId, post: &Post) {
+        for (stage, placed) in self.wanted.placement.stages.iter().enumerate() {
+            let task = StageTask {
+                instance,
+                stamp: self.stamp,
+                stage,
+                spec: self.wanted.spec.clone(),
+                layers: placed.layers.clone(),
+                device: placed.device.clone(),
+                context_tokens: self.wanted.model.context_tokens,
+                kv_pages: self.wanted.kv_pages,
+                memory_bytes: placed.memory_bytes,
+            };
+            post.tell(placed.node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
+        }
+    }
+
+    pub(super) fn stamp(&self) -> Stamp {
+        self.stamp
+    }
+
+    pub(super) fn wanted(&self) -> &Wanted {
+        &self.wanted
+    }
+
+    /// Whether all shards are up.
+    pub(super) fn is_loaded(&self) -> bool {
+        self.stages.iter().all(|stage| matches!(stage, StageState::Up | StageState::Wired(_)))
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.is_running
+    }
+
+    /// Of the life that runs, or is to.
+    pub(super) fn incarnation(&self) -> Incarnation {
+        self.incarnation.unwrap_or(Incarnation { epoch: 0, owner: [0; 32] })
+    }
+
+    /// Begins to be wired for a new life.
+    pub(super) fn next_life(&mut self, owner: NodeId) -> Incarnation {
+        self.life += 1;
+        self.since = Instant::now();
+        *self.incarnation.insert(incarnation(self.stamp, self.life, owner))
+    }
+
+    /// The first stage that has not answered in time.
+    pub(super) fn is_overdue(&self) -> Option<usize> {
+        let epoch = self.incarnation?.epoch;
+        let is_late = !self.is_running && self.is_loaded() && self.since.elapsed() > WIRE_DEADLINE;
+        let is_missing = |stage: &StageState| !matches!(stage, StageState::Wired(of) if *of == epoch);
+        self.stages.iter().position(is_missing).filter(|_| is_late)
+    }
+
+    /// Stages that have no place, and why.
+    pub(super) fn lost(&self) -> Vec<(usize, RequestError)> {
+        let lost = self.stages.iter().enumerate().filter_map(|(index, stage)| match stage {
+            StageState::Lost(error) => Some((index, error.clone())),
+            _ => None,
+        });
+        lost.collect()
+    }
+
+    /// Whether `news` are of a shard that `other` has just so.
+    pub(super) fn shares_stage(&self, other: &Self, news: &StageNews) -> bool {
+        let (StageNews::Down { stage, .. }
+        | StageNews::Lost { stage, .. }
+        | StageNews::Up { stage }
+        | StageNews::Cut { stage, .. }
+        | StageNews::Wired { stage, .. }) = news
+        else {
+            return false;
+        };
+        let of = |line: &Self| line.wanted.placement.stages.get(*stage).cloned();
+        of(self).is_some() && of(self) == of(other) && self.wanted.kv_pages == other.wanted.kv_pages
+    }
+
+    pub(super) fn on_node_lost(&mut self, node: NodeId) -> Option<usize> {
+        let placed = &self.wanted.placement.stages;
+        let mut first = None;
+        for (index, stage) in self.stages.iter_mut().enumerate().filter(|(index, _)| placed[*index].node == node) {
+            let what = format!("node {} is gone", node.short());
+            let remedy = "start it again, or give the other machines more memory".into();
+            *stage = StageState::Lost(RequestError::Engine { what, remedy });
+            first = first.or(Some(index));
+        }
+        if first.is_some() {
+            self.stop_running();
+        }
+        first
+    }
+
+    /// Takes news of `from` in.
+    pub(super) fn on_news(&mut self, from: NodeId, news: &StageNews) -> Step {
+        let is_from = |stage: usize| self.wanted.placement.stages.get(stage).is_some_and(|placed| placed.node == from);
+        match news {
+            StageNews::Up { stage } if is_from(*stage) => {
+                let was_loaded = self.is_loaded();
+                self.stages[*stage] = StageState::Up;
+                if self.is_loaded() && !was_loaded { Step::Loaded } else { Step::Nothing }
+            }
+            StageNews::Wired { stage, incarnation } if is_from(*stage) && self.incarnation == Some(*incarnation) => {
+                self.stages[*stage] = StageState::Wired(incarnation.epoch);
+                let is_wired = |stage: &StageState| matches!(stage, StageState::Wired(of) if *of == incarnation.epoch);
+                if self.is_running || !self.stages.iter().all(is_wired) {
+                    return Step::Nothing;
+                }
+                self.is_running = true;
+                self.since = Instant::now();
+                Step::Running
+            }
+            StageNews::Down { stage, error } if is_from(*stage) => {
+                self.stages[*stage] = StageState::Loading;
+                self.stop_running();
+                Step::Down(*stage, error.to_string())
+            }
+            StageNews::Lost { stage, error } if is_from(*stage) => {
+                let (what, remedy) = (error.to_string(), error.remedy().into());
+                self.lose(*stage, RequestError::Engine { what, remedy })
+            }
+            StageNews::NoModel { stage, error } if is_from(*stage) => self.lose(*stage, error.clone()),
+            StageNews::Cut { stage, incarnation, what }
+                if is_from(*stage) && self.incarnation == Some(*incarnation) =>
+            {
+                self.cut(*stage, what.clone())
+            }
+            _ => Step::Nothing,
+        }
+    }
+
+    fn lose(&mut self, stage: usize, error: RequestError) -> Step {
+        self.stages[stage] = StageState::Lost(error.clone());
+        self.stop_running();
+        Step::Lost(stage, error)
+    }
+
+    /// Rows do not get from `stage` to the next one. A link that stays cut makes the stage behind it lost.
+    pub(super) fn cut(&mut self, stage: usize, what: String) -> Step {
+        if self.is_running && self.since.elapsed() > LIVES_WELL {
+            self.cuts = 0;
+        }
+        self.stop_running();
+        // Further news of this life are of no more use.
+        self.incarnation = None;
+        self.cuts += 1;
+        if self.cuts > CUTS_MAX {
+            let placed = &self.wanted.placement.stages;
+            // The way back to the head is the last stage's.
+            let behind = if stage + 1 < placed.len() { stage + 1 } else { stage };
+            let remedy = "check the network between the machines".into();
+            return self.lose(behind, RequestError::Engine { what, remedy });
+        }
+        Step::Cut(stage, what, CUT_WAIT * (1 << self.cuts.min(6)))
+    }
+
+    fn stop_running(&mut self) {
+        self.is_running = false;
+    }
+}

@@ -1,0 +1,261 @@
+//! Instances whose head is on this node, and what this node tells the others of itself.
+
+use super::{Head, PlannerMsg, PlannerRef, PlannerState};
+use crate::core::desired::{Stamp, Want, Wanted};
+use crate::core::members::{DeviceOffer, MemberReport, OwnedInstance};
+use crate::core::view::{Fact, InstanceId};
+use crate::instance::{Instance, InstanceArgs, InstanceMsg, InstanceRef, InstanceReport};
+use crate::machine::measure_once;
+use crate::outlet::Outlet;
+use crate::protocol::{ControlMessage, StageNews};
+use crate::request::RequestError;
+use crate::stages::StagesMsg;
+use exo_net::NodeId;
+use ractor::{Actor, ActorId, RpcReplyPort};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A head that has moved serves until the new one does, but no longer than this.
+const MOVES_WITHIN: Duration = Duration::from_secs(60);
+
+/// An instance whose head is here.
+#[derive(Debug)]
+pub(super) struct Owned {
+    instance: InstanceRef,
+    stamp: Stamp,
+    wanted: Arc<Wanted>,
+    /// Whether it has ever served: requests wait in it since.
+    is_ready: bool,
+    /// Whether it serves now.
+    is_running: bool,
+    in_use: Arc<()>,
+    /// Since its head is wanted elsewhere.
+    moved: Option<Instant>,
+    is_retired: bool,
+}
+
+impl PlannerState {
+    pub(super) fn head(&self, id: InstanceId) -> Option<Head> {
+        let owned = self.owned.get(&id).filter(|owned| owned.is_ready && !owned.is_retired)?;
+        Some((owned.instance.clone(), Arc::clone(&owned.in_use)))
+    }
+
+    pub(super) fn owned_ready(&self, id: InstanceId) -> Option<InstanceRef> {
+        self.head(id).map(|(instance, _)| instance)
+    }
+
+    pub(super) fn owned_by_actor(&self, actor: ActorId) -> Option<InstanceId> {
+        self.owned.iter().find(|(_, owned)| owned.instance.get_id() == actor).map(|(&id, _)| id)
+    }
+
+    /// News of a stage, for the head.
+    pub(super) fn on_news(&self, from: NodeId, id: InstanceId, stamp: Stamp, news: StageNews) {
+        if let Some(owned) = self.owned.get(&id) {
+            // An instance that is gone is told of by supervision.
+            let _ = owned.instance.send_message(InstanceMsg::News { from, stamp, news });
+        }
+    }
+
+    pub(super) fn tell_owned_of_loss(&self, node: NodeId) {
+        for owned in self.owned.values() {
+            let _ = owned.instance.send_message(InstanceMsg::NodeLost(node));
+        }
+    }
+
+    /// Starts, changes and ends the heads of this node, as is wanted; tells the shards' keeper what is wanted at all.
+    pub(super) async fn reconcile_owned(&mut self, myself: &PlannerRef) {
+        let own = self.args.node;
+        let here: Vec<(InstanceId, Stamp, Wanted)> = self
+            .desired
+            .running()
+            .filter(|(_, _, wanted)| wanted.owner() == Some(own))
+            .map(|(id, stamp, wanted)| (id, stamp, wanted.clone()))
+            .collect();
+        for (id, stamp, wanted) in here {
+            match self.owned.get_mut(&id) {
+                None => self.start(myself, id, stamp, wanted).await,
+                Some(owned) if owned.stamp < stamp => {
+                    owned.stamp = stamp;
+                    owned.moved = None;
+                    owned.wanted = Arc::new(wanted);
+                    let wanted = Arc::clone(&owned.wanted);
+                    // An instance that is gone is told of by supervision.
+                    let _ = owned.instance.send_message(InstanceMsg::Replan { stamp, wanted });
+                }
+                Some(_) => {}
+            }
+        }
+        self.retire_others();
+        let wanted: BTreeSet<InstanceId> = self.desired.running().map(|(id, ..)| id).collect();
+        // Where nobody hosts shards any more, the node stops.
+        let _ = self.args.stages.send_message(StagesMsg::Keep(wanted));
+    }
+
+    async fn start(&mut self, myself: &PlannerRef, id: InstanceId, stamp: Stamp, wanted: Wanted) {
+        let wanted = Arc::new(wanted);
+        let (model, placement) = (wanted.model.clone(), wanted.placement.clone());
+        self.args.facts.tell(Fact::InstancePlaced { instance: id, model, placement });
+        let args = InstanceArgs {
+            id,
+            stamp,
+            wanted: Arc::clone(&wanted),
+            wire_type: self.args.wire_type,
+            post: self.args.post.clone(),
+            board: self.args.board.clone(),
+            planner: Outlet::to(myself, PlannerMsg::Instance),
+            facts: self.args.facts.clone(),
+        };
+        match Instance::spawn_linked(None, Instance, args, myself.get_cell()).await {
+            Ok((instance, _)) => {
+                let (in_use, moved) = (Arc::new(()), None);
+                let owned = Owned {
+                    instance,
+                    stamp,
+                    wanted,
+                    is_ready: false,
+                    is_running: false,
+                    in_use,
+                    moved,
+                    is_retired: false,
+                };
+                self.owned.insert(id, owned);
+            }
+            Err(error) => tracing::error!(instance = %id, %error, "an instance could not be started"),
+        }
+    }
+
+    /// Ends heads that are wanted no more, or elsewhere.
+    fn retire_others(&mut self) {
+        let own = self.args.node;
+        for (&id, owned) in &mut self.owned {
+            let entry = self.desired.get(id);
+            let wanted = entry.and_then(|entry| entry.wanted());
+            let reason = match (entry.map(|entry| &entry.want), wanted.and_then(Wanted::owner)) {
+                (_, Some(owner)) if owner == own => continue,
+                (_, Some(owner)) => {
+                    let since = *owned.moved.get_or_insert_with(Instant::now);
+                    let report = self.members.0.get(&owner).and_then(|report| report.owned.get(&id));
+                    let is_taken_over = report.is_some_and(|report| report.is_ready);
+                    if owned.is_running && !is_taken_over && since.elapsed() < MOVES_WITHIN {
+                        continue;
+                    }
+                    RequestError::Moved
+                }
+                (Some(Want::Gone { error: Some(error) }), _) => error.clone(),
+                _ => RequestError::Moved,
+            };
+            if !owned.is_retired {
+                owned.is_retired = true;
+                tracing::info!(instance = %id, why = %reason, "an instance is over here");
+                let error = Some(reason.to_string()).filter(|_| reason != RequestError::Moved);
+                self.args.facts.tell(Fact::InstanceStopped { instance: id, error });
+                // An instance that is gone is told of by supervision.
+                let _ = owned.instance.send_message(InstanceMsg::Retire(reason));
+            }
+        }
+    }
+
+    pub(super) fn on_instance(&mut self, report: InstanceReport) {
+        match report {
+            InstanceReport::Ready { instance } => {
+                if let Some(owned) = self.owned.get_mut(&instance) {
+                    (owned.is_ready, owned.is_running) = (true, true);
+                }
+                self.renew_report();
+                self.tell_report();
+            }
+            InstanceReport::Waiting { instance } => {
+                if let Some(owned) = self.owned.get_mut(&instance) {
+                    owned.is_running = false;
+                }
+            }
+            InstanceReport::Broken { instance, stamp, stage, error } => {
+                let placed = self.owned.get(&instance).filter(|owned| owned.stamp == stamp);
+                let placed = placed.and_then(|owned| owned.wanted.placement.stages.get(stage));
+                if let Some(placed) = placed {
+                    let (node, device) = (placed.node, placed.device.clone());
+                    self.tell_leader(ControlMessage::Broken { instance, stamp, node, device, error });
+                }
+            }
+        }
+    }
+
+    /// An instance's actor has ended. Where it was wanted, it has failed.
+    pub(super) fn on_instance_ended(&mut self, id: InstanceId, what: &str) {
+        let Some(owned) = self.owned.remove(&id) else { return };
+        if owned.is_retired {
+            return;
+        }
+        let what = format!("the instance ended: {what}");
+        tracing::error!(instance = %id, what);
+        let error = RequestError::Engine { what: what.clone(), remedy: "report it, with the log".into() };
+        self.args.facts.tell(Fact::InstanceStopped { instance: id, error: Some(what) });
+        // Whoever leads hears of it by the entry: it is over.
+        self.set(id, Want::Gone { error: Some(error) });
+    }
+
+    /// Measures free memory as soon as something has left.
+    pub(super) fn measure_again(&mut self) {
+        self.args.machine = measure_once();
+    }
+
+    pub(super) fn renew_report(&mut self) {
+        let wanted_here = |id: InstanceId| {
+            let wanted = self.desired.get(id).and_then(|entry| entry.wanted());
+            wanted.is_some_and(|wanted| wanted.placement.stages.iter().any(|stage| stage.node == self.args.node))
+        };
+        let leaving_bytes = self.held.iter().filter(|(id, _)| !wanted_here(**id)).map(|(_, bytes)| bytes).sum();
+        let device = |report: &exo_engines::engine::DeviceReport| DeviceOffer {
+            report: report.clone(),
+            bytes_per_s: self.speeds.get(&report.id).copied(),
+        };
+        let owned = self.owned.iter().filter(|(_, owned)| !owned.is_retired).map(|(&id, owned)| {
+            let told = OwnedInstance {
+                stamp: owned.stamp,
+                is_ready: owned.is_ready,
+                is_in_use: Arc::strong_count(&owned.in_use) > 1,
+                state: self.summary.get(&id).cloned(),
+            };
+            (id, told)
+        });
+        let report = MemberReport {
+            name: self.args.name.clone(),
+            addresses: self.args.addresses.clone(),
+            devices: self.args.devices.iter().map(device).collect(),
+            machine: self.args.machine.clone(),
+            memory_limit_bytes: self.args.limits.memory_bytes,
+            leaving_bytes,
+            is_draining: self.draining.is_some(),
+            owned: owned.collect(),
+            in_use: self.used_here(),
+            links: self.links.clone(),
+        };
+        self.members.0.insert(self.args.node, report);
+    }
+
+    pub(super) fn tell_report(&self) {
+        if let Some(report) = self.members.0.get(&self.args.node) {
+            self.args.post.tell_others(&ControlMessage::Report(Box::new(report.clone())));
+        }
+    }
+
+    pub(super) fn drain(&mut self, reply: RpcReplyPort<()>) {
+        self.draining.get_or_insert_default().push(reply);
+        self.renew_report();
+        self.tell_report();
+    }
+
+    /// Whoever waits for this node to be empty hears that it is.
+    pub(super) fn answer_drain(&mut self) {
+        let own = self.args.node;
+        let is_alone = self.members.0.len() == 1;
+        let is_used = self.desired.running().any(|(.., wanted)| wanted.placement.stages.iter().any(|s| s.node == own));
+        if let Some(waiting) = self.draining.as_mut().filter(|_| is_alone || !is_used && self.held.is_empty()) {
+            for reply in waiting.drain(..) {
+                // Whoever asked may have gone.
+                let _ = reply.send(());
+            }
+        }
+    }
+}

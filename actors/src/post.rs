@@ -1,0 +1,93 @@
+//! Messages to nodes, this one included: whoever sends need not know where the receiver is.
+
+use crate::control::{ControlMsg, seal};
+use crate::outlet::Outlet;
+use crate::protocol::ControlMessage;
+use exo_net::{DataConnection, NodeId, Pass};
+use ractor::ActorRef;
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
+/// The ways to one node.
+#[derive(Debug, Clone)]
+pub(crate) struct Line {
+    pub(crate) control: ActorRef<ControlMsg>,
+    pub(crate) pass: Pass,
+    pub(crate) data: DataConnection,
+}
+
+/// The way to all nodes.
+#[derive(Debug, Clone)]
+pub(crate) struct Post {
+    own: NodeId,
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    lines: RwLock<BTreeMap<NodeId, Line>>,
+    here: OnceLock<Outlet<ControlMessage>>,
+}
+
+impl Post {
+    pub(crate) fn new(own: NodeId) -> Self {
+        Self { own, inner: Arc::default() }
+    }
+
+    pub(crate) fn own(&self) -> NodeId {
+        self.own
+    }
+
+    /// Where messages to this node go; said once, when all who receive are there.
+    pub(crate) fn deliver_here(&self, here: Outlet<ControlMessage>) {
+        let first = self.inner.here.set(here);
+        debug_assert!(first.is_ok(), "said once");
+    }
+
+    pub(crate) fn connect(&self, node: NodeId, line: Line) {
+        self.inner.lines.write().unwrap_or_else(PoisonError::into_inner).insert(node, line);
+    }
+
+    pub(crate) fn disconnect(&self, node: NodeId) {
+        self.inner.lines.write().unwrap_or_else(PoisonError::into_inner).remove(&node);
+    }
+
+    fn line(&self, node: NodeId) -> Option<Line> {
+        self.inner.lines.read().unwrap_or_else(PoisonError::into_inner).get(&node).cloned()
+    }
+
+    /// The data connection with `node`, if it is here.
+    pub(crate) fn data(&self, node: NodeId) -> Option<DataConnection> {
+        self.line(node).map(|line| line.data)
+    }
+
+    /// Sends a message; to a node that is not here it is lost, as its sender hears otherwise.
+    pub(crate) fn tell(&self, to: NodeId, message: ControlMessage) {
+        if to == self.own {
+            if let Some(here) = self.inner.here.get() {
+                here.tell(message);
+            }
+            return;
+        }
+        let Some(line) = self.line(to) else {
+            return tracing::debug!(peer = %to, "a message to a node that is not here");
+        };
+        send(to, &line, &message);
+    }
+
+    /// Sends a message to all others.
+    pub(crate) fn tell_others(&self, message: &ControlMessage) {
+        let lines = self.inner.lines.read().unwrap_or_else(PoisonError::into_inner).clone();
+        for (to, line) in &lines {
+            send(*to, line, message);
+        }
+    }
+}
+
+fn send(to: NodeId, line: &Line, message: &ControlMessage) {
+    match seal(line.pass, message) {
+        // A peer that goes now is told of by the network.
+        Ok(bytes) => drop(line.control.cast(ControlMsg::Tell(bytes))),
+        Err(error) => tracing::error!(peer = %to, %error, "a message could not be sent"),
+    }
+}

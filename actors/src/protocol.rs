@@ -1,0 +1,168 @@
+//! What nodes say to each other over the control connection. Versioned with the handshake: members of another protocol do
+//! not meet.
+//!
+//! ```text
+//! every member ─Report, Desired─► every member          who is here, what is to run
+//! any member   ─Want─► planner    ─Refused─► asker      a model is needed; why it cannot be had
+//! owner        ─StageOrder─► stage's node ─StageNews─► owner
+//! owner        ─Broken─► planner                        a shard has no place any more
+//! ```
+
+use crate::core::desired::{Entry, Stamp};
+use crate::core::members::MemberReport;
+use crate::core::plan::Demand;
+use crate::core::schedule::FinishReason;
+use crate::core::spec::ModelSpec;
+use crate::core::view::{InstanceId, Model};
+use crate::request::RequestError;
+use exo_engines::EngineError;
+use exo_engines::engine::{DeviceId, Incarnation};
+use exo_engines::sampler::{Sampled, SamplerSpec};
+use exo_net::{NodeId, WireType};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+/// A message from node to node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum ControlMessage {
+    Report(Box<MemberReport>),
+    Desired(Vec<(InstanceId, Entry)>),
+    Want(Box<Ask>),
+    Refused { spec: ModelSpec, error: RequestError },
+    Stage(StageOrder),
+    News { instance: InstanceId, stamp: Stamp, news: StageNews },
+    Broken { instance: InstanceId, stamp: Stamp, node: NodeId, device: DeviceId, error: RequestError },
+}
+
+/// A model that is needed, with what a planner must know of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Ask {
+    pub spec: ModelSpec,
+    pub model: Model,
+    pub kv_pages: u32,
+    pub demand: Demand,
+}
+
+/// One end of a link between shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub(crate) enum End {
+    Stage(usize),
+    Head,
+}
+
+/// The first frame of a data stream: what it is for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum DataHello {
+    Link(LinkHello),
+    /// A request for the head of an instance; its events come back.
+    Request {
+        instance: InstanceId,
+        request: Box<HeadRequest>,
+    },
+}
+
+/// Which link a stream is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LinkHello {
+    pub instance: InstanceId,
+    pub incarnation: Incarnation,
+    pub to: End,
+}
+
+/// A request as a head takes it: encoded, and with what was generated before where it is resumed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct HeadRequest {
+    pub sampler: SamplerSpec,
+    /// Tokens to generate at most, those generated before included.
+    pub max_tokens: u32,
+    /// Tokens that end the answer.
+    pub ends: BTreeSet<u32>,
+}
+
+/// What a head tells of a request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) enum HeadEvent {
+    /// It will be answered.
+    Accepted,
+    /// Its prompt is being computed, but for the first tokens, which had been computed for others.
+    TakenUp {
+        reused_tokens: usize,
+    },
+    Token(Sampled),
+    Finished(FinishReason),
+    Failed(RequestError),
+}
+
+/// What an owner asks of the node of a stage.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum StageOrder {
+    /// Has the shard loaded; one that is there already stays.
+    Start(Box<StageTask>),
+    /// Begins a life: rows come from `from`, and go to `to` on `next`.
+    Wire {
+        instance: InstanceId,
+        stage: usize,
+        incarnation: Incarnation,
+        from: NodeId,
+        next: NodeId,
+        to: End,
+        wire_type: WireType,
+    },
+    /// Lets go of all shards of the instance that are of an earlier stamp.
+    Clear { instance: InstanceId, below: Stamp },
+}
+
+/// A shard to be loaded.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct StageTask {
+    pub instance: InstanceId,
+    pub stamp: Stamp,
+    pub stage: usize,
+    pub spec: ModelSpec,
+    pub layers: Range<usize>,
+    pub device: DeviceId,
+    pub context_tokens: u32,
+    pub kv_pages: u32,
+    /// Weights and cache, as they were planned.
+    pub memory_bytes: u64,
+}
+
+/// What an owner hears of a stage.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum StageNews {
+    Loading {
+        stage: usize,
+        loaded_bytes: u64,
+        total_bytes: u64,
+    },
+    Up {
+        stage: usize,
+    },
+    /// Wired for this life.
+    Wired {
+        stage: usize,
+        incarnation: Incarnation,
+    },
+    /// It failed; its device is at work on it.
+    Down {
+        stage: usize,
+        error: EngineError,
+    },
+    /// It failed, and will not come back there.
+    Lost {
+        stage: usize,
+        error: EngineError,
+    },
+    /// The model's files cannot be had there.
+    NoModel {
+        stage: usize,
+        error: RequestError,
+    },
+    /// Rows do not get through to the next stage.
+    Cut {
+        stage: usize,
+        incarnation: Incarnation,
+        what: String,
+    },
+}

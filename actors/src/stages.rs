@@ -1,0 +1,344 @@
+//! Stages: the shards of this node, whoever owns their instances.
+//!
+//! - owns: which shard of which instance is on which device here, for whom;
+//! - receives: orders of the instances' owners, here or on other nodes; what becomes of shards;
+//! - emits: shards to devices; news of them to their owners; the memory that they hold;
+//! - dies when: the node stops;
+//! - supervised by: the node.
+//!
+//! An order of an earlier stamp than was seen is dropped. A shard that a later stamp wants just as it is stays loaded.
+
+mod wiring;
+
+use crate::core::desired::Stamp;
+use crate::core::view::InstanceId;
+use crate::device::{DeviceMsg, DeviceRef};
+use crate::host::{EnginePort, HostTask, Outgoing};
+use crate::links::Switchboard;
+use crate::models::{ModelsRef, ResolvedModel};
+use crate::outlet::Outlet;
+use crate::post::Post;
+use crate::protocol::{ControlMessage, End, StageNews, StageOrder, StageTask};
+use crate::request::RequestError;
+use crate::room::Room;
+use crate::shard::{ShardReport, ShardTask};
+use exo_engines::EngineError;
+use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, Incarnation, KvElement, ShardSpec, TensorRank};
+use exo_engines::model::{ModelFiles, Role};
+use exo_net::NodeId;
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::RactorMessage;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+use wiring::Wiring;
+
+pub(crate) type StagesRef = ActorRef<StagesMsg>;
+
+/// Shards of other nodes' instances at once.
+const STAGES_MAX: usize = 256;
+
+type Key = (InstanceId, usize);
+
+#[derive(Debug, RactorMessage)]
+pub(crate) enum StagesMsg {
+    Order {
+        from: NodeId,
+        order: StageOrder,
+    },
+    /// These instances are wanted; shards of others go.
+    Keep(BTreeSet<InstanceId>),
+    /// The model of a stage is here, or cannot be had.
+    Resolved {
+        key: Key,
+        tenancy: u64,
+        outcome: Result<Arc<ResolvedModel>, RequestError>,
+    },
+    Shard {
+        key: Key,
+        tenancy: u64,
+        report: ShardReport,
+    },
+    /// The way out of a shard is open, or not.
+    Linked {
+        key: Key,
+        wiring: Box<Wiring>,
+        outcome: Result<Outgoing, String>,
+    },
+    /// Rows do not get through.
+    Cut {
+        key: Key,
+        incarnation: Incarnation,
+        what: String,
+    },
+    Vacated {
+        instance: InstanceId,
+        bytes: u64,
+    },
+}
+
+/// A device of this node.
+#[derive(Debug, Clone)]
+pub(crate) struct LocalDevice {
+    pub report: DeviceReport,
+    pub device: DeviceRef,
+    pub factory: Arc<dyn EngineFactory>,
+}
+
+/// What the planner hears of this node's shards.
+#[derive(Debug, Clone)]
+pub(crate) enum StagesFact {
+    /// Memory that shards hold, by instance.
+    Held(BTreeMap<InstanceId, u64>),
+    /// A device goes through so many bytes of weights in a second.
+    Measured { device: DeviceId, bytes_per_s: f64 },
+}
+
+#[derive(Debug)]
+pub(crate) struct StagesArgs {
+    pub devices: Vec<LocalDevice>,
+    pub models: ModelsRef,
+    pub post: Post,
+    pub board: Switchboard,
+    pub facts: Outlet<StagesFact>,
+}
+
+#[derive(Debug)]
+pub(crate) struct StagesState {
+    args: StagesArgs,
+    held: HashMap<Key, Held>,
+    /// The latest stamp that was seen of each instance here.
+    stamps: HashMap<InstanceId, Stamp>,
+    memory: BTreeMap<InstanceId, u64>,
+    next_tenancy: u64,
+}
+
+/// A shard that is here, or on its way.
+#[derive(Debug)]
+struct Held {
+    /// Tells it from earlier ones in the same place.
+    tenancy: u64,
+    owner: NodeId,
+    task: StageTask,
+    /// Weights that a row goes through; 0 until its model is here.
+    compute_bytes: u64,
+    loaded: Option<Loaded>,
+}
+
+#[derive(Debug, Clone)]
+struct Loaded {
+    port: EnginePort,
+    hidden: usize,
+}
+
+#[derive(Debug)]
+pub(crate) struct Stages;
+
+impl Actor for Stages {
+    type Msg = StagesMsg;
+    type State = StagesState;
+    type Arguments = StagesArgs;
+
+    async fn pre_start(&self, _: StagesRef, args: StagesArgs) -> Result<StagesState, ActorProcessingErr> {
+        Ok(StagesState { args, held: HashMap::new(), stamps: HashMap::new(), memory: BTreeMap::new(), next_tenancy: 0 })
+    }
+
+    async fn handle(
+        &self,
+        myself: StagesRef,
+        message: StagesMsg,
+        state: &mut StagesState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            StagesMsg::Order { from, order } => state.on_order(&myself, from, order),
+            StagesMsg::Keep(instances) => state.keep(&instances),
+            StagesMsg::Resolved { key, tenancy, outcome } => state.on_resolved(&myself, key, tenancy, outcome),
+            StagesMsg::Shard { key, tenancy, report } => state.on_report(key, tenancy, report),
+            StagesMsg::Linked { key, wiring, outcome } => state.on_linked(key, &wiring, outcome),
+            StagesMsg::Cut { key, incarnation, what } => state.on_cut(key, incarnation, what),
+            StagesMsg::Vacated { instance, bytes } => state.on_vacated(instance, bytes),
+        }
+        Ok(())
+    }
+}
+
+impl StagesState {
+    fn on_order(&mut self, myself: &StagesRef, from: NodeId, order: StageOrder) {
+        match order {
+            StageOrder::Start(task) => self.start(myself, from, *task),
+            StageOrder::Clear { instance, below } => self.clear(instance, below),
+            StageOrder::Wire { instance, stage, incarnation, from: before, next, to, wire_type } => {
+                let wiring = Wiring { incarnation, from: before, next, to, wire_type };
+                self.wire(myself, from, (instance, stage), wiring);
+            }
+        }
+    }
+
+    fn start(&mut self, myself: &StagesRef, owner: NodeId, task: StageTask) {
+        let key = (task.instance, task.stage);
+        let latest = self.stamps.get(&task.instance).copied();
+        if latest.is_some_and(|latest| task.stamp < latest) || self.held.len() >= STAGES_MAX {
+            return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard of the past, or one too many");
+        }
+        self.stamps.insert(task.instance, task.stamp);
+        if let Some(held) = self.held.get_mut(&key) {
+            let is_the_same = StageTask { stamp: task.stamp, ..held.task.clone() } == task;
+            if is_the_same {
+                (held.owner, held.task) = (owner, task);
+                if held.loaded.is_some() {
+                    self.tell(key, StageNews::Up { stage: key.1 });
+                }
+                return;
+            }
+            self.stop(key);
+        }
+        self.next_tenancy += 1;
+        let tenancy = self.next_tenancy;
+        let (models, spec, stages) = (self.args.models.clone(), task.spec.clone(), myself.clone());
+        self.held.insert(key, Held { tenancy, owner, task, compute_bytes: 0, loaded: None });
+        tokio::spawn(async move {
+            let outcome = crate::models::resolve(&models, spec.model).await;
+            let outcome = outcome.and_then(|model| crate::models::quantised(model, spec.quantize));
+            // Where nobody hosts shards any more, the node stops.
+            let _ = stages.send_message(StagesMsg::Resolved { key, tenancy, outcome: outcome.map_err(Into::into) });
+        });
+    }
+
+    fn on_resolved(
+        &mut self,
+        myself: &StagesRef,
+        key: Key,
+        tenancy: u64,
+        outcome: Result<Arc<ResolvedModel>, RequestError>,
+    ) {
+        let Some(held) = self.held.get_mut(&key).filter(|held| held.tenancy == tenancy) else { return };
+        let model = match outcome {
+            Ok(model) => model,
+            Err(error) => {
+                self.tell(key, StageNews::NoModel { stage: key.1, error });
+                return self.stop(key);
+            }
+        };
+        let task = held.task.clone();
+        let Some(local) = self.args.devices.iter().find(|local| local.report.id == task.device) else {
+            let error = EngineError::NoDevice { engine: "exo".to_owned(), device: task.device.to_string() };
+            self.tell(key, StageNews::Lost { stage: key.1, error });
+            return self.stop(key);
+        };
+        let spec = ShardSpec {
+            architecture: model.files.architecture.for_context(task.context_tokens as usize),
+            layers: task.layers.clone(),
+            tensor: TensorRank::WHOLE,
+            kv_element: KvElement::F16,
+            kv_pages: task.kv_pages,
+        };
+        let hidden = spec.architecture.hidden;
+        let vacated = Outlet::to(myself, |(instance, bytes)| StagesMsg::Vacated { instance, bytes });
+        let room = Room { instance: key.0, bytes: task.memory_bytes, vacated };
+        let host = HostTask {
+            factory: Arc::clone(&local.factory),
+            device: task.device.clone(),
+            spec,
+            weights: Arc::new(model.files.weights.clone()),
+            _room: Arc::new(room),
+        };
+        let owner = Outlet::to(myself, move |report| StagesMsg::Shard { key, tenancy, report });
+        *self.memory.entry(key.0).or_default() += task.memory_bytes;
+        held.compute_bytes = compute_bytes(&model.files, &task.layers);
+        let shard = ShardTask { instance: key.0, stage: key.1, host, owner, hidden };
+        // A device that is gone is noticed by the node, which stops.
+        let _ = local.device.send_message(DeviceMsg::Start(Box::new(shard)));
+        self.tell_memory();
+    }
+
+    fn on_report(&mut self, key: Key, tenancy: u64, report: ShardReport) {
+        let Some(held) = self.held.get_mut(&key).filter(|held| held.tenancy == tenancy) else { return };
+        let stage = key.1;
+        let news = match report {
+            ShardReport::Loading(progress) => {
+                let (loaded_bytes, total_bytes) = (progress.loaded_bytes, progress.total_bytes);
+                StageNews::Loading { stage, loaded_bytes, total_bytes }
+            }
+            ShardReport::Up { port, hidden, device, row } => {
+                held.loaded = Some(Loaded { port, hidden });
+                if row > Duration::ZERO {
+                    let bytes_per_s = held.compute_bytes as f64 / row.as_secs_f64();
+                    self.args.facts.tell(StagesFact::Measured { device, bytes_per_s });
+                }
+                StageNews::Up { stage }
+            }
+            ShardReport::Down(error) => {
+                held.loaded = None;
+                self.args.board.forget(key.0, End::Stage(stage));
+                StageNews::Down { stage, error }
+            }
+            ShardReport::Lost(error) => {
+                self.tell(key, StageNews::Lost { stage, error });
+                return self.stop(key);
+            }
+        };
+        self.tell(key, news);
+    }
+
+    fn on_cut(&mut self, key: Key, incarnation: Incarnation, what: String) {
+        self.tell(key, StageNews::Cut { stage: key.1, incarnation, what });
+    }
+
+    fn clear(&mut self, instance: InstanceId, below: Stamp) {
+        let is_over = |held: &Held| held.task.instance == instance && held.task.stamp < below;
+        let over = self.held.iter().filter(|(_, held)| is_over(held)).map(|(&key, _)| key);
+        for key in over.collect::<Vec<_>>() {
+            self.stop(key);
+        }
+    }
+
+    fn keep(&mut self, instances: &BTreeSet<InstanceId>) {
+        let over = self.held.keys().filter(|(instance, _)| !instances.contains(instance)).copied();
+        for key in over.collect::<Vec<_>>() {
+            self.stop(key);
+        }
+        self.stamps.retain(|instance, _| instances.contains(instance));
+    }
+
+    fn stop(&mut self, key: Key) {
+        let Some(held) = self.held.remove(&key) else { return };
+        self.args.board.forget(key.0, End::Stage(key.1));
+        tracing::info!(instance = %key.0, stage = key.1, layers = ?held.task.layers, "letting go of a shard");
+        // It may have fallen back to another device.
+        for local in &self.args.devices {
+            let _ = local.device.send_message(DeviceMsg::Stop { instance: key.0, stage: key.1 });
+        }
+    }
+
+    fn on_vacated(&mut self, instance: InstanceId, bytes: u64) {
+        if let Some(held) = self.memory.get_mut(&instance) {
+            *held = held.saturating_sub(bytes);
+            if *held == 0 {
+                self.memory.remove(&instance);
+            }
+        }
+        self.tell_memory();
+    }
+
+    fn tell_memory(&self) {
+        self.args.facts.tell(StagesFact::Held(self.memory.clone()));
+    }
+
+    fn tell(&self, key: Key, news: StageNews) {
+        let Some(held) = self.held.get(&key) else { return };
+        let message = ControlMessage::News { instance: key.0, stamp: held.task.stamp, news };
+        self.args.post.tell(held.owner, message);
+    }
+}
+
+/// Weights that a row goes through in a shard of `layers`.
+fn compute_bytes(files: &ModelFiles, layers: &Range<usize>) -> u64 {
+    let is_last = layers.end == files.architecture.layers.len();
+    let tensors = files.weights.tensors.iter().filter(|(role, _)| match role {
+        Role::Layer(layer, _) => layers.contains(&(*layer as usize)),
+        Role::Output => is_last,
+        _ => false,
+    });
+    tensors.map(|(_, slice)| slice.kept_bytes()).sum()
+}

@@ -1,0 +1,223 @@
+//! Certificates: who may speak, and who speaks.
+//!
+//! The cluster's secret gives the key of its certificate authority, the same on every member; each member signs a
+//! certificate for its own identity with it. A peer is a member if its certificate is signed so and valid now, and it
+//! is the node whose id is the hash of the certificate's key. The id that the certificate claims by name must be that
+//! one. Chains, signatures, dates and purposes are checked by rustls' own verifier; nothing of that is ours.
+
+use crate::identity::{Identity, NodeId};
+use crate::secret::ClusterSecret;
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ED25519,
+};
+use rustls::client::Resumption;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+/// The name that every member's certificate has, which a dialler asks for: the address says where, the key says who.
+pub(crate) const MEMBER_NAME: &str = "member.exo.internal";
+/// A certificate is made anew whenever a node starts, and each day that it runs.
+const VALID_FOR: Duration = Duration::from_secs(60 * 24 * 3600);
+/// Clocks at home are off by hours.
+const VALID_BEFORE: Duration = Duration::from_secs(2 * 24 * 3600);
+/// PKCS #8, version 1, of an Ed25519 key, up to its 32 bytes (RFC 8410, section 7).
+const ED25519_PKCS8_HEAD: [u8; 16] =
+    [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
+/// An Ed25519 key's SubjectPublicKeyInfo, up to its 32 bytes (RFC 8410, section 4).
+const ED25519_SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+
+/// Why a certificate could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CertificateError {
+    #[error("a certificate could not be made: {0}")]
+    Make(#[from] rcgen::Error),
+    #[error("a certificate of this node's own was refused: {0}")]
+    Configure(#[from] rustls::Error),
+    #[error("a certificate of this node's own was refused: {0}")]
+    Verifier(#[from] rustls::server::VerifierBuilderError),
+}
+
+/// Why a peer's certificate does not say who it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PeerIdError {
+    #[error("the peer's certificate cannot be read")]
+    Unreadable,
+    #[error("the peer's key is not an Ed25519 key")]
+    NotEd25519,
+    #[error("the peer's certificate claims another name than its key has")]
+    WrongName,
+}
+
+/// When a certificate is valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Validity {
+    pub(crate) from: SystemTime,
+    pub(crate) to: SystemTime,
+}
+
+impl Validity {
+    /// From a little before `now`.
+    pub(crate) fn from_now(now: SystemTime) -> Self {
+        Self { from: now - VALID_BEFORE, to: now + VALID_FOR }
+    }
+}
+
+/// A member's certificate and the root that signed it.
+#[derive(Debug)]
+pub(crate) struct Credentials {
+    root: CertificateDer<'static>,
+    certificate: CertificateDer<'static>,
+    key: Vec<u8>,
+}
+
+impl Credentials {
+    /// A certificate for `identity` in the cluster of `secret`.
+    pub(crate) fn make(
+        identity: &Identity,
+        secret: &ClusterSecret,
+        validity: Validity,
+    ) -> Result<Self, CertificateError> {
+        Self::make_named(identity, secret, validity, identity.node_id())
+    }
+
+    /// The same, but with the name of any node: what an impostor would make.
+    fn make_named(
+        identity: &Identity,
+        secret: &ClusterSecret,
+        validity: Validity,
+        name: NodeId,
+    ) -> Result<Self, CertificateError> {
+        let authority_key = [&ED25519_PKCS8_HEAD[..], &secret.authority_seed()[..]].concat();
+        let authority_key = key_pair(&authority_key)?;
+        let authority = authority_params();
+        let root = authority.self_signed(&authority_key)?;
+        let mut params = CertificateParams::new(vec![MEMBER_NAME.to_owned(), node_name(name)])?;
+        params.distinguished_name = named("exo node");
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.not_before = validity.from.into();
+        params.not_after = validity.to.into();
+        let issuer = Issuer::new(authority, authority_key);
+        let certificate = params.signed_by(&key_pair(identity.document())?, &issuer)?;
+        Ok(Self { root: root.der().clone(), certificate: certificate.der().clone(), key: identity.document().to_vec() })
+    }
+
+    /// For those who dial us: TLS 1.3, their certificate is asked for.
+    pub(crate) fn server(&self, protocols: &[&[u8]]) -> Result<ServerConfig, CertificateError> {
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(self.roots()?), provider()).build()?;
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(vec![self.certificate.clone()], self.private_key())?;
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        // Each connection proves itself anew: who was evicted does not come back with a ticket.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(config)
+    }
+
+    /// For those whom we dial.
+    pub(crate) fn client(&self, protocol: &[u8]) -> Result<ClientConfig, CertificateError> {
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_root_certificates(self.roots()?)
+            .with_client_auth_cert(vec![self.certificate.clone()], self.private_key())?;
+        config.alpn_protocols = vec![protocol.to_vec()];
+        config.resumption = Resumption::disabled();
+        Ok(config)
+    }
+
+    fn roots(&self) -> Result<RootCertStore, rustls::Error> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.root.clone())?;
+        Ok(roots)
+    }
+
+    fn private_key(&self) -> PrivateKeyDer<'static> {
+        PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.clone()))
+    }
+}
+
+/// Cryptography of one maker, whatever else is linked into the program.
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn key_pair(document: &[u8]) -> Result<KeyPair, rcgen::Error> {
+    KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(document), &PKCS_ED25519)
+}
+
+/// The same on every member, to the bit.
+fn authority_params() -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = named("exo cluster");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+    params.not_after = rcgen::date_time_ymd(2120, 1, 1);
+    params.serial_number = Some(1_u64.into());
+    params
+}
+
+fn named(name: &str) -> DistinguishedName {
+    let mut names = DistinguishedName::new();
+    names.push(DnType::CommonName, name);
+    names
+}
+
+/// A node's id as a name: a label has 63 digits at most, and an id 64.
+fn node_name(id: NodeId) -> String {
+    let digits = id.to_string();
+    format!("{}.{}.exo.internal", &digits[..32], &digits[32..])
+}
+
+/// Whose certificate this is, verified as it is.
+pub(crate) fn peer_id(certificate: &CertificateDer<'_>) -> Result<NodeId, PeerIdError> {
+    let parsed = webpki::EndEntityCert::try_from(certificate).map_err(|_| PeerIdError::Unreadable)?;
+    let spki = parsed.subject_public_key_info();
+    let key = spki.strip_prefix(&ED25519_SPKI_HEAD[..]).filter(|key| key.len() == 32);
+    let id = NodeId::of_key(key.ok_or(PeerIdError::NotEd25519)?);
+    let name = ServerName::try_from(node_name(id)).map_err(|_| PeerIdError::Unreadable)?;
+    parsed.verify_is_valid_for_subject_name(&name).map_err(|_| PeerIdError::WrongName)?;
+    Ok(id)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A certificate that names another node than its key is.
+    pub(crate) fn impostor(identity: &Identity, secret: &ClusterSecret, name: NodeId) -> Credentials {
+        let validity = Validity::from_now(SystemTime::now());
+        Credentials::make_named(identity, secret, validity, name).expect("a certificate")
+    }
+
+    fn secret(byte: u8) -> ClusterSecret {
+        ClusterSecret::from_bytes([byte; 32])
+    }
+
+    #[test]
+    fn members_agree_on_the_authority_and_keep_their_own_ids() {
+        let (a, b) = (Identity::ephemeral().expect("a key"), Identity::ephemeral().expect("a key"));
+        let validity = Validity::from_now(SystemTime::now());
+        let [of_a, of_b] =
+            [&a, &b].map(|identity| Credentials::make(identity, &secret(1), validity).expect("a certificate"));
+        assert_eq!(of_a.root, of_b.root);
+        assert_ne!(of_a.root, Credentials::make(&a, &secret(2), validity).expect("a certificate").root);
+        assert_eq!(peer_id(&of_a.certificate), Ok(a.node_id()));
+        assert_eq!(peer_id(&of_b.certificate), Ok(b.node_id()));
+    }
+
+    #[test]
+    fn a_name_that_is_not_the_key_s_is_seen() {
+        let (a, b) = (Identity::ephemeral().expect("a key"), Identity::ephemeral().expect("a key"));
+        let forged = impostor(&a, &secret(1), b.node_id());
+        assert_eq!(peer_id(&forged.certificate), Err(PeerIdError::WrongName));
+        assert_eq!(peer_id(&CertificateDer::from(vec![1, 2, 3])), Err(PeerIdError::Unreadable));
+    }
+}

@@ -1,0 +1,306 @@
+//! The control stream: ractor_cluster's bytes over QUIC, checked frame by frame before it sees them.
+//!
+//! ractor_cluster trusts its peers more than we do: any member may claim any name, advertise actors and groups without
+//! end, and fill mailboxes. So what comes passes a sieve that knows the few messages that an honest member sends:
+//! ```text
+//! QUIC stream ─► Sieve (length, kind, claimed name, permits) ─► pipe ─► ractor_cluster's session
+//! ```
+//! The frames are ractor_cluster 0.16's: a length (8, big-endian) and a protobuf `NetworkMessage`
+//! (`meta.proto`, `auth.proto` and `control.proto` of that crate).
+
+use crate::identity::NodeId;
+use ractor_cluster::{BoxRead, BoxWrite, ClusterBidiStream};
+use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::sync::Semaphore;
+
+/// The longest frame: lists of what is wanted in a large cluster stay far below.
+pub const CONTROL_FRAME_BYTES_MAX: u64 = 4 << 20;
+/// Messages to our control actor that may wait to be handled.
+const MESSAGES_MAX: usize = 256;
+/// An honest member advertises one actor, once in a session's life.
+const ACTORS_MAX: usize = 4;
+/// That frame is short.
+const ACTOR_FRAME_BYTES_MAX: usize = 512;
+
+/// The name that a member has in ractor_cluster: the part before the `@`, and the part behind it.
+pub fn cluster_name(id: NodeId) -> String {
+    id.to_string()
+}
+
+/// The stream to one peer, for ractor_cluster.
+pub struct ControlStream {
+    pub(crate) peer: NodeId,
+    pub(crate) session: u64,
+    pub(crate) reader: DuplexStream,
+    pub(crate) writer: quinn::SendStream,
+}
+
+impl std::fmt::Debug for ControlStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ControlStream({:?})", self.peer)
+    }
+}
+
+/// What a session of ours is labelled with; others come from elsewhere.
+pub fn session_label(peer: NodeId, session: u64) -> String {
+    format!("quic/{peer}/{session}")
+}
+
+impl ClusterBidiStream for ControlStream {
+    fn split(self: Box<Self>) -> (BoxRead, BoxWrite) {
+        (Box::new(self.reader), Box::new(self.writer))
+    }
+
+    fn peer_label(&self) -> Option<String> {
+        Some(session_label(self.peer, self.session))
+    }
+}
+
+/// Messages of a peer that wait for our control actor; it gives each one's permit back.
+#[derive(Debug, Clone)]
+pub struct Inbox(Arc<Semaphore>);
+
+impl Inbox {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(Semaphore::new(MESSAGES_MAX)))
+    }
+
+    /// A message was handled.
+    pub fn handled(&self) {
+        if self.0.available_permits() < MESSAGES_MAX {
+            self.0.add_permits(1);
+        }
+    }
+}
+
+/// Why a peer's control stream was ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SieveError {
+    #[error("a control frame of {bytes} bytes; at most {CONTROL_FRAME_BYTES_MAX} are allowed")]
+    TooLong { bytes: u64 },
+    #[error("the peer claims the name `{claimed}`, which its certificate does not have")]
+    WrongName { claimed: String },
+    #[error("a message that no member sends ({what})")]
+    Unexpected { what: &'static str },
+    #[error("the stream ended: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// Passes the honest frames of `peer` on, until the stream ends or one is not honest.
+pub(crate) async fn sieve(
+    mut from: impl AsyncRead + Unpin,
+    mut to: DuplexStream,
+    peer: NodeId,
+    inbox: Inbox,
+) -> Result<(), SieveError> {
+    let mut frame = Vec::new();
+    let mut actors = 0;
+    loop {
+        let mut length = [0; 8];
+        from.read_exact(&mut length).await?;
+        let bytes = u64::from_be_bytes(length);
+        if bytes > CONTROL_FRAME_BYTES_MAX {
+            return Err(SieveError::TooLong { bytes });
+        }
+        frame.clear();
+        (&mut from).take(bytes).read_to_end(&mut frame).await?;
+        if frame.len() as u64 != bytes {
+            return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+        }
+        if check(&frame, peer, &mut actors)? == Kind::Message {
+            match inbox.0.acquire().await {
+                Ok(permit) => permit.forget(),
+                Err(_) => return Ok(()),
+            }
+        }
+        to.write_all(&length).await?;
+        to.write_all(&frame).await?;
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// For our control actor.
+    Message,
+    /// For ractor_cluster.
+    Session,
+}
+
+/// `NetworkMessage`: 1 authentication, 2 a message between actors, 3 control.
+fn check(frame: &[u8], peer: NodeId, actors: &mut usize) -> Result<Kind, SieveError> {
+    let Some((field, body)) = only_field(frame) else { return Err(SieveError::Unexpected { what: "malformed" }) };
+    match field {
+        1 => check_names(body, peer).map(|()| Kind::Session),
+        2 => Ok(Kind::Message),
+        3 => check_control(body, actors).map(|()| Kind::Session),
+        _ => Err(SieveError::Unexpected { what: "unknown" }),
+    }
+}
+
+/// `AuthenticationMessage`: 1 the dialler's name, 4 the listener's, each with the name in field 1.
+fn check_names(body: &[u8], peer: NodeId) -> Result<(), SieveError> {
+    let Some((field, message)) = only_field(body) else {
+        return Err(SieveError::Unexpected { what: "malformed authentication" });
+    };
+    if field != 1 && field != 4 {
+        return Ok(());
+    }
+    let name = cluster_name(peer);
+    let expected = format!("{name}@{name}");
+    // The last one counts, as protobuf has it: all must be right.
+    let claimed: Vec<&[u8]> = Fields(message).filter_map(|(field, body)| (field == 1).then_some(body)).collect();
+    match claimed.iter().find(|claimed| **claimed != expected.as_bytes()) {
+        None if !claimed.is_empty() => Ok(()),
+        wrong => {
+            let claimed = wrong.map(|claimed| String::from_utf8_lossy(&claimed[..claimed.len().min(80)]).into_owned());
+            Err(SieveError::WrongName { claimed: claimed.unwrap_or_default() })
+        }
+    }
+}
+
+/// `ControlMessage`: 1 spawn, 2 terminate, 3 ping, 4 pong, 9 ready are an honest member's.
+fn check_control(body: &[u8], actors: &mut usize) -> Result<(), SieveError> {
+    match only_field(body) {
+        Some((1, message)) => {
+            *actors += 1;
+            match *actors > ACTORS_MAX || message.len() > ACTOR_FRAME_BYTES_MAX {
+                true => Err(SieveError::Unexpected { what: "more actors than one" }),
+                false => Ok(()),
+            }
+        }
+        Some((2..=4 | 9, message)) if message.len() <= ACTOR_FRAME_BYTES_MAX => Ok(()),
+        _ => Err(SieveError::Unexpected { what: "control" }),
+    }
+}
+
+/// The one length-delimited field of a message that has no other.
+fn only_field(message: &[u8]) -> Option<(u64, &[u8])> {
+    let mut fields = Fields(message);
+    let field = fields.next()?;
+    (fields.next().is_none() && fields.0.is_empty()).then_some(field)
+}
+
+/// The length-delimited fields of a protobuf message; others are passed over. Ends where the message is malformed.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn varint(&mut self) -> Option<u64> {
+        let mut value = 0;
+        for shift in (0..64).step_by(7) {
+            let (&byte, rest) = self.0.split_first()?;
+            self.0 = rest;
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    fn take(&mut self, bytes: u64) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(usize::try_from(bytes).ok()?)?;
+        self.0 = rest;
+        Some(taken)
+    }
+}
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = (u64, &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let tag = self.varint()?;
+            match tag & 7 {
+                0 => drop(self.varint()?),
+                1 => drop(self.take(8)?),
+                2 => {
+                    let bytes = self.varint()?;
+                    return Some((tag >> 3, self.take(bytes)?));
+                }
+                5 => drop(self.take(4)?),
+                _ => return None,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Identity;
+    use proptest::prelude::*;
+
+    fn field(number: u8, body: &[u8]) -> Vec<u8> {
+        assert!(body.len() < 128);
+        [&[number << 3 | 2, body.len() as u8], body].concat()
+    }
+
+    fn id() -> NodeId {
+        Identity::ephemeral().expect("random bytes").node_id()
+    }
+
+    #[test]
+    fn a_claimed_name_must_be_the_certificate_s() {
+        let (peer, other) = (id(), id());
+        let long = |number: u8, body: &[u8]| {
+            [&[number << 3 | 2, 0x80 | (body.len() & 0x7f) as u8, (body.len() >> 7) as u8], body].concat()
+        };
+        let claim = |id: NodeId, number: u8| {
+            let name = cluster_name(id);
+            long(1, &long(number, &long(1, format!("{name}@{name}").as_bytes())))
+        };
+        for number in [1, 4] {
+            assert_eq!(check(&claim(peer, number), peer, &mut 0).ok(), Some(Kind::Session));
+            assert!(matches!(check(&claim(other, number), peer, &mut 0), Err(SieveError::WrongName { .. })));
+        }
+        assert!(matches!(check(&field(1, &field(1, &[])), peer, &mut 0), Err(SieveError::WrongName { .. })));
+        // Two names, the right one first.
+        let two = [claim(peer, 1), claim(other, 1)].concat();
+        assert!(check(&two, peer, &mut 0).is_err());
+    }
+
+    #[test]
+    fn only_what_a_member_sends_passes() {
+        let peer = id();
+        assert_eq!(check(&field(2, &[1, 2, 3]), peer, &mut 0).ok(), Some(Kind::Message));
+        for number in 1..=12 {
+            let passes = check(&field(3, &field(number, &[])), peer, &mut 0).is_ok();
+            assert_eq!(passes, [1, 2, 3, 4, 9].contains(&number), "{number}");
+        }
+        let (spawn, mut actors) = (field(3, &field(1, &[8, 1])), 0);
+        let passed = (0..20).filter(|_| check(&spawn, peer, &mut actors).is_ok()).count();
+        assert_eq!(passed, ACTORS_MAX);
+        assert!(check(&[], peer, &mut 0).is_err());
+    }
+
+    /// A peer whose messages are not handled is not read any further.
+    #[tokio::test]
+    async fn what_waits_is_bounded() {
+        let (mut peer, reader) = tokio::io::duplex(1 << 20);
+        let (to, mut pipe) = tokio::io::duplex(1 << 20);
+        let inbox = Inbox::new();
+        let sieve = tokio::spawn(sieve(reader, to, id(), inbox.clone()));
+        let frame = field(2, &[7]);
+        for _ in 0..MESSAGES_MAX + 10 {
+            peer.write_all(&(frame.len() as u64).to_be_bytes()).await.expect("room");
+            peer.write_all(&frame).await.expect("room");
+        }
+        let mut passed = vec![0; (8 + frame.len()) * MESSAGES_MAX];
+        pipe.read_exact(&mut passed).await.expect("all permits' worth");
+        let further = tokio::time::timeout(std::time::Duration::from_millis(50), pipe.read_u8()).await;
+        assert!(further.is_err(), "no permit, no message");
+        inbox.handled();
+        pipe.read_u8().await.expect("one more");
+        sieve.abort();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn garbage_is_refused_and_nothing_worse(frame in prop::collection::vec(any::<u8>(), 0..60), wrap in 0_u8..4) {
+            let frame = if wrap == 0 { frame } else { field(wrap, &frame) };
+            let _ = check(&frame, NodeId::of_key(&[1; 32]), &mut 0);
+        }
+    }
+}

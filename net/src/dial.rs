@@ -1,0 +1,249 @@
+//! Whom to dial, and when.
+//!
+//! A state machine without I/O; time is an argument, since any fixed start. Methods come in families:
+//! - `handle_*`: an address was found, a dial ended, a peer came or went;
+//! - [`DialPolicy::poll_dial`]: the next address to dial now;
+//! - [`DialPolicy::next_due`]: when to ask again.
+//!
+//! Each address is dialled once at a time, again after a failure with growing waits and jitter, and not at all while its
+//! peer is here. A peer that comes and goes is waited for as if its dials had failed.
+
+use crate::identity::NodeId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+/// Addresses that are known at once. Home clusters have dozens of members with a handful each.
+const ADDRESSES_MAX: usize = 512;
+/// The wait after the first failure; each further one doubles it.
+const WAIT_FIRST: Duration = Duration::from_millis(250);
+/// No longer: a machine that is switched on should be here soon.
+const WAIT_MAX: Duration = Duration::from_secs(15);
+/// A peer that stays less long flaps.
+const STAYS_MIN: Duration = Duration::from_secs(10);
+/// An address that nobody named on purpose is forgotten after so many failures in a row: minutes of them.
+const FAILURES_MAX: u32 = 24;
+
+/// Who told of an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Source {
+    /// Discovery, or a peer: may be wrong, or of yesterday.
+    Heard,
+    /// The user: never forgotten.
+    Named,
+}
+
+#[derive(Debug)]
+struct Address {
+    source: Source,
+    /// Who was found there last.
+    id: Option<NodeId>,
+    is_dialling: bool,
+    failures: u32,
+    due: Duration,
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct DialPolicy {
+    local: NodeId,
+    random: fastrand::Rng,
+    addresses: BTreeMap<SocketAddr, Address>,
+    /// Ourselves, under whatever name.
+    own: BTreeSet<SocketAddr>,
+    /// Peers that are here, since when.
+    up: BTreeMap<NodeId, Duration>,
+}
+
+impl DialPolicy {
+    /// A policy that knows nobody; `seed` is for jitter.
+    pub fn new(local: NodeId, seed: u64) -> Self {
+        Self {
+            local,
+            random: fastrand::Rng::with_seed(seed),
+            addresses: BTreeMap::new(),
+            own: BTreeSet::new(),
+            up: BTreeMap::new(),
+        }
+    }
+
+    /// Someone may be at `address`.
+    pub fn handle_address(&mut self, address: SocketAddr, source: Source, now: Duration) {
+        if self.own.contains(&address) || address.port() == 0 {
+            return;
+        }
+        if let Some(known) = self.addresses.get_mut(&address) {
+            known.source = known.source.max(source);
+            return;
+        }
+        if self.addresses.len() >= ADDRESSES_MAX && source == Source::Heard {
+            return;
+        }
+        let fresh = Address { source, id: None, is_dialling: false, failures: 0, due: now };
+        self.addresses.insert(address, fresh);
+    }
+
+    /// A dial reached `id`.
+    pub fn handle_dialled(&mut self, address: SocketAddr, id: NodeId) {
+        if id == self.local {
+            self.addresses.remove(&address);
+            // Bounded as the addresses are, for each was one.
+            self.own.insert(address);
+            return;
+        }
+        if let Some(known) = self.addresses.get_mut(&address) {
+            known.id = Some(id);
+            known.is_dialling = false;
+        }
+    }
+
+    /// A dial failed.
+    pub fn handle_failed(&mut self, address: SocketAddr, now: Duration) {
+        let Some(known) = self.addresses.get_mut(&address) else { return };
+        known.is_dialling = false;
+        known.failures = known.failures.saturating_add(1);
+        if known.source == Source::Heard && known.failures >= FAILURES_MAX {
+            self.addresses.remove(&address);
+            return;
+        }
+        known.due = now + wait(known.failures, &mut self.random);
+    }
+
+    /// `id` is here, reached at `address`.
+    pub fn handle_up(&mut self, id: NodeId, address: SocketAddr, now: Duration) {
+        self.up.insert(id, now);
+        self.handle_address(address, Source::Heard, now);
+        if let Some(known) = self.addresses.get_mut(&address) {
+            known.id = Some(id);
+        }
+    }
+
+    /// `id` is gone.
+    pub fn handle_down(&mut self, id: NodeId, now: Duration) {
+        let Some(since) = self.up.remove(&id) else { return };
+        let flapped = now.saturating_sub(since) < STAYS_MIN;
+        for known in self.addresses.values_mut().filter(|known| known.id == Some(id)) {
+            known.failures = if flapped { known.failures.saturating_add(1) } else { 0 };
+            known.due = now + wait(known.failures.max(1), &mut self.random);
+        }
+    }
+
+    /// The next address to dial now; it counts as being dialled until its end is told.
+    pub fn poll_dial(&mut self, now: Duration) -> Option<SocketAddr> {
+        let up = &self.up;
+        // One address of a peer at a time.
+        let busy: BTreeSet<NodeId> =
+            self.addresses.values().filter(|known| known.is_dialling).filter_map(|known| known.id).collect();
+        let is_free = |known: &Address| known.id.is_none_or(|id| !up.contains_key(&id) && !busy.contains(&id));
+        let due = self.addresses.iter_mut().filter(|(_, known)| !known.is_dialling && known.due <= now);
+        let (address, known) = due.filter(|(_, known)| is_free(known)).min_by_key(|(_, known)| known.due)?;
+        known.is_dialling = true;
+        Some(*address)
+    }
+
+    /// When the next address is due, of those that are not dialled now and whose peers are not here.
+    pub fn next_due(&self) -> Option<Duration> {
+        let idle = self.addresses.values().filter(|known| !known.is_dialling);
+        idle.filter(|known| known.id.is_none_or(|id| !self.up.contains_key(&id))).map(|known| known.due).min()
+    }
+}
+
+/// Between half and one and a half of the wait after so many failures.
+fn wait(failures: u32, random: &mut fastrand::Rng) -> Duration {
+    let doubled = WAIT_FIRST.saturating_mul(1 << failures.saturating_sub(1).min(16));
+    doubled.min(WAIT_MAX).mul_f64(0.5 + random.f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Identity;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn id() -> NodeId {
+        Identity::ephemeral().expect("random bytes").node_id()
+    }
+
+    fn address(port: u16) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], port))
+    }
+
+    #[test]
+    fn a_peer_that_is_here_is_not_dialled() {
+        let (mut policy, peer) = (DialPolicy::new(id(), 1), id());
+        policy.handle_address(address(1), Source::Named, Duration::ZERO);
+        policy.handle_address(address(1), Source::Heard, Duration::ZERO);
+        assert_eq!(policy.poll_dial(Duration::ZERO), Some(address(1)));
+        assert_eq!(policy.poll_dial(Duration::ZERO), None, "once at a time");
+        policy.handle_dialled(address(1), peer);
+        policy.handle_up(peer, address(1), Duration::ZERO);
+        assert_eq!(policy.poll_dial(100 * SECOND), None);
+        assert_eq!(policy.next_due(), None);
+        policy.handle_down(peer, 100 * SECOND);
+        assert_eq!(policy.poll_dial(101 * SECOND), Some(address(1)));
+    }
+
+    #[test]
+    fn we_do_not_dial_ourselves_twice() {
+        let local = id();
+        let mut policy = DialPolicy::new(local, 1);
+        policy.handle_address(address(1), Source::Named, Duration::ZERO);
+        assert_eq!(policy.poll_dial(Duration::ZERO), Some(address(1)));
+        policy.handle_dialled(address(1), local);
+        policy.handle_address(address(1), Source::Heard, SECOND);
+        assert_eq!(policy.poll_dial(100 * SECOND), None);
+    }
+
+    /// Dials of `seconds` of trying an address where nobody is.
+    fn dials(policy: &mut DialPolicy, seconds: u64) -> usize {
+        let mut dials = 0;
+        for tick in 0..seconds * 100 {
+            let now = Duration::from_millis(tick * 10);
+            if let Some(address) = policy.poll_dial(now) {
+                dials += 1;
+                policy.handle_failed(address, now);
+            }
+        }
+        dials
+    }
+
+    #[test]
+    fn who_is_not_there_is_tried_ever_more_seldom_and_forgotten_if_only_heard_of() {
+        let mut policy = DialPolicy::new(id(), 7);
+        policy.handle_address(address(1), Source::Named, Duration::ZERO);
+        let named = dials(&mut policy, 600);
+        assert!((30..120).contains(&named), "{named}");
+        let mut policy = DialPolicy::new(id(), 7);
+        policy.handle_address(address(1), Source::Heard, Duration::ZERO);
+        assert_eq!(dials(&mut policy, 3600), FAILURES_MAX as usize);
+    }
+
+    #[test]
+    fn a_peer_that_flaps_is_waited_for() {
+        let (mut policy, peer) = (DialPolicy::new(id(), 3), id());
+        policy.handle_address(address(1), Source::Named, Duration::ZERO);
+        let mut ups = 0;
+        for tick in 0..60_000 {
+            let now = Duration::from_millis(tick * 10);
+            if policy.poll_dial(now).is_some() {
+                ups += 1;
+                policy.handle_dialled(address(1), peer);
+                policy.handle_up(peer, address(1), now);
+                policy.handle_down(peer, now + Duration::from_millis(5));
+            }
+        }
+        assert!((30..120).contains(&ups), "{ups} in ten minutes");
+    }
+
+    #[test]
+    fn addresses_are_bounded() {
+        let mut policy = DialPolicy::new(id(), 3);
+        for port in 1..=2000 {
+            policy.handle_address(address(port), Source::Heard, Duration::ZERO);
+        }
+        assert_eq!(policy.addresses.len(), ADDRESSES_MAX);
+        policy.handle_address(address(3000), Source::Named, Duration::ZERO);
+        assert!(policy.addresses.contains_key(&address(3000)));
+    }
+}

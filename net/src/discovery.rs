@@ -1,0 +1,76 @@
+//! Finding members on the local network by multicast DNS (RFC 6762, 6763).
+//!
+//! A node announces `_exo._udp` with its id and its cluster's fingerprint, and hears of others with the same
+//! fingerprint. What is heard may be false: it is an address to dial, and who answers must prove itself.
+
+use crate::identity::NodeId;
+use mdns_sd::{ServiceDaemon, ServiceEvent, ServiceInfo};
+use std::net::{IpAddr, SocketAddr};
+use tokio::sync::mpsc;
+
+const SERVICE: &str = "_exo._udp.local.";
+
+/// Why nobody is found.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DiscoveryError {
+    #[error("multicast DNS: {0}")]
+    Mdns(#[from] mdns_sd::Error),
+}
+
+/// Announces and listens as long as it is held.
+pub(crate) struct Discovery {
+    daemon: ServiceDaemon,
+}
+
+impl std::fmt::Debug for Discovery {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Discovery")
+    }
+}
+
+impl Drop for Discovery {
+    fn drop(&mut self) {
+        // Says goodbye; a daemon that has ended needs no end.
+        let _ = self.daemon.shutdown();
+    }
+}
+
+impl Discovery {
+    /// Announces `own` at `address`, and tells `found` of others. Called on a tokio runtime.
+    pub(crate) fn start(
+        own: NodeId,
+        fingerprint: String,
+        address: SocketAddr,
+        found: mpsc::Sender<SocketAddr>,
+    ) -> Result<Self, DiscoveryError> {
+        let daemon = ServiceDaemon::new()?;
+        let digits = own.to_string();
+        let host = format!("exo-{}.local.", &digits[..16]);
+        let properties = [("id", digits.as_str()), ("cluster", fingerprint.as_str())];
+        let service = match address.ip() {
+            ip if ip.is_unspecified() => {
+                ServiceInfo::new(SERVICE, &digits[..16], &host, (), address.port(), &properties[..])?.enable_addr_auto()
+            }
+            ip => ServiceInfo::new(SERVICE, &digits[..16], &host, ip, address.port(), &properties[..])?,
+        };
+        daemon.register(service)?;
+        let events = daemon.browse(SERVICE)?;
+        tokio::spawn(async move {
+            while let Ok(event) = events.recv_async().await {
+                let ServiceEvent::ServiceResolved(service) = event else { continue };
+                let has = |key: &str, value: &str| service.txt_properties.get_property_val_str(key) == Some(value);
+                if !has("cluster", &fingerprint) || has("id", &digits) {
+                    continue;
+                }
+                for ip in service.addresses.iter().map(mdns_sd::ScopedIp::to_ip_addr) {
+                    // Addresses of one link need a scope that other nodes do not know.
+                    let is_of_the_link = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+                    if !is_of_the_link && found.send(SocketAddr::new(ip, service.port)).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(Self { daemon })
+    }
+}

@@ -1,0 +1,250 @@
+//! The QUIC endpoint: one UDP socket, by which members are dialled and accepted.
+//!
+//! ```text
+//! datagrams ─► quinn: address validated (Retry), TLS 1.3 both ways ─► member's key ─► id ─► Authenticated
+//! ```
+//! Nobody without the cluster's secret gets further than the handshake, of which there are few at a time and each has
+//! a deadline.
+
+use crate::certificate::{CertificateError, Credentials, MEMBER_NAME, PeerIdError, Validity, peer_id};
+use crate::identity::{Identity, NodeId};
+use crate::secret::ClusterSecret;
+use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
+use quinn::{IdleTimeout, TransportConfig, VarInt};
+use rustls::pki_types::CertificateDer;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::sync::{Semaphore, mpsc};
+
+/// What a connection is for, as ALPN tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Control,
+    Data,
+}
+
+impl Purpose {
+    const ALL: [Self; 2] = [Self::Control, Self::Data];
+
+    fn protocol(self) -> &'static [u8] {
+        match self {
+            Self::Control => b"exo-control/1",
+            Self::Data => b"exo-data/1",
+        }
+    }
+}
+
+/// A handshake, from the first datagram to the last.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+/// Handshakes that are answered at once; quinn keeps as many more waiting, and refuses further ones.
+const HANDSHAKES_MAX: usize = 64;
+/// Datagrams of connections that are not accepted yet, of all together.
+const INCOMING_BYTES_MAX: u64 = 4 << 20;
+/// Peers that have proven themselves and wait to be taken.
+const AUTHENTICATED_MAX: usize = 64;
+/// Silence is death after this: a peer that was killed says nothing.
+const IDLE_TIMEOUT_MS: u32 = 2000;
+/// Several go unheard before a peer counts as dead.
+const KEEP_ALIVE: Duration = Duration::from_millis(300);
+/// What a fast link with some latency has on its way: 10 Gbit/s over 25 ms.
+const WINDOW_BYTES: u32 = 32 << 20;
+/// Requests, pipeline links and weights of one peer at once.
+const DATA_STREAMS_MAX: u32 = 1024;
+/// The kernel's buffers: less loses datagrams of a burst, and QUIC waits for what is lost.
+const SOCKET_BYTES: usize = 4 << 20;
+
+/// Who and where.
+#[derive(Debug, Clone)]
+pub(crate) struct Local {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) secret: ClusterSecret,
+}
+
+/// Why the endpoint could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    #[error("no UDP port at {address}: {source}; give another with --listen")]
+    Socket { address: SocketAddr, source: std::io::Error },
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
+    #[error("no cipher for QUIC: {0}")]
+    Cipher(#[from] NoInitialCipherSuite),
+}
+
+/// Why a dial did not reach a member.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    #[error("{0}")]
+    Connect(#[from] quinn::ConnectError),
+    #[error("{0}")]
+    Connection(#[from] quinn::ConnectionError),
+    #[error(transparent)]
+    Peer(#[from] PeerIdError),
+    #[error(transparent)]
+    Credentials(#[from] BindError),
+    #[error("no answer within {} s", HANDSHAKE_DEADLINE.as_secs())]
+    TimedOut,
+}
+
+/// A connection with a member.
+#[derive(Debug)]
+pub(crate) struct Authenticated {
+    pub(crate) id: NodeId,
+    pub(crate) purpose: Purpose,
+    pub(crate) connection: quinn::Connection,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Endpoint {
+    quinn: quinn::Endpoint,
+    local: Local,
+}
+
+impl Endpoint {
+    /// Opens the socket and answers; connections of members come out of the channel. Called on the network's runtime.
+    pub(crate) fn open(local: Local, listen: SocketAddr) -> Result<(Self, mpsc::Receiver<Authenticated>), BindError> {
+        let socket = socket(listen).map_err(|source| BindError::Socket { address: listen, source })?;
+        let server = server_config(&local)?;
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let quinn = quinn::Endpoint::new(quinn::EndpointConfig::default(), Some(server), socket, runtime)
+            .map_err(|source| BindError::Socket { address: listen, source })?;
+        let (sender, receiver) = mpsc::channel(AUTHENTICATED_MAX);
+        tokio::spawn(answer(quinn.clone(), sender));
+        Ok((Self { quinn, local }, receiver))
+    }
+
+    pub(crate) fn address(&self) -> Option<SocketAddr> {
+        self.quinn.local_addr().ok()
+    }
+
+    /// A new certificate, before the old one is out of date.
+    pub(crate) fn renew(&self) -> Result<(), BindError> {
+        self.quinn.set_server_config(Some(server_config(&self.local)?));
+        Ok(())
+    }
+
+    pub(crate) async fn dial(&self, address: SocketAddr, purpose: Purpose) -> Result<Authenticated, DialError> {
+        let config = client_config(&self.local, purpose)?;
+        let connecting = self.quinn.connect_with(config, address, MEMBER_NAME)?;
+        let connection = tokio::time::timeout(HANDSHAKE_DEADLINE, connecting).await;
+        let connection = connection.map_err(|_| DialError::TimedOut)??;
+        Ok(Authenticated { id: identify(&connection)?, purpose, connection })
+    }
+
+    /// Tells all peers that we go, and waits a moment for them to hear it.
+    pub(crate) async fn close(&self) {
+        self.quinn.close(VarInt::from_u32(0), b"leaving");
+        let _ = tokio::time::timeout(KEEP_ALIVE, self.quinn.wait_idle()).await;
+    }
+}
+
+/// Answers those who come, for ever.
+async fn answer(endpoint: quinn::Endpoint, members: mpsc::Sender<Authenticated>) {
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    while let Some(incoming) = endpoint.accept().await {
+        // Whoever cannot receive at the address that he claims is not worth a handshake.
+        if !incoming.remote_address_validated() {
+            if let Err(error) = incoming.retry() {
+                error.into_incoming().ignore();
+            }
+            continue;
+        }
+        let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
+            incoming.refuse();
+            continue;
+        };
+        let members = members.clone();
+        tokio::spawn(async move {
+            let address = incoming.remote_address();
+            match tokio::time::timeout(HANDSHAKE_DEADLINE, accept(incoming)).await {
+                // Nobody takes members any more: the node stops.
+                Ok(Ok(member)) => drop(members.send(member).await),
+                Ok(Err(error)) => tracing::info!(%address, %error, "refused a connection"),
+                Err(_) => tracing::info!(%address, "a handshake took too long"),
+            }
+            drop(permit);
+        });
+    }
+}
+
+async fn accept(incoming: quinn::Incoming) -> Result<Authenticated, DialError> {
+    let connection = incoming.accept()?.await?;
+    let data =
+        connection.handshake_data().and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok());
+    let protocol = data.and_then(|data| data.protocol);
+    let purpose = Purpose::ALL.into_iter().find(|purpose| protocol.as_deref() == Some(purpose.protocol()));
+    let id = identify(&connection)?;
+    // TLS has agreed on one of ours.
+    let purpose = purpose.ok_or(DialError::Peer(PeerIdError::Unreadable))?;
+    Ok(Authenticated { id, purpose, connection })
+}
+
+fn identify(connection: &quinn::Connection) -> Result<NodeId, PeerIdError> {
+    let identity = connection.peer_identity().ok_or(PeerIdError::Unreadable)?;
+    let chain = identity.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| PeerIdError::Unreadable)?;
+    let id = chain.first().ok_or(PeerIdError::Unreadable).and_then(peer_id);
+    if let Err(error) = id {
+        connection.close(VarInt::from_u32(1), error.to_string().as_bytes());
+    }
+    id
+}
+
+fn credentials(local: &Local) -> Result<Credentials, CertificateError> {
+    Credentials::make(&local.identity, &local.secret, Validity::from_now(SystemTime::now()))
+}
+
+fn server_config(local: &Local) -> Result<quinn::ServerConfig, BindError> {
+    quic_server(&credentials(local)?)
+}
+
+fn quic_server(credentials: &Credentials) -> Result<quinn::ServerConfig, BindError> {
+    let tls = credentials.server(&Purpose::ALL.map(Purpose::protocol))?;
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+    config.transport_config(Arc::new(transport(DATA_STREAMS_MAX)));
+    config.max_incoming(HANDSHAKES_MAX).incoming_buffer_size_total(INCOMING_BYTES_MAX);
+    // A home's machines keep their addresses; a peer that changes its own dials anew.
+    config.migration(false);
+    Ok(config)
+}
+
+fn client_config(local: &Local, purpose: Purpose) -> Result<quinn::ClientConfig, BindError> {
+    quic_client(&credentials(local)?, purpose)
+}
+
+fn quic_client(credentials: &Credentials, purpose: Purpose) -> Result<quinn::ClientConfig, BindError> {
+    let tls = credentials.client(purpose.protocol())?;
+    let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+    // The control connection has one stream, which its dialler opens.
+    let streams = if purpose == Purpose::Control { 0 } else { DATA_STREAMS_MAX };
+    config.transport_config(Arc::new(transport(streams)));
+    Ok(config)
+}
+
+fn transport(streams: u32) -> TransportConfig {
+    let mut config = TransportConfig::default();
+    config
+        .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT_MS))))
+        .keep_alive_interval(Some(KEEP_ALIVE))
+        .stream_receive_window(VarInt::from_u32(WINDOW_BYTES))
+        .receive_window(VarInt::from_u32(WINDOW_BYTES))
+        .send_window(u64::from(WINDOW_BYTES))
+        .max_concurrent_bidi_streams(VarInt::from_u32(streams))
+        .max_concurrent_uni_streams(VarInt::from_u32(1))
+        .datagram_receive_buffer_size(None);
+    config
+}
+
+fn socket(listen: SocketAddr) -> std::io::Result<UdpSocket> {
+    use socket2::{Domain, Protocol, Socket, Type};
+    let socket = Socket::new(Domain::for_address(listen), Type::DGRAM, Some(Protocol::UDP))?;
+    if listen.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    // As much of it as the system allows.
+    let _ = socket.set_recv_buffer_size(SOCKET_BYTES);
+    let _ = socket.set_send_buffer_size(SOCKET_BYTES);
+    socket.set_nonblocking(true)?;
+    socket.bind(&listen.into())?;
+    Ok(socket.into())
+}

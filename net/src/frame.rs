@@ -1,0 +1,361 @@
+//! Frames on a data stream: a header and a payload.
+//!
+//! ```text
+//! header length (4, little-endian) │ kind of payload (1) │ zero (3) │ payload length (8) │ header (bincode) │ payload
+//! ```
+//! Kinds: 0 nothing, 1 f32, 2 f16, 3 bf16 (little-endian numbers), 4 plain bytes. Lengths are checked against bounds,
+//! and the payload against its header by whoever knows what it means, before memory is asked for. Numbers are read
+//! into the buffer that the engine takes.
+
+use crate::wire::{self, VALUE_BYTES_MAX, WireError};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// The longest payload: 1,024 rows of 16,384 f32.
+pub const PAYLOAD_BYTES_MAX: u64 = 64 << 20;
+const PRELUDE_BYTES: usize = 16;
+/// Halves are converted through a buffer of this many.
+const CONVERTED_AT_ONCE: usize = 4096;
+
+/// How numbers travel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WireType {
+    /// As they are: what comes out is what went in, to the bit.
+    #[default]
+    F32,
+    F16,
+    Bf16,
+}
+
+impl WireType {
+    fn bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+impl std::str::FromStr for WireType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            "bf16" => Ok(Self::Bf16),
+            other => Err(format!("`{other}`: one of f32, f16, bf16")),
+        }
+    }
+}
+
+/// What goes behind a header.
+#[derive(Debug, Clone, Copy)]
+pub enum Payload<'a> {
+    Nothing,
+    Numbers(&'a [f32], WireType),
+    Bytes(&'a [u8]),
+}
+
+/// What is announced behind a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Announced {
+    Nothing,
+    Numbers { count: usize },
+    Bytes { count: usize },
+}
+
+/// What came behind a header.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Received {
+    Nothing,
+    Numbers(Vec<f32>),
+    Bytes(Vec<u8>),
+}
+
+/// Why a frame was not read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("a frame announces {bytes} bytes of payload; at most {PAYLOAD_BYTES_MAX} are allowed")]
+    PayloadTooLong { bytes: u64 },
+    #[error("a frame has no known form (kind {kind})")]
+    Malformed { kind: u8 },
+    #[error("a frame was refused: {what}")]
+    Refused { what: String },
+    #[error("the stream ended: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// Writes frames.
+#[derive(Debug)]
+pub struct FrameWriter<W> {
+    stream: W,
+    /// Kept, so that a frame costs no allocation.
+    buffer: Vec<u8>,
+}
+
+impl<W: AsyncWrite + Unpin> FrameWriter<W> {
+    pub fn new(stream: W) -> Self {
+        Self { stream, buffer: Vec::new() }
+    }
+
+    /// The stream below.
+    pub fn stream(&mut self) -> &mut W {
+        &mut self.stream
+    }
+
+    pub(crate) fn into_stream(self) -> W {
+        self.stream
+    }
+
+    /// Writes a frame.
+    ///
+    /// # Errors
+    /// [`FrameError`] where it is too long, or the stream has ended.
+    pub async fn send<H: Serialize>(&mut self, header: &H, payload: Payload<'_>) -> Result<(), FrameError> {
+        let header = wire::encode(header)?;
+        let (kind, bytes) = match payload {
+            Payload::Nothing => (0, 0),
+            Payload::Numbers(numbers, wire_type) => (1 + wire_type as u8, numbers.len() as u64 * wire_type.bytes()),
+            Payload::Bytes(bytes) => (4, bytes.len() as u64),
+        };
+        if bytes > PAYLOAD_BYTES_MAX {
+            return Err(FrameError::PayloadTooLong { bytes });
+        }
+        self.buffer.clear();
+        self.buffer.extend((header.len() as u32).to_le_bytes());
+        self.buffer.extend([kind, 0, 0, 0]);
+        self.buffer.extend(bytes.to_le_bytes());
+        self.buffer.extend(&header);
+        match payload {
+            Payload::Nothing => {}
+            Payload::Bytes(bytes) => self.buffer.extend(bytes),
+            Payload::Numbers(numbers, WireType::F32) => self.buffer.extend(bytemuck::cast_slice::<f32, u8>(numbers)),
+            Payload::Numbers(numbers, WireType::F16) => {
+                self.buffer.extend(numbers.iter().flat_map(|&number| f16::from_f32(number).to_le_bytes()));
+            }
+            Payload::Numbers(numbers, WireType::Bf16) => {
+                self.buffer.extend(numbers.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes()));
+            }
+        }
+        Ok(self.stream.write_all(&self.buffer).await?)
+    }
+}
+
+/// Reads frames.
+#[derive(Debug)]
+pub struct FrameReader<R> {
+    stream: R,
+    header: Vec<u8>,
+}
+
+impl<R: AsyncRead + Unpin> FrameReader<R> {
+    pub fn new(stream: R) -> Self {
+        Self { stream, header: Vec::new() }
+    }
+
+    /// The stream below.
+    pub fn stream(&mut self) -> &mut R {
+        &mut self.stream
+    }
+
+    pub(crate) fn into_stream(self) -> R {
+        self.stream
+    }
+
+    /// Reads a frame; `None` where the stream has ended between two. `admit` sees the header and what is announced
+    /// behind it, and says what is wrong with it, before any of that is read.
+    ///
+    /// Not cancel-safe: a stream whose read was given up is of no more use.
+    ///
+    /// # Errors
+    /// [`FrameError`]; the stream is of no more use.
+    pub async fn receive<H: DeserializeOwned>(
+        &mut self,
+        admit: impl FnOnce(&H, Announced) -> Result<(), String>,
+    ) -> Result<Option<(H, Received)>, FrameError> {
+        let mut prelude = [0; PRELUDE_BYTES];
+        // Ended between two frames, or within one.
+        let first = self.stream.read(&mut prelude).await?;
+        if first == 0 {
+            return Ok(None);
+        }
+        self.stream.read_exact(&mut prelude[first..]).await?;
+        let [l0, l1, l2, l3, kind, z0, z1, z2, payload @ ..] = prelude;
+        let (header_bytes, bytes) = (u32::from_le_bytes([l0, l1, l2, l3]) as usize, u64::from_le_bytes(payload));
+        if header_bytes > VALUE_BYTES_MAX {
+            return Err(WireError::TooLong { bytes: header_bytes }.into());
+        }
+        if bytes > PAYLOAD_BYTES_MAX {
+            return Err(FrameError::PayloadTooLong { bytes });
+        }
+        let malformed = FrameError::Malformed { kind };
+        let size = match kind {
+            1 => 4,
+            2 | 3 => 2,
+            _ => 1,
+        };
+        let is_known = kind <= 4 && [z0, z1, z2] == [0; 3] && bytes % size == 0 && (kind > 0 || bytes == 0);
+        if !is_known {
+            return Err(malformed);
+        }
+        let count = (bytes / size) as usize;
+        let announced = match kind {
+            0 => Announced::Nothing,
+            1..=3 => Announced::Numbers { count },
+            _ => Announced::Bytes { count },
+        };
+        self.header.clear();
+        // Memory grows with what has come, not with what was announced.
+        (&mut self.stream).take(header_bytes as u64).read_to_end(&mut self.header).await?;
+        let header = wire::decode(&self.header)?;
+        admit(&header, announced).map_err(|what| FrameError::Refused { what })?;
+        let received = match kind {
+            0 => Received::Nothing,
+            1 => Received::Numbers(self.numbers(count).await?),
+            2 => Received::Numbers(self.halves::<f16>(count).await?),
+            3 => Received::Numbers(self.halves::<bf16>(count).await?),
+            _ => {
+                let mut bytes = vec![0; count];
+                self.stream.read_exact(&mut bytes).await?;
+                Received::Bytes(bytes)
+            }
+        };
+        Ok(Some((header, received)))
+    }
+
+    async fn numbers(&mut self, count: usize) -> Result<Vec<f32>, FrameError> {
+        let mut numbers = vec![0.0; count];
+        self.stream.read_exact(bytemuck::cast_slice_mut::<f32, u8>(&mut numbers)).await?;
+        Ok(numbers)
+    }
+
+    async fn halves<T: Half>(&mut self, count: usize) -> Result<Vec<f32>, FrameError>
+    where
+        [T]: HalfFloatSliceExt,
+    {
+        let mut numbers = vec![0.0; count];
+        let mut halves = vec![T::ZERO; count.min(CONVERTED_AT_ONCE)];
+        for numbers in numbers.chunks_mut(CONVERTED_AT_ONCE) {
+            let halves = &mut halves[..numbers.len()];
+            self.stream.read_exact(bytemuck::cast_slice_mut::<T, u8>(halves)).await?;
+            halves.convert_to_f32_slice(numbers);
+        }
+        Ok(numbers)
+    }
+}
+
+/// Both kinds of half.
+trait Half: bytemuck::Pod {
+    const ZERO: Self;
+}
+
+impl Half for f16 {
+    const ZERO: Self = f16::ZERO;
+}
+
+impl Half for bf16 {
+    const ZERO: Self = bf16::ZERO;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(future)
+    }
+
+    async fn written(header: &(u64, String), payload: Payload<'_>) -> Vec<u8> {
+        let mut writer = FrameWriter::new(Vec::new());
+        writer.send(header, payload).await.expect("written");
+        writer.stream
+    }
+
+    async fn read(bytes: &[u8]) -> Result<Option<((u64, String), Received)>, FrameError> {
+        FrameReader::new(bytes).receive(|_, _| Ok(())).await
+    }
+
+    #[test]
+    fn numbers_come_as_they_went() {
+        let header = (3, "three".to_owned());
+        let numbers: Vec<f32> = (0..10_000).map(|i| (i as f32 - 5000.0) * 0.37).collect();
+        block_on(async {
+            let bytes = written(&header, Payload::Numbers(&numbers, WireType::F32)).await;
+            let frame = read(&bytes).await.expect("a frame");
+            assert_eq!(frame, Some((header.clone(), Received::Numbers(numbers.clone()))));
+            for (wire_type, error) in [(WireType::F16, 1e-3), (WireType::Bf16, 1e-2)] {
+                let bytes = written(&header, Payload::Numbers(&numbers, wire_type)).await;
+                assert!(bytes.len() < numbers.len() * 2 + 100);
+                let Ok(Some((_, Received::Numbers(got)))) = read(&bytes).await else { panic!("numbers") };
+                assert!(got.iter().zip(&numbers).all(|(got, sent)| (got - sent).abs() <= error * sent.abs()));
+            }
+            let bytes = written(&header, Payload::Bytes(b"weights")).await;
+            assert_eq!(
+                read(&bytes).await.expect("a frame"),
+                Some((header.clone(), Received::Bytes(b"weights".to_vec())))
+            );
+            assert_eq!(read(&[]).await.expect("an end"), None);
+        });
+    }
+
+    #[test]
+    fn what_is_not_admitted_is_not_read() {
+        block_on(async {
+            let numbers = vec![1.0; 4];
+            let bytes = written(&(1, String::new()), Payload::Numbers(&numbers, WireType::F32)).await;
+            let mut reader = FrameReader::new(&bytes[..]);
+            let refused = reader
+                .receive(|_: &(u64, String), announced| match announced {
+                    Announced::Numbers { count: 5 } => Ok(()),
+                    other => Err(format!("{other:?} for 5 numbers")),
+                })
+                .await;
+            assert!(matches!(refused, Err(FrameError::Refused { .. })));
+            assert_eq!(reader.stream.len(), 16);
+        });
+    }
+
+    #[test]
+    fn a_frame_that_is_cut_off_or_too_long_is_an_error() {
+        block_on(async {
+            let bytes = written(&(1, "x".to_owned()), Payload::Bytes(&[7; 100])).await;
+            for end in 1..bytes.len() {
+                assert!(read(&bytes[..end]).await.is_err(), "{end}");
+            }
+            let mut long = bytes.clone();
+            long[8..16].copy_from_slice(&(PAYLOAD_BYTES_MAX + 1).to_le_bytes());
+            assert!(matches!(read(&long).await, Err(FrameError::PayloadTooLong { .. })));
+            let mut long = bytes;
+            long[..4].copy_from_slice(&u32::MAX.to_le_bytes());
+            assert!(matches!(read(&long).await, Err(FrameError::Wire(WireError::TooLong { .. }))));
+        });
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        /// Bytes from anyone: refused, or a frame that is what was written.
+        #[test]
+        fn garbage_is_refused_and_nothing_worse(
+            mut bytes in prop::collection::vec(any::<u8>(), 0..300),
+            header_bytes in 0_u32..40,
+            kind in 0_u8..7,
+            payload in 0_u64..300,
+            is_shaped in any::<bool>(),
+        ) {
+            if is_shaped && bytes.len() >= PRELUDE_BYTES {
+                bytes[..4].copy_from_slice(&header_bytes.to_le_bytes());
+                bytes[4..8].copy_from_slice(&[kind, 0, 0, 0]);
+                bytes[8..16].copy_from_slice(&payload.to_le_bytes());
+            }
+            let _ = block_on(read(&bytes));
+        }
+    }
+}

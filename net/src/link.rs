@@ -1,0 +1,119 @@
+//! Streams of the data connection: activations between two shards, requests and answers, weights.
+//!
+//! ```text
+//! LinkSender ─frames─► LinkReceiver
+//!      ▲──── credits ──────┘   one byte for each frame that was taken
+//! ```
+//! A sender has as many frames on their way as it has credits: a receiver that does not keep up stops it, and never
+//! holds more than [`CREDITS`] frames. Sending fails, and does not wait for ever, when the peer is gone: QUIC notices
+//! within its idle timeout.
+
+use crate::frame::{Announced, FrameError, FrameReader, FrameWriter, Payload, Received};
+use quinn::{RecvStream, SendStream, VarInt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+
+/// Frames of a link on their way at once: more than a pipeline of any depth that is of use has steps in flight.
+pub const CREDITS: usize = 64;
+/// The code of a stream that is given up, whatever the reason: the reason goes over the control stream.
+const GIVEN_UP: VarInt = VarInt::from_u32(1);
+
+/// One direction of a data stream that was opened for frames.
+#[derive(Debug)]
+pub struct LinkSender {
+    writer: FrameWriter<SendStream>,
+    credits: Arc<Semaphore>,
+    returns: tokio::task::AbortHandle,
+}
+
+impl Drop for LinkSender {
+    fn drop(&mut self) {
+        self.returns.abort();
+    }
+}
+
+impl LinkSender {
+    /// Over the two halves of a bidirectional stream that was just opened; called on the network's runtime.
+    pub(crate) fn new(sender: SendStream, mut receiver: RecvStream) -> Self {
+        let credits = Arc::new(Semaphore::new(CREDITS));
+        let returned = Arc::clone(&credits);
+        let returns = tokio::spawn(async move {
+            let mut taken = [0; CREDITS];
+            while let Ok(Some(count)) = receiver.read(&mut taken).await {
+                // A peer that returns what it never had gains nothing by it.
+                let missing = CREDITS.saturating_sub(returned.available_permits());
+                returned.add_permits(count.min(missing));
+            }
+            // The peer takes no more.
+            returned.close();
+        });
+        Self { writer: FrameWriter::new(sender), credits, returns: returns.abort_handle() }
+    }
+
+    /// Sends a frame, when there is a credit for it.
+    ///
+    /// # Errors
+    /// [`FrameError`] where the peer is gone or takes no more.
+    pub async fn send<H: Serialize>(&mut self, header: &H, payload: Payload<'_>) -> Result<(), FrameError> {
+        match self.credits.acquire().await {
+            Ok(credit) => credit.forget(),
+            Err(_) => return Err(std::io::Error::from(std::io::ErrorKind::BrokenPipe).into()),
+        }
+        self.writer.send(header, payload).await
+    }
+}
+
+/// The other end.
+#[derive(Debug)]
+pub struct LinkReceiver {
+    reader: FrameReader<RecvStream>,
+    credits: SendStream,
+}
+
+impl LinkReceiver {
+    /// Over a stream whose first frame has been read.
+    pub fn new(stream: DataStream) -> Self {
+        Self { reader: stream.reader, credits: stream.writer.into_stream() }
+    }
+
+    /// The next frame; `None` where the sender has ended the link. See [`FrameReader::receive`].
+    ///
+    /// # Errors
+    /// [`FrameError`]; the link is of no more use.
+    pub async fn receive<H: DeserializeOwned>(
+        &mut self,
+        admit: impl FnOnce(&H, Announced) -> Result<(), String>,
+    ) -> Result<Option<(H, Received)>, FrameError> {
+        self.reader.receive(admit).await
+    }
+
+    /// The frame was taken: its credit goes back.
+    ///
+    /// # Errors
+    /// [`FrameError::Io`] where the peer is gone.
+    pub async fn taken(&mut self) -> Result<(), FrameError> {
+        Ok(self.credits.write_all(&[1]).await.map_err(std::io::Error::from)?)
+    }
+}
+
+/// A bidirectional stream with frames both ways.
+#[derive(Debug)]
+pub struct DataStream {
+    pub writer: FrameWriter<SendStream>,
+    pub reader: FrameReader<RecvStream>,
+}
+
+impl DataStream {
+    pub(crate) fn new((sender, receiver): (SendStream, RecvStream)) -> Self {
+        Self { writer: FrameWriter::new(sender), reader: FrameReader::new(receiver) }
+    }
+
+    /// Ends the stream at once, both ways; the peer sees that it was given up.
+    pub fn give_up(mut self) {
+        // A stream that has ended already needs no end.
+        let _ = self.writer.stream().reset(GIVEN_UP);
+        let _ = self.reader.stream().stop(GIVEN_UP);
+    }
+}

@@ -1,0 +1,332 @@
+//! A peer: the two connections with one member, made one.
+//!
+//! ```text
+//! dialler                                              listener
+//!   control connection ─ Hello{nonce, pass} ─►
+//!                      ◄─ Hello{nonce, pass} ─
+//!   data connection    ─ nonce ─►                 the two with one nonce are a pair
+//! ```
+//! Each side gives the other a pass. ractor_cluster does not tell an actor who a message is from: messages to the control
+//! actor carry the pass that its receiver gave, and so say it.
+
+use crate::control::{ControlStream, Inbox, sieve};
+use crate::endpoint::{Authenticated, DialError, Endpoint, Purpose};
+use crate::frame::{FrameError, FrameReader, FrameWriter, Payload};
+use crate::identity::NodeId;
+use crate::link::{DataStream, LinkSender};
+use quinn::{Connection, VarInt};
+use ring::rand::{SecureRandom, SystemRandom};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::runtime::Handle;
+
+/// Both sides speak this; a peer of another is told so.
+const PROTOCOL: u32 = 1;
+/// From a connection to a peer.
+const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+/// Longer names are cut.
+pub const NAME_BYTES_MAX: usize = 64;
+/// Bytes between the sieve and ractor_cluster.
+const PIPE_BYTES: usize = 64 << 10;
+/// What a weight's bytes give way to.
+const PRIORITY_LOW: i32 = -10;
+
+/// What a member puts into its messages, so that their receiver knows whose they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Pass(pub [u8; 16]);
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Hello {
+    protocol: u32,
+    name: String,
+    nonce: u64,
+    pass: Pass,
+}
+
+/// A member that is here.
+#[derive(Debug)]
+pub struct Peer {
+    pub id: NodeId,
+    /// Counts the peers of this process: the same member has another number when it comes again.
+    pub session: u64,
+    /// As its user calls it; not unique, and not to be trusted.
+    pub name: String,
+    pub address: SocketAddr,
+    pub is_dialled: bool,
+    pub control: ControlStream,
+    /// Whose messages wait.
+    pub inbox: Inbox,
+    /// For messages to it.
+    pub pass: Pass,
+    /// In messages from it.
+    pub expects: Pass,
+    pub data: DataConnection,
+}
+
+/// The data connection with a peer.
+#[derive(Debug, Clone)]
+pub struct DataConnection {
+    connection: Connection,
+    runtime: Handle,
+}
+
+/// How much a stream gives way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Priority {
+    /// Somebody waits for each byte.
+    Normal,
+    /// Weights: whatever else there is goes first.
+    Low,
+}
+
+impl DataConnection {
+    /// Opens a stream of frames both ways. The peer sees it with the first frame.
+    ///
+    /// # Errors
+    /// [`FrameError::Io`] where the peer is gone.
+    pub async fn open(&self, priority: Priority) -> Result<DataStream, FrameError> {
+        let streams = self.connection.open_bi().await.map_err(std::io::Error::from)?;
+        if priority == Priority::Low {
+            // A stream that has ended needs no priority.
+            let _ = streams.0.set_priority(PRIORITY_LOW);
+        }
+        Ok(DataStream::new(streams))
+    }
+
+    /// Opens a link; `hello` says what it is for.
+    ///
+    /// # Errors
+    /// [`FrameError`] where the peer is gone.
+    pub async fn open_link<H: Serialize>(&self, hello: &H) -> Result<LinkSender, FrameError> {
+        let (sender, receiver) = self.connection.open_bi().await.map_err(std::io::Error::from)?;
+        let mut writer = FrameWriter::new(sender);
+        writer.send(hello, Payload::Nothing).await?;
+        let _context = self.runtime.enter();
+        Ok(LinkSender::new(writer.into_stream(), receiver))
+    }
+
+    /// The next stream that the peer opens.
+    ///
+    /// # Errors
+    /// [`FrameError::Io`] where the peer is gone.
+    pub async fn accept(&self) -> Result<DataStream, FrameError> {
+        let streams = self.connection.accept_bi().await.map_err(std::io::Error::from)?;
+        Ok(DataStream::new(streams))
+    }
+
+    /// Runs `task` on the network's own thread, which compute does not starve.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.runtime.spawn(task);
+    }
+
+    /// The time there and back, smoothed.
+    pub fn rtt(&self) -> Duration {
+        self.connection.rtt()
+    }
+
+    /// Bytes that were sent, and that came.
+    pub fn bytes(&self) -> (u64, u64) {
+        let stats = self.connection.stats();
+        (stats.udp_tx.bytes, stats.udp_rx.bytes)
+    }
+
+    /// Ends both connections with the peer.
+    pub fn close(&self, reason: &str) {
+        self.connection.close(VarInt::from_u32(0), reason.as_bytes());
+    }
+
+    pub(crate) async fn closed(&self) -> quinn::ConnectionError {
+        self.connection.closed().await
+    }
+}
+
+/// Why a connection did not become a peer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MeetError {
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("the connection ended: {0}")]
+    Connection(#[from] quinn::ConnectionError),
+    #[error("the peer speaks protocol {theirs}, and we {PROTOCOL}: run the same version of exo on both")]
+    Protocol { theirs: u32 },
+    #[error("the address answered as two different nodes")]
+    TwoNodes,
+    #[error("the address is this node's own")]
+    Ourselves,
+    #[error("the system gave no random bytes")]
+    NoRandomness,
+    #[error("the peer did not introduce itself in time")]
+    TimedOut,
+}
+
+/// A control connection that has been introduced, and waits for its data connection.
+#[derive(Debug)]
+pub(crate) struct Introduced {
+    pub(crate) id: NodeId,
+    pub(crate) nonce: u64,
+    pub(crate) name: String,
+    pub(crate) control: Connection,
+    streams: (quinn::SendStream, quinn::RecvStream),
+    pass: Pass,
+    expects: Pass,
+    is_dialled: bool,
+}
+
+/// Both connections.
+#[derive(Debug)]
+pub(crate) struct Met {
+    pub(crate) introduced: Introduced,
+    pub(crate) data: Connection,
+}
+
+impl Met {
+    pub(crate) fn id(&self) -> NodeId {
+        self.introduced.id
+    }
+
+    pub(crate) fn is_dialled(&self) -> bool {
+        self.introduced.is_dialled
+    }
+
+    pub(crate) fn close(&self, reason: &str) {
+        for connection in [&self.introduced.control, &self.data] {
+            connection.close(VarInt::from_u32(0), reason.as_bytes());
+        }
+    }
+
+    /// Starts the sieve, and gives the peer. Called on the network's runtime.
+    pub(crate) fn into_peer(self, session: u64) -> Peer {
+        let Introduced { id, name, control, streams: (writer, reader), pass, expects, is_dialled, .. } =
+            self.introduced;
+        let (to, from) = tokio::io::duplex(PIPE_BYTES);
+        let inbox = Inbox::new();
+        let sifted = sieve(reader, to, id, inbox.clone());
+        let connection = control.clone();
+        tokio::spawn(async move {
+            // A sieve that waits for a permit does not see that its peer is gone.
+            let ended = tokio::select! {
+                ended = sifted => ended,
+                _ = connection.closed() => return,
+            };
+            if let Err(error) = ended {
+                if connection.close_reason().is_none() {
+                    tracing::warn!(peer = %id, %error, "ended the control stream of a peer");
+                }
+                connection.close(VarInt::from_u32(2), b"control stream");
+            }
+        });
+        Peer {
+            id,
+            session,
+            name,
+            address: self.data.remote_address(),
+            is_dialled,
+            control: ControlStream { peer: id, session, reader: from, writer },
+            inbox,
+            pass,
+            expects,
+            data: DataConnection { connection: self.data, runtime: Handle::current() },
+        }
+    }
+}
+
+/// Dials both connections.
+pub(crate) async fn dial(endpoint: &Endpoint, address: SocketAddr, own: NodeId, name: &str) -> Result<Met, MeetError> {
+    let Authenticated { id, connection: control, .. } = endpoint.dial(address, Purpose::Control).await?;
+    if id == own {
+        return Err(MeetError::Ourselves);
+    }
+    let hello = hello(name)?;
+    let introduced = tokio::time::timeout(HELLO_DEADLINE, async {
+        let (sender, receiver) = control.open_bi().await?;
+        let (mut writer, mut reader) = (FrameWriter::new(sender), FrameReader::new(receiver));
+        writer.send(&hello, Payload::Nothing).await?;
+        let theirs = read_hello(&mut reader).await?;
+        Ok::<_, MeetError>(Introduced {
+            id,
+            nonce: hello.nonce,
+            name: theirs.name,
+            control,
+            streams: (writer.into_stream(), reader.into_stream()),
+            pass: theirs.pass,
+            expects: hello.pass,
+            is_dialled: true,
+        })
+    });
+    let introduced = introduced.await.map_err(|_| MeetError::TimedOut)??;
+    let data = endpoint.dial(address, Purpose::Data).await?;
+    if data.id != id {
+        return Err(MeetError::TwoNodes);
+    }
+    let mut stream = data.connection.open_uni().await?;
+    let written = stream.write_all(&hello.nonce.to_le_bytes()).await;
+    written.map_err(|error| FrameError::Io(error.into()))?;
+    // Nothing else goes this way.
+    let _ = stream.finish();
+    Ok(Met { introduced, data: data.connection })
+}
+
+/// Answers the introduction on a control connection that was accepted.
+pub(crate) async fn introduce(id: NodeId, control: Connection, name: &str) -> Result<Introduced, MeetError> {
+    let introduced = async {
+        let (sender, receiver) = control.accept_bi().await?;
+        let (mut writer, mut reader) = (FrameWriter::new(sender), FrameReader::new(receiver));
+        let theirs = read_hello(&mut reader).await?;
+        let mut ours = hello(name)?;
+        ours.nonce = theirs.nonce;
+        writer.send(&ours, Payload::Nothing).await?;
+        Ok(Introduced {
+            id,
+            nonce: theirs.nonce,
+            name: theirs.name,
+            control,
+            streams: (writer.into_stream(), reader.into_stream()),
+            pass: theirs.pass,
+            expects: ours.pass,
+            is_dialled: false,
+        })
+    };
+    tokio::time::timeout(HELLO_DEADLINE, introduced).await.map_err(|_| MeetError::TimedOut)?
+}
+
+/// Which control connection a data connection that was accepted belongs to.
+pub(crate) async fn nonce_of(data: &Connection) -> Result<u64, MeetError> {
+    let read = async {
+        let mut stream = data.accept_uni().await?;
+        let mut nonce = [0; 8];
+        stream.read_exact(&mut nonce).await.map_err(|error| FrameError::Io(std::io::Error::other(error)))?;
+        Ok(u64::from_le_bytes(nonce))
+    };
+    tokio::time::timeout(HELLO_DEADLINE, read).await.map_err(|_| MeetError::TimedOut)?
+}
+
+fn hello(name: &str) -> Result<Hello, MeetError> {
+    let mut random = [0; 24];
+    SystemRandom::new().fill(&mut random).map_err(|_| MeetError::NoRandomness)?;
+    let (mut nonce, mut pass) = ([0; 8], [0; 16]);
+    nonce.copy_from_slice(&random[..8]);
+    pass.copy_from_slice(&random[8..]);
+    Ok(Hello { protocol: PROTOCOL, name: cut(name), nonce: u64::from_le_bytes(nonce), pass: Pass(pass) })
+}
+
+async fn read_hello(reader: &mut FrameReader<quinn::RecvStream>) -> Result<Hello, MeetError> {
+    let frame = reader.receive::<Hello>(|_, _| Ok(())).await?;
+    let (mut hello, _) = frame.ok_or_else(|| FrameError::Io(std::io::ErrorKind::UnexpectedEof.into()))?;
+    if hello.protocol != PROTOCOL {
+        return Err(MeetError::Protocol { theirs: hello.protocol });
+    }
+    hello.name = cut(&hello.name);
+    Ok(hello)
+}
+
+/// A name as it may be shown: short, and without what a terminal would obey.
+fn cut(name: &str) -> String {
+    let mut shown: String = name.chars().filter(|c| !c.is_control()).collect();
+    while shown.len() > NAME_BYTES_MAX {
+        shown.pop();
+    }
+    shown
+}

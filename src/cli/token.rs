@@ -1,0 +1,36 @@
+//! `exo-node token`: what another machine needs to join.
+
+use super::Outcome;
+use super::remote::Remote;
+use crate::config::data_folder;
+use crate::{ClusterSecret, JoinToken};
+use clap::Args;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Whoever has the token can join, and use every machine of the cluster: it is a secret.
+
+Examples:
+  exo-node token
+  exo-node up --join \"$(ssh desktop exo-node token)\"")]
+pub(super) struct TokenArguments {
+    /// Folder of this node's identity and settings
+    #[arg(long, value_name = "FOLDER")]
+    data_dir: Option<PathBuf>,
+}
+
+pub(super) async fn run(arguments: TokenArguments) -> anyhow::Result<Outcome> {
+    let data_dir = data_folder(arguments.data_dir.as_deref())?;
+    let secret = ClusterSecret::load_or_create(&data_dir)?;
+    // Where no node runs, whoever joins has to find it by discovery.
+    let addresses = match Remote::find(&data_dir).await {
+        Some(node) => node.state().await?.addresses,
+        None => Vec::new(),
+    };
+    if std::io::stdout().is_terminal() {
+        eprintln!("On another machine: exo-node up --join");
+    }
+    println!("{}", JoinToken { secret, addresses });
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,74 @@
+//! A node's place in its user's cluster: the secret, the members it knows, and where it listens.
+
+use crate::node::StartError;
+use exo_actors::{Joined, WireType};
+use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, reachable};
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Addresses of members that were named once, a line each.
+const MEMBERS_FILE: &str = "cluster.members";
+/// The port of exo's own network, beside that of its API.
+pub const PORT_DEFAULT: u16 = 52416;
+
+/// How a node is a member of a cluster.
+#[derive(Debug, Clone)]
+pub struct ClusterSettings {
+    /// Where it listens (UDP); port 0 takes any.
+    pub listen: SocketAddr,
+    /// The cluster to change to; kept, so that it is said once.
+    pub join: Option<JoinToken>,
+    /// Addresses of members; discovery finds others.
+    pub peers: Vec<SocketAddr>,
+    pub discover: Discover,
+    /// How activations travel: as they are, or halved at the price of accuracy.
+    pub wire_type: WireType,
+}
+
+impl Default for ClusterSettings {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([0, 0, 0, 0], PORT_DEFAULT)),
+            join: None,
+            peers: Vec::new(),
+            discover: Discover::Multicast,
+            wire_type: WireType::F32,
+        }
+    }
+}
+
+/// Opens the network of the cluster that `data_dir` belongs to.
+pub(crate) fn join(
+    data_dir: &Path,
+    identity: Arc<Identity>,
+    name: String,
+    settings: ClusterSettings,
+) -> Result<Joined, StartError> {
+    let mut peers = settings.peers;
+    if let Some(token) = settings.join {
+        token.secret.keep(data_dir)?;
+        remember(data_dir, &token.addresses)?;
+    }
+    peers.extend(remembered(data_dir));
+    let secret = ClusterSecret::load_or_create(data_dir)?;
+    let cookie = secret.cookie();
+    let (listen, discover) = (settings.listen, settings.discover);
+    let config = NetworkConfig { identity, secret, name, listen, peers, discover, evicted: BTreeSet::new() };
+    let (network, events) = Network::start(config)?;
+    let addresses = network.address().map(reachable).unwrap_or_default();
+    Ok(Joined { network, events, cookie, addresses })
+}
+
+fn remember(data_dir: &Path, addresses: &[SocketAddr]) -> Result<(), StartError> {
+    let path = data_dir.join(MEMBERS_FILE);
+    let lines: String = addresses.iter().map(|address| format!("{address}\n")).collect();
+    std::fs::write(&path, lines).map_err(|source| StartError::Members { path, source })
+}
+
+/// Lines that are no addresses are nobody's.
+fn remembered(data_dir: &Path) -> Vec<SocketAddr> {
+    let lines = std::fs::read_to_string(data_dir.join(MEMBERS_FILE)).unwrap_or_default();
+    lines.lines().filter_map(|line| line.parse().ok()).collect()
+}
