@@ -27,6 +27,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::{NodeServerMessage, RactorMessage};
 use sessions::{SessionEvent, SessionRef};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -85,6 +86,7 @@ struct Present {
     session: u64,
     pass: Pass,
     expects: Pass,
+    address: SocketAddr,
     data: DataConnection,
     since: Instant,
     is_ready: bool,
@@ -163,9 +165,9 @@ impl ClusterState {
     }
 
     fn open_session(&mut self, peer: Peer) {
-        let Peer { id, session, is_dialled, control, inbox, pass, expects, data, .. } = peer;
+        let Peer { id, session, address, is_dialled, control, inbox, pass, expects, data, .. } = peer;
         self.senders.admit(expects, id, Inbox::clone(&inbox));
-        let present = Present { session, pass, expects, data, since: Instant::now(), is_ready: false };
+        let present = Present { session, pass, expects, address, data, since: Instant::now(), is_ready: false };
         self.peers.insert(id, present);
         let opened = NodeServerMessage::ConnectionOpenedExternal { stream: Box::new(control), is_server: !is_dialled };
         // A server that is gone takes the node with it.
@@ -239,7 +241,7 @@ impl ClusterState {
     fn on_heard(&mut self, heard: Heard) {
         if let ControlMessage::Report(report) = &heard.message {
             // Whoever is a member of a member's cluster is one of ours.
-            for address in report.addresses.iter().take(16) {
+            for address in report.addresses.iter().chain(&report.peers) {
                 self.network.hear_of(*address);
             }
         }
@@ -250,16 +252,17 @@ impl ClusterState {
     }
 
     fn look(&mut self) {
-        let mut links = BTreeMap::new();
+        let (mut links, mut peers) = (BTreeMap::new(), Vec::new());
         for (id, present) in &self.peers {
             if present.is_ready {
                 let link = Link { rtt_s: present.data.rtt().as_secs_f64(), bytes_per_s: None };
                 links.insert(*id, link);
+                peers.push(present.address);
             } else if present.since.elapsed() > SESSION_DEADLINE {
                 present.data.close("no session in time");
             }
         }
-        let _ = self.planner.send_message(PlannerMsg::LinksMeasured(links));
+        let _ = self.planner.send_message(PlannerMsg::LinksMeasured { links, peers });
     }
 }
 

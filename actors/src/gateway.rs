@@ -264,8 +264,11 @@ impl Task {
         loop {
             let received = stream.reader.receive::<HeadEvent>(|_, _| Ok(())).await;
             match received {
-                // The node is gone, or its head.
-                Err(_) | Ok(None) => return Outcome::Moved,
+                Err(error) => {
+                    tracing::debug!(peer = %node, %instance, %error, "an answer broke off");
+                    return Outcome::Moved;
+                }
+                Ok(None) => return Outcome::Moved,
                 Ok(Some((HeadEvent::Failed(RequestError::Moved | RequestError::ShuttingDown), _))) => {
                     return Outcome::Moved;
                 }

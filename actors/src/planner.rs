@@ -94,7 +94,10 @@ pub(crate) enum PlannerMsg {
     },
     NodeUp(NodeId),
     NodeDown(NodeId),
-    LinksMeasured(BTreeMap<NodeId, Link>),
+    LinksMeasured {
+        links: BTreeMap<NodeId, Link>,
+        peers: Vec<SocketAddr>,
+    },
     /// Takes this node out of the cluster; the reply comes when nothing runs on it.
     Drain(RpcReplyPort<()>),
     Look,
@@ -141,6 +144,7 @@ pub(crate) struct PlannerState {
     held: BTreeMap<InstanceId, u64>,
     speeds: HashMap<DeviceId, f64>,
     links: BTreeMap<NodeId, Link>,
+    peers: Vec<SocketAddr>,
     summary: BTreeMap<InstanceId, InstanceState>,
     draining: Option<Vec<RpcReplyPort<()>>>,
     last_look: Instant,
@@ -166,6 +170,7 @@ impl Actor for Planner {
             held: BTreeMap::new(),
             speeds: HashMap::new(),
             links: BTreeMap::new(),
+            peers: Vec::new(),
             summary: BTreeMap::new(),
             draining: None,
             last_look: Instant::now(),
@@ -198,8 +203,8 @@ impl Actor for Planner {
             PlannerMsg::Heard { from, message } => state.on_heard(from, *message),
             PlannerMsg::NodeUp(node) => state.on_node_up(node),
             PlannerMsg::NodeDown(node) => state.on_node_down(node),
-            PlannerMsg::LinksMeasured(links) => {
-                state.links = links;
+            PlannerMsg::LinksMeasured { links, peers } => {
+                (state.links, state.peers) = (links, peers);
                 return Ok(());
             }
             PlannerMsg::Drain(reply) => state.drain(reply),

@@ -57,12 +57,14 @@ pub struct MemberReport {
     pub in_use: Vec<InstanceId>,
     /// How it sees the others.
     pub links: BTreeMap<NodeId, Link>,
+    /// Where it sees them.
+    pub peers: Vec<SocketAddr>,
 }
 
 impl MemberReport {
     /// Whether a member could have said that.
     pub fn is_plausible(&self) -> bool {
-        let counts = [self.devices.len(), self.owned.len(), self.in_use.len(), self.links.len(), self.addresses.len()];
+        let counts = [self.devices.len(), self.owned.len(), self.in_use.len(), self.links.len(), self.peers.len(), self.addresses.len()];
         let speeds =
             self.devices.iter().filter_map(|device| device.bytes_per_s).all(|speed| speed.is_finite() && speed > 0.0);
         let links = self.links.values().all(|link| {
@@ -159,6 +161,7 @@ mod tests {
             owned: BTreeMap::new(),
             in_use: Vec::new(),
             links: BTreeMap::new(),
+            peers: Vec::new(),
         }
     }
 

@@ -230,6 +230,7 @@ impl PlannerState {
             owned: owned.collect(),
             in_use: self.used_here(),
             links: self.links.clone(),
+            peers: self.peers.clone(),
         };
         self.members.0.insert(self.args.node, report);
     }
