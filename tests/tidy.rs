@@ -56,15 +56,21 @@ fn actors_know_only_those_below() {
     let floors = [
         "outlet",
         "room",
+        "protocol",
+        "control",
+        "post",
         "host",
+        "links",
         "shard",
         "tokenizer",
         "device",
+        "stages",
         "instance",
         "machine",
         "planner",
         "monitor",
         "gateway",
+        "cluster",
         "node",
         "handle",
     ];
@@ -81,7 +87,19 @@ fn actors_know_only_those_below() {
 fn the_core_is_pure() {
     forbid(
         "actors/src/core",
-        &["ractor", "tokio", "Instant::now", "SystemTime", "std::fs", "std::net", "std::thread", "chrono", "spawn"],
+        &[
+            "ractor",
+            "tokio",
+            "Instant::now",
+            "SystemTime",
+            "std::fs",
+            "std::net::Tcp",
+            "std::net::Udp",
+            "ToSocketAddrs",
+            "std::thread",
+            "chrono",
+            "spawn",
+        ],
     );
 }
 

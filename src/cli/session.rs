@@ -240,9 +240,9 @@ impl Session {
                 let state = remote.state().await?;
                 let name = spec.to_string();
                 // The newest of them, where the model runs in several ways.
-                let found = state.instances.values().rev();
+                let found = state.everywhere().map(|(_, instance)| instance);
                 let found = found.filter(|instance| instance.model.name == name && instance.phase == Phase::Ready);
-                let Some(instance) = found.into_iter().next() else {
+                let Some(instance) = found.max_by_key(|instance| instance.epoch) else {
                     anyhow::bail!("{name} has left the node's memory meanwhile");
                 };
                 Ok(Answered {

@@ -45,11 +45,7 @@ fn draw(state: &State) -> String {
     for (id, member) in &state.members {
         draw_member(&mut out, state, *id, member);
     }
-    let elsewhere = state
-        .members
-        .values()
-        .flat_map(|member| member.owned.iter().filter_map(|(id, owned)| Some((*id, owned.state.as_ref()?))));
-    let mut live = state.live().chain(elsewhere).peekable();
+    let mut live = state.everywhere().peekable();
     if live.peek().is_none() {
         let _ = writeln!(out, "models   none in memory");
     }

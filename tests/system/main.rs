@@ -6,6 +6,7 @@
 
 mod answers;
 mod api;
+mod cluster;
 mod commands;
 mod node;
 mod references;

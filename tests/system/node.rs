@@ -34,6 +34,9 @@ impl Node {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut command = exo(&["up", "--data-dir"]);
         command.arg(folder.path()).args(arguments);
+        if !arguments.contains(&"--listen") {
+            command.args(["--listen", "none"]);
+        }
         if !arguments.contains(&"--api") {
             command.args(["--api", "127.0.0.1:0"]);
         }
@@ -93,9 +96,20 @@ impl Node {
 
     /// A command on the node's folder.
     pub(crate) fn command(&self, arguments: &[&str]) -> std::process::Output {
-        let folder = self.folder().to_str().expect("UTF-8");
+        self.prepare(arguments).output().expect("exo-node starts")
+    }
+
+    /// The same, not started yet.
+    pub(crate) fn prepare(&self, arguments: &[&str]) -> std::process::Command {
         let mut command = exo(arguments);
-        command.args(["--data-dir", folder]).output().expect("exo-node starts")
+        command.arg("--data-dir").arg(self.folder());
+        command
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "{name} was sent");
     }
 
     /// One JSON object of a command on the node's folder.

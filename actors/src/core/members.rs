@@ -64,7 +64,14 @@ pub struct MemberReport {
 impl MemberReport {
     /// Whether a member could have said that.
     pub fn is_plausible(&self) -> bool {
-        let counts = [self.devices.len(), self.owned.len(), self.in_use.len(), self.links.len(), self.peers.len(), self.addresses.len()];
+        let counts = [
+            self.devices.len(),
+            self.owned.len(),
+            self.in_use.len(),
+            self.links.len(),
+            self.peers.len(),
+            self.addresses.len(),
+        ];
         let speeds =
             self.devices.iter().filter_map(|device| device.bytes_per_s).all(|speed| speed.is_finite() && speed > 0.0);
         let links = self.links.values().all(|link| {

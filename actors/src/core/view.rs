@@ -183,6 +183,12 @@ impl State {
         instances.filter(|(_, instance)| !matches!(instance.phase, Phase::Stopped { .. }))
     }
 
+    /// Instances that have not stopped, those of other members included, as those tell of them every second.
+    pub fn everywhere(&self) -> impl Iterator<Item = (InstanceId, &InstanceState)> {
+        let owned = self.members.values().flat_map(|member| &member.owned);
+        self.live().chain(owned.filter_map(|(&id, owned)| Some((id, owned.state.as_ref()?))))
+    }
+
     /// Takes one fact into account. Facts about an instance that is not there change nothing.
     pub fn apply(&mut self, fact: &Fact) {
         self.version += 1;

@@ -1,0 +1,147 @@
+//! Several processes on one machine: one cluster. Traffic stays on loopback.
+
+use crate::node::Node;
+use crate::{SMOLLM2, ids, json, models};
+use serde_json::Value;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const QUESTION: &str = "Tell me a long story about a ship.";
+const TOKENS: &str = "120";
+
+/// Three members: a, b and c.
+struct Cluster {
+    nodes: Vec<Node>,
+}
+
+impl Cluster {
+    fn up() -> Self {
+        models();
+        let start = |name: &str, more: &[&str]| {
+            let mut arguments = vec!["--listen", "127.0.0.1:0", "--no-discovery", "--threads", "1", "--name", name];
+            arguments.extend(more);
+            Node::up(&arguments)
+        };
+        let first = start("a", &[]);
+        let token = String::from_utf8(first.command(&["token"]).stdout).expect("UTF-8");
+        let token = token.split_whitespace().last().expect("a token").to_owned();
+        let nodes = vec![first, start("b", &["--join", &token]), start("c", &["--join", &token])];
+        let cluster = Self { nodes };
+        for node in &cluster.nodes {
+            cluster.wait_for(node, 2);
+        }
+        cluster
+    }
+
+    fn wait_for(&self, node: &Node, members: usize) {
+        let begun = Instant::now();
+        while node.get("/state").json()["members"].as_object().map(serde_json::Map::len) != Some(members) {
+            assert!(begun.elapsed() < Duration::from_secs(30), "{members} others are not here");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Asks node `index`, of a model split as `split` says.
+    fn asking(&self, index: usize, split: &str) -> Child {
+        let mut command: Command = self.nodes[index].prepare(&[
+            "run",
+            SMOLLM2,
+            QUESTION,
+            "--json",
+            "--temperature",
+            "0",
+            "--max-tokens",
+            TOKENS,
+        ]);
+        command.args(["--split", split]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("exo-node starts")
+    }
+
+    fn ask(&self, index: usize, split: &str) -> Vec<u64> {
+        answer(self.asking(index, split))
+    }
+}
+
+fn answer(asking: Child) -> Vec<u64> {
+    let output = asking.wait_with_output().expect("it ends");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let answer: Value = serde_json::from_slice(&output.stdout).expect("one object");
+    ids(&answer["token_ids"])
+}
+
+/// The answer of one process.
+fn alone() -> Vec<u64> {
+    models();
+    ids(
+        &json(&["run", SMOLLM2, QUESTION, "--json", "--max-tokens", TOKENS, "--standalone", "--temperature", "0"])["token_ids"],
+    )
+}
+
+/// R7.1, R7.3: the same tokens from three processes as from one, however the layers are split and whoever is asked.
+#[test]
+fn three_processes_answer_as_one() {
+    let (expected, cluster) = (alone(), Cluster::up());
+    for (asked, split) in
+        [(0, "a:0-9,b:10-19,c:20-29"), (1, "c:0,a:1-28,b:29"), (2, "a:0-29"), (2, "b:0-4,a:5-24,b:25-29")]
+    {
+        assert_eq!(cluster.ask(asked, split), expected, "{split}");
+    }
+}
+
+/// R7.2, R8.4: whichever node dies, stands still or comes back while an answer is on its way, be it that of the head, of
+/// the first or of the last layers: no token is lost, none doubled, and the text is the same.
+#[test]
+fn an_answer_outlives_the_death_of_any_other_node() {
+    let expected = alone();
+    for (asked, victim, signal, wait_ms) in
+        [(1, 2, "KILL", 300), (1, 0, "KILL", 900), (0, 1, "STOP", 600), (2, 0, "STOP", 400), (2, 0, "KILL", 0)]
+    {
+        let cluster = Cluster::up();
+        let split = "a:0-9,b:10-19,c:20-29";
+        assert_eq!(cluster.ask(asked, split), expected);
+        let asking = cluster.asking(asked, split);
+        std::thread::sleep(Duration::from_millis(wait_ms));
+        cluster.nodes[victim].signal(signal);
+        assert_eq!(answer(asking), expected, "{victim} was sent {signal} while {asked} was asked");
+        if signal == "STOP" {
+            cluster.nodes[victim].signal("CONT");
+            cluster.wait_for(&cluster.nodes[asked], 2);
+            assert_eq!(cluster.ask(victim, split), expected, "back, and asked itself");
+        }
+    }
+}
+
+/// A node that is drained gives its shards away, and answers lose nothing by it.
+#[test]
+fn a_drained_node_is_empty_and_its_answers_go_on() {
+    let (expected, cluster) = (alone(), Cluster::up());
+    let split = "a:0-9,b:10-19,c:20-29";
+    assert_eq!(cluster.ask(1, split), expected);
+    let asking = cluster.asking(1, split);
+    let drained = cluster.nodes[0].command(&["drain"]);
+    assert!(drained.status.success(), "{}", crate::stderr(&drained));
+    assert_eq!(answer(asking), expected);
+    let state = cluster.nodes[0].get("/state").json();
+    let own = state["node"].as_str().expect("an id");
+    let members = state["members"].as_object().expect("members");
+    let placed = members.values().flat_map(|member| member["owned"].as_object().expect("owned").values());
+    let stages: Vec<&Value> =
+        placed.flat_map(|owned| owned["state"]["placement"]["stages"].as_array().expect("stages")).collect();
+    assert!(!stages.is_empty() && stages.iter().all(|stage| stage["node"] != own), "{stages:?}");
+}
+
+/// A token of another cluster, or a damaged one, opens nothing.
+#[test]
+fn a_stranger_is_not_let_in() {
+    models();
+    let [ours, theirs] =
+        ["ours", "theirs"].map(|name| Node::up(&["--listen", "127.0.0.1:0", "--no-discovery", "--name", name]));
+    let address = ours.get("/state").json()["addresses"][0].as_str().expect("an address").to_owned();
+    let stranger = Node::up(&["--listen", "127.0.0.1:0", "--no-discovery", "--peer", &address]);
+    std::thread::sleep(Duration::from_secs(3));
+    for node in [&ours, &theirs, &stranger] {
+        assert_eq!(node.get("/state").json()["members"].as_object().map(serde_json::Map::len), Some(0));
+    }
+    let refused = theirs.command(&["up", "--listen", "127.0.0.1:0", "--join", "exo1nonsense"]);
+    assert!(crate::stderr(&refused).contains("damaged"), "{}", crate::stderr(&refused));
+}
