@@ -308,9 +308,8 @@ impl PlannerState {
     }
 
     fn on_node_down(&mut self, node: NodeId) {
-        let before = self.members.0.len();
         self.members.0.remove(&node);
-        self.lead.on_node_down(Instant::now(), before);
+        self.lead.on_node_down(Instant::now(), self.members.0.len());
         self.args.facts.tell(Fact::MemberGone { node });
         self.tell_owned_of_loss(node);
         for wanting in self.wanting.values_mut() {

@@ -19,15 +19,20 @@ const ALONE_WAIT: Duration = Duration::from_secs(3);
 /// Members must have been the same for so long before anything moves for speed alone.
 const SETTLED: Duration = Duration::from_secs(10);
 
+/// A device that has failed, and when.
+type Excluded = ((NodeId, DeviceId), Instant);
+
 /// What the leader remembers beside what all know.
 #[derive(Debug, Default)]
 pub(super) struct Lead {
     asks: HashMap<ModelSpec, (Ask, BTreeSet<NodeId>)>,
     /// Devices that have failed an instance, since when.
-    excluded: HashMap<InstanceId, Vec<((NodeId, DeviceId), Instant)>>,
+    excluded: HashMap<InstanceId, Vec<Excluded>>,
     used: HashMap<InstanceId, Instant>,
     /// Nothing is mended before.
     until: Option<Instant>,
+    /// When members were lost, of late.
+    losses: Vec<Instant>,
     members: Vec<NodeId>,
     settled: Option<Instant>,
 }
@@ -43,11 +48,11 @@ impl Lead {
         self.until = Some(now + ALONE_WAIT);
     }
 
-    pub(super) fn on_node_down(&mut self, now: Instant, members_before: usize) {
-        let (left, lost) = (members_before.saturating_sub(1), 1);
-        // More than half at once come as single losses shortly after each other.
-        let recently = self.settled.is_some_and(|settled| now.duration_since(settled) < ALONE_WAIT);
-        if recently && left < 2 * lost {
+    /// A member is gone, and `left` are here, this one included.
+    pub(super) fn on_node_down(&mut self, now: Instant, left: usize) {
+        self.losses.retain(|loss| now.duration_since(*loss) < ALONE_WAIT);
+        self.losses.push(now);
+        if self.losses.len() > left {
             self.wait(now);
         }
     }

@@ -146,15 +146,15 @@ impl Search<'_> {
             let mut row: Vec<Reached> = vec![None; layers + 1];
             for (start, arrival) in arrivals.into_iter().enumerate() {
                 let Some((before, from, hop_s, is_new)) = arrival else { continue };
-                for end in start + 1..=layers {
+                for (end, slot) in row.iter_mut().enumerate().skip(start + 1) {
                     if self.table.memory_bytes(start, end) > offer.free_bytes {
                         // More layers need no less.
                         break;
                     }
                     let compute_s = self.table.compute_bytes(start, end) / offer.bytes_per_s.max(1.0);
                     let cost = before.and(compute_s, hop_s, is_new);
-                    if row[end].is_none_or(|(other, ..)| cost.is_less(other, self.policy)) {
-                        row[end] = Some((cost, start, from));
+                    if slot.is_none_or(|(other, ..)| cost.is_less(other, self.policy)) {
+                        *slot = Some((cost, start, from));
                     }
                 }
             }
