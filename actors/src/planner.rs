@@ -71,10 +71,12 @@ pub(crate) enum PlannerMsg {
     /// The files of a wanted model are there, or not.
     Resolved {
         spec: ModelSpec,
+        number: u64,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     },
     Tokenizer {
         spec: ModelSpec,
+        number: u64,
         opened: Opened,
     },
     Instance(InstanceReport),
@@ -138,6 +140,7 @@ pub(crate) struct PlannerState {
     members: Members,
     /// What requests of this node wait for, and use.
     wanting: HashMap<ModelSpec, Wanting>,
+    next_wanting: u64,
     lead: Lead,
     owned: HashMap<InstanceId, Owned>,
     /// Memory that shards of this node hold, by instance.
@@ -165,6 +168,7 @@ impl Actor for Planner {
             desired: Desired::new(args.node),
             members: Members::default(),
             wanting: HashMap::new(),
+            next_wanting: 0,
             lead: Lead::default(),
             owned: HashMap::new(),
             held: BTreeMap::new(),
@@ -189,8 +193,8 @@ impl Actor for Planner {
         match message {
             PlannerMsg::Ensure { spec, reply } => state.ensure(&myself, spec, reply),
             PlannerMsg::Head { instance, reply } => drop(reply.send(state.head(instance))),
-            PlannerMsg::Resolved { spec, outcome } => state.on_resolved(&myself, &spec, outcome).await,
-            PlannerMsg::Tokenizer { spec, opened } => state.on_tokenizer(&spec, opened),
+            PlannerMsg::Resolved { spec, number, outcome } => state.on_resolved(&myself, &spec, number, outcome).await,
+            PlannerMsg::Tokenizer { spec, number, opened } => state.on_tokenizer(&spec, number, opened),
             PlannerMsg::Instance(report) => state.on_instance(report),
             PlannerMsg::InstanceEnded { instance, what } => state.on_instance_ended(instance, &what),
             PlannerMsg::MachineMeasured(machine) => state.args.machine = machine,
@@ -361,6 +365,9 @@ impl PlannerState {
     }
 
     fn on_ask(&mut self, from: NodeId, ask: Ask) {
-        self.lead.take(from, ask);
+        // Who asks the wrong one asks again, and another one.
+        if self.is_leader() {
+            self.lead.take(from, ask);
+        }
     }
 }

@@ -197,6 +197,22 @@ pub(crate) mod tests {
         Credentials::make_named(identity, secret, validity, name).expect("a certificate")
     }
 
+    /// A client that trusts the root of `trusted`, and shows the certificate of `shown`, or none.
+    pub(crate) fn client_trusting(trusted: &Credentials, shown: Option<&Credentials>, protocol: &[u8]) -> ClientConfig {
+        let builder = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("TLS 1.3")
+            .with_root_certificates(trusted.roots().expect("a root"));
+        let mut config = match shown {
+            Some(shown) => builder
+                .with_client_auth_cert(vec![shown.certificate.clone()], shown.private_key())
+                .expect("a certificate"),
+            None => builder.with_no_client_auth(),
+        };
+        config.alpn_protocols = vec![protocol.to_vec()];
+        config
+    }
+
     fn secret(byte: u8) -> ClusterSecret {
         ClusterSecret::from_bytes([byte; 32])
     }

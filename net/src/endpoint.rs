@@ -248,3 +248,6 @@ fn socket(listen: SocketAddr) -> std::io::Result<UdpSocket> {
     socket.bind(&listen.into())?;
     Ok(socket.into())
 }
+
+#[cfg(test)]
+mod doors;

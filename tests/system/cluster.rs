@@ -121,13 +121,21 @@ fn a_drained_node_is_empty_and_its_answers_go_on() {
     let drained = cluster.nodes[0].command(&["drain"]);
     assert!(drained.status.success(), "{}", crate::stderr(&drained));
     assert_eq!(answer(asking), expected);
-    let state = cluster.nodes[0].get("/state").json();
-    let own = state["node"].as_str().expect("an id");
-    let members = state["members"].as_object().expect("members");
-    let placed = members.values().flat_map(|member| member["owned"].as_object().expect("owned").values());
-    let stages: Vec<&Value> =
-        placed.flat_map(|owned| owned["state"]["placement"]["stages"].as_array().expect("stages")).collect();
-    assert!(!stages.is_empty() && stages.iter().all(|stage| stage["node"] != own), "{stages:?}");
+    let is_empty = || {
+        let state = cluster.nodes[0].get("/state").json();
+        let own = state["node"].as_str().expect("an id").to_owned();
+        let members = state["members"].as_object().expect("members").clone();
+        let owned = members.values().flat_map(|member| member["owned"].as_object().expect("owned").values());
+        let placed: Vec<&Value> =
+            owned.flat_map(|owned| owned["state"]["placement"]["stages"].as_array().into_iter().flatten()).collect();
+        !placed.is_empty() && placed.iter().all(|stage| stage["node"] != own.as_str())
+    };
+    // Members tell each other every second.
+    let begun = Instant::now();
+    while !is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "shards are still on the node that was drained");
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }
 
 /// A token of another cluster, or a damaged one, opens nothing.

@@ -44,6 +44,11 @@ impl Lead {
         known.1.insert(from);
     }
 
+    /// A request of this node uses it now. What others use is seen in their reports.
+    pub(super) fn note_use(&mut self, id: InstanceId) {
+        self.used.insert(id, Instant::now());
+    }
+
     pub(super) fn wait(&mut self, now: Instant) {
         self.until = Some(now + ALONE_WAIT);
     }

@@ -48,6 +48,8 @@ pub struct RunningModel {
 /// A model that is wanted here.
 #[derive(Debug)]
 pub(super) struct Wanting {
+    /// Tells it from earlier ones of the same model, whose news may still come.
+    number: u64,
     waiting: Vec<EnsureReply>,
     model: Option<Arc<ResolvedModel>>,
     tokenizer_ref: Option<TokenizerRef>,
@@ -57,9 +59,9 @@ pub(super) struct Wanting {
 }
 
 impl Wanting {
-    fn new() -> Self {
+    fn new(number: u64) -> Self {
         let in_use = Arc::new(());
-        Self { waiting: Vec::new(), model: None, tokenizer_ref: None, tokenizer: None, in_use, asked: None }
+        Self { number, waiting: Vec::new(), model: None, tokenizer_ref: None, tokenizer: None, in_use, asked: None }
     }
 
     /// Whether a request of this node, or whoever loaded it, has it in use.
@@ -93,7 +95,9 @@ impl PlannerState {
         if let Some(wanting) = self.wanting.get_mut(&spec) {
             return wanting.waiting.push(reply);
         }
-        let mut wanting = Wanting::new();
+        self.next_wanting += 1;
+        let number = self.next_wanting;
+        let mut wanting = Wanting::new(number);
         wanting.waiting.push(reply);
         self.wanting.insert(spec.clone(), wanting);
         let (models, planner) = (self.args.models.clone(), myself.clone());
@@ -101,7 +105,7 @@ impl PlannerState {
             let outcome = crate::models::resolve(&models, spec.model.clone()).await;
             let outcome = outcome.and_then(|model| crate::models::quantised(model, spec.quantize));
             // A planner that is gone plans nothing.
-            let _ = planner.send_message(PlannerMsg::Resolved { spec, outcome: outcome.map_err(Into::into) });
+            let _ = planner.send_message(PlannerMsg::Resolved { spec, number, outcome: outcome.map_err(Into::into) });
         });
     }
 
@@ -109,15 +113,16 @@ impl PlannerState {
         &mut self,
         myself: &PlannerRef,
         spec: &ModelSpec,
+        number: u64,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     ) {
-        let Some(wanting) = self.wanting.get_mut(spec) else { return };
+        let Some(wanting) = self.wanting.get_mut(spec).filter(|wanting| wanting.number == number) else { return };
         let model = match outcome {
             Ok(model) => model,
             Err(error) => return self.refuse_here(spec, &error),
         };
         let of = spec.clone();
-        let owner = Outlet::to(myself, move |opened| PlannerMsg::Tokenizer { spec: of.clone(), opened });
+        let owner = Outlet::to(myself, move |opened| PlannerMsg::Tokenizer { spec: of.clone(), number, opened });
         let args = TokenizerArgs { files: Arc::clone(&model.files), owner };
         wanting.model = Some(model);
         match TokenizerActor::spawn_linked(None, TokenizerActor, args, myself.get_cell()).await {
@@ -129,13 +134,10 @@ impl PlannerState {
         }
     }
 
-    pub(super) fn on_tokenizer(&mut self, spec: &ModelSpec, opened: Opened) {
+    pub(super) fn on_tokenizer(&mut self, spec: &ModelSpec, number: u64, opened: Opened) {
+        let Some(wanting) = self.wanting.get_mut(spec).filter(|wanting| wanting.number == number) else { return };
         match opened {
-            Ok(tokenizer) => {
-                if let Some(wanting) = self.wanting.get_mut(spec) {
-                    wanting.tokenizer = Some(tokenizer);
-                }
-            }
+            Ok(tokenizer) => wanting.tokenizer = Some(tokenizer),
             Err(error) => self.refuse_here(spec, &ModelError::from(error).into()),
         }
     }
@@ -187,6 +189,7 @@ impl PlannerState {
                 };
                 wanting.asked = None;
                 wanting.reply(&Ok(running));
+                self.lead.note_use(id);
             }
             // It is on its way.
             (Some(_), None) => {}
