@@ -1,6 +1,6 @@
 //! Where a model's layers go.
 //!
-//! An exact search over contiguous ranges ([`search`]): the devices stand in order, the fastest first, and of all ways
+//! An exact search over contiguous ranges (`search.rs`): the devices stand in order, the fastest first, and of all ways
 //! to give ranges to some of them the best one by the policy wins, under every device's free memory, KV cache and
 //! embeddings counted, and with what each hop between nodes costs. When a node is lost, its ranges go to others and the
 //! rest stays where it is ([`mend`]). All of it is a function of its arguments: a preview is the same call.
