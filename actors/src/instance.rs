@@ -291,7 +291,6 @@ impl InstanceState {
         let (instance, error) = (self.args.id, error.to_owned());
         self.args.facts.tell(Fact::ShardFailed { instance, stage, error });
         self.args.planner.tell(InstanceReport::Waiting { instance });
-        // What is loaded already is better than what is to be mended.
     }
 
     fn report_broken(&self, stamp: Stamp, step: &LineStep) {

@@ -23,6 +23,7 @@ pub use config::{ModelsConfig, Progress, ProgressSink};
 pub use error::ModelError;
 pub use store::{Origin, ResolvedModel};
 
+use crate::core::spec::ModelSpec;
 use exo_engines::model::{ModelFiles, Recipe};
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -106,8 +107,13 @@ pub(crate) async fn resolve(models: &ModelsRef, model: String) -> Outcome {
     }
 }
 
+/// The model of `spec`, with its weights as it wants them.
+pub(crate) async fn resolve_spec(models: &ModelsRef, spec: &ModelSpec) -> Outcome {
+    quantised(resolve(models, spec.model.clone()).await?, spec.quantize)
+}
+
 /// The same model, to be quantised while it is loaded. The recipe is part of its name.
-pub(crate) fn quantised(model: Arc<ResolvedModel>, recipe: Option<Recipe>) -> Outcome {
+fn quantised(model: Arc<ResolvedModel>, recipe: Option<Recipe>) -> Outcome {
     let Some(recipe) = recipe else { return Ok(model) };
     let files = ModelFiles::clone(&model.files).quantised(recipe)?;
     let name = format!("{}@{recipe}", model.name);

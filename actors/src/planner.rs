@@ -203,8 +203,15 @@ impl Actor for Planner {
                 state.tell_report();
                 return Ok(());
             }
-            PlannerMsg::Stages(fact) => state.on_stages(fact),
-            PlannerMsg::Heard { from, message } => state.on_heard(from, *message),
+            PlannerMsg::Stages(fact) => state.on_stages(&myself, fact),
+            PlannerMsg::Heard { from, message } => match *message {
+                // News of a stage, many while it loads, are its head's affair: nothing is to be brought about.
+                ControlMessage::News { instance, stamp, news } => {
+                    state.on_news(from, instance, stamp, news);
+                    return Ok(());
+                }
+                message => state.on_heard(from, message),
+            },
             PlannerMsg::NodeUp(node) => state.on_node_up(node),
             PlannerMsg::NodeDown(node) => state.on_node_down(node),
             PlannerMsg::LinksMeasured { links, peers } => {
@@ -283,9 +290,8 @@ impl PlannerState {
             ControlMessage::Broken { instance, stamp, node, device, error } => {
                 self.on_broken(from, instance, stamp, (node, device), error);
             }
-            ControlMessage::News { instance, stamp, news } => self.on_news(from, instance, stamp, news),
-            // For those who keep shards.
-            ControlMessage::Stage(_) => {}
+            // For heads, and for those who keep shards.
+            ControlMessage::News { .. } | ControlMessage::Stage(_) => {}
         }
     }
 
@@ -321,13 +327,13 @@ impl PlannerState {
         }
     }
 
-    fn on_stages(&mut self, fact: StagesFact) {
+    fn on_stages(&mut self, myself: &PlannerRef, fact: StagesFact) {
         match fact {
             StagesFact::Held(held) => {
                 let has_left = self.held.keys().any(|id| !held.contains_key(id));
                 self.held = held;
                 if has_left {
-                    self.measure_again();
+                    Self::measure_again(myself);
                 }
             }
             StagesFact::Measured { device, bytes_per_s } => {

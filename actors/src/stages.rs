@@ -198,8 +198,7 @@ impl StagesState {
         let (models, spec, stages) = (self.args.models.clone(), task.spec.clone(), myself.clone());
         self.held.insert(key, Held { tenancy, owner, task, compute_bytes: 0, loaded: None });
         tokio::spawn(async move {
-            let outcome = crate::models::resolve(&models, spec.model).await;
-            let outcome = outcome.and_then(|model| crate::models::quantised(model, spec.quantize));
+            let outcome = crate::models::resolve_spec(&models, &spec).await;
             // Where nobody hosts shards any more, the node stops.
             let _ = stages.send_message(StagesMsg::Resolved { key, tenancy, outcome: outcome.map_err(Into::into) });
         });

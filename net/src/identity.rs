@@ -115,14 +115,7 @@ impl Identity {
     /// [`IdentityError`] where the file cannot be read or written, is no key, or is open to others.
     pub fn load_or_create(data_dir: &Path) -> Result<Self, IdentityError> {
         let path = data_dir.join(KEY_FILE);
-        let kept = match private_file::read(&path)? {
-            Some(kept) => kept,
-            None => {
-                private_file::create(&path, &Self::ephemeral()?.document)?;
-                // Another process may have been first.
-                private_file::read(&path)?.unwrap_or_default()
-            }
-        };
+        let kept = private_file::read_or_create(&path, || Ok::<_, IdentityError>(Self::ephemeral()?.document))?;
         Self::from_document(kept).ok_or(IdentityError::Malformed { path })
     }
 

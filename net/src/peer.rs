@@ -125,12 +125,6 @@ impl DataConnection {
         self.connection.rtt()
     }
 
-    /// Bytes that were sent, and that came.
-    pub fn bytes(&self) -> (u64, u64) {
-        let stats = self.connection.stats();
-        (stats.udp_tx.bytes, stats.udp_rx.bytes)
-    }
-
     /// Ends both connections with the peer.
     pub fn close(&self, reason: &str) {
         self.connection.close(VarInt::from_u32(0), reason.as_bytes());

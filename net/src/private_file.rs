@@ -18,7 +18,7 @@ pub enum PrivateFileError {
 }
 
 /// The bytes of `path`; `None` where there is no such file.
-pub(crate) fn read(path: &Path) -> Result<Option<Vec<u8>>, PrivateFileError> {
+fn read(path: &Path) -> Result<Option<Vec<u8>>, PrivateFileError> {
     let io = |source| PrivateFileError::Io { path: path.to_owned(), source };
     let file = match OpenOptions::new().read(true).open(path) {
         Ok(file) => file,
@@ -32,6 +32,19 @@ pub(crate) fn read(path: &Path) -> Result<Option<Vec<u8>>, PrivateFileError> {
     let mut bytes = Vec::new();
     file.take(BYTES_MAX).read_to_end(&mut bytes).map_err(io)?;
     Ok(Some(bytes))
+}
+
+/// The bytes of `path`; the first call keeps there what `make` gives.
+pub(crate) fn read_or_create<E: From<PrivateFileError>>(
+    path: &Path,
+    make: impl FnOnce() -> Result<Vec<u8>, E>,
+) -> Result<Vec<u8>, E> {
+    if let Some(kept) = read(path)? {
+        return Ok(kept);
+    }
+    create(path, &make()?)?;
+    // Another process may have been first.
+    Ok(read(path)?.unwrap_or_default())
 }
 
 /// Makes `path`, where it is not there; what is there is left as it is. Of two processes that do so at once, one wins,

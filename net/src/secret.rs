@@ -44,14 +44,8 @@ impl ClusterSecret {
     /// [`SecretError`] where the file cannot be read or written, is no secret, or is open to others.
     pub fn load_or_create(data_dir: &Path) -> Result<Self, SecretError> {
         let path = data_dir.join(SECRET_FILE);
-        let kept = match private_file::read(&path)? {
-            Some(kept) => kept,
-            None => {
-                private_file::create(&path, Self::random()?.digits().as_bytes())?;
-                // Another process may have been first.
-                private_file::read(&path)?.unwrap_or_default()
-            }
-        };
+        let make = || Ok::<_, SecretError>(Self::random()?.digits().into_bytes());
+        let kept = private_file::read_or_create(&path, make)?;
         Self::from_digits(&kept).ok_or(SecretError::Malformed { path })
     }
 

@@ -196,8 +196,12 @@ impl PlannerState {
     }
 
     /// Measures free memory as soon as something has left.
-    pub(super) fn measure_again(&mut self) {
-        self.args.machine = measure_once();
+    pub(super) fn measure_again(myself: &PlannerRef) {
+        let planner = myself.clone();
+        tokio::task::spawn_blocking(move || {
+            // A planner that is gone plans nothing.
+            let _ = planner.send_message(PlannerMsg::MachineMeasured(measure_once()));
+        });
     }
 
     pub(super) fn renew_report(&mut self) {

@@ -102,8 +102,7 @@ impl PlannerState {
         self.wanting.insert(spec.clone(), wanting);
         let (models, planner) = (self.args.models.clone(), myself.clone());
         tokio::spawn(async move {
-            let outcome = crate::models::resolve(&models, spec.model.clone()).await;
-            let outcome = outcome.and_then(|model| crate::models::quantised(model, spec.quantize));
+            let outcome = crate::models::resolve_spec(&models, &spec).await;
             // A planner that is gone plans nothing.
             let _ = planner.send_message(PlannerMsg::Resolved { spec, number, outcome: outcome.map_err(Into::into) });
         });
