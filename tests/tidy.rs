@@ -61,6 +61,7 @@ fn actors_know_only_those_below() {
         "post",
         "host",
         "links",
+        "models",
         "shard",
         "tokenizer",
         "device",

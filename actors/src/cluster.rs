@@ -18,6 +18,7 @@ use crate::control::{Control, ControlArgs, ControlMsg, Heard, Senders};
 use crate::core::plan::Link;
 use crate::gateway::GatewayMsg;
 use crate::links::{self, Switchboard};
+use crate::models::{ModelsMsg, ModelsRef};
 use crate::outlet::Outlet;
 use crate::planner::{PlannerMsg, PlannerRef};
 use crate::post::{Line, Post};
@@ -59,6 +60,7 @@ pub(crate) struct ClusterArgs {
     pub board: Switchboard,
     pub planner: PlannerRef,
     pub gateway: ActorRef<GatewayMsg>,
+    pub models: ModelsRef,
     /// For this node's other actors.
     pub deliver: Outlet<Heard>,
 }
@@ -71,6 +73,7 @@ pub(crate) struct ClusterState {
     board: Switchboard,
     planner: PlannerRef,
     gateway: ActorRef<GatewayMsg>,
+    models: ModelsRef,
     deliver: Outlet<Heard>,
     senders: Senders,
     server: ActorRef<NodeServerMessage>,
@@ -101,7 +104,7 @@ impl Actor for Cluster {
     type Arguments = ClusterArgs;
 
     async fn pre_start(&self, myself: ClusterRef, args: ClusterArgs) -> Result<ClusterState, ActorProcessingErr> {
-        let ClusterArgs { own, network, mut events, cookie, post, board, planner, gateway, deliver } = args;
+        let ClusterArgs { own, network, mut events, cookie, post, board, planner, gateway, models, deliver } = args;
         let senders = Senders::default();
         let control = ControlArgs { senders: senders.clone(), heard: Outlet::to(&myself, ClusterMsg::Heard) };
         Control::spawn_linked(None, Control, control, myself.get_cell()).await?;
@@ -122,6 +125,7 @@ impl Actor for Cluster {
             board,
             planner,
             gateway,
+            models,
             deliver,
             senders,
             server,
@@ -227,12 +231,12 @@ impl ClusterState {
         tracing::info!(peer = %id, "a member is here");
         let line = Line { control, pass: present.pass, data: present.data.clone() };
         self.post.connect(id, line);
-        let (data, board, gateway) = (present.data.clone(), self.board.clone(), self.gateway.clone());
+        let doors = Doors { board: self.board.clone(), gateway: self.gateway.clone(), models: self.models.clone() };
+        let data = present.data.clone();
         let accepting = data.clone();
         data.spawn(async move {
             while let Ok(stream) = accepting.accept().await {
-                let (board, gateway) = (board.clone(), gateway.clone());
-                accepting.spawn(serve(id, stream, board, gateway));
+                accepting.spawn(serve(id, stream, doors.clone()));
             }
         });
         let _ = self.planner.send_message(PlannerMsg::NodeUp(id));
@@ -266,18 +270,27 @@ impl ClusterState {
     }
 }
 
+/// Where streams of peers go.
+#[derive(Debug, Clone)]
+struct Doors {
+    board: Switchboard,
+    gateway: ActorRef<GatewayMsg>,
+    models: ModelsRef,
+}
+
 /// A stream that a peer has opened: what it is for, and on to there.
-async fn serve(from: NodeId, mut stream: DataStream, board: Switchboard, gateway: ActorRef<GatewayMsg>) {
+async fn serve(from: NodeId, mut stream: DataStream, doors: Doors) {
     let first = stream.reader.receive::<DataHello>(|_, announced| match announced {
         exo_net::Announced::Nothing => Ok(()),
         _ => Err("a payload before it was said what for".to_owned()),
     });
     match tokio::time::timeout(HELLO_DEADLINE, first).await {
-        Ok(Ok(Some((DataHello::Link(hello), _)))) => links::serve(board, from, hello, stream).await,
+        Ok(Ok(Some((DataHello::Link(hello), _)))) => links::serve(doors.board, from, hello, stream).await,
         Ok(Ok(Some((DataHello::Request { instance, request }, _)))) => {
             // Where there is no gateway, the node stops.
-            let _ = gateway.send_message(GatewayMsg::Serve { instance, request, stream });
+            let _ = doors.gateway.send_message(GatewayMsg::Serve { instance, request, stream });
         }
+        Ok(Ok(Some((DataHello::Weights(ask), _)))) => drop(doors.models.send_message(ModelsMsg::Serve { ask, stream })),
         Ok(Ok(None)) => {}
         Ok(Err(error)) => {
             tracing::info!(peer = %from, %error, "a stream of a peer was not taken");

@@ -3,8 +3,9 @@
 use crate::core::view::State;
 use crate::gateway::GatewayHandle;
 use crate::generation::Generation;
-use crate::models::{ModelsRef, ResolvedModel};
+use crate::models::{Extent, ModelsRef, ResolvedModel, Wish};
 use crate::node::{Node, NodeArgs, NodeConfig, NodeMsg, NodeRef};
+use crate::outlet::Outlet;
 use crate::planner::{PlannerMsg, PlannerRef, RunningModel};
 use crate::request::{GenerateRequest, ModelSpec, RequestError};
 use crate::subscription::Subscription;
@@ -68,7 +69,8 @@ impl NodeHandle {
     /// # Errors
     /// [`RequestError::Model`] where no source has them.
     pub async fn pull(&self, model: impl Into<String>) -> Result<Arc<ResolvedModel>, RequestError> {
-        Ok(crate::models::resolve(&self.models, model.into()).await?)
+        let wish = Wish { model: model.into(), files: None, extent: Extent::Whole };
+        Ok(crate::models::get(&self.models, wish, Outlet::new(drop)).await?)
     }
 
     /// The node's state now.

@@ -225,9 +225,15 @@ impl InstanceState {
     }
 
     fn on_news(&mut self, myself: &InstanceRef, from: NodeId, stamp: Stamp, news: StageNews) {
-        if let StageNews::Loading { stage, loaded_bytes, total_bytes } = news {
-            let instance = self.args.id;
-            return self.args.facts.tell(Fact::ShardLoading { instance, stage, loaded_bytes, total_bytes });
+        let instance = self.args.id;
+        match news {
+            StageNews::Fetching { stage, fetched_bytes, total_bytes } => {
+                return self.args.facts.tell(Fact::ShardFetching { instance, stage, fetched_bytes, total_bytes });
+            }
+            StageNews::Loading { stage, loaded_bytes, total_bytes } => {
+                return self.args.facts.tell(Fact::ShardLoading { instance, stage, loaded_bytes, total_bytes });
+            }
+            _ => {}
         }
         if let Some(coming) = self.coming.as_mut().filter(|coming| coming.stamp() == stamp) {
             let shared = coming.shares_stage(&self.line, &news);

@@ -177,7 +177,8 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
     let facts = Facts::to(myself, NodeMsg::Fact);
     let cell = || myself.get_cell();
     let (post, board, permits) = (Post::new(config.id), Switchboard::default(), permits());
-    let (models, _) = Models::spawn_linked(None, Models, ModelsArgs { config: config.models }, cell()).await?;
+    let (models, _) =
+        Models::spawn_linked(None, Models, ModelsArgs { config: config.models, post: post.clone() }, cell()).await?;
     let devices = start_devices(myself, &config.factories, &facts).await?;
     let machine = tokio::task::spawn_blocking(measure_once).await?;
     facts.tell(Fact::MachineMeasured(machine.clone()));
@@ -213,8 +214,8 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
     let gateway_args = GatewayArgs { planner: planner.clone(), post: post.clone(), permits: Arc::clone(&permits) };
     let (gateway, _) = Gateway::spawn_linked(None, Gateway, gateway_args, cell()).await?;
     if let Some(Joined { network, events, cookie, .. }) = config.joined {
-        let (planner, gateway) = (planner.clone(), gateway.clone());
-        let cluster_args = ClusterArgs { own, network, events, cookie, post, board, planner, gateway, deliver };
+        let (planner, gateway, models) = (planner.clone(), gateway.clone(), models.clone());
+        let cluster_args = ClusterArgs { own, network, events, cookie, post, board, planner, gateway, models, deliver };
         Cluster::spawn_linked(None, Cluster, cluster_args, cell()).await?;
     }
     Ok(Parts { gateway: GatewayHandle::new(gateway, permits), planner, models })

@@ -61,6 +61,12 @@ impl Post {
         self.line(node).map(|line| line.data)
     }
 
+    /// The data connections with all others.
+    pub(crate) fn peers(&self) -> Vec<(NodeId, DataConnection)> {
+        let lines = self.inner.lines.read().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().map(|(&id, line)| (id, line.data.clone())).collect()
+    }
+
     /// Sends a message; to a node that is not here it is lost, as its sender hears otherwise.
     pub(crate) fn tell(&self, to: NodeId, message: ControlMessage) {
         if to == self.own {

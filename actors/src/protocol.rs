@@ -12,7 +12,7 @@ use crate::core::desired::{Entry, Stamp};
 use crate::core::members::MemberReport;
 use crate::core::plan::Demand;
 use crate::core::schedule::FinishReason;
-use crate::core::spec::ModelSpec;
+use crate::core::spec::{FilesId, ModelSpec};
 use crate::core::view::{InstanceId, Model};
 use crate::request::RequestError;
 use exo_engines::EngineError;
@@ -60,6 +60,66 @@ pub(crate) enum DataHello {
         instance: InstanceId,
         request: Box<HeadRequest>,
     },
+    /// Bytes of a model; they come back.
+    Weights(WeightsAsk),
+}
+
+/// What a node wants of a model that others may have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct WeightsAsk {
+    /// As the user named it.
+    pub model: String,
+    /// `None`: whichever files have that name.
+    pub files: Option<FilesId>,
+    pub wanted: PiecesWanted,
+}
+
+/// See `engines::model::Pieces`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum PiecesWanted {
+    /// Files, and what stands in them before their tensors.
+    Outline,
+    /// Of every piece; and which of them are there.
+    Hashes,
+    Pieces(Vec<u32>),
+}
+
+/// What comes back, frame by frame.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum WeightsAnswer {
+    /// That node has no such model.
+    Nothing,
+    Outline {
+        id: FilesId,
+        is_folder: bool,
+        files: Vec<OutlinedFile>,
+    },
+    /// With bytes.
+    OutlineBytes {
+        file: u32,
+        offset_bytes: u64,
+    },
+    /// Hashes are being computed.
+    Preparing {
+        done_bytes: u64,
+        total_bytes: u64,
+    },
+    /// With 32 bytes for each piece, and then for each a byte that says whether it is there.
+    Hashes {
+        count: u32,
+    },
+    /// With its bytes.
+    Piece {
+        number: u32,
+    },
+}
+
+/// A file of a model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct OutlinedFile {
+    pub name: String,
+    pub length_bytes: u64,
+    pub outline_bytes: u64,
 }
 
 /// Which link a stream is.
@@ -120,6 +180,8 @@ pub(crate) struct StageTask {
     pub stamp: Stamp,
     pub stage: usize,
     pub spec: ModelSpec,
+    /// Whatever else has that name is another model.
+    pub files: FilesId,
     pub layers: Range<usize>,
     pub device: DeviceId,
     pub context_tokens: u32,
@@ -131,6 +193,12 @@ pub(crate) struct StageTask {
 /// What an owner hears of a stage.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum StageNews {
+    /// Its weights come from elsewhere.
+    Fetching {
+        stage: usize,
+        fetched_bytes: u64,
+        total_bytes: u64,
+    },
     Loading {
         stage: usize,
         loaded_bytes: u64,

@@ -15,7 +15,7 @@ use crate::core::view::InstanceId;
 use crate::device::{DeviceMsg, DeviceRef};
 use crate::host::{EnginePort, HostTask, Outgoing};
 use crate::links::Switchboard;
-use crate::models::{ModelsRef, ResolvedModel};
+use crate::models::{Extent, Fetched, ModelsRef, ResolvedModel};
 use crate::outlet::Outlet;
 use crate::post::Post;
 use crate::protocol::{ControlMessage, End, StageNews, StageOrder, StageTask};
@@ -54,6 +54,12 @@ pub(crate) enum StagesMsg {
         key: Key,
         tenancy: u64,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
+    },
+    /// So much of its weights has come.
+    Fetched {
+        key: Key,
+        tenancy: u64,
+        fetched: Fetched,
     },
     Shard {
         key: Key,
@@ -154,6 +160,7 @@ impl Actor for Stages {
             StagesMsg::Order { from, order } => state.on_order(&myself, from, order),
             StagesMsg::Keep(instances) => state.keep(&instances),
             StagesMsg::Resolved { key, tenancy, outcome } => state.on_resolved(&myself, key, tenancy, outcome),
+            StagesMsg::Fetched { key, tenancy, fetched } => state.on_fetched(key, tenancy, fetched),
             StagesMsg::Shard { key, tenancy, report } => state.on_report(key, tenancy, report),
             StagesMsg::Linked { key, wiring, outcome } => state.on_linked(key, &wiring, outcome),
             StagesMsg::Cut { key, incarnation, what } => state.on_cut(key, incarnation, what),
@@ -196,9 +203,11 @@ impl StagesState {
         self.next_tenancy += 1;
         let tenancy = self.next_tenancy;
         let (models, spec, stages) = (self.args.models.clone(), task.spec.clone(), myself.clone());
+        let (files, extent) = (Some(task.files), Extent::Layers(task.layers.clone()));
+        let progress = Outlet::to(myself, move |fetched| StagesMsg::Fetched { key, tenancy, fetched });
         self.held.insert(key, Held { tenancy, owner, task, compute_bytes: 0, loaded: None });
         tokio::spawn(async move {
-            let outcome = crate::models::resolve_spec(&models, &spec).await;
+            let outcome = crate::models::get_spec(&models, &spec, files, extent, progress).await;
             // Where nobody hosts shards any more, the node stops.
             let _ = stages.send_message(StagesMsg::Resolved { key, tenancy, outcome: outcome.map_err(Into::into) });
         });
@@ -249,6 +258,13 @@ impl StagesState {
         // A device that is gone is noticed by the node, which stops.
         let _ = local.device.send_message(DeviceMsg::Start(Box::new(shard)));
         self.tell_memory();
+    }
+
+    fn on_fetched(&self, key: Key, tenancy: u64, fetched: Fetched) {
+        let Fetched { fetched_bytes, total_bytes } = fetched;
+        if self.held.get(&key).is_some_and(|held| held.tenancy == tenancy) {
+            self.tell(key, StageNews::Fetching { stage: key.1, fetched_bytes, total_bytes });
+        }
     }
 
     fn on_report(&mut self, key: Key, tenancy: u64, report: ShardReport) {

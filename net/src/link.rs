@@ -9,6 +9,7 @@
 //! within its idle timeout.
 
 use crate::frame::{Announced, FrameError, FrameReader, FrameWriter, Payload, Received};
+use crate::peer::Priority;
 use quinn::{RecvStream, SendStream, VarInt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -108,6 +109,12 @@ pub struct DataStream {
 impl DataStream {
     pub(crate) fn new((sender, receiver): (SendStream, RecvStream)) -> Self {
         Self { writer: FrameWriter::new(sender), reader: FrameReader::new(receiver) }
+    }
+
+    /// How much what is sent from now on gives way.
+    pub fn set_priority(&mut self, priority: Priority) {
+        // A stream that has ended needs no priority.
+        let _ = self.writer.stream().set_priority(priority.number());
     }
 
     /// Ends the stream at once, both ways; the peer sees that it was given up.

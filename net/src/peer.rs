@@ -29,8 +29,6 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 pub const NAME_BYTES_MAX: usize = 64;
 /// Bytes between the sieve and ractor_cluster.
 const PIPE_BYTES: usize = 64 << 10;
-/// What a weight's bytes give way to.
-const PRIORITY_LOW: i32 = -10;
 
 /// What a member puts into its messages, so that their receiver knows whose they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -80,18 +78,25 @@ pub enum Priority {
     Low,
 }
 
+impl Priority {
+    /// As QUIC streams have it: the higher goes first.
+    pub(crate) fn number(self) -> i32 {
+        match self {
+            Self::Normal => 0,
+            Self::Low => -10,
+        }
+    }
+}
+
 impl DataConnection {
     /// Opens a stream of frames both ways. The peer sees it with the first frame.
     ///
     /// # Errors
     /// [`FrameError::Io`] where the peer is gone.
     pub async fn open(&self, priority: Priority) -> Result<DataStream, FrameError> {
-        let streams = self.connection.open_bi().await.map_err(std::io::Error::from)?;
-        if priority == Priority::Low {
-            // A stream that has ended needs no priority.
-            let _ = streams.0.set_priority(PRIORITY_LOW);
-        }
-        Ok(DataStream::new(streams))
+        let mut stream = DataStream::new(self.connection.open_bi().await.map_err(std::io::Error::from)?);
+        stream.set_priority(priority);
+        Ok(stream)
     }
 
     /// Opens a link; `hello` says what it is for.

@@ -43,6 +43,7 @@ pub(super) async fn run(arguments: PullArguments) -> anyhow::Result<Outcome> {
     let source = match &model.origin {
         Origin::Path => "the path given".to_owned(),
         Origin::Folder => "the models folder".to_owned(),
+        Origin::Peers => "other nodes".to_owned(),
         Origin::Fetched { source } => source.clone(),
     };
     let report = Report {

@@ -112,6 +112,10 @@ fn name_of(state: &State, node: NodeId) -> String {
 
 fn phase(instance: &InstanceState) -> String {
     match &instance.phase {
+        Phase::Fetching { total_bytes: 0, .. } => "fetching".to_owned(),
+        Phase::Fetching { fetched_bytes, total_bytes } => {
+            format!("fetching weights, {} %", fetched_bytes * 100 / total_bytes)
+        }
         Phase::Loading { total_bytes: 0, .. } => "loading".to_owned(),
         Phase::Loading { loaded_bytes, total_bytes } => format!("loading, {} %", loaded_bytes * 100 / total_bytes),
         Phase::Ready => "ready".to_owned(),

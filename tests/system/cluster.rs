@@ -10,17 +10,22 @@ const QUESTION: &str = "Tell me a long story about a ship.";
 const TOKENS: &str = "120";
 
 /// Three members: a, b and c.
-struct Cluster {
-    nodes: Vec<Node>,
+pub(crate) struct Cluster {
+    pub(crate) nodes: Vec<Node>,
 }
 
 impl Cluster {
-    fn up() -> Self {
+    pub(crate) fn up() -> Self {
+        Self::up_with(&[])
+    }
+
+    /// With these variables in the environment of b and c.
+    pub(crate) fn up_with(variables: &[(&str, &str)]) -> Self {
         models();
         let start = |name: &str, more: &[&str]| {
             let mut arguments = vec!["--listen", "127.0.0.1:0", "--no-discovery", "--threads", "1", "--name", name];
             arguments.extend(more);
-            Node::up(&arguments)
+            Node::up_with(&arguments, if more.is_empty() { &[] } else { variables })
         };
         let first = start("a", &[]);
         let token = String::from_utf8(first.command(&["token"]).stdout).expect("UTF-8");
@@ -42,10 +47,14 @@ impl Cluster {
     }
 
     /// Asks node `index`, of a model split as `split` says.
-    fn asking(&self, index: usize, split: &str) -> Child {
+    pub(crate) fn asking(&self, index: usize, split: &str) -> Child {
+        self.asking_model(index, SMOLLM2, split)
+    }
+
+    pub(crate) fn asking_model(&self, index: usize, model: &str, split: &str) -> Child {
         let mut command: Command = self.nodes[index].prepare(&[
             "run",
-            SMOLLM2,
+            model,
             QUESTION,
             "--json",
             "--temperature",
@@ -57,12 +66,12 @@ impl Cluster {
         command.spawn().expect("exo-node starts")
     }
 
-    fn ask(&self, index: usize, split: &str) -> Vec<u64> {
+    pub(crate) fn ask(&self, index: usize, split: &str) -> Vec<u64> {
         answer(self.asking(index, split))
     }
 }
 
-fn answer(asking: Child) -> Vec<u64> {
+pub(crate) fn answer(asking: Child) -> Vec<u64> {
     let output = asking.wait_with_output().expect("it ends");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let answer: Value = serde_json::from_slice(&output.stdout).expect("one object");
@@ -71,10 +80,14 @@ fn answer(asking: Child) -> Vec<u64> {
 
 /// The answer of one process.
 fn alone() -> Vec<u64> {
+    alone_with(SMOLLM2)
+}
+
+pub(crate) fn alone_with(model: &str) -> Vec<u64> {
     models();
-    ids(
-        &json(&["run", SMOLLM2, QUESTION, "--json", "--max-tokens", TOKENS, "--standalone", "--temperature", "0"])["token_ids"],
-    )
+    let answer =
+        json(&["run", model, QUESTION, "--json", "--max-tokens", TOKENS, "--standalone", "--temperature", "0"]);
+    ids(&answer["token_ids"])
 }
 
 /// R7.1, R7.3: the same tokens from three processes as from one, however the layers are split and whoever is asked.

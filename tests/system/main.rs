@@ -10,6 +10,7 @@ mod cluster;
 mod commands;
 mod node;
 mod references;
+mod weights;
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};

@@ -31,6 +31,11 @@ impl Answer {
 
 impl Node {
     pub(crate) fn up(arguments: &[&str]) -> Self {
+        Self::up_with(arguments, &[])
+    }
+
+    /// With these variables in its environment; `$DATA` in a value stands for its own folder.
+    pub(crate) fn up_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut command = exo(&["up", "--data-dir"]);
         command.arg(folder.path()).args(arguments);
@@ -39,6 +44,9 @@ impl Node {
         }
         if !arguments.contains(&"--api") {
             command.args(["--api", "127.0.0.1:0"]);
+        }
+        for (name, value) in variables {
+            command.env(name, value.replace("$DATA", &folder.path().to_string_lossy()));
         }
         let mut child = command.env("EXO_LOG", "warn").stderr(Stdio::piped()).spawn().expect("exo-node starts");
         let mut lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();

@@ -195,6 +195,7 @@ mod tests {
                 family: String::new(),
                 quantization: String::new(),
                 context_tokens: 1,
+                files: crate::core::spec::FilesId([0; 32]),
             },
             placement: Placement { stages: Vec::new() },
             kv_pages: 1,

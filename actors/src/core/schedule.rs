@@ -289,9 +289,15 @@ impl Schedule {
         true
     }
 
-    /// One row for each sequence that decodes, oldest first; the newest give way where pages run out.
+    /// One row for each sequence that decodes, oldest first; the newest give way where pages run out. Where several
+    /// steps may be in flight, each takes its share of them, so that no stage waits for another.
     fn add_decodes(&mut self, plan: &mut StepPlan) {
+        let is_decoding = |seq: &&SeqId| self.sequences.get(seq).is_some_and(|s| s.draws || s.decodes());
+        let share = self.running.iter().filter(is_decoding).count().div_ceil(self.limits.steps_in_flight.max(1));
         for seq in self.running.clone() {
+            if plan.rows.len() >= share {
+                return;
+            }
             let decodes = self.sequences.get(&seq).is_some_and(Sequence::decodes);
             if decodes && self.running.contains(&seq) && self.make_room(seq, plan) {
                 self.add_rows(seq, 1, plan);

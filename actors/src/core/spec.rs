@@ -47,6 +47,23 @@ impl ModelSpec {
     }
 }
 
+/// Which files a model is of: the SHA-256 of all that stands in them before their tensors, and of their lengths.
+/// Nodes that know two files by one name see by it that they are two.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct FilesId(pub [u8; 32]);
+
+impl std::fmt::Display for FilesId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::fmt::Debug for FilesId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
 /// The model's name, its recipe included.
 impl std::fmt::Display for ModelSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

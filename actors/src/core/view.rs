@@ -4,6 +4,7 @@
 
 use super::members::MemberReport;
 use super::plan::Placement;
+use super::spec::FilesId;
 use exo_engines::engine::DeviceReport;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,12 @@ pub enum Fact {
         instance: InstanceId,
         model: Model,
         placement: Placement,
+    },
+    ShardFetching {
+        instance: InstanceId,
+        stage: usize,
+        fetched_bytes: u64,
+        total_bytes: u64,
     },
     ShardLoading {
         instance: InstanceId,
@@ -74,6 +81,7 @@ pub struct Model {
     pub quantization: String,
     /// Tokens of one sequence at most.
     pub context_tokens: u32,
+    pub files: FilesId,
 }
 
 /// What an instance has to do now.
@@ -110,6 +118,11 @@ pub struct Machine {
 /// Where an instance is in its life.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
+    /// Weights come from other nodes, or from a source.
+    Fetching {
+        fetched_bytes: u64,
+        total_bytes: u64,
+    },
     Loading {
         loaded_bytes: u64,
         total_bytes: u64,
@@ -131,6 +144,8 @@ pub struct InstanceState {
     pub placement: Placement,
     pub phase: Phase,
     pub epoch: u64,
+    /// Bytes fetched for each stage, and to fetch.
+    fetching: BTreeMap<usize, (u64, u64)>,
     /// Bytes loaded by each stage, and to load.
     loading: BTreeMap<usize, (u64, u64)>,
     pub requests_running: usize,
@@ -202,6 +217,9 @@ impl State {
             Fact::ShardLoading { instance, stage, loaded_bytes, total_bytes } => {
                 self.change(*instance, |state| state.loading(*stage, *loaded_bytes, *total_bytes))
             }
+            Fact::ShardFetching { instance, stage, fetched_bytes, total_bytes } => {
+                self.change(*instance, |state| state.fetching(*stage, *fetched_bytes, *total_bytes))
+            }
             Fact::InstanceReady { instance, epoch } => self.change(*instance, |state| {
                 state.phase = Phase::Ready;
                 state.epoch = *epoch;
@@ -237,6 +255,7 @@ impl State {
             // It goes on elsewhere, and serves where it is until then.
             state.placement = placement.clone();
             state.loading.clear();
+            state.fetching.clear();
             return;
         }
         let state = InstanceState {
@@ -244,6 +263,7 @@ impl State {
             placement: placement.clone(),
             phase: Phase::Loading { loaded_bytes: 0, total_bytes: 0 },
             epoch: 0,
+            fetching: BTreeMap::new(),
             loading: BTreeMap::new(),
             requests_running: 0,
             requests_waiting: 0,
@@ -264,14 +284,28 @@ impl State {
 }
 
 impl InstanceState {
+    fn fetching(&mut self, stage: usize, fetched: u64, total: u64) {
+        self.fetching.insert(stage, (fetched, total));
+        if matches!(self.phase, Phase::Loading { .. } | Phase::Fetching { .. }) {
+            let (fetched_bytes, total_bytes) = sum(&self.fetching);
+            self.phase = Phase::Fetching { fetched_bytes, total_bytes };
+        }
+    }
+
     fn loading(&mut self, stage: usize, loaded: u64, total: u64) {
         self.loading.insert(stage, (loaded, total));
-        if matches!(self.phase, Phase::Loading { .. }) {
-            let (loaded_bytes, total_bytes) =
-                self.loading.values().fold((0, 0), |(loaded, total), part| (loaded + part.0, total + part.1));
+        let is_fetched = self.fetching.values().all(|(fetched, total)| fetched >= total);
+        let is_loading =
+            matches!(self.phase, Phase::Loading { .. }) || is_fetched && matches!(self.phase, Phase::Fetching { .. });
+        if is_loading {
+            let (loaded_bytes, total_bytes) = sum(&self.loading);
             self.phase = Phase::Loading { loaded_bytes, total_bytes };
         }
     }
+}
+
+fn sum(parts: &BTreeMap<usize, (u64, u64)>) -> (u64, u64) {
+    parts.values().fold((0, 0), |(done, total), part| (done + part.0, total + part.1))
 }
 
 #[cfg(test)]
@@ -286,10 +320,18 @@ mod tests {
         let phase = |state: &State| state.instances[&instance].phase.clone();
         state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
         assert!(state.instances.is_empty());
-        let model =
-            Model { name: "m".to_owned(), family: String::new(), quantization: String::new(), context_tokens: 1 };
+        let model = Model {
+            name: "m".to_owned(),
+            family: String::new(),
+            quantization: String::new(),
+            context_tokens: 1,
+            files: FilesId([0; 32]),
+        };
         let placement = Placement { stages: Vec::new() };
         state.apply(&Fact::InstancePlaced { instance, model: model.clone(), placement });
+        state.apply(&Fact::ShardFetching { instance, stage: 0, fetched_bytes: 5, total_bytes: 9 });
+        assert_eq!(phase(&state), Phase::Fetching { fetched_bytes: 5, total_bytes: 9 });
+        state.apply(&Fact::ShardFetching { instance, stage: 0, fetched_bytes: 9, total_bytes: 9 });
         state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
         state.apply(&Fact::ShardLoading { instance, stage: 1, loaded_bytes: 3, total_bytes: 4 });
         assert_eq!(phase(&state), Phase::Loading { loaded_bytes: 4, total_bytes: 6 });

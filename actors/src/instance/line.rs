@@ -69,6 +69,7 @@ impl Line {
     pub(super) fn start(&self, instance: InstanceId, post: &Post) {
         for (stage, placed) in self.wanted.placement.stages.iter().enumerate() {
             let task = StageTask {
+                files: self.wanted.model.files,
                 instance,
                 stamp: self.stamp,
                 stage,

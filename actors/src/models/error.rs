@@ -26,6 +26,8 @@ pub enum ModelError {
     Command { command: String, reason: String },
     #[error("offline mode forbids to fetch {what}")]
     Offline { what: String },
+    #[error("other nodes know other files by the name `{model}`")]
+    OtherFiles { model: String },
     #[error("the download was interrupted")]
     Interrupted,
 }
@@ -45,6 +47,7 @@ impl ModelError {
             }
             Self::Forbidden { .. } => "accept the model's licence on the hub, and set HF_TOKEN",
             Self::NotOnHub { .. } => "look the repository and the file up on the hub; a private one needs HF_TOKEN",
+            Self::OtherFiles { .. } => "give one of the two another name, or ask for it by its path",
             Self::WrongHash { .. } => "the download was thrown away: try again, or take another source",
             Self::Disk { .. } => "make room, or choose another folder with EXO_MODELS_DIR",
             Self::Command { .. } => "install Python 3 with pip, or put the files into a models folder",

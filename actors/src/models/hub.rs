@@ -6,6 +6,7 @@
 use super::ModelError;
 use super::config::{ModelsConfig, Progress, ProgressSink};
 use super::files::{lock, sha256};
+use exo_engines::model::FOLDER_FILES;
 use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, ApiRepo};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -139,10 +140,18 @@ pub(super) async fn fetch_named(config: &ModelsConfig, wanted: &HubName) -> Resu
     Ok(path)
 }
 
-fn offline(config: &ModelsConfig, wanted: &HubName) -> Result<PathBuf, ModelError> {
+/// Whether the client's cache has a model, or some of it.
+pub(super) fn is_cached(config: &ModelsConfig, wanted: &HubName) -> bool {
+    in_cache(config, wanted).is_some()
+}
+
+fn in_cache(config: &ModelsConfig, wanted: &HubName) -> Option<PathBuf> {
     let cache = hf_hub::Cache::new(config.hub_cache.clone()).model(wanted.repository.clone());
-    let file = wanted.file.as_deref().unwrap_or("config.json");
-    let path = cache.get(file).ok_or_else(|| ModelError::Offline { what: wanted.repository.clone() })?;
+    cache.get(wanted.file.as_deref().unwrap_or("config.json"))
+}
+
+fn offline(config: &ModelsConfig, wanted: &HubName) -> Result<PathBuf, ModelError> {
+    let path = in_cache(config, wanted).ok_or_else(|| ModelError::Offline { what: wanted.repository.clone() })?;
     Ok(match (&wanted.file, path.parent()) {
         (None, Some(folder)) => folder.to_owned(),
         _ => path,
@@ -151,16 +160,8 @@ fn offline(config: &ModelsConfig, wanted: &HubName) -> Result<PathBuf, ModelErro
 
 /// Files that a folder of safetensors is run from. A name with a folder in it is none of them.
 fn is_part_of_a_model(name: &str) -> bool {
-    const NAMES: [&str; 6] = [
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "model.safetensors.index.json",
-    ];
     let is_plain = !name.contains(['/', '\\']) && !name.starts_with('.');
-    is_plain && (NAMES.contains(&name) || name.ends_with(".safetensors"))
+    is_plain && (FOLDER_FILES.contains(&name) || name.ends_with(".safetensors"))
 }
 
 /// A file of the client's cache, fetched if it is not there, and of the right hash.

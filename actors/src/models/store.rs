@@ -7,6 +7,7 @@ use super::catalogue::{self, Entry, Source};
 use super::config::{ModelsConfig, Progress};
 use super::files::{beside, lock, sha256};
 use super::{ModelError, hub, python};
+use crate::core::spec::FilesId;
 use exo_engines::model::ModelFiles;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +17,11 @@ use std::sync::Arc;
 pub enum Origin {
     Path,
     Folder,
-    Fetched { source: String },
+    /// Parts of it, from other nodes.
+    Peers,
+    Fetched {
+        source: String,
+    },
 }
 
 /// A model whose files are on this machine.
@@ -26,29 +31,38 @@ pub struct ResolvedModel {
     pub name: String,
     pub files: Arc<ModelFiles>,
     pub origin: Origin,
+    pub id: FilesId,
 }
 
-/// Resolves `model`: a catalogue name, a hub name, or a path.
-pub(super) async fn resolve(config: &ModelsConfig, model: &str) -> Result<ResolvedModel, ModelError> {
-    let (path, origin) = locate(config, model).await?;
-    let opened = tokio::task::spawn_blocking(move || ModelFiles::open(&path)).await;
-    let files = opened.map_err(|_| ModelError::Interrupted)??;
-    Ok(ResolvedModel { name: model.to_owned(), files: Arc::new(files), origin })
-}
-
-async fn locate(config: &ModelsConfig, model: &str) -> Result<(PathBuf, Origin), ModelError> {
+/// A model that is on this machine under its path, or in a models folder.
+pub(super) fn find_here(config: &ModelsConfig, model: &str) -> Option<(PathBuf, Origin)> {
     let path = Path::new(model);
     if path.exists() {
-        return Ok((path.to_owned(), Origin::Path));
+        return Some((path.to_owned(), Origin::Path));
+    }
+    let name = catalogue::find(model).map_or(model, |entry| entry.file);
+    in_folders(config, name).map(|found| (found, Origin::Folder))
+}
+
+/// Whether a model that is named as the hub names it is in the hub client's cache.
+pub(super) fn is_cached(config: &ModelsConfig, model: &str) -> bool {
+    hub_name(model).is_some_and(|wanted| hub::is_cached(config, &wanted))
+}
+
+fn hub_name(model: &str) -> Option<hub::HubName> {
+    let looks_like_a_path = model.starts_with(['.', '/', '~']) || model.ends_with(".gguf") && !model.contains(':');
+    hub::parse(model).filter(|_| !looks_like_a_path)
+}
+
+/// Finds `model`, a catalogue name, a hub name, or a path; fetches it where it is not here.
+pub(super) async fn locate(config: &ModelsConfig, model: &str) -> Result<(PathBuf, Origin), ModelError> {
+    if let Some(found) = find_here(config, model) {
+        return Ok(found);
     }
     if let Some(entry) = catalogue::find(model) {
         return catalogued(config, entry).await;
     }
-    if let Some(found) = in_folders(config, model) {
-        return Ok((found, Origin::Folder));
-    }
-    let looks_like_a_path = model.starts_with(['.', '/', '~']) || model.ends_with(".gguf") && !model.contains(':');
-    match hub::parse(model).filter(|_| !looks_like_a_path) {
+    match hub_name(model) {
         Some(wanted) => {
             let path = hub::fetch_named(config, &wanted).await?;
             let source = format!("the hub ({})", wanted.repository);
@@ -65,9 +79,6 @@ fn in_folders(config: &ModelsConfig, name: &str) -> Option<PathBuf> {
 }
 
 async fn catalogued(config: &ModelsConfig, entry: &'static Entry) -> Result<(PathBuf, Origin), ModelError> {
-    if let Some(path) = in_folders(config, entry.file) {
-        return Ok((path, Origin::Folder));
-    }
     let folder = config
         .folders
         .first()

@@ -319,8 +319,8 @@ impl PlannerState {
             // A machine that is alone, and is to go, keeps what it has.
             Err(_) if error.is_none() && self.members.0.contains_key(&near) && self.is_draining_alone() => {}
             Err(missing) => {
-                let is_alone = self.members.0.len() == 1 && staying.is_empty();
-                let error = error.filter(|_| is_alone).unwrap_or(RequestError::Plan(missing));
+                // Every device has failed it: why the last one did says more than that none is left.
+                let error = error.filter(|_| missing == PlanError::NoDevice).unwrap_or(RequestError::Plan(missing));
                 tracing::error!(instance = %id, %error, remedy = error.remedy(), "a model has no place any more");
                 self.set(id, Want::Gone { error: Some(error) });
             }

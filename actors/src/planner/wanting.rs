@@ -5,7 +5,7 @@ use crate::core::plan::Placement;
 use crate::core::spec::ModelSpec;
 use crate::core::view::{InstanceId, Model};
 use crate::instance::InstanceRef;
-use crate::models::{ModelError, ResolvedModel};
+use crate::models::{Extent, ModelError, ResolvedModel};
 use crate::outlet::Outlet;
 use crate::protocol::{Ask, ControlMessage};
 use crate::request::RequestError;
@@ -102,7 +102,8 @@ impl PlannerState {
         self.wanting.insert(spec.clone(), wanting);
         let (models, planner) = (self.args.models.clone(), myself.clone());
         tokio::spawn(async move {
-            let outcome = crate::models::resolve_spec(&models, &spec).await;
+            // Whoever asks needs no weights: shards get their own.
+            let outcome = crate::models::get_spec(&models, &spec, None, Extent::Outline, Outlet::new(drop)).await;
             // A planner that is gone plans nothing.
             let _ = planner.send_message(PlannerMsg::Resolved { spec, number, outcome: outcome.map_err(Into::into) });
         });
@@ -165,7 +166,7 @@ impl PlannerState {
         let found = self
             .desired
             .find(spec)
-            .map(|(id, _, wanted)| (id, wanted.owner(), wanted.placement.clone(), wanted.model.context_tokens));
+            .map(|(id, _, wanted)| (id, wanted.owner(), wanted.placement.clone(), wanted.model.clone()));
         let home = found.as_ref().and_then(|(id, owner, ..)| self.home(*id, (*owner)?));
         let Some(wanting) = self.wanting.get_mut(spec) else { return };
         // A model without a tokenizer is of no use: it is not even loaded.
@@ -175,7 +176,11 @@ impl PlannerState {
             return;
         };
         match (found, home) {
-            (Some((id, _, placement, context_tokens)), Some(home)) => {
+            (Some((.., running)), _) if running.files != model.id => {
+                let error = ModelError::OtherFiles { model: spec.model.clone() };
+                self.refuse_here(spec, &error.into());
+            }
+            (Some((id, _, placement, Model { context_tokens, .. })), Some(home)) => {
                 let running = RunningModel {
                     id,
                     home,
@@ -235,6 +240,7 @@ fn ask(spec: &ModelSpec, model: &ResolvedModel) -> Ask {
             family: files.architecture.family.clone(),
             quantization: files.quantization.clone(),
             context_tokens,
+            files: model.id,
         },
         kv_pages,
         demand: demand::demand(files, kv_pages),

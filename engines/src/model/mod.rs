@@ -14,12 +14,14 @@ mod gguf;
 mod hf;
 mod hf_config;
 mod names;
+mod pieces;
 mod place;
 mod recipe;
 mod rope;
 mod weights;
 
 pub use architecture::*;
+pub use pieces::{FOLDER_FILES, PartedFile, Piece, Pieces};
 pub use recipe::{Recipe, UnknownRecipe};
 pub use weights::{LayerRole, Layout, Part, Role, TensorBytes, TensorSlice, WeightReader, WeightSource};
 

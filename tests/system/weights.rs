@@ -1,0 +1,72 @@
+//! Nodes without a model's files: they get what they need from those that have them.
+
+use crate::cluster::{Cluster, alone_with, answer};
+use crate::node::Node;
+use crate::{GEMMA3, SMOLLM2};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// A node with these has no model, and no source of one.
+const NOTHING: [(&str, &str); 3] =
+    [("EXO_MODELS_DIR", "$DATA/models"), ("HF_HUB_CACHE", "$DATA/hub"), ("HF_HUB_OFFLINE", "1")];
+
+/// Bytes that the files below `folder` take on the disk, holes not counted.
+fn taken_bytes(folder: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    let entries = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let sizes = entries.map(|path| match std::fs::symlink_metadata(&path) {
+        Ok(metadata) if metadata.is_dir() => taken_bytes(&path),
+        Ok(metadata) => metadata.blocks() * 512,
+        Err(_) => 0,
+    });
+    sizes.sum()
+}
+
+fn copied_bytes(node: &Node) -> u64 {
+    taken_bytes(&node.folder().join("models"))
+}
+
+fn resident_bytes(node: &Node) -> u64 {
+    node.get("/state").json()["machine"]["process_bytes"].as_u64().expect("it is measured")
+}
+
+/// R7.2: a node that has no file of a model is given the bytes of its layers, and no others; answers are those of a node
+/// that has all.
+#[test]
+fn nodes_without_the_files_are_given_their_layers() {
+    let (expected, cluster) = (alone_with(SMOLLM2), Cluster::up_with(&NOTHING));
+    // The middle has no end of the model, and the embedding is a third of it.
+    assert_eq!(cluster.ask(2, "a:0-24,b:25-26,c:27-29"), expected);
+    let [small, large] = [1, 2].map(|index| copied_bytes(&cluster.nodes[index]));
+    let whole = 90_000_000;
+    assert!((5_000_000..20_000_000).contains(&small), "two layers and the headers: {small}");
+    assert!(large > small && large < whole * 3 / 4, "three layers, the head and the headers: {large}");
+    // What is there is not fetched again, and what is missing is.
+    assert_eq!(cluster.ask(1, "a:0-24,b:25-29"), expected);
+    assert!(copied_bytes(&cluster.nodes[1]) > small);
+    assert_eq!(copied_bytes(&cluster.nodes[2]), large);
+}
+
+/// The memory of a node holds its own layers: of a model whose two ends are most of it, the middle is small.
+#[test]
+fn a_node_holds_its_own_layers_and_no_others() {
+    let (expected, cluster) = (alone_with(GEMMA3), Cluster::up_with(&NOTHING));
+    assert_eq!(answer(cluster.asking_model(0, GEMMA3, "a:0-5,b:6-11,c:12-17")), expected);
+    let [first, middle, last] = [0, 1, 2].map(|index| resident_bytes(&cluster.nodes[index]));
+    assert!(middle + 80_000_000 < first && middle + 80_000_000 < last, "{first}, {middle}, {last}");
+}
+
+/// R7.4: when the only node with the files of some layers is gone, and no source has them, requests fail and say what is
+/// missing; they do not hang.
+#[test]
+fn what_nobody_has_any_more_is_named() {
+    let cluster = Cluster::up_with(&NOTHING);
+    let split = "a:0-9,b:10-19,c:20-29";
+    assert!(!cluster.ask(1, split).is_empty());
+    let asking = cluster.asking(1, split);
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    cluster.nodes[0].signal("KILL");
+    let output = asking.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("offline"), "{said}");
+}
