@@ -1,8 +1,8 @@
 //! A node's place in its user's cluster: the secret, the members it knows, and where it listens.
 
 use crate::node::StartError;
-use exo_actors::{Joined, WireType};
-use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, reachable};
+use exo_actors::{Evicted, Joined, WireType};
+use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, SecretError, reachable};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 /// Addresses of members that were named once, a line each.
 const MEMBERS_FILE: &str = "cluster.members";
+/// Ids of members that are not let in any more, a line each.
+const EVICTED_FILE: &str = "cluster.evicted";
 /// The port of exo's own network, beside that of its API.
 pub const PORT_DEFAULT: u16 = 52416;
 
@@ -48,17 +50,51 @@ pub(crate) fn join(
 ) -> Result<Joined, StartError> {
     let mut peers = settings.peers;
     if let Some(token) = settings.join {
-        token.secret.keep(data_dir)?;
+        change_to(data_dir, &token.secret)?;
         remember(data_dir, &token.addresses)?;
     }
     peers.extend(remembered(data_dir));
     let secret = ClusterSecret::load_or_create(data_dir)?;
     let cookie = secret.cookie();
     let (listen, discover) = (settings.listen, settings.discover);
-    let config = NetworkConfig { identity, secret, name, listen, peers, discover, evicted: BTreeSet::new() };
+    let evicted = evicted(data_dir);
+    let not_let_in = evicted.nodes().clone();
+    let config = NetworkConfig { identity, secret, name, listen, peers, discover, evicted: not_let_in };
     let (network, events) = Network::start(config)?;
     let addresses = network.address().map(reachable).unwrap_or_default();
-    Ok(Joined { network, events, cookie, addresses })
+    Ok(Joined { network, events, cookie, addresses, evicted })
+}
+
+/// The node of `data_dir` belongs to the cluster of `secret` from its next start on.
+fn change_to(data_dir: &Path, secret: &ClusterSecret) -> Result<(), SecretError> {
+    let is_another = ClusterSecret::load_or_create(data_dir)?.fingerprint() != secret.fingerprint();
+    if is_another {
+        secret.keep(data_dir)?;
+        // Those of the cluster that is left; where there are none, there is no file.
+        for file in [MEMBERS_FILE, EVICTED_FILE] {
+            let _ = std::fs::remove_file(data_dir.join(file));
+        }
+    }
+    Ok(())
+}
+
+/// Makes a new secret for `data_dir`: whoever has only the old one is not let in from the next start on.
+#[cfg(feature = "cli")]
+pub(crate) fn renew_secret(data_dir: &Path) -> Result<(), SecretError> {
+    change_to(data_dir, &ClusterSecret::random()?)
+}
+
+fn evicted(data_dir: &Path) -> Evicted {
+    let path = data_dir.join(EVICTED_FILE);
+    // Lines that are no ids are nobody's.
+    let lines = std::fs::read_to_string(&path).unwrap_or_default();
+    let nodes: BTreeSet<NodeId> = lines.lines().filter_map(|line| line.parse().ok()).collect();
+    Evicted::new(nodes, move |nodes| {
+        let lines: String = nodes.iter().map(|node| format!("{node}\n")).collect();
+        if let Err(error) = std::fs::write(&path, lines) {
+            tracing::error!(path = %path.display(), %error, "who is evicted could not be written down");
+        }
+    })
 }
 
 fn remember(data_dir: &Path, addresses: &[SocketAddr]) -> Result<(), StartError> {

@@ -38,7 +38,7 @@ mod node;
 pub use cluster::{ClusterSettings, PORT_DEFAULT};
 pub use config::{ConfigError, Directories};
 pub use exo_actors::core::members::{DeviceOffer, MemberReport, OwnedInstance};
-pub use exo_actors::core::plan::{Link, Placement, PlanError, Policy, Split, Stage};
+pub use exo_actors::core::plan::{Link, Placement, PlanError, Policy, Preview, PreviewOutcome, Split, Stage};
 pub use exo_actors::core::schedule::FinishReason;
 pub use exo_actors::core::view::{Fact, InstanceId, InstanceState, Load, Machine, Model, Phase, State, Totals};
 pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};

@@ -12,7 +12,11 @@
 //! Network ─PeerDown─► Post::disconnect, NodeDown
 //! ```
 
+mod evicted;
+mod probe;
 mod sessions;
+
+pub use evicted::Evicted;
 
 use crate::control::{Control, ControlArgs, ControlMsg, Heard, Senders};
 use crate::core::plan::Link;
@@ -27,7 +31,7 @@ use exo_net::{DataConnection, DataStream, Inbox, Network, NetworkEvent, NodeId, 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::{NodeServerMessage, RactorMessage};
 use sessions::{SessionEvent, SessionRef};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -36,6 +40,11 @@ pub(crate) type ClusterRef = ActorRef<ClusterMsg>;
 
 /// How often links are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// From a peer to the first measurement of its link: it has better to do at first.
+const PROBE_AFTER: Duration = Duration::from_secs(2);
+const PROBE_EVERY: Duration = Duration::from_secs(600);
+/// Whatever disturbs a measurement makes it lower: what was known fades by this much with each.
+const DISTURBED: f64 = 0.7;
 /// From a peer to its session: what takes longer does not come.
 const SESSION_DEADLINE: Duration = Duration::from_secs(5);
 /// From a stream to its first frame.
@@ -46,6 +55,14 @@ pub(crate) enum ClusterMsg {
     Network(NetworkEvent),
     Session(SessionEvent),
     Heard(Heard),
+    /// A link was measured.
+    Probed {
+        id: NodeId,
+        session: u64,
+        bytes_per_s: f64,
+    },
+    /// These are members no more.
+    Evict(BTreeSet<NodeId>),
     Look,
 }
 
@@ -56,6 +73,7 @@ pub(crate) struct ClusterArgs {
     pub events: mpsc::Receiver<NetworkEvent>,
     /// What ractor_cluster's sessions ask of each other.
     pub cookie: String,
+    pub evicted: Evicted,
     pub post: Post,
     pub board: Switchboard,
     pub planner: PlannerRef,
@@ -69,6 +87,7 @@ pub(crate) struct ClusterArgs {
 pub(crate) struct ClusterState {
     own: NodeId,
     network: Network,
+    evicted: Evicted,
     post: Post,
     board: Switchboard,
     planner: PlannerRef,
@@ -93,6 +112,9 @@ struct Present {
     data: DataConnection,
     since: Instant,
     is_ready: bool,
+    bytes_per_s: Option<f64>,
+    /// Of the last measurement, or of its beginning.
+    probed: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -104,7 +126,8 @@ impl Actor for Cluster {
     type Arguments = ClusterArgs;
 
     async fn pre_start(&self, myself: ClusterRef, args: ClusterArgs) -> Result<ClusterState, ActorProcessingErr> {
-        let ClusterArgs { own, network, mut events, cookie, post, board, planner, gateway, models, deliver } = args;
+        let ClusterArgs { own, network, mut events, cookie, evicted, post, board, planner, gateway, models, deliver } =
+            args;
         let senders = Senders::default();
         let control = ControlArgs { senders: senders.clone(), heard: Outlet::to(&myself, ClusterMsg::Heard) };
         Control::spawn_linked(None, Control, control, myself.get_cell()).await?;
@@ -121,6 +144,7 @@ impl Actor for Cluster {
         Ok(ClusterState {
             own,
             network,
+            evicted,
             post,
             board,
             planner,
@@ -142,7 +166,7 @@ impl Actor for Cluster {
 
     async fn handle(
         &self,
-        _: ClusterRef,
+        myself: ClusterRef,
         message: ClusterMsg,
         state: &mut ClusterState,
     ) -> Result<(), ActorProcessingErr> {
@@ -151,7 +175,9 @@ impl Actor for Cluster {
             ClusterMsg::Network(NetworkEvent::PeerDown { id, session, reason }) => state.on_down(id, session, &reason),
             ClusterMsg::Session(event) => state.on_session(event),
             ClusterMsg::Heard(heard) => state.on_heard(heard),
-            ClusterMsg::Look => state.look(),
+            ClusterMsg::Probed { id, session, bytes_per_s } => state.on_probed(id, session, bytes_per_s),
+            ClusterMsg::Evict(nodes) => state.evict(nodes),
+            ClusterMsg::Look => state.look(&myself),
         }
         Ok(())
     }
@@ -171,7 +197,17 @@ impl ClusterState {
     fn open_session(&mut self, peer: Peer) {
         let Peer { id, session, address, is_dialled, control, inbox, pass, expects, data, .. } = peer;
         self.senders.admit(expects, id, Inbox::clone(&inbox));
-        let present = Present { session, pass, expects, address, data, since: Instant::now(), is_ready: false };
+        let present = Present {
+            session,
+            pass,
+            expects,
+            address,
+            data,
+            since: Instant::now(),
+            is_ready: false,
+            bytes_per_s: None,
+            probed: None,
+        };
         self.peers.insert(id, present);
         let opened = NodeServerMessage::ConnectionOpenedExternal { stream: Box::new(control), is_server: !is_dialled };
         // A server that is gone takes the node with it.
@@ -239,27 +275,72 @@ impl ClusterState {
                 accepting.spawn(serve(id, stream, doors.clone()));
             }
         });
+        if !self.evicted.nodes().is_empty() {
+            self.post.tell(id, ControlMessage::Evicted(self.evicted.nodes().clone()));
+        }
         let _ = self.planner.send_message(PlannerMsg::NodeUp(id));
     }
 
+    /// Closes the doors to members, and tells the others.
+    fn evict(&mut self, nodes: BTreeSet<NodeId>) {
+        let new = self.evicted.add(nodes.into_iter().filter(|node| *node != self.own));
+        if new.is_empty() {
+            return;
+        }
+        for node in new {
+            tracing::warn!(peer = %node, "a member is evicted");
+            self.network.evict(node);
+        }
+        self.post.tell_others(&ControlMessage::Evicted(self.evicted.nodes().clone()));
+    }
+
     fn on_heard(&mut self, heard: Heard) {
+        if !self.peers.contains_key(&heard.from) {
+            return;
+        }
+        if let ControlMessage::Evicted(nodes) = heard.message {
+            return self.evict(nodes);
+        }
         if let ControlMessage::Report(report) = &heard.message {
             // Whoever is a member of a member's cluster is one of ours.
             for address in report.addresses.iter().chain(&report.peers) {
                 self.network.hear_of(*address);
             }
         }
-        // A member may speak once it is here, and as long as it is.
-        if self.peers.contains_key(&heard.from) && heard.from != self.own {
-            self.deliver.tell(heard);
+        self.deliver.tell(heard);
+    }
+
+    fn on_probed(&mut self, id: NodeId, session: u64, bytes_per_s: f64) {
+        if let Some(present) = self.peers.get_mut(&id).filter(|present| present.session == session) {
+            let known = present.bytes_per_s.unwrap_or(0.0);
+            present.bytes_per_s = Some(bytes_per_s.max(known * DISTURBED));
         }
     }
 
-    fn look(&mut self) {
+    /// Measures the link that has waited longest, if one is due.
+    fn probe(&mut self, myself: &ClusterRef) {
+        let is_due = |present: &Present| match present.probed {
+            None => present.since.elapsed() > PROBE_AFTER,
+            Some(probed) => probed.elapsed() > PROBE_EVERY,
+        };
+        let due = self.peers.iter_mut().filter(|(_, present)| present.is_ready && is_due(present));
+        let Some((&id, present)) = due.min_by_key(|(_, present)| present.probed) else { return };
+        present.probed = Some(Instant::now());
+        let (data, session, cluster) = (present.data.clone(), present.session, myself.clone());
+        present.data.spawn(async move {
+            if let Some(bytes_per_s) = probe::measure(&data).await {
+                // A cluster that is gone has no links.
+                let _ = cluster.send_message(ClusterMsg::Probed { id, session, bytes_per_s });
+            }
+        });
+    }
+
+    fn look(&mut self, myself: &ClusterRef) {
+        self.probe(myself);
         let (mut links, mut peers) = (BTreeMap::new(), Vec::new());
         for (id, present) in &self.peers {
             if present.is_ready {
-                let link = Link { rtt_s: present.data.rtt().as_secs_f64(), bytes_per_s: None };
+                let link = Link { rtt_s: present.data.rtt().as_secs_f64(), bytes_per_s: present.bytes_per_s };
                 links.insert(*id, link);
                 peers.push(present.address);
             } else if present.since.elapsed() > SESSION_DEADLINE {
@@ -291,6 +372,7 @@ async fn serve(from: NodeId, mut stream: DataStream, doors: Doors) {
             let _ = doors.gateway.send_message(GatewayMsg::Serve { instance, request, stream });
         }
         Ok(Ok(Some((DataHello::Weights(ask), _)))) => drop(doors.models.send_message(ModelsMsg::Serve { ask, stream })),
+        Ok(Ok(Some((DataHello::Probe, _)))) => probe::serve(stream).await,
         Ok(Ok(None)) => {}
         Ok(Err(error)) => {
             tracing::info!(peer = %from, %error, "a stream of a peer was not taken");

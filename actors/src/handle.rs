@@ -1,10 +1,12 @@
 //! What outsiders hold of a node: a handle with methods, never an actor's reference.
 
+use crate::cluster::{ClusterMsg, ClusterRef};
+use crate::core::plan::Preview;
 use crate::core::view::State;
 use crate::gateway::GatewayHandle;
 use crate::generation::Generation;
 use crate::models::{Extent, ModelsRef, ResolvedModel, Wish};
-use crate::node::{Node, NodeArgs, NodeConfig, NodeMsg, NodeRef};
+use crate::node::{Node, NodeArgs, NodeConfig, NodeMsg, NodeRef, Parts};
 use crate::outlet::Outlet;
 use crate::planner::{PlannerMsg, PlannerRef, RunningModel};
 use crate::request::{GenerateRequest, ModelSpec, RequestError};
@@ -25,7 +27,8 @@ pub async fn start(config: NodeConfig) -> Result<NodeHandle, SpawnErr> {
     let (started, parts) = oneshot::channel();
     let (node, _) = Node::spawn(None, Node, NodeArgs { config, started }).await?;
     let parts = parts.await.map_err(|error| SpawnErr::StartupFailed(error.into()))?;
-    Ok(NodeHandle { id, node, gateway: parts.gateway, planner: parts.planner, models: parts.models })
+    let Parts { gateway, planner, models, cluster } = parts;
+    Ok(NodeHandle { id, node, gateway, planner, models, cluster })
 }
 
 /// A running node.
@@ -36,6 +39,7 @@ pub struct NodeHandle {
     gateway: GatewayHandle,
     planner: PlannerRef,
     models: ModelsRef,
+    cluster: Option<ClusterRef>,
 }
 
 /// Answers come from memory: this is a bound on a node that hangs.
@@ -73,6 +77,20 @@ impl NodeHandle {
         Ok(crate::models::get(&self.models, wish, Outlet::new(drop)).await?)
     }
 
+    /// What would become of a model that was asked for now: where it would go by each policy, and why. Its headers are
+    /// brought here; nothing is loaded.
+    ///
+    /// # Errors
+    /// [`RequestError::Model`] where it cannot be had.
+    pub async fn preview(&self, spec: ModelSpec) -> Result<Vec<Preview>, RequestError> {
+        let model = crate::models::get_spec(&self.models, &spec, None, Extent::Outline, Outlet::new(drop)).await?;
+        let called = self.planner.call(|reply| PlannerMsg::Preview { spec, model, reply }, Some(QUERY_TIMEOUT)).await;
+        match called {
+            Ok(CallResult::Success(previews)) => Ok(previews),
+            _ => Err(RequestError::ShuttingDown),
+        }
+    }
+
     /// The node's state now.
     ///
     /// # Errors
@@ -103,6 +121,16 @@ impl NodeHandle {
             Ok(CallResult::Success(())) => Ok(()),
             _ => Err(RequestError::ShuttingDown),
         }
+    }
+
+    /// Closes the doors of all members to one of them, now and later. It still has the secret: with a new identity it
+    /// comes in again, until there is a new secret.
+    ///
+    /// # Errors
+    /// [`RequestError::Alone`] where this node has no cluster.
+    pub fn evict(&self, member: NodeId) -> Result<(), RequestError> {
+        let cluster = self.cluster.as_ref().ok_or(RequestError::Alone)?;
+        cluster.send_message(ClusterMsg::Evict([member].into())).map_err(|_| RequestError::ShuttingDown)
     }
 
     /// Stops every actor; streams end with [`RequestError::ShuttingDown`].

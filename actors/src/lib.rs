@@ -32,9 +32,10 @@ mod subscription;
 mod tokenizer;
 
 // What requests and answers are made of.
+pub use cluster::Evicted;
 pub use exo_engines::sampler::{Sampled, SamplingParams};
 pub use exo_engines::template::{Conversation, FunctionCall, Message, Role, ToolCall};
-pub use exo_net::WireType;
+pub use exo_net::{NodeId, WireType};
 pub use generation::Generation;
 pub use handle::{NodeHandle, start};
 pub use machine::host_name;

@@ -6,7 +6,7 @@
 //! - dies when: it is stopped, or an actor that nothing works without fails;
 //! - supervised by: whoever started it.
 
-use crate::cluster::{Cluster, ClusterArgs};
+use crate::cluster::{Cluster, ClusterArgs, ClusterRef, Evicted};
 use crate::control::Heard;
 use crate::core::view::{Fact, State};
 use crate::device::{Device, DeviceArgs, DeviceRef};
@@ -71,6 +71,8 @@ pub struct Joined {
     pub cookie: String,
     /// Where others reach this node.
     pub addresses: Vec<SocketAddr>,
+    /// Who is not let in.
+    pub evicted: Evicted,
 }
 
 /// The parts that a handle needs.
@@ -79,6 +81,8 @@ pub(crate) struct Parts {
     pub(crate) gateway: GatewayHandle,
     pub(crate) planner: PlannerRef,
     pub(crate) models: ModelsRef,
+    /// `None` where this node is alone.
+    pub(crate) cluster: Option<ClusterRef>,
 }
 
 #[derive(Debug)]
@@ -213,12 +217,14 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
     Monitor::spawn_linked(None, Monitor, monitor_args, cell()).await?;
     let gateway_args = GatewayArgs { planner: planner.clone(), post: post.clone(), permits: Arc::clone(&permits) };
     let (gateway, _) = Gateway::spawn_linked(None, Gateway, gateway_args, cell()).await?;
-    if let Some(Joined { network, events, cookie, .. }) = config.joined {
+    let mut cluster = None;
+    if let Some(Joined { network, events, cookie, evicted, .. }) = config.joined {
         let (planner, gateway, models) = (planner.clone(), gateway.clone(), models.clone());
-        let cluster_args = ClusterArgs { own, network, events, cookie, post, board, planner, gateway, models, deliver };
-        Cluster::spawn_linked(None, Cluster, cluster_args, cell()).await?;
+        let cluster_args =
+            ClusterArgs { own, network, events, cookie, evicted, post, board, planner, gateway, models, deliver };
+        cluster = Some(Cluster::spawn_linked(None, Cluster, cluster_args, cell()).await?.0);
     }
-    Ok(Parts { gateway: GatewayHandle::new(gateway, permits), planner, models })
+    Ok(Parts { gateway: GatewayHandle::new(gateway, permits), planner, models, cluster })
 }
 
 /// Each message to whom it concerns.

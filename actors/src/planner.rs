@@ -23,7 +23,7 @@ pub use wanting::RunningModel;
 
 use crate::core::desired::{Desired, Entry, Stamp, Want};
 use crate::core::members::Members;
-use crate::core::plan::Link;
+use crate::core::plan::{Link, Preview};
 use crate::core::spec::ModelSpec;
 use crate::core::view::{Fact, InstanceId, InstanceState, Machine};
 use crate::instance::{InstanceRef, InstanceReport};
@@ -99,6 +99,12 @@ pub(crate) enum PlannerMsg {
     LinksMeasured {
         links: BTreeMap<NodeId, Link>,
         peers: Vec<SocketAddr>,
+    },
+    /// What would become of a model.
+    Preview {
+        spec: ModelSpec,
+        model: Arc<ResolvedModel>,
+        reply: RpcReplyPort<Vec<Preview>>,
     },
     /// Takes this node out of the cluster; the reply comes when nothing runs on it.
     Drain(RpcReplyPort<()>),
@@ -218,6 +224,11 @@ impl Actor for Planner {
                 (state.links, state.peers) = (links, peers);
                 return Ok(());
             }
+            PlannerMsg::Preview { spec, model, reply } => {
+                // Whoever asked may have gone.
+                let _ = reply.send(state.preview(&spec, &model));
+                return Ok(());
+            }
             PlannerMsg::Drain(reply) => state.drain(reply),
             PlannerMsg::Look => state.look(),
         }
@@ -290,8 +301,8 @@ impl PlannerState {
             ControlMessage::Broken { instance, stamp, node, device, error } => {
                 self.on_broken(from, instance, stamp, (node, device), error);
             }
-            // For heads, and for those who keep shards.
-            ControlMessage::News { .. } | ControlMessage::Stage(_) => {}
+            // For heads, for those who keep shards, and for those who let members in.
+            ControlMessage::News { .. } | ControlMessage::Stage(_) | ControlMessage::Evicted(_) => {}
         }
     }
 

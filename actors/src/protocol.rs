@@ -29,10 +29,25 @@ pub(crate) enum ControlMessage {
     Report(Box<MemberReport>),
     Desired(Vec<(InstanceId, Entry)>),
     Want(Box<Ask>),
-    Refused { spec: ModelSpec, error: RequestError },
+    Refused {
+        spec: ModelSpec,
+        error: RequestError,
+    },
     Stage(StageOrder),
-    News { instance: InstanceId, stamp: Stamp, news: StageNews },
-    Broken { instance: InstanceId, stamp: Stamp, node: NodeId, device: DeviceId, error: RequestError },
+    News {
+        instance: InstanceId,
+        stamp: Stamp,
+        news: StageNews,
+    },
+    Broken {
+        instance: InstanceId,
+        stamp: Stamp,
+        node: NodeId,
+        device: DeviceId,
+        error: RequestError,
+    },
+    /// Who is not let in any more.
+    Evicted(BTreeSet<NodeId>),
 }
 
 /// A model that is needed, with what a planner must know of it.
@@ -62,6 +77,8 @@ pub(crate) enum DataHello {
     },
     /// Bytes of a model; they come back.
     Weights(WeightsAsk),
+    /// Bytes of no meaning come back, to measure the link with.
+    Probe,
 }
 
 /// What a node wants of a model that others may have.

@@ -89,6 +89,8 @@ pub enum RequestError {
     NotReady,
     #[error("the node is shutting down")]
     ShuttingDown,
+    #[error("this node is a member of no cluster")]
+    Alone,
     /// Told at once, and never from node to node. The last one: what is left out of a format that counts variants shifts
     /// those behind it.
     #[error(transparent)]
@@ -113,6 +115,7 @@ impl RequestError {
             Self::Plan(PlanError::NoSuchNode { .. }) => "`exo-node status` lists the members' names",
             Self::Overloaded { .. } | Self::NotReady | Self::Crowded { .. } | Self::Moved => "try again in a moment",
             Self::Engine { remedy, .. } => remedy,
+            Self::Alone => "start it without `--listen none`",
             Self::ShuttingDown => "start the node again",
         }
     }

@@ -152,9 +152,12 @@ impl Network {
     }
 
     /// Closes the connections of `id`, and lets it in no more.
-    pub async fn evict(&self, id: NodeId) {
-        // A driver that has ended has no peers.
-        let _ = self.news.send(News::Evict(id)).await;
+    pub fn evict(&self, id: NodeId) {
+        let news = self.news.clone();
+        if let Some(runtime) = &self.runtime {
+            // A driver that has ended has no peers.
+            runtime.spawn(async move { drop(news.send(News::Evict(id)).await) });
+        }
     }
 
     /// Tells peers that this node goes, and ends.

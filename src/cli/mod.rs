@@ -6,8 +6,10 @@
 mod bench;
 mod chat;
 mod drain;
+mod evict;
 mod models;
 mod perplexity;
+mod plan;
 mod progress;
 mod pull;
 mod remote;
@@ -45,6 +47,10 @@ enum Command {
     Token(token::TokenArguments),
     /// Move the running node's work to others, so that it can be stopped
     Drain(drain::DrainArguments),
+    /// Close all members' doors to one of them
+    Evict(evict::EvictArguments),
+    /// Show where a model would go, and why
+    Plan(Box<plan::PlanArguments>),
     /// Bring a model's files to this machine
     Pull(pull::PullArguments),
     /// List the models that are known by name
@@ -82,6 +88,8 @@ pub fn main() -> ExitCode {
             Command::Status(arguments) => status::run(arguments).await,
             Command::Token(arguments) => token::run(arguments).await,
             Command::Drain(arguments) => drain::run(arguments).await,
+            Command::Evict(arguments) => evict::run(arguments).await,
+            Command::Plan(arguments) => plan::run(*arguments).await,
             Command::Pull(arguments) => pull::run(arguments).await,
             Command::Models(arguments) => models::run(&arguments),
             Command::Bench(arguments) => bench::run(arguments).await,

@@ -1,7 +1,7 @@
 //! The node that is running on this data folder, over its socket.
 
-use crate::api::{ErrorBody, Line, SOCKET_NAME};
-use crate::{GenerateRequest, Generated, State};
+use crate::api::{ErrorBody, Eviction, Line, SOCKET_NAME};
+use crate::{GenerateRequest, Generated, ModelSpec, NodeId, Preview, State};
 use anyhow::{Context, bail};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -32,6 +32,18 @@ impl Remote {
     /// Takes the node out of its cluster; returns when nothing runs on it any more.
     pub(super) async fn drain(&self) -> anyhow::Result<()> {
         self.send("POST", "/drain", Bytes::new()).await.map(drop)
+    }
+
+    /// Closes all members' doors to one of them.
+    pub(super) async fn evict(&self, node: NodeId) -> anyhow::Result<()> {
+        let body = Bytes::from(serde_json::to_vec(&Eviction { node })?);
+        self.send("POST", "/evict", body).await.map(drop)
+    }
+
+    /// Where a model would go, by each policy, and why.
+    pub(super) async fn plan(&self, spec: &ModelSpec) -> anyhow::Result<Vec<Preview>> {
+        let response = self.send("POST", "/plan", Bytes::from(serde_json::to_vec(spec)?)).await?;
+        Ok(serde_json::from_slice(&response.into_body().collect().await?.to_bytes())?)
     }
 
     /// Asks for an answer. Dropping it cancels the work.

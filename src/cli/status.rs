@@ -1,6 +1,7 @@
 //! `exo-node status`: what the running node is at.
 
 use super::Outcome;
+use super::plan::name_of;
 use super::remote::Remote;
 use crate::config::data_folder;
 use crate::{InstanceId, InstanceState, Machine, MemberReport, NodeId, Phase, State};
@@ -67,10 +68,18 @@ fn draw_machine(out: &mut String, machine: &Machine) {
 }
 
 fn draw_member(out: &mut String, state: &State, id: NodeId, member: &MemberReport) {
-    let rtt = member.links.get(&state.node).map_or("?".to_owned(), |link| format!("{:.1} ms", link.rtt_s * 1e3));
+    let link = member.links.get(&state.node);
+    let rtt = link.map_or("?".to_owned(), |link| format!("{:.1} ms", link.rtt_s * 1e3));
+    let carries = link.and_then(|link| link.bytes_per_s);
+    let carries = carries.map_or(String::new(), |bytes| format!(" over {:.0} MB/s", bytes / 1e6));
     let (free, total) = (gigabytes(member.machine.memory_free_bytes), gigabytes(member.machine.memory_total_bytes));
     let leaving = if member.is_draining { ", leaving" } else { "" };
-    let _ = writeln!(out, "member   {:12} {} {rtt} away, {free} of {total} GB free{leaving}", member.name, id.short());
+    let _ = writeln!(
+        out,
+        "member   {:12} {} {rtt} away{carries}, {free} of {total} GB free{leaving}",
+        member.name,
+        id.short()
+    );
     for device in &member.devices {
         let speed = device.bytes_per_s.map_or(String::new(), |speed| format!(", {:.1} GB/s", speed / 1e9));
         let report = &device.report;
@@ -100,14 +109,6 @@ fn draw_instance(out: &mut String, state: &State, id: InstanceId, instance: &Ins
         totals.generated_tokens,
         totals.reused_tokens,
     );
-}
-
-fn name_of(state: &State, node: NodeId) -> String {
-    match state.members.get(&node) {
-        Some(member) => member.name.clone(),
-        None if node == state.node => state.name.clone(),
-        None => node.short(),
-    }
 }
 
 fn phase(instance: &InstanceState) -> String {

@@ -15,6 +15,9 @@ Examples:
   exo-node token
   exo-node up --join \"$(ssh desktop exo-node token)\"")]
 pub(super) struct TokenArguments {
+    /// Make a new secret first: from its next start on, this node lets in only who has the new token
+    #[arg(long)]
+    renew: bool,
     /// Folder of this node's identity and settings
     #[arg(long, value_name = "FOLDER")]
     data_dir: Option<PathBuf>,
@@ -22,13 +25,17 @@ pub(super) struct TokenArguments {
 
 pub(super) async fn run(arguments: TokenArguments) -> anyhow::Result<Outcome> {
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
+    if arguments.renew {
+        crate::cluster::renew_secret(&data_dir)?;
+        eprintln!("Start this node anew, and then the others with `exo-node up --join` and this token:");
+    }
     let secret = ClusterSecret::load_or_create(&data_dir)?;
     // Where no node runs, whoever joins has to find it by discovery.
     let addresses = match Remote::find(&data_dir).await {
         Some(node) => node.state().await?.addresses,
         None => Vec::new(),
     };
-    if std::io::stdout().is_terminal() {
+    if std::io::stdout().is_terminal() && !arguments.renew {
         eprintln!("On another machine: exo-node up --join");
     }
     println!("{}", JoinToken { secret, addresses });

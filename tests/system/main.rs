@@ -8,6 +8,7 @@ mod answers;
 mod api;
 mod cluster;
 mod commands;
+mod members;
 mod node;
 mod references;
 mod weights;

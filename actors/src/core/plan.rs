@@ -6,9 +6,11 @@
 //! rest stays where it is ([`mend`]). All of it is a function of its arguments: a preview is the same call.
 
 mod mend;
+mod preview;
 mod search;
 
 pub use mend::{mend, pays_for_itself};
+pub use preview::{Preview, PreviewOutcome, preview, reason};
 
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;

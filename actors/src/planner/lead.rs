@@ -2,9 +2,13 @@
 
 use super::PlannerState;
 use crate::core::desired::{Stamp, Want, Wanted};
-use crate::core::plan::{Offer, Placement, PlanError, Policy, ShardCount, mend, pays_for_itself, place, token_seconds};
+use crate::core::plan::{
+    Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, mend, pays_for_itself, place, preview, reason,
+    token_seconds,
+};
 use crate::core::spec::ModelSpec;
 use crate::core::view::InstanceId;
+use crate::models::ResolvedModel;
 use crate::protocol::{Ask, ControlMessage};
 use crate::request::{RequestError, fresh_seed};
 use exo_engines::engine::DeviceId;
@@ -190,13 +194,9 @@ impl PlannerState {
 
     fn plan(&self, ask: &Ask, by: &BTreeSet<NodeId>) -> Result<Wanted, RequestError> {
         let near = by.iter().next().copied().unwrap_or(self.args.node);
-        let offers = self.offers(None, ask.spec.device.as_ref(), near, None);
-        if let (Some(device), true) = (&ask.spec.device, offers.is_empty()) {
-            return Err(RequestError::NoDevice { device: device.to_string() });
-        }
-        let shards = self.shard_count(&ask.spec)?;
-        let placement = place(&ask.demand, &offers, &self.members.links(), &shards, ask.spec.policy)?;
-        let reason = self.reason(&shards, &placement, ask.spec.policy);
+        let (offers, shards, links) = (self.offers_for(ask, near)?, self.shard_count(&ask.spec)?, self.members.links());
+        let placement = place(&ask.demand, &offers, &links, &shards, ask.spec.policy)?;
+        let reason = reason(&ask.demand, &placement, &offers, &links, &shards, ask.spec.policy);
         Ok(Wanted {
             spec: ask.spec.clone(),
             model: ask.model.clone(),
@@ -207,18 +207,29 @@ impl PlannerState {
         })
     }
 
-    fn reason(&self, shards: &ShardCount, placement: &Placement, policy: Policy) -> String {
-        let nodes: BTreeSet<NodeId> = placement.stages.iter().map(|stage| stage.node).collect();
-        match (shards, nodes.len()) {
-            (ShardCount::ByHand(_), _) => "split by hand".to_owned(),
-            (ShardCount::Exactly(count), _) => format!("{count} shards were asked for"),
-            (ShardCount::Automatic, 1) => "it fits one machine, and nothing is faster".to_owned(),
-            (ShardCount::Automatic, nodes) => match policy {
-                Policy::Latency => format!("{nodes} machines: the least time per token"),
-                Policy::Throughput => format!("{nodes} machines: the slowest shard is as fast as it can be"),
-                Policy::FewestNodes => format!("{nodes} machines: fewer cannot hold it"),
-            },
+    fn offers_for(&self, ask: &Ask, near: NodeId) -> Result<Vec<Offer>, RequestError> {
+        let offers = self.offers(None, ask.spec.device.as_ref(), near, None);
+        match &ask.spec.device {
+            Some(device) if offers.is_empty() => Err(RequestError::NoDevice { device: device.to_string() }),
+            _ => Ok(offers),
         }
+    }
+
+    /// What would become of a model that was asked for now, by each policy. Nothing is placed by it.
+    pub(super) fn preview(&self, spec: &ModelSpec, model: &ResolvedModel) -> Vec<Preview> {
+        let ask = super::wanting::ask(spec, model);
+        let links = self.members.links();
+        let of = |policy| {
+            let (offers, shards) = (self.offers_for(&ask, self.args.node)?, self.shard_count(spec)?);
+            let placement = place(&ask.demand, &offers, &links, &shards, policy)?;
+            Ok(preview(&ask.demand, placement, &offers, &links, &shards, policy))
+        };
+        let refused = |policy, error: RequestError| Preview {
+            policy,
+            outcome: PreviewOutcome::Refused { error: error.to_string(), remedy: error.remedy().to_owned() },
+        };
+        let policies = [Policy::Latency, Policy::Throughput, Policy::FewestNodes];
+        policies.map(|policy| of(policy).unwrap_or_else(|error| refused(policy, error))).to_vec()
     }
 
     /// Nobody gets the model; whoever asked is told.

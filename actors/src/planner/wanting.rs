@@ -228,7 +228,7 @@ impl PlannerState {
     }
 }
 
-fn ask(spec: &ModelSpec, model: &ResolvedModel) -> Ask {
+pub(super) fn ask(spec: &ModelSpec, model: &ResolvedModel) -> Ask {
     let files = &model.files;
     let trained = u32::try_from(files.architecture.context_tokens).unwrap_or(u32::MAX);
     let context_tokens = spec.context_tokens.unwrap_or(CONTEXT_DEFAULT_TOKENS).min(trained).max(PAGE_TOKENS);

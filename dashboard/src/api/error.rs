@@ -98,6 +98,7 @@ impl From<RequestError> for ApiError {
                 with(StatusCode::BAD_REQUEST, "context_length_exceeded").about("messages")
             }
             RequestError::Overloaded { .. } => with(StatusCode::TOO_MANY_REQUESTS, "overloaded"),
+            RequestError::Alone => with(StatusCode::CONFLICT, "no_cluster"),
             RequestError::Crowded { .. } => with(StatusCode::SERVICE_UNAVAILABLE, "model_crowded_out"),
             RequestError::NotReady | RequestError::ShuttingDown | RequestError::Moved => {
                 with(StatusCode::SERVICE_UNAVAILABLE, "not_ready")

@@ -18,7 +18,7 @@ mod serve;
 mod state;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail};
-pub use native::{Line, SOCKET_NAME};
+pub use native::{Eviction, Line, SOCKET_NAME};
 pub use serve::{ApiConfig, ServeError, Served, serve};
 
 use axum::Router;
@@ -73,6 +73,8 @@ fn router(api: Api) -> Router {
         .route("/v1/models/{*model}", get(openai::model))
         .route("/generate", post(native::generate))
         .route("/drain", post(native::drain))
+        .route("/evict", post(native::evict))
+        .route("/plan", post(native::plan))
         .route("/health", get(state::health))
         .route("/state", get(state::state))
         .route("/metrics", get(metrics::metrics))

@@ -1,5 +1,5 @@
-//! `/generate`: requests and answers as the node itself has them, a JSON line for each event. The command line uses
-//! it: token ids and log-probabilities come with nothing left out.
+//! What the command line asks of a running node. `/generate`: requests and answers as the node itself has them, a JSON
+//! line for each event: token ids and log-probabilities come with nothing left out.
 
 use super::body::{Body, FromBody, read_json};
 use super::{Api, ApiError, ErrorDetail, Reach};
@@ -7,7 +7,8 @@ use axum::Json;
 use axum::body::{Body as Stream, Bytes};
 use axum::extract::State;
 use axum::response::Response;
-use exo_actors::{GenerateRequest, Generated};
+use exo_actors::core::plan::Preview;
+use exo_actors::{GenerateRequest, Generated, ModelSpec, NodeId};
 use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -32,6 +33,41 @@ pub(super) async fn drain(State(api): State<Api>) -> Result<Json<Value>, ApiErro
     }
     api.node.drain().await?;
     Ok(Json(json!({ "status": "drained" })))
+}
+
+/// Which member is to go.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Eviction {
+    pub node: NodeId,
+}
+
+impl FromBody for Eviction {
+    fn read(bytes: &[u8]) -> Result<Self, ApiError> {
+        read_json(bytes)
+    }
+}
+
+/// Closes all members' doors to one of them. Its owner's to ask.
+pub(super) async fn evict(State(api): State<Api>, Body(eviction): Body<Eviction>) -> Result<Json<Value>, ApiError> {
+    if api.reach == Reach::Network {
+        return Err(ApiError::owner_only());
+    }
+    api.node.evict(eviction.node)?;
+    Ok(Json(json!({ "status": "evicted" })))
+}
+
+impl FromBody for ModelSpec {
+    fn read(bytes: &[u8]) -> Result<Self, ApiError> {
+        read_json(bytes)
+    }
+}
+
+/// Where a model would go, by each policy, and why.
+pub(super) async fn plan(State(api): State<Api>, Body(spec): Body<ModelSpec>) -> Result<Json<Vec<Preview>>, ApiError> {
+    if api.reach == Reach::Network {
+        api.spec(&spec.model)?;
+    }
+    Ok(Json(api.node.preview(spec).await?))
 }
 
 impl FromBody for GenerateRequest {

@@ -1,0 +1,79 @@
+//! `exo-node plan`: where a model would go, and why. Nothing is loaded.
+
+use super::Outcome;
+use super::progress::Display;
+use super::remote::Remote;
+use super::session::ModelArguments;
+use crate::{NodeId, Placement, Policy, Preview, PreviewOutcome, State};
+use clap::Args;
+use std::sync::Arc;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  exo-node plan llama3.2-3b
+  exo-node plan llama3.3-70b --json | jq '.[].outcome.placed.reason'")]
+pub(super) struct PlanArguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// Print the previews as one JSON list on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) async fn run(arguments: PlanArguments) -> anyhow::Result<Outcome> {
+    let spec = arguments.model.spec();
+    let (state, previews) = match arguments.model.running_node().await? {
+        Some(node) => ask(&node, &spec).await?,
+        None => {
+            let node = arguments.model.start_node(&Arc::new(Display::quiet())).await?;
+            let asked = (node.state().await?, node.preview(spec).await?);
+            node.shutdown().await;
+            asked
+        }
+    };
+    if arguments.json {
+        println!("{}", serde_json::to_string(&previews)?);
+        return Ok(Outcome::Done);
+    }
+    for preview in &previews {
+        print!("{}", draw(&state, preview));
+    }
+    Ok(Outcome::Done)
+}
+
+async fn ask(node: &Remote, spec: &crate::ModelSpec) -> anyhow::Result<(State, Vec<Preview>)> {
+    Ok((node.state().await?, node.plan(spec).await?))
+}
+
+fn draw(state: &State, preview: &Preview) -> String {
+    let policy = match preview.policy {
+        Policy::Latency => "latency",
+        Policy::Throughput => "throughput",
+        Policy::FewestNodes => "fewest-nodes",
+    };
+    match &preview.outcome {
+        PreviewOutcome::Placed { placement, reason, stages_s, .. } => {
+            format!("{policy:13} {reason}\n{}", stages(state, placement, stages_s))
+        }
+        PreviewOutcome::Refused { error, remedy } => format!("{policy:13} not possible: {error}\n{:13} {remedy}\n", ""),
+    }
+}
+
+fn stages(state: &State, placement: &Placement, stages_s: &[f64]) -> String {
+    let line = |(stage, seconds): (&crate::Stage, &f64)| {
+        let (first, last) = (stage.layers.start, stage.layers.end - 1);
+        let (node, gigabytes) = (name_of(state, stage.node), stage.memory_bytes as f64 / 1e9);
+        let (device, milliseconds) = (&stage.device, seconds * 1e3);
+        format!("{:13} layers {first}–{last} on {device} of {node}, {gigabytes:.1} GB, {milliseconds:.1} ms\n", "")
+    };
+    placement.stages.iter().zip(stages_s).map(line).collect()
+}
+
+/// As its user calls a node.
+pub(super) fn name_of(state: &State, node: NodeId) -> String {
+    match state.members.get(&node) {
+        Some(member) => member.name.clone(),
+        None if node == state.node => state.name.clone(),
+        None => node.short(),
+    }
+}

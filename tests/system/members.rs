@@ -1,0 +1,72 @@
+//! Who is in a cluster, what lies between its members, and what it would do with a model.
+
+use crate::SMOLLM2;
+use crate::cluster::Cluster;
+use crate::node::Node;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{what}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn members(node: &Node) -> serde_json::Map<String, Value> {
+    node.get("/state").json()["members"].as_object().expect("members").clone()
+}
+
+/// R7.4: links are measured without being asked for, and shown; a model that fits one machine is not split, and the preview
+/// says why, and what each policy would do.
+#[test]
+fn links_are_measured_and_placements_explained() {
+    let cluster = Cluster::up();
+    let asked = &cluster.nodes[0];
+    let is_measured = |link: &Value| link["rtt_s"].as_f64() > Some(0.0) && link["bytes_per_s"].as_f64() > Some(1e6);
+    until("all links are measured", || {
+        members(asked).values().all(|member| {
+            let links = member["links"].as_object().expect("links");
+            links.len() == 2 && links.values().all(is_measured)
+        })
+    });
+    let status = String::from_utf8(asked.command(&["status"]).stdout).expect("UTF-8");
+    assert!(status.contains("away over") && status.contains("MB/s"), "{status}");
+    let previews = asked.json(&["plan", SMOLLM2, "--json"]);
+    let previews = previews.as_array().expect("a list");
+    assert_eq!(previews.len(), 3);
+    for preview in previews.iter().filter(|preview| preview["policy"] != "throughput") {
+        let placed = &preview["outcome"]["placed"];
+        assert_eq!(placed["placement"]["stages"].as_array().map(Vec::len), Some(1), "{preview}");
+        assert!(placed["reason"].as_str().is_some_and(|reason| reason.contains("fits one device")), "{preview}");
+    }
+    let by_hand = asked.json(&["plan", SMOLLM2, "--json", "--split", "a:0-9,c:10-29"]);
+    assert_eq!(by_hand[0]["outcome"]["placed"]["reason"], "split by hand");
+    let refused = asked.json(&["plan", SMOLLM2, "--json", "--split", "a:0-9,nobody:10-29"]);
+    assert!(
+        refused[0]["outcome"]["refused"]["error"].as_str().is_some_and(|error| error.contains("nobody")),
+        "{refused}"
+    );
+    assert!(members(asked).values().all(|member| member["owned"].as_object().is_some_and(serde_json::Map::is_empty)));
+}
+
+/// A member that is evicted is gone from all, and stays so; with a new secret the old one opens nothing.
+#[test]
+fn an_evicted_member_stays_outside() {
+    let mut cluster = Cluster::up();
+    let evicted = cluster.nodes[0].command(&["evict", "c"]);
+    assert!(evicted.status.success(), "{}", crate::stderr(&evicted));
+    until("nobody sees the evicted one", || {
+        let [a, b, c] = [0, 1, 2].map(|index| members(&cluster.nodes[index]).len());
+        (a, b, c) == (1, 1, 0)
+    });
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!([0, 1, 2].map(|index| members(&cluster.nodes[index]).len()), [1, 1, 0]);
+    let not_there = cluster.nodes[0].command(&["evict", "nobody"]);
+    assert!(crate::stderr(&not_there).contains("no member is called"), "{}", crate::stderr(&not_there));
+    let old = cluster.nodes[1].command(&["token"]).stdout;
+    let new = cluster.nodes[1].command(&["token", "--renew"]).stdout;
+    assert_ne!(old, new);
+    cluster.nodes.truncate(2);
+}
