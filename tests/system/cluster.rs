@@ -40,7 +40,7 @@ impl Cluster {
 
     pub(crate) fn wait_for(&self, node: &Node, members: usize) {
         let begun = Instant::now();
-        while node.get("/state").json()["members"].as_object().map(serde_json::Map::len) != Some(members) {
+        while node.state()["members"].as_object().map(serde_json::Map::len) != Some(members) {
             assert!(begun.elapsed() < Duration::from_secs(30), "{members} others are not here");
             std::thread::sleep(Duration::from_millis(100));
         }

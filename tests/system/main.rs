@@ -6,11 +6,15 @@
 
 mod answers;
 mod api;
+mod chaos;
 mod cluster;
 mod commands;
+mod hosts;
+mod lan;
 mod members;
 mod node;
 mod references;
+mod relay;
 mod weights;
 
 use serde_json::Value;

@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// A running node. Dropping it ends it.
@@ -13,6 +13,17 @@ pub(crate) struct Node {
     child: Child,
     pub(crate) port: u16,
     pub(crate) folder: tempfile::TempDir,
+    setup: Setup,
+}
+
+/// How a node is started.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Setup {
+    pub(crate) arguments: Vec<String>,
+    /// `$DATA` in a value stands for the node's own folder.
+    pub(crate) variables: Vec<(String, String)>,
+    /// The network namespace that it runs in; there, only its socket can be reached from here.
+    pub(crate) namespace: Option<String>,
 }
 
 /// An HTTP answer.
@@ -34,31 +45,28 @@ impl Node {
         Self::up_with(arguments, &[])
     }
 
-    /// With these variables in its environment; `$DATA` in a value stands for its own folder.
     pub(crate) fn up_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+        let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        let variables = variables.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut command = exo(&["up", "--data-dir"]);
-        command.arg(folder.path()).args(arguments);
-        if !arguments.contains(&"--listen") {
-            command.args(["--listen", "none"]);
-        }
-        if !arguments.contains(&"--api") {
-            command.args(["--api", "127.0.0.1:0"]);
-        }
-        for (name, value) in variables {
-            command.env(name, value.replace("$DATA", &folder.path().to_string_lossy()));
-        }
-        let mut child = command.env("EXO_LOG", "warn").stderr(Stdio::piped()).spawn().expect("exo-node starts");
-        let mut lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();
-        let address = lines.find_map(|line| {
-            let line = line.expect("UTF-8");
-            Some(line.strip_prefix("API on http://")?.strip_suffix("/v1")?.to_owned())
-        });
-        let address = address.expect("the node says where its API is");
-        // What it says later goes to the test's own output.
-        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("node: {line}")));
-        let port = address.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
-        Self { child, port, folder }
+        Self::start(Setup { arguments, variables, namespace: None }, folder)
+    }
+
+    pub(crate) fn start(setup: Setup, folder: tempfile::TempDir) -> Self {
+        let (child, port) = spawn(&setup, folder.path());
+        Self { child, port, folder, setup }
+    }
+
+    /// Starts it again, in its folder, where it has died.
+    pub(crate) fn again(&mut self) {
+        // Whoever was killed is not waited for by anyone else.
+        let _ = self.child.wait();
+        (self.child, self.port) = spawn(&self.setup, self.folder.path());
+    }
+
+    /// What it knows, over its socket.
+    pub(crate) fn state(&self) -> Value {
+        self.json(&["status", "--json"])
     }
 
     pub(crate) fn folder(&self) -> &Path {
@@ -147,6 +155,36 @@ impl Drop for Node {
             }
         }
     }
+}
+
+fn spawn(setup: &Setup, folder: &Path) -> (Child, u16) {
+    let mut command = exo(&["up", "--data-dir"]);
+    if let Some(namespace) = &setup.namespace {
+        command = Command::new("ip");
+        command.args(["netns", "exec", namespace, env!("CARGO_BIN_EXE_exo-node"), "up", "--data-dir"]);
+        command.stdin(Stdio::null());
+    }
+    command.arg(folder).args(&setup.arguments);
+    let is_given = |name: &str| setup.arguments.iter().any(|argument| argument == name);
+    if !is_given("--listen") {
+        command.args(["--listen", "none"]);
+    }
+    if !is_given("--api") {
+        command.args(["--api", "127.0.0.1:0"]);
+    }
+    for (name, value) in &setup.variables {
+        command.env(name, value.replace("$DATA", &folder.to_string_lossy()));
+    }
+    let mut child = command.env("EXO_LOG", "warn").stderr(Stdio::piped()).spawn().expect("exo-node starts");
+    let mut lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();
+    let address = lines.find_map(|line| {
+        let line = line.expect("UTF-8");
+        Some(line.strip_prefix("API on http://")?.strip_suffix("/v1")?.to_owned())
+    });
+    let address = address.expect("the node says where its API is");
+    // What it says later goes to the test's own output.
+    std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("node: {line}")));
+    (child, address.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port"))
 }
 
 fn unchunk(body: &str) -> String {

@@ -1,0 +1,69 @@
+//! Members on hosts of their own: they find each other by multicast, and outlive cut cables.
+
+use crate::cluster::{Cluster, alone_with, answer};
+use crate::lan::Lan;
+use crate::node::{Node, Setup};
+use crate::{GEMMA3, SMOLLM2};
+use std::time::Duration;
+
+const SPLIT: &str = "a:0-9,b:10-19,c:20-29";
+
+/// Members a, b and c, each on a host, who know nothing of each other but the secret.
+pub(crate) fn members(lan: &Lan) -> Cluster {
+    members_with(lan, 3, &[])
+}
+
+/// The first so many of them, started with `more`.
+pub(crate) fn members_with(lan: &Lan, count: usize, more: &[&str]) -> Cluster {
+    crate::models();
+    let folders: Vec<_> = (0..count).map(|_| tempfile::tempdir().expect("a temporary folder")).collect();
+    // Where no node runs yet, a token has no addresses.
+    let token = crate::exo(&["token", "--data-dir"]).arg(folders[0].path()).output().expect("exo-node starts");
+    let token = String::from_utf8(token.stdout).expect("UTF-8").trim().to_owned();
+    let nodes = folders.into_iter().enumerate().map(|(host, folder)| {
+        let listen = format!("{}:52416", Lan::address(host));
+        let name = ["a", "b", "c"][host];
+        let arguments = ["--listen", &listen, "--name", name, "--threads", "1", "--join", &token];
+        let arguments = arguments.iter().chain(more).map(|&argument| argument.to_owned()).collect();
+        Node::start(Setup { arguments, variables: Vec::new(), namespace: Some(lan.host(host)) }, folder)
+    });
+    let cluster = Cluster { nodes: nodes.collect() };
+    for node in &cluster.nodes {
+        cluster.wait_for(node, count - 1);
+    }
+    cluster
+}
+
+/// R7.1: hosts that have the secret find each other by multicast, and answer as one process does.
+#[test]
+fn hosts_find_each_other() {
+    let Some(lan) = Lan::of(3) else { return };
+    let cluster = members(&lan);
+    for (model, split) in [(SMOLLM2, SPLIT), (GEMMA3, "c:0-5,b:6-11,a:12-17")] {
+        assert_eq!(answer(cluster.asking_model(1, model, split)), alone_with(model), "{model}");
+    }
+}
+
+/// R7.2: a host is cut off while it computes for others, or while it asks others: answers go on, on both sides, and lose
+/// nothing; when the cable is back, all are one again.
+#[test]
+fn a_partition_heals() {
+    let Some(lan) = Lan::of(3) else { return };
+    let (expected, cluster) = (alone_with(SMOLLM2), members(&lan));
+    for (asked, cut) in [(0, 2), (1, 0), (2, 2)] {
+        assert_eq!(cluster.ask(asked, SPLIT), expected);
+        let asking = cluster.asking(asked, SPLIT);
+        std::thread::sleep(Duration::from_millis(500));
+        lan.plug(cut, "down");
+        assert_eq!(answer(asking), expected, "{cut} was cut off while {asked} was asked");
+        // Alone, the host that was cut off answers too.
+        assert_eq!(cluster.ask(cut, SPLIT), expected, "{cut} was asked while it was alone");
+        lan.plug(cut, "up");
+        for node in &cluster.nodes {
+            cluster.wait_for(node, 2);
+        }
+        for node in 0..3 {
+            assert_eq!(cluster.ask(node, SPLIT), expected, "{node} was asked when all were one again");
+        }
+    }
+}

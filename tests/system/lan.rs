@@ -1,0 +1,96 @@
+//! A network of hosts: network namespaces on a switch of their own. Nothing of it touches this machine's network.
+
+use std::process::Command;
+
+/// Hosts on one switch. Dropping it takes all of them away.
+pub(crate) struct Lan {
+    name: String,
+    hosts: usize,
+}
+
+fn ip(arguments: &[&str]) -> Result<(), String> {
+    let output = Command::new("ip").args(arguments).output().map_err(|error| format!("ip: {error}"))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim())),
+    }
+}
+
+impl Lan {
+    /// `None`, said loudly, where this machine does not permit it.
+    pub(crate) fn of(hosts: usize) -> Option<Self> {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let lan = Self { name: format!("exo{}x{count}", std::process::id()), hosts };
+        match lan.build() {
+            Ok(()) => Some(lan),
+            Err(error) => {
+                eprintln!("SKIPPED: no network namespaces here, so nothing is tested between hosts ({error})");
+                None
+            }
+        }
+    }
+
+    fn build(&self) -> Result<(), String> {
+        let switch = self.switch();
+        ip(&["netns", "add", &switch])?;
+        ip(&["-n", &switch, "link", "add", "switch", "type", "bridge", "mcast_snooping", "0"])?;
+        ip(&["-n", &switch, "link", "set", "switch", "up"])?;
+        for host in 0..self.hosts {
+            let (namespace, port) = (self.host(host), format!("port{host}"));
+            ip(&["netns", "add", &namespace])?;
+            ip(&["-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "lan", "netns", &namespace])?;
+            ip(&["-n", &switch, "link", "set", &port, "master", "switch", "up"])?;
+            ip(&["-n", &namespace, "link", "set", "lo", "up"])?;
+            ip(&["-n", &namespace, "address", "add", &format!("{}/24", Self::address(host)), "dev", "lan"])?;
+            ip(&["-n", &namespace, "link", "set", "lan", "up"])?;
+            ip(&["-n", &namespace, "route", "add", "224.0.0.0/4", "dev", "lan"])?;
+        }
+        Ok(())
+    }
+
+    fn switch(&self) -> String {
+        format!("{}s", self.name)
+    }
+
+    /// The namespace of a host.
+    pub(crate) fn host(&self, host: usize) -> String {
+        format!("{}h{host}", self.name)
+    }
+
+    pub(crate) fn address(host: usize) -> String {
+        format!("10.77.0.{}", host + 1)
+    }
+
+    /// Pulls a host's plug, or puts it in again.
+    pub(crate) fn plug(&self, host: usize, state: &str) {
+        ip(&["-n", &self.switch(), "link", "set", &format!("port{host}"), state]).expect("a plug");
+    }
+}
+
+impl Lan {
+    /// From now on `host` reaches no other but `only`.
+    pub(crate) fn isolate(&self, host: usize, only: usize) {
+        let (namespace, only) = (self.host(host), format!("{}/32", Self::address(only)));
+        ip(&["-n", &namespace, "route", "delete", "10.77.0.0/24"]).expect("a route");
+        ip(&["-n", &namespace, "route", "add", &only, "dev", "lan"]).expect("a route");
+    }
+
+    /// Moves the calling thread to `host`.
+    pub(crate) fn enter(&self, host: usize) {
+        use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+        use std::os::fd::AsFd;
+        let namespace = std::fs::File::open(format!("/run/netns/{}", self.host(host))).expect("a namespace");
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).expect("to enter it");
+    }
+}
+
+impl Drop for Lan {
+    fn drop(&mut self) {
+        for namespace in (0..self.hosts).map(|host| self.host(host)).chain([self.switch()]) {
+            // What was not built is not there.
+            let _ = ip(&["netns", "delete", &namespace]);
+        }
+    }
+}

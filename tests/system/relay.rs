@@ -1,0 +1,133 @@
+//! A bad network between two members: a relay that delays, jumbles and loses datagrams, by a seed.
+
+use crate::SMOLLM2;
+use crate::cluster::alone_with;
+use crate::hosts::members_with;
+use crate::lan::Lan;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::net::UdpSocket;
+
+/// One way.
+const LATENCY: Duration = Duration::from_millis(20);
+const JITTER_MS: u64 = 8;
+const LOSS_PERCENT: u64 = 2;
+
+/// What becomes of datagrams.
+#[derive(Clone)]
+struct Weather {
+    state: Arc<AtomicU64>,
+    is_dark: Arc<AtomicBool>,
+}
+
+impl Weather {
+    fn of(seed: u64) -> Self {
+        let state = Arc::new(AtomicU64::new(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1));
+        Self { state, is_dark: Arc::default() }
+    }
+
+    /// xorshift64*; the relay is one thread.
+    fn below(&self, limit: u64) -> u64 {
+        let mut state = self.state.load(Ordering::Relaxed);
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        self.state.store(state, Ordering::Relaxed);
+        (state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % limit
+    }
+
+    /// Sends a datagram on, later, or not at all.
+    fn pass(&self, socket: &Arc<UdpSocket>, datagram: &[u8], to: Option<SocketAddr>) {
+        if self.is_dark.load(Ordering::Relaxed) || self.below(100) < LOSS_PERCENT {
+            return;
+        }
+        let (socket, datagram) = (Arc::clone(socket), datagram.to_vec());
+        let delay = LATENCY + Duration::from_millis(self.below(JITTER_MS));
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            // A member that is gone gets nothing.
+            let _ = match to {
+                Some(to) => socket.send_to(&datagram, to).await,
+                None => socket.send(&datagram).await,
+            };
+        });
+    }
+
+    /// Carries datagrams between whoever sends to `listen`, and `target`.
+    async fn relay(self, listen: SocketAddr, target: SocketAddr) -> std::io::Result<()> {
+        let near = Arc::new(UdpSocket::bind(listen).await?);
+        let mut far: Vec<(SocketAddr, Arc<UdpSocket>)> = Vec::new();
+        let mut datagram = vec![0; 65_536];
+        loop {
+            let (length, from) = near.recv_from(&mut datagram).await?;
+            let known = far.iter().find(|(client, _)| *client == from).map(|(_, socket)| Arc::clone(socket));
+            let socket = match known {
+                Some(socket) => socket,
+                None => {
+                    let socket = Arc::new(UdpSocket::bind((listen.ip(), 0)).await?);
+                    socket.connect(target).await?;
+                    far.push((from, Arc::clone(&socket)));
+                    tokio::spawn(self.clone().back(Arc::clone(&socket), Arc::clone(&near), from));
+                    socket
+                }
+            };
+            self.pass(&socket, &datagram[..length], None);
+        }
+    }
+
+    async fn back(self, far: Arc<UdpSocket>, near: Arc<UdpSocket>, to: SocketAddr) {
+        let mut datagram = vec![0; 65_536];
+        while let Ok(length) = far.recv(&mut datagram).await {
+            self.pass(&near, &datagram[..length], Some(to));
+        }
+    }
+}
+
+/// R7.2: over a link of 20 ms one way, with jitter and 2 % loss, tokens are those of one process; a second of darkness is no
+/// death, and a longer one is outlived.
+#[test]
+fn a_bad_link_changes_no_token() {
+    let Some(lan) = Lan::of(3) else { return };
+    let expected = alone_with(SMOLLM2);
+    // a and b reach the relay on the third host, and not each other.
+    lan.isolate(0, 2);
+    lan.isolate(1, 2);
+    let address = |host, port| SocketAddr::new(Lan::address(host).parse().expect("an address"), port);
+    let weather = Weather::of(7);
+    let (relaying, to_b) = (weather.clone(), address(1, 52416));
+    let (at_relay, lan_of_relay) = (address(2, 7000), Arc::new(lan));
+    let lan = Arc::clone(&lan_of_relay);
+    std::thread::spawn(move || {
+        lan.enter(2);
+        drop(lan);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        // It ends with the test's process.
+        runtime.block_on(relaying.relay(at_relay, to_b)).expect("a relay");
+    });
+    let cluster = members_with(&lan_of_relay, 2, &["--no-discovery", "--peer", &at_relay.to_string()]);
+    let rtt = cluster.nodes[0].state()["members"].clone();
+    let rtts = rtt
+        .as_object()
+        .expect("members")
+        .values()
+        .flat_map(|member| member["links"].as_object().expect("links").values());
+    let rtts: Vec<f64> = rtts.filter_map(|link| link["rtt_s"].as_f64()).collect();
+    assert!(rtts.iter().all(|&rtt| rtt > 0.03), "the way is as long as the relay makes it: {rtts:?}");
+    let split = "a:0-14,b:15-29";
+    assert_eq!(cluster.ask(0, split), expected);
+    assert_eq!(cluster.ask(1, split), expected);
+    for dark in [Duration::from_secs(1), Duration::from_secs(4)] {
+        let asking = cluster.asking(0, split);
+        std::thread::sleep(Duration::from_secs(2));
+        weather.is_dark.store(true, Ordering::Relaxed);
+        std::thread::sleep(dark);
+        weather.is_dark.store(false, Ordering::Relaxed);
+        assert_eq!(crate::cluster::answer(asking), expected, "{dark:?} of darkness");
+        for node in &cluster.nodes {
+            cluster.wait_for(node, 1);
+        }
+    }
+    assert_eq!(cluster.ask(1, split), expected);
+}
