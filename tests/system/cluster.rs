@@ -52,17 +52,13 @@ impl Cluster {
     }
 
     pub(crate) fn asking_model(&self, index: usize, model: &str, split: &str) -> Child {
-        let mut command: Command = self.nodes[index].prepare(&[
-            "run",
-            model,
-            QUESTION,
-            "--json",
-            "--temperature",
-            "0",
-            "--max-tokens",
-            TOKENS,
-        ]);
-        command.args(["--split", split]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.asking_for(index, &question(model, QUESTION, TOKENS), split)
+    }
+
+    /// Asks node `index` what `question` gave.
+    pub(crate) fn asking_for(&self, index: usize, question: &[String], split: &str) -> Child {
+        let mut command: Command = self.nodes[index].prepare(&[]);
+        command.args(question).args(["--split", split]).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("exo-node starts")
     }
 
@@ -84,10 +80,18 @@ fn alone() -> Vec<u64> {
 }
 
 pub(crate) fn alone_with(model: &str) -> Vec<u64> {
+    alone_for(&question(model, QUESTION, TOKENS))
+}
+
+pub(crate) fn alone_for(question: &[String]) -> Vec<u64> {
     models();
-    let answer =
-        json(&["run", model, QUESTION, "--json", "--max-tokens", TOKENS, "--standalone", "--temperature", "0"]);
-    ids(&answer["token_ids"])
+    let question: Vec<&str> = question.iter().map(String::as_str).chain(["--standalone"]).collect();
+    ids(&json(&question)["token_ids"])
+}
+
+/// A question that has one answer.
+pub(crate) fn question(model: &str, prompt: &str, tokens: &str) -> Vec<String> {
+    ["run", model, prompt, "--json", "--temperature", "0", "--max-tokens", tokens].map(str::to_owned).to_vec()
 }
 
 /// R7.1, R7.3: the same tokens from three processes as from one, however the layers are split and whoever is asked.

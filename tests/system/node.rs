@@ -118,7 +118,7 @@ impl Node {
     /// The same, not started yet.
     pub(crate) fn prepare(&self, arguments: &[&str]) -> std::process::Command {
         let mut command = exo(arguments);
-        command.arg("--data-dir").arg(self.folder());
+        command.env("EXO_DATA_DIR", self.folder());
         command
     }
 
