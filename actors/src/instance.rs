@@ -10,20 +10,18 @@
 //! rises, all that is in flight is void, and when all are up again sequences are replayed from their tokens: clients
 //! only see a pause. A new placement is loaded beside the one that serves, and takes over at a token's boundary.
 
-mod line;
-
 use crate::core::desired::{Stamp, Wanted};
+use crate::core::line::{Line, StageNews, Step as LineStep};
 use crate::core::schedule::{Event, Limits, Request, Schedule};
 use crate::core::view::{Fact, InstanceId, Load, Totals};
 use crate::host::{Frame, StepResult};
 use crate::links::{Expected, Sink, Switchboard};
 use crate::outlet::{Facts, Outlet};
 use crate::post::Post;
-use crate::protocol::{ControlMessage, End, HeadEvent, HeadRequest, StageNews, StageOrder};
+use crate::protocol::{ControlMessage, End, HeadEvent, HeadRequest, StageOrder};
 use crate::request::RequestError;
 use exo_engines::engine::{Incarnation, Input, SeqId, Step, StepId};
 use exo_net::{NodeId, WireType};
-use line::{Line, Step as LineStep};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::collections::HashMap;
@@ -118,6 +116,7 @@ pub(crate) struct InstanceState {
     line: Line,
     /// The one that will take over when it is loaded.
     coming: Option<Line>,
+    started: Instant,
     next_step: u64,
     /// When the pipeline last gave something, or was given something after being idle.
     last_sign: Instant,
@@ -136,7 +135,7 @@ impl Actor for Instance {
 
     async fn pre_start(&self, myself: InstanceRef, args: InstanceArgs) -> Result<InstanceState, ActorProcessingErr> {
         myself.send_interval(WATCH_EVERY, || InstanceMsg::Watch);
-        let line = Line::new(args.stamp, Arc::clone(&args.wanted));
+        let line = Line::new(args.stamp, Arc::clone(&args.wanted), Duration::ZERO);
         let limits = Limits {
             pages: args.wanted.kv_pages,
             context_tokens: args.wanted.model.context_tokens,
@@ -150,6 +149,7 @@ impl Actor for Instance {
             requests: HashMap::new(),
             line,
             coming: None,
+            started: Instant::now(),
             next_step: 0,
             last_sign: Instant::now(),
             totals: Totals::default(),
@@ -157,7 +157,7 @@ impl Actor for Instance {
             ending: RequestError::ShuttingDown,
             args,
         };
-        state.line.start(state.args.id, &state.args.post);
+        state.order(&state.line);
         Ok(state)
     }
 
@@ -195,6 +195,18 @@ impl Actor for Instance {
 }
 
 impl InstanceState {
+    /// Since it began.
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Orders the shards of a placement to be loaded.
+    fn order(&self, line: &Line) {
+        for (node, task) in line.tasks(self.args.id) {
+            self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
+        }
+    }
+
     fn submit(&mut self, submission: Submission) {
         let Submission { seq, request, events, lease } = submission;
         let HeadRequest { sampler, max_tokens, ends } = request;
@@ -225,7 +237,7 @@ impl InstanceState {
     }
 
     fn on_news(&mut self, myself: &InstanceRef, from: NodeId, stamp: Stamp, news: StageNews) {
-        let instance = self.args.id;
+        let (instance, now) = (self.args.id, self.now());
         match news {
             StageNews::Fetching { stage, fetched_bytes, total_bytes } => {
                 return self.args.facts.tell(Fact::ShardFetching { instance, stage, fetched_bytes, total_bytes });
@@ -237,7 +249,7 @@ impl InstanceState {
         }
         if let Some(coming) = self.coming.as_mut().filter(|coming| coming.stamp() == stamp) {
             let shared = coming.shares_stage(&self.line, &news);
-            let step = coming.on_news(from, &news);
+            let step = coming.on_news(from, &news, now);
             if matches!(step, LineStep::Lost(..)) {
                 self.report_broken(stamp, &step);
             }
@@ -251,7 +263,7 @@ impl InstanceState {
         } else if self.line.stamp() != stamp {
             return;
         }
-        let step = self.line.on_news(from, &news);
+        let step = self.line.on_news(from, &news, now);
         self.take(myself, step);
     }
 
@@ -318,8 +330,8 @@ impl InstanceState {
         }
         let (instance, placement) = (self.args.id, wanted.placement.clone());
         self.args.facts.tell(Fact::InstancePlaced { instance, model: wanted.model.clone(), placement });
-        let line = Line::new(stamp, wanted);
-        line.start(self.args.id, &self.args.post);
+        let line = Line::new(stamp, wanted, self.now());
+        self.order(&line);
         self.coming = Some(line);
         if !self.line.is_running() {
             self.switch(myself);
@@ -345,7 +357,7 @@ impl InstanceState {
             return;
         }
         let own = self.args.post.own();
-        let incarnation = self.line.next_life(own);
+        let incarnation = self.line.next_life(own, self.now());
         let head = myself.clone();
         let sink = Sink::Head(Arc::new(move |result| {
             // A head that is gone wants no results.
@@ -399,8 +411,8 @@ impl InstanceState {
             return;
         }
         self.report_all_lost();
-        if let Some(stage) = self.line.is_overdue() {
-            let step = self.line.cut(stage, "a stage did not answer in time".to_owned());
+        if let Some(stage) = self.line.is_overdue(self.now()) {
+            let step = self.line.cut(stage, "a stage did not answer in time".to_owned(), self.now());
             self.take(myself, step);
         }
     }

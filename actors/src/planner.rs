@@ -14,7 +14,6 @@
 //! one of those that nobody uses now that was used longest ago.
 
 mod demand;
-mod lead;
 mod own;
 mod wanting;
 
@@ -22,6 +21,7 @@ pub(crate) use wanting::Home;
 pub use wanting::RunningModel;
 
 use crate::core::desired::{Desired, Entry, Stamp, Want};
+use crate::core::lead::{Ask, Effect, Leader, World};
 use crate::core::members::Members;
 use crate::core::plan::{Link, Preview};
 use crate::core::spec::ModelSpec;
@@ -31,13 +31,12 @@ use crate::links::Switchboard;
 use crate::models::{ModelsRef, ResolvedModel};
 use crate::outlet::Facts;
 use crate::post::Post;
-use crate::protocol::{Ask, ControlMessage};
-use crate::request::RequestError;
+use crate::protocol::ControlMessage;
+use crate::request::{RequestError, fresh_seed};
 use crate::stages::{StagesFact, StagesRef};
 use crate::tokenizer::Opened;
 use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::{NodeId, WireType};
-use lead::Lead;
 use own::Owned;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use ractor_cluster::RactorMessage;
@@ -147,7 +146,7 @@ pub(crate) struct PlannerState {
     /// What requests of this node wait for, and use.
     wanting: HashMap<ModelSpec, Wanting>,
     next_wanting: u64,
-    lead: Lead,
+    leader: Leader,
     owned: HashMap<InstanceId, Owned>,
     /// Memory that shards of this node hold, by instance.
     held: BTreeMap<InstanceId, u64>,
@@ -175,7 +174,7 @@ impl Actor for Planner {
             members: Members::default(),
             wanting: HashMap::new(),
             next_wanting: 0,
-            lead: Lead::default(),
+            leader: Leader::default(),
             owned: HashMap::new(),
             held: BTreeMap::new(),
             speeds: HashMap::new(),
@@ -265,11 +264,45 @@ impl PlannerState {
         self.members.leader() == Some(self.args.node)
     }
 
+    /// What the leader does to the list, told to whom it concerns.
+    fn as_leader(&mut self, decide: impl FnOnce(&mut Leader, &mut World<'_>)) {
+        let mut world = World {
+            own: self.args.node,
+            now: self.started.elapsed(),
+            members: &self.members,
+            desired: &mut self.desired,
+            idle: self.args.limits.idle,
+            seed: fresh_seed(),
+            effects: Vec::new(),
+        };
+        decide(&mut self.leader, &mut world);
+        for effect in world.effects {
+            match effect {
+                Effect::Written { id, entry, was } => {
+                    if let (Want::Gone { error: Some(error) }, Some(spec)) = (&entry.want, &was) {
+                        self.refuse_here(spec, error);
+                    }
+                    self.args.post.tell_others(&ControlMessage::Desired(vec![(id, entry)]));
+                }
+                Effect::Refused { to, spec, error } => {
+                    self.args.post.tell(to, ControlMessage::Refused { spec, error });
+                }
+            }
+        }
+    }
+
+    fn preview(&mut self, spec: &ModelSpec, model: &ResolvedModel) -> Vec<Preview> {
+        let ask = wanting::ask(spec, model);
+        let mut previews = Vec::new();
+        self.as_leader(|leader, world| previews = leader.preview(world, &ask));
+        previews
+    }
+
     /// Brings about what is wanted, as far as it is this node's to do.
     async fn reconcile(&mut self, myself: &PlannerRef) {
         self.renew_report();
         if self.is_leader() {
-            self.lead();
+            self.as_leader(|leader, world| leader.round(world));
         }
         self.reconcile_owned(myself).await;
         self.advance_all();
@@ -279,7 +312,7 @@ impl PlannerState {
         let now = Instant::now();
         // A process that was stopped, or a machine that slept, finds its peers gone; they are not.
         if now.duration_since(self.last_look) > 3 * LOOK_EVERY {
-            self.lead.wait(now);
+            self.leader.handle_absence(self.now());
         }
         self.last_look = now;
         self.forget_unused();
@@ -299,7 +332,11 @@ impl PlannerState {
             ControlMessage::Want(ask) => self.on_ask(from, *ask),
             ControlMessage::Refused { spec, error } => self.refuse_here(&spec, &error),
             ControlMessage::Broken { instance, stamp, node, device, error } => {
-                self.on_broken(from, instance, stamp, (node, device), error);
+                // Who tells the wrong one tells again, and another one.
+                if self.is_leader() {
+                    let (of, device) = ((instance, stamp), (node, device));
+                    self.as_leader(|leader, world| leader.handle_broken(world, from, of, device, error));
+                }
             }
             // For heads, for those who keep shards, and for those who let members in.
             ControlMessage::News { .. } | ControlMessage::Stage(_) | ControlMessage::Evicted(_) => {}
@@ -315,7 +352,7 @@ impl PlannerState {
         }
         let changed = self.desired.merge(entries, now);
         for id in changed {
-            self.lead.forget_exclusions(id);
+            self.leader.handle_placed(id, now);
         }
     }
 
@@ -330,7 +367,7 @@ impl PlannerState {
 
     fn on_node_down(&mut self, node: NodeId) {
         self.members.0.remove(&node);
-        self.lead.on_node_down(Instant::now(), self.members.0.len());
+        self.leader.handle_loss(self.now(), self.members.0.len());
         self.args.facts.tell(Fact::MemberGone { node });
         self.tell_owned_of_loss(node);
         for wanting in self.wanting.values_mut() {
@@ -384,7 +421,7 @@ impl PlannerState {
     fn on_ask(&mut self, from: NodeId, ask: Ask) {
         // Who asks the wrong one asks again, and another one.
         if self.is_leader() {
-            self.lead.take(from, ask);
+            self.leader.handle_ask(from, ask);
         }
     }
 }

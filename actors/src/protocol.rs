@@ -9,19 +9,18 @@
 //! ```
 
 use crate::core::desired::{Entry, Stamp};
+use crate::core::lead::Ask;
+use crate::core::line::{StageNews, StageTask};
 use crate::core::members::MemberReport;
-use crate::core::plan::Demand;
 use crate::core::schedule::FinishReason;
 use crate::core::spec::{FilesId, ModelSpec};
-use crate::core::view::{InstanceId, Model};
+use crate::core::view::InstanceId;
 use crate::request::RequestError;
-use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, Incarnation};
 use exo_engines::sampler::{Sampled, SamplerSpec};
 use exo_net::{NodeId, WireType};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use std::ops::Range;
 
 /// A message from node to node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -48,15 +47,6 @@ pub(crate) enum ControlMessage {
     },
     /// Who is not let in any more.
     Evicted(BTreeSet<NodeId>),
-}
-
-/// A model that is needed, with what a planner must know of it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Ask {
-    pub spec: ModelSpec,
-    pub model: Model,
-    pub kv_pages: u32,
-    pub demand: Demand,
 }
 
 /// One end of a link between shards.
@@ -188,66 +178,4 @@ pub(crate) enum StageOrder {
     },
     /// Lets go of all shards of the instance that are of an earlier stamp.
     Clear { instance: InstanceId, below: Stamp },
-}
-
-/// A shard to be loaded.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct StageTask {
-    pub instance: InstanceId,
-    pub stamp: Stamp,
-    pub stage: usize,
-    pub spec: ModelSpec,
-    /// Whatever else has that name is another model.
-    pub files: FilesId,
-    pub layers: Range<usize>,
-    pub device: DeviceId,
-    pub context_tokens: u32,
-    pub kv_pages: u32,
-    /// Weights and cache, as they were planned.
-    pub memory_bytes: u64,
-}
-
-/// What an owner hears of a stage.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) enum StageNews {
-    /// Its weights come from elsewhere.
-    Fetching {
-        stage: usize,
-        fetched_bytes: u64,
-        total_bytes: u64,
-    },
-    Loading {
-        stage: usize,
-        loaded_bytes: u64,
-        total_bytes: u64,
-    },
-    Up {
-        stage: usize,
-    },
-    /// Wired for this life.
-    Wired {
-        stage: usize,
-        incarnation: Incarnation,
-    },
-    /// It failed; its device is at work on it.
-    Down {
-        stage: usize,
-        error: EngineError,
-    },
-    /// It failed, and will not come back there.
-    Lost {
-        stage: usize,
-        error: EngineError,
-    },
-    /// The model's files cannot be had there.
-    NoModel {
-        stage: usize,
-        error: RequestError,
-    },
-    /// Rows do not get through to the next stage.
-    Cut {
-        stage: usize,
-        incarnation: Incarnation,
-        what: String,
-    },
 }

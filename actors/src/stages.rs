@@ -11,6 +11,7 @@
 mod wiring;
 
 use crate::core::desired::Stamp;
+use crate::core::line::{StageNews, StageTask};
 use crate::core::view::InstanceId;
 use crate::device::{DeviceMsg, DeviceRef};
 use crate::host::{EnginePort, HostTask, Outgoing};
@@ -18,7 +19,7 @@ use crate::links::Switchboard;
 use crate::models::{Extent, Fetched, ModelsRef, ResolvedModel};
 use crate::outlet::Outlet;
 use crate::post::Post;
-use crate::protocol::{ControlMessage, End, StageNews, StageOrder, StageTask};
+use crate::protocol::{ControlMessage, End, StageOrder};
 use crate::request::RequestError;
 use crate::room::Room;
 use crate::shard::{ShardReport, ShardTask};

@@ -77,7 +77,8 @@ struct Report {
     prefill_tokens_per_s: f64,
     decode_tokens_per_s: f64,
     model: String,
-    quantization: String,
+    /// `None`: the model has left meanwhile.
+    quantization: Option<String>,
     stages: Vec<StageReport>,
 }
 

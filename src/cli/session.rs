@@ -184,7 +184,8 @@ pub(super) enum Answering {
 /// What has answered.
 pub(super) struct Answered {
     pub(super) model: String,
-    pub(super) quantization: String,
+    /// `None`: the model has left meanwhile.
+    pub(super) quantization: Option<String>,
     pub(super) stages: Vec<StageReport>,
     /// `None` where the running node had it.
     pub(super) load: Option<Duration>,
@@ -231,7 +232,7 @@ impl Session {
                 let Loaded { model, load } = &**loaded;
                 Ok(Answered {
                     model: model.model.name.clone(),
-                    quantization: model.model.files.quantization.clone(),
+                    quantization: Some(model.model.files.quantization.clone()),
                     stages: stages(&node.state().await?, &model.placement),
                     load: Some(*load),
                 })
@@ -239,16 +240,14 @@ impl Session {
             Self::Running(remote) => {
                 let state = remote.state().await?;
                 let name = spec.to_string();
-                // The newest of them, where the model runs in several ways.
+                // The newest of them, where the model runs in several ways. It may have left by now: the answer is there.
                 let found = state.everywhere().map(|(_, instance)| instance);
-                let found = found.filter(|instance| instance.model.name == name && instance.phase == Phase::Ready);
-                let Some(instance) = found.max_by_key(|instance| instance.epoch) else {
-                    anyhow::bail!("{name} has left the node's memory meanwhile");
-                };
+                let found = found.filter(|instance| instance.model.name == name);
+                let instance = found.max_by_key(|instance| (instance.phase == Phase::Ready, instance.epoch));
                 Ok(Answered {
                     model: name,
-                    quantization: instance.model.quantization.clone(),
-                    stages: stages(&state, &instance.placement),
+                    quantization: instance.map(|instance| instance.model.quantization.clone()),
+                    stages: instance.map(|instance| stages(&state, &instance.placement)).unwrap_or_default(),
                     load: None,
                 })
             }

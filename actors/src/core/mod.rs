@@ -6,12 +6,16 @@
 //! - [`plan`]: model and devices in, placement out;
 //! - [`spec`]: which model is asked for;
 //! - [`desired`]: what is to run, as every member knows it;
+//! - [`lead`]: what the leader decides;
+//! - [`line`]: how far a placement's shards are;
 //! - [`members`]: what members tell each other of themselves;
 //! - [`schedule`]: requests and results in, steps and tokens out;
 //! - [`supervise`]: failures in, what to do about them out;
 //! - [`view`]: facts in, the state that people see out.
 
 pub mod desired;
+pub mod lead;
+pub(crate) mod line;
 pub mod members;
 pub mod plan;
 pub mod schedule;

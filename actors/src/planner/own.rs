@@ -2,12 +2,13 @@
 
 use super::{Head, PlannerMsg, PlannerRef, PlannerState};
 use crate::core::desired::{Stamp, Want, Wanted};
+use crate::core::line::StageNews;
 use crate::core::members::{DeviceOffer, MemberReport, OwnedInstance};
 use crate::core::view::{Fact, InstanceId};
 use crate::instance::{Instance, InstanceArgs, InstanceMsg, InstanceRef, InstanceReport};
 use crate::machine::measure_once;
 use crate::outlet::Outlet;
-use crate::protocol::{ControlMessage, StageNews};
+use crate::protocol::ControlMessage;
 use crate::request::RequestError;
 use crate::stages::StagesMsg;
 use exo_net::NodeId;

@@ -1,13 +1,14 @@
 //! Models that requests of this node want, wherever they run: files, tokenizer, and who waits.
 
 use super::{EnsureReply, PlannerMsg, PlannerRef, PlannerState, demand};
+use crate::core::lead::Ask;
 use crate::core::plan::Placement;
 use crate::core::spec::ModelSpec;
 use crate::core::view::{InstanceId, Model};
 use crate::instance::InstanceRef;
 use crate::models::{Extent, ModelError, ResolvedModel};
 use crate::outlet::Outlet;
-use crate::protocol::{Ask, ControlMessage};
+use crate::protocol::ControlMessage;
 use crate::request::RequestError;
 use crate::tokenizer::{Opened, TokenizerActor, TokenizerArgs, TokenizerRef};
 use exo_engines::decoder::pages_for;
@@ -193,7 +194,8 @@ impl PlannerState {
                 };
                 wanting.asked = None;
                 wanting.reply(&Ok(running));
-                self.lead.note_use(id);
+                let now = self.started.elapsed();
+                self.leader.handle_use(id, now);
             }
             // It is on its way.
             (Some(_), None) => {}

@@ -1,10 +1,11 @@
 //! Connecting a shard with those before and behind it, for one life of its instance.
 
 use super::{Key, Loaded, StagesMsg, StagesRef, StagesState};
+use crate::core::line::StageNews;
 use crate::host::{Next, Outgoing};
 use crate::links::{Expected, Sink, open};
 use crate::outlet::Outlet;
-use crate::protocol::{End, LinkHello, StageNews};
+use crate::protocol::{End, LinkHello};
 use exo_engines::engine::Incarnation;
 use exo_net::{NodeId, WireType};
 use std::time::Duration;

@@ -1,9 +1,10 @@
-//! Seeded simulation of a head over a pipeline that keeps nothing but what the steps told it.
+//! A head over a pipeline that keeps nothing but what the steps told it.
 //!
 //! The simulated model's next token is a function of all tokens before it, so a token that is lost, doubled or
 //! computed on a wrong cache changes every later one.
 
-use super::schedule::{Event, FinishReason, Limits, Request, SamplerOperation, Schedule, StepPlan};
+use super::{Random, seeds};
+use crate::core::schedule::{Event, FinishReason, Limits, Request, SamplerOperation, Schedule, StepPlan};
 use exo_engines::decoder::PageTable;
 use exo_engines::engine::{Operation, SeqId};
 use exo_engines::sampler::{SampleError, Sampled, SamplerSpec, SamplingParams};
@@ -12,18 +13,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 /// Ends an answer.
 const END: u32 = 0;
 const VOCABULARY: u64 = 23;
-
-/// xorshift64*, for the simulation only.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % limit
-    }
-}
 
 fn next_token(prefix: &[u32]) -> u32 {
     let hash = prefix
@@ -113,7 +102,7 @@ struct World {
 
 impl World {
     fn new(seed: u64) -> Self {
-        let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        let mut random = Random::of(seed);
         let limits = Limits {
             pages: 4 + random.below(8) as u32,
             context_tokens: 100,
@@ -243,12 +232,8 @@ impl World {
 /// answer is what an undisturbed run gives, nothing hangs and no page leaks. `EXO_SIM_SEED` replays one seed.
 #[test]
 fn every_answer_is_undisturbed() {
-    let seeds: Vec<u64> = match std::env::var("EXO_SIM_SEED") {
-        Ok(seed) => vec![seed.parse().expect("EXO_SIM_SEED is a number")],
-        Err(_) => (0..400).collect(),
-    };
     let mut reused_tokens = 0;
-    for seed in seeds {
+    for seed in seeds(400) {
         println!("seed {seed}");
         let mut world = World::new(seed);
         for _ in 0..1_000 {

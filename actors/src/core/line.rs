@@ -1,17 +1,20 @@
 //! One placement of an instance: how far its shards are.
 //!
-//! A state machine without I/O but for the orders that start it. News of stages go in, and what they mean for the
-//! whole comes out.
+//! A state machine without I/O. News of stages go in, and what they mean for the whole comes out; time is an argument,
+//! since any fixed start.
 
 use crate::core::desired::{Stamp, Wanted, incarnation};
+use crate::core::plan::Stage;
+use crate::core::spec::{FilesId, ModelSpec};
 use crate::core::view::InstanceId;
-use crate::post::Post;
-use crate::protocol::{ControlMessage, StageNews, StageOrder, StageTask};
 use crate::request::RequestError;
-use exo_engines::engine::Incarnation;
+use exo_engines::EngineError;
+use exo_engines::engine::{DeviceId, Incarnation};
 use exo_net::NodeId;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// From the order to wire to the last stage's answer.
 const WIRE_DEADLINE: Duration = Duration::from_secs(5);
@@ -21,6 +24,68 @@ const CUT_WAIT: Duration = Duration::from_millis(50);
 const CUTS_MAX: u32 = 5;
 /// A life this long says that the link is well.
 const LIVES_WELL: Duration = Duration::from_secs(10);
+
+/// A shard to be loaded.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct StageTask {
+    pub instance: InstanceId,
+    pub stamp: Stamp,
+    pub stage: usize,
+    pub spec: ModelSpec,
+    /// Whatever else has that name is another model.
+    pub files: FilesId,
+    pub layers: Range<usize>,
+    pub device: DeviceId,
+    pub context_tokens: u32,
+    pub kv_pages: u32,
+    /// Weights and cache, as they were planned.
+    pub memory_bytes: u64,
+}
+
+/// What an owner hears of a stage.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum StageNews {
+    /// Its weights come from elsewhere.
+    Fetching {
+        stage: usize,
+        fetched_bytes: u64,
+        total_bytes: u64,
+    },
+    Loading {
+        stage: usize,
+        loaded_bytes: u64,
+        total_bytes: u64,
+    },
+    Up {
+        stage: usize,
+    },
+    /// Wired for this life.
+    Wired {
+        stage: usize,
+        incarnation: Incarnation,
+    },
+    /// It failed; its device is at work on it.
+    Down {
+        stage: usize,
+        error: EngineError,
+    },
+    /// It failed, and will not come back there.
+    Lost {
+        stage: usize,
+        error: EngineError,
+    },
+    /// The model's files cannot be had there.
+    NoModel {
+        stage: usize,
+        error: RequestError,
+    },
+    /// Rows do not get through to the next stage.
+    Cut {
+        stage: usize,
+        incarnation: Incarnation,
+        what: String,
+    },
+}
 
 #[derive(Debug, Clone)]
 enum StageState {
@@ -34,7 +99,7 @@ enum StageState {
 
 /// What news mean for the whole.
 #[derive(Debug)]
-pub(super) enum Step {
+pub(crate) enum Step {
     Nothing,
     /// All shards are up.
     Loaded,
@@ -47,7 +112,7 @@ pub(super) enum Step {
 }
 
 #[derive(Debug)]
-pub(super) struct Line {
+pub(crate) struct Line {
     stamp: Stamp,
     wanted: Arc<Wanted>,
     stages: Vec<StageState>,
@@ -55,74 +120,75 @@ pub(super) struct Line {
     incarnation: Option<Incarnation>,
     is_running: bool,
     /// Since it was ordered to be wired, or ran.
-    since: Instant,
+    since: Duration,
     cuts: u32,
 }
 
 impl Line {
-    pub(super) fn new(stamp: Stamp, wanted: Arc<Wanted>) -> Self {
+    pub(crate) fn new(stamp: Stamp, wanted: Arc<Wanted>, now: Duration) -> Self {
         let stages = vec![StageState::Loading; wanted.placement.stages.len()];
-        Self { stamp, wanted, stages, life: 0, incarnation: None, is_running: false, since: Instant::now(), cuts: 0 }
+        Self { stamp, wanted, stages, life: 0, incarnation: None, is_running: false, since: now, cuts: 0 }
     }
 
-    /// Orders all shards to be loaded.
-    pub(super) fn start(&self, instance: InstanceId, post: &Post) {
-        for (stage, placed) in self.wanted.placement.stages.iter().enumerate() {
+    /// The shards, to be ordered of their nodes.
+    pub(crate) fn tasks(&self, instance: InstanceId) -> Vec<(NodeId, StageTask)> {
+        let task = |(stage, placed): (usize, &Stage)| {
             let task = StageTask {
-                files: self.wanted.model.files,
                 instance,
                 stamp: self.stamp,
                 stage,
                 spec: self.wanted.spec.clone(),
+                files: self.wanted.model.files,
                 layers: placed.layers.clone(),
                 device: placed.device.clone(),
                 context_tokens: self.wanted.model.context_tokens,
                 kv_pages: self.wanted.kv_pages,
                 memory_bytes: placed.memory_bytes,
             };
-            post.tell(placed.node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
-        }
+            (placed.node, task)
+        };
+        self.wanted.placement.stages.iter().enumerate().map(task).collect()
     }
 
-    pub(super) fn stamp(&self) -> Stamp {
+    pub(crate) fn stamp(&self) -> Stamp {
         self.stamp
     }
 
-    pub(super) fn wanted(&self) -> &Wanted {
+    pub(crate) fn wanted(&self) -> &Wanted {
         &self.wanted
     }
 
     /// Whether all shards are up.
-    pub(super) fn is_loaded(&self) -> bool {
+    pub(crate) fn is_loaded(&self) -> bool {
         self.stages.iter().all(|stage| matches!(stage, StageState::Up | StageState::Wired(_)))
     }
 
-    pub(super) fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         self.is_running
     }
 
     /// Of the life that runs, or is to.
-    pub(super) fn incarnation(&self) -> Incarnation {
+    pub(crate) fn incarnation(&self) -> Incarnation {
         self.incarnation.unwrap_or(Incarnation { epoch: 0, owner: [0; 32] })
     }
 
     /// Begins to be wired for a new life.
-    pub(super) fn next_life(&mut self, owner: NodeId) -> Incarnation {
+    pub(crate) fn next_life(&mut self, owner: NodeId, now: Duration) -> Incarnation {
         self.life += 1;
-        self.since = Instant::now();
+        self.since = now;
         *self.incarnation.insert(incarnation(self.stamp, self.life, owner))
     }
 
     /// The first stage that has not answered in time.
-    pub(super) fn is_overdue(&self) -> Option<usize> {
+    pub(crate) fn is_overdue(&self, now: Duration) -> Option<usize> {
         let epoch = self.incarnation?.epoch;
-        let is_late = !self.is_running && self.is_loaded() && self.since.elapsed() > WIRE_DEADLINE;
+        let is_late = !self.is_running && self.is_loaded() && now.saturating_sub(self.since) > WIRE_DEADLINE;
         let is_missing = |stage: &StageState| !matches!(stage, StageState::Wired(of) if *of == epoch);
         self.stages.iter().position(is_missing).filter(|_| is_late)
     }
 
     /// Stages that have no place, and why.
-    pub(super) fn lost(&self) -> Vec<(usize, RequestError)> {
+    pub(crate) fn lost(&self) -> Vec<(usize, RequestError)> {
         let lost = self.stages.iter().enumerate().filter_map(|(index, stage)| match stage {
             StageState::Lost(error) => Some((index, error.clone())),
             _ => None,
@@ -131,7 +197,7 @@ impl Line {
     }
 
     /// Whether `news` are of a shard that `other` has just so.
-    pub(super) fn shares_stage(&self, other: &Self, news: &StageNews) -> bool {
+    pub(crate) fn shares_stage(&self, other: &Self, news: &StageNews) -> bool {
         let (StageNews::Down { stage, .. }
         | StageNews::Lost { stage, .. }
         | StageNews::Up { stage }
@@ -144,7 +210,7 @@ impl Line {
         of(self).is_some() && of(self) == of(other) && self.wanted.kv_pages == other.wanted.kv_pages
     }
 
-    pub(super) fn on_node_lost(&mut self, node: NodeId) -> Option<usize> {
+    pub(crate) fn on_node_lost(&mut self, node: NodeId) -> Option<usize> {
         let placed = &self.wanted.placement.stages;
         let mut first = None;
         for (index, stage) in self.stages.iter_mut().enumerate().filter(|(index, _)| placed[*index].node == node) {
@@ -160,7 +226,7 @@ impl Line {
     }
 
     /// Takes news of `from` in.
-    pub(super) fn on_news(&mut self, from: NodeId, news: &StageNews) -> Step {
+    pub(crate) fn on_news(&mut self, from: NodeId, news: &StageNews, now: Duration) -> Step {
         let is_from = |stage: usize| self.wanted.placement.stages.get(stage).is_some_and(|placed| placed.node == from);
         match news {
             StageNews::Up { stage } if is_from(*stage) => {
@@ -175,7 +241,7 @@ impl Line {
                     return Step::Nothing;
                 }
                 self.is_running = true;
-                self.since = Instant::now();
+                self.since = now;
                 Step::Running
             }
             StageNews::Down { stage, error } if is_from(*stage) => {
@@ -191,7 +257,7 @@ impl Line {
             StageNews::Cut { stage, incarnation, what }
                 if is_from(*stage) && self.incarnation == Some(*incarnation) =>
             {
-                self.cut(*stage, what.clone())
+                self.cut(*stage, what.clone(), now)
             }
             _ => Step::Nothing,
         }
@@ -204,8 +270,8 @@ impl Line {
     }
 
     /// Rows do not get from `stage` to the next one. A link that stays cut makes the stage behind it lost.
-    pub(super) fn cut(&mut self, stage: usize, what: String) -> Step {
-        if self.is_running && self.since.elapsed() > LIVES_WELL {
+    pub(crate) fn cut(&mut self, stage: usize, what: String, now: Duration) -> Step {
+        if self.is_running && now.saturating_sub(self.since) > LIVES_WELL {
             self.cuts = 0;
         }
         self.stop_running();

@@ -1,0 +1,288 @@
+//! What the leader does: places what is asked for, mends what is broken, lets go of what nobody uses.
+//!
+//! ```text
+//! asks, losses, failures ─► Leader ─round(World)─► entries of the list, refusals
+//! ```
+//! A state machine without I/O. Its methods:
+//! - `handle_*`: something happened;
+//! - [`Leader::round`]: everything that is to be looked after, once; effects gather in the [`World`];
+//! - [`Leader::preview`]: what a round would do, without doing it.
+
+mod market;
+mod upkeep;
+
+use super::desired::{Desired, Entry, Stamp, Want, Wanted};
+use super::members::Members;
+use super::plan::{Demand, Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason};
+use super::spec::ModelSpec;
+use super::view::{InstanceId, Model};
+use crate::request::RequestError;
+use exo_engines::engine::DeviceId;
+use exo_net::NodeId;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::time::Duration;
+
+/// A device that has failed an instance is not tried again for so long.
+const EXCLUDED_FOR: Duration = Duration::from_secs(60);
+/// Who has lost most of the others at once is probably the one who was away.
+const ALONE_WAIT: Duration = Duration::from_secs(3);
+
+/// A model that is needed, with what a planner must know of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ask {
+    pub spec: ModelSpec,
+    pub model: Model,
+    pub kv_pages: u32,
+    pub demand: Demand,
+}
+
+/// What a round is a function of, and what it gives.
+#[derive(Debug)]
+pub struct World<'a> {
+    pub own: NodeId,
+    /// Since any fixed start.
+    pub now: Duration,
+    pub members: &'a Members,
+    pub desired: &'a mut Desired,
+    /// A model that nobody has used for so long leaves; `None`: it stays.
+    pub idle: Option<Duration>,
+    /// Numbers new instances: of no meaning, and seldom the same twice.
+    pub seed: u64,
+    pub effects: Vec<Effect>,
+}
+
+/// What is to be told.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// An entry was written. `was`: what had run until then.
+    Written { id: InstanceId, entry: Entry, was: Option<ModelSpec> },
+    /// Whoever asked does not get the model.
+    Refused { to: NodeId, spec: ModelSpec, error: RequestError },
+}
+
+impl World<'_> {
+    fn set(&mut self, id: InstanceId, want: Want) {
+        let was = self.desired.get(id).and_then(Entry::wanted).map(|wanted| wanted.spec.clone());
+        let entry = self.desired.set(id, want, self.now);
+        self.effects.push(Effect::Written { id, entry, was });
+    }
+
+    fn fresh_id(&mut self) -> InstanceId {
+        // splitmix64; short enough to be read aloud.
+        self.seed = self.seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = (self.seed ^ (self.seed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        InstanceId((mixed ^ (mixed >> 31)) >> 32)
+    }
+}
+
+/// A device that has failed, and when.
+type Excluded = ((NodeId, DeviceId), Duration);
+
+/// What the leader remembers beside what all know.
+#[derive(Debug, Default)]
+pub struct Leader {
+    /// In the order of their names: which goes first does not depend on who asked.
+    asks: BTreeMap<String, (Ask, BTreeSet<NodeId>)>,
+    /// Devices that have failed an instance, since when.
+    excluded: BTreeMap<InstanceId, Vec<Excluded>>,
+    used: BTreeMap<InstanceId, Duration>,
+    /// Nothing is mended before.
+    until: Option<Duration>,
+    /// When members were lost, of late.
+    losses: Vec<Duration>,
+    members: Vec<NodeId>,
+    /// Since when the members are the same, or when something was moved.
+    settled: Option<Duration>,
+}
+
+/// Specs in an order of their own.
+fn key(spec: &ModelSpec) -> String {
+    format!("{spec:?}")
+}
+
+impl Leader {
+    /// Somebody needs a model.
+    pub fn handle_ask(&mut self, from: NodeId, ask: Ask) {
+        let known = self.asks.entry(key(&ask.spec)).or_insert_with(|| (ask, BTreeSet::new()));
+        known.1.insert(from);
+    }
+
+    /// A request of this node uses an instance. What others use is seen in their reports.
+    pub fn handle_use(&mut self, id: InstanceId, now: Duration) {
+        self.used.insert(id, now);
+    }
+
+    /// This node was away: who it misses is probably not gone.
+    pub fn handle_absence(&mut self, now: Duration) {
+        self.until = Some(now + ALONE_WAIT);
+    }
+
+    /// A member is gone, and `left` are here, this one included.
+    pub fn handle_loss(&mut self, now: Duration, left: usize) {
+        self.losses.retain(|loss| now.saturating_sub(*loss) < ALONE_WAIT);
+        self.losses.push(now);
+        if self.losses.len() > left {
+            self.handle_absence(now);
+        }
+    }
+
+    /// An instance has other places: what failed long ago may be tried again.
+    pub fn handle_placed(&mut self, id: InstanceId, now: Duration) {
+        if let Some(excluded) = self.excluded.get_mut(&id) {
+            excluded.retain(|(_, since)| now.saturating_sub(*since) < EXCLUDED_FOR);
+        }
+    }
+
+    /// One round of everything that the leader looks after.
+    pub fn round(&mut self, world: &mut World<'_>) {
+        self.note_members(world);
+        self.end_doubles(world);
+        self.mend_broken(world);
+        self.unload_idle(world);
+        self.place_asked(world);
+        self.rebalance(world);
+    }
+
+    fn note_members(&mut self, world: &World<'_>) {
+        let members: Vec<NodeId> = world.members.0.keys().copied().collect();
+        if members != self.members {
+            self.members = members;
+            self.settled = Some(world.now);
+        }
+    }
+
+    /// Two parts of a cluster that meet again may both run a model: the later one stays.
+    fn end_doubles(&self, world: &mut World<'_>) {
+        let desired = &*world.desired;
+        let is_earlier = |(id, _, wanted): &(InstanceId, Stamp, &Wanted)| {
+            desired.find(&wanted.spec).is_some_and(|(kept, ..)| kept != *id)
+        };
+        let earlier: Vec<InstanceId> = desired.running().filter(is_earlier).map(|(id, ..)| id).collect();
+        for id in earlier {
+            world.set(id, Want::Gone { error: None });
+        }
+    }
+
+    fn place_asked(&mut self, world: &mut World<'_>) {
+        let mut is_making_room = world.members.0.values().any(|report| report.leaving_bytes > 0);
+        for key in self.asks.keys().cloned().collect::<Vec<_>>() {
+            let Some((ask, by)) = self.asks.get(&key).cloned() else { continue };
+            if world.desired.find(&ask.spec).is_some() {
+                self.asks.remove(&key);
+                continue;
+            }
+            let near = by.iter().next().copied().unwrap_or(world.own);
+            match self.plan(world, &ask, near) {
+                Ok(wanted) => {
+                    self.asks.remove(&key);
+                    let id = world.fresh_id();
+                    tracing::info!(instance = %id, model = wanted.model.name, why = wanted.reason, "placed a model");
+                    world.set(id, Want::Run(Box::new(wanted)));
+                }
+                // When others have left, it is tried again.
+                Err(RequestError::Plan(PlanError::DoesNotFit { .. })) if is_making_room || self.make_room(world) => {
+                    is_making_room = true;
+                }
+                Err(RequestError::Plan(PlanError::DoesNotFit { needed_bytes, .. }))
+                    if world.desired.running().next().is_some() =>
+                {
+                    let model = ask.model.name.clone();
+                    self.refuse(world, &key, &RequestError::Crowded { model, needed_bytes });
+                }
+                Err(error) => self.refuse(world, &key, &error),
+            }
+        }
+    }
+
+    fn plan(&self, world: &World<'_>, ask: &Ask, near: NodeId) -> Result<Wanted, RequestError> {
+        let links = world.members.links();
+        let (offers, shards) = (self.offers_for(world, ask, near)?, shard_count(world.members, &ask.spec)?);
+        let placement = place(&ask.demand, &offers, &links, &shards, ask.spec.policy)?;
+        let reason = reason(&ask.demand, &placement, &offers, &links, &shards, ask.spec.policy);
+        Ok(Wanted {
+            spec: ask.spec.clone(),
+            model: ask.model.clone(),
+            kv_pages: ask.kv_pages,
+            demand: ask.demand.clone(),
+            placement,
+            reason,
+        })
+    }
+
+    fn offers_for(&self, world: &World<'_>, ask: &Ask, near: NodeId) -> Result<Vec<Offer>, RequestError> {
+        let offers = self.offers(world, None, ask.spec.device.as_ref(), near, None);
+        match &ask.spec.device {
+            Some(device) if offers.is_empty() => Err(RequestError::NoDevice { device: device.to_string() }),
+            _ => Ok(offers),
+        }
+    }
+
+    /// What would become of a model that was asked for now, by each policy.
+    pub fn preview(&self, world: &World<'_>, ask: &Ask) -> Vec<Preview> {
+        let links = world.members.links();
+        let of = |policy| {
+            let (offers, shards) = (self.offers_for(world, ask, world.own)?, shard_count(world.members, &ask.spec)?);
+            let placement = place(&ask.demand, &offers, &links, &shards, policy)?;
+            Ok(preview(&ask.demand, placement, &offers, &links, &shards, policy))
+        };
+        let refused = |policy, error: RequestError| Preview {
+            policy,
+            outcome: PreviewOutcome::Refused { error: error.to_string(), remedy: error.remedy().to_owned() },
+        };
+        let policies = [Policy::Latency, Policy::Throughput, Policy::FewestNodes];
+        policies.map(|policy| of(policy).unwrap_or_else(|error| refused(policy, error))).to_vec()
+    }
+
+    /// Nobody gets the model; whoever asked is told.
+    fn refuse(&mut self, world: &mut World<'_>, key: &str, error: &RequestError) {
+        let Some((ask, by)) = self.asks.remove(key) else { return };
+        for to in by {
+            world.effects.push(Effect::Refused { to, spec: ask.spec.clone(), error: error.clone() });
+        }
+    }
+
+    /// Whether a model is made to leave: the one of those that nobody uses that was used longest ago.
+    fn make_room(&self, world: &mut World<'_>) -> bool {
+        let running = world.desired.running().map(|(id, ..)| id);
+        let idle = running.filter(|id| !world.members.use_instance(*id));
+        let Some(id) = idle.min_by_key(|id| self.used.get(id).copied()) else { return false };
+        tracing::info!(instance = %id, "unloading a model: another one needs its room");
+        world.set(id, Want::Gone { error: None });
+        true
+    }
+
+    fn unload_idle(&mut self, world: &mut World<'_>) {
+        let now = world.now;
+        let running: BTreeSet<InstanceId> = world.desired.running().map(|(id, ..)| id).collect();
+        self.used.retain(|id, _| running.contains(id));
+        let mut over = Vec::new();
+        for id in running {
+            let is_used = world.members.use_instance(id);
+            let used = self.used.entry(id).or_insert(now);
+            if is_used {
+                *used = now;
+            }
+            if world.idle.is_some_and(|limit| now.saturating_sub(*used) >= limit) {
+                over.push(id);
+            }
+        }
+        for id in over {
+            tracing::info!(instance = %id, "unloading a model: nobody uses it");
+            world.set(id, Want::Gone { error: None });
+        }
+    }
+}
+
+fn shard_count(members: &Members, spec: &ModelSpec) -> Result<ShardCount, PlanError> {
+    let Some(split) = &spec.split else {
+        return Ok(spec.shards.map_or(ShardCount::Automatic, ShardCount::Exactly));
+    };
+    let part = |(name, layers): &(String, Range<usize>)| match members.called(name) {
+        Some(node) => Ok((node, layers.clone())),
+        None => Err(PlanError::NoSuchNode { node: name.clone() }),
+    };
+    split.0.iter().map(part).collect::<Result<_, _>>().map(ShardCount::ByHand)
+}

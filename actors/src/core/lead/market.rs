@@ -1,0 +1,60 @@
+//! What members offer, with what is promised already and what has failed.
+
+use super::{EXCLUDED_FOR, Leader, World};
+use crate::core::members::Members;
+use crate::core::plan::Offer;
+use crate::core::view::InstanceId;
+use exo_engines::engine::DeviceId;
+use exo_net::NodeId;
+use std::collections::BTreeMap;
+
+impl Leader {
+    /// What members offer to an instance, the asker's own node first. Memory of shards in `except` counts as free.
+    pub(super) fn offers(
+        &self,
+        world: &World<'_>,
+        for_instance: Option<InstanceId>,
+        device: Option<&DeviceId>,
+        near: NodeId,
+        except: Option<InstanceId>,
+    ) -> Vec<Offer> {
+        let mut promised: BTreeMap<NodeId, u64> = BTreeMap::new();
+        for (.., wanted) in world.desired.running().filter(|(id, ..)| Some(*id) != except) {
+            for stage in &wanted.placement.stages {
+                *promised.entry(stage.node).or_default() += stage.memory_bytes;
+            }
+        }
+        let mut own_bytes: BTreeMap<NodeId, u64> = BTreeMap::new();
+        if let Some(wanted) = except.and_then(|id| world.desired.get(id)).and_then(|entry| entry.wanted()) {
+            for stage in &wanted.placement.stages {
+                *own_bytes.entry(stage.node).or_default() += stage.memory_bytes;
+            }
+        }
+        let guess = speed_guess(world.members);
+        let mut members: Vec<_> = world.members.0.iter().filter(|(_, report)| !report.is_draining).collect();
+        members.sort_by_key(|(node, _)| **node != near);
+        let mut offers = Vec::new();
+        for (node, report) in members {
+            let promised = promised.get(node).copied().unwrap_or(0);
+            let freed = own_bytes.get(node).copied().unwrap_or(0);
+            offers.extend(report.offers(*node, promised, freed, device, guess));
+        }
+        offers.retain(|offer| !for_instance.is_some_and(|id| self.excludes(world, id, offer)));
+        offers
+    }
+
+    fn excludes(&self, world: &World<'_>, id: InstanceId, offer: &Offer) -> bool {
+        let of = self.excluded.get(&id).into_iter().flatten();
+        of.into_iter().any(|((node, device), since)| {
+            (*node, device) == (offer.node, &offer.device) && world.now.saturating_sub(*since) < EXCLUDED_FOR
+        })
+    }
+}
+
+/// What a device that was not measured is taken for: the middle of those that were.
+fn speed_guess(members: &Members) -> Option<f64> {
+    let devices = members.0.values().flat_map(|report| &report.devices);
+    let mut known: Vec<f64> = devices.filter_map(|device| device.bytes_per_s).collect();
+    known.sort_by(f64::total_cmp);
+    known.get(known.len() / 2).copied()
+}
