@@ -77,6 +77,8 @@ pub(crate) enum InstanceMsg {
         wanted: Arc<Wanted>,
     },
     NodeLost(NodeId),
+    /// A node is here: what was ordered of it may not have reached it.
+    NodeMet(NodeId),
     Rewire,
     Watch,
     /// It is over; its requests hear this.
@@ -180,6 +182,7 @@ impl Actor for Instance {
             InstanceMsg::News { from, stamp, news } => state.on_news(&myself, from, stamp, news),
             InstanceMsg::Replan { stamp, wanted } => state.replan(&myself, stamp, wanted),
             InstanceMsg::NodeLost(node) => state.on_node_lost(node),
+            InstanceMsg::NodeMet(node) => state.order_again(node),
             InstanceMsg::Rewire => state.begin_life(&myself),
             InstanceMsg::Watch => state.watch(&myself),
             InstanceMsg::Retire(error) => {
@@ -204,6 +207,20 @@ impl InstanceState {
     fn order(&self, line: &Line) {
         for (node, task) in line.tasks(self.args.id) {
             self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
+        }
+    }
+
+    /// Orders what is still to come from a node once more: a shard that is there stays as it is, and one of an earlier
+    /// placement goes.
+    fn order_again(&self, met: NodeId) {
+        if self.line.is_running() {
+            let clear = StageOrder::Clear { instance: self.args.id, below: self.line.stamp() };
+            self.args.post.tell(met, ControlMessage::Stage(clear));
+        }
+        for line in [Some(&self.line), self.coming.as_ref()].into_iter().flatten().filter(|line| !line.is_loaded()) {
+            for (node, task) in line.tasks(self.args.id).into_iter().filter(|(node, _)| *node == met) {
+                self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
+            }
         }
     }
 
@@ -409,6 +426,10 @@ impl InstanceState {
                 self.last_sign = Instant::now();
             }
             return;
+        }
+        let (now, post) = (self.now(), self.args.post.clone());
+        for node in self.line.out_of_reach(now, |node| post.is_here(node)) {
+            self.on_node_lost(node);
         }
         self.report_all_lost();
         if let Some(stage) = self.line.is_overdue(self.now()) {

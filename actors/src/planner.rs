@@ -363,6 +363,7 @@ impl PlannerState {
         }
         let entries: Vec<_> = self.desired.entries().map(|(id, entry)| (id, entry.clone())).collect();
         self.args.post.tell(node, ControlMessage::Desired(entries));
+        self.tell_owned_of_meeting(node);
     }
 
     fn on_node_down(&mut self, node: NodeId) {

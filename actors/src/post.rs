@@ -61,6 +61,11 @@ impl Post {
         self.line(node).map(|line| line.data)
     }
 
+    /// Whether messages to `node` get anywhere.
+    pub(crate) fn is_here(&self, node: NodeId) -> bool {
+        node == self.own || self.line(node).is_some()
+    }
+
     /// The data connections with all others.
     pub(crate) fn peers(&self) -> Vec<(NodeId, DataConnection)> {
         let lines = self.inner.lines.read().unwrap_or_else(PoisonError::into_inner);

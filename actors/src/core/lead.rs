@@ -26,6 +26,8 @@ use std::time::Duration;
 
 /// A device that has failed an instance is not tried again for so long.
 const EXCLUDED_FOR: Duration = Duration::from_secs(60);
+/// Members tell what they use every second.
+const TOLD_WITHIN: Duration = Duration::from_secs(3);
 /// Who has lost most of the others at once is probably the one who was away.
 const ALONE_WAIT: Duration = Duration::from_secs(3);
 
@@ -141,6 +143,7 @@ impl Leader {
         self.note_members(world);
         self.end_doubles(world);
         self.mend_broken(world);
+        self.relieve(world);
         self.unload_idle(world);
         self.place_asked(world);
         self.rebalance(world);
@@ -179,11 +182,14 @@ impl Leader {
                 Ok(wanted) => {
                     self.asks.remove(&key);
                     let id = world.fresh_id();
+                    self.used.insert(id, world.now);
                     tracing::info!(instance = %id, model = wanted.model.name, why = wanted.reason, "placed a model");
                     world.set(id, Want::Run(Box::new(wanted)));
                 }
                 // When others have left, it is tried again.
-                Err(RequestError::Plan(PlanError::DoesNotFit { .. })) if is_making_room || self.make_room(world) => {
+                Err(RequestError::Plan(PlanError::DoesNotFit { .. }))
+                    if is_making_room || self.make_room(world, &ask, near) =>
+                {
                     is_making_room = true;
                 }
                 Err(RequestError::Plan(PlanError::DoesNotFit { needed_bytes, .. }))
@@ -213,7 +219,7 @@ impl Leader {
     }
 
     fn offers_for(&self, world: &World<'_>, ask: &Ask, near: NodeId) -> Result<Vec<Offer>, RequestError> {
-        let offers = self.offers(world, None, ask.spec.device.as_ref(), near, None);
+        let offers = self.offers(world, None, ask.spec.device.as_ref(), near, &BTreeSet::new());
         match &ask.spec.device {
             Some(device) if offers.is_empty() => Err(RequestError::NoDevice { device: device.to_string() }),
             _ => Ok(offers),
@@ -244,11 +250,19 @@ impl Leader {
         }
     }
 
-    /// Whether a model is made to leave: the one of those that nobody uses that was used longest ago.
-    fn make_room(&self, world: &mut World<'_>) -> bool {
+    /// Whether a model is made to leave: the one of those that nobody uses that was used longest ago. None does where
+    /// all of them together would not make room enough.
+    fn make_room(&self, world: &mut World<'_>, ask: &Ask, near: NodeId) -> bool {
+        let used = |id: &InstanceId| self.used.get(id).copied();
+        // Whoever asked for it has not yet told that it uses it.
+        let is_new = |id: &InstanceId| used(id).is_some_and(|used| world.now.saturating_sub(used) < TOLD_WITHIN);
         let running = world.desired.running().map(|(id, ..)| id);
-        let idle = running.filter(|id| !world.members.use_instance(*id));
-        let Some(id) = idle.min_by_key(|id| self.used.get(id).copied()) else { return false };
+        let idle: BTreeSet<InstanceId> = running.filter(|id| !world.members.use_instance(*id) && !is_new(id)).collect();
+        let offers = self.offers(world, None, ask.spec.device.as_ref(), near, &idle);
+        let shards = shard_count(world.members, &ask.spec);
+        let fits =
+            shards.and_then(|shards| place(&ask.demand, &offers, &world.members.links(), &shards, ask.spec.policy));
+        let Some(id) = idle.into_iter().min_by_key(used).filter(|_| fits.is_ok()) else { return false };
         tracing::info!(instance = %id, "unloading a model: another one needs its room");
         world.set(id, Want::Gone { error: None });
         true

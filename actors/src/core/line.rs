@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// From the order to wire to the last stage's answer.
 const WIRE_DEADLINE: Duration = Duration::from_secs(5);
+/// A placement may be of a node that its owner has yet to meet.
+const REACHED_WITHIN: Duration = Duration::from_secs(4);
 /// The first wait before shards are connected anew; each further one doubles it.
 const CUT_WAIT: Duration = Duration::from_millis(50);
 /// More cuts than this in a row: the link does not come back by itself.
@@ -119,6 +121,7 @@ pub(crate) struct Line {
     life: u64,
     incarnation: Option<Incarnation>,
     is_running: bool,
+    ordered: Duration,
     /// Since it was ordered to be wired, or ran.
     since: Duration,
     cuts: u32,
@@ -127,7 +130,7 @@ pub(crate) struct Line {
 impl Line {
     pub(crate) fn new(stamp: Stamp, wanted: Arc<Wanted>, now: Duration) -> Self {
         let stages = vec![StageState::Loading; wanted.placement.stages.len()];
-        Self { stamp, wanted, stages, life: 0, incarnation: None, is_running: false, since: now, cuts: 0 }
+        Self { stamp, wanted, stages, life: 0, incarnation: None, is_running: false, ordered: now, since: now, cuts: 0 }
     }
 
     /// The shards, to be ordered of their nodes.
@@ -208,6 +211,15 @@ impl Line {
         };
         let of = |line: &Self| line.wanted.placement.stages.get(*stage).cloned();
         of(self).is_some() && of(self) == of(other) && self.wanted.kv_pages == other.wanted.kv_pages
+    }
+
+    /// Nodes of shards that have been away for so long since they were ordered that the order may be lost. `is_here`: who
+    /// can be reached.
+    pub(crate) fn out_of_reach(&self, now: Duration, is_here: impl Fn(NodeId) -> bool) -> Vec<NodeId> {
+        let stages = self.wanted.placement.stages.iter().zip(&self.stages);
+        let waits = stages.filter(|(_, state)| matches!(state, StageState::Loading)).map(|(placed, _)| placed.node);
+        let is_due = now.saturating_sub(self.ordered) > REACHED_WITHIN;
+        waits.filter(|&node| is_due && !is_here(node)).collect()
     }
 
     pub(crate) fn on_node_lost(&mut self, node: NodeId) -> Option<usize> {

@@ -58,6 +58,13 @@ impl PlannerState {
         }
     }
 
+    pub(super) fn tell_owned_of_meeting(&self, node: NodeId) {
+        for owned in self.owned.values() {
+            // An instance that is gone is told of by supervision.
+            let _ = owned.instance.send_message(InstanceMsg::NodeMet(node));
+        }
+    }
+
     pub(super) fn tell_owned_of_loss(&self, node: NodeId) {
         for owned in self.owned.values() {
             let _ = owned.instance.send_message(InstanceMsg::NodeLost(node));

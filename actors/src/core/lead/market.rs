@@ -6,7 +6,7 @@ use crate::core::plan::Offer;
 use crate::core::view::InstanceId;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 impl Leader {
     /// What members offer to an instance, the asker's own node first. Memory of shards in `except` counts as free.
@@ -16,16 +16,16 @@ impl Leader {
         for_instance: Option<InstanceId>,
         device: Option<&DeviceId>,
         near: NodeId,
-        except: Option<InstanceId>,
+        except: &BTreeSet<InstanceId>,
     ) -> Vec<Offer> {
         let mut promised: BTreeMap<NodeId, u64> = BTreeMap::new();
-        for (.., wanted) in world.desired.running().filter(|(id, ..)| Some(*id) != except) {
+        for (.., wanted) in world.desired.running().filter(|(id, ..)| !except.contains(id)) {
             for stage in &wanted.placement.stages {
                 *promised.entry(stage.node).or_default() += stage.memory_bytes;
             }
         }
         let mut own_bytes: BTreeMap<NodeId, u64> = BTreeMap::new();
-        if let Some(wanted) = except.and_then(|id| world.desired.get(id)).and_then(|entry| entry.wanted()) {
+        for wanted in except.iter().filter_map(|id| world.desired.get(*id)?.wanted()) {
             for stage in &wanted.placement.stages {
                 *own_bytes.entry(stage.node).or_default() += stage.memory_bytes;
             }

@@ -2,12 +2,14 @@
 
 use super::{Leader, World};
 use crate::core::desired::{Stamp, Want, Wanted};
+use crate::core::members::MemberReport;
 use crate::core::plan::{PlanError, ShardCount, mend, pays_for_itself, place, token_seconds};
 use crate::core::spec::ModelSpec;
 use crate::core::view::InstanceId;
 use crate::request::RequestError;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// Members must have been the same for so long before anything moves for speed alone.
@@ -46,14 +48,50 @@ impl Leader {
         }
     }
 
+    /// Two leaders that did not see each other may both have filled a member: what came last goes elsewhere.
+    fn relieve_one(&self, world: &mut World<'_>, node: NodeId) {
+        let is_there = |wanted: &Wanted| wanted.placement.stages.iter().any(|stage| stage.node == node);
+        let there = world.desired.running().filter(|(.., wanted)| is_there(wanted));
+        let Some((id, _, wanted)) = there.max_by_key(|(_, stamp, _)| *stamp) else { return };
+        let wanted = wanted.clone();
+        let (near, links) = (wanted.owner().unwrap_or(world.own), world.members.links());
+        let offers = self.offers(world, Some(id), wanted.spec.device.as_ref(), near, &[id].into());
+        let want = match place(&wanted.demand, &offers, &links, &ShardCount::Automatic, wanted.spec.policy) {
+            Ok(placement) => {
+                let reason = "two models were to be in one place".to_owned();
+                Want::Run(Box::new(Wanted { placement, reason, ..wanted }))
+            }
+            Err(error) => Want::Gone { error: Some(error.into()) },
+        };
+        tracing::warn!(instance = %id, node = %node.short(), "a machine is to hold more than it has: a model moves");
+        world.set(id, want);
+    }
+
+    /// See `relieve_one`.
+    pub(super) fn relieve(&self, world: &mut World<'_>) {
+        let promised = |node: NodeId| -> u64 {
+            let stages = world.desired.running().flat_map(|(.., wanted)| &wanted.placement.stages);
+            stages.filter(|stage| stage.node == node).map(|stage| stage.memory_bytes).sum()
+        };
+        let is_full = |node: NodeId, report: &MemberReport| {
+            report.machine.memory_total_bytes.is_some_and(|total| promised(node) > total)
+        };
+        let members = world.members.0.iter();
+        let full: Vec<NodeId> =
+            members.filter(|(node, report)| is_full(**node, report)).map(|(&node, _)| node).collect();
+        for node in full {
+            self.relieve_one(world, node);
+        }
+    }
+
     /// Finds places for the shards of an instance that have none.
     fn replace(&self, world: &mut World<'_>, id: InstanceId, wanted: &Wanted, error: Option<RequestError>) {
         let near = wanted.owner().unwrap_or(world.own);
         let (device, links) = (wanted.spec.device.as_ref(), world.members.links());
-        let staying = self.offers(world, Some(id), device, near, None);
+        let staying = self.offers(world, Some(id), device, near, &BTreeSet::new());
         let mended = mend(&wanted.demand, &wanted.placement, &staying, &links);
         let afresh = || {
-            let offers = self.offers(world, Some(id), device, near, Some(id));
+            let offers = self.offers(world, Some(id), device, near, &[id].into());
             place(&wanted.demand, &offers, &links, &ShardCount::Automatic, wanted.spec.policy)
         };
         let placement = mended.map_or_else(afresh, Ok);
@@ -88,7 +126,7 @@ impl Leader {
         let mut moves = Vec::new();
         for (id, _, wanted) in world.desired.running().filter(|(.., wanted)| is_free(&wanted.spec)) {
             let near = wanted.owner().unwrap_or(world.own);
-            let offers = self.offers(world, Some(id), wanted.spec.device.as_ref(), near, Some(id));
+            let offers = self.offers(world, Some(id), wanted.spec.device.as_ref(), near, &[id].into());
             let better = place(&wanted.demand, &offers, &links, &ShardCount::Automatic, wanted.spec.policy);
             let Ok(better) = better else { continue };
             if better != wanted.placement

@@ -5,7 +5,7 @@
 //! moves any more.
 
 use super::{Random, seeds};
-use crate::core::desired::{Desired, Entry, Stamp, Want, Wanted};
+use crate::core::desired::{Desired, Entry, Stamp, Wanted};
 use crate::core::lead::{Ask, Effect, Leader, World};
 use crate::core::line::{Line, StageNews, StageTask, Step};
 use crate::core::members::{DeviceOffer, MemberReport, Members, OwnedInstance};
@@ -38,6 +38,7 @@ enum Said {
     Broken { id: InstanceId, stamp: Stamp, node: NodeId, device: DeviceId, error: RequestError },
     Start(Box<StageTask>),
     Wire { id: InstanceId, stage: usize, incarnation: Incarnation },
+    Clear { id: InstanceId, below: Stamp },
     News { id: InstanceId, stamp: Stamp, news: StageNews },
 }
 
@@ -168,7 +169,9 @@ impl Cluster {
         let mut random = Random::of(seed);
         let count = 2 + random.below(4) as usize;
         let ids: BTreeSet<NodeId> = (0..count)
-            .map(|_| format!("{:064x}", u128::from(random.below(u64::MAX >> 33)) << 64).parse().expect("an id"))
+            .map(|_| {
+                format!("{:032x}{:032x}", u128::from(random.below(u64::MAX >> 33)) << 96, 0).parse().expect("an id")
+            })
             .collect();
         let ids: Vec<NodeId> = ids.into_iter().collect();
         let memory: Vec<(u64, f64)> =
@@ -273,7 +276,7 @@ impl Cluster {
         if let Some(index) = dead {
             // Its new connections tell the others that it was gone.
             for other in 0..count {
-                if self.sees.remove(&(other, index)) {
+                if self.sees.contains(&(other, index)) {
                     self.lose(other, index);
                 }
                 self.sees.remove(&(index, other));
@@ -314,14 +317,31 @@ impl Cluster {
                         (node.report(), node.desired.entries().map(|(id, e)| (id, e.clone())).collect());
                     self.say(one, self.ids[other], Said::Report(Box::new(report)));
                     self.say(one, self.ids[other], Said::Desired(entries));
-                } else if is_gone && self.sees.remove(&(one, other)) {
+                    self.order_again(one, self.ids[other]);
+                } else if is_gone && self.sees.contains(&(one, other)) {
                     self.lose(one, other);
+                    self.lose(other, one);
                 }
             }
         }
     }
 
+    fn order_again(&mut self, one: usize, met: NodeId) {
+        let Some(node) = &self.nodes[one] else { return };
+        let heads = node.heads.iter().filter(|(_, head)| !head.line.is_loaded());
+        let tasks: Vec<_> = heads.flat_map(|(&id, head)| head.line.tasks(id)).filter(|(to, _)| *to == met).collect();
+        let running = node.heads.iter().filter(|(_, head)| head.line.is_running());
+        let clears: Vec<_> = running.map(|(&id, head)| Said::Clear { id, below: head.line.stamp() }).collect();
+        for clear in clears {
+            self.say(one, met, clear);
+        }
+        for (to, task) in tasks {
+            self.say(one, to, Said::Start(Box::new(task)));
+        }
+    }
+
     fn lose(&mut self, one: usize, other: usize) {
+        self.sees.remove(&(one, other));
         self.on_the_way.retain(|(_, from, to, _)| (*from, *to) != (one, other));
         let (gone, now) = (self.ids[other], self.now);
         let Some(node) = &mut self.nodes[one] else { return };
@@ -340,8 +360,10 @@ impl Cluster {
             std::mem::take(&mut self.on_the_way).into_iter().partition(|(due, ..)| *due <= self.now);
         self.on_the_way = later;
         for (_, from, to, said) in due {
-            let arrives = from == to || self.can_talk(from, to) && self.sees.contains(&(to, from));
-            if arrives && self.nodes[to].is_some() {
+            if from != to && self.sees.contains(&(to, from)) && !self.can_talk(from, to) {
+                // It is sent again until the connection is given up.
+                self.on_the_way.push_back((self.now + TICK, from, to, said));
+            } else if self.nodes[to].is_some() && (from == to || self.sees.contains(&(to, from))) {
                 self.hear(to, from, said);
             }
         }
@@ -374,6 +396,9 @@ impl Cluster {
             }
             Said::Start(task) => self.start(index, from_id, *task),
             Said::Wire { id, stage, incarnation } => self.wire(index, from_id, id, stage, incarnation),
+            Said::Clear { id, below } => {
+                node.shards.retain(|(of, _), shard| *of != id || shard.task.stamp >= below);
+            }
             Said::News { id, stamp, news } => self.on_news(index, from_id, id, stamp, &news),
         }
     }
@@ -433,7 +458,12 @@ impl Cluster {
         match step {
             Step::Loaded => head.rewire = Some(now),
             Step::Cut(.., wait) => head.rewire = Some(now + wait),
-            Step::Nothing | Step::Running | Step::Down(..) | Step::Lost(..) => {}
+            Step::Running => {
+                let clear = Said::Clear { id, below: head.line.stamp() };
+                self.say(index, self.ids[index], clear.clone());
+                self.say_to_others(index, &clear);
+            }
+            Step::Nothing | Step::Down(..) | Step::Lost(..) => {}
         }
     }
 
@@ -522,7 +552,12 @@ impl Cluster {
         let Some(node) = &mut self.nodes[index] else { return };
         let (own, leader) = (node.id, node.members.leader());
         let (mut said, mut late) = (Vec::new(), Vec::new());
+        let (sees, ids) = (&self.sees, &self.ids);
         for (&id, head) in &mut node.heads {
+            let is_here = |other| other == own || sees.iter().any(|(a, b)| *a == index && ids[*b] == other);
+            for lost in head.line.out_of_reach(now, is_here) {
+                let _ = head.line.on_node_lost(lost);
+            }
             if head.line.is_loaded() && !head.line.is_running() && head.rewire.is_some_and(|due| due <= now) {
                 head.rewire = None;
                 let incarnation = head.line.next_life(own, now);
@@ -598,11 +633,27 @@ impl Cluster {
         }
         for node in &nodes {
             let held: u64 = node.shards.values().map(|shard| shard.task.memory_bytes).sum();
-            assert!(held <= node.memory_bytes, "{} has room for what it holds", node.id.short());
+            let shards = node.shards.values().map(|shard| &shard.task).collect::<Vec<_>>();
+            assert!(held <= node.memory_bytes, "{} has room for what it holds: {shards:?}", node.id.short());
             for (name, (_, _, told)) in &node.wants {
                 // Others need the room, or nobody has it.
                 let is_told = matches!(told, Some(RequestError::Plan(_) | RequestError::Crowded { .. }));
-                assert!(specs.contains(name) || is_told, "{name} runs, or its client knows why not: {told:?}");
+                assert!(
+                    specs.contains(name) || is_told,
+                    "{name} runs, or its client knows why not: {told:?} {} {:?} wants {:?} leader {:?} running {:?}",
+                    node.id.short(),
+                    self.memory,
+                    nodes
+                        .iter()
+                        .map(|n| n.wants.iter().map(|(k, v)| (k.clone(), v.1, v.2.clone())).collect::<Vec<_>>())
+                        .collect::<Vec<_>>(),
+                    node.members.leader().map(|l| l.short()),
+                    first
+                        .desired
+                        .running()
+                        .map(|(id, _, w)| (id, w.spec.model.clone(), w.placement.stages.len()))
+                        .collect::<Vec<_>>()
+                );
                 assert!(name != "model-3" || !specs.contains(name), "what fits nobody does not run");
             }
         }

@@ -1,6 +1,6 @@
 //! Seeded simulation: of a head over its pipeline, and of a cluster's planning.
 //!
-//! Every failing run prints its seed; `EXO_SIM_SEED` makes that run again.
+//! Every failing run prints its seed; `EXO_SIM_SEED` makes that run again, and `EXO_SIM_SEEDS` says how many runs.
 
 mod cluster;
 mod head;
@@ -21,10 +21,11 @@ impl Random {
     }
 }
 
-/// The one that is asked for, or so many.
+/// The one that is asked for, or as many as are, or `count`.
 fn seeds(count: u64) -> Vec<u64> {
-    match std::env::var("EXO_SIM_SEED") {
-        Ok(seed) => vec![seed.parse().expect("EXO_SIM_SEED is a number")],
-        Err(_) => (0..count).collect(),
+    let number = |name| std::env::var(name).ok().map(|value| value.parse().expect("a seed is a number"));
+    match number("EXO_SIM_SEED") {
+        Some(seed) => vec![seed],
+        None => (0..number("EXO_SIM_SEEDS").unwrap_or(count)).collect(),
     }
 }
