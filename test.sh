@@ -10,6 +10,8 @@ say "tools"
 command -v python3 >/dev/null || { apt-get update -qq && apt-get install -y -qq python3 python3-pip; }
 python3 -m pip --version >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq python3-pip; }
 command -v cc >/dev/null || { apt-get update -qq && apt-get install -y -qq build-essential; }
+# Tests between hosts run in network namespaces; where these are not permitted they say that they are skipped.
+command -v ip >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2; } || true
 command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
 command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
 

@@ -13,6 +13,8 @@
 //! ```
 
 mod evicted;
+#[cfg(test)]
+mod hostile;
 mod probe;
 mod sessions;
 

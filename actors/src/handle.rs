@@ -27,7 +27,7 @@ pub async fn start(config: NodeConfig) -> Result<NodeHandle, SpawnErr> {
     let (started, parts) = oneshot::channel();
     let (node, _) = Node::spawn(None, Node, NodeArgs { config, started }).await?;
     let parts = parts.await.map_err(|error| SpawnErr::StartupFailed(error.into()))?;
-    let Parts { gateway, planner, models, cluster } = parts;
+    let Parts { gateway, planner, models, cluster, .. } = parts;
     Ok(NodeHandle { id, node, gateway, planner, models, cluster })
 }
 

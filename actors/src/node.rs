@@ -83,6 +83,9 @@ pub(crate) struct Parts {
     pub(crate) models: ModelsRef,
     /// `None` where this node is alone.
     pub(crate) cluster: Option<ClusterRef>,
+    /// For tests that speak as a member.
+    #[cfg(test)]
+    pub(crate) post: Post,
 }
 
 #[derive(Debug)]
@@ -218,13 +221,22 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
     let gateway_args = GatewayArgs { planner: planner.clone(), post: post.clone(), permits: Arc::clone(&permits) };
     let (gateway, _) = Gateway::spawn_linked(None, Gateway, gateway_args, cell()).await?;
     let mut cluster = None;
+    #[cfg(test)]
+    let post_of_tests = post.clone();
     if let Some(Joined { network, events, cookie, evicted, .. }) = config.joined {
         let (planner, gateway, models) = (planner.clone(), gateway.clone(), models.clone());
         let cluster_args =
             ClusterArgs { own, network, events, cookie, evicted, post, board, planner, gateway, models, deliver };
         cluster = Some(Cluster::spawn_linked(None, Cluster, cluster_args, cell()).await?.0);
     }
-    Ok(Parts { gateway: GatewayHandle::new(gateway, permits), planner, models, cluster })
+    Ok(Parts {
+        gateway: GatewayHandle::new(gateway, permits),
+        planner,
+        models,
+        cluster,
+        #[cfg(test)]
+        post: post_of_tests,
+    })
 }
 
 /// Each message to whom it concerns.

@@ -7,7 +7,7 @@
 //! - supervised by: the node.
 //!
 //! ```text
-//! Ensure ─► wanting (files, tokenizer) ─Want─► lead (on the leader: place, mend, unload) ─► Desired ─► own (heads here)
+//! Ensure ─► wanting (headers, tokenizer) ─Want─► core/lead (on the leader: place, mend, unload) ─► Desired ─► own (heads here)
 //! ```
 //! The member with the lowest id leads: it alone writes what is wanted, all hear of it, and whoever leads next goes on
 //! from what it has heard. A model that nobody has used for a while leaves, and so does, when another needs its room, the

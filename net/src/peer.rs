@@ -329,3 +329,6 @@ fn cut(name: &str) -> String {
     }
     shown
 }
+
+#[cfg(test)]
+mod hostile;

@@ -214,7 +214,7 @@ pub fn place(
             return Err(PlanError::TooManyShards { shards: *count, layers });
         }
         ShardCount::Exactly(1) => whole(demand, &ordered),
-        ShardCount::Exactly(count) => exactly(demand, &ordered, *count),
+        ShardCount::Exactly(count) => exactly(demand, &ordered, *count, policy),
         ShardCount::Automatic => best_chain(demand, &ordered, links, policy),
         ShardCount::ByHand(parts) => by_hand(demand, &ordered, parts)?,
     };
@@ -266,7 +266,7 @@ fn whole(demand: &Demand, ordered: &[&Offer]) -> Option<Vec<Stage>> {
 }
 
 /// The best split into `count` shards: over devices in order, and over again where there are more shards than devices.
-fn exactly(demand: &Demand, ordered: &[&Offer], count: usize) -> Option<Vec<Stage>> {
+fn exactly(demand: &Demand, ordered: &[&Offer], count: usize, policy: Policy) -> Option<Vec<Stage>> {
     let slots: Vec<Slot<'_>> = (0..count)
         .map(|index| {
             let offer = ordered[index % ordered.len()];
@@ -274,7 +274,7 @@ fn exactly(demand: &Demand, ordered: &[&Offer], count: usize) -> Option<Vec<Stag
             Slot { offer, free_bytes: offer.free_bytes / sharers }
         })
         .collect();
-    let ranges = exact_split(demand, &slots)?;
+    let ranges = exact_split(demand, &slots, policy)?;
     Some(ranges.into_iter().zip(&slots).map(|(range, slot)| stage(demand, slot.offer, range)).collect())
 }
 
@@ -313,111 +313,4 @@ fn stage(demand: &Demand, offer: &Offer, layers: Range<usize>) -> Stage {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn node() -> NodeId {
-        exo_net::Identity::ephemeral().expect("random bytes").node_id()
-    }
-
-    fn demand(layer_bytes: Vec<u64>, ends: u64) -> Demand {
-        Demand {
-            kv_bytes: vec![1; layer_bytes.len()],
-            layer_bytes,
-            embedding_bytes: ends,
-            head_bytes: ends,
-            ties_embeddings: true,
-            row_bytes: 16,
-        }
-    }
-
-    fn offers(free: &[(u64, f64)]) -> Vec<Offer> {
-        let node = node();
-        let offer = |(index, &(free_bytes, bytes_per_s)): (usize, &(u64, f64))| Offer {
-            node,
-            device: DeviceId(format!("gpu:{index}")),
-            free_bytes,
-            bytes_per_s,
-        };
-        free.iter().enumerate().map(offer).collect()
-    }
-
-    fn automatic(demand: &Demand, offers: &[Offer]) -> Result<Placement, PlanError> {
-        place(demand, offers, &Links::default(), &ShardCount::Automatic, Policy::Latency)
-    }
-
-    fn exact(demand: &Demand, offers: &[Offer], count: usize) -> Result<Placement, PlanError> {
-        place(demand, offers, &Links::default(), &ShardCount::Exactly(count), Policy::Latency)
-    }
-
-    #[test]
-    fn a_model_that_fits_one_device_is_not_split() {
-        let placement = automatic(&demand(vec![10; 8], 5), &offers(&[(200, 1.0), (200, 2.0)]));
-        let stages = placement.expect("it fits").stages;
-        assert_eq!(stages.len(), 1);
-        assert_eq!(stages[0].device.0, "gpu:1");
-        assert_eq!(stages[0].memory_bytes, 8 * 11 + 5);
-    }
-
-    #[test]
-    fn what_is_missing_is_named() {
-        let missing = automatic(&demand(vec![10; 8], 5), &offers(&[(40, 1.0), (20, 1.0)]));
-        let expected = PlanError::DoesNotFit { needed_bytes: 93, free_bytes: 60, missing_bytes: 33 };
-        assert_eq!(missing, Err(expected));
-        assert_eq!(automatic(&demand(vec![1], 0), &[]), Err(PlanError::NoDevice));
-    }
-
-    #[test]
-    fn shards_on_one_device_are_even() {
-        let placement = exact(&demand(vec![10; 30], 0), &offers(&[(1000, 1.0)]), 3);
-        let ranges: Vec<_> = placement.expect("it fits").stages.into_iter().map(|stage| stage.layers).collect();
-        assert_eq!(ranges, [0..10, 10..20, 20..30]);
-        let too_many = exact(&demand(vec![10; 3], 0), &offers(&[(1000, 1.0)]), 4);
-        assert_eq!(too_many, Err(PlanError::TooManyShards { shards: 4, layers: 3 }));
-    }
-
-    /// Every way to cut `layers` into `count` ranges.
-    fn all_splits(layers: usize, count: usize) -> Vec<Vec<Range<usize>>> {
-        if count == 1 {
-            return vec![vec![0..layers]];
-        }
-        let mut splits = Vec::new();
-        for cut in count - 1..layers {
-            for mut split in all_splits(cut, count - 1) {
-                split.push(cut..layers);
-                splits.push(split);
-            }
-        }
-        splits
-    }
-
-    proptest! {
-        /// R7.4: the split found is the cheapest that fits, as trying all of them shows.
-        #[test]
-        fn the_search_is_exact(
-            layer_bytes in prop::collection::vec(1_u64..20, 3..8),
-            ends in 0_u64..10,
-            devices in prop::collection::vec((5_u64..120, 1_u32..5), 2..4),
-        ) {
-            let devices: Vec<(u64, f64)> = devices.into_iter().map(|(free, speed)| (free, f64::from(speed))).collect();
-            let (demand, offers) = (demand(layer_bytes, ends), offers(&devices));
-            let count = offers.len();
-            let ordered = in_order(&offers);
-            let cost = |split: &[Range<usize>]| -> Option<f64> {
-                let fits = split.iter().zip(&ordered).all(|(range, offer)| demand.memory_bytes(range) <= offer.free_bytes);
-                fits.then(|| split.iter().zip(&ordered).map(|(range, offer)| demand.seconds(range, offer)).sum())
-            };
-            let splits = all_splits(demand.layers(), count);
-            let cheapest = splits.iter().filter_map(|split| cost(split)).min_by(f64::total_cmp);
-            match exact(&demand, &offers, count) {
-                Err(_) => prop_assert_eq!(cheapest, None),
-                Ok(placement) => {
-                    let ranges: Vec<_> = placement.stages.iter().map(|stage| stage.layers.clone()).collect();
-                    let found = cost(&ranges);
-                    prop_assert!(found.zip(cheapest).is_some_and(|(found, best)| (found - best).abs() < 1e-6));
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -1,6 +1,7 @@
 //! The exact search: dynamic programming over (device, layers placed so far).
 
 use super::{Demand, Links, Offer, Policy, Stage, stage};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// A place for one shard: a device, or a share of one.
@@ -22,13 +23,32 @@ struct Cost {
 const NOTHING: Cost = Cost { nodes: 0, total_s: 0.0, slowest_s: 0.0, stages: 0 };
 
 impl Cost {
-    /// With one more shard, which takes `compute_s` and is reached in `hop_s`.
-    fn and(self, compute_s: f64, hop_s: f64, new_node: bool) -> Self {
+    /// With the way to one more device.
+    fn and_hop(self, hop_s: f64, new_node: bool) -> Self {
         Self {
             nodes: self.nodes + u32::from(new_node),
-            total_s: self.total_s + compute_s + hop_s,
-            slowest_s: self.slowest_s.max(compute_s).max(hop_s),
+            total_s: self.total_s + hop_s,
+            slowest_s: self.slowest_s.max(hop_s),
+            ..self
+        }
+    }
+
+    /// With one more shard.
+    fn and_shard(self, compute_s: f64) -> Self {
+        Self {
+            total_s: self.total_s + compute_s,
+            slowest_s: self.slowest_s.max(compute_s),
             stages: self.stages + 1,
+            ..self
+        }
+    }
+
+    /// Whether whatever this becomes is worse than `best`: costs only grow.
+    fn exceeds(self, best: Self, policy: Policy) -> bool {
+        match policy {
+            Policy::Latency => self.total_s > best.total_s * (1.0 + 1e-6),
+            Policy::Throughput => self.slowest_s > best.slowest_s * (1.0 + 1e-6),
+            Policy::FewestNodes => self.nodes > best.nodes,
         }
     }
 
@@ -58,7 +78,7 @@ impl Cost {
 }
 
 /// The cheapest ranges, one for each slot, in order.
-pub(super) fn exact_split(demand: &Demand, slots: &[Slot<'_>]) -> Option<Vec<Range<usize>>> {
+pub(super) fn exact_split(demand: &Demand, slots: &[Slot<'_>], policy: Policy) -> Option<Vec<Range<usize>>> {
     let layers = demand.layers();
     let table = Table::new(demand);
     // best[slot][end]: cost of layers 0..end over the slots up to `slot`, and where the slot's range starts.
@@ -81,8 +101,8 @@ pub(super) fn exact_split(demand: &Demand, slots: &[Slot<'_>]) -> Option<Vec<Ran
                 if table.memory_bytes(start, end) > slot.free_bytes {
                     continue;
                 }
-                let cost = before.and(table.compute_bytes(start, end) / slot.offer.bytes_per_s.max(1.0), 0.0, false);
-                let is_better = cheapest.is_none_or(|(other, _)| even(cost, other));
+                let cost = before.and_shard(table.compute_bytes(start, end) / slot.offer.bytes_per_s.max(1.0));
+                let is_better = cheapest.is_none_or(|(other, _)| even(cost, other, policy));
                 if is_better {
                     cheapest = Some((cost, start));
                 }
@@ -102,20 +122,32 @@ pub(super) fn exact_split(demand: &Demand, slots: &[Slot<'_>]) -> Option<Vec<Ran
     Some(ranges)
 }
 
-/// The number of shards is given: the least total wins, and of equals the most even split.
-fn even(a: Cost, b: Cost) -> bool {
-    let margin = 1e-9 * b.total_s.abs();
-    a.total_s < b.total_s - margin || (a.total_s <= b.total_s + margin && a.slowest_s < b.slowest_s)
+/// The number of shards is given: the least total wins, and of equals the most even split; for throughput, the other way
+/// round.
+fn even(a: Cost, b: Cost, policy: Policy) -> bool {
+    let of = |cost: Cost| match policy {
+        Policy::Throughput => (cost.slowest_s, cost.total_s),
+        Policy::Latency | Policy::FewestNodes => (cost.total_s, cost.slowest_s),
+    };
+    let ((a, then_a), (b, then_b)) = (of(a), of(b));
+    let margin = 1e-9 * b.abs();
+    a < b - margin || (a <= b + margin && then_a < then_b)
 }
 
-/// The best chain over any of the devices, in their order.
+/// Up to so many devices every pair of ends is tried.
+const ENDS_TRIED_MAX: usize = 8;
+/// Beyond, these many of the fastest and of the roomiest as a beginning: more would take longer than anyone waits.
+const BEGINNINGS_TRIED: usize = 8;
+
+/// The best chain over any of the devices: with any two ends where devices are few, else with any of some beginnings; and
+/// between these in their order. The ends matter: they hold the embedding and the head, and the way back lies between them.
 pub(super) fn best_chain(demand: &Demand, ordered: &[&Offer], links: &Links, policy: Policy) -> Option<Vec<Stage>> {
     let table = Table::new(demand);
+    let search = Search { demand, table: &table, links, policy };
     let mut best: Option<(Cost, Vec<Stage>)> = None;
-    // The way back depends on where a chain begins: one search for each beginning.
-    for first in 0..ordered.len() {
-        let search = Search { demand, table: &table, ordered, links, policy };
-        if let Some((cost, stages)) = search.from(first)
+    for devices in orders(ordered) {
+        let bound = best.as_ref().map(|(cost, _)| *cost);
+        if let Some((cost, stages)) = search.along(&devices, bound)
             && best.as_ref().is_none_or(|(other, _)| cost.is_less(*other, policy))
         {
             best = Some((cost, stages));
@@ -124,10 +156,28 @@ pub(super) fn best_chain(demand: &Demand, ordered: &[&Offer], links: &Links, pol
     best.map(|(_, stages)| stages)
 }
 
+/// Orders to search along; each chain begins with the first of its order.
+fn orders<'a>(ordered: &[&'a Offer]) -> Vec<Vec<&'a Offer>> {
+    let without = |ends: &[usize]| {
+        let others = ordered.iter().enumerate().filter(|(index, _)| !ends.contains(index));
+        others.map(|(_, offer)| *offer).collect::<Vec<_>>()
+    };
+    let count = ordered.len();
+    if count == 1 || count > ENDS_TRIED_MAX {
+        let mut roomiest: Vec<usize> = (0..count).collect();
+        roomiest.sort_by_key(|&index| std::cmp::Reverse(ordered[index].free_bytes));
+        let beginnings: BTreeSet<usize> =
+            (0..count).take(BEGINNINGS_TRIED).chain(roomiest.into_iter().take(BEGINNINGS_TRIED)).collect();
+        return beginnings.into_iter().map(|first| [vec![ordered[first]], without(&[first])].concat()).collect();
+    }
+    let pairs =
+        (0..count).flat_map(|first| (0..count).filter(move |&last| last != first).map(move |last| (first, last)));
+    pairs.map(|(first, last)| [vec![ordered[first]], without(&[first, last]), vec![ordered[last]]].concat()).collect()
+}
+
 struct Search<'a> {
     demand: &'a Demand,
     table: &'a Table,
-    ordered: &'a [&'a Offer],
     links: &'a Links,
     policy: Policy,
 }
@@ -136,23 +186,27 @@ struct Search<'a> {
 type Reached = Option<(Cost, usize, usize)>;
 
 impl Search<'_> {
-    /// The best chain that begins on device `first`.
-    fn from(&self, first: usize) -> Option<(Cost, Vec<Stage>)> {
+    /// The best chain that begins on the first of the devices, and goes on over any of the others in their order.
+    /// Nothing is looked at that costs more than `bound`.
+    fn along(&self, devices: &[&Offer], bound: Option<Cost>) -> Option<(Cost, Vec<Stage>)> {
         let layers = self.demand.layers();
-        let devices = &self.ordered[first..];
         let mut reached: Vec<Vec<Reached>> = Vec::with_capacity(devices.len());
         for (index, offer) in devices.iter().enumerate() {
             let arrivals = self.arrivals(devices, &reached, index);
             let mut row: Vec<Reached> = vec![None; layers + 1];
             for (start, arrival) in arrivals.into_iter().enumerate() {
-                let Some((before, from, hop_s, is_new)) = arrival else { continue };
+                let Some((before, from)) = arrival else { continue };
                 for (end, slot) in row.iter_mut().enumerate().skip(start + 1) {
                     if self.table.memory_bytes(start, end) > offer.free_bytes {
                         // More layers need no less.
                         break;
                     }
                     let compute_s = self.table.compute_bytes(start, end) / offer.bytes_per_s.max(1.0);
-                    let cost = before.and(compute_s, hop_s, is_new);
+                    let cost = before.and_shard(compute_s);
+                    if bound.is_some_and(|bound| cost.exceeds(bound, self.policy)) {
+                        // Nor do they cost less.
+                        break;
+                    }
                     if slot.is_none_or(|(other, ..)| cost.is_less(other, self.policy)) {
                         *slot = Some((cost, start, from));
                     }
@@ -163,17 +217,12 @@ impl Search<'_> {
         self.best_end(devices, &reached)
     }
 
-    /// For each layer, the cheapest way to begin it on device `index`: the cost so far, the device before, the hop.
-    fn arrivals(
-        &self,
-        devices: &[&Offer],
-        reached: &[Vec<Reached>],
-        index: usize,
-    ) -> Vec<Option<(Cost, usize, f64, bool)>> {
+    /// For each layer, the cheapest way to begin it on device `index`: the cost until then, and the device before.
+    fn arrivals(&self, devices: &[&Offer], reached: &[Vec<Reached>], index: usize) -> Vec<Option<(Cost, usize)>> {
         let layers = self.demand.layers();
-        let mut arrivals = vec![None; layers];
+        let mut arrivals: Vec<Option<(Cost, usize)>> = vec![None; layers];
         if index == 0 {
-            arrivals[0] = Some((NOTHING, 0, 0.0, true));
+            arrivals[0] = Some((NOTHING.and_hop(0.0, true), 0));
             return arrivals;
         }
         for (from, row) in reached.iter().enumerate() {
@@ -181,12 +230,9 @@ impl Search<'_> {
             let is_new = devices[from].node != devices[index].node;
             for (start, slot) in arrivals.iter_mut().enumerate().skip(1) {
                 let Some((cost, ..)) = row[start] else { continue };
-                let arrived = cost.and(0.0, hop_s, is_new);
-                let is_better = slot.is_none_or(|(other, _, other_hop, other_new): (Cost, usize, f64, bool)| {
-                    arrived.is_less(other.and(0.0, other_hop, other_new), self.policy)
-                });
-                if is_better {
-                    *slot = Some((cost, from, hop_s, is_new));
+                let arrived = cost.and_hop(hop_s, is_new);
+                if slot.is_none_or(|(other, _): (Cost, usize)| arrived.is_less(other, self.policy)) {
+                    *slot = Some((arrived, from));
                 }
             }
         }

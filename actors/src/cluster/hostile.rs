@@ -1,0 +1,246 @@
+//! A member that speaks out of turn: it sends what the protocol has, where it has no business to. It is a process of its
+//! own, for there is one clustered node in each.
+
+use super::{Cluster, Evicted};
+use crate::core::desired::{Entry, Stamp, Want};
+use crate::core::lead::Ask;
+use crate::core::line::{StageNews, StageTask};
+use crate::core::plan::Demand;
+use crate::core::spec::{FilesId, ModelSpec};
+use crate::core::view::{InstanceId, Model};
+use crate::models::ModelsConfig;
+use crate::node::{Joined, Node, NodeArgs, NodeConfig, Parts};
+use crate::planner::PlannerLimits;
+use crate::protocol::{ControlMessage, DataHello, End, LinkHello, PiecesWanted, StageOrder, WeightsAsk};
+use crate::request::RequestError;
+use exo_engines::cpu::CpuFactory;
+use exo_engines::engine::{DeviceId, Incarnation};
+use exo_net::{
+    ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, Payload, Priority, WireType,
+};
+use ractor::Actor;
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+
+/// How the process of the hostile member hears of its victim.
+const VICTIM: &str = "EXO_TEST_VICTIM";
+
+fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Path) -> (NodeConfig, Option<SocketAddr>) {
+    let identity = Arc::new(Identity::ephemeral().expect("random bytes"));
+    let id = identity.node_id();
+    let cookie = secret.cookie();
+    let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+    let network = NetworkConfig {
+        identity,
+        secret,
+        name: "test".to_owned(),
+        listen,
+        peers,
+        discover: Discover::Off,
+        evicted: BTreeSet::new(),
+    };
+    let (network, events) = Network::start(network).expect("it listens");
+    let address = network.address();
+    let addresses = address.into_iter().collect();
+    let evicted = Evicted::new(BTreeSet::new(), |_| {});
+    let models = ModelsConfig {
+        folders: vec![models.to_owned()],
+        hub_endpoint: None,
+        hub_token: None,
+        hub_cache: models.join("hub"),
+        is_offline: true,
+        python: "false".to_owned(),
+        progress: Arc::new(|_| {}),
+    };
+    let config = NodeConfig {
+        id,
+        name: "test".to_owned(),
+        factories: vec![Arc::new(CpuFactory::new(1))],
+        models,
+        limits: PlannerLimits::default(),
+        wire_type: WireType::F32,
+        joined: Some(Joined { network, events, cookie, addresses, evicted }),
+    };
+    (config, address)
+}
+
+fn task(stamp: Stamp, stage: usize) -> StageTask {
+    StageTask {
+        instance: InstanceId(7),
+        stamp,
+        stage,
+        spec: ModelSpec::new("/etc/passwd"),
+        files: FilesId([1; 32]),
+        #[expect(clippy::reversed_empty_ranges, reason = "what no planner gives")]
+        layers: 9..3,
+        device: DeviceId("cpu".to_owned()),
+        context_tokens: u32::MAX,
+        kv_pages: u32::MAX,
+        memory_bytes: u64::MAX,
+    }
+}
+
+/// Each message of the protocol, where nobody expects it.
+fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
+    let stamp = Stamp { counter: u64::MAX - round, by: own };
+    let (instance, incarnation) = (InstanceId(round), Incarnation { epoch: u64::MAX, owner: *own.as_bytes() });
+    let news = [
+        StageNews::Up { stage: usize::MAX },
+        StageNews::Loading { stage: 3, loaded_bytes: u64::MAX, total_bytes: 0 },
+        StageNews::Wired { stage: 0, incarnation },
+        StageNews::Cut { stage: 9, incarnation, what: "x".repeat(10_000) },
+    ];
+    let wire = StageOrder::Wire {
+        instance: InstanceId(7),
+        stage: 2,
+        incarnation,
+        from: own,
+        next: own,
+        to: End::Stage(usize::MAX),
+        wire_type: WireType::F16,
+    };
+    let demand = Demand {
+        layer_bytes: vec![u64::MAX / 4; 2000],
+        kv_bytes: vec![u64::MAX / 4; 2000],
+        embedding_bytes: u64::MAX,
+        head_bytes: u64::MAX,
+        ties_embeddings: false,
+        row_bytes: 0,
+    };
+    let model = Model {
+        name: "m".to_owned(),
+        family: String::new(),
+        quantization: String::new(),
+        context_tokens: 0,
+        files: FilesId([2; 32]),
+    };
+    let spec = ModelSpec { shards: Some(usize::MAX), ..ModelSpec::new("m") };
+    let ask = Ask { spec: spec.clone(), model, kv_pages: 0, demand };
+    let entries = (0..500).map(|id| (InstanceId(id), Entry { stamp, want: Want::Gone { error: None } })).collect();
+    let orders = [
+        StageOrder::Start(Box::new(task(stamp, usize::MAX))),
+        wire,
+        StageOrder::Clear { instance: InstanceId(7), below: stamp },
+    ];
+    let error = RequestError::Moved;
+    let device = DeviceId("cpu".to_owned());
+    let others = [
+        ControlMessage::Desired(entries),
+        ControlMessage::Want(Box::new(ask)),
+        ControlMessage::Refused { spec, error: error.clone() },
+        ControlMessage::Broken { instance, stamp, node: own, device, error },
+    ];
+    let news = news.into_iter().map(|news| ControlMessage::News { instance, stamp, news });
+    news.chain(orders.into_iter().map(ControlMessage::Stage)).chain(others).collect()
+}
+
+fn streams(own: NodeId, round: u64) -> Vec<DataHello> {
+    let incarnation = Incarnation { epoch: round, owner: *own.as_bytes() };
+    let ask = |wanted| DataHello::Weights(WeightsAsk { model: "../../etc/passwd".to_owned(), files: None, wanted });
+    vec![
+        DataHello::Link(LinkHello { instance: InstanceId(7), incarnation, to: End::Head }),
+        ask(PiecesWanted::Outline),
+        ask(PiecesWanted::Pieces(vec![u32::MAX; 1000])),
+        DataHello::Probe,
+    ]
+}
+
+/// The hostile process.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "started by the other test of this file"]
+async fn a_member_out_of_turn() {
+    let Ok(token) = std::env::var(VICTIM) else { return };
+    let token: JoinToken = token.parse().expect("a token");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (config, _) = config(token.secret, token.addresses, folder.path());
+    let own = config.id;
+    let (started, parts) = oneshot::channel();
+    let (_node, _) = Node::spawn(None, Node, NodeArgs { config, started }).await.expect("it starts");
+    let Parts { post, .. } = parts.await.expect("it starts");
+    let begun = Instant::now();
+    while post.peers().is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "nobody is met");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for round in 0..100 {
+        for (victim, data) in post.peers() {
+            out_of_turn(own, round).into_iter().for_each(|message| post.tell(victim, message));
+            for hello in streams(own, round) {
+                if let Ok(mut stream) = data.open(Priority::Normal).await {
+                    // Whatever becomes of it.
+                    let _ = stream.writer.send(&hello, Payload::Nothing).await;
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    println!("said all");
+}
+
+fn resident_bytes() -> u64 {
+    crate::machine::measure_once().process_bytes.expect("it is measured")
+}
+
+/// R7.3, R8.4: a member that sends messages out of order, of other instances, with absurd numbers, again and again, changes
+/// nothing for others: the node answers, in time, and its memory is what it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_out_of_turn_harm_nobody() {
+    let secret = ClusterSecret::random().expect("random bytes");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (config, address) = config(secret.clone(), Vec::new(), folder.path());
+    let node = crate::handle::start(config).await.expect("it starts");
+    let before = resident_bytes();
+    let token = JoinToken { secret, addresses: address.into_iter().collect() }.to_string();
+    let mut command = tokio::process::Command::new(std::env::current_exe().expect("this program"));
+    command.args(["cluster::hostile::a_member_out_of_turn", "--exact", "--ignored", "--nocapture"]).env(VICTIM, token);
+    let hostile = command.kill_on_drop(true).output();
+    tokio::pin!(hostile);
+    let output = loop {
+        tokio::select! {
+            output = &mut hostile => break output.expect("it runs"),
+            () = tokio::time::sleep(Duration::from_millis(100)) => {
+                let asked = Instant::now();
+                node.state().await.expect("the node answers");
+                assert!(asked.elapsed() < Duration::from_secs(2), "in time");
+            }
+        }
+    };
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("said all"), "{said} {}", String::from_utf8_lossy(&output.stderr));
+    let state = node.state().await.expect("the node answers");
+    assert!(state.instances.is_empty(), "nothing was started: {:?}", state.instances);
+    let unknown = node.load(ModelSpec::new("no-such-model")).await;
+    assert!(matches!(unknown, Err(RequestError::Model(_))), "its own requests are answered as ever");
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown < 64 << 20, "{grown} bytes more");
+    node.shutdown().await;
+}
+
+/// No actor but the one for members can be reached from other nodes: its message alone has a way over the wire.
+#[test]
+fn one_actor_can_be_reached() {
+    fn is_remotable<A: Actor>() -> bool
+    where
+        A::Msg: ractor::Message,
+    {
+        <A::Msg as ractor::Message>::serializable()
+    }
+    assert!(is_remotable::<crate::control::Control>());
+    let others = [
+        is_remotable::<Cluster>(),
+        is_remotable::<Node>(),
+        is_remotable::<crate::gateway::Gateway>(),
+        is_remotable::<crate::planner::Planner>(),
+        is_remotable::<crate::instance::Instance>(),
+        is_remotable::<crate::stages::Stages>(),
+        is_remotable::<crate::models::Models>(),
+        is_remotable::<crate::device::Device>(),
+        is_remotable::<crate::shard::Shard>(),
+        is_remotable::<crate::monitor::Monitor>(),
+        is_remotable::<crate::tokenizer::TokenizerActor>(),
+    ];
+    assert!(others.iter().all(|is_remotable| !is_remotable), "{others:?}");
+}

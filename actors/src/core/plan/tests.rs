@@ -1,0 +1,227 @@
+//! Placements, beside what trying all of them finds.
+
+use super::*;
+use proptest::prelude::*;
+
+fn node() -> NodeId {
+    exo_net::Identity::ephemeral().expect("random bytes").node_id()
+}
+
+fn demand(layer_bytes: Vec<u64>, ends: u64) -> Demand {
+    Demand {
+        kv_bytes: vec![1; layer_bytes.len()],
+        layer_bytes,
+        embedding_bytes: ends,
+        head_bytes: ends,
+        ties_embeddings: true,
+        row_bytes: 16,
+    }
+}
+
+fn offers(free: &[(u64, f64)]) -> Vec<Offer> {
+    let node = node();
+    let offer = |(index, &(free_bytes, bytes_per_s)): (usize, &(u64, f64))| Offer {
+        node,
+        device: DeviceId(format!("gpu:{index}")),
+        free_bytes,
+        bytes_per_s,
+    };
+    free.iter().enumerate().map(offer).collect()
+}
+
+fn automatic(demand: &Demand, offers: &[Offer]) -> Result<Placement, PlanError> {
+    place(demand, offers, &Links::default(), &ShardCount::Automatic, Policy::Latency)
+}
+
+fn exact(demand: &Demand, offers: &[Offer], count: usize) -> Result<Placement, PlanError> {
+    place(demand, offers, &Links::default(), &ShardCount::Exactly(count), Policy::Latency)
+}
+
+#[test]
+fn a_model_that_fits_one_device_is_not_split() {
+    let placement = automatic(&demand(vec![10; 8], 5), &offers(&[(200, 1.0), (200, 2.0)]));
+    let stages = placement.expect("it fits").stages;
+    assert_eq!(stages.len(), 1);
+    assert_eq!(stages[0].device.0, "gpu:1");
+    assert_eq!(stages[0].memory_bytes, 8 * 11 + 5);
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let missing = automatic(&demand(vec![10; 8], 5), &offers(&[(40, 1.0), (20, 1.0)]));
+    let expected = PlanError::DoesNotFit { needed_bytes: 93, free_bytes: 60, missing_bytes: 33 };
+    assert_eq!(missing, Err(expected));
+    assert_eq!(automatic(&demand(vec![1], 0), &[]), Err(PlanError::NoDevice));
+}
+
+#[test]
+fn shards_on_one_device_are_even() {
+    let placement = exact(&demand(vec![10; 30], 0), &offers(&[(1000, 1.0)]), 3);
+    let ranges: Vec<_> = placement.expect("it fits").stages.into_iter().map(|stage| stage.layers).collect();
+    assert_eq!(ranges, [0..10, 10..20, 20..30]);
+    let too_many = exact(&demand(vec![10; 3], 0), &offers(&[(1000, 1.0)]), 4);
+    assert_eq!(too_many, Err(PlanError::TooManyShards { shards: 4, layers: 3 }));
+}
+
+/// Every way to cut `layers` into `count` ranges.
+fn all_splits(layers: usize, count: usize) -> Vec<Vec<Range<usize>>> {
+    if count == 1 {
+        return vec![vec![0..layers]];
+    }
+    let mut splits = Vec::new();
+    for cut in count - 1..layers {
+        for mut split in all_splits(cut, count - 1) {
+            split.push(cut..layers);
+            splits.push(split);
+        }
+    }
+    splits
+}
+
+proptest! {
+    /// R7.4: the split found is the cheapest that fits, as trying all of them shows.
+    #[test]
+    fn the_search_is_exact(
+        layer_bytes in prop::collection::vec(1_u64..20, 3..8),
+        ends in 0_u64..10,
+        devices in prop::collection::vec((5_u64..120, 1_u32..5), 2..4),
+    ) {
+        let devices: Vec<(u64, f64)> = devices.into_iter().map(|(free, speed)| (free, f64::from(speed))).collect();
+        let (demand, offers) = (demand(layer_bytes, ends), offers(&devices));
+        let count = offers.len();
+        let ordered = in_order(&offers);
+        let cost = |split: &[Range<usize>]| -> Option<f64> {
+            let fits = split.iter().zip(&ordered).all(|(range, offer)| demand.memory_bytes(range) <= offer.free_bytes);
+            fits.then(|| split.iter().zip(&ordered).map(|(range, offer)| demand.seconds(range, offer)).sum())
+        };
+        let splits = all_splits(demand.layers(), count);
+        let cheapest = splits.iter().filter_map(|split| cost(split)).min_by(f64::total_cmp);
+        match exact(&demand, &offers, count) {
+            Err(_) => prop_assert_eq!(cheapest, None),
+            Ok(placement) => {
+                let ranges: Vec<_> = placement.stages.iter().map(|stage| stage.layers.clone()).collect();
+                let found = cost(&ranges);
+                prop_assert!(found.zip(cheapest).is_some_and(|(found, best)| (found - best).abs() < 1e-6));
+            }
+        }
+    }
+
+    /// R7.4: of all chains over all devices in all orders none is better than the one found, by any policy; where none
+    /// fits, none is found.
+    #[test]
+    fn no_chain_is_better(
+        layers in 1_usize..6,
+        ends in 0_u64..30,
+        devices in prop::collection::vec((5_u64..60, 1_u32..5), 1..5),
+        rtt_ms in 0_u32..4000,
+        policy in prop::sample::select(vec![Policy::Latency, Policy::Throughput, Policy::FewestNodes]),
+    ) {
+        let demand = demand(vec![10; layers], ends);
+        let offers = of_nodes(&devices);
+        let links = even_links(&offers, f64::from(rtt_ms) / 1e3);
+        let best = all_chains(&demand, &offers).into_iter().map(|chain| worth(&demand, &chain, &offers, &links, policy));
+        let best = best.min_by(|a, b| a.partial_cmp(b).expect("numbers"));
+        let found = place(&demand, &offers, &links, &ShardCount::Automatic, policy).ok();
+        let found = found.map(|placement| worth(&demand, &placement, &offers, &links, policy));
+        match (found, best) {
+            (Some(found), Some(best)) => {
+                prop_assert!((found.0 - best.0).abs() < 1e-9 && found.1 <= best.1 + 1e-9, "{found:?} {best:?}");
+            }
+            (found, best) => prop_assert_eq!(found, best),
+        }
+    }
+
+    /// What is mended leaves shards where they are as far as their devices are there, puts the others where there is
+    /// room, and finds a place wherever one shard has lost its own and any device has room for it.
+    #[test]
+    fn what_can_stay_stays(
+        devices in prop::collection::vec((20_u64..80, 1_u32..5), 2..5),
+        gone in 0_usize..4,
+    ) {
+        let demand = demand(vec![10; 4], 5);
+        let offers = of_nodes(&devices);
+        let links = even_links(&offers, 1e-3);
+        let Ok(current) = place(&demand, &offers, &links, &ShardCount::Exactly(2), Policy::Latency) else { return Ok(()) };
+        let gone = offers[gone % offers.len()].node;
+        let taken = |offer: &Offer| -> u64 {
+            current.stages.iter().filter(|stage| stage.node == offer.node).map(|stage| stage.memory_bytes).sum()
+        };
+        let left: Vec<Offer> = offers.iter().filter(|offer| offer.node != gone).map(|offer| {
+            Offer { free_bytes: offer.free_bytes - taken(offer), ..offer.clone() }
+        }).collect();
+        let lost: Vec<&Stage> = current.stages.iter().filter(|stage| stage.node == gone).collect();
+        match mend(&demand, &current, &left, &links) {
+            Some(mended) => {
+                for (old, new) in current.stages.iter().zip(&mended.stages) {
+                    prop_assert_eq!(&old.layers, &new.layers);
+                    let is_kept = old.node != gone;
+                    prop_assert!(is_kept && old == new || !is_kept && new.node != gone);
+                }
+                for offer in &left {
+                    let new = mended.stages.iter().zip(&current.stages).filter(|(new, old)| new.node == offer.node && old.node == gone);
+                    prop_assert!(new.map(|(new, _)| new.memory_bytes).sum::<u64>() <= offer.free_bytes);
+                }
+            }
+            None => {
+                let roomy = left.iter().any(|offer| lost.iter().all(|stage| offer.free_bytes >= stage.memory_bytes));
+                prop_assert!(lost.len() > 1 || !roomy);
+            }
+        }
+    }
+}
+
+/// Devices of a node each, with memory and speed.
+fn of_nodes(devices: &[(u64, u32)]) -> Vec<Offer> {
+    let offer = |&(free_bytes, speed): &(u64, u32)| Offer {
+        node: node(),
+        device: DeviceId("gpu:0".to_owned()),
+        free_bytes,
+        bytes_per_s: f64::from(speed),
+    };
+    devices.iter().map(offer).collect()
+}
+
+fn even_links(offers: &[Offer], rtt_s: f64) -> Links {
+    let pairs = offers.iter().flat_map(|from| offers.iter().map(move |to| (from.node, to.node)));
+    Links(pairs.map(|pair| (pair, Link { rtt_s, bytes_per_s: Some(1e3) })).collect())
+}
+
+/// Every way to put the layers on any of the devices in any order, as far as memory goes.
+fn all_chains(demand: &Demand, offers: &[Offer]) -> Vec<Placement> {
+    fn orders(left: Vec<&Offer>) -> Vec<Vec<&Offer>> {
+        let mut all = vec![Vec::new()];
+        for index in 0..left.len() {
+            let mut others = left.clone();
+            let first = others.remove(index);
+            all.extend(orders(others).into_iter().map(|order| [vec![first], order].concat()));
+        }
+        all
+    }
+    let mut chains = Vec::new();
+    for order in orders(offers.iter().collect()) {
+        if order.is_empty() || order.len() > demand.layers() {
+            continue;
+        }
+        for split in all_splits(demand.layers(), order.len()) {
+            if split.iter().zip(&order).all(|(range, offer)| demand.memory_bytes(range) <= offer.free_bytes) {
+                let stages = split.into_iter().zip(&order).map(|(range, offer)| stage(demand, offer, range)).collect();
+                chains.push(Placement { stages });
+            }
+        }
+    }
+    chains
+}
+
+/// What a policy minimises, and what decides between equals.
+fn worth(demand: &Demand, placement: &Placement, offers: &[Offer], links: &Links, policy: Policy) -> (f64, f64) {
+    let total = token_seconds(demand, placement, offers, links);
+    let speed = |stage: &Stage| offers.iter().find(|offer| offer.node == stage.node).expect("it is offered");
+    let stages = placement.stages.iter().map(|stage| demand.seconds(&stage.layers, speed(stage)));
+    let hops = placement.stages.windows(2).map(|pair| links.seconds(pair[0].node, pair[1].node, demand.row_bytes));
+    let slowest = stages.chain(hops).fold(0.0, f64::max);
+    match policy {
+        Policy::Latency => (total, f64::INFINITY),
+        Policy::Throughput => (slowest, f64::INFINITY),
+        Policy::FewestNodes => (placement.stages.len() as f64, total),
+    }
+}

@@ -1,0 +1,187 @@
+//! A row of activations from node to node and back, beside the same bytes on a plain stream of the same library.
+
+use anyhow::Context;
+use exo_net::{
+    Announced, ClusterSecret, DataConnection, Discover, Identity, LinkReceiver, LinkSender, Network, NetworkConfig,
+    NetworkEvent, Payload, Peer, Received, WireType,
+};
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// 16 KiB.
+const NUMBERS: usize = 4096;
+const HOPS: usize = 2000;
+/// Not counted.
+const WARM_UP: usize = 200;
+
+/// Half of a way there and back: median and 99th percentile, in microseconds.
+struct Times {
+    p50: f64,
+    p99: f64,
+}
+
+impl Times {
+    fn of(mut took: Vec<Duration>) -> Self {
+        took.drain(..WARM_UP.min(took.len()));
+        took.sort_unstable();
+        let at = |share: f64| took[(took.len() as f64 * share) as usize].as_secs_f64() * 1e6 / 2.0;
+        Self { p50: at(0.5), p99: at(0.99) }
+    }
+}
+
+pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let (mut links, mut plain) = (Vec::new(), Vec::new());
+    for _ in 0..repeat {
+        links.push(runtime.block_on(over_link())?);
+        plain.push(runtime.block_on(over_stream())?);
+        eprintln!("{:?} {:?}", links.last().map(|t| (t.p50, t.p99)), plain.last().map(|t| (t.p50, t.p99)));
+    }
+    for (name, of) in [("p50", (|times| times.p50) as fn(&Times) -> f64), ("p99", |times| times.p99)] {
+        let (link, stream) =
+            (crate::median(links.iter().map(of).collect()), crate::median(plain.iter().map(of).collect()));
+        println!(
+            "hop of 16 KiB, {name}: {link:.0} µs over a link, {stream:.0} µs over a stream: {:.2}×",
+            link / stream
+        );
+    }
+    Ok(())
+}
+
+fn network(
+    secret: &ClusterSecret,
+    peers: Vec<SocketAddr>,
+) -> anyhow::Result<(Network, tokio::sync::mpsc::Receiver<NetworkEvent>)> {
+    let config = NetworkConfig {
+        identity: Arc::new(Identity::ephemeral()?),
+        secret: secret.clone(),
+        name: "bench".to_owned(),
+        listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        peers,
+        discover: Discover::Off,
+        evicted: BTreeSet::new(),
+    };
+    Ok(Network::start(config)?)
+}
+
+async fn peer(events: &mut tokio::sync::mpsc::Receiver<NetworkEvent>) -> anyhow::Result<Box<Peer>> {
+    loop {
+        match events.recv().await.context("the network has ended")? {
+            // Whoever drops it ends its connections.
+            NetworkEvent::PeerUp(peer) => return Ok(peer),
+            NetworkEvent::PeerDown { .. } => {}
+        }
+    }
+}
+
+async fn pass_back(mut from: LinkReceiver, mut to: LinkSender) -> anyhow::Result<()> {
+    while let Some((count, Received::Numbers(numbers))) = from.receive::<u64>(fits).await? {
+        from.taken().await?;
+        to.send(&count, Payload::Numbers(&numbers, WireType::F32)).await?;
+    }
+    Ok(())
+}
+
+fn fits(_: &u64, announced: Announced) -> Result<(), String> {
+    match announced {
+        Announced::Numbers { count: NUMBERS } => Ok(()),
+        _ => Err("a row of another size".to_owned()),
+    }
+}
+
+async fn receiver(data: &DataConnection) -> anyhow::Result<LinkReceiver> {
+    let mut stream = data.accept().await?;
+    stream.reader.receive::<u8>(|_, _| Ok(())).await?.context("a greeting")?;
+    Ok(LinkReceiver::new(stream))
+}
+
+async fn over_link() -> anyhow::Result<Times> {
+    let secret = ClusterSecret::random()?;
+    let (far, mut far_events) = network(&secret, Vec::new())?;
+    let address = far.address().context("an address")?;
+    let (near, mut near_events) = network(&secret, vec![address])?;
+    let (near_peer, far_peer) = (peer(&mut near_events).await?, peer(&mut far_events).await?);
+    let (near_data, far_data) = (near_peer.data.clone(), far_peer.data.clone());
+    // As a node has it: links are served on the network's own thread.
+    let (back, there) = (far_data.clone(), near_data.clone());
+    far_data.spawn(async move {
+        let Ok(from) = receiver(&back).await else { return };
+        let Ok(to) = back.open_link(&0u8).await else { return };
+        // It ends with the connection.
+        let _ = pass_back(from, to).await;
+    });
+    let (done, result) = tokio::sync::oneshot::channel();
+    near_data.spawn(async move {
+        // Whoever waits is there.
+        let _ = done.send(ping(&there).await);
+    });
+    let took = result.await??;
+    near.stop().await;
+    far.stop().await;
+    tokio::task::spawn_blocking(move || drop((near, far))).await?;
+    Ok(Times::of(took))
+}
+
+async fn ping(data: &DataConnection) -> anyhow::Result<Vec<Duration>> {
+    let mut to = data.open_link(&0u8).await?;
+    let mut from = receiver(data).await?;
+    let numbers = vec![0.5; NUMBERS];
+    let mut took = Vec::with_capacity(HOPS);
+    for hop in 0..HOPS as u64 {
+        let begun = Instant::now();
+        to.send(&hop, Payload::Numbers(&numbers, WireType::F32)).await?;
+        from.receive::<u64>(fits).await?.context("it came back")?;
+        took.push(begun.elapsed());
+        from.taken().await?;
+    }
+    Ok(took)
+}
+
+async fn over_stream() -> anyhow::Result<Times> {
+    let key = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
+    let certificate = CertificateDer::from(key.cert.der().to_vec());
+    let secret = PrivateKeyDer::try_from(key.signing_key.serialize_der()).map_err(anyhow::Error::msg)?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let server = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.clone()], secret)?;
+    let server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server)?));
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificate)?;
+    let client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client)?));
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let (far, near) = (quinn::Endpoint::server(server, any)?, quinn::Endpoint::client(any)?);
+    let address = far.local_addr()?;
+    let accepting = tokio::spawn(async move {
+        let connection = far.accept().await.context("a client")?.await?;
+        let (mut to, mut from) = connection.accept_bi().await?;
+        let mut bytes = vec![0; NUMBERS * 4];
+        // It ends with the connection.
+        while from.read_exact(&mut bytes).await.is_ok() {
+            to.write_all(&bytes).await?;
+        }
+        Ok::<_, anyhow::Error>(())
+    });
+    let connection = near.connect_with(client, address, "localhost")?.await?;
+    let (mut to, mut from) = connection.open_bi().await?;
+    let mut bytes = vec![1; NUMBERS * 4];
+    let mut took = Vec::with_capacity(HOPS);
+    for _ in 0..HOPS {
+        let begun = Instant::now();
+        to.write_all(&bytes).await?;
+        from.read_exact(&mut bytes).await?;
+        took.push(begun.elapsed());
+    }
+    connection.close(quinn::VarInt::from_u32(0), b"done");
+    let _ = accepting.await?;
+    Ok(Times::of(took))
+}

@@ -1,0 +1,127 @@
+//! Processes of one thread each, and streams of tokens from them.
+
+use anyhow::{Context, ensure};
+use exo_actors::core::plan::Policy;
+use exo_actors::{GenerateRequest, ModelSpec, Prompt, SamplingParams};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A running node; it is killed when this is dropped.
+pub(crate) struct Process {
+    child: Child,
+    address: String,
+    folder: tempfile::TempDir,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // One that has died needs no end.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Process {
+    fn up(exo_node: &Path, name: &str, token: Option<&str>) -> anyhow::Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let mut command = Command::new(exo_node);
+        command.args(["up", "--listen", "127.0.0.1:0", "--api", "127.0.0.1:0", "--no-discovery", "--threads", "1"]);
+        command.args(["--name", name, "--data-dir"]).arg(folder.path());
+        if let Some(token) = token {
+            command.args(["--join", token]);
+        }
+        let mut child = command.env("EXO_LOG", "off").stderr(Stdio::piped()).spawn()?;
+        let mut lines = BufReader::new(child.stderr.take().context("it is piped")?).lines();
+        let address =
+            lines.find_map(|line| Some(line.ok()?.strip_prefix("API on http://")?.strip_suffix("/v1")?.to_owned()));
+        std::thread::spawn(move || lines.for_each(drop));
+        Ok(Self { child, address: address.context("the node says where its API is")?, folder })
+    }
+
+    pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
+        Ok(self.child.kill()?)
+    }
+
+    fn state(&self, exo_node: &Path) -> anyhow::Result<serde_json::Value> {
+        let output =
+            Command::new(exo_node).args(["status", "--json", "--data-dir"]).arg(self.folder.path()).output()?;
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    fn members(&self, exo_node: &Path) -> anyhow::Result<usize> {
+        Ok(self.state(exo_node)?["members"].as_object().map_or(0, serde_json::Map::len))
+    }
+
+    pub(crate) fn resident_bytes(&self, exo_node: &Path) -> anyhow::Result<u64> {
+        self.state(exo_node)?["machine"]["process_bytes"].as_u64().context("it is measured")
+    }
+}
+
+/// So many processes that are one cluster: a, b, c.
+pub(crate) fn cluster(exo_node: &Path, count: usize) -> anyhow::Result<Vec<Process>> {
+    let mut processes = vec![Process::up(exo_node, "a", None)?];
+    let token = Command::new(exo_node).args(["token", "--data-dir"]).arg(processes[0].folder.path()).output()?;
+    let token = String::from_utf8(token.stdout)?.trim().to_owned();
+    for name in ["b", "c"].into_iter().take(count - 1) {
+        processes.push(Process::up(exo_node, name, Some(&token))?);
+    }
+    let begun = Instant::now();
+    for process in &processes {
+        while process.members(exo_node)? + 1 < count {
+            ensure!(begun.elapsed() < Duration::from_secs(30), "the processes did not meet");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+    Ok(processes)
+}
+
+/// A model in so many shards, as even as they can be.
+pub(crate) fn shards(model: &str, count: usize) -> ModelSpec {
+    ModelSpec { shards: Some(count), policy: Policy::Throughput, ..ModelSpec::new(model) }
+}
+
+/// When each token came.
+pub(crate) fn stream(process: &Process, model: &ModelSpec, tokens: u32) -> anyhow::Result<Vec<Instant>> {
+    let request = GenerateRequest {
+        model: model.clone(),
+        prompt: Prompt::Text("Once upon a time there was a ship".to_owned()),
+        params: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        max_tokens: Some(tokens),
+        stop: Vec::new(),
+    };
+    let body = serde_json::to_string(&request)?;
+    let mut stream = TcpStream::connect(&process.address)?;
+    write!(
+        stream,
+        "POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    )?;
+    let mut times = Vec::new();
+    for line in BufReader::new(stream).lines() {
+        let line = line?;
+        ensure!(!line.starts_with("{\"error"), "{line}");
+        if line.starts_with("{\"event\":{\"token\"") {
+            times.push(Instant::now());
+        }
+    }
+    ensure!(!times.is_empty(), "no tokens came");
+    Ok(times)
+}
+
+/// Tokens a second of so many streams at once, from when all have begun to when the first ends.
+pub(crate) fn throughput(process: &Process, model: &ModelSpec, tokens: u32, streams: usize) -> anyhow::Result<f64> {
+    let times = std::thread::scope(|scope| {
+        let running: Vec<_> = (0..streams).map(|_| scope.spawn(|| stream(process, model, tokens))).collect();
+        running
+            .into_iter()
+            .map(|run| run.join().map_err(|_| anyhow::anyhow!("a stream failed"))?)
+            .collect::<anyhow::Result<Vec<_>>>()
+    })?;
+    let begun = times.iter().filter_map(|times| times.first()).max().context("tokens")?;
+    let ended = times.iter().filter_map(|times| times.last()).min().context("tokens")?;
+    let between = times.iter().flatten().filter(|&time| time > begun && time <= ended).count();
+    Ok(between as f64 / ended.duration_since(*begun).as_secs_f64())
+}
