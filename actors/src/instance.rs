@@ -10,17 +10,19 @@
 //! rises, all that is in flight is void, and when all are up again sequences are replayed from their tokens: clients
 //! only see a pause. A new placement is loaded beside the one that serves, and takes over at a token's boundary.
 
+mod pump;
+
 use crate::core::desired::{Stamp, Wanted};
 use crate::core::line::{Line, StageNews, Step as LineStep};
-use crate::core::schedule::{Event, Limits, Request, Schedule};
+use crate::core::schedule::{Limits, Request, Schedule};
 use crate::core::view::{Fact, InstanceId, Load, Totals};
-use crate::host::{Frame, StepResult};
+use crate::host::StepResult;
 use crate::links::{Expected, Sink, Switchboard};
 use crate::outlet::{Facts, Outlet};
 use crate::post::Post;
 use crate::protocol::{ControlMessage, End, HeadEvent, HeadRequest, StageOrder};
 use crate::request::RequestError;
-use exo_engines::engine::{Incarnation, Input, SeqId, Step, StepId};
+use exo_engines::engine::SeqId;
 use exo_net::{NodeId, WireType};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
@@ -435,80 +437,6 @@ impl InstanceState {
         if let Some(stage) = self.line.is_overdue(self.now()) {
             let step = self.line.cut(stage, "a stage did not answer in time".to_owned(), self.now());
             self.take(myself, step);
-        }
-    }
-
-    /// Tells clients what happened, and sends what may be sent.
-    fn pump(&mut self) {
-        self.tell_clients();
-        while self.line.is_running() {
-            let was_idle = self.schedule.steps_in_flight() == 0;
-            let Some(plan) = self.schedule.poll_step() else { break };
-            if was_idle {
-                self.last_sign = Instant::now();
-            }
-            self.next_step += 1;
-            let incarnation = self.line.incarnation();
-            let step = Step { incarnation, id: StepId(self.next_step), operations: plan.operations, rows: plan.rows };
-            let frame = Frame { step, input: Input::Tokens(plan.tokens), samplers: plan.samplers };
-            if !self.send(incarnation, frame) {
-                break;
-            }
-        }
-        self.report();
-    }
-
-    fn send(&self, incarnation: Incarnation, frame: Frame) -> bool {
-        let first = self.args.board.find(self.args.id, End::Stage(0), incarnation);
-        match first.map(|first| first.sink) {
-            Some(Sink::Shard { port, .. }) => match port.send(frame) {
-                Ok(()) => true,
-                Err(error) => {
-                    tracing::warn!(instance = %self.args.id, %error, "a step could not be sent");
-                    false
-                }
-            },
-            // A first shard that is gone: the news of that is on its way.
-            _ => false,
-        }
-    }
-
-    fn tell_clients(&mut self) {
-        while let Some(event) = self.schedule.poll_event() {
-            let seq = event.seq();
-            let Some((events, _)) = self.requests.get(&seq) else { continue };
-            let (event, is_last) = match event {
-                Event::TakenUp { reused_tokens, .. } => {
-                    self.totals.reused_tokens += reused_tokens as u64;
-                    (HeadEvent::TakenUp { reused_tokens }, false)
-                }
-                Event::Token { sampled, .. } => {
-                    self.totals.generated_tokens += 1;
-                    (HeadEvent::Token(sampled), false)
-                }
-                Event::Finished { reason, .. } => (HeadEvent::Finished(reason), true),
-                Event::Failed { error, .. } => {
-                    let remedy = "the model's weights may be damaged: download it again".into();
-                    (HeadEvent::Failed(RequestError::Engine { what: error.to_string(), remedy }), true)
-                }
-            };
-            // The channel has room for all that a request can give; it is closed where the client has gone.
-            if events.try_send(event).is_err() || is_last {
-                self.cancel(seq);
-            }
-        }
-    }
-
-    fn report(&mut self) {
-        let load = Load {
-            running: self.schedule.running(),
-            waiting: self.schedule.waiting(),
-            pages_used: self.schedule.pages_used(),
-            pages_total: self.args.wanted.kv_pages,
-        };
-        if self.reported != Some(load) {
-            self.reported = Some(load);
-            self.args.facts.tell(Fact::RequestsChanged { instance: self.args.id, load, totals: self.totals });
         }
     }
 }

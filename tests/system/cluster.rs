@@ -1,7 +1,7 @@
 //! Several processes on one machine: one cluster. Traffic stays on loopback.
 
 use crate::node::Node;
-use crate::{SMOLLM2, ids, json, models};
+use crate::{GEMMA3, SMOLLM2, ids, json, models};
 use serde_json::Value;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -102,6 +102,24 @@ fn three_processes_answer_as_one() {
         [(0, "a:0-9,b:10-19,c:20-29"), (1, "c:0,a:1-28,b:29"), (2, "a:0-29"), (2, "b:0-4,a:5-24,b:25-29")]
     {
         assert_eq!(cluster.ask(asked, split), expected, "{split}");
+    }
+}
+
+/// R7.1, R7.3: wherever a model is cut in two, and on whichever nodes, its tokens are those of one process.
+#[test]
+fn every_cut_gives_the_same_tokens() {
+    let cluster = Cluster::up();
+    for (model, layers) in [(SMOLLM2, 30), (GEMMA3, 18)] {
+        let mut question = question(model, QUESTION, "16");
+        // Small caches, so that all of them have room beside each other.
+        question.extend(["--context", "256"].map(str::to_owned));
+        let expected = alone_for(&question);
+        for cut in 1..layers {
+            let name = |at: usize| ["a", "b", "c"][(cut + at) % 3];
+            let split = format!("{}:0-{},{}:{cut}-{}", name(0), cut - 1, name(1), layers - 1);
+            let answered = answer(cluster.asking_for(cut % 2, &question, &split));
+            assert_eq!(answered, expected, "{model} as {split}");
+        }
     }
 }
 

@@ -4,18 +4,18 @@
 //! Whatever happened, when it is over all hold the same list, what can run runs once, where its memory is, and nothing
 //! moves any more.
 
+mod checks;
+mod node;
+mod trouble;
+
 use super::{Random, seeds};
-use crate::core::desired::{Desired, Entry, Stamp, Wanted};
-use crate::core::lead::{Ask, Effect, Leader, World};
+use crate::core::desired::{Stamp, Wanted};
+use crate::core::lead::{Effect, Leader, World};
 use crate::core::line::{Line, StageNews, StageTask, Step};
-use crate::core::members::{DeviceOffer, MemberReport, Members, OwnedInstance};
-use crate::core::plan::{Demand, Link};
-use crate::core::spec::{FilesId, ModelSpec};
-use crate::core::view::{InstanceId, Machine, Model};
-use crate::request::RequestError;
-use exo_engines::EngineError;
-use exo_engines::engine::{DeviceId, DeviceKind, DeviceReport, Incarnation};
+use crate::core::view::InstanceId;
+use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
+use node::{Head, Node, Said, Shard};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,50 +29,6 @@ const TICKS_OF_TROUBLE: u32 = 1200;
 const TICKS_OF_PEACE: u32 = 1800;
 const TICKS_OF_REST: u32 = 600;
 
-#[derive(Debug, Clone)]
-enum Said {
-    Report(Box<MemberReport>),
-    Desired(Vec<(InstanceId, Entry)>),
-    Want(Box<Ask>),
-    Refused(ModelSpec, RequestError),
-    Broken { id: InstanceId, stamp: Stamp, node: NodeId, device: DeviceId, error: RequestError },
-    Start(Box<StageTask>),
-    Wire { id: InstanceId, stage: usize, incarnation: Incarnation },
-    Clear { id: InstanceId, below: Stamp },
-    News { id: InstanceId, stamp: Stamp, news: StageNews },
-}
-
-/// A shard of a node.
-struct Shard {
-    owner: NodeId,
-    task: StageTask,
-    up: Duration,
-    is_up: bool,
-    seen: Option<Incarnation>,
-}
-
-/// The head of an instance.
-struct Head {
-    line: Line,
-    rewire: Option<Duration>,
-}
-
-/// A member, while it lives.
-struct Node {
-    id: NodeId,
-    memory_bytes: u64,
-    bytes_per_s: f64,
-    desired: Desired,
-    members: Members,
-    leader: Leader,
-    heads: BTreeMap<InstanceId, Head>,
-    shards: BTreeMap<(InstanceId, usize), Shard>,
-    /// What its clients want, when it was last asked for, and what they were told.
-    wants: BTreeMap<String, (Ask, Option<Duration>, Option<RequestError>)>,
-    /// Entries that it has written.
-    written: u64,
-}
-
 struct Cluster {
     random: Random,
     now: Duration,
@@ -85,83 +41,6 @@ struct Cluster {
     sees: BTreeSet<(usize, usize)>,
     on_the_way: VecDeque<(Duration, usize, usize, Said)>,
     next_seed: u64,
-}
-
-fn demand(layers: u64, layer_bytes: u64) -> Demand {
-    Demand {
-        layer_bytes: vec![layer_bytes; layers as usize],
-        kv_bytes: vec![layer_bytes / 16; layers as usize],
-        embedding_bytes: layer_bytes / 4,
-        head_bytes: layer_bytes / 4,
-        ties_embeddings: true,
-        row_bytes: 4096,
-    }
-}
-
-fn ask(number: u64) -> Ask {
-    let name = format!("model-{number}");
-    let model = Model {
-        name: name.clone(),
-        family: String::new(),
-        quantization: String::new(),
-        context_tokens: 4096,
-        files: FilesId([number as u8; 32]),
-    };
-    // The last one fits nobody, and not all together either.
-    let demand = if number == 3 { demand(8, 100 * GB) } else { demand(4 + number * 2, GB / 4 * (1 + number)) };
-    Ask { spec: ModelSpec::new(name), model, kv_pages: 16, demand }
-}
-
-impl Node {
-    fn new(id: NodeId, (memory_bytes, bytes_per_s): (u64, f64)) -> Self {
-        Self {
-            id,
-            memory_bytes,
-            bytes_per_s,
-            desired: Desired::new(id),
-            members: Members::default(),
-            leader: Leader::default(),
-            heads: BTreeMap::new(),
-            shards: BTreeMap::new(),
-            wants: BTreeMap::new(),
-            written: 0,
-        }
-    }
-
-    fn report(&self) -> MemberReport {
-        let held: u64 = self.shards.values().map(|shard| shard.task.memory_bytes).sum();
-        let report = DeviceReport {
-            id: DeviceId("cpu".to_owned()),
-            kind: DeviceKind::Cpu,
-            engine: "cpu".to_owned(),
-            name: String::new(),
-            compute_units: None,
-            tier: String::new(),
-        };
-        let machine = Machine {
-            memory_total_bytes: Some(self.memory_bytes),
-            memory_free_bytes: Some(self.memory_bytes.saturating_sub(held)),
-            ..Machine::default()
-        };
-        let owned = self.heads.iter().map(|(&id, head)| {
-            let (stamp, is_ready) = (head.line.stamp(), head.line.is_running());
-            (id, OwnedInstance { stamp, is_ready, is_in_use: false, state: None })
-        });
-        let used = self.wants.values().filter_map(|(ask, ..)| Some(self.desired.find(&ask.spec)?.0));
-        MemberReport {
-            name: self.id.short(),
-            addresses: Vec::new(),
-            devices: vec![DeviceOffer { report, bytes_per_s: Some(self.bytes_per_s) }],
-            machine,
-            memory_limit_bytes: None,
-            leaving_bytes: 0,
-            is_draining: false,
-            owned: owned.collect(),
-            in_use: used.collect(),
-            links: self.members.0.keys().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
-            peers: Vec::new(),
-        }
-    }
 }
 
 impl Cluster {
@@ -230,128 +109,6 @@ impl Cluster {
         self.deliver();
         for index in 0..self.nodes.len() {
             self.live(index);
-        }
-    }
-
-    fn disturb(&mut self) {
-        let count = self.nodes.len() as u64;
-        match self.random.below(400) {
-            0..4 => {
-                let victim = self.random.below(count) as usize;
-                self.nodes[victim] = None;
-                if self.random.below(2) == 0 {
-                    // Nobody notices at once.
-                    let pairs = self.pairs().filter(|(a, b)| *a == victim || *b == victim);
-                    self.cut.extend(pairs.map(|pair| (pair, self.now)).collect::<Vec<_>>());
-                }
-                self.on_the_way.retain(|(_, from, to, _)| *from != victim && *to != victim);
-            }
-            4..9 => self.revive(self.now.as_millis() as usize),
-            9..12 => {
-                let pairs: Vec<_> = self.pairs().collect();
-                let pair = pairs[self.random.below(pairs.len() as u64) as usize];
-                self.cut.insert(pair, self.now);
-            }
-            12..17 => drop(self.cut.pop_first()),
-            17..22 => {
-                let (number, client) = (self.random.below(4), self.random.below(count) as usize);
-                if let Some(node) = &mut self.nodes[client] {
-                    node.wants.insert(format!("model-{number}"), (ask(number), None, None));
-                }
-            }
-            22..25 => {
-                let client = self.random.below(count) as usize;
-                if let Some(node) = &mut self.nodes[client] {
-                    node.wants.pop_first();
-                }
-            }
-            25..28 => self.fail_a_shard(),
-            _ => {}
-        }
-    }
-
-    fn revive(&mut self, at: usize) {
-        let count = self.nodes.len();
-        let dead = (0..count).map(|index| (at + index) % count).find(|&index| self.nodes[index].is_none());
-        if let Some(index) = dead {
-            // Its new connections tell the others that it was gone.
-            for other in 0..count {
-                if self.sees.contains(&(other, index)) {
-                    self.lose(other, index);
-                }
-                self.sees.remove(&(index, other));
-            }
-            self.nodes[index] = Some(Node::new(self.ids[index], self.memory[index]));
-        }
-    }
-
-    fn fail_a_shard(&mut self) {
-        let index = self.random.below(self.nodes.len() as u64) as usize;
-        let (is_lost, takes) = (self.random.below(3) == 0, 100 + self.random.below(2000));
-        let Some(node) = &mut self.nodes[index] else { return };
-        let Some((&(id, stage), shard)) = node.shards.iter_mut().next() else { return };
-        let error = EngineError::NoDevice { engine: "cpu".to_owned(), device: "cpu".to_owned() };
-        let (owner, stamp) = (shard.owner, shard.task.stamp);
-        shard.is_up = false;
-        shard.up = self.now + Duration::from_millis(takes);
-        let news = if is_lost { StageNews::Lost { stage, error } } else { StageNews::Down { stage, error } };
-        if is_lost {
-            node.shards.remove(&(id, stage));
-        }
-        self.say(index, owner, Said::News { id, stamp, news });
-    }
-
-    /// Members see that others came or are gone.
-    fn notice(&mut self) {
-        for (a, b) in self.pairs() {
-            for (one, other) in [(a, b), (b, a)] {
-                let is_gone = !self.can_talk(a, b)
-                    && self
-                        .cut
-                        .get(&(a, b))
-                        .is_none_or(|since| self.now > *since + NOTICED_AFTER || self.nodes[other].is_none());
-                if self.can_talk(a, b) && !self.sees.contains(&(one, other)) {
-                    self.sees.insert((one, other));
-                    let Some(node) = &mut self.nodes[one] else { continue };
-                    let (report, entries) =
-                        (node.report(), node.desired.entries().map(|(id, e)| (id, e.clone())).collect());
-                    self.say(one, self.ids[other], Said::Report(Box::new(report)));
-                    self.say(one, self.ids[other], Said::Desired(entries));
-                    self.order_again(one, self.ids[other]);
-                } else if is_gone && self.sees.contains(&(one, other)) {
-                    self.lose(one, other);
-                    self.lose(other, one);
-                }
-            }
-        }
-    }
-
-    fn order_again(&mut self, one: usize, met: NodeId) {
-        let Some(node) = &self.nodes[one] else { return };
-        let heads = node.heads.iter().filter(|(_, head)| !head.line.is_loaded());
-        let tasks: Vec<_> = heads.flat_map(|(&id, head)| head.line.tasks(id)).filter(|(to, _)| *to == met).collect();
-        let running = node.heads.iter().filter(|(_, head)| head.line.is_running());
-        let clears: Vec<_> = running.map(|(&id, head)| Said::Clear { id, below: head.line.stamp() }).collect();
-        for clear in clears {
-            self.say(one, met, clear);
-        }
-        for (to, task) in tasks {
-            self.say(one, to, Said::Start(Box::new(task)));
-        }
-    }
-
-    fn lose(&mut self, one: usize, other: usize) {
-        self.sees.remove(&(one, other));
-        self.on_the_way.retain(|(_, from, to, _)| (*from, *to) != (one, other));
-        let (gone, now) = (self.ids[other], self.now);
-        let Some(node) = &mut self.nodes[one] else { return };
-        node.members.0.remove(&gone);
-        node.leader.handle_loss(now, node.members.0.len());
-        for head in node.heads.values_mut() {
-            let _ = head.line.on_node_lost(gone);
-        }
-        for (_, asked, _) in node.wants.values_mut() {
-            *asked = None;
         }
     }
 
@@ -598,63 +355,6 @@ impl Cluster {
         for ask in asks {
             if let Some(leader) = leader {
                 self.say(index, leader, Said::Want(Box::new(ask)));
-            }
-        }
-    }
-
-    /// What holds at every moment.
-    fn check(&self) {
-        for node in self.nodes.iter().flatten() {
-            for (id, _, wanted) in node.desired.running() {
-                let mut end = 0;
-                for stage in &wanted.placement.stages {
-                    assert_eq!(stage.layers.start, end, "{id}: each layer once, in order");
-                    end = stage.layers.end;
-                }
-                assert_eq!(end, wanted.demand.layer_bytes.len(), "{id}: all layers");
-            }
-        }
-    }
-
-    /// What holds when all is well again.
-    fn check_peace(&self) {
-        let nodes: Vec<&Node> = self.nodes.iter().flatten().collect();
-        let first = nodes[0];
-        for node in &nodes {
-            assert_eq!(node.members.0.len(), nodes.len(), "all see all");
-            assert!(first.desired.running().eq(node.desired.running()), "all hold the same list");
-        }
-        let mut specs = BTreeSet::new();
-        for (id, stamp, wanted) in first.desired.running() {
-            assert!(specs.insert(wanted.spec.model.clone()), "{id}: once");
-            let owner = nodes.iter().find(|node| Some(node.id) == wanted.owner()).expect("its owner is here");
-            let head = &owner.heads[&id];
-            assert!(head.line.is_running() && head.line.stamp() == stamp, "{id} runs: {:?}", head.line);
-        }
-        for node in &nodes {
-            let held: u64 = node.shards.values().map(|shard| shard.task.memory_bytes).sum();
-            let shards = node.shards.values().map(|shard| &shard.task).collect::<Vec<_>>();
-            assert!(held <= node.memory_bytes, "{} has room for what it holds: {shards:?}", node.id.short());
-            for (name, (_, _, told)) in &node.wants {
-                // Others need the room, or nobody has it.
-                let is_told = matches!(told, Some(RequestError::Plan(_) | RequestError::Crowded { .. }));
-                assert!(
-                    specs.contains(name) || is_told,
-                    "{name} runs, or its client knows why not: {told:?} {} {:?} wants {:?} leader {:?} running {:?}",
-                    node.id.short(),
-                    self.memory,
-                    nodes
-                        .iter()
-                        .map(|n| n.wants.iter().map(|(k, v)| (k.clone(), v.1, v.2.clone())).collect::<Vec<_>>())
-                        .collect::<Vec<_>>(),
-                    node.members.leader().map(|l| l.short()),
-                    first
-                        .desired
-                        .running()
-                        .map(|(id, _, w)| (id, w.spec.model.clone(), w.placement.stages.len()))
-                        .collect::<Vec<_>>()
-                );
-                assert!(name != "model-3" || !specs.contains(name), "what fits nobody does not run");
             }
         }
     }

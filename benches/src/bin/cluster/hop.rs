@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 /// 16 KiB.
 const NUMBERS: usize = 4096;
 const HOPS: usize = 2000;
-/// Not counted.
+/// As `exo-net` has it.
+const SOCKET_BYTES: usize = 4 << 20;
+/// Of each round, not counted.
 const WARM_UP: usize = 200;
 
 /// Half of a way there and back: median and 99th percentile, in microseconds.
@@ -26,7 +28,6 @@ struct Times {
 
 impl Times {
     fn of(mut took: Vec<Duration>) -> Self {
-        took.drain(..WARM_UP.min(took.len()));
         took.sort_unstable();
         let at = |share: f64| took[(took.len() as f64 * share) as usize].as_secs_f64() * 1e6 / 2.0;
         Self { p50: at(0.5), p99: at(0.99) }
@@ -37,13 +38,11 @@ pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let (mut links, mut plain) = (Vec::new(), Vec::new());
     for _ in 0..repeat {
-        links.push(runtime.block_on(over_link())?);
-        plain.push(runtime.block_on(over_stream())?);
-        eprintln!("{:?} {:?}", links.last().map(|t| (t.p50, t.p99)), plain.last().map(|t| (t.p50, t.p99)));
+        links.extend(runtime.block_on(over_link())?);
+        plain.extend(runtime.block_on(over_stream())?);
     }
-    for (name, of) in [("p50", (|times| times.p50) as fn(&Times) -> f64), ("p99", |times| times.p99)] {
-        let (link, stream) =
-            (crate::median(links.iter().map(of).collect()), crate::median(plain.iter().map(of).collect()));
+    let (links, plain) = (Times::of(links), Times::of(plain));
+    for (name, link, stream) in [("p50", links.p50, plain.p50), ("p99", links.p99, plain.p99)] {
         println!(
             "hop of 16 KiB, {name}: {link:.0} µs over a link, {stream:.0} µs over a stream: {:.2}×",
             link / stream
@@ -99,7 +98,7 @@ async fn receiver(data: &DataConnection) -> anyhow::Result<LinkReceiver> {
     Ok(LinkReceiver::new(stream))
 }
 
-async fn over_link() -> anyhow::Result<Times> {
+async fn over_link() -> anyhow::Result<Vec<Duration>> {
     let secret = ClusterSecret::random()?;
     let (far, mut far_events) = network(&secret, Vec::new())?;
     let address = far.address().context("an address")?;
@@ -119,11 +118,11 @@ async fn over_link() -> anyhow::Result<Times> {
         // Whoever waits is there.
         let _ = done.send(ping(&there).await);
     });
-    let took = result.await??;
+    let mut took = result.await??;
     near.stop().await;
     far.stop().await;
     tokio::task::spawn_blocking(move || drop((near, far))).await?;
-    Ok(Times::of(took))
+    Ok(took.split_off(WARM_UP))
 }
 
 async fn ping(data: &DataConnection) -> anyhow::Result<Vec<Duration>> {
@@ -141,7 +140,18 @@ async fn ping(data: &DataConnection) -> anyhow::Result<Vec<Duration>> {
     Ok(took)
 }
 
-async fn over_stream() -> anyhow::Result<Times> {
+/// With sockets as large as a node's.
+fn endpoint(any: SocketAddr, server: Option<quinn::ServerConfig>) -> anyhow::Result<quinn::Endpoint> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
+    socket.set_recv_buffer_size(SOCKET_BYTES)?;
+    socket.set_send_buffer_size(SOCKET_BYTES)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&any.into())?;
+    let runtime = Arc::new(quinn::TokioRuntime);
+    Ok(quinn::Endpoint::new(quinn::EndpointConfig::default(), server, socket.into(), runtime)?)
+}
+
+async fn over_stream() -> anyhow::Result<Vec<Duration>> {
     let key = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
     let certificate = CertificateDer::from(key.cert.der().to_vec());
     let secret = PrivateKeyDer::try_from(key.signing_key.serialize_der()).map_err(anyhow::Error::msg)?;
@@ -159,7 +169,7 @@ async fn over_stream() -> anyhow::Result<Times> {
         .with_no_client_auth();
     let client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client)?));
     let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let (far, near) = (quinn::Endpoint::server(server, any)?, quinn::Endpoint::client(any)?);
+    let (far, near) = (endpoint(any, Some(server))?, endpoint(any, None)?);
     let address = far.local_addr()?;
     let accepting = tokio::spawn(async move {
         let connection = far.accept().await.context("a client")?.await?;
@@ -183,5 +193,5 @@ async fn over_stream() -> anyhow::Result<Times> {
     }
     connection.close(quinn::VarInt::from_u32(0), b"done");
     let _ = accepting.await?;
-    Ok(Times::of(took))
+    Ok(took.split_off(WARM_UP))
 }

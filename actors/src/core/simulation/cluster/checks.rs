@@ -1,0 +1,65 @@
+//! What holds of simulated members: always, and when all is well again.
+
+use super::Cluster;
+use super::node::Node;
+use crate::request::RequestError;
+use std::collections::BTreeSet;
+
+impl Cluster {
+    /// What holds at every moment.
+    pub(super) fn check(&self) {
+        for node in self.nodes.iter().flatten() {
+            for (id, _, wanted) in node.desired.running() {
+                let mut end = 0;
+                for stage in &wanted.placement.stages {
+                    assert_eq!(stage.layers.start, end, "{id}: each layer once, in order");
+                    end = stage.layers.end;
+                }
+                assert_eq!(end, wanted.demand.layer_bytes.len(), "{id}: all layers");
+            }
+        }
+    }
+
+    /// What holds when all is well again.
+    pub(super) fn check_peace(&self) {
+        let nodes: Vec<&Node> = self.nodes.iter().flatten().collect();
+        let first = nodes[0];
+        for node in &nodes {
+            assert_eq!(node.members.0.len(), nodes.len(), "all see all");
+            assert!(first.desired.running().eq(node.desired.running()), "all hold the same list");
+        }
+        let mut specs = BTreeSet::new();
+        for (id, stamp, wanted) in first.desired.running() {
+            assert!(specs.insert(wanted.spec.model.clone()), "{id}: once");
+            let owner = nodes.iter().find(|node| Some(node.id) == wanted.owner()).expect("its owner is here");
+            let head = &owner.heads[&id];
+            assert!(head.line.is_running() && head.line.stamp() == stamp, "{id} runs: {:?}", head.line);
+        }
+        for node in &nodes {
+            let held: u64 = node.shards.values().map(|shard| shard.task.memory_bytes).sum();
+            let shards = node.shards.values().map(|shard| &shard.task).collect::<Vec<_>>();
+            assert!(held <= node.memory_bytes, "{} has room for what it holds: {shards:?}", node.id.short());
+            for (name, (_, _, told)) in &node.wants {
+                // Others need the room, or nobody has it.
+                let is_told = matches!(told, Some(RequestError::Plan(_) | RequestError::Crowded { .. }));
+                assert!(
+                    specs.contains(name) || is_told,
+                    "{name} runs, or its client knows why not: {told:?} {} {:?} wants {:?} leader {:?} running {:?}",
+                    node.id.short(),
+                    self.memory,
+                    nodes
+                        .iter()
+                        .map(|n| n.wants.iter().map(|(k, v)| (k.clone(), v.1, v.2.clone())).collect::<Vec<_>>())
+                        .collect::<Vec<_>>(),
+                    node.members.leader().map(|l| l.short()),
+                    first
+                        .desired
+                        .running()
+                        .map(|(id, _, w)| (id, w.spec.model.clone(), w.placement.stages.len()))
+                        .collect::<Vec<_>>()
+                );
+                assert!(name != "model-3" || !specs.contains(name), "what fits nobody does not run");
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! A simulated member, what it holds, and what members say.
+
+use super::GB;
+use crate::core::desired::{Desired, Entry, Stamp};
+use crate::core::lead::{Ask, Leader};
+use crate::core::line::{Line, StageNews, StageTask};
+use crate::core::members::{DeviceOffer, MemberReport, Members, OwnedInstance};
+use crate::core::plan::{Demand, Link};
+use crate::core::spec::{FilesId, ModelSpec};
+use crate::core::view::{InstanceId, Machine, Model};
+use crate::request::RequestError;
+use exo_engines::engine::{DeviceId, DeviceKind, DeviceReport, Incarnation};
+use exo_net::NodeId;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+#[derive(Debug, Clone)]
+pub(super) enum Said {
+    Report(Box<MemberReport>),
+    Desired(Vec<(InstanceId, Entry)>),
+    Want(Box<Ask>),
+    Refused(ModelSpec, RequestError),
+    Broken { id: InstanceId, stamp: Stamp, node: NodeId, device: DeviceId, error: RequestError },
+    Start(Box<StageTask>),
+    Wire { id: InstanceId, stage: usize, incarnation: Incarnation },
+    Clear { id: InstanceId, below: Stamp },
+    News { id: InstanceId, stamp: Stamp, news: StageNews },
+}
+
+/// A shard of a node.
+pub(super) struct Shard {
+    pub(super) owner: NodeId,
+    pub(super) task: StageTask,
+    pub(super) up: Duration,
+    pub(super) is_up: bool,
+    pub(super) seen: Option<Incarnation>,
+}
+
+/// The head of an instance.
+pub(super) struct Head {
+    pub(super) line: Line,
+    pub(super) rewire: Option<Duration>,
+}
+
+/// A member, while it lives.
+pub(super) struct Node {
+    pub(super) id: NodeId,
+    pub(super) memory_bytes: u64,
+    pub(super) bytes_per_s: f64,
+    pub(super) desired: Desired,
+    pub(super) members: Members,
+    pub(super) leader: Leader,
+    pub(super) heads: BTreeMap<InstanceId, Head>,
+    pub(super) shards: BTreeMap<(InstanceId, usize), Shard>,
+    /// What its clients want, when it was last asked for, and what they were told.
+    pub(super) wants: BTreeMap<String, (Ask, Option<Duration>, Option<RequestError>)>,
+    /// Entries that it has written.
+    pub(super) written: u64,
+}
+
+pub(super) fn demand(layers: u64, layer_bytes: u64) -> Demand {
+    Demand {
+        layer_bytes: vec![layer_bytes; layers as usize],
+        kv_bytes: vec![layer_bytes / 16; layers as usize],
+        embedding_bytes: layer_bytes / 4,
+        head_bytes: layer_bytes / 4,
+        ties_embeddings: true,
+        row_bytes: 4096,
+    }
+}
+
+pub(super) fn ask(number: u64) -> Ask {
+    let name = format!("model-{number}");
+    let model = Model {
+        name: name.clone(),
+        family: String::new(),
+        quantization: String::new(),
+        context_tokens: 4096,
+        files: FilesId([number as u8; 32]),
+    };
+    // The last one fits nobody, and not all together either.
+    let demand = if number == 3 { demand(8, 100 * GB) } else { demand(4 + number * 2, GB / 4 * (1 + number)) };
+    Ask { spec: ModelSpec::new(name), model, kv_pages: 16, demand }
+}
+
+impl Node {
+    pub(super) fn new(id: NodeId, (memory_bytes, bytes_per_s): (u64, f64)) -> Self {
+        Self {
+            id,
+            memory_bytes,
+            bytes_per_s,
+            desired: Desired::new(id),
+            members: Members::default(),
+            leader: Leader::default(),
+            heads: BTreeMap::new(),
+            shards: BTreeMap::new(),
+            wants: BTreeMap::new(),
+            written: 0,
+        }
+    }
+
+    pub(super) fn report(&self) -> MemberReport {
+        let held: u64 = self.shards.values().map(|shard| shard.task.memory_bytes).sum();
+        let report = DeviceReport {
+            id: DeviceId("cpu".to_owned()),
+            kind: DeviceKind::Cpu,
+            engine: "cpu".to_owned(),
+            name: String::new(),
+            compute_units: None,
+            tier: String::new(),
+        };
+        let machine = Machine {
+            memory_total_bytes: Some(self.memory_bytes),
+            memory_free_bytes: Some(self.memory_bytes.saturating_sub(held)),
+            ..Machine::default()
+        };
+        let owned = self.heads.iter().map(|(&id, head)| {
+            let (stamp, is_ready) = (head.line.stamp(), head.line.is_running());
+            (id, OwnedInstance { stamp, is_ready, is_in_use: false, state: None })
+        });
+        let used = self.wants.values().filter_map(|(ask, ..)| Some(self.desired.find(&ask.spec)?.0));
+        MemberReport {
+            name: self.id.short(),
+            addresses: Vec::new(),
+            devices: vec![DeviceOffer { report, bytes_per_s: Some(self.bytes_per_s) }],
+            machine,
+            memory_limit_bytes: None,
+            leaving_bytes: 0,
+            is_draining: false,
+            owned: owned.collect(),
+            in_use: used.collect(),
+            links: self.members.0.keys().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
+            peers: Vec::new(),
+        }
+    }
+}
