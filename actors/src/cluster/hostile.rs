@@ -21,12 +21,11 @@ use exo_net::{
 use ractor::Actor;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::oneshot;
-
-/// How the process of the hostile member hears of its victim.
-const VICTIM: &str = "EXO_TEST_VICTIM";
 
 fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Path) -> (NodeConfig, Option<SocketAddr>) {
     let identity = Arc::new(Identity::ephemeral().expect("random bytes"));
@@ -148,12 +147,13 @@ fn streams(own: NodeId, round: u64) -> Vec<DataHello> {
     ]
 }
 
-/// The hostile process.
+/// The hostile process; it reads its victim's token.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "started by the other test of this file"]
 async fn a_member_out_of_turn() {
-    let Ok(token) = std::env::var(VICTIM) else { return };
-    let token: JoinToken = token.parse().expect("a token");
+    let mut token = String::new();
+    std::io::stdin().read_line(&mut token).expect("a line");
+    let token: JoinToken = token.trim().parse().expect("a token");
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (config, _) = config(token.secret, token.addresses, folder.path());
     let own = config.id;
@@ -195,8 +195,12 @@ async fn members_out_of_turn_harm_nobody() {
     let before = resident_bytes();
     let token = JoinToken { secret, addresses: address.into_iter().collect() }.to_string();
     let mut command = tokio::process::Command::new(std::env::current_exe().expect("this program"));
-    command.args(["cluster::hostile::a_member_out_of_turn", "--exact", "--ignored", "--nocapture"]).env(VICTIM, token);
-    let hostile = command.kill_on_drop(true).output();
+    command.args(["cluster::hostile::a_member_out_of_turn", "--exact", "--ignored", "--nocapture"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    let mut hostile = command.spawn().expect("it starts");
+    let mut told = hostile.stdin.take().expect("it is piped");
+    told.write_all(format!("{token}\n").as_bytes()).await.expect("it listens");
+    let hostile = hostile.wait_with_output();
     tokio::pin!(hostile);
     let output = loop {
         tokio::select! {

@@ -91,6 +91,8 @@ pub struct Leader {
     /// Devices that have failed an instance, since when.
     excluded: BTreeMap<InstanceId, Vec<Excluded>>,
     used: BTreeMap<InstanceId, Duration>,
+    /// When those were placed that nobody has been seen to use yet.
+    fresh: BTreeMap<InstanceId, Duration>,
     /// Nothing is mended before.
     until: Option<Duration>,
     /// When members were lost, of late.
@@ -115,6 +117,7 @@ impl Leader {
     /// A request of this node uses an instance. What others use is seen in their reports.
     pub fn handle_use(&mut self, id: InstanceId, now: Duration) {
         self.used.insert(id, now);
+        self.fresh.remove(&id);
     }
 
     /// This node was away: who it misses is probably not gone.
@@ -182,7 +185,7 @@ impl Leader {
                 Ok(wanted) => {
                     self.asks.remove(&key);
                     let id = world.fresh_id();
-                    self.used.insert(id, world.now);
+                    self.fresh.insert(id, world.now);
                     tracing::info!(instance = %id, model = wanted.model.name, why = wanted.reason, "placed a model");
                     world.set(id, Want::Run(Box::new(wanted)));
                 }
@@ -255,7 +258,8 @@ impl Leader {
     fn make_room(&self, world: &mut World<'_>, ask: &Ask, near: NodeId) -> bool {
         let used = |id: &InstanceId| self.used.get(id).copied();
         // Whoever asked for it has not yet told that it uses it.
-        let is_new = |id: &InstanceId| used(id).is_some_and(|used| world.now.saturating_sub(used) < TOLD_WITHIN);
+        let placed = |id: &InstanceId| self.fresh.get(id).copied();
+        let is_new = |id: &InstanceId| placed(id).is_some_and(|placed| world.now.saturating_sub(placed) < TOLD_WITHIN);
         let running = world.desired.running().map(|(id, ..)| id);
         let idle: BTreeSet<InstanceId> = running.filter(|id| !world.members.use_instance(*id) && !is_new(id)).collect();
         let offers = self.offers(world, None, ask.spec.device.as_ref(), near, &idle);
@@ -272,12 +276,14 @@ impl Leader {
         let now = world.now;
         let running: BTreeSet<InstanceId> = world.desired.running().map(|(id, ..)| id).collect();
         self.used.retain(|id, _| running.contains(id));
+        self.fresh.retain(|id, _| running.contains(id));
         let mut over = Vec::new();
         for id in running {
             let is_used = world.members.use_instance(id);
             let used = self.used.entry(id).or_insert(now);
             if is_used {
                 *used = now;
+                self.fresh.remove(&id);
             }
             if world.idle.is_some_and(|limit| now.saturating_sub(*used) >= limit) {
                 over.push(id);
