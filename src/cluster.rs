@@ -91,9 +91,7 @@ fn evicted(data_dir: &Path) -> Evicted {
     let nodes: BTreeSet<NodeId> = lines.lines().filter_map(|line| line.parse().ok()).collect();
     Evicted::new(nodes, move |nodes| {
         let lines: String = nodes.iter().map(|node| format!("{node}\n")).collect();
-        if let Err(error) = std::fs::write(&path, lines) {
-            tracing::error!(path = %path.display(), %error, "who is evicted could not be written down");
-        }
+        std::fs::write(&path, lines)
     })
 }
 

@@ -325,6 +325,10 @@ impl PlannerState {
         match message {
             ControlMessage::Report(report) if report.is_plausible() => {
                 self.args.facts.tell(Fact::MemberReported { node: from, report: report.clone() });
+                if report.list != self.desired.digest() {
+                    // What was written while somebody between us was away may not have come everywhere.
+                    self.tell_list(from);
+                }
                 self.members.0.insert(from, *report);
             }
             ControlMessage::Report(_) => tracing::warn!(peer = %from, "a report that cannot be"),
@@ -361,9 +365,13 @@ impl PlannerState {
         if let Some(report) = self.members.0.get(&self.args.node) {
             self.args.post.tell(node, ControlMessage::Report(Box::new(report.clone())));
         }
-        let entries: Vec<_> = self.desired.entries().map(|(id, entry)| (id, entry.clone())).collect();
-        self.args.post.tell(node, ControlMessage::Desired(entries));
+        self.tell_list(node);
         self.tell_owned_of_meeting(node);
+    }
+
+    fn tell_list(&self, to: NodeId) {
+        let entries: Vec<_> = self.desired.entries().map(|(id, entry)| (id, entry.clone())).collect();
+        self.args.post.tell(to, ControlMessage::Desired(entries));
     }
 
     fn on_node_down(&mut self, node: NodeId) {

@@ -14,7 +14,7 @@ pub struct Evicted {
     keep: Keep,
 }
 
-type Keep = Arc<dyn Fn(&BTreeSet<NodeId>) + Send + Sync>;
+type Keep = Arc<dyn Fn(&BTreeSet<NodeId>) -> std::io::Result<()> + Send + Sync>;
 
 impl std::fmt::Debug for Evicted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -24,7 +24,10 @@ impl std::fmt::Debug for Evicted {
 
 impl Evicted {
     /// `keep` is called beside the threads that messages travel on, with all of them.
-    pub fn new(nodes: BTreeSet<NodeId>, keep: impl Fn(&BTreeSet<NodeId>) + Send + Sync + 'static) -> Self {
+    pub fn new(
+        nodes: BTreeSet<NodeId>,
+        keep: impl Fn(&BTreeSet<NodeId>) -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
         Self { nodes, keep: Arc::new(keep) }
     }
 
@@ -39,7 +42,11 @@ impl Evicted {
         self.nodes.extend(&new);
         if !new.is_empty() {
             let kept = self.clone();
-            tokio::task::spawn_blocking(move || (kept.keep)(&kept.nodes));
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = (kept.keep)(&kept.nodes) {
+                    tracing::error!(%error, "who is evicted could not be written down: it holds until the node stops");
+                }
+            });
         }
         new
     }

@@ -44,7 +44,7 @@ fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Pat
     let (network, events) = Network::start(network).expect("it listens");
     let address = network.address();
     let addresses = address.into_iter().collect();
-    let evicted = Evicted::new(BTreeSet::new(), |_| {});
+    let evicted = Evicted::new(BTreeSet::new(), |_| Ok(()));
     let models = ModelsConfig {
         folders: vec![models.to_owned()],
         hub_endpoint: None,

@@ -123,6 +123,19 @@ impl Desired {
         self.running().filter(|(.., wanted)| wanted.spec == *spec).max_by_key(|(_, stamp, _)| *stamp)
     }
 
+    /// The same where the same is to run: members that tell different ones have not heard the same, and tell each other
+    /// all they have. (FNV-1a over ids and stamps.)
+    pub fn digest(&self) -> u64 {
+        let mut digest = 0xcbf2_9ce4_8422_2325_u64;
+        for (id, stamp, _) in self.running() {
+            let numbers = id.0.to_le_bytes().into_iter().chain(stamp.counter.to_le_bytes());
+            for byte in numbers.chain(*stamp.by.as_bytes()) {
+                digest = (digest ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+            }
+        }
+        digest
+    }
+
     /// Writes an entry; gives it, for others.
     pub fn set(&mut self, id: InstanceId, want: Want, now: Duration) -> Entry {
         self.clock += 1;

@@ -55,6 +55,8 @@ pub struct MemberReport {
     pub owned: BTreeMap<InstanceId, OwnedInstance>,
     /// Those that are used through it.
     pub in_use: Vec<InstanceId>,
+    /// Of its list: see [`Desired::digest`](super::desired::Desired::digest).
+    pub list: u64,
     /// How it sees the others.
     pub links: BTreeMap<NodeId, Link>,
     /// Where it sees them.
@@ -167,6 +169,7 @@ mod tests {
             is_draining: false,
             owned: BTreeMap::new(),
             in_use: Vec::new(),
+            list: 0,
             links: BTreeMap::new(),
             peers: Vec::new(),
         }

@@ -241,6 +241,7 @@ impl PlannerState {
             is_draining: self.draining.is_some(),
             owned: owned.collect(),
             in_use: self.used_here(),
+            list: self.desired.digest(),
             links: self.links.clone(),
             peers: self.peers.clone(),
         };

@@ -130,7 +130,14 @@ impl Cluster {
         let (from_id, now) = (self.ids[from], self.now);
         let Some(node) = &mut self.nodes[index] else { return };
         match said {
-            Said::Report(report) => drop(node.members.0.insert(from_id, *report)),
+            Said::Report(report) => {
+                let differs = report.list != node.desired.digest();
+                node.members.0.insert(from_id, *report);
+                if differs {
+                    let entries = node.desired.entries().map(|(id, entry)| (id, entry.clone())).collect();
+                    self.say(index, from_id, Said::Desired(entries));
+                }
+            }
             Said::Desired(entries) => {
                 for id in node.desired.merge(entries, now) {
                     node.leader.handle_placed(id, now);

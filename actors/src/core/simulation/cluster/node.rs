@@ -129,6 +129,7 @@ impl Node {
             is_draining: false,
             owned: owned.collect(),
             in_use: used.collect(),
+            list: self.desired.digest(),
             links: self.members.0.keys().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
             peers: Vec::new(),
         }
