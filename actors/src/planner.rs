@@ -20,7 +20,7 @@ mod wanting;
 pub(crate) use wanting::Home;
 pub use wanting::RunningModel;
 
-use crate::core::desired::{Desired, Entry, Stamp, Want};
+use crate::core::desired::{Desired, Entry, Want};
 use crate::core::lead::{Ask, Effect, Leader, World};
 use crate::core::members::Members;
 use crate::core::plan::{Link, Preview};
@@ -264,8 +264,8 @@ impl PlannerState {
         self.members.leader() == Some(self.args.node)
     }
 
-    /// What the leader does to the list, told to whom it concerns.
-    fn as_leader(&mut self, decide: impl FnOnce(&mut Leader, &mut World<'_>)) {
+    /// What is done to the list, told to whom it concerns.
+    fn decide(&mut self, decide: impl FnOnce(&mut Leader, &mut World<'_>)) {
         let mut world = World {
             own: self.args.node,
             now: self.started.elapsed(),
@@ -294,7 +294,7 @@ impl PlannerState {
     fn preview(&mut self, spec: &ModelSpec, model: &ResolvedModel) -> Vec<Preview> {
         let ask = wanting::ask(spec, model);
         let mut previews = Vec::new();
-        self.as_leader(|leader, world| previews = leader.preview(world, &ask));
+        self.decide(|leader, world| previews = leader.preview(world, &ask));
         previews
     }
 
@@ -302,7 +302,7 @@ impl PlannerState {
     async fn reconcile(&mut self, myself: &PlannerRef) {
         self.renew_report();
         if self.is_leader() {
-            self.as_leader(|leader, world| leader.round(world));
+            self.decide(|leader, world| leader.round(world));
         }
         self.reconcile_owned(myself).await;
         self.advance_all();
@@ -339,7 +339,7 @@ impl PlannerState {
                 // Who tells the wrong one tells again, and another one.
                 if self.is_leader() {
                     let (of, device) = ((instance, stamp), (node, device));
-                    self.as_leader(|leader, world| leader.handle_broken(world, from, of, device, error));
+                    self.decide(|leader, world| leader.handle_broken(world, from, of, device, error));
                 }
             }
             // For heads, for those who keep shards, and for those who let members in.
@@ -399,16 +399,6 @@ impl PlannerState {
                 *known = known.max(bytes_per_s);
             }
         }
-    }
-
-    /// Writes an entry, and tells all members.
-    fn set(&mut self, id: InstanceId, want: Want) -> Stamp {
-        self.note_end(id, &want);
-        let now = self.now();
-        let entry = self.desired.set(id, want, now);
-        let stamp = entry.stamp;
-        self.args.post.tell_others(&ControlMessage::Desired(vec![(id, entry)]));
-        stamp
     }
 
     /// Where an instance is over because it failed, whoever waits for it hears why, and does not ask anew.

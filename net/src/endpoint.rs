@@ -250,4 +250,4 @@ fn socket(listen: SocketAddr) -> std::io::Result<UdpSocket> {
 }
 
 #[cfg(test)]
-mod doors;
+pub(crate) mod doors;

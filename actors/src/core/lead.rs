@@ -65,7 +65,8 @@ pub enum Effect {
 }
 
 impl World<'_> {
-    fn set(&mut self, id: InstanceId, want: Want) {
+    /// Writes an entry.
+    pub fn set(&mut self, id: InstanceId, want: Want) {
         let was = self.desired.get(id).and_then(Entry::wanted).map(|wanted| wanted.spec.clone());
         let entry = self.desired.set(id, want, self.now);
         self.effects.push(Effect::Written { id, entry, was });
@@ -98,7 +99,7 @@ pub struct Leader {
     /// When members were lost, of late.
     losses: Vec<Duration>,
     members: Vec<NodeId>,
-    /// Since when the members are the same, or when something was moved.
+    /// Since when the members are the same, or when it was last looked for better places.
     settled: Option<Duration>,
 }
 

@@ -224,7 +224,7 @@ async fn receive_outline(stream: &mut DataStream, fresh: &Path, files: &[Outline
 struct Fetch<'a> {
     getting: &'a Getting,
     shared: &'a Arc<Shared>,
-    copy: &'a Copy,
+    copy: &'a Arc<Copy>,
     needed: &'a BTreeSet<u32>,
     told: Option<Instant>,
 }
@@ -238,12 +238,8 @@ impl Fetch<'_> {
         let (model, source) = (self.getting.wish.model.clone(), format!("node {}", peer.short()));
         (self.getting.config.progress)(Progress::Trying { model, source: source.clone() });
         let fetched = self.ask(data).await;
-        let shared = Arc::clone(self.shared);
-        blocking(move || match &shared.content {
-            Content::Part(copy) => copy.keep(),
-            Content::Whole(_) => Ok(()),
-        })
-        .await?;
+        let copy = Arc::clone(self.copy);
+        blocking(move || copy.keep()).await?;
         match fetched {
             Ok(()) => Ok(()),
             Err(AskError::Model(error @ ModelError::Disk { .. })) => Err(error),
@@ -269,13 +265,10 @@ impl Fetch<'_> {
                     return Err(AskError::Nonsense("it gave another piece"));
                 }
                 since_kept += 1;
-                let (shared, is_due) = (Arc::clone(self.shared), since_kept % KEEP_EVERY == 0);
-                blocking(move || match &shared.content {
-                    Content::Part(copy) => {
-                        copy.write(number, &bytes)?;
-                        if is_due { copy.keep() } else { Ok(()) }
-                    }
-                    Content::Whole(_) => Ok(()),
+                let (copy, is_due) = (Arc::clone(self.copy), since_kept % KEEP_EVERY == 0);
+                blocking(move || {
+                    copy.write(number, &bytes)?;
+                    if is_due { copy.keep() } else { Ok(()) }
                 })
                 .await?;
                 self.tell();

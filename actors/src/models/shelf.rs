@@ -38,7 +38,7 @@ pub(super) struct Shared {
 pub(super) enum Content {
     /// All; the hashes of its pieces are computed when somebody asks.
     Whole(OnceCell<Vec<Hash>>),
-    Part(Copy),
+    Part(Arc<Copy>),
 }
 
 impl Shared {
@@ -53,7 +53,7 @@ impl Shared {
     pub(super) fn part(folder: &Path) -> Result<Self, ModelError> {
         let files = copy::open_model(folder)?;
         let pieces = Arc::new(Pieces::of(&files)?);
-        let content = Content::Part(Copy::open(folder, Arc::clone(&pieces))?);
+        let content = Content::Part(Arc::new(Copy::open(folder, Arc::clone(&pieces))?));
         Ok(Self { id: id_of(&pieces)?, files: Arc::new(files), pieces, content })
     }
 

@@ -200,7 +200,7 @@ impl PlannerState {
         let error = RequestError::Engine { what: what.clone(), remedy: "report it, with the log".into() };
         self.args.facts.tell(Fact::InstanceStopped { instance: id, error: Some(what) });
         // Whoever leads hears of it by the entry: it is over.
-        self.set(id, Want::Gone { error: Some(error) });
+        self.decide(|_, world| world.set(id, Want::Gone { error: Some(error) }));
     }
 
     /// Measures free memory as soon as something has left.

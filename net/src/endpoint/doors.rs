@@ -13,11 +13,11 @@ fn identity() -> Identity {
     Identity::ephemeral().expect("random bytes")
 }
 
-fn secret(byte: u8) -> ClusterSecret {
+pub(crate) fn secret(byte: u8) -> ClusterSecret {
     ClusterSecret::from_bytes([byte; 32])
 }
 
-fn network(byte: u8, peers: Vec<SocketAddr>) -> (Network, mpsc::Receiver<NetworkEvent>, NodeId) {
+pub(crate) fn network(byte: u8, peers: Vec<SocketAddr>) -> (Network, mpsc::Receiver<NetworkEvent>, NodeId) {
     let identity = Arc::new(identity());
     let id = identity.node_id();
     let config = NetworkConfig {
@@ -33,7 +33,7 @@ fn network(byte: u8, peers: Vec<SocketAddr>) -> (Network, mpsc::Receiver<Network
     (network, events, id)
 }
 
-async fn up(events: &mut mpsc::Receiver<NetworkEvent>) -> Box<crate::Peer> {
+pub(crate) async fn up(events: &mut mpsc::Receiver<NetworkEvent>) -> Box<crate::Peer> {
     loop {
         let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await.expect("in time");
         if let NetworkEvent::PeerUp(peer) = event.expect("the network lives") {

@@ -1,33 +1,10 @@
 //! A member that sends what no member sends, over connections that it was let in by: it loses them, and nobody else does.
 
 use super::*;
+use crate::Identity;
 use crate::endpoint::Local;
-use crate::{ClusterSecret, Discover, Identity, Network, NetworkConfig, NetworkEvent};
-use std::collections::BTreeSet;
+use crate::endpoint::doors::{network, secret, up};
 use std::sync::Arc;
-use tokio::sync::mpsc;
-
-fn network(secret: &ClusterSecret, peers: Vec<SocketAddr>) -> (Network, mpsc::Receiver<NetworkEvent>) {
-    let config = NetworkConfig {
-        identity: Arc::new(Identity::ephemeral().expect("random bytes")),
-        secret: secret.clone(),
-        name: "test".to_owned(),
-        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-        peers,
-        discover: Discover::Off,
-        evicted: BTreeSet::new(),
-    };
-    Network::start(config).expect("it listens")
-}
-
-async fn up(events: &mut mpsc::Receiver<NetworkEvent>) -> Box<Peer> {
-    loop {
-        let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await.expect("in time");
-        if let NetworkEvent::PeerUp(peer) = event.expect("the network lives") {
-            return peer;
-        }
-    }
-}
 
 /// Resident memory of this process.
 fn resident_bytes() -> u64 {
@@ -63,13 +40,12 @@ async fn take_streams(data: DataConnection) {
 /// what they came on; another member's connections stay, and memory does not grow.
 #[tokio::test(flavor = "multi_thread")]
 async fn noise_of_a_member_harms_nobody_else() {
-    let secret = ClusterSecret::random().expect("random bytes");
-    let (victim, mut of_victim) = network(&secret, Vec::new());
+    let (victim, mut of_victim, _) = network(1, Vec::new());
     let address = victim.address().expect("it listens");
-    let (honest, mut of_honest) = network(&secret, vec![address]);
+    let (honest, mut of_honest, _) = network(1, vec![address]);
     let (at_victim, at_honest) = (up(&mut of_victim).await, up(&mut of_honest).await);
     let before = resident_bytes();
-    let local = Local { identity: Arc::new(Identity::ephemeral().expect("random bytes")), secret: secret.clone() };
+    let local = Local { identity: Arc::new(Identity::ephemeral().expect("random bytes")), secret: secret(1) };
     let own = local.identity.node_id();
     let (endpoint, _accepted) = Endpoint::open(local, SocketAddr::from(([127, 0, 0, 1], 0))).expect("it listens");
     for noise in noises() {

@@ -1,6 +1,7 @@
 //! What members offer, with what is promised already and what has failed.
 
 use super::{EXCLUDED_FOR, Leader, World};
+use crate::core::desired::Wanted;
 use crate::core::members::Members;
 use crate::core::plan::Offer;
 use crate::core::view::InstanceId;
@@ -18,25 +19,16 @@ impl Leader {
         near: NodeId,
         except: &BTreeSet<InstanceId>,
     ) -> Vec<Offer> {
-        let mut promised: BTreeMap<NodeId, u64> = BTreeMap::new();
-        for (.., wanted) in world.desired.running().filter(|(id, ..)| !except.contains(id)) {
-            for stage in &wanted.placement.stages {
-                *promised.entry(stage.node).or_default() += stage.memory_bytes;
-            }
-        }
-        let mut own_bytes: BTreeMap<NodeId, u64> = BTreeMap::new();
-        for wanted in except.iter().filter_map(|id| world.desired.get(*id)?.wanted()) {
-            for stage in &wanted.placement.stages {
-                *own_bytes.entry(stage.node).or_default() += stage.memory_bytes;
-            }
-        }
+        let others = world.desired.running().filter(|(id, ..)| !except.contains(id));
+        let promised = memory_by_node(others.map(|(.., wanted)| wanted));
+        let freed = memory_by_node(except.iter().filter_map(|id| world.desired.get(*id)?.wanted()));
         let guess = speed_guess(world.members);
         let mut members: Vec<_> = world.members.0.iter().filter(|(_, report)| !report.is_draining).collect();
         members.sort_by_key(|(node, _)| **node != near);
         let mut offers = Vec::new();
         for (node, report) in members {
             let promised = promised.get(node).copied().unwrap_or(0);
-            let freed = own_bytes.get(node).copied().unwrap_or(0);
+            let freed = freed.get(node).copied().unwrap_or(0);
             offers.extend(report.offers(*node, promised, freed, device, guess));
         }
         offers.retain(|offer| !for_instance.is_some_and(|id| self.excludes(world, id, offer)));
@@ -49,6 +41,15 @@ impl Leader {
             (*node, device) == (offer.node, &offer.device) && world.now.saturating_sub(*since) < EXCLUDED_FOR
         })
     }
+}
+
+/// What is promised to shards on each node.
+pub(super) fn memory_by_node<'a>(wanted: impl Iterator<Item = &'a Wanted>) -> BTreeMap<NodeId, u64> {
+    let mut promised = BTreeMap::new();
+    for stage in wanted.flat_map(|wanted| &wanted.placement.stages) {
+        *promised.entry(stage.node).or_default() += stage.memory_bytes;
+    }
+    promised
 }
 
 /// What a device that was not measured is taken for: the middle of those that were.

@@ -1,9 +1,9 @@
 //! Instances that have lost a shard's place, and those that would be better off elsewhere.
 
+use super::market::memory_by_node;
 use super::{Leader, World};
 use crate::core::desired::{Stamp, Want, Wanted};
-use crate::core::members::MemberReport;
-use crate::core::plan::{PlanError, ShardCount, mend, pays_for_itself, place, token_seconds};
+use crate::core::plan::{Offer, Placement, PlanError, ShardCount, mend, pays_for_itself, place, token_seconds};
 use crate::core::spec::ModelSpec;
 use crate::core::view::InstanceId;
 use crate::request::RequestError;
@@ -54,10 +54,8 @@ impl Leader {
         let there = world.desired.running().filter(|(.., wanted)| is_there(wanted));
         let Some((id, _, wanted)) = there.max_by_key(|(_, stamp, _)| *stamp) else { return };
         let wanted = wanted.clone();
-        let (near, links) = (wanted.owner().unwrap_or(world.own), world.members.links());
-        let offers = self.offers(world, Some(id), wanted.spec.device.as_ref(), near, &[id].into());
-        let want = match place(&wanted.demand, &offers, &links, &ShardCount::Automatic, wanted.spec.policy) {
-            Ok(placement) => {
+        let want = match self.afresh(world, id, &wanted) {
+            Ok((placement, _)) => {
                 let reason = "two models were to be in one place".to_owned();
                 Want::Run(Box::new(Wanted { placement, reason, ..wanted }))
             }
@@ -69,19 +67,22 @@ impl Leader {
 
     /// See `relieve_one`.
     pub(super) fn relieve(&self, world: &mut World<'_>) {
-        let promised = |node: NodeId| -> u64 {
-            let stages = world.desired.running().flat_map(|(.., wanted)| &wanted.placement.stages);
-            stages.filter(|stage| stage.node == node).map(|stage| stage.memory_bytes).sum()
-        };
-        let is_full = |node: NodeId, report: &MemberReport| {
-            report.machine.memory_total_bytes.is_some_and(|total| promised(node) > total)
-        };
-        let members = world.members.0.iter();
-        let full: Vec<NodeId> =
-            members.filter(|(node, report)| is_full(**node, report)).map(|(&node, _)| node).collect();
-        for node in full {
-            self.relieve_one(world, node);
+        let promised = memory_by_node(world.desired.running().map(|(.., wanted)| wanted));
+        for (node, promised_bytes) in promised {
+            let total = world.members.0.get(&node).and_then(|report| report.machine.memory_total_bytes);
+            if total.is_some_and(|total| promised_bytes > total) {
+                self.relieve_one(world, node);
+            }
         }
+    }
+
+    /// Where an instance would go if it were asked for now, its own memory counted as free; and what was offered.
+    fn afresh(&self, world: &World<'_>, id: InstanceId, wanted: &Wanted) -> Result<(Placement, Vec<Offer>), PlanError> {
+        let near = wanted.owner().unwrap_or(world.own);
+        let offers = self.offers(world, Some(id), wanted.spec.device.as_ref(), near, &[id].into());
+        let links = world.members.links();
+        let placement = place(&wanted.demand, &offers, &links, &ShardCount::Automatic, wanted.spec.policy)?;
+        Ok((placement, offers))
     }
 
     /// Finds places for the shards of an instance that have none.
@@ -90,10 +91,7 @@ impl Leader {
         let (device, links) = (wanted.spec.device.as_ref(), world.members.links());
         let staying = self.offers(world, Some(id), device, near, &BTreeSet::new());
         let mended = mend(&wanted.demand, &wanted.placement, &staying, &links);
-        let afresh = || {
-            let offers = self.offers(world, Some(id), device, near, &[id].into());
-            place(&wanted.demand, &offers, &links, &ShardCount::Automatic, wanted.spec.policy)
-        };
+        let afresh = || self.afresh(world, id, wanted).map(|(placement, _)| placement);
         let placement = mended.map_or_else(afresh, Ok);
         match placement {
             Ok(placement) if placement == wanted.placement => {}
@@ -125,10 +123,7 @@ impl Leader {
         let links = world.members.links();
         let mut moves = Vec::new();
         for (id, _, wanted) in world.desired.running().filter(|(.., wanted)| is_free(&wanted.spec)) {
-            let near = wanted.owner().unwrap_or(world.own);
-            let offers = self.offers(world, Some(id), wanted.spec.device.as_ref(), near, &[id].into());
-            let better = place(&wanted.demand, &offers, &links, &ShardCount::Automatic, wanted.spec.policy);
-            let Ok(better) = better else { continue };
+            let Ok((better, offers)) = self.afresh(world, id, wanted) else { continue };
             if better != wanted.placement
                 && pays_for_itself(&wanted.demand, &wanted.placement, &better, &offers, &links)
             {
