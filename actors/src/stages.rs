@@ -12,6 +12,7 @@ mod wiring;
 
 use crate::core::desired::Stamp;
 use crate::core::line::{StageNews, StageTask};
+use crate::core::plan::PlanError;
 use crate::core::view::InstanceId;
 use crate::device::{DeviceMsg, DeviceRef};
 use crate::host::{EnginePort, HostTask, Outgoing};
@@ -25,7 +26,7 @@ use crate::room::Room;
 use crate::shard::{ShardReport, ShardTask};
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, Incarnation, KvElement, ShardSpec, TensorRank};
-use exo_engines::model::{ModelFiles, Role};
+use exo_engines::model::ModelFiles;
 use exo_net::NodeId;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
@@ -129,7 +130,7 @@ struct Held {
     owner: NodeId,
     task: StageTask,
     /// Weights that a row goes through; 0 until its model is here.
-    compute_bytes: u64,
+    work: u64,
     loaded: Option<Loaded>,
 }
 
@@ -206,7 +207,7 @@ impl StagesState {
         let (models, spec, stages) = (self.args.models.clone(), task.spec.clone(), myself.clone());
         let (files, extent) = (Some(task.files), Extent::Layers(task.layers.clone()));
         let progress = Outlet::to(myself, move |fetched| StagesMsg::Fetched { key, tenancy, fetched });
-        self.held.insert(key, Held { tenancy, owner, task, compute_bytes: 0, loaded: None });
+        self.held.insert(key, Held { tenancy, owner, task, work: 0, loaded: None });
         tokio::spawn(async move {
             let outcome = crate::models::get_spec(&models, &spec, files, extent, progress).await;
             // Where nobody hosts shards any more, the node stops.
@@ -222,7 +223,12 @@ impl StagesState {
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     ) {
         let Some(held) = self.held.get_mut(&key).filter(|held| held.tenancy == tenancy) else { return };
-        let model = match outcome {
+        let layers = held.task.layers.clone();
+        let fitting = outcome.and_then(|model| match model.files.architecture.layers.len() {
+            count if layers.is_empty() || layers.end > count => Err(PlanError::BadSplit { layers: count }.into()),
+            _ => Ok(model),
+        });
+        let model = match fitting {
             Ok(model) => model,
             Err(error) => {
                 self.tell(key, StageNews::NoModel { stage: key.1, error });
@@ -253,8 +259,9 @@ impl StagesState {
             _room: Arc::new(room),
         };
         let owner = Outlet::to(myself, move |report| StagesMsg::Shard { key, tenancy, report });
-        *self.memory.entry(key.0).or_default() += task.memory_bytes;
-        held.compute_bytes = compute_bytes(&model.files, &task.layers);
+        let held_bytes: &mut u64 = self.memory.entry(key.0).or_default();
+        *held_bytes = held_bytes.saturating_add(task.memory_bytes);
+        held.work = work(&model.files, &task.layers);
         let shard = ShardTask { instance: key.0, stage: key.1, host, owner, hidden };
         // A device that is gone is noticed by the node, which stops.
         let _ = local.device.send_message(DeviceMsg::Start(Box::new(shard)));
@@ -279,7 +286,7 @@ impl StagesState {
             ShardReport::Up { port, hidden, device, row } => {
                 held.loaded = Some(Loaded { port, hidden });
                 if row > Duration::ZERO {
-                    let bytes_per_s = held.compute_bytes as f64 / row.as_secs_f64();
+                    let bytes_per_s = held.work as f64 / row.as_secs_f64();
                     self.args.facts.tell(StagesFact::Measured { device, bytes_per_s });
                 }
                 StageNews::Up { stage }
@@ -348,13 +355,8 @@ impl StagesState {
     }
 }
 
-/// Weights that a row goes through in a shard of `layers`.
-fn compute_bytes(files: &ModelFiles, layers: &Range<usize>) -> u64 {
-    let is_last = layers.end == files.architecture.layers.len();
-    let tensors = files.weights.tensors.iter().filter(|(role, _)| match role {
-        Role::Layer(layer, _) => layers.contains(&(*layer as usize)),
-        Role::Output => is_last,
-        _ => false,
-    });
-    tensors.map(|(_, slice)| slice.kept_bytes()).sum()
+/// What a row goes through in a shard of `layers`, in bytes.
+fn work(files: &ModelFiles, layers: &Range<usize>) -> u64 {
+    let head = if layers.end == files.architecture.layers.len() { files.head_work() } else { 0 };
+    head + layers.clone().map(|layer| files.layer_work(layer)).sum::<u64>()
 }

@@ -103,6 +103,8 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
     };
     let demand = Demand {
         layer_bytes: vec![u64::MAX / 4; 2000],
+        layer_work: vec![1; 3],
+        head_work: u64::MAX,
         kv_bytes: vec![u64::MAX / 4; 2000],
         embedding_bytes: u64::MAX,
         head_bytes: u64::MAX,

@@ -73,6 +73,11 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Whether a member could have written it.
+    pub fn is_plausible(&self) -> bool {
+        self.wanted().is_none_or(|wanted| wanted.demand.is_plausible() && wanted.placement.is_of(&wanted.demand))
+    }
+
     /// What is to run, if it is.
     pub fn wanted(&self) -> Option<&Wanted> {
         match &self.want {
@@ -151,7 +156,7 @@ impl Desired {
             let is_later = self.entries.get(&id).is_none_or(|known| entry.stamp > known.stamp);
             let is_possible = entry.stamp.counter <= self.clock.saturating_add(LEAP_MAX);
             let is_full = self.entries.len() >= INSTANCES_MAX + TOMBSTONES_MAX && !self.entries.contains_key(&id);
-            if !is_later || !is_possible || is_full {
+            if !is_later || !is_possible || is_full || !entry.is_plausible() {
                 continue;
             }
             self.clock = self.clock.max(entry.stamp.counter);
@@ -186,6 +191,8 @@ impl Desired {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::plan::Stage;
+    use exo_engines::engine::DeviceId;
     use proptest::prelude::*;
 
     fn node() -> NodeId {
@@ -195,6 +202,8 @@ mod tests {
     fn run(model: &str) -> Want {
         let demand = Demand {
             layer_bytes: vec![1],
+            layer_work: vec![1],
+            head_work: 0,
             kv_bytes: vec![1],
             embedding_bytes: 0,
             head_bytes: 0,
@@ -210,7 +219,9 @@ mod tests {
                 context_tokens: 1,
                 files: crate::core::spec::FilesId([0; 32]),
             },
-            placement: Placement { stages: Vec::new() },
+            placement: Placement {
+                stages: vec![Stage { node: node(), device: DeviceId("cpu".to_owned()), layers: 0..1, memory_bytes: 1 }],
+            },
             kv_pages: 1,
             demand,
             reason: String::new(),
@@ -225,6 +236,24 @@ mod tests {
         assert_eq!(desired.find(&ModelSpec::new("a")).map(|(id, ..)| id), Some(InstanceId(3)));
         desired.set(InstanceId(3), Want::Gone { error: None }, Duration::ZERO);
         assert_eq!(desired.find(&ModelSpec::new("a")).map(|(id, ..)| id), Some(InstanceId(7)));
+    }
+
+    #[test]
+    fn what_no_planner_places_is_not_taken_in() {
+        let mut desired = Desired::new(node());
+        let by = node();
+        let mut hears = |change: &dyn Fn(&mut Wanted)| {
+            let Want::Run(mut wanted) = run("a") else { unreachable!("it is to run") };
+            change(&mut wanted);
+            let entry = Entry { stamp: Stamp { counter: 1, by }, want: Want::Run(wanted) };
+            desired.merge(vec![(InstanceId(1), entry)], Duration::ZERO).len()
+        };
+        assert_eq!(hears(&|wanted| wanted.demand.kv_bytes.clear()), 0);
+        assert_eq!(hears(&|wanted| wanted.demand.head_bytes = u64::MAX), 0);
+        assert_eq!(hears(&|wanted| wanted.placement.stages.clear()), 0);
+        assert_eq!(hears(&|wanted| wanted.placement.stages[0].layers = 0..2), 0);
+        assert_eq!(hears(&|wanted| wanted.placement.stages[0].memory_bytes = u64::MAX), 0);
+        assert_eq!(hears(&|_| {}), 1);
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub struct Offer {
     pub device: DeviceId,
     /// Memory that a shard may take.
     pub free_bytes: u64,
-    /// Weights that the device goes through in a second of decoding: measured, or a guess of its kind.
+    /// Bytes of work ([`Demand::layer_work`]) that the device goes through in a second of decoding: measured, or a guess.
     pub bytes_per_s: f64,
 }
 
@@ -107,18 +107,24 @@ impl std::str::FromStr for Split {
 
 /// No model has more.
 const LAYERS_MAX: usize = 4096;
+/// Nor does a layer of one: sums over all layers are far from the end of what a number holds.
+const BYTES_MAX: u64 = 1 << 48;
 
 /// What a model needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Demand {
     /// Weights of each layer.
     pub layer_bytes: Vec<u64>,
+    /// What a token goes through in each, in bytes: `ModelFiles::layer_work`.
+    pub layer_work: Vec<u64>,
     /// KV cache of each layer, at its bound.
     pub kv_bytes: Vec<u64>,
     /// The embedding table, on the first shard.
     pub embedding_bytes: u64,
     /// The head and the final norm, on the last shard; where it is the embedding, a model that is not split has it once.
     pub head_bytes: u64,
+    /// What a token goes through in the head.
+    pub head_work: u64,
     pub ties_embeddings: bool,
     /// A row between two shards.
     pub row_bytes: u64,
@@ -151,6 +157,19 @@ pub struct Placement {
     pub stages: Vec<Stage>,
 }
 
+impl Placement {
+    /// Whether the stages are all layers of such a model, once and in order.
+    pub fn is_of(&self, demand: &Demand) -> bool {
+        let mut end = 0;
+        let in_order = self.stages.iter().all(|stage| {
+            let follows = stage.layers.start == end && stage.layers.end > end;
+            end = stage.layers.end;
+            follows && stage.memory_bytes <= BYTES_MAX * LAYERS_MAX as u64 / 4
+        });
+        in_order && end == demand.layers()
+    }
+}
+
 /// Why a model cannot be placed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum PlanError {
@@ -171,6 +190,16 @@ impl Demand {
         self.layer_bytes.len()
     }
 
+    /// Whether there can be such a model: nothing is computed with another's numbers before.
+    pub fn is_plausible(&self) -> bool {
+        let layers = self.layers();
+        let of_layers = [&self.layer_bytes, &self.layer_work, &self.kv_bytes];
+        let ends = [self.embedding_bytes, self.head_bytes, self.head_work, self.row_bytes];
+        (1..=LAYERS_MAX).contains(&layers)
+            && of_layers.iter().all(|bytes| bytes.len() == layers)
+            && of_layers.into_iter().flatten().chain(&ends).all(|&bytes| bytes <= BYTES_MAX)
+    }
+
     /// Weights of a shard of `layers`.
     fn weight_bytes(&self, layers: &Range<usize>) -> u64 {
         let (first, last) = (layers.start == 0, layers.end == self.layers());
@@ -187,9 +216,9 @@ impl Demand {
 
     /// Seconds that a token spends in a shard of `layers` on `offer`. Looking up an embedding costs nothing.
     fn seconds(&self, layers: &Range<usize>, offer: &Offer) -> f64 {
-        let head = if layers.end == self.layers() { self.head_bytes } else { 0 };
-        let bytes = head + self.layer_bytes[layers.clone()].iter().sum::<u64>();
-        bytes as f64 / offer.bytes_per_s.max(1.0)
+        let head = if layers.end == self.layers() { self.head_work } else { 0 };
+        let work = head + self.layer_work[layers.clone()].iter().sum::<u64>();
+        work as f64 / offer.bytes_per_s.max(1.0)
     }
 }
 

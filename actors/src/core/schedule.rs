@@ -308,10 +308,11 @@ impl Schedule {
     /// Chunks of the prompts of running sequences, oldest first, in what is left of the step.
     fn add_prompts(&mut self, plan: &mut StepPlan) {
         for seq in self.running.clone() {
-            let left = self.sequences.get(&seq).map_or(0, Sequence::rows_left);
-            let in_plan = plan.rows.iter().any(|row| row.seq == seq);
+            // One that decodes has its turn in the step that it falls to.
+            let prompt = self.sequences.get(&seq).filter(|sequence| !sequence.decodes());
+            let left = prompt.map_or(0, Sequence::rows_left);
             let rows = left.min(self.room(plan));
-            if rows == 0 || in_plan {
+            if rows == 0 {
                 continue;
             }
             if self.free_pages(self.pages.pages_needed(seq, rows as u32), None, plan) {

@@ -11,9 +11,16 @@ use exo_engines::engine::{Incarnation, Input, Step, StepId};
 use std::time::Instant;
 
 impl InstanceState {
-    /// Tells clients what happened, and sends what may be sent.
+    /// Sends what may be sent, and tells clients what happened: in this order, as the pipeline waits for the next step.
     pub(super) fn pump(&mut self) {
+        self.send_steps();
         self.tell_clients();
+        // Clients that have gone leave pages to be given back.
+        self.send_steps();
+        self.report();
+    }
+
+    fn send_steps(&mut self) {
         while self.line.is_running() {
             let was_idle = self.schedule.steps_in_flight() == 0;
             let Some(plan) = self.schedule.poll_step() else { break };
@@ -28,7 +35,6 @@ impl InstanceState {
                 break;
             }
         }
-        self.report();
     }
 
     fn send(&self, incarnation: Incarnation, frame: Frame) -> bool {

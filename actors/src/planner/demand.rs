@@ -18,11 +18,13 @@ pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
         layer_bytes: (0..layers)
             .map(|layer| bytes_of(&|role| matches!(role, Role::Layer(l, _) if *l as usize == layer)))
             .collect(),
+        layer_work: (0..layers).map(|layer| files.layer_work(layer)).collect(),
         kv_bytes: (0..layers)
             .map(|layer| architecture.kv_bytes_per_token(layer..layer + 1, KvElement::F16.bytes()) * kv_tokens)
             .collect(),
         embedding_bytes: bytes_of(&|role| *role == Role::TokenEmbedding),
         head_bytes: bytes_of(&|role| *role == Role::Output),
+        head_work: files.head_work(),
         row_bytes: (architecture.hidden * size_of::<f32>()) as u64,
         ties_embeddings: place(Role::Output) == place(Role::TokenEmbedding),
     }

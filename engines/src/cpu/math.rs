@@ -14,7 +14,7 @@ pub(super) fn round(x: f32) -> f32 {
 ///
 /// x = n·ln 2 + r; eʳ by the minimax polynomial of degree 5 that Cephes' `expf` uses; n goes into the exponent.
 #[inline(always)]
-pub(super) fn exp<S: Simd>(x: f32) -> f32 {
+pub(crate) fn exp<S: Simd>(x: f32) -> f32 {
     let clamped = x.clamp(-87.0, 88.0);
     let n = round(clamped * std::f32::consts::LOG2_E);
     let r = S::fma1(n, -0.693_359_4, clamped);

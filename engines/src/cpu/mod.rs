@@ -31,7 +31,9 @@ mod tier;
 
 pub use cache::KvCache;
 pub use factory::CpuFactory;
+pub(crate) use math::exp;
 pub use packed::Packed;
+pub(crate) use simd::{Kernel, LANES, Portable, Simd};
 pub use tier::Tier;
 
 use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Linear, Norm, TensorData};

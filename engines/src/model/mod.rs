@@ -19,6 +19,7 @@ mod place;
 mod recipe;
 mod rope;
 mod weights;
+mod work;
 
 pub use architecture::*;
 pub use pieces::{FOLDER_FILES, PartedFile, Piece, Pieces};

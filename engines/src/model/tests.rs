@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 /// A llama of one layer, after `edit` has had each tensor's shape and values.
-fn tiny(edit: impl Fn(&str, &mut Vec<u64>, &mut Vec<f32>)) -> GgufWriter {
+pub(super) fn tiny(edit: impl Fn(&str, &mut Vec<u64>, &mut Vec<f32>)) -> GgufWriter {
     let mut file = GgufWriter::default()
         .text("general.architecture", "llama")
         .count("llama.block_count", 1)

@@ -8,6 +8,7 @@
 
 mod params;
 mod philox;
+mod weigh;
 
 pub use params::{ParamsError, SamplingParams};
 
@@ -102,16 +103,16 @@ impl OpenSampler {
 
     fn draw(&self, position: u32, logits: &[f32]) -> Option<Sampled> {
         let params = &self.params;
-        let token = if params.changes_logits() {
-            self.choose(position, &self.changed(logits))?
-        } else {
-            self.choose(position, logits)?
+        let (best, largest) = weigh::largest(logits)?;
+        let token = match params.changes_logits() {
+            true => self.choose(position, &self.changed(logits))?,
+            false if params.temperature == 0.0 => best,
+            false => self.choose(position, logits)?,
         };
-        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|&logit| f64::from((logit - largest).exp())).sum();
-        let log_total = f64::from(largest) + sum.ln();
+        let log_total = weigh::log_total(logits, largest);
         let logprob = |id: u32| (f64::from(logits[id as usize]) - log_total) as f32;
-        let top = if params.top_logprobs > 0 { likeliest(logits, params.top_logprobs as usize) } else { Vec::new() };
+        let top =
+            if params.top_logprobs > 0 { weigh::likeliest(logits, params.top_logprobs as usize) } else { Vec::new() };
         Some(Sampled {
             token,
             logprob: logprob(token),
@@ -149,69 +150,73 @@ impl OpenSampler {
 
     /// `None` where no logit is a number.
     fn choose(&self, position: u32, logits: &[f32]) -> Option<u32> {
-        if self.params.temperature == 0.0 {
-            return likeliest(logits, 1).first().copied().filter(|&id| logits[id as usize].is_finite());
+        let params = &self.params;
+        let (best, largest) = weigh::largest(logits)?;
+        if params.temperature == 0.0 {
+            return Some(best);
         }
-        let candidates = self.candidates(logits)?;
-        let total: f64 = candidates.iter().map(|&(_, weight)| weight).sum();
-        let mut left = philox::uniform(self.params.seed, u64::from(position)) * total;
-        for &(id, weight) in &candidates {
-            left -= weight;
-            if left < 0.0 {
-                return Some(id);
+        // Not infinite: the likeliest would have no weight.
+        let factor = params.temperature.recip().min(f32::MAX);
+        let share = philox::uniform(params.seed, u64::from(position));
+        if params.top_k == 0 {
+            let (weights, total) = weigh::weights(logits, largest, factor);
+            if params.top_p >= 1.0 && params.min_p == 0.0 {
+                return weigh::entry_at(&weights, share * total).map(|id| id as u32);
             }
+            return self.cut(&weights, total).pick(share);
         }
-        // Rounding left a crumb: the last candidate has it.
-        candidates.last().map(|&(id, _)| id)
+        let order = weigh::likeliest(logits, params.top_k as usize);
+        let chosen: Vec<f32> = order.iter().map(|&id| logits[id as usize]).collect();
+        let (weights, total) = weigh::weights(&chosen, largest, factor);
+        let candidates = Candidates { ids: order, weights };
+        candidates.within(f64::from(params.top_p) * total).of_at_least(params.min_p).pick(share)
     }
 
-    /// Candidates with their weights, likeliest first, after all cuts.
-    fn candidates(&self, logits: &[f32]) -> Option<Vec<(u32, f64)>> {
-        let params = &self.params;
-        let limit = match params.top_k {
-            0 => logits.len(),
-            k => (k as usize).min(logits.len()),
-        };
-        let order = likeliest(logits, limit);
-        let largest = logits[*order.first()? as usize];
-        if !largest.is_finite() {
-            return None;
-        }
-        let weight = |id: u32| (f64::from(logits[id as usize] - largest) / f64::from(params.temperature)).exp();
-        let mut candidates: Vec<(u32, f64)> = order.into_iter().map(|id| (id, weight(id))).collect();
-        let total: f64 = candidates.iter().map(|&(_, weight)| weight).sum();
-        if params.top_p < 1.0 {
-            let mut sum = 0.0;
-            let kept = candidates.iter().position(|&(_, weight)| {
-                sum += weight;
-                sum >= f64::from(params.top_p) * total
-            });
-            candidates.truncate(kept.map_or(candidates.len(), |last| last + 1));
-        }
-        // The likeliest candidate has the weight 1.
-        candidates.retain(|&(_, weight)| weight >= f64::from(params.min_p));
-        Some(candidates)
+    /// What top-p and min-p leave of all entries, whose weights have this sum; the likeliest has the weight 1.
+    fn cut(&self, weights: &[f32], total: f64) -> Candidates {
+        let (top_p, min_p) = (f64::from(self.params.top_p), self.params.min_p);
+        // All entries below the floor together have less than what top-p leaves out.
+        let left_out = (1.0 - top_p) * total / weights.len() as f64;
+        let mut kept = weigh::at_least(weights, min_p.max(0.5 * left_out as f32));
+        kept.sort_unstable_by(|(a, x), (b, y)| y.total_cmp(x).then(a.cmp(b)));
+        let (ids, weights) = kept.into_iter().unzip();
+        Candidates { ids, weights }.within(top_p * total)
     }
 }
 
-/// The `count` largest logits' ids, best first; of equals, the lower id first. What is not a number comes last.
-fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
-    let key = |id: u32| {
-        let logit = logits[id as usize];
-        if logit.is_nan() { f32::NEG_INFINITY } else { logit }
-    };
-    let better = |a: &u32, b: &u32| key(*b).total_cmp(&key(*a)).then(a.cmp(b));
-    let ids = 0..logits.len() as u32;
-    if count == 1 {
-        return ids.min_by(better).into_iter().collect();
+/// Tokens that may be drawn, likeliest first.
+struct Candidates {
+    ids: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl Candidates {
+    /// The first that together have the weight `mass`.
+    fn within(mut self, mass: f64) -> Self {
+        let mut sum = 0.0;
+        let last = self.weights.iter().position(|&weight| {
+            sum += f64::from(weight);
+            sum >= mass
+        });
+        self.truncate(last.map_or(self.ids.len(), |last| last + 1));
+        self
     }
-    let mut ids: Vec<u32> = ids.collect();
-    if count < ids.len() {
-        ids.select_nth_unstable_by(count, better);
-        ids.truncate(count);
+
+    fn of_at_least(mut self, weight: f32) -> Self {
+        self.truncate(self.weights.partition_point(|&other| other >= weight));
+        self
     }
-    ids.sort_unstable_by(better);
-    ids
+
+    fn truncate(&mut self, count: usize) {
+        self.ids.truncate(count);
+        self.weights.truncate(count);
+    }
+
+    /// The one in which `share` of all weight lies.
+    fn pick(&self, share: f64) -> Option<u32> {
+        let total: f64 = self.weights.iter().map(|&weight| f64::from(weight)).sum();
+        weigh::entry_at(&self.weights, share * total).map(|index| self.ids[index])
+    }
 }
 
 #[cfg(test)]

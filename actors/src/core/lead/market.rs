@@ -47,7 +47,8 @@ impl Leader {
 pub(super) fn memory_by_node<'a>(wanted: impl Iterator<Item = &'a Wanted>) -> BTreeMap<NodeId, u64> {
     let mut promised = BTreeMap::new();
     for stage in wanted.flat_map(|wanted| &wanted.placement.stages) {
-        *promised.entry(stage.node).or_default() += stage.memory_bytes;
+        let bytes: &mut u64 = promised.entry(stage.node).or_default();
+        *bytes = bytes.saturating_add(stage.memory_bytes);
     }
     promised
 }

@@ -101,7 +101,7 @@ pub(super) fn exact_split(demand: &Demand, slots: &[Slot<'_>], policy: Policy) -
                 if table.memory_bytes(start, end) > slot.free_bytes {
                     continue;
                 }
-                let cost = before.and_shard(table.compute_bytes(start, end) / slot.offer.bytes_per_s.max(1.0));
+                let cost = before.and_shard(table.work(start, end) / slot.offer.bytes_per_s.max(1.0));
                 let is_better = cheapest.is_none_or(|(other, _)| even(cost, other, policy));
                 if is_better {
                     cheapest = Some((cost, start));
@@ -201,7 +201,7 @@ impl Search<'_> {
                         // More layers need no less.
                         break;
                     }
-                    let compute_s = self.table.compute_bytes(start, end) / offer.bytes_per_s.max(1.0);
+                    let compute_s = self.table.work(start, end) / offer.bytes_per_s.max(1.0);
                     let cost = before.and_shard(compute_s);
                     if bound.is_some_and(|bound| cost.exceeds(bound, self.policy)) {
                         // Nor do they cost less.
@@ -270,6 +270,8 @@ struct Table {
     kv: Vec<u64>,
     embedding_bytes: u64,
     head_bytes: u64,
+    work: Vec<u64>,
+    head_work: u64,
     ties_embeddings: bool,
 }
 
@@ -290,6 +292,8 @@ impl Table {
             kv: sums(&demand.kv_bytes),
             embedding_bytes: demand.embedding_bytes,
             head_bytes: demand.head_bytes,
+            work: sums(&demand.layer_work),
+            head_work: demand.head_work,
             ties_embeddings: demand.ties_embeddings,
         }
     }
@@ -302,8 +306,8 @@ impl Table {
     }
 
     /// Looking up an embedding costs nothing.
-    fn compute_bytes(&self, start: usize, end: usize) -> f64 {
-        let head = if end == self.layers { self.head_bytes } else { 0 };
-        (self.weights[end] - self.weights[start] + head) as f64
+    fn work(&self, start: usize, end: usize) -> f64 {
+        let head = if end == self.layers { self.head_work } else { 0 };
+        (self.work[end] - self.work[start] + head) as f64
     }
 }

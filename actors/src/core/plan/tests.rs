@@ -10,7 +10,9 @@ fn node() -> NodeId {
 fn demand(layer_bytes: Vec<u64>, ends: u64) -> Demand {
     Demand {
         kv_bytes: vec![1; layer_bytes.len()],
+        layer_work: layer_bytes.clone(),
         layer_bytes,
+        head_work: ends,
         embedding_bytes: ends,
         head_bytes: ends,
         ties_embeddings: true,

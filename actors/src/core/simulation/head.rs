@@ -337,3 +337,25 @@ fn a_prompt_that_can_never_run_is_refused() {
     assert!(schedule.handle_request(request(1, 1024, 1)).is_err());
     assert!(schedule.handle_request(request(1, 1023, 1)).is_ok());
 }
+
+/// Streams that decode are shared out over the stages: four over two stages go in twos, whenever they began.
+#[test]
+fn streams_are_shared_out_over_the_stages() {
+    let mut schedule = Schedule::new(Limits { steps_in_flight: 2, ..limits() });
+    for seq in 1..=4 {
+        let mut own = request(seq, 10, 100);
+        own.sampler.prompt.fill(seq as u32);
+        schedule.handle_request(own).expect("it fits");
+    }
+    let mut in_flight: VecDeque<StepPlan> = VecDeque::new();
+    let mut sizes = Vec::new();
+    for _ in 0..20 {
+        while let Some(plan) = schedule.poll_step() {
+            sizes.push(plan.rows.len());
+            in_flight.push_back(plan);
+        }
+        let oldest = in_flight.pop_front().expect("a step is in flight");
+        draw(&mut schedule, &oldest);
+    }
+    assert!(sizes[4..].iter().all(|&rows| rows == 2), "{sizes:?}");
+}

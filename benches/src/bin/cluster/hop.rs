@@ -36,17 +36,21 @@ impl Times {
 
 pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let (mut links, mut plain) = (Vec::new(), Vec::new());
+    let mut rounds = Vec::new();
     for _ in 0..repeat {
-        links.extend(runtime.block_on(over_link())?);
-        plain.extend(runtime.block_on(over_stream())?);
+        let link = runtime.block_on(over_link())?;
+        let stream = runtime.block_on(over_stream())?;
+        rounds.push((Times::of(link), Times::of(stream)));
     }
-    let (links, plain) = (Times::of(links), Times::of(plain));
-    for (name, link, stream) in [("p50", links.p50, plain.p50), ("p99", links.p99, plain.p99)] {
-        println!(
-            "hop of 16 KiB, {name}: {link:.0} µs over a link, {stream:.0} µs over a stream: {:.2}×",
-            link / stream
-        );
+    let percentiles: [(&str, fn(&Times) -> f64); 2] = [("p50", |times| times.p50), ("p99", |times| times.p99)];
+    for (name, of) in percentiles {
+        let [link, stream, ratio] = [
+            rounds.iter().map(|(link, _)| of(link)).collect(),
+            rounds.iter().map(|(_, stream)| of(stream)).collect(),
+            rounds.iter().map(|(link, stream)| of(link) / of(stream)).collect(),
+        ]
+        .map(crate::median);
+        println!("hop of 16 KiB, {name}: {link:.0} µs over a link, {stream:.0} µs over a stream: {ratio:.2}×");
     }
     Ok(())
 }

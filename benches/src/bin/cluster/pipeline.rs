@@ -1,40 +1,63 @@
 //! Decoding over two processes beside one, with a thread each; and how long a death is felt.
 
-use super::processes::{cluster, shards, stream, throughput};
+use super::processes::{Process, cluster, shards, stream, throughput};
 use anyhow::Context;
 use exo_actors::ModelSpec;
 use std::path::Path;
 use std::time::Duration;
 
-pub(crate) fn bench(exo_node: &Path, model: &str, tokens: u32, repeat: usize) -> anyhow::Result<()> {
-    let (mut single, mut pair) = (Vec::new(), Vec::new());
-    let (mut two, mut four, mut four_of_pair) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..repeat {
-        let alone = cluster(exo_node, 1)?.remove(0);
-        let whole = ModelSpec::new(model);
-        single.push(throughput(&alone, &whole, tokens, 1)?);
-        two.push(throughput(&alone, &whole, tokens, 2)?);
-        four.push(throughput(&alone, &whole, tokens, 4)?);
-        drop(alone);
-        let both = cluster(exo_node, 2)?;
-        let split = shards(model, 2);
-        stream(&both[0], &split, 1)?;
-        pair.push(throughput(&both[0], &split, tokens, 1)?);
-        four_of_pair.push(throughput(&both[0], &split, tokens, 4)?);
+/// Tokens a second of one round.
+struct Round {
+    one: f64,
+    two: f64,
+    four: f64,
+    one_of_pair: f64,
+    four_of_pair: f64,
+}
+
+impl Round {
+    /// What runs is measured in turns, there and back: what else the machine does meanwhile is shared fairly.
+    fn measure(alone: &Process, pair: &Process, [whole, split]: [&ModelSpec; 2], tokens: u32) -> anyhow::Result<Self> {
+        let runs = [(alone, whole, 1), (pair, split, 1), (alone, whole, 4), (pair, split, 4), (alone, whole, 2)];
+        let mut rates = [0.0; 5];
+        for index in (0..runs.len()).chain((0..runs.len()).rev()) {
+            let (process, model, streams) = runs[index];
+            rates[index] += throughput(process, model, tokens, streams)? / 2.0;
+        }
+        let [one, one_of_pair, four, four_of_pair, two] = rates;
+        Ok(Self { one, two, four, one_of_pair, four_of_pair })
     }
-    let ratios = |ours: &[f64], theirs: &[f64]| crate::median(ours.iter().zip(theirs).map(|(a, b)| a / b).collect());
-    let [single_m, pair_m, two_m, four_m, of_pair_m] =
-        [&single, &pair, &two, &four, &four_of_pair].map(|values| crate::median(values.clone()));
+
+    /// What two half-batches at once would give beside a whole one: a step of a batch takes batch / throughput.
+    fn limit(&self) -> f64 {
+        (4.0 / self.four) / (2.0 / self.two)
+    }
+}
+
+pub(crate) fn bench(exo_node: &Path, model: &str, tokens: u32, repeat: usize) -> anyhow::Result<()> {
+    let alone = cluster(exo_node, 1)?.remove(0);
+    let pair = cluster(exo_node, 2)?;
+    let (whole, split) = (ModelSpec::new(model), shards(model, 2));
+    stream(&alone, &whole, 1)?;
+    stream(&pair[0], &split, 1)?;
+    let rounds = (0..repeat)
+        .map(|_| Round::measure(&alone, &pair[0], [&whole, &split], tokens))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let median = |of: &dyn Fn(&Round) -> f64| crate::median(rounds.iter().map(of).collect());
     println!(
-        "one stream: {pair_m:.1} tokens/s over two processes, {single_m:.1} in one: {:.3}",
-        ratios(&pair, &single)
+        "one stream: {:.1} tokens/s over two processes, {:.1} in one: {:.3}",
+        median(&|round| round.one_of_pair),
+        median(&|round| round.one),
+        median(&|round| round.one_of_pair / round.one)
     );
-    // A step of a batch takes batch / throughput.
-    let limits: Vec<f64> = two.iter().zip(&four).map(|(two, four)| (4.0 / four) / (2.0 / two)).collect();
-    let (ratio, limit) = (ratios(&four_of_pair, &four), crate::median(limits));
     println!(
-        "four streams: {of_pair_m:.1} tokens/s over two processes, {four_m:.1} in one (two streams {two_m:.1}): {ratio:.2}, {:.2} of the limit {limit:.2}",
-        ratio / limit
+        "four streams: {:.1} tokens/s over two processes, {:.1} in one (two streams {:.1}): {:.2}, {:.2} of the limit {:.2}",
+        median(&|round| round.four_of_pair),
+        median(&|round| round.four),
+        median(&|round| round.two),
+        median(&|round| round.four_of_pair / round.four),
+        median(&|round| round.four_of_pair / round.four / round.limit()),
+        median(&Round::limit)
     );
     Ok(())
 }
