@@ -419,6 +419,12 @@ impl InstanceState {
 
     /// A step that does not come back is a failure of the pipeline; what nobody has acted on is said again.
     fn watch(&mut self, myself: &InstanceRef) {
+        let now = self.now();
+        for line in [Some(&mut self.line), self.coming.as_mut()].into_iter().flatten() {
+            for (node, task) in line.silent(self.args.id, now) {
+                self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
+            }
+        }
         if self.line.is_running() {
             if self.schedule.steps_in_flight() > 0 && self.last_sign.elapsed() > STEP_DEADLINE {
                 let what = format!("no step came back for {} s", STEP_DEADLINE.as_secs());
@@ -429,7 +435,7 @@ impl InstanceState {
             }
             return;
         }
-        let (now, post) = (self.now(), self.args.post.clone());
+        let post = self.args.post.clone();
         for node in self.line.out_of_reach(now, |node| post.is_here(node)) {
             self.on_node_lost(node);
         }

@@ -10,7 +10,7 @@
 
 mod wiring;
 
-use crate::core::desired::Stamp;
+use crate::core::desired::{Listed, Stamp};
 use crate::core::line::{StageNews, StageTask};
 use crate::core::plan::PlanError;
 use crate::core::view::InstanceId;
@@ -30,10 +30,10 @@ use exo_engines::model::ModelFiles;
 use exo_net::NodeId;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use wiring::Wiring;
 
 pub(crate) type StagesRef = ActorRef<StagesMsg>;
@@ -49,8 +49,8 @@ pub(crate) enum StagesMsg {
         from: NodeId,
         order: StageOrder,
     },
-    /// These instances are wanted; shards of others go.
-    Keep(BTreeSet<InstanceId>),
+    /// What is to run; shards of others go.
+    Keep(Listed),
     /// The model of a stage is here, or cannot be had.
     Resolved {
         key: Key,
@@ -129,6 +129,8 @@ struct Held {
     tenancy: u64,
     owner: NodeId,
     task: StageTask,
+    /// When its owner last ordered it.
+    ordered: Instant,
     /// Weights that a row goes through; 0 until its model is here.
     work: u64,
     loaded: Option<Loaded>,
@@ -160,7 +162,7 @@ impl Actor for Stages {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             StagesMsg::Order { from, order } => state.on_order(&myself, from, order),
-            StagesMsg::Keep(instances) => state.keep(&instances),
+            StagesMsg::Keep(listed) => state.keep(&listed),
             StagesMsg::Resolved { key, tenancy, outcome } => state.on_resolved(&myself, key, tenancy, outcome),
             StagesMsg::Fetched { key, tenancy, fetched } => state.on_fetched(key, tenancy, fetched),
             StagesMsg::Shard { key, tenancy, report } => state.on_report(key, tenancy, report),
@@ -187,14 +189,19 @@ impl StagesState {
     fn start(&mut self, myself: &StagesRef, owner: NodeId, task: StageTask) {
         let key = (task.instance, task.stage);
         let latest = self.stamps.get(&task.instance).copied();
-        if latest.is_some_and(|latest| task.stamp < latest) || self.held.len() >= STAGES_MAX {
-            return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard of the past, or one too many");
+        if latest.is_some_and(|latest| task.stamp < latest) {
+            return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard of the past");
+        }
+        if self.held.len() >= STAGES_MAX && !self.held.contains_key(&key) {
+            let error = RequestError::Crowded { model: task.spec.model, needed_bytes: task.memory_bytes };
+            let (stamp, news) = (task.stamp, StageNews::NoModel { stage: task.stage, error });
+            return self.args.post.tell(owner, ControlMessage::News { instance: task.instance, stamp, news });
         }
         self.stamps.insert(task.instance, task.stamp);
         if let Some(held) = self.held.get_mut(&key) {
             let is_the_same = StageTask { stamp: task.stamp, ..held.task.clone() } == task;
             if is_the_same {
-                (held.owner, held.task) = (owner, task);
+                (held.owner, held.task, held.ordered) = (owner, task, Instant::now());
                 if held.loaded.is_some() {
                     self.tell(key, StageNews::Up { stage: key.1 });
                 }
@@ -207,7 +214,7 @@ impl StagesState {
         let (models, spec, stages) = (self.args.models.clone(), task.spec.clone(), myself.clone());
         let (files, extent) = (Some(task.files), Extent::Layers(task.layers.clone()));
         let progress = Outlet::to(myself, move |fetched| StagesMsg::Fetched { key, tenancy, fetched });
-        self.held.insert(key, Held { tenancy, owner, task, work: 0, loaded: None });
+        self.held.insert(key, Held { tenancy, owner, task, ordered: Instant::now(), work: 0, loaded: None });
         tokio::spawn(async move {
             let outcome = crate::models::get_spec(&models, &spec, files, extent, progress).await;
             // Where nobody hosts shards any more, the node stops.
@@ -316,12 +323,14 @@ impl StagesState {
         }
     }
 
-    fn keep(&mut self, instances: &BTreeSet<InstanceId>) {
-        let over = self.held.keys().filter(|(instance, _)| !instances.contains(instance)).copied();
+    fn keep(&mut self, listed: &Listed) {
+        let is_over = |(key, held): &(&Key, &Held)| !listed.keeps(key.0, held.task.stamp, held.ordered.elapsed());
+        let over = self.held.iter().filter(is_over).map(|(&key, _)| key);
         for key in over.collect::<Vec<_>>() {
             self.stop(key);
         }
-        self.stamps.retain(|instance, _| instances.contains(instance));
+        let held = &self.held;
+        self.stamps.retain(|instance, _| listed.runs(*instance) || held.keys().any(|(of, _)| of == instance));
     }
 
     fn stop(&mut self, key: Key) {

@@ -3,6 +3,7 @@
 use crate::node::Node;
 use crate::{GEMMA3, SMOLLM2, ids, json, models};
 use serde_json::Value;
+use std::io::Read;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -28,8 +29,7 @@ impl Cluster {
             Node::up_with(&arguments, if more.is_empty() { &[] } else { variables })
         };
         let first = start("a", &[]);
-        let token = String::from_utf8(first.command(&["token"]).stdout).expect("UTF-8");
-        let token = token.split_whitespace().last().expect("a token").to_owned();
+        let token = token_of(&first);
         let nodes = vec![first, start("b", &["--join", &token]), start("c", &["--join", &token])];
         let cluster = Self { nodes };
         for node in &cluster.nodes {
@@ -72,6 +72,12 @@ pub(crate) fn answer(asking: Child) -> Vec<u64> {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let answer: Value = serde_json::from_slice(&output.stdout).expect("one object");
     ids(&answer["token_ids"])
+}
+
+/// The last word of what `exo-node token` prints.
+pub(crate) fn token_of(node: &Node) -> String {
+    let token = String::from_utf8(node.command(&["token"]).stdout).expect("UTF-8");
+    token.split_whitespace().last().expect("a token").to_owned()
 }
 
 /// The answer of one process.
@@ -144,6 +150,34 @@ fn an_answer_outlives_the_death_of_any_other_node() {
             assert_eq!(cluster.ask(victim, split), expected, "back, and asked itself");
         }
     }
+}
+
+/// R7.4, R8.4: a model that fits on no node alone is spread over two without being told; when one of them dies and the rest
+/// is too small, the request fails with what is missing, and does not hang.
+#[test]
+fn what_fits_nowhere_any_more_fails_with_what_is_missing() {
+    models();
+    let start = |name: &str, gigabytes: &str, more: &[&str]| {
+        let mut arguments = vec!["--listen", "127.0.0.1:0", "--no-discovery", "--threads", "1", "--name", name];
+        arguments.extend(["--memory", gigabytes]);
+        arguments.extend(more);
+        Node::up(&arguments)
+    };
+    let first = start("a", "0.13", &[]);
+    let token = token_of(&first);
+    let cluster = Cluster { nodes: vec![first, start("b", "0.13", &["--join", &token])] };
+    cluster.nodes.iter().for_each(|node| cluster.wait_for(node, 1));
+    let question = ["run", SMOLLM2, QUESTION, "--temperature", "0", "--max-tokens", "1000", "--context", "1024"];
+    let mut command: Command = cluster.nodes[0].prepare(&question);
+    let mut asking = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("exo-node starts");
+    let mut text = asking.stdout.take().expect("it is piped");
+    text.read_exact(&mut [0]).expect("an answer begins");
+    cluster.nodes[1].signal("KILL");
+    let killed = Instant::now();
+    let output = asking.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("bytes are missing"), "{said}");
+    assert!(killed.elapsed() < Duration::from_secs(30), "{:?}", killed.elapsed());
 }
 
 /// A node that is drained gives its shards away, and answers lose nothing by it.

@@ -13,7 +13,7 @@ use crate::request::RequestError;
 use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// How long what is over is remembered: longer than a member is away and comes back with old entries.
@@ -24,6 +24,8 @@ const TOMBSTONES_MAX: usize = 1024;
 pub const INSTANCES_MAX: usize = 256;
 /// A stamp is no later than this beyond what we know: counters grow by one, and nobody can use them up.
 const LEAP_MAX: u64 = 1 << 32;
+/// An order to a shard's node may be there before the entry that it follows from, but not by more than this.
+const ENTRY_WITHIN: Duration = Duration::from_secs(30);
 /// Lives of an instance within one stamp.
 const LIVES_BITS: u32 = 20;
 
@@ -87,6 +89,26 @@ impl Entry {
     }
 }
 
+/// What runs and what is over, as a list had it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Listed {
+    running: BTreeSet<InstanceId>,
+    over: BTreeMap<InstanceId, Stamp>,
+}
+
+impl Listed {
+    pub fn runs(&self, id: InstanceId) -> bool {
+        self.running.contains(&id)
+    }
+
+    /// Whether a shard stays that was ordered with `stamp`, `age` ago. Of an instance that the list does not have, the
+    /// entry may be on its way.
+    pub fn keeps(&self, id: InstanceId, stamp: Stamp, age: Duration) -> bool {
+        let is_over = self.over.get(&id).is_some_and(|end| *end >= stamp);
+        self.runs(id) || (!is_over && age < ENTRY_WITHIN)
+    }
+}
+
 /// The incarnation of life `life` of an instance as `stamp` has it.
 pub fn incarnation(stamp: Stamp, life: u64, owner: NodeId) -> Incarnation {
     let epoch = (stamp.counter << LIVES_BITS) | life.min((1 << LIVES_BITS) - 1);
@@ -121,6 +143,12 @@ impl Desired {
     /// What is to run.
     pub fn running(&self) -> impl Iterator<Item = (InstanceId, Stamp, &Wanted)> {
         self.entries().filter_map(|(id, entry)| Some((id, entry.stamp, entry.wanted()?)))
+    }
+
+    /// What those who keep shards need of it.
+    pub fn listed(&self) -> Listed {
+        let over = self.entries().filter(|(_, entry)| entry.wanted().is_none()).map(|(id, entry)| (id, entry.stamp));
+        Listed { running: self.running().map(|(id, ..)| id).collect(), over: over.collect() }
     }
 
     /// The instance that is to run `spec`; of several, the one with the highest stamp.
@@ -236,6 +264,25 @@ mod tests {
         assert_eq!(desired.find(&ModelSpec::new("a")).map(|(id, ..)| id), Some(InstanceId(3)));
         desired.set(InstanceId(3), Want::Gone { error: None }, Duration::ZERO);
         assert_eq!(desired.find(&ModelSpec::new("a")).map(|(id, ..)| id), Some(InstanceId(7)));
+    }
+
+    #[test]
+    fn a_shard_stays_until_its_instance_is_over() {
+        let (mut desired, by, second) = (Desired::new(node()), node(), Duration::from_secs(1));
+        let stamp = |counter| Stamp { counter, by };
+        let id = InstanceId(1);
+        assert!(desired.listed().keeps(id, stamp(1), second), "the order was faster than the entry");
+        assert!(!desired.listed().keeps(id, stamp(1), ENTRY_WITHIN), "there is no entry");
+        let mut hears = |counter, want| drop(desired.merge(vec![(id, Entry { stamp: stamp(counter), want })], second));
+        hears(1, run("a"));
+        hears(2, Want::Gone { error: None });
+        assert!(!desired.listed().keeps(id, stamp(1), second));
+        assert!(desired.listed().keeps(id, stamp(3), second), "it runs again, as the entry on its way says");
+        desired.merge(vec![(id, Entry { stamp: stamp(3), want: run("a") })], second);
+        assert!(
+            desired.listed().keeps(id, stamp(1), 2 * ENTRY_WITHIN),
+            "its owner clears what is left of earlier ones"
+        );
     }
 
     #[test]

@@ -20,6 +20,8 @@ use std::time::Duration;
 const WIRE_DEADLINE: Duration = Duration::from_secs(5);
 /// A placement may be of a node that its owner has yet to meet.
 const REACHED_WITHIN: Duration = Duration::from_secs(4);
+/// A node that was ordered a shard, and is silent for so long, may not have it: it is ordered again.
+const SILENT_MAX: Duration = Duration::from_secs(5);
 /// The first wait before shards are connected anew; each further one doubles it.
 const CUT_WAIT: Duration = Duration::from_millis(50);
 /// More cuts than this in a row: the link does not come back by itself.
@@ -89,6 +91,21 @@ pub(crate) enum StageNews {
     },
 }
 
+impl StageNews {
+    fn stage(&self) -> usize {
+        match self {
+            Self::Fetching { stage, .. }
+            | Self::Loading { stage, .. }
+            | Self::Up { stage }
+            | Self::Wired { stage, .. }
+            | Self::Down { stage, .. }
+            | Self::Lost { stage, .. }
+            | Self::NoModel { stage, .. }
+            | Self::Cut { stage, .. } => *stage,
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 enum StageState {
     Loading,
@@ -118,6 +135,8 @@ pub(crate) struct Line {
     stamp: Stamp,
     wanted: Arc<Wanted>,
     stages: Vec<StageState>,
+    /// When there were news of each, or it was ordered.
+    heard: Vec<Duration>,
     life: u64,
     incarnation: Option<Incarnation>,
     is_running: bool,
@@ -130,7 +149,19 @@ pub(crate) struct Line {
 impl Line {
     pub(crate) fn new(stamp: Stamp, wanted: Arc<Wanted>, now: Duration) -> Self {
         let stages = vec![StageState::Loading; wanted.placement.stages.len()];
-        Self { stamp, wanted, stages, life: 0, incarnation: None, is_running: false, ordered: now, since: now, cuts: 0 }
+        let heard = vec![now; stages.len()];
+        Self {
+            stamp,
+            wanted,
+            stages,
+            heard,
+            life: 0,
+            incarnation: None,
+            is_running: false,
+            ordered: now,
+            since: now,
+            cuts: 0,
+        }
     }
 
     /// The shards, to be ordered of their nodes.
@@ -151,6 +182,21 @@ impl Line {
             (placed.node, task)
         };
         self.wanted.placement.stages.iter().enumerate().map(task).collect()
+    }
+
+    /// The shards of which nothing was heard for too long while they load, to be ordered again.
+    pub(crate) fn silent(&mut self, instance: InstanceId, now: Duration) -> Vec<(NodeId, StageTask)> {
+        let mut tasks = self.tasks(instance);
+        let states = self.stages.iter().zip(&mut self.heard);
+        let is_silent: Vec<bool> = states
+            .map(|(state, heard)| {
+                let is_silent = matches!(state, StageState::Loading) && now.saturating_sub(*heard) > SILENT_MAX;
+                *heard = if is_silent { now } else { *heard };
+                is_silent
+            })
+            .collect();
+        tasks.retain(|(_, task)| is_silent[task.stage]);
+        tasks
     }
 
     pub(crate) fn stamp(&self) -> Stamp {
@@ -240,6 +286,9 @@ impl Line {
     /// Takes news of `from` in.
     pub(crate) fn on_news(&mut self, from: NodeId, news: &StageNews, now: Duration) -> Step {
         let is_from = |stage: usize| self.wanted.placement.stages.get(stage).is_some_and(|placed| placed.node == from);
+        if is_from(news.stage()) {
+            self.heard[news.stage()] = now;
+        }
         match news {
             StageNews::Up { stage } if is_from(*stage) => {
                 let was_loaded = self.is_loaded();

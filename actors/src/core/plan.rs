@@ -13,6 +13,7 @@ pub use mend::{mend, pays_for_itself};
 pub use preview::{Preview, PreviewOutcome, preview, reason};
 
 use exo_engines::engine::DeviceId;
+use exo_engines::model::LAYERS_MAX;
 use exo_net::NodeId;
 use search::{Slot, best_chain, exact_split};
 use serde::{Deserialize, Serialize};
@@ -105,9 +106,7 @@ impl std::str::FromStr for Split {
     }
 }
 
-/// No model has more.
-const LAYERS_MAX: usize = 4096;
-/// Nor does a layer of one: sums over all layers are far from the end of what a number holds.
+/// No layer has more: sums over all layers are far from the end of what a number holds.
 const BYTES_MAX: u64 = 1 << 48;
 
 /// What a model needs.
@@ -164,7 +163,7 @@ impl Placement {
         let in_order = self.stages.iter().all(|stage| {
             let follows = stage.layers.start == end && stage.layers.end > end;
             end = stage.layers.end;
-            follows && stage.memory_bytes <= BYTES_MAX * LAYERS_MAX as u64 / 4
+            follows && stage.memory_bytes <= BYTES_MAX * LAYERS_MAX as u64
         });
         in_order && end == demand.layers()
     }

@@ -13,7 +13,6 @@ use crate::request::RequestError;
 use crate::stages::StagesMsg;
 use exo_net::NodeId;
 use ractor::{Actor, ActorId, RpcReplyPort};
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -95,9 +94,8 @@ impl PlannerState {
             }
         }
         self.retire_others();
-        let wanted: BTreeSet<InstanceId> = self.desired.running().map(|(id, ..)| id).collect();
         // Where nobody hosts shards any more, the node stops.
-        let _ = self.args.stages.send_message(StagesMsg::Keep(wanted));
+        let _ = self.args.stages.send_message(StagesMsg::Keep(self.desired.listed()));
     }
 
     async fn start(&mut self, myself: &PlannerRef, id: InstanceId, stamp: Stamp, wanted: Wanted) {

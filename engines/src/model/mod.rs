@@ -51,8 +51,8 @@ pub enum TokenizerSource {
     Folder(PathBuf),
 }
 
-/// Bounds of a plausible model, so that a damaged header asks for no absurd memory.
-const LAYERS_MAX: usize = 1024;
+/// Layers of a plausible model. This and the bounds below keep a damaged header from asking for absurd memory.
+pub const LAYERS_MAX: usize = 1024;
 const WIDTH_MAX: usize = 1 << 20;
 const VOCABULARY_MAX: usize = 1 << 22;
 const HEAD_DIM_MAX: usize = 4096;

@@ -181,7 +181,7 @@ impl Cluster {
             node.shards.get_mut(&key).filter(|held| StageTask { stamp: task.stamp, ..held.task.clone() } == task);
         match held {
             Some(held) => {
-                (held.owner, held.task) = (owner, task);
+                (held.owner, held.task, held.ordered) = (owner, task, now);
                 if held.is_up {
                     held.is_up = false;
                     held.up = now;
@@ -189,7 +189,7 @@ impl Cluster {
             }
             None => {
                 let seen = None;
-                node.shards.insert(key, Shard { owner, task, up: now + loads, is_up: false, seen });
+                node.shards.insert(key, Shard { owner, task, ordered: now, up: now + loads, is_up: false, seen });
             }
         }
     }
@@ -283,7 +283,9 @@ impl Cluster {
         let wanted: Vec<(InstanceId, Stamp, Wanted)> =
             node.desired.running().map(|(id, stamp, wanted)| (id, stamp, wanted.clone())).collect();
         let own = node.id;
-        node.shards.retain(|(id, _), _| wanted.iter().any(|(wanted, ..)| wanted == id));
+        // The list as it was a moment ago: orders overtake it.
+        let listed = std::mem::replace(&mut node.listed, node.desired.listed());
+        node.shards.retain(|(id, _), shard| listed.keeps(*id, shard.task.stamp, now.saturating_sub(shard.ordered)));
         node.heads.retain(|id, _| wanted.iter().any(|(of, _, wanted)| of == id && wanted.owner() == Some(own)));
         let mut orders = Vec::new();
         for (id, stamp, wanted) in wanted.into_iter().filter(|(.., wanted)| wanted.owner() == Some(own)) {
@@ -322,6 +324,8 @@ impl Cluster {
             for lost in head.line.out_of_reach(now, is_here) {
                 let _ = head.line.on_node_lost(lost);
             }
+            let again = head.line.silent(id, now).into_iter();
+            said.extend(again.map(|(to, task)| (to, Said::Start(Box::new(task)))));
             if head.line.is_loaded() && !head.line.is_running() && head.rewire.is_some_and(|due| due <= now) {
                 head.rewire = None;
                 let incarnation = head.line.next_life(own, now);

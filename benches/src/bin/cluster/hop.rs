@@ -42,8 +42,7 @@ pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
         let stream = runtime.block_on(over_stream())?;
         rounds.push((Times::of(link), Times::of(stream)));
     }
-    let percentiles: [(&str, fn(&Times) -> f64); 2] = [("p50", |times| times.p50), ("p99", |times| times.p99)];
-    for (name, of) in percentiles {
+    for (name, of) in [("p50", (|times| times.p50) as fn(&Times) -> f64), ("p99", |times| times.p99)] {
         let [link, stream, ratio] = [
             rounds.iter().map(|(link, _)| of(link)).collect(),
             rounds.iter().map(|(_, stream)| of(stream)).collect(),

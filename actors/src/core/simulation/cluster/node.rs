@@ -1,7 +1,7 @@
 //! A simulated member, what it holds, and what members say.
 
 use super::GB;
-use crate::core::desired::{Desired, Entry, Stamp};
+use crate::core::desired::{Desired, Entry, Listed, Stamp};
 use crate::core::lead::{Ask, Leader};
 use crate::core::line::{Line, StageNews, StageTask};
 use crate::core::members::{DeviceOffer, MemberReport, Members, OwnedInstance};
@@ -31,6 +31,7 @@ pub(super) enum Said {
 pub(super) struct Shard {
     pub(super) owner: NodeId,
     pub(super) task: StageTask,
+    pub(super) ordered: Duration,
     pub(super) up: Duration,
     pub(super) is_up: bool,
     pub(super) seen: Option<Incarnation>,
@@ -48,6 +49,8 @@ pub(super) struct Node {
     pub(super) memory_bytes: u64,
     pub(super) bytes_per_s: f64,
     pub(super) desired: Desired,
+    /// As the keeper of its shards last heard it.
+    pub(super) listed: Listed,
     pub(super) members: Members,
     pub(super) leader: Leader,
     pub(super) heads: BTreeMap<InstanceId, Head>,
@@ -92,6 +95,7 @@ impl Node {
             memory_bytes,
             bytes_per_s,
             desired: Desired::new(id),
+            listed: Listed::default(),
             members: Members::default(),
             leader: Leader::default(),
             heads: BTreeMap::new(),
