@@ -1,6 +1,6 @@
 //! A node's place in its user's cluster: the secret, the members it knows, and where it listens.
 
-use crate::node::StartError;
+use crate::error::StartError;
 use exo_actors::{Evicted, Joined, WireType};
 use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, SecretError, reachable};
 use std::collections::BTreeSet;

@@ -33,14 +33,18 @@ pub mod api {
 pub mod cli;
 mod cluster;
 mod config;
+mod error;
 mod node;
 
 pub use cluster::{ClusterSettings, PORT_DEFAULT};
 pub use config::{ConfigError, Directories};
+pub use error::StartError;
 pub use exo_actors::core::members::{DeviceOffer, MemberReport, OwnedInstance};
 pub use exo_actors::core::plan::{Link, Placement, PlanError, Policy, Preview, PreviewOutcome, Split, Stage};
 pub use exo_actors::core::schedule::FinishReason;
-pub use exo_actors::core::view::{Fact, InstanceId, InstanceState, Load, Machine, Model, Phase, State, Totals};
+pub use exo_actors::core::spec::{InstanceId, Model};
+pub use exo_actors::core::state::{InstanceState, Load, Machine, Phase, Totals};
+pub use exo_actors::core::view::{Fact, State};
 pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};
 pub use exo_actors::{
     Conversation, FunctionCall, GenerateRequest, Generated, Generation, Lagged, Message, ModelSpec, NodeHandle, Prompt,
@@ -49,7 +53,7 @@ pub use exo_actors::{
 pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory};
 pub use exo_engines::model::Recipe;
 pub use exo_net::{ClusterSecret, Discover, Identity, JoinToken, NodeId, WireType};
-pub use node::{Node, NodeBuilder, StartError};
+pub use node::{Node, NodeBuilder};
 
 /// The engine port, for embedders that bring an engine of their own.
 pub mod engine {

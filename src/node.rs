@@ -1,13 +1,14 @@
 //! Building a node.
 
 use crate::cluster::{self, ClusterSettings};
-use crate::config::{ConfigError, Directories};
+use crate::config::Directories;
+use crate::error::StartError;
 use exo_actors::models::{ModelsConfig, Progress};
 use exo_actors::{NodeConfig, NodeHandle, PlannerLimits};
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::EngineFactory;
-use exo_net::{Identity, IdentityError, NetworkError, SecretError};
+use exo_net::Identity;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,23 +54,6 @@ impl std::fmt::Debug for NodeBuilder {
             .field("threads", &self.threads)
             .finish_non_exhaustive()
     }
-}
-
-/// Why a node could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    #[error(transparent)]
-    Identity(#[from] IdentityError),
-    #[error(transparent)]
-    Secret(#[from] SecretError),
-    #[error("{path}: {source}")]
-    Members { path: PathBuf, source: std::io::Error },
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    #[error("an actor could not be started: {0}")]
-    Actor(String),
 }
 
 impl NodeBuilder {

@@ -6,8 +6,9 @@
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
+use crate::core::spec::InstanceId;
 use crate::core::supervise::{FailureHistory, Fallback, Verdict};
-use crate::core::view::{Fact, InstanceId};
+use crate::core::view::Fact;
 use crate::outlet::Facts;
 use crate::shard::{Shard, ShardArgs, ShardFailure, ShardReport, ShardTask};
 use exo_engines::EngineError;

@@ -12,7 +12,7 @@
 mod answer;
 mod serve;
 
-use crate::core::view::InstanceId;
+use crate::core::spec::InstanceId;
 use crate::generation::Generation;
 use crate::instance::{InstanceMsg, InstanceRef, Lease, Submission};
 use crate::planner::{Home, PlannerMsg, PlannerRef, RunningModel};

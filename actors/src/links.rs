@@ -7,7 +7,7 @@
 //! the shape that it expects ([`Switchboard::expect`]); a link that nobody expects is refused.
 
 use crate::core::schedule::SamplerOperation;
-use crate::core::view::InstanceId;
+use crate::core::spec::InstanceId;
 use crate::host::{EnginePort, Frame, Leaving, Outgoing, StepResult};
 use crate::outlet::Outlet;
 use crate::protocol::{DataHello, End, LinkHello};

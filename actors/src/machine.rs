@@ -1,6 +1,6 @@
 //! Measuring this machine.
 
-use crate::core::view::Machine;
+use crate::core::state::Machine;
 use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
 /// The machine's name, as its user gave it; `node` where it has none.

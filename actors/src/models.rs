@@ -13,7 +13,7 @@
 mod catalogue;
 mod config;
 mod copy;
-mod error;
+pub(crate) mod error;
 mod files;
 mod hub;
 mod peers;

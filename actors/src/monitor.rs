@@ -6,7 +6,8 @@
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
-use crate::core::view::{Fact, Machine};
+use crate::core::state::Machine;
+use crate::core::view::Fact;
 use crate::machine::measure;
 use crate::outlet::Facts;
 use crate::planner::{PlannerMsg, PlannerRef};

@@ -3,7 +3,7 @@
 use crate::core::plan::PlanError;
 use crate::core::schedule::{AdmitError, FinishReason};
 pub use crate::core::spec::ModelSpec;
-use crate::models::ModelError;
+use crate::models::error::ModelError;
 use exo_engines::sampler::{ParamsError, Sampled, SamplingParams};
 use exo_engines::template::Conversation;
 use serde::{Deserialize, Serialize};

@@ -1,6 +1,6 @@
 //! Memory of an instance, as a thing that is held.
 
-use crate::core::view::InstanceId;
+use crate::core::spec::InstanceId;
 use crate::outlet::Outlet;
 
 /// Held by all that takes memory for an instance, its engines' threads to the last: when nobody holds it any more the

@@ -6,7 +6,7 @@
 //! - dies when: its engine fails (with the engine's error), or it is stopped;
 //! - supervised by: its device.
 
-use crate::core::view::InstanceId;
+use crate::core::spec::InstanceId;
 use crate::host::{self, EnginePort, HostEvent, HostTask};
 use crate::outlet::Outlet;
 use exo_engines::EngineError;

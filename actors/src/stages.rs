@@ -13,7 +13,7 @@ mod wiring;
 use crate::core::desired::{Listed, Stamp};
 use crate::core::line::{StageNews, StageTask};
 use crate::core::plan::PlanError;
-use crate::core::view::InstanceId;
+use crate::core::spec::InstanceId;
 use crate::device::{DeviceMsg, DeviceRef};
 use crate::host::{EnginePort, HostTask, Outgoing};
 use crate::links::Switchboard;

@@ -9,7 +9,6 @@
 //! within its idle timeout.
 
 use crate::frame::{Announced, FrameError, FrameReader, FrameWriter, Payload, Received};
-use crate::peer::Priority;
 use quinn::{RecvStream, SendStream, VarInt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -96,6 +95,25 @@ impl LinkReceiver {
     /// [`FrameError::Io`] where the peer is gone.
     pub async fn taken(&mut self) -> Result<(), FrameError> {
         Ok(self.credits.write_all(&[1]).await.map_err(std::io::Error::from)?)
+    }
+}
+
+/// How much a stream gives way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Priority {
+    /// Somebody waits for each byte.
+    Normal,
+    /// Weights: whatever else there is goes first.
+    Low,
+}
+
+impl Priority {
+    /// As QUIC streams have it: the higher goes first.
+    pub(crate) fn number(self) -> i32 {
+        match self {
+            Self::Normal => 0,
+            Self::Low => -10,
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::control::{ControlStream, Inbox, sieve};
 use crate::endpoint::{Authenticated, DialError, Endpoint, Purpose};
 use crate::frame::{FrameError, FrameReader, FrameWriter, Payload};
 use crate::identity::NodeId;
-use crate::link::{DataStream, LinkSender};
+use crate::link::{DataStream, LinkSender, Priority};
 use quinn::{Connection, VarInt};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
@@ -67,25 +67,6 @@ pub struct Peer {
 pub struct DataConnection {
     connection: Connection,
     runtime: Handle,
-}
-
-/// How much a stream gives way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Priority {
-    /// Somebody waits for each byte.
-    Normal,
-    /// Weights: whatever else there is goes first.
-    Low,
-}
-
-impl Priority {
-    /// As QUIC streams have it: the higher goes first.
-    pub(crate) fn number(self) -> i32 {
-        match self {
-            Self::Normal => 0,
-            Self::Low => -10,
-        }
-    }
 }
 
 impl DataConnection {

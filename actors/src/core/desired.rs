@@ -7,8 +7,7 @@
 //! The stamp orders the lives of an instance, too: incarnations of a later stamp are later.
 
 use super::plan::{Demand, Placement};
-use super::spec::ModelSpec;
-use super::view::{InstanceId, Model};
+use super::spec::{InstanceId, Model, ModelSpec};
 use crate::request::RequestError;
 use exo_engines::engine::Incarnation;
 use exo_net::NodeId;

@@ -5,8 +5,7 @@
 
 use crate::core::desired::{Stamp, Wanted, incarnation};
 use crate::core::plan::Stage;
-use crate::core::spec::{FilesId, ModelSpec};
-use crate::core::view::InstanceId;
+use crate::core::spec::{FilesId, InstanceId, ModelSpec};
 use crate::request::RequestError;
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, Incarnation};

@@ -2,7 +2,8 @@
 
 use super::desired::Stamp;
 use super::plan::{Link, Links, Offer};
-use super::view::{InstanceId, InstanceState, Machine};
+use super::spec::InstanceId;
+use super::state::{InstanceState, Machine};
 use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};

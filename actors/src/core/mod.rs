@@ -5,6 +5,7 @@
 //!
 //! - [`plan`]: model and devices in, placement out;
 //! - [`spec`]: which model is asked for;
+//! - [`state`]: how a machine and an instance are;
 //! - [`desired`]: what is to run, as every member knows it;
 //! - [`lead`]: what the leader decides;
 //! - [`line`]: how far a placement's shards are;
@@ -22,5 +23,6 @@ pub mod schedule;
 #[cfg(test)]
 mod simulation;
 pub mod spec;
+pub mod state;
 pub mod supervise;
 pub mod view;

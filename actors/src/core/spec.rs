@@ -1,4 +1,4 @@
-//! Which model is asked for, and how it is to be run.
+//! Which model is asked for, how it is to be run, and what it is called while it runs.
 
 use super::plan::{Policy, Split};
 use exo_engines::engine::DeviceId;
@@ -72,4 +72,27 @@ impl std::fmt::Display for ModelSpec {
             None => f.write_str(&self.model),
         }
     }
+}
+
+/// One running or starting model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct InstanceId(pub u64);
+
+impl std::fmt::Display for InstanceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// What is run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Model {
+    /// As it was asked for, its recipe included.
+    pub name: String,
+    pub family: String,
+    /// How most of its weights are kept.
+    pub quantization: String,
+    /// Tokens of one sequence at most.
+    pub context_tokens: u32,
+    pub files: FilesId,
 }

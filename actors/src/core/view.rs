@@ -4,22 +4,13 @@
 
 use super::members::MemberReport;
 use super::plan::Placement;
-use super::spec::FilesId;
+use super::spec::{InstanceId, Model};
+use super::state::{InstanceState, Load, Machine, Phase, Totals};
 use exo_engines::engine::DeviceReport;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-
-/// One running or starting model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct InstanceId(pub u64);
-
-impl std::fmt::Display for InstanceId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)
-    }
-}
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -69,90 +60,6 @@ pub enum Fact {
     MemberGone {
         node: NodeId,
     },
-}
-
-/// What is run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Model {
-    /// As it was asked for, its recipe included.
-    pub name: String,
-    pub family: String,
-    /// How most of its weights are kept.
-    pub quantization: String,
-    /// Tokens of one sequence at most.
-    pub context_tokens: u32,
-    pub files: FilesId,
-}
-
-/// What an instance has to do now.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Load {
-    pub running: usize,
-    pub waiting: usize,
-    pub pages_used: u32,
-    pub pages_total: u32,
-}
-
-/// What an instance has done.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Totals {
-    /// That have ended, in whatever way.
-    pub requests: u64,
-    pub prompt_tokens: u64,
-    /// Of the prompts' tokens, those that had been computed for others.
-    pub reused_tokens: u64,
-    pub generated_tokens: u64,
-}
-
-/// Measurements of this machine. What cannot be read is `None`, never 0.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Machine {
-    pub memory_total_bytes: Option<u64>,
-    pub memory_free_bytes: Option<u64>,
-    /// Resident memory of this process.
-    pub process_bytes: Option<u64>,
-    /// 0 to 1, over all cores.
-    pub cpu_utilisation: Option<f32>,
-}
-
-/// Where an instance is in its life.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Phase {
-    /// Weights come from other nodes, or from a source.
-    Fetching {
-        fetched_bytes: u64,
-        total_bytes: u64,
-    },
-    Loading {
-        loaded_bytes: u64,
-        total_bytes: u64,
-    },
-    Ready,
-    /// A shard failed and is being replaced; requests wait.
-    Recovering {
-        error: String,
-    },
-    Stopped {
-        error: Option<String>,
-    },
-}
-
-/// One instance as people see it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct InstanceState {
-    pub model: Model,
-    pub placement: Placement,
-    pub phase: Phase,
-    pub epoch: u64,
-    /// Bytes fetched for each stage, and to fetch.
-    fetching: BTreeMap<usize, (u64, u64)>,
-    /// Bytes loaded by each stage, and to load.
-    loading: BTreeMap<usize, (u64, u64)>,
-    pub requests_running: usize,
-    pub requests_waiting: usize,
-    pub pages_used: u32,
-    pub pages_total: u32,
-    pub totals: Totals,
 }
 
 /// The node as people see it.
@@ -252,26 +159,9 @@ impl State {
     fn placed(&mut self, instance: InstanceId, model: &Model, placement: &Placement) {
         let known = self.instances.get_mut(&instance);
         if let Some(state) = known.filter(|state| !matches!(state.phase, Phase::Stopped { .. })) {
-            // It goes on elsewhere, and serves where it is until then.
-            state.placement = placement.clone();
-            state.loading.clear();
-            state.fetching.clear();
-            return;
+            return state.moves(placement.clone());
         }
-        let state = InstanceState {
-            model: model.clone(),
-            placement: placement.clone(),
-            phase: Phase::Loading { loaded_bytes: 0, total_bytes: 0 },
-            epoch: 0,
-            fetching: BTreeMap::new(),
-            loading: BTreeMap::new(),
-            requests_running: 0,
-            requests_waiting: 0,
-            pages_used: 0,
-            pages_total: 0,
-            totals: Totals::default(),
-        };
-        self.instances.insert(instance, state);
+        self.instances.insert(instance, InstanceState::new(model.clone(), placement.clone()));
     }
 
     fn forget_old(&mut self) {
@@ -283,34 +173,10 @@ impl State {
     }
 }
 
-impl InstanceState {
-    fn fetching(&mut self, stage: usize, fetched: u64, total: u64) {
-        self.fetching.insert(stage, (fetched, total));
-        if matches!(self.phase, Phase::Loading { .. } | Phase::Fetching { .. }) {
-            let (fetched_bytes, total_bytes) = sum(&self.fetching);
-            self.phase = Phase::Fetching { fetched_bytes, total_bytes };
-        }
-    }
-
-    fn loading(&mut self, stage: usize, loaded: u64, total: u64) {
-        self.loading.insert(stage, (loaded, total));
-        let is_fetched = self.fetching.values().all(|(fetched, total)| fetched >= total);
-        let is_loading =
-            matches!(self.phase, Phase::Loading { .. }) || is_fetched && matches!(self.phase, Phase::Fetching { .. });
-        if is_loading {
-            let (loaded_bytes, total_bytes) = sum(&self.loading);
-            self.phase = Phase::Loading { loaded_bytes, total_bytes };
-        }
-    }
-}
-
-fn sum(parts: &BTreeMap<usize, (u64, u64)>) -> (u64, u64) {
-    parts.values().fold((0, 0), |(done, total), part| (done + part.0, total + part.1))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::spec::FilesId;
 
     #[test]
     fn facts_tell_an_instance_s_life() {

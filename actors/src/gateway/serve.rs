@@ -1,7 +1,7 @@
 //! Requests of other nodes for heads that are here.
 
 use super::GatewayState;
-use crate::core::view::InstanceId;
+use crate::core::spec::InstanceId;
 use crate::instance::{InstanceMsg, Lease, Submission};
 use crate::planner::{PlannerMsg, PlannerRef};
 use crate::protocol::{HeadEvent, HeadRequest};

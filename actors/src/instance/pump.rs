@@ -2,7 +2,8 @@
 
 use super::InstanceState;
 use crate::core::schedule::Event;
-use crate::core::view::{Fact, Load};
+use crate::core::state::Load;
+use crate::core::view::Fact;
 use crate::host::Frame;
 use crate::links::Sink;
 use crate::protocol::{End, HeadEvent};

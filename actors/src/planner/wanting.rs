@@ -3,8 +3,7 @@
 use super::{EnsureReply, PlannerMsg, PlannerRef, PlannerState, demand};
 use crate::core::lead::Ask;
 use crate::core::plan::Placement;
-use crate::core::spec::ModelSpec;
-use crate::core::view::{InstanceId, Model};
+use crate::core::spec::{InstanceId, Model, ModelSpec};
 use crate::instance::InstanceRef;
 use crate::models::{Extent, ModelError, ResolvedModel};
 use crate::outlet::Outlet;

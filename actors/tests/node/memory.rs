@@ -2,7 +2,7 @@
 
 use crate::PROMPT;
 use crate::fake::{World, answer};
-use exo_actors::core::view::Phase;
+use exo_actors::core::state::Phase;
 use exo_actors::{PlannerLimits, RequestError};
 use std::time::Duration;
 

@@ -3,7 +3,7 @@
 use crate::PROMPT;
 use crate::fake::{How, Script, When, World, answer};
 use crate::sabotage::Sabotaged;
-use exo_actors::core::view::Phase;
+use exo_actors::core::state::Phase;
 use exo_actors::{GenerateRequest, RequestError};
 use exo_engines::engine::DeviceKind;
 use exo_engines::sampler::SamplingParams;

@@ -4,6 +4,7 @@ use super::{Api, ApiError};
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
+use exo_actors::core::state::InstanceState;
 use exo_actors::core::view;
 use std::fmt::Write as _;
 
@@ -64,7 +65,7 @@ fn render(state: &view::State) -> String {
 }
 
 fn instances(state: &view::State, out: &mut String) {
-    type Read = fn(&view::InstanceState) -> f64;
+    type Read = fn(&InstanceState) -> f64;
     let metrics: [(Metric<'_>, Read); 9] = [
         (gauge("requests_running", "Requests that decode or prefill."), |i| i.requests_running as f64),
         (gauge("requests_waiting", "Requests that wait for their turn."), |i| i.requests_waiting as f64),

@@ -4,7 +4,7 @@ use super::{EXCLUDED_FOR, Leader, World};
 use crate::core::desired::Wanted;
 use crate::core::members::Members;
 use crate::core::plan::Offer;
-use crate::core::view::InstanceId;
+use crate::core::spec::InstanceId;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
 use std::collections::{BTreeMap, BTreeSet};

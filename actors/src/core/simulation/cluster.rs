@@ -12,7 +12,7 @@ use super::{Random, seeds};
 use crate::core::desired::{Stamp, Wanted};
 use crate::core::lead::{Effect, Leader, World};
 use crate::core::line::{Line, StageNews, StageTask, Step};
-use crate::core::view::InstanceId;
+use crate::core::spec::InstanceId;
 use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
 use node::{Head, Node, Said, Shard};

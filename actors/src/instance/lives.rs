@@ -1,0 +1,221 @@
+//! The placements of an instance, and its lives in them: orders to stages, news of them, and what these lead to.
+
+use super::{InstanceMsg, InstanceRef, InstanceReport, InstanceState};
+use crate::core::desired::{Stamp, Wanted};
+use crate::core::line::{Line, StageNews, Step as LineStep};
+use crate::core::view::Fact;
+use crate::links::{Expected, Sink};
+use crate::protocol::{ControlMessage, End, StageOrder};
+use crate::request::RequestError;
+use exo_net::NodeId;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A step that takes longer than this has hung: the slowest machine that is of use decodes a token in seconds.
+const STEP_DEADLINE: Duration = Duration::from_secs(120);
+
+impl InstanceState {
+    /// Orders the shards of a placement to be loaded.
+    pub(super) fn order(&self, line: &Line) {
+        for (node, task) in line.tasks(self.args.id) {
+            self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
+        }
+    }
+
+    /// Orders what is still to come from a node once more: a shard that is there stays as it is, and one of an earlier
+    /// placement goes.
+    pub(super) fn order_again(&self, met: NodeId) {
+        if self.line.is_running() {
+            let clear = StageOrder::Clear { instance: self.args.id, below: self.line.stamp() };
+            self.args.post.tell(met, ControlMessage::Stage(clear));
+        }
+        for line in [Some(&self.line), self.coming.as_ref()].into_iter().flatten().filter(|line| !line.is_loaded()) {
+            for (node, task) in line.tasks(self.args.id).into_iter().filter(|(node, _)| *node == met) {
+                self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
+            }
+        }
+    }
+
+    pub(super) fn on_news(&mut self, myself: &InstanceRef, from: NodeId, stamp: Stamp, news: StageNews) {
+        let (instance, now) = (self.args.id, self.now());
+        match news {
+            StageNews::Fetching { stage, fetched_bytes, total_bytes } => {
+                self.args.facts.tell(Fact::ShardFetching { instance, stage, fetched_bytes, total_bytes });
+            }
+            StageNews::Loading { stage, loaded_bytes, total_bytes } => {
+                self.args.facts.tell(Fact::ShardLoading { instance, stage, loaded_bytes, total_bytes });
+            }
+            _ => {}
+        }
+        if let Some(coming) = self.coming.as_mut().filter(|coming| coming.stamp() == stamp) {
+            let shared = coming.shares_stage(&self.line, &news);
+            let step = coming.on_news(from, &news, now);
+            if matches!(step, LineStep::Lost(..)) {
+                self.report_broken(stamp, &step);
+            }
+            if self.coming.as_ref().is_some_and(Line::is_loaded) {
+                return self.switch(myself);
+            }
+            // A shard that both placements have is of the later stamp, and serves the earlier one.
+            if !shared {
+                return;
+            }
+        } else if self.line.stamp() != stamp {
+            return;
+        }
+        let step = self.line.on_news(from, &news, now);
+        self.take(myself, step);
+    }
+
+    /// What news of the serving placement lead to.
+    fn take(&mut self, myself: &InstanceRef, step: LineStep) {
+        match step {
+            LineStep::Nothing => {}
+            LineStep::Loaded => self.begin_life(myself),
+            LineStep::Running => self.on_running(),
+            LineStep::Down(stage, ref error) => {
+                tracing::warn!(instance = %self.args.id, stage, error, "a shard is down: requests wait for it");
+                self.pause(stage, error);
+            }
+            LineStep::Lost(stage, ref error) => {
+                tracing::warn!(instance = %self.args.id, stage, %error, "a shard is lost: requests wait for another place");
+                self.pause(stage, &error.to_string());
+                self.report_broken(self.line.stamp(), &step);
+            }
+            LineStep::Cut(stage, ref what, wait) => {
+                tracing::warn!(instance = %self.args.id, stage, what, "rows do not get through: connecting anew");
+                self.pause(stage, what);
+                myself.send_after(wait, || InstanceMsg::Rewire);
+            }
+        }
+    }
+
+    pub(super) fn on_node_lost(&mut self, node: NodeId) {
+        if let Some(coming) = &mut self.coming {
+            coming.on_node_lost(node);
+        }
+        if let Some(stage) = self.line.on_node_lost(node) {
+            let what = format!("node {} is gone", node.short());
+            tracing::warn!(instance = %self.args.id, stage, what, "requests wait for another place of its shards");
+            self.pause(stage, &what);
+            self.report_all_lost();
+        }
+    }
+
+    /// The pipeline does not work: what is in flight is void.
+    fn pause(&mut self, stage: usize, error: &str) {
+        self.args.board.forget(self.args.id, End::Head);
+        self.schedule.handle_pipeline_lost();
+        let (instance, error) = (self.args.id, error.to_owned());
+        self.args.facts.tell(Fact::ShardFailed { instance, stage, error });
+        self.args.planner.tell(InstanceReport::Waiting { instance });
+    }
+
+    fn report_broken(&self, stamp: Stamp, step: &LineStep) {
+        if let LineStep::Lost(stage, error) = step {
+            let (instance, stage, error) = (self.args.id, *stage, error.clone());
+            self.args.planner.tell(InstanceReport::Broken { instance, stamp, stage, error });
+        }
+    }
+
+    fn report_all_lost(&self) {
+        for (stage, error) in self.line.lost() {
+            self.report_broken(self.line.stamp(), &LineStep::Lost(stage, error));
+        }
+    }
+
+    pub(super) fn replan(&mut self, myself: &InstanceRef, stamp: Stamp, wanted: Arc<Wanted>) {
+        if stamp <= self.line.stamp() || self.coming.as_ref().is_some_and(|coming| stamp <= coming.stamp()) {
+            return;
+        }
+        let (instance, placement) = (self.args.id, wanted.placement.clone());
+        self.args.facts.tell(Fact::InstancePlaced { instance, model: wanted.model.clone(), placement });
+        let line = Line::new(stamp, wanted, self.now());
+        self.order(&line);
+        self.coming = Some(line);
+        if !self.line.is_running() {
+            self.switch(myself);
+        }
+    }
+
+    /// The coming placement takes over.
+    fn switch(&mut self, myself: &InstanceRef) {
+        let Some(coming) = self.coming.take() else { return };
+        self.line = coming;
+        self.schedule.handle_pipeline_lost();
+        self.schedule.set_steps_in_flight(self.line.wanted().placement.stages.len());
+        if self.line.is_loaded() {
+            self.begin_life(myself);
+        } else {
+            self.args.planner.tell(InstanceReport::Waiting { instance: self.args.id });
+        }
+    }
+
+    /// Has all shards wired, if all are loaded.
+    pub(super) fn begin_life(&mut self, myself: &InstanceRef) {
+        if !self.line.is_loaded() || self.line.is_running() {
+            return;
+        }
+        let own = self.args.post.own();
+        let incarnation = self.line.next_life(own, self.now());
+        let head = myself.clone();
+        let sink = Sink::Head(Arc::new(move |result| {
+            // A head that is gone wants no results.
+            let _ = head.send_message(InstanceMsg::StepDone(result));
+        }));
+        let stages = &self.line.wanted().placement.stages;
+        let Some(last) = stages.last() else { return };
+        self.args.board.expect(self.args.id, End::Head, Expected { incarnation, from: last.node, sink });
+        for (stage, placed) in stages.iter().enumerate() {
+            let (next, to) = match stages.get(stage + 1) {
+                Some(next) => (next.node, End::Stage(stage + 1)),
+                None => (own, End::Head),
+            };
+            let from = stage.checked_sub(1).map_or(own, |before| stages[before].node);
+            let (instance, wire_type) = (self.args.id, self.args.wire_type);
+            let order = StageOrder::Wire { instance, stage, incarnation, from, next, to, wire_type };
+            self.args.post.tell(placed.node, ControlMessage::Stage(order));
+        }
+    }
+
+    fn on_running(&mut self) {
+        self.last_sign = Instant::now();
+        let (instance, stamp, epoch) = (self.args.id, self.line.stamp(), self.line.incarnation().epoch);
+        tracing::info!(%instance, epoch, stages = self.line.wanted().placement.stages.len(), "instance ready");
+        self.args.facts.tell(Fact::InstanceReady { instance, epoch });
+        self.args.planner.tell(InstanceReport::Ready { instance });
+        // Shards of earlier placements have served their time; one that is coming has a later stamp.
+        let clear = StageOrder::Clear { instance, below: stamp };
+        self.args.post.tell(self.args.post.own(), ControlMessage::Stage(clear.clone()));
+        self.args.post.tell_others(&ControlMessage::Stage(clear));
+    }
+
+    /// A step that does not come back is a failure of the pipeline; what nobody has acted on is said again.
+    pub(super) fn watch(&mut self, myself: &InstanceRef) {
+        let now = self.now();
+        for line in [Some(&mut self.line), self.coming.as_mut()].into_iter().flatten() {
+            for (node, task) in line.silent(self.args.id, now) {
+                self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
+            }
+        }
+        if self.line.is_running() {
+            if self.schedule.steps_in_flight() > 0 && self.last_sign.elapsed() > STEP_DEADLINE {
+                let what = format!("no step came back for {} s", STEP_DEADLINE.as_secs());
+                let remedy = "the device hangs: see the log, and start the node again".into();
+                let error = RequestError::Engine { what, remedy };
+                self.report_broken(self.line.stamp(), &LineStep::Lost(0, error));
+                self.last_sign = Instant::now();
+            }
+            return;
+        }
+        let post = self.args.post.clone();
+        for node in self.line.out_of_reach(now, |node| post.is_here(node)) {
+            self.on_node_lost(node);
+        }
+        self.report_all_lost();
+        if let Some(stage) = self.line.is_overdue(self.now()) {
+            let step = self.line.cut(stage, "a stage did not answer in time".to_owned(), self.now());
+            self.take(myself, step);
+        }
+    }
+}
