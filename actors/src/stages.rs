@@ -99,7 +99,7 @@ pub(crate) struct LocalDevice {
 pub(crate) enum StagesFact {
     /// Memory that shards hold, by instance.
     Held(BTreeMap<InstanceId, u64>),
-    /// A device goes through so many bytes of weights in a second.
+    /// A device goes through so much work in a second, in bytes.
     Measured { device: DeviceId, bytes_per_s: f64 },
 }
 
@@ -131,7 +131,7 @@ struct Held {
     task: StageTask,
     /// When its owner last ordered it.
     ordered: Instant,
-    /// Weights that a row goes through; 0 until its model is here.
+    /// What a row goes through, in bytes; 0 until its model is here.
     work: u64,
     loaded: Option<Loaded>,
 }
@@ -188,6 +188,9 @@ impl StagesState {
 
     fn start(&mut self, myself: &StagesRef, owner: NodeId, task: StageTask) {
         let key = (task.instance, task.stage);
+        if !task.is_plausible() {
+            return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard that cannot be");
+        }
         let latest = self.stamps.get(&task.instance).copied();
         if latest.is_some_and(|latest| task.stamp < latest) {
             return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard of the past");
@@ -324,13 +327,21 @@ impl StagesState {
     }
 
     fn keep(&mut self, listed: &Listed) {
-        let is_over = |(key, held): &(&Key, &Held)| !listed.keeps(key.0, held.task.stamp, held.ordered.elapsed());
+        let is_here = |node| self.args.post.is_here(node);
+        let is_over =
+            |(key, held): &(&Key, &Held)| !listed.keeps(key.0, held.task.stamp, held.ordered.elapsed(), is_here);
         let over = self.held.iter().filter(is_over).map(|(&key, _)| key);
         for key in over.collect::<Vec<_>>() {
             self.stop(key);
         }
+        // An order whose entry came to nobody counts no more than its shard.
         let held = &self.held;
-        self.stamps.retain(|instance, _| listed.runs(*instance) || held.keys().any(|(of, _)| of == instance));
+        self.stamps.retain(|&instance, latest| {
+            let of_shards = held.iter().filter(|(key, _)| key.0 == instance).map(|(_, held)| held.task.stamp).max();
+            let known = of_shards.max(listed.stamp(instance));
+            *latest = known.unwrap_or(*latest);
+            known.is_some()
+        });
     }
 
     fn stop(&mut self, key: Key) {
