@@ -8,8 +8,7 @@
 //!
 //! A life (incarnation) begins when all shards are up and wired. When one goes down, or a link or a node does, the epoch
 //! rises, all that is in flight is void, and when all are up again sequences are replayed from their tokens: clients
-//! only see a pause. A new placement is loaded beside the one that serves (but for a node that keeps its stage with
-//! other layers), and takes over at a token's boundary.
+//! only see a pause. A new placement is loaded beside the one that serves, and takes over at a token's boundary.
 
 mod lives;
 mod pump;

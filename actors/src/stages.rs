@@ -99,7 +99,7 @@ pub(crate) struct LocalDevice {
 pub(crate) enum StagesFact {
     /// Memory that shards hold, by instance.
     Held(BTreeMap<InstanceId, u64>),
-    /// A device goes through so much work in a second, in bytes.
+    /// A device goes through so many bytes of weights in a second.
     Measured { device: DeviceId, bytes_per_s: f64 },
 }
 
@@ -131,7 +131,7 @@ struct Held {
     task: StageTask,
     /// When its owner last ordered it.
     ordered: Instant,
-    /// What a row goes through, in bytes; 0 until its model is here.
+    /// Weights that a row goes through; 0 until its model is here.
     work: u64,
     loaded: Option<Loaded>,
 }
@@ -188,9 +188,6 @@ impl StagesState {
 
     fn start(&mut self, myself: &StagesRef, owner: NodeId, task: StageTask) {
         let key = (task.instance, task.stage);
-        if !task.is_plausible() {
-            return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard that cannot be");
-        }
         let latest = self.stamps.get(&task.instance).copied();
         if latest.is_some_and(|latest| task.stamp < latest) {
             return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard of the past");
@@ -327,21 +324,13 @@ impl StagesState {
     }
 
     fn keep(&mut self, listed: &Listed) {
-        let is_here = |node| self.args.post.is_here(node);
-        let is_over =
-            |(key, held): &(&Key, &Held)| !listed.keeps(key.0, held.task.stamp, held.ordered.elapsed(), is_here);
+        let is_over = |(key, held): &(&Key, &Held)| !listed.keeps(key.0, held.task.stamp, held.ordered.elapsed());
         let over = self.held.iter().filter(is_over).map(|(&key, _)| key);
         for key in over.collect::<Vec<_>>() {
             self.stop(key);
         }
-        // An order whose entry came to nobody counts no more than its shard.
         let held = &self.held;
-        self.stamps.retain(|&instance, latest| {
-            let of_shards = held.iter().filter(|(key, _)| key.0 == instance).map(|(_, held)| held.task.stamp).max();
-            let known = of_shards.max(listed.stamp(instance));
-            *latest = known.unwrap_or(*latest);
-            known.is_some()
-        });
+        self.stamps.retain(|instance, _| listed.runs(*instance) || held.keys().any(|(of, _)| of == instance));
     }
 
     fn stop(&mut self, key: Key) {

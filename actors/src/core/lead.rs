@@ -13,9 +13,7 @@ mod upkeep;
 
 use super::desired::{Desired, Entry, Stamp, Want, Wanted};
 use super::members::Members;
-use super::plan::{
-    Demand, KV_PAGES_MAX, Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason,
-};
+use super::plan::{Demand, Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason};
 use super::spec::{InstanceId, Model, ModelSpec};
 use crate::request::RequestError;
 use exo_engines::engine::DeviceId;
@@ -39,13 +37,6 @@ pub struct Ask {
     pub model: Model,
     pub kv_pages: u32,
     pub demand: Demand,
-}
-
-impl Ask {
-    /// Whether there can be such a model.
-    pub fn is_plausible(&self) -> bool {
-        self.demand.is_plausible() && self.kv_pages <= KV_PAGES_MAX
-    }
 }
 
 /// What a round is a function of, and what it gives.

@@ -4,12 +4,11 @@
 //! since any fixed start.
 
 use crate::core::desired::{Stamp, Wanted, incarnation};
-use crate::core::plan::{KV_PAGES_MAX, SHARD_BYTES_MAX, Stage};
+use crate::core::plan::Stage;
 use crate::core::spec::{FilesId, InstanceId, ModelSpec};
 use crate::request::RequestError;
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, Incarnation};
-use exo_engines::model::LAYERS_MAX;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -44,17 +43,6 @@ pub(crate) struct StageTask {
     pub kv_pages: u32,
     /// Weights and cache, as they were planned.
     pub memory_bytes: u64,
-}
-
-impl StageTask {
-    /// Whether a planner could have placed it.
-    pub(crate) fn is_plausible(&self) -> bool {
-        !self.layers.is_empty()
-            && self.layers.end <= LAYERS_MAX
-            && self.stage < LAYERS_MAX
-            && self.kv_pages <= KV_PAGES_MAX
-            && self.memory_bytes <= SHARD_BYTES_MAX
-    }
 }
 
 /// What an owner hears of a stage.

@@ -108,10 +108,6 @@ impl std::str::FromStr for Split {
 
 /// No layer has more: sums over all layers are far from the end of what a number holds.
 const BYTES_MAX: u64 = 1 << 48;
-/// Memory of a shard, likewise.
-pub(super) const SHARD_BYTES_MAX: u64 = BYTES_MAX * LAYERS_MAX as u64;
-/// Pages of a cache: tens of millions of tokens.
-pub(super) const KV_PAGES_MAX: u32 = 1 << 20;
 
 /// What a model needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -167,7 +163,7 @@ impl Placement {
         let in_order = self.stages.iter().all(|stage| {
             let follows = stage.layers.start == end && stage.layers.end > end;
             end = stage.layers.end;
-            follows && stage.memory_bytes <= SHARD_BYTES_MAX
+            follows && stage.memory_bytes <= BYTES_MAX * LAYERS_MAX as u64
         });
         in_order && end == demand.layers()
     }
@@ -254,7 +250,7 @@ pub fn place(
         return Ok(Placement { stages });
     }
     let needed_bytes = demand.memory_bytes(&(0..layers));
-    let free_bytes = offers.iter().fold(0_u64, |sum, offer| sum.saturating_add(offer.free_bytes));
+    let free_bytes = offers.iter().map(|offer| offer.free_bytes).sum();
     // Where the sum would suffice, one layer or end is larger than any device.
     let missing_bytes = needed_bytes.saturating_sub(free_bytes).max(1);
     Err(PlanError::DoesNotFit { needed_bytes, free_bytes, missing_bytes })
