@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 
 /// Memory that is left to everything else on a machine.
 const RESERVE_BYTES: u64 = 512 << 20;
-/// A processor's guess until one is measured: weights that a desktop's memory delivers in a second.
+/// A processor's guess until one is measured: what a desktop's memory delivers in a second.
 const SPEED_GUESS_BYTES_PER_S: f64 = 2e10;
 /// Devices, instances and links of one member: more are not believed.
 const LISTED_MAX: usize = 256;
@@ -21,7 +21,7 @@ const LISTED_MAX: usize = 256;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeviceOffer {
     pub report: DeviceReport,
-    /// Weights that it goes through in a second of decoding; `None`: it has not been measured.
+    /// Work, in bytes, that it goes through in a second of decoding; `None`: it has not been measured.
     pub bytes_per_s: Option<f64>,
 }
 

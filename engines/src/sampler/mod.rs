@@ -169,7 +169,7 @@ impl OpenSampler {
         let chosen: Vec<f32> = order.iter().map(|&id| logits[id as usize]).collect();
         let (weights, total) = weigh::weights(&chosen, largest, factor);
         let candidates = Candidates { ids: order, weights };
-        candidates.within(f64::from(params.top_p) * total).of_at_least(params.min_p).pick(share)
+        candidates.within(params.top_p, total).of_at_least(params.min_p).pick(share)
     }
 
     /// What top-p and min-p leave of all entries, whose weights have this sum; the likeliest has the weight 1.
@@ -180,7 +180,7 @@ impl OpenSampler {
         let mut kept = weigh::at_least(weights, min_p.max(0.5 * left_out as f32));
         kept.sort_unstable_by(|(a, x), (b, y)| y.total_cmp(x).then(a.cmp(b)));
         let (ids, weights) = kept.into_iter().unzip();
-        Candidates { ids, weights }.within(top_p * total)
+        Candidates { ids, weights }.within(self.params.top_p, total)
     }
 }
 
@@ -191,9 +191,12 @@ struct Candidates {
 }
 
 impl Candidates {
-    /// The first that together have the weight `mass`.
-    fn within(mut self, mass: f64) -> Self {
-        let mut sum = 0.0;
+    /// The first that together have the share `top_p` of `total`; all where that is 1, however sums round.
+    fn within(mut self, top_p: f32, total: f64) -> Self {
+        if top_p >= 1.0 {
+            return self;
+        }
+        let (mut sum, mass) = (0.0, f64::from(top_p) * total);
         let last = self.weights.iter().position(|&weight| {
             sum += f64::from(weight);
             sum >= mass

@@ -13,7 +13,7 @@ const BLOCK: usize = 32 * LANES;
 /// Entries that are looked at together for one that is of interest.
 const GLANCE: usize = 4 * LANES;
 
-/// The largest logit and its id; of equals the lowest id. `None` where no logit is finite, or one is infinite.
+/// The largest logit and its id; of equals the lowest id. `None` where none is finite, or it is infinite.
 pub(super) fn largest(logits: &[f32]) -> Option<(u32, f32)> {
     let mut value = f32::NEG_INFINITY;
     TIER.run(Largest { logits, value: &mut value });
@@ -52,6 +52,8 @@ pub(super) fn entry_at(weights: &[f32], mut left: f64) -> Option<usize> {
                     return Some(number * BLOCK + index);
                 }
             }
+            // The block's sum is of lanes, and this one is not: the crumb between them is the last entry's.
+            return block.iter().rposition(|&weight| weight > 0.0).map(|index| number * BLOCK + index);
         }
         left -= of_block;
     }
@@ -289,6 +291,39 @@ mod tests {
                 sum > target
             });
             prop_assert_eq!(entry_at(&weights, target), expected);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_without_a_weight_is_drawn(
+            weights in prop::collection::vec(prop_oneof![Just(0.0_f32), 1e-9_f32..1.0], 513..1500),
+            share in 0.0_f64..1.0,
+        ) {
+            let mut weights = weights;
+            (weights[0], weights[BLOCK]) = (1.0, 0.0);
+            let of_block = sum(&weights[..BLOCK]);
+            let exact: f64 = weights[..BLOCK].iter().map(|&weight| f64::from(weight)).sum();
+            for left in [share * sum(&weights), of_block.next_down(), exact, exact.next_down()] {
+                let found = entry_at(&weights, left).expect("there are weights");
+                prop_assert!(weights[found] > 0.0, "entry {} of {}", found, left);
+            }
+        }
+
+        #[test]
+        fn all_tiers_give_the_same_bits(logits in logits()) {
+            let on = |tier: Tier| {
+                let (mut value, mut total) = (0.0, 0.0);
+                let mut weights = vec![0.0; logits.len()];
+                tier.run(Largest { logits: &logits, value: &mut value });
+                tier.run(Total { logits: &logits, largest: value, total: &mut total });
+                tier.run(Weights { logits: &logits, largest: value, factor: 0.7, weights: &mut weights });
+                let bits: Vec<u32> = weights.iter().map(|weight| weight.to_bits()).collect();
+                (value.to_bits(), total.to_bits(), bits)
+            };
+            for tier in Tier::available() {
+                prop_assert_eq!(on(tier), on(Tier::Portable), "{}", tier.name());
+            }
         }
     }
 

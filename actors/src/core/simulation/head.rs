@@ -342,14 +342,14 @@ fn a_prompt_that_can_never_run_is_refused() {
 #[test]
 fn streams_are_shared_out_over_the_stages() {
     let mut schedule = Schedule::new(Limits { steps_in_flight: 2, ..limits() });
-    for seq in 1..=4 {
-        let mut own = request(seq, 10, 100);
-        own.sampler.prompt.fill(seq as u32);
-        schedule.handle_request(own).expect("it fits");
-    }
     let mut in_flight: VecDeque<StepPlan> = VecDeque::new();
     let mut sizes = Vec::new();
-    for _ in 0..20 {
+    for round in 0..40_u32 {
+        if round % 3 == 0 && round < 12 {
+            let mut own = request(u64::from(round / 3), 10, 100);
+            own.sampler.prompt.fill(round);
+            schedule.handle_request(own).expect("it fits");
+        }
         while let Some(plan) = schedule.poll_step() {
             sizes.push(plan.rows.len());
             in_flight.push_back(plan);
@@ -357,5 +357,5 @@ fn streams_are_shared_out_over_the_stages() {
         let oldest = in_flight.pop_front().expect("a step is in flight");
         draw(&mut schedule, &oldest);
     }
-    assert!(sizes[4..].iter().all(|&rows| rows == 2), "{sizes:?}");
+    assert!(sizes[20..].iter().all(|&rows| rows == 2), "{sizes:?}");
 }
