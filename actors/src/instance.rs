@@ -8,7 +8,8 @@
 //!
 //! A life (incarnation) begins when all shards are up and wired. When one goes down, or a link or a node does, the epoch
 //! rises, all that is in flight is void, and when all are up again sequences are replayed from their tokens: clients
-//! only see a pause. A new placement is loaded beside the one that serves, and takes over at a token's boundary.
+//! only see a pause. A new placement is loaded beside the one that serves (but for a stage that
+//! stays on its node with other layers), and takes over at a token's boundary.
 
 mod lives;
 mod pump;
@@ -161,7 +162,7 @@ impl Actor for Instance {
             ending: RequestError::ShuttingDown,
             args,
         };
-        state.order(&state.line);
+        state.order(state.line.tasks(state.args.id));
         Ok(state)
     }
 

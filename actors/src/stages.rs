@@ -99,7 +99,7 @@ pub(crate) struct LocalDevice {
 pub(crate) enum StagesFact {
     /// Memory that shards hold, by instance.
     Held(BTreeMap<InstanceId, u64>),
-    /// A device goes through so many bytes of weights in a second.
+    /// A device goes through so much work in a second, in bytes.
     Measured { device: DeviceId, bytes_per_s: f64 },
 }
 
@@ -131,7 +131,7 @@ struct Held {
     task: StageTask,
     /// When its owner last ordered it.
     ordered: Instant,
-    /// Weights that a row goes through; 0 until its model is here.
+    /// What a row goes through, in bytes; 0 until its model is here.
     work: u64,
     loaded: Option<Loaded>,
 }
@@ -367,5 +367,5 @@ impl StagesState {
 /// What a row goes through in a shard of `layers`, in bytes.
 fn work(files: &ModelFiles, layers: &Range<usize>) -> u64 {
     let head = if layers.end == files.architecture.layers.len() { files.head_work() } else { 0 };
-    head + layers.clone().map(|layer| files.layer_work(layer)).sum::<u64>()
+    head + files.layer_work()[layers.clone()].iter().sum::<u64>()
 }

@@ -4,7 +4,6 @@
 //! since any fixed start.
 
 use crate::core::desired::{Stamp, Wanted, incarnation};
-use crate::core::plan::Stage;
 use crate::core::spec::{FilesId, InstanceId, ModelSpec};
 use crate::request::RequestError;
 use exo_engines::EngineError;
@@ -165,37 +164,34 @@ impl Line {
 
     /// The shards, to be ordered of their nodes.
     pub(crate) fn tasks(&self, instance: InstanceId) -> Vec<(NodeId, StageTask)> {
-        let task = |(stage, placed): (usize, &Stage)| {
-            let task = StageTask {
-                instance,
-                stamp: self.stamp,
-                stage,
-                spec: self.wanted.spec.clone(),
-                files: self.wanted.model.files,
-                layers: placed.layers.clone(),
-                device: placed.device.clone(),
-                context_tokens: self.wanted.model.context_tokens,
-                kv_pages: self.wanted.kv_pages,
-                memory_bytes: placed.memory_bytes,
-            };
-            (placed.node, task)
+        (0..self.stages.len()).map(|stage| self.task(instance, stage)).collect()
+    }
+
+    fn task(&self, instance: InstanceId, stage: usize) -> (NodeId, StageTask) {
+        let placed = &self.wanted.placement.stages[stage];
+        let task = StageTask {
+            instance,
+            stamp: self.stamp,
+            stage,
+            spec: self.wanted.spec.clone(),
+            files: self.wanted.model.files,
+            layers: placed.layers.clone(),
+            device: placed.device.clone(),
+            context_tokens: self.wanted.model.context_tokens,
+            kv_pages: self.wanted.kv_pages,
+            memory_bytes: placed.memory_bytes,
         };
-        self.wanted.placement.stages.iter().enumerate().map(task).collect()
+        (placed.node, task)
     }
 
     /// The shards of which nothing was heard for too long while they load, to be ordered again.
     pub(crate) fn silent(&mut self, instance: InstanceId, now: Duration) -> Vec<(NodeId, StageTask)> {
-        let mut tasks = self.tasks(instance);
-        let states = self.stages.iter().zip(&mut self.heard);
-        let is_silent: Vec<bool> = states
-            .map(|(state, heard)| {
-                let is_silent = matches!(state, StageState::Loading) && now.saturating_sub(*heard) > SILENT_MAX;
-                *heard = if is_silent { now } else { *heard };
-                is_silent
-            })
-            .collect();
-        tasks.retain(|(_, task)| is_silent[task.stage]);
-        tasks
+        let is_silent = |stage: &usize| {
+            matches!(self.stages[*stage], StageState::Loading) && now.saturating_sub(self.heard[*stage]) > SILENT_MAX
+        };
+        let silent: Vec<usize> = (0..self.stages.len()).filter(is_silent).collect();
+        silent.iter().for_each(|&stage| self.heard[stage] = now);
+        silent.into_iter().map(|stage| self.task(instance, stage)).collect()
     }
 
     pub(crate) fn stamp(&self) -> Stamp {

@@ -122,7 +122,7 @@ impl InstanceState {
 }
 
 fn sum(parts: &BTreeMap<usize, (u64, u64)>) -> (u64, u64) {
-    parts
-        .values()
-        .fold((0, 0), |(done, total), part| (u64::saturating_add(done, part.0), u64::saturating_add(total, part.1)))
+    let add =
+        |(done, total): (u64, u64), part: &(u64, u64)| (done.saturating_add(part.0), total.saturating_add(part.1));
+    parts.values().fold((0, 0), add)
 }

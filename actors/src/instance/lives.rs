@@ -2,7 +2,7 @@
 
 use super::{InstanceMsg, InstanceRef, InstanceReport, InstanceState};
 use crate::core::desired::{Stamp, Wanted};
-use crate::core::line::{Line, StageNews, Step as LineStep};
+use crate::core::line::{Line, StageNews, StageTask, Step as LineStep};
 use crate::core::view::Fact;
 use crate::links::{Expected, Sink};
 use crate::protocol::{ControlMessage, End, StageOrder};
@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 const STEP_DEADLINE: Duration = Duration::from_secs(120);
 
 impl InstanceState {
-    /// Orders the shards of a placement to be loaded.
-    pub(super) fn order(&self, line: &Line) {
-        for (node, task) in line.tasks(self.args.id) {
+    /// Orders shards to be loaded.
+    pub(super) fn order(&self, tasks: Vec<(NodeId, StageTask)>) {
+        for (node, task) in tasks {
             self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
         }
     }
@@ -30,9 +30,7 @@ impl InstanceState {
             self.args.post.tell(met, ControlMessage::Stage(clear));
         }
         for line in [Some(&self.line), self.coming.as_ref()].into_iter().flatten().filter(|line| !line.is_loaded()) {
-            for (node, task) in line.tasks(self.args.id).into_iter().filter(|(node, _)| *node == met) {
-                self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
-            }
+            self.order(line.tasks(self.args.id).into_iter().filter(|(node, _)| *node == met).collect());
         }
     }
 
@@ -131,7 +129,7 @@ impl InstanceState {
         let (instance, placement) = (self.args.id, wanted.placement.clone());
         self.args.facts.tell(Fact::InstancePlaced { instance, model: wanted.model.clone(), placement });
         let line = Line::new(stamp, wanted, self.now());
-        self.order(&line);
+        self.order(line.tasks(instance));
         self.coming = Some(line);
         if !self.line.is_running() {
             self.switch(myself);
@@ -193,11 +191,9 @@ impl InstanceState {
     /// A step that does not come back is a failure of the pipeline; what nobody has acted on is said again.
     pub(super) fn watch(&mut self, myself: &InstanceRef) {
         let now = self.now();
-        for line in [Some(&mut self.line), self.coming.as_mut()].into_iter().flatten() {
-            for (node, task) in line.silent(self.args.id, now) {
-                self.args.post.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
-            }
-        }
+        let lines = [Some(&mut self.line), self.coming.as_mut()].into_iter().flatten();
+        let silent = lines.flat_map(|line| line.silent(self.args.id, now)).collect();
+        self.order(silent);
         if self.line.is_running() {
             if self.schedule.steps_in_flight() > 0 && self.last_sign.elapsed() > STEP_DEADLINE {
                 let what = format!("no step came back for {} s", STEP_DEADLINE.as_secs());

@@ -18,7 +18,7 @@ pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
         layer_bytes: (0..layers)
             .map(|layer| bytes_of(&|role| matches!(role, Role::Layer(l, _) if *l as usize == layer)))
             .collect(),
-        layer_work: (0..layers).map(|layer| files.layer_work(layer)).collect(),
+        layer_work: files.layer_work(),
         kv_bytes: (0..layers)
             .map(|layer| architecture.kv_bytes_per_token(layer..layer + 1, KvElement::F16.bytes()) * kv_tokens)
             .collect(),

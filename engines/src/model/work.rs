@@ -1,23 +1,27 @@
 //! What a row costs in a part of a model, before anything was measured.
 
-use super::{LayerRole, ModelFiles, Role, TensorSlice};
+use super::{Layer, LayerRole, ModelFiles, Role, TensorSlice};
 
 impl ModelFiles {
-    /// What a decoded row goes through in layer `layer`, in bytes of weights. Of experts the share that a row uses
-    /// counts, and each weight counts as a byte at least: on processors a weight of 4 bits costs what one of 8 does, as
-    /// arithmetic and not memory is what takes time.
-    pub fn layer_work(&self, layer: usize) -> u64 {
-        let experts = self.architecture.layers.get(layer).and_then(|layer| layer.feed_forward.experts.as_ref());
-        let share = experts.map_or(1.0, |experts| experts.used as f64 / experts.count.max(1) as f64);
-        let (mut work, mut of_experts) = (0, 0);
+    /// What a decoded row goes through in each layer, in bytes of weights. Of experts the share that a row uses counts, and
+    /// each weight counts as a byte at least: on processors a weight of 4 bits costs what one of 8 does, as arithmetic and
+    /// not memory is what takes time.
+    pub fn layer_work(&self) -> Vec<u64> {
+        let layers = &self.architecture.layers;
+        let mut work = vec![(0, 0); layers.len()];
         for (role, slice) in &self.weights.tensors {
+            let Role::Layer(layer, role) = role else { continue };
+            let Some((of_all, of_experts)) = work.get_mut(*layer as usize) else { continue };
             match role {
-                Role::Layer(l, LayerRole::Expert(..)) if *l as usize == layer => of_experts += slice_work(slice),
-                Role::Layer(l, _) if *l as usize == layer => work += slice_work(slice),
-                _ => {}
+                LayerRole::Expert(..) => *of_experts += slice_work(slice),
+                _ => *of_all += slice_work(slice),
             }
         }
-        work + (of_experts as f64 * share) as u64
+        let share = |layer: &Layer| {
+            layer.feed_forward.experts.as_ref().map_or(1.0, |experts| experts.used as f64 / experts.count.max(1) as f64)
+        };
+        let whole = work.into_iter().zip(layers);
+        whole.map(|((of_all, of_experts), layer)| of_all + (of_experts as f64 * share(layer)) as u64).collect()
     }
 
     /// The same for the language-model head.
@@ -42,17 +46,17 @@ mod tests {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut model = ModelFiles::open(&tiny(|_, _, _| {}).write(folder.path())).expect("a model");
         let values = 4 * 32 * 32 + 3 * 64 * 32 + 2 * 32;
-        assert_eq!(model.layer_work(0), 4 * values, "single precision");
+        assert_eq!(model.layer_work()[0], 4 * values, "single precision");
         for slice in model.weights.tensors.values_mut().filter(|slice| slice.rows > 1) {
             slice.kept_as = ElementType::Q4_0;
         }
-        assert_eq!(model.layer_work(0), values + 3 * 2 * 32, "the norms are vectors, which stay as they are");
+        assert_eq!(model.layer_work()[0], values + 3 * 2 * 32, "the norms are vectors, which stay as they are");
         assert_eq!(model.head_work(), 8 * 32);
         let gate = model.weights.tensors[&Role::Layer(0, LayerRole::Gated(Part::Gate))].clone();
-        let without = model.layer_work(0);
+        let without = model.layer_work()[0];
         model.weights.tensors.extend((0..8).map(|n| (Role::Layer(0, LayerRole::Expert(n, Part::Gate)), gate.clone())));
         model.architecture.layers[0].feed_forward.experts =
             Some(Experts { count: 8, used: 2, weighting: Weighting::AmongChosen, router_bias: false });
-        assert_eq!(model.layer_work(0), without + 2 * 64 * 32);
+        assert_eq!(model.layer_work()[0], without + 2 * 64 * 32);
     }
 }

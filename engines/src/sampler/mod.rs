@@ -103,13 +103,14 @@ impl OpenSampler {
 
     fn draw(&self, position: u32, logits: &[f32]) -> Option<Sampled> {
         let params = &self.params;
-        let (best, largest) = weigh::largest(logits)?;
-        let token = match params.changes_logits() {
-            true => self.choose(position, &self.changed(logits))?,
-            false if params.temperature == 0.0 => best,
-            false => self.choose(position, logits)?,
+        let best = weigh::largest(logits)?;
+        let token = if params.changes_logits() {
+            let changed = self.changed(logits);
+            self.choose(position, &changed, weigh::largest(&changed)?)?
+        } else {
+            self.choose(position, logits, best)?
         };
-        let log_total = weigh::log_total(logits, largest);
+        let log_total = weigh::log_total(logits, best.1);
         let logprob = |id: u32| (f64::from(logits[id as usize]) - log_total) as f32;
         let top =
             if params.top_logprobs > 0 { weigh::likeliest(logits, params.top_logprobs as usize) } else { Vec::new() };
@@ -148,10 +149,9 @@ impl OpenSampler {
         changed
     }
 
-    /// `None` where no logit is a number.
-    fn choose(&self, position: u32, logits: &[f32]) -> Option<u32> {
+    /// The token that follows, where `best` is the likeliest, with its logit.
+    fn choose(&self, position: u32, logits: &[f32], (best, largest): (u32, f32)) -> Option<u32> {
         let params = &self.params;
-        let (best, largest) = weigh::largest(logits)?;
         if params.temperature == 0.0 {
             return Some(best);
         }

@@ -4,6 +4,7 @@
 //! is the same to the bit on all of them.
 
 use crate::cpu::{Kernel, LANES, Portable, Simd, Tier, exp};
+use std::cell::Cell;
 use std::sync::LazyLock;
 
 static TIER: LazyLock<Tier> = LazyLock::new(Tier::best);
@@ -12,6 +13,8 @@ static TIER: LazyLock<Tier> = LazyLock::new(Tier::best);
 const BLOCK: usize = 32 * LANES;
 /// Entries that are looked at together for one that is of interest.
 const GLANCE: usize = 4 * LANES;
+/// Up to so many are kept in order while the rest is looked through; beyond, sorting is faster.
+const KEPT_IN_ORDER: usize = 256;
 
 /// The largest logit and its id; of equals the lowest id. `None` where none is finite, or it is infinite.
 pub(super) fn largest(logits: &[f32]) -> Option<(u32, f32)> {
@@ -21,7 +24,7 @@ pub(super) fn largest(logits: &[f32]) -> Option<(u32, f32)> {
         return None;
     }
     let mut found = None;
-    TIER.run(Above { logits, admits: |logit| logit == value, on: &mut |id, _| found = found.or(Some(id)) });
+    TIER.run(Above { values: logits, admits: |logit| logit == value, on: &mut |id, _| found = found.or(Some(id)) });
     found.map(|id| (id, value))
 }
 
@@ -64,7 +67,7 @@ pub(super) fn entry_at(weights: &[f32], mut left: f64) -> Option<usize> {
 pub(super) fn at_least(weights: &[f32], floor: f32) -> Vec<(u32, f32)> {
     let mut found = Vec::new();
     TIER.run(Above {
-        logits: weights,
+        values: weights,
         admits: |weight| weight >= floor,
         on: &mut |id, weight| found.push((id, weight)),
     });
@@ -74,6 +77,9 @@ pub(super) fn at_least(weights: &[f32], floor: f32) -> Vec<(u32, f32)> {
 /// The `count` largest, best first; of equals the lower id first. What is not a number comes last.
 pub(super) fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
     let count = count.min(logits.len());
+    if count == 0 {
+        return Vec::new();
+    }
     if count > KEPT_IN_ORDER {
         let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
         // −0 and 0 are equals.
@@ -87,27 +93,21 @@ pub(super) fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
         return ids;
     }
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
-    let mut worst = f32::NEG_INFINITY;
-    for (number, glance) in logits.chunks(GLANCE).enumerate() {
-        let is_full = best.len() == count;
-        if is_full && !glance.iter().fold(false, |any, &logit| any | (logit > worst)) {
-            continue;
-        }
-        for (index, &logit) in glance.iter().enumerate() {
+    // The last of those, once there are so many.
+    let worst = Cell::new(None);
+    TIER.run(Above {
+        values: logits,
+        admits: |logit| worst.get().is_none_or(|worst| logit > worst),
+        on: &mut |id, logit| {
             let logit = if logit.is_nan() { f32::NEG_INFINITY } else { logit };
-            if best.len() < count || logit > worst {
-                let at = best.partition_point(|&(_, other)| other >= logit);
-                best.insert(at, ((number * GLANCE + index) as u32, logit));
-                best.truncate(count);
-                worst = best.last().map_or(worst, |&(_, logit)| logit);
-            }
-        }
-    }
+            let at = best.partition_point(|&(_, other)| other >= logit);
+            best.insert(at, (id, logit));
+            best.truncate(count);
+            worst.set(best.get(count - 1).map(|&(_, logit)| logit));
+        },
+    });
     best.into_iter().map(|(id, _)| id).collect()
 }
-
-/// Up to so many are kept in order while the rest is looked through; beyond, sorting is faster.
-const KEPT_IN_ORDER: usize = 256;
 
 fn sum(weights: &[f32]) -> f64 {
     let mut total = 0.0;
@@ -138,7 +138,7 @@ impl Kernel for Largest<'_> {
 
 /// Calls `on` for each entry that `admits` does.
 struct Above<'a, F: Fn(f32) -> bool, G: FnMut(u32, f32)> {
-    logits: &'a [f32],
+    values: &'a [f32],
     admits: F,
     on: &'a mut G,
 }
@@ -146,13 +146,13 @@ struct Above<'a, F: Fn(f32) -> bool, G: FnMut(u32, f32)> {
 impl<F: Fn(f32) -> bool, G: FnMut(u32, f32)> Kernel for Above<'_, F, G> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        for (number, glance) in self.logits.chunks(GLANCE).enumerate() {
-            if !glance.iter().fold(false, |any, &logit| any | (self.admits)(logit)) {
+        for (number, glance) in self.values.chunks(GLANCE).enumerate() {
+            if !glance.iter().fold(false, |any, &value| any | (self.admits)(value)) {
                 continue;
             }
-            for (index, &logit) in glance.iter().enumerate() {
-                if (self.admits)(logit) {
-                    (self.on)((number * GLANCE + index) as u32, logit);
+            for (index, &value) in glance.iter().enumerate() {
+                if (self.admits)(value) {
+                    (self.on)((number * GLANCE + index) as u32, value);
                 }
             }
         }
