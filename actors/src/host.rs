@@ -18,8 +18,10 @@ use exo_engines::model::WeightSource;
 use exo_engines::sampler::{SampleError, Sampled, Sampler, TokenSampler};
 use exo_engines::{Engine, EngineError};
 use serde::{Deserialize, Serialize};
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -106,6 +108,8 @@ enum Command {
 #[derive(Clone)]
 pub(crate) struct EnginePort {
     commands: SyncSender<Command>,
+    /// Seen between two tensors, while commands wait for the shard to be loaded.
+    is_stopped: Arc<AtomicBool>,
 }
 
 impl std::fmt::Debug for EnginePort {
@@ -130,8 +134,9 @@ impl EnginePort {
         self.command(Command::Frame(Box::new(frame)))
     }
 
-    /// Ends the thread when it has done what it is at.
+    /// Ends the thread when it has done what it is at; a load breaks off.
     pub(crate) fn stop(&self) {
+        self.is_stopped.store(true, Ordering::Relaxed);
         // A thread that takes no more commands has ended, or will never.
         let _ = self.command(Command::Stop);
     }
@@ -172,17 +177,19 @@ pub(crate) struct HostTask {
 /// The operating system's, where it gives no thread.
 pub(crate) fn start(task: HostTask, on: impl Fn(HostEvent) + Send + 'static) -> std::io::Result<EnginePort> {
     let (commands, receiver) = sync_channel(COMMANDS_MAX);
+    let is_stopped = Arc::new(AtomicBool::new(false));
+    let port = EnginePort { commands, is_stopped: Arc::clone(&is_stopped) };
     let name = format!("shard-{}-{}", task.spec.layers.start, task.spec.layers.end);
     std::thread::Builder::new().name(name).spawn(move || {
-        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&task, &receiver, &on)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&task, &receiver, &is_stopped, &on)));
         let error = match outcome {
-            Ok(Ok(())) => return,
+            Ok(Ok(()) | Err(EngineError::Interrupted)) => return,
             Ok(Err(error)) => error,
             Err(panic) => EngineError::Panicked { what: panic_text(&*panic) },
         };
         on(HostEvent::Failed(error));
     })?;
-    Ok(EnginePort { commands })
+    Ok(port)
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
@@ -190,7 +197,12 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
 
-fn serve(task: &HostTask, commands: &Receiver<Command>, on: &impl Fn(HostEvent)) -> Result<(), EngineError> {
+fn serve(
+    task: &HostTask,
+    commands: &Receiver<Command>,
+    is_stopped: &AtomicBool,
+    on: &impl Fn(HostEvent),
+) -> Result<(), EngineError> {
     let mut engine = task.factory.open(&task.device)?;
     let mut told: Option<Instant> = None;
     let report = engine.load(&task.spec, &task.weights, &mut |progress| {
@@ -199,6 +211,7 @@ fn serve(task: &HostTask, commands: &Receiver<Command>, on: &impl Fn(HostEvent))
             told = Some(Instant::now());
             on(HostEvent::Progress(progress));
         }
+        if is_stopped.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     let warm_up = engine.warm_up()?;
     on(HostEvent::Loaded { report, warm_up });

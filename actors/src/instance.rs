@@ -8,8 +8,8 @@
 //!
 //! A life (incarnation) begins when all shards are up and wired. When one goes down, or a link or a node does, the epoch
 //! rises, all that is in flight is void, and when all are up again sequences are replayed from their tokens: clients
-//! only see a pause. A new placement is loaded beside the one that serves (but for a stage that
-//! stays on its node with other layers), and takes over at a token's boundary.
+//! only see a pause. A new placement is loaded beside the one that serves (but for a stage that stays on its node with
+//! other layers), and takes over at a token's boundary.
 
 mod lives;
 mod pump;
@@ -142,7 +142,7 @@ impl Actor for Instance {
         myself.send_interval(WATCH_EVERY, || InstanceMsg::Watch);
         let line = Line::new(args.stamp, Arc::clone(&args.wanted), Duration::ZERO);
         let limits = Limits {
-            pages: args.wanted.kv_pages,
+            pages: args.wanted.demand.kv_pages,
             context_tokens: args.wanted.model.context_tokens,
             steps_in_flight: args.wanted.placement.stages.len(),
             running: RUNNING_MAX,

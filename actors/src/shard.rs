@@ -83,11 +83,6 @@ impl Actor for Shard {
         Ok(ShardState { args, port })
     }
 
-    async fn post_stop(&self, _: ActorRef<ShardMsg>, state: &mut ShardState) -> Result<(), ActorProcessingErr> {
-        state.port.stop();
-        Ok(())
-    }
-
     async fn handle(
         &self,
         _: ActorRef<ShardMsg>,
@@ -96,6 +91,13 @@ impl Actor for Shard {
     ) -> Result<(), ActorProcessingErr> {
         let ShardMsg::Host(event) = message;
         state.on_event(event)
+    }
+}
+
+/// However the actor ends, be it killed with its device.
+impl Drop for ShardState {
+    fn drop(&mut self) {
+        self.port.stop();
     }
 }
 

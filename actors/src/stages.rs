@@ -188,6 +188,9 @@ impl StagesState {
 
     fn start(&mut self, myself: &StagesRef, owner: NodeId, task: StageTask) {
         let key = (task.instance, task.stage);
+        if !task.is_plausible() {
+            return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard that cannot be");
+        }
         let latest = self.stamps.get(&task.instance).copied();
         if latest.is_some_and(|latest| task.stamp < latest) {
             return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard of the past");
@@ -324,13 +327,21 @@ impl StagesState {
     }
 
     fn keep(&mut self, listed: &Listed) {
-        let is_over = |(key, held): &(&Key, &Held)| !listed.keeps(key.0, held.task.stamp, held.ordered.elapsed());
+        let is_here = |node| self.args.post.is_here(node);
+        let is_over =
+            |(key, held): &(&Key, &Held)| !listed.keeps(key.0, held.task.stamp, held.ordered.elapsed(), is_here);
         let over = self.held.iter().filter(is_over).map(|(&key, _)| key);
         for key in over.collect::<Vec<_>>() {
             self.stop(key);
         }
+        // An order whose entry came to nobody counts no more than its shard.
         let held = &self.held;
-        self.stamps.retain(|instance, _| listed.runs(*instance) || held.keys().any(|(of, _)| of == instance));
+        self.stamps.retain(|&instance, latest| {
+            let of_shards = held.iter().filter(|(key, _)| key.0 == instance).map(|(_, held)| held.task.stamp).max();
+            let known = of_shards.max(listed.stamp(instance));
+            *latest = known.unwrap_or(*latest);
+            known.is_some()
+        });
     }
 
     fn stop(&mut self, key: Key) {

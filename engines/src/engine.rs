@@ -10,7 +10,7 @@
 use crate::error::EngineError;
 use crate::model::{Architecture, WeightSource};
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::time::Duration;
 
 /// Tokens in one page of the KV cache.
@@ -227,15 +227,17 @@ pub trait EngineFactory: Send + Sync + std::fmt::Debug {
 
 /// One device's compute for one shard. Made, used and dropped on one thread.
 pub trait Engine {
-    /// Reads the shard's weights and reserves its cache. `on` hears of progress.
+    /// Reads the shard's weights and reserves its cache. `on` hears of progress after each tensor, and says whether the
+    /// shard is still wanted.
     ///
     /// # Errors
-    /// [`EngineError`] where weights are missing, malformed or not finite, or memory does not suffice.
+    /// [`EngineError`] where weights are missing, malformed or not finite, or memory does not suffice;
+    /// [`EngineError::Interrupted`] where `on` broke off.
     fn load(
         &mut self,
         shard: &ShardSpec,
         weights: &WeightSource,
-        on: &mut dyn FnMut(LoadProgress),
+        on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<LoadReport, EngineError>;
 
     /// Computes one row, checks that it is finite, and times it. Leaves no trace in the cache.

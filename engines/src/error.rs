@@ -44,6 +44,8 @@ pub enum EngineError {
     Device { device: String, what: String },
     #[error("the engine panicked: {what}")]
     Panicked { what: String },
+    #[error("nobody wants the shard any more")]
+    Interrupted,
 }
 
 impl EngineError {
@@ -51,7 +53,7 @@ impl EngineError {
         match self {
             Self::Format(_) | Self::Unsupported { .. } | Self::NoDevice { .. } => ErrorClass::Caller,
             Self::OutOfMemory { .. } | Self::CacheFull { .. } => ErrorClass::Overload,
-            Self::StaleIncarnation { .. } => ErrorClass::Transient,
+            Self::StaleIncarnation { .. } | Self::Interrupted => ErrorClass::Transient,
             Self::Device { .. } | Self::SelfTest { .. } => ErrorClass::DeviceLost,
             Self::BadStep { .. } | Self::NotLoaded | Self::Panicked { .. } => ErrorClass::Fatal,
         }
@@ -64,6 +66,7 @@ impl EngineError {
             Self::OutOfMemory { .. } => "close other programs, take a smaller quantisation or a smaller --context",
             Self::CacheFull { .. } => "wait for running requests to end, or start with a larger --context",
             Self::StaleIncarnation { .. } => "none needed: the step is sent again at the new incarnation",
+            Self::Interrupted => "none needed: whoever let go of the shard knows",
             Self::Unsupported { .. } | Self::NoDevice { .. } => "choose another --device",
             Self::Device { .. } | Self::SelfTest { .. } => {
                 "the CPU engine takes over; see the log for the device's state"

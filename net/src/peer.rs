@@ -22,7 +22,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// Both sides speak this; a peer of another is told so.
-const PROTOCOL: u32 = 2;
+const PROTOCOL: u32 = 3;
 /// From a connection to a peer.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// Longer names are cut.

@@ -16,6 +16,7 @@ use exo_engines::engine::{
 use exo_engines::model::ModelFiles;
 use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
 use serde::Serialize;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -117,7 +118,7 @@ fn open(arguments: &PerplexityArguments, model: &ModelFiles) -> anyhow::Result<B
         kv_element: KvElement::F16,
         kv_pages: exo_engines::decoder::pages_for(arguments.context),
     };
-    engine.load(&spec, &model.weights, &mut |_| {})?;
+    engine.load(&spec, &model.weights, &mut |_| ControlFlow::Continue(()))?;
     Ok(engine)
 }
 

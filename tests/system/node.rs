@@ -139,10 +139,10 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         let pid = self.child.id().to_string();
-        // It ends by itself; one that does not is killed.
+        // It ends by itself, however busy the machine is; one that does not is killed.
         let asked = std::process::Command::new("kill").args(["-TERM", &pid]).status();
         let ended = asked.is_ok_and(|status| status.success()) && {
-            (0..100).any(|_| {
+            (0..600).any(|_| {
                 std::thread::sleep(Duration::from_millis(100));
                 matches!(self.child.try_wait(), Ok(Some(_)))
             })

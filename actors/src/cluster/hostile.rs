@@ -65,20 +65,32 @@ fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Pat
     (config, address)
 }
 
-fn task(stamp: Stamp, stage: usize) -> StageTask {
+/// A shard of a model that nobody has.
+fn task(stamp: Stamp) -> StageTask {
     StageTask {
         instance: InstanceId(7),
         stamp,
-        stage,
+        stage: 0,
         spec: ModelSpec::new("/etc/passwd"),
         files: FilesId([1; 32]),
-        #[expect(clippy::reversed_empty_ranges, reason = "what no planner gives")]
-        layers: 9..3,
+        layers: 0..9,
         device: DeviceId("cpu".to_owned()),
         context_tokens: u32::MAX,
-        kv_pages: u32::MAX,
-        memory_bytes: u64::MAX,
+        kv_pages: 1 << 20,
+        memory_bytes: 1 << 40,
     }
+}
+
+/// Shards as no planner places them.
+fn absurd_tasks(stamp: Stamp) -> [StageTask; 4] {
+    let task = task(stamp);
+    [
+        #[expect(clippy::reversed_empty_ranges, reason = "what no planner gives")]
+        StageTask { layers: 9..3, ..task.clone() },
+        StageTask { stage: usize::MAX, ..task.clone() },
+        StageTask { kv_pages: u32::MAX, ..task.clone() },
+        StageTask { memory_bytes: u64::MAX, ..task },
+    ]
 }
 
 /// Each message of the protocol, where nobody expects it.
@@ -104,6 +116,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
         layer_bytes: vec![u64::MAX / 4; 2000],
         layer_work: vec![1; 3],
         head_work: u64::MAX,
+        kv_pages: u32::MAX,
         kv_bytes: vec![u64::MAX / 4; 2000],
         embedding_bytes: u64::MAX,
         head_bytes: u64::MAX,
@@ -118,13 +131,11 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
         files: FilesId([2; 32]),
     };
     let spec = ModelSpec { shards: Some(usize::MAX), ..ModelSpec::new("m") };
-    let ask = Ask { spec: spec.clone(), model, kv_pages: 0, demand };
+    let ask = Ask { spec: spec.clone(), model, demand };
     let entries = (0..500).map(|id| (InstanceId(id), Entry { stamp, want: Want::Gone { error: None } })).collect();
-    let orders = [
-        StageOrder::Start(Box::new(task(stamp, usize::MAX))),
-        wire,
-        StageOrder::Clear { instance: InstanceId(7), below: stamp },
-    ];
+    let tasks = absurd_tasks(stamp).into_iter().chain([task(stamp)]);
+    let starts = tasks.map(|task| StageOrder::Start(Box::new(task)));
+    let orders = starts.chain([wire, StageOrder::Clear { instance: InstanceId(7), below: stamp }]);
     let error = RequestError::Moved;
     let device = DeviceId("cpu".to_owned());
     let others = [
@@ -134,7 +145,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
         ControlMessage::Broken { instance, stamp, node: own, device, error },
     ];
     let news = news.into_iter().map(|news| ControlMessage::News { instance, stamp, news });
-    news.chain(orders.into_iter().map(ControlMessage::Stage)).chain(others).collect()
+    news.chain(orders.map(ControlMessage::Stage)).chain(others).collect()
 }
 
 fn streams(own: NodeId, round: u64) -> Vec<DataHello> {
@@ -222,6 +233,13 @@ async fn members_out_of_turn_harm_nobody() {
     let grown = resident_bytes().saturating_sub(before);
     assert!(grown < 64 << 20, "{grown} bytes more");
     node.shutdown().await;
+}
+
+#[test]
+fn shards_that_no_planner_places_are_told_from_those_that_one_might() {
+    let stamp = Stamp { counter: 1, by: Identity::ephemeral().expect("random bytes").node_id() };
+    assert!(task(stamp).is_plausible());
+    assert!(absurd_tasks(stamp).iter().all(|task| !task.is_plausible()));
 }
 
 /// No actor but the one for members can be reached from other nodes: its message alone has a way over the wire.

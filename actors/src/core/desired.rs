@@ -12,7 +12,7 @@ use crate::request::RequestError;
 use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// How long what is over is remembered: longer than a member is away and comes back with old entries.
@@ -41,8 +41,6 @@ pub struct Wanted {
     pub spec: ModelSpec,
     pub model: Model,
     pub placement: Placement,
-    /// Pages of each shard's cache.
-    pub kv_pages: u32,
     /// What it needs, so that whoever plans next needs no file.
     pub demand: Demand,
     /// Why it is where it is, for people.
@@ -88,23 +86,38 @@ impl Entry {
     }
 }
 
-/// What runs and what is over, as a list had it.
+/// What runs and what is over, as a member's list had it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Listed {
-    running: BTreeSet<InstanceId>,
+    running: BTreeMap<InstanceId, Run>,
     over: BTreeMap<InstanceId, Stamp>,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Run {
+    stamp: Stamp,
+    owner: Option<NodeId>,
+    /// Whether it has a shard on the member whose list it is.
+    is_placed_here: bool,
+}
+
 impl Listed {
-    pub fn runs(&self, id: InstanceId) -> bool {
-        self.running.contains(&id)
+    /// The stamp of an instance that is to run.
+    pub fn stamp(&self, id: InstanceId) -> Option<Stamp> {
+        self.running.get(&id).map(|run| run.stamp)
     }
 
-    /// Whether a shard stays that was ordered with `stamp`, `age` ago. Of an instance that the list does not have, the
-    /// entry may be on its way.
-    pub fn keeps(&self, id: InstanceId, stamp: Stamp, age: Duration) -> bool {
-        let is_over = self.over.get(&id).is_some_and(|end| *end >= stamp);
-        self.runs(id) || (!is_over && age < ENTRY_WITHIN)
+    /// Whether a shard of this member stays that was ordered with `stamp`, `age` ago. The entry that the order follows from
+    /// may still be on its way. What an earlier placement left behind is cleared by the instance's owner, as long as that
+    /// one can be reached (`is_here`).
+    pub fn keeps(&self, id: InstanceId, stamp: Stamp, age: Duration, is_here: impl Fn(NodeId) -> bool) -> bool {
+        let is_young = age < ENTRY_WITHIN;
+        match (self.running.get(&id), self.over.get(&id)) {
+            (Some(run), _) if stamp > run.stamp => is_young,
+            (Some(run), _) => stamp == run.stamp || run.is_placed_here || run.owner.is_some_and(is_here),
+            (None, Some(end)) => stamp > *end && is_young,
+            (None, None) => is_young,
+        }
     }
 }
 
@@ -144,10 +157,14 @@ impl Desired {
         self.entries().filter_map(|(id, entry)| Some((id, entry.stamp, entry.wanted()?)))
     }
 
-    /// What those who keep shards need of it.
+    /// What those who keep shards here need of it.
     pub fn listed(&self) -> Listed {
+        let run = |(id, stamp, wanted): (InstanceId, Stamp, &Wanted)| {
+            let is_placed_here = wanted.placement.stages.iter().any(|stage| stage.node == self.own);
+            (id, Run { stamp, owner: wanted.owner(), is_placed_here })
+        };
         let over = self.entries().filter(|(_, entry)| entry.wanted().is_none()).map(|(id, entry)| (id, entry.stamp));
-        Listed { running: self.running().map(|(id, ..)| id).collect(), over: over.collect() }
+        Listed { running: self.running().map(run).collect(), over: over.collect() }
     }
 
     /// The instance that is to run `spec`; of several, the one with the highest stamp.
@@ -231,6 +248,7 @@ mod tests {
             layer_bytes: vec![1],
             layer_work: vec![1],
             head_work: 0,
+            kv_pages: 1,
             kv_bytes: vec![1],
             embedding_bytes: 0,
             head_bytes: 0,
@@ -249,7 +267,6 @@ mod tests {
             placement: Placement {
                 stages: vec![Stage { node: node(), device: DeviceId("cpu".to_owned()), layers: 0..1, memory_bytes: 1 }],
             },
-            kv_pages: 1,
             demand,
             reason: String::new(),
         }))
@@ -266,22 +283,26 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_stays_until_its_instance_is_over() {
+    fn a_shard_stays_until_its_instance_is_over_or_elsewhere() {
         let (mut desired, by, second) = (Desired::new(node()), node(), Duration::from_secs(1));
-        let stamp = |counter| Stamp { counter, by };
-        let id = InstanceId(1);
-        assert!(desired.listed().keeps(id, stamp(1), second), "the order was faster than the entry");
-        assert!(!desired.listed().keeps(id, stamp(1), ENTRY_WITHIN), "there is no entry");
-        let mut hears = |counter, want| drop(desired.merge(vec![(id, Entry { stamp: stamp(counter), want })], second));
-        hears(1, run("a"));
-        hears(2, Want::Gone { error: None });
-        assert!(!desired.listed().keeps(id, stamp(1), second));
-        assert!(desired.listed().keeps(id, stamp(3), second), "it runs again, as the entry on its way says");
-        desired.merge(vec![(id, Entry { stamp: stamp(3), want: run("a") })], second);
-        assert!(
-            desired.listed().keeps(id, stamp(1), 2 * ENTRY_WITHIN),
-            "its owner clears what is left of earlier ones"
-        );
+        let (id, stamp) = (InstanceId(1), |counter| Stamp { counter, by });
+        let keeps = |desired: &Desired, counter, age, owner_is_here: bool| {
+            desired.listed().keeps(id, stamp(counter), age, |_| owner_is_here)
+        };
+        assert!(keeps(&desired, 1, second, true), "the order was faster than the entry");
+        assert!(!keeps(&desired, 1, ENTRY_WITHIN, true), "there is no entry");
+        let hears = |desired: &mut Desired, counter, want| {
+            drop(desired.merge(vec![(id, Entry { stamp: stamp(counter), want })], second));
+        };
+        hears(&mut desired, 1, run("a"));
+        hears(&mut desired, 2, Want::Gone { error: None });
+        assert!(!keeps(&desired, 1, second, true));
+        assert!(keeps(&desired, 3, second, true), "it runs again, as the entry on its way says");
+        hears(&mut desired, 3, run("a"));
+        assert!(keeps(&desired, 3, 2 * ENTRY_WITHIN, false));
+        assert!(keeps(&desired, 1, 2 * ENTRY_WITHIN, true), "its owner clears what is left of earlier ones");
+        assert!(!keeps(&desired, 1, 2 * ENTRY_WITHIN, false), "who is away clears nothing");
+        assert!(!keeps(&desired, 4, ENTRY_WITHIN, true), "the entry of that order came to nobody");
     }
 
     #[test]
@@ -296,6 +317,7 @@ mod tests {
         };
         assert_eq!(hears(&|wanted| wanted.demand.kv_bytes.clear()), 0);
         assert_eq!(hears(&|wanted| wanted.demand.head_bytes = u64::MAX), 0);
+        assert_eq!(hears(&|wanted| wanted.demand.kv_pages = u32::MAX), 0);
         assert_eq!(hears(&|wanted| wanted.placement.stages.clear()), 0);
         assert_eq!(hears(&|wanted| wanted.placement.stages[0].layers = 0..2), 0);
         assert_eq!(hears(&|wanted| wanted.placement.stages[0].memory_bytes = u64::MAX), 0);

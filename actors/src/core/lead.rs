@@ -35,7 +35,6 @@ const ALONE_WAIT: Duration = Duration::from_secs(3);
 pub struct Ask {
     pub spec: ModelSpec,
     pub model: Model,
-    pub kv_pages: u32,
     pub demand: Demand,
 }
 
@@ -211,14 +210,7 @@ impl Leader {
         let (offers, shards) = (self.offers_for(world, ask, near)?, shard_count(world.members, &ask.spec)?);
         let placement = place(&ask.demand, &offers, &links, &shards, ask.spec.policy)?;
         let reason = reason(&ask.demand, &placement, &offers, &links, &shards, ask.spec.policy);
-        Ok(Wanted {
-            spec: ask.spec.clone(),
-            model: ask.model.clone(),
-            kv_pages: ask.kv_pages,
-            demand: ask.demand.clone(),
-            placement,
-            reason,
-        })
+        Ok(Wanted { spec: ask.spec.clone(), model: ask.model.clone(), demand: ask.demand.clone(), placement, reason })
     }
 
     fn offers_for(&self, world: &World<'_>, ask: &Ask, near: NodeId) -> Result<Vec<Offer>, RequestError> {

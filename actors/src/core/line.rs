@@ -4,10 +4,12 @@
 //! since any fixed start.
 
 use crate::core::desired::{Stamp, Wanted, incarnation};
+use crate::core::plan::{KV_PAGES_MAX, SHARD_BYTES_MAX};
 use crate::core::spec::{FilesId, InstanceId, ModelSpec};
 use crate::request::RequestError;
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, Incarnation};
+use exo_engines::model::LAYERS_MAX;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -42,6 +44,17 @@ pub(crate) struct StageTask {
     pub kv_pages: u32,
     /// Weights and cache, as they were planned.
     pub memory_bytes: u64,
+}
+
+impl StageTask {
+    /// Whether a planner could have placed it.
+    pub(crate) fn is_plausible(&self) -> bool {
+        !self.layers.is_empty()
+            && self.layers.end <= LAYERS_MAX
+            && self.stage < LAYERS_MAX
+            && self.kv_pages <= KV_PAGES_MAX
+            && self.memory_bytes <= SHARD_BYTES_MAX
+    }
 }
 
 /// What an owner hears of a stage.
@@ -178,7 +191,7 @@ impl Line {
             layers: placed.layers.clone(),
             device: placed.device.clone(),
             context_tokens: self.wanted.model.context_tokens,
-            kv_pages: self.wanted.kv_pages,
+            kv_pages: self.wanted.demand.kv_pages,
             memory_bytes: placed.memory_bytes,
         };
         (placed.node, task)
@@ -251,7 +264,7 @@ impl Line {
             return false;
         };
         let of = |line: &Self| line.wanted.placement.stages.get(*stage).cloned();
-        of(self).is_some() && of(self) == of(other) && self.wanted.kv_pages == other.wanted.kv_pages
+        of(self).is_some() && of(self) == of(other) && self.wanted.demand.kv_pages == other.wanted.demand.kv_pages
     }
 
     /// Nodes of shards that have been away for so long since they were ordered that the order may be lost. `is_here`: who

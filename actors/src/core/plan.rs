@@ -108,6 +108,10 @@ impl std::str::FromStr for Split {
 
 /// No layer has more: sums over all layers are far from the end of what a number holds.
 const BYTES_MAX: u64 = 1 << 48;
+/// Memory of a shard, likewise.
+pub(super) const SHARD_BYTES_MAX: u64 = BYTES_MAX * LAYERS_MAX as u64;
+/// Pages of a cache: tens of millions of tokens. A page has an entry in a table, whether it is in use or not.
+pub(super) const KV_PAGES_MAX: u32 = 1 << 20;
 
 /// What a model needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,7 +120,9 @@ pub struct Demand {
     pub layer_bytes: Vec<u64>,
     /// What a token goes through in each, in bytes: `ModelFiles::layer_work`.
     pub layer_work: Vec<u64>,
-    /// KV cache of each layer, at its bound.
+    /// Pages of each shard's cache.
+    pub kv_pages: u32,
+    /// Cache of each layer, with all its pages.
     pub kv_bytes: Vec<u64>,
     /// The embedding table, on the first shard.
     pub embedding_bytes: u64,
@@ -163,7 +169,7 @@ impl Placement {
         let in_order = self.stages.iter().all(|stage| {
             let follows = stage.layers.start == end && stage.layers.end > end;
             end = stage.layers.end;
-            follows && stage.memory_bytes <= BYTES_MAX * LAYERS_MAX as u64
+            follows && stage.memory_bytes <= SHARD_BYTES_MAX
         });
         in_order && end == demand.layers()
     }
@@ -197,6 +203,7 @@ impl Demand {
         (1..=LAYERS_MAX).contains(&layers)
             && of_layers.iter().all(|bytes| bytes.len() == layers)
             && of_layers.into_iter().flatten().chain(&ends).all(|&bytes| bytes <= BYTES_MAX)
+            && self.kv_pages <= KV_PAGES_MAX
     }
 
     /// Weights of a shard of `layers`.
@@ -235,6 +242,9 @@ pub fn place(
     if offers.is_empty() {
         return Err(PlanError::NoDevice);
     }
+    if !demand.is_plausible() {
+        return Err(does_not_fit(demand, offers));
+    }
     let layers = demand.layers();
     let ordered = in_order(offers);
     let stages = match shards {
@@ -246,14 +256,17 @@ pub fn place(
         ShardCount::Automatic => best_chain(demand, &ordered, links, policy),
         ShardCount::ByHand(parts) => by_hand(demand, &ordered, parts)?,
     };
-    if let Some(stages) = stages {
-        return Ok(Placement { stages });
-    }
-    let needed_bytes = demand.memory_bytes(&(0..layers));
-    let free_bytes = offers.iter().map(|offer| offer.free_bytes).sum();
+    stages.map(|stages| Placement { stages }).ok_or_else(|| does_not_fit(demand, offers))
+}
+
+fn does_not_fit(demand: &Demand, offers: &[Offer]) -> PlanError {
+    let sum = |sum: u64, bytes: u64| sum.saturating_add(bytes);
+    let of_layers = demand.layer_bytes.iter().chain(&demand.kv_bytes).copied().fold(demand.embedding_bytes, sum);
+    let needed_bytes = if demand.ties_embeddings { of_layers } else { sum(of_layers, demand.head_bytes) };
+    let free_bytes = offers.iter().map(|offer| offer.free_bytes).fold(0, sum);
     // Where the sum would suffice, one layer or end is larger than any device.
     let missing_bytes = needed_bytes.saturating_sub(free_bytes).max(1);
-    Err(PlanError::DoesNotFit { needed_bytes, free_bytes, missing_bytes })
+    PlanError::DoesNotFit { needed_bytes, free_bytes, missing_bytes }
 }
 
 /// Seconds that a token of one answer takes through a placement, the way back to the head included.

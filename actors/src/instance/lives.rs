@@ -188,14 +188,31 @@ impl InstanceState {
         self.args.post.tell_others(&ControlMessage::Stage(clear));
     }
 
+    /// The coming placement has no place for a shard either, or cannot be reached: it is said until there is another one.
+    fn watch_coming(&mut self, now: Duration) {
+        let post = self.args.post.clone();
+        let Some(coming) = &mut self.coming else { return };
+        for node in coming.out_of_reach(now, |node| post.is_here(node)) {
+            coming.on_node_lost(node);
+        }
+        let (stamp, lost) = (coming.stamp(), coming.lost());
+        for (stage, error) in lost {
+            self.report_broken(stamp, &LineStep::Lost(stage, error));
+        }
+    }
+
     /// A step that does not come back is a failure of the pipeline; what nobody has acted on is said again.
     pub(super) fn watch(&mut self, myself: &InstanceRef) {
         let now = self.now();
         let lines = [Some(&mut self.line), self.coming.as_mut()].into_iter().flatten();
         let silent = lines.flat_map(|line| line.silent(self.args.id, now)).collect();
         self.order(silent);
+        self.watch_coming(now);
         if self.line.is_running() {
             if self.schedule.steps_in_flight() > 0 && self.last_sign.elapsed() > STEP_DEADLINE {
+                if self.coming.is_some() {
+                    return self.switch(myself);
+                }
                 let what = format!("no step came back for {} s", STEP_DEADLINE.as_secs());
                 let remedy = "the device hangs: see the log, and start the node again".into();
                 let error = RequestError::Engine { what, remedy };
@@ -205,6 +222,10 @@ impl InstanceState {
             return;
         }
         let post = self.args.post.clone();
+        if !self.line.lost().is_empty() {
+            // What is said of the earlier placement is heard no more where another is to come.
+            self.switch(myself);
+        }
         for node in self.line.out_of_reach(now, |node| post.is_here(node)) {
             self.on_node_lost(node);
         }

@@ -84,7 +84,7 @@ impl InstanceState {
             running: self.schedule.running(),
             waiting: self.schedule.waiting(),
             pages_used: self.schedule.pages_used(),
-            pages_total: self.args.wanted.kv_pages,
+            pages_total: self.args.wanted.demand.kv_pages,
         };
         if self.reported != Some(load) {
             self.reported = Some(load);

@@ -19,8 +19,11 @@ pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
             .map(|layer| bytes_of(&|role| matches!(role, Role::Layer(l, _) if *l as usize == layer)))
             .collect(),
         layer_work: files.layer_work(),
+        kv_pages,
         kv_bytes: (0..layers)
-            .map(|layer| architecture.kv_bytes_per_token(layer..layer + 1, KvElement::F16.bytes()) * kv_tokens)
+            .map(|layer| {
+                architecture.kv_bytes_per_token(layer..layer + 1, KvElement::F16.bytes()).saturating_mul(kv_tokens)
+            })
             .collect(),
         embedding_bytes: bytes_of(&|role| *role == Role::TokenEmbedding),
         head_bytes: bytes_of(&|role| *role == Role::Output),

@@ -21,8 +21,7 @@ impl PlannerState {
             }
             ControlMessage::Report(_) => tracing::warn!(peer = %from, "a report that cannot be"),
             ControlMessage::Desired(entries) => self.merge(entries),
-            ControlMessage::Want(ask) if ask.demand.is_plausible() => self.on_ask(from, *ask),
-            ControlMessage::Want(_) => tracing::warn!(peer = %from, "a model that cannot be is wanted"),
+            ControlMessage::Want(ask) => self.on_ask(from, *ask),
             ControlMessage::Refused { spec, error } => self.refuse_here(&spec, &error),
             ControlMessage::Broken { instance, stamp, node, device, error } => {
                 // Who tells the wrong one tells again, and another one.

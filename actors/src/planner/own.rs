@@ -216,7 +216,8 @@ impl PlannerState {
             let wanted = self.desired.get(id).and_then(|entry| entry.wanted());
             wanted.is_some_and(|wanted| wanted.placement.stages.iter().any(|stage| stage.node == self.args.node))
         };
-        let leaving_bytes = self.held.iter().filter(|(id, _)| !wanted_here(**id)).map(|(_, bytes)| bytes).sum();
+        let leaving = self.held.iter().filter(|(id, _)| !wanted_here(**id));
+        let leaving_bytes = leaving.fold(0_u64, |sum, (_, &bytes)| sum.saturating_add(bytes));
         let device = |report: &exo_engines::engine::DeviceReport| DeviceOffer {
             report: report.clone(),
             bytes_per_s: self.speeds.get(&report.id).copied(),

@@ -243,7 +243,6 @@ pub(super) fn ask(spec: &ModelSpec, model: &ResolvedModel) -> Ask {
             context_tokens,
             files: model.id,
         },
-        kv_pages,
         demand: demand::demand(files, kv_pages),
     }
 }

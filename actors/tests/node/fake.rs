@@ -13,6 +13,7 @@ use exo_engines::model::WeightSource;
 use exo_engines::sampler::{Sampled, SamplingParams};
 use exo_engines::{Engine, EngineError};
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -45,6 +46,10 @@ pub(crate) struct Script {
     /// Layer that the failing shard begins with, when, how, and how many times.
     pub(crate) failures: Vec<(usize, When, How, u32)>,
     pub(crate) loads: u32,
+    /// Tensors of a load, beside the first; each takes a millisecond.
+    pub(crate) more_tensors: u32,
+    /// Loads that broke off.
+    pub(crate) interrupted: u32,
     pub(crate) step_delay: Duration,
     pub(crate) row_delay: Duration,
     /// Rows of the largest step.
@@ -139,13 +144,24 @@ impl Engine for FakeEngine {
         &mut self,
         shard: &ShardSpec,
         _: &WeightSource,
-        on: &mut dyn FnMut(LoadProgress),
+        on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<LoadReport, EngineError> {
-        self.script.lock().expect("not poisoned").loads += 1;
+        let more_tensors = {
+            let mut script = self.script.lock().expect("not poisoned");
+            script.loads += 1;
+            script.more_tensors
+        };
         self.spec = Some(shard.clone());
         self.pages = PageTable::new(shard.kv_pages);
         self.fail_if_told(When::Load)?;
-        on(LoadProgress { loaded_bytes: 1, total_bytes: 1 });
+        let total_bytes = 1 + u64::from(more_tensors);
+        for loaded_bytes in 1..=total_bytes {
+            if on(LoadProgress { loaded_bytes, total_bytes }).is_break() {
+                self.script.lock().expect("not poisoned").interrupted += 1;
+                return Err(EngineError::Interrupted);
+            }
+            std::thread::sleep(Duration::from_millis(u64::from(more_tensors.min(1))));
+        }
         Ok(LoadReport { weight_bytes: 1, kv_bytes: 1, fingerprint: "fake".to_owned(), elapsed: Duration::ZERO })
     }
 

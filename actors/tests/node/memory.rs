@@ -1,9 +1,10 @@
 //! Models that share the memory: who leaves, and when.
 
 use crate::PROMPT;
-use crate::fake::{World, answer};
+use crate::fake::{Script, World, answer};
 use exo_actors::core::state::Phase;
 use exo_actors::{PlannerLimits, RequestError};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Models that run now.
@@ -60,4 +61,25 @@ async fn the_least_recently_used_makes_room() {
     drop(held);
     assert_eq!(world.ask(world.request(4, &PROMPT, 5)).await, Ok(answer(&PROMPT, 5)));
     world.node.shutdown().await;
+}
+
+/// A load that nobody wants any more does not go on to its end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_stops_loads_no_further() {
+    let world = World::new(Script { more_tensors: 30_000, ..Script::default() }).await;
+    let (node, spec) = (world.node.clone(), world.spec(2));
+    let loading = tokio::spawn(async move { node.load(spec).await.map(drop) });
+    let has = |count: fn(&Script) -> u32| {
+        let script = Arc::clone(&world.script);
+        let all = async move {
+            while count(&script.lock().expect("not poisoned")) < 2 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), all)
+    };
+    has(|script| script.loads).await.expect("both shards are being loaded");
+    world.node.clone().shutdown().await;
+    has(|script| script.interrupted).await.expect("both loads break off");
+    assert!(loading.await.expect("no panic").is_err(), "whoever waits is told");
 }

@@ -4,6 +4,7 @@ use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::*;
 use exo_engines::model::WeightSource;
 use exo_engines::{Engine, EngineError};
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -58,7 +59,7 @@ impl Engine for SabotagedEngine {
         &mut self,
         shard: &ShardSpec,
         weights: &WeightSource,
-        on: &mut dyn FnMut(LoadProgress),
+        on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<LoadReport, EngineError> {
         self.inner.load(shard, weights, on)
     }

@@ -11,6 +11,7 @@ use crate::format::{ElementType, FormatError};
 use crate::model::{
     FeedForward, Layer, LayerRole, Part, QueryKeyNorm, Role, TensorBytes, TensorSlice, WeightReader, WeightSource,
 };
+use std::ops::ControlFlow;
 
 /// What a shard has of the model.
 pub(super) struct ShardWeights<B: Backend> {
@@ -57,7 +58,7 @@ pub(super) fn weights<B: Backend>(
     backend: &mut B,
     shard: &ShardSpec,
     source: &WeightSource,
-    on: &mut dyn FnMut(LoadProgress),
+    on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
 ) -> Result<(ShardWeights<B>, u64), EngineError> {
     let reader = WeightReader::open(source)?;
     let total_bytes = source.shard_bytes(shard.layers.clone(), shard.architecture.layers.len());
@@ -80,7 +81,7 @@ struct Loader<'a, 's, B: Backend> {
     source: &'s WeightSource,
     reader: WeightReader,
     progress: LoadProgress,
-    on: &'a mut dyn FnMut(LoadProgress),
+    on: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     /// As the backend keeps what was loaded.
     memory_bytes: u64,
 }
@@ -242,7 +243,7 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         let data = TensorData { name: &slice.name, element: slice.kept_as, rows, columns, bytes };
         let matrix = self.backend.matrix(&data).map_err(|error| self.with_path(slice, error))?;
         self.memory_bytes += B::matrix_bytes(&matrix);
-        self.done(slice);
+        self.done(slice)?;
         Ok(matrix)
     }
 
@@ -265,7 +266,7 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
             return Err(self.bad(slice, "it has a value that is not a finite number".to_owned()).into());
         }
         self.memory_bytes += (values.len() * 4) as u64;
-        self.done(slice);
+        self.done(slice)?;
         Ok(values)
     }
 
@@ -304,10 +305,13 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         FormatError::BadTensor { path: self.reader.path(slice), tensor: slice.name.clone(), what }
     }
 
-    fn done(&mut self, slice: &TensorSlice) {
+    fn done(&mut self, slice: &TensorSlice) -> Result<(), EngineError> {
         self.reader.forget(slice);
         self.progress.loaded_bytes += slice.length_bytes;
-        (self.on)(self.progress);
+        match (self.on)(self.progress) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(EngineError::Interrupted),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use crate::error::EngineError;
 use crate::exchange::{Alone, Exchange};
 use crate::model::WeightSource;
 use load::ShardWeights;
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 /// An [`Engine`] over a backend.
@@ -59,7 +60,7 @@ impl<B: Backend> Engine for DecoderEngine<B> {
         &mut self,
         shard: &ShardSpec,
         weights: &WeightSource,
-        on: &mut dyn FnMut(LoadProgress),
+        on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<LoadReport, EngineError> {
         let start = Instant::now();
         // What was loaded before goes first, so that memory never holds two models.

@@ -7,6 +7,7 @@ use crate::error::EngineError;
 use crate::format::gguf_writer::{Datum, GgufWriter};
 use proptest::prelude::*;
 use serde_json::json;
+use std::ops::ControlFlow;
 
 /// A llama of one layer, after `edit` has had each tensor's shape and values.
 pub(super) fn tiny(edit: impl Fn(&str, &mut Vec<u64>, &mut Vec<f32>)) -> GgufWriter {
@@ -42,6 +43,11 @@ pub(super) fn tiny(edit: impl Fn(&str, &mut Vec<u64>, &mut Vec<f32>)) -> GgufWri
 }
 
 fn load(file: &GgufWriter) -> Result<LoadReport, EngineError> {
+    load_while(file, |_| true)
+}
+
+/// Goes on as long as `is_wanted`, which hears how many tensors are loaded.
+fn load_while(file: &GgufWriter, is_wanted: impl Fn(usize) -> bool) -> Result<LoadReport, EngineError> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let model = ModelFiles::open(&file.write(folder.path()))?;
     let spec = ShardSpec {
@@ -53,7 +59,11 @@ fn load(file: &GgufWriter) -> Result<LoadReport, EngineError> {
     };
     let factory = CpuFactory::new(1);
     let mut engine = factory.open(&factory.probe()[0].id)?;
-    engine.load(&spec, &model.weights, &mut |_| {})
+    let mut loaded = 0;
+    engine.load(&spec, &model.weights, &mut |_| {
+        loaded += 1;
+        if is_wanted(loaded) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })
 }
 
 fn refused(file: &GgufWriter) -> String {
@@ -63,6 +73,15 @@ fn refused(file: &GgufWriter) -> String {
 #[test]
 fn the_tiny_model_is_right() {
     load(&tiny(|_, _, _| {})).expect("a right model");
+}
+
+#[test]
+fn a_load_breaks_off_where_it_is_told_to() {
+    let file = tiny(|_, _, _| {});
+    for last in [1, 4, 11] {
+        assert_eq!(load_while(&file, |loaded| loaded < last), Err(EngineError::Interrupted), "{last}");
+    }
+    load_while(&file, |loaded| loaded < 12).expect("there are 11");
 }
 
 #[test]

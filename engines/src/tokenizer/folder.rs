@@ -7,6 +7,7 @@ use crate::format::safetensors::read_text;
 use crate::template::ChatTemplate;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::mem::ManuallyDrop;
 use std::panic::catch_unwind;
 use std::path::Path;
 
@@ -61,7 +62,8 @@ pub(super) fn open(folder: &Path) -> Result<Tokenizer, FormatError> {
         .map(|source| ChatTemplate::new(&source, bos.map(|(_, text)| text), eos.map(|(_, text)| text)))
         .transpose()
         .map_err(|e| bad(e.to_string()))?;
-    Ok(Tokenizer { pieces, bos: bos.map(|(id, _)| id), ends, template, encoder: Encoder::Whole(Box::new(tokenizer)) })
+    let encoder = ManuallyDrop::new(Encoder::Whole(Box::new(tokenizer)));
+    Ok(Tokenizer { pieces, bos: bos.map(|(id, _)| id), ends, template, encoder })
 }
 
 fn optional_json(path: &Path) -> Result<Value, FormatError> {

@@ -9,6 +9,7 @@ use super::{Affixes, Encoder, Tokenizer, ends_by_text};
 use crate::format::{FormatError, Gguf, Value};
 use crate::template::ChatTemplate;
 use std::collections::{BTreeSet, HashSet};
+use std::mem::ManuallyDrop;
 use std::path::Path;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{NFC, Prepend, Replace};
@@ -160,7 +161,8 @@ impl Reader<'_> {
         let template = self.file.get("tokenizer.chat_template", Value::as_text)?;
         let template = template.map(|source| ChatTemplate::new(source, text_of(bos), text_of(eos)));
         let template = template.transpose().map_err(|e| self.bad(e))?;
-        Ok(Tokenizer { encoder, pieces: Pieces::new(spelling, self.vocabulary.tokens()), bos, ends, template })
+        let pieces = Pieces::new(spelling, self.vocabulary.tokens());
+        Ok(Tokenizer { encoder: ManuallyDrop::new(encoder), pieces, bos, ends, template })
     }
 }
 

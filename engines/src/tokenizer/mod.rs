@@ -22,6 +22,7 @@ use crate::template::ChatTemplate;
 use pieces::Pieces;
 use spm::SpmTokenizer;
 use std::collections::BTreeSet;
+use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The longest text that is encoded at once: a million tokens, and some.
@@ -43,7 +44,7 @@ const END_TEXTS: [&str; 9] = [
 /// A model's tokenizer and chat template.
 #[derive(Debug)]
 pub struct Tokenizer {
-    encoder: Encoder,
+    encoder: ManuallyDrop<Encoder>,
     pieces: Pieces,
     bos: Option<u32>,
     /// Tokens that end an answer.
@@ -86,6 +87,16 @@ pub enum EncodeError {
     Failed { what: String },
 }
 
+impl Drop for Tokenizer {
+    /// Hundreds of thousands of entries are freed one by one, for a good part of a second: nobody who serves waits for it.
+    fn drop(&mut self) {
+        // SAFETY: nothing uses the encoder after this.
+        let encoder = unsafe { ManuallyDrop::take(&mut self.encoder) };
+        // Where no thread can be had, it is freed here.
+        let _ = std::thread::Builder::new().name("free-tokenizer".to_owned()).spawn(move || drop(encoder));
+    }
+}
+
 impl Tokenizer {
     /// Reads the tokenizer of `source`.
     ///
@@ -117,7 +128,7 @@ impl Tokenizer {
     fn encode_within(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>, EncodeError> {
         let add = special == SpecialTokens::Add;
         let failed = |error: tokenizers::Error| EncodeError::Failed { what: error.to_string() };
-        let (encoding, affixes) = match &self.encoder {
+        let (encoding, affixes) = match &*self.encoder {
             Encoder::Whole(tokenizer) => {
                 return Ok(tokenizer.encode_fast(text, add).map_err(failed)?.get_ids().to_vec());
             }

@@ -2,6 +2,7 @@
 
 use exo_engines::engine::*;
 use exo_engines::model::ModelFiles;
+use std::ops::ControlFlow;
 
 pub(crate) const SEQ: SeqId = SeqId(7);
 const LIFE: Incarnation = Incarnation { epoch: 1, owner: [0; 32] };
@@ -34,7 +35,7 @@ impl Pipeline {
                 kv_pages: 32,
             };
             let mut engine = factory.open(&device).expect("the device is there");
-            engine.load(&spec, &model.weights, &mut |_| {}).expect("the fixture loads");
+            engine.load(&spec, &model.weights, &mut |_| ControlFlow::Continue(())).expect("the fixture loads");
             engine.warm_up().expect("the first row is finite");
             engine
         });

@@ -9,6 +9,7 @@ fn node() -> NodeId {
 
 fn demand(layer_bytes: Vec<u64>, ends: u64) -> Demand {
     Demand {
+        kv_pages: 1,
         kv_bytes: vec![1; layer_bytes.len()],
         layer_work: layer_bytes.clone(),
         layer_bytes,
@@ -46,6 +47,16 @@ fn a_model_that_fits_one_device_is_not_split() {
     assert_eq!(stages.len(), 1);
     assert_eq!(stages[0].device.0, "gpu:1");
     assert_eq!(stages[0].memory_bytes, 8 * 11 + 5);
+}
+
+#[test]
+fn a_cache_that_nobody_holds_does_not_fit_though_its_bytes_would() {
+    let many = Demand { kv_pages: u32::MAX, ..demand(vec![10; 8], 5) };
+    let refused = automatic(&many, &offers(&[(200, 1.0)]));
+    assert!(matches!(refused, Err(PlanError::DoesNotFit { .. })), "{refused:?}");
+    let absurd = Demand { layer_bytes: vec![u64::MAX; 8], ..demand(vec![10; 8], 5) };
+    let refused = automatic(&absurd, &offers(&[(u64::MAX, 1.0), (u64::MAX, 1.0)]));
+    assert!(matches!(refused, Err(PlanError::DoesNotFit { .. })), "{refused:?}");
 }
 
 #[test]

@@ -285,7 +285,10 @@ impl Cluster {
         let own = node.id;
         // The list as it was a moment ago: orders overtake it.
         let listed = std::mem::replace(&mut node.listed, node.desired.listed());
-        node.shards.retain(|(id, _), shard| listed.keeps(*id, shard.task.stamp, now.saturating_sub(shard.ordered)));
+        let (sees, ids) = (&self.sees, &self.ids);
+        let is_here = |other| other == own || sees.iter().any(|(a, b)| *a == index && ids[*b] == other);
+        node.shards
+            .retain(|(id, _), shard| listed.keeps(*id, shard.task.stamp, now.saturating_sub(shard.ordered), is_here));
         node.heads.retain(|id, _| wanted.iter().any(|(of, _, wanted)| of == id && wanted.owner() == Some(own)));
         let mut orders = Vec::new();
         for (id, stamp, wanted) in wanted.into_iter().filter(|(.., wanted)| wanted.owner() == Some(own)) {

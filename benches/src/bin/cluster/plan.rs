@@ -15,6 +15,7 @@ pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
     let demand = Demand {
         layer_bytes: vec![1 << 30; LAYERS],
         layer_work: vec![1 << 30; LAYERS],
+        kv_pages: 512,
         kv_bytes: vec![1 << 26; LAYERS],
         embedding_bytes: 1 << 30,
         head_bytes: 1 << 30,

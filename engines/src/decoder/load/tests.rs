@@ -4,6 +4,7 @@ use crate::cpu::CpuFactory;
 use crate::engine::{EngineFactory, KvElement, ShardSpec, TensorRank};
 use crate::format::gguf_writer::GgufWriter;
 use crate::model::{ModelFiles, Recipe};
+use std::ops::ControlFlow;
 
 const HIDDEN: u64 = 768;
 const WIDTH: u64 = 3072;
@@ -73,7 +74,7 @@ fn holds_one_tensor_besides_the_target(recipe: Recipe) {
     // The file was made in memory: the peak begins anew.
     std::fs::write("/proc/self/clear_refs", "5").expect("one's own peak can be reset");
     let before = status_bytes("VmRSS");
-    let report = engine.load(&spec, &model.weights, &mut |_| {}).expect("it loads");
+    let report = engine.load(&spec, &model.weights, &mut |_| ControlFlow::Continue(())).expect("it loads");
     let peak = status_bytes("VmHWM") - before;
     println!("{recipe}: {} MB kept, peak {} MB", report.weight_bytes >> 20, peak >> 20);
     // As the file has it, and as it is on its way to the backend.

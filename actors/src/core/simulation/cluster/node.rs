@@ -66,6 +66,7 @@ pub(super) fn demand(layers: u64, layer_bytes: u64) -> Demand {
         layer_bytes: vec![layer_bytes; layers as usize],
         layer_work: vec![layer_bytes; layers as usize],
         head_work: layer_bytes / 4,
+        kv_pages: 16,
         kv_bytes: vec![layer_bytes / 16; layers as usize],
         embedding_bytes: layer_bytes / 4,
         head_bytes: layer_bytes / 4,
@@ -85,7 +86,7 @@ pub(super) fn ask(number: u64) -> Ask {
     };
     // The last one fits nobody, and not all together either.
     let demand = if number == 3 { demand(8, 100 * GB) } else { demand(4 + number * 2, GB / 4 * (1 + number)) };
-    Ask { spec: ModelSpec::new(name), model, kv_pages: 16, demand }
+    Ask { spec: ModelSpec::new(name), model, demand }
 }
 
 impl Node {
