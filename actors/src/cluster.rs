@@ -29,7 +29,7 @@ use crate::outlet::Outlet;
 use crate::planner::{PlannerMsg, PlannerRef};
 use crate::post::{Line, Post};
 use crate::protocol::{ControlMessage, DataHello};
-use exo_net::{DataConnection, DataStream, Inbox, Network, NetworkEvent, NodeId, Pass, Peer};
+use exo_net::{DataConnection, DataStream, Network, NetworkEvent, NodeId, Outbox, Pass, Peer};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::{NodeServerMessage, RactorMessage};
 use sessions::{SessionEvent, SessionRef};
@@ -112,6 +112,7 @@ struct Present {
     expects: Pass,
     address: SocketAddr,
     data: DataConnection,
+    outbox: Outbox,
     since: Instant,
     is_ready: bool,
     bytes_per_s: Option<f64>,
@@ -197,14 +198,15 @@ impl ClusterState {
     }
 
     fn open_session(&mut self, peer: Peer) {
-        let Peer { id, session, address, is_dialled, control, inbox, pass, expects, data, .. } = peer;
-        self.senders.admit(expects, id, Inbox::clone(&inbox));
+        let Peer { id, session, address, is_dialled, control, inbox, outbox, pass, expects, data, .. } = peer;
+        self.senders.admit(expects, id, inbox);
         let present = Present {
             session,
             pass,
             expects,
             address,
             data,
+            outbox,
             since: Instant::now(),
             is_ready: false,
             bytes_per_s: None,
@@ -267,7 +269,8 @@ impl ClusterState {
             return;
         }
         tracing::info!(peer = %id, "a member is here");
-        let line = Line { control, pass: present.pass, data: present.data.clone() };
+        let (data, outbox) = (present.data.clone(), present.outbox.clone());
+        let line = Line { control, pass: present.pass, data, outbox };
         self.post.connect(id, line);
         let doors = Doors { board: self.board.clone(), gateway: self.gateway.clone(), models: self.models.clone() };
         let data = present.data.clone();

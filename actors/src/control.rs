@@ -11,7 +11,7 @@
 
 use crate::outlet::Outlet;
 use crate::protocol::ControlMessage;
-use exo_net::{Inbox, NodeId, Pass, wire};
+use exo_net::{Inbox, NodeId, Pass, Unhandled, wire};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorClusterMessage;
 use serde::{Deserialize, Serialize};
@@ -59,11 +59,13 @@ impl Senders {
     }
 }
 
-/// A message from a member.
+/// A message from a member, or from this node itself.
 #[derive(Debug)]
 pub(crate) struct Heard {
     pub(crate) from: NodeId,
     pub(crate) message: ControlMessage,
+    /// Held until it has been handled: a member has only so many on their way.
+    pub(crate) place: Option<Unhandled>,
 }
 
 #[derive(Debug)]
@@ -105,9 +107,9 @@ impl ControlArgs {
         let Some((from, inbox)) = self.senders.find(envelope.pass) else {
             return tracing::debug!("dropped a message of nobody who is here");
         };
-        inbox.handled();
+        let place = Some(inbox.message());
         match wire::decode(&envelope.message) {
-            Ok(message) => self.heard.tell(Heard { from, message }),
+            Ok(message) => self.heard.tell(Heard { from, message, place }),
             Err(error) => tracing::warn!(peer = %from, %error, "dropped a message that is none"),
         }
     }

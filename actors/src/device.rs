@@ -25,8 +25,8 @@ pub(crate) type DeviceRef = ActorRef<DeviceMsg>;
 pub(crate) enum DeviceMsg {
     /// Starts a shard; on this device, whatever device the task names.
     Start(Box<ShardTask>),
-    /// Stops a shard.
-    Stop { instance: InstanceId, stage: usize },
+    /// Stops what nobody wants any more.
+    Sweep,
 }
 
 #[derive(Debug)]
@@ -67,7 +67,7 @@ impl Actor for Device {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             DeviceMsg::Start(task) => state.start(&myself, *task).await,
-            DeviceMsg::Stop { instance, stage } => state.stop((instance, stage)),
+            DeviceMsg::Sweep => state.sweep(),
         }
         Ok(())
     }
@@ -95,6 +95,11 @@ impl Actor for Device {
 
 impl DeviceState {
     async fn start(&mut self, myself: &DeviceRef, mut task: ShardTask) {
+        // It may have waited for its restart, or been on its way from another device, when it was given up.
+        if task.is_over.is_cancelled() {
+            self.histories.remove(&(task.instance, task.stage));
+            return;
+        }
         task.host.device = self.args.report.id.clone();
         task.host.factory = Arc::clone(&self.args.factory);
         let args = ShardArgs { task: task.clone() };
@@ -107,12 +112,10 @@ impl DeviceState {
         }
     }
 
-    fn stop(&mut self, shard: (InstanceId, usize)) {
-        self.histories.remove(&shard);
-        for (cell, task) in self.shards.values() {
-            if (task.instance, task.stage) == shard {
-                cell.stop(None);
-            }
+    fn sweep(&mut self) {
+        for (cell, task) in self.shards.values().filter(|(_, task)| task.is_over.is_cancelled()) {
+            self.histories.remove(&(task.instance, task.stage));
+            cell.stop(None);
         }
     }
 

@@ -211,6 +211,8 @@ impl Task {
             };
             match outcome {
                 Outcome::Over => return Ok(()),
+                // Of a head that many meet at, since another one died: it has room again as answers end.
+                Outcome::Failed(RequestError::Overloaded { .. }) if given > 0 => {}
                 Outcome::Failed(error) => return Err(error),
                 Outcome::Moved => {}
             }

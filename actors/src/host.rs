@@ -221,6 +221,9 @@ fn serve(
     while let Ok(command) = commands.recv() {
         match command {
             Command::Stop => break,
+            Command::Wire { incarnation, .. } if life.as_ref().is_some_and(|(known, _)| *known > incarnation) => {
+                tracing::debug!(epoch = incarnation.epoch, "not wired for a life that is over");
+            }
             Command::Wire { incarnation, next } => {
                 sampler = TokenSampler::default();
                 life = Some((incarnation, next));

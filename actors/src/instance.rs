@@ -8,13 +8,13 @@
 //!
 //! A life (incarnation) begins when all shards are up and wired. When one goes down, or a link or a node does, the epoch
 //! rises, all that is in flight is void, and when all are up again sequences are replayed from their tokens: clients
-//! only see a pause. A new placement is loaded beside the one that serves (but for a stage that stays on its node with
-//! other layers), and takes over at a token's boundary.
+//! only see a pause. A new placement is loaded beside the one that serves, and takes over at a token's boundary; where there
+//! is no room for both, what is there goes first.
 
 mod lives;
 mod pump;
 
-use crate::core::desired::{Stamp, Wanted};
+use crate::core::desired::{Change, Stamp, Wanted};
 use crate::core::line::{Line, StageNews};
 use crate::core::schedule::{Limits, Request, Schedule};
 use crate::core::spec::InstanceId;
@@ -26,7 +26,7 @@ use crate::post::Post;
 use crate::protocol::{End, HeadEvent, HeadRequest};
 use crate::request::RequestError;
 use exo_engines::engine::SeqId;
-use exo_net::{NodeId, WireType};
+use exo_net::{NodeId, Unhandled, WireType};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::collections::HashMap;
@@ -64,16 +64,22 @@ pub(crate) struct Lease {
     pub _in_use: Arc<()>,
 }
 
+/// What a stage's node says of it.
+#[derive(Debug)]
+pub(crate) struct News {
+    pub from: NodeId,
+    pub stamp: Stamp,
+    pub news: StageNews,
+    /// Of the message that it came with.
+    pub place: Option<Unhandled>,
+}
+
 #[derive(Debug, RactorMessage)]
 pub(crate) enum InstanceMsg {
     Submit(Submission),
     Cancel(SeqId),
     StepDone(StepResult),
-    News {
-        from: NodeId,
-        stamp: Stamp,
-        news: StageNews,
-    },
+    News(News),
     /// It is to run otherwise from now on.
     Replan {
         stamp: Stamp,
@@ -95,8 +101,8 @@ pub(crate) enum InstanceReport {
     Ready { instance: InstanceId },
     /// Not all shards are up and connected: requests wait.
     Waiting { instance: InstanceId },
-    /// A stage has no place where it is.
-    Broken { instance: InstanceId, stamp: Stamp, stage: usize, error: RequestError },
+    /// A stage has no place where it is. `has_run`: whether its placement has ever served.
+    Broken { instance: InstanceId, stamp: Stamp, stage: usize, has_run: bool, error: RequestError },
 }
 
 /// What a placed model needs to be run.
@@ -144,6 +150,7 @@ impl Actor for Instance {
         let limits = Limits {
             pages: args.wanted.demand.kv_pages,
             context_tokens: args.wanted.model.context_tokens,
+            vocabulary: args.wanted.model.vocabulary,
             steps_in_flight: args.wanted.placement.stages.len(),
             running: RUNNING_MAX,
             rows_alone: ROWS_ALONE,
@@ -163,12 +170,15 @@ impl Actor for Instance {
             args,
         };
         state.order(state.line.tasks(state.args.id));
+        if state.args.wanted.change == Change::InPlace {
+            state.clear_below(state.args.stamp);
+        }
         Ok(state)
     }
 
     async fn post_stop(&self, _: InstanceRef, state: &mut InstanceState) -> Result<(), ActorProcessingErr> {
         state.fail_all();
-        state.args.board.forget(state.args.id, End::Head);
+        state.args.board.forget(state.args.id, End::Head, Some(state.line.incarnation()));
         Ok(())
     }
 
@@ -182,7 +192,7 @@ impl Actor for Instance {
             InstanceMsg::Submit(submission) => state.submit(submission),
             InstanceMsg::Cancel(seq) => state.cancel(seq),
             InstanceMsg::StepDone(result) => state.on_step_done(result),
-            InstanceMsg::News { from, stamp, news } => state.on_news(&myself, from, stamp, news),
+            InstanceMsg::News(News { from, stamp, news, place: _handled }) => state.on_news(&myself, from, stamp, news),
             InstanceMsg::Replan { stamp, wanted } => state.replan(&myself, stamp, wanted),
             InstanceMsg::NodeLost(node) => state.on_node_lost(node),
             InstanceMsg::NodeMet(node) => state.order_again(node),

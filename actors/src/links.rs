@@ -121,9 +121,12 @@ impl Switchboard {
         self.inner.changed.notify_waiters();
     }
 
-    /// Nobody expects links to `to` any more.
-    pub(crate) fn forget(&self, instance: InstanceId, to: End) {
-        self.expected().remove(&(instance, to));
+    /// Nobody expects links to `to` of this life any more; those of another one, if there is one, stay.
+    pub(crate) fn forget(&self, instance: InstanceId, to: End, incarnation: Option<Incarnation>) {
+        let mut expected = self.expected();
+        if expected.get(&(instance, to)).is_some_and(|expected| Some(expected.incarnation) == incarnation) {
+            expected.remove(&(instance, to));
+        }
     }
 
     /// What is expected at `to` for this life.

@@ -215,7 +215,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
     let (planner, _) = Planner::spawn_linked(None, Planner, planner_args, cell()).await?;
     let deliver = deliver(stages, planner.clone());
     let (own, here) = (config.id, deliver.clone());
-    post.deliver_here(Outlet::new(move |message| here.tell(Heard { from: own, message })));
+    post.deliver_here(Outlet::new(move |message| here.tell(Heard { from: own, message, place: None })));
     let monitor_args = MonitorArgs { planner: planner.clone(), facts };
     Monitor::spawn_linked(None, Monitor, monitor_args, cell()).await?;
     let gateway_args = GatewayArgs { planner: planner.clone(), post: post.clone(), permits: Arc::clone(&permits) };
@@ -241,10 +241,10 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
 
 /// Each message to whom it concerns.
 fn deliver(stages: StagesRef, planner: PlannerRef) -> Outlet<Heard> {
-    Outlet::new(move |Heard { from, message }| match message {
+    Outlet::new(move |Heard { from, message, place }| match message {
         // Actors that are gone take the node with them.
-        ControlMessage::Stage(order) => drop(stages.send_message(StagesMsg::Order { from, order })),
-        message => drop(planner.send_message(PlannerMsg::Heard { from, message: Box::new(message) })),
+        ControlMessage::Stage(order) => drop(stages.send_message(StagesMsg::Order { from, order, place })),
+        message => drop(planner.send_message(PlannerMsg::Heard(Box::new(Heard { from, message, place })))),
     })
 }
 

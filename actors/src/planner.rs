@@ -21,13 +21,14 @@ mod wanting;
 pub(crate) use wanting::Home;
 pub use wanting::RunningModel;
 
+use crate::control::Heard;
 use crate::core::desired::{Desired, Want};
 use crate::core::lead::{Effect, Leader, World};
 use crate::core::members::Members;
 use crate::core::plan::{Link, Preview};
 use crate::core::spec::{InstanceId, ModelSpec};
 use crate::core::state::{InstanceState, Machine};
-use crate::instance::{InstanceRef, InstanceReport};
+use crate::instance::{InstanceRef, InstanceReport, News};
 use crate::links::Switchboard;
 use crate::models::{ModelsRef, ResolvedModel};
 use crate::outlet::Facts;
@@ -90,10 +91,7 @@ pub(crate) enum PlannerMsg {
     Summary(BTreeMap<InstanceId, InstanceState>),
     Stages(StagesFact),
     /// A member says something.
-    Heard {
-        from: NodeId,
-        message: Box<ControlMessage>,
-    },
+    Heard(Box<Heard>),
     NodeUp(NodeId),
     NodeDown(NodeId),
     LinksMeasured {
@@ -155,6 +153,8 @@ pub(crate) struct PlannerState {
     links: BTreeMap<NodeId, Link>,
     peers: Vec<SocketAddr>,
     summary: BTreeMap<InstanceId, InstanceState>,
+    /// When each member was last told the whole list because it had another one.
+    listed: BTreeMap<NodeId, Duration>,
     draining: Option<Vec<RpcReplyPort<()>>>,
     last_look: Instant,
 }
@@ -182,6 +182,7 @@ impl Actor for Planner {
             links: BTreeMap::new(),
             peers: Vec::new(),
             summary: BTreeMap::new(),
+            listed: BTreeMap::new(),
             draining: None,
             last_look: Instant::now(),
             args,
@@ -210,13 +211,13 @@ impl Actor for Planner {
                 return Ok(());
             }
             PlannerMsg::Stages(fact) => state.on_stages(&myself, fact),
-            PlannerMsg::Heard { from, message } => match *message {
+            PlannerMsg::Heard(heard) => match *heard {
                 // News of a stage, many while it loads, are its head's affair: nothing is to be brought about.
-                ControlMessage::News { instance, stamp, news } => {
-                    state.on_news(from, instance, stamp, news);
+                Heard { from, message: ControlMessage::News { instance, stamp, news }, place } => {
+                    state.on_news(instance, News { from, stamp, news, place });
                     return Ok(());
                 }
-                message => state.on_heard(from, message),
+                Heard { from, message, place: _handled } => state.on_heard(from, message),
             },
             PlannerMsg::NodeUp(node) => state.on_node_up(node),
             PlannerMsg::NodeDown(node) => state.on_node_down(node),

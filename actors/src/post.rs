@@ -3,7 +3,7 @@
 use crate::control::{ControlMsg, seal};
 use crate::outlet::Outlet;
 use crate::protocol::ControlMessage;
-use exo_net::{DataConnection, NodeId, Pass};
+use exo_net::{DataConnection, NodeId, Outbox, Pass};
 use ractor::ActorRef;
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
@@ -14,6 +14,8 @@ pub(crate) struct Line {
     pub(crate) control: ActorRef<ControlMsg>,
     pub(crate) pass: Pass,
     pub(crate) data: DataConnection,
+    /// What is on its way there.
+    pub(crate) outbox: Outbox,
 }
 
 /// The way to all nodes.
@@ -97,6 +99,7 @@ impl Post {
 
 fn send(to: NodeId, line: &Line, message: &ControlMessage) {
     match seal(line.pass, message) {
+        Ok(bytes) if !line.outbox.put(bytes.len()) => line.data.close("it does not take what it is told"),
         // A peer that goes now is told of by the network.
         Ok(bytes) => drop(line.control.cast(ControlMsg::Tell(bytes))),
         Err(error) => tracing::error!(peer = %to, %error, "a message could not be sent"),

@@ -9,17 +9,18 @@
 //! ```
 
 use crate::core::desired::{Entry, Stamp};
-use crate::core::lead::Ask;
+use crate::core::lead::{Ask, Broken};
 use crate::core::line::{StageNews, StageTask};
 use crate::core::members::MemberReport;
 use crate::core::schedule::FinishReason;
 use crate::core::spec::{FilesId, InstanceId, ModelSpec};
 use crate::request::RequestError;
-use exo_engines::engine::{DeviceId, Incarnation};
+use exo_engines::engine::Incarnation;
 use exo_engines::sampler::{Sampled, SamplerSpec};
 use exo_net::{NodeId, WireType};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// A message from node to node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -37,13 +38,7 @@ pub(crate) enum ControlMessage {
         stamp: Stamp,
         news: StageNews,
     },
-    Broken {
-        instance: InstanceId,
-        stamp: Stamp,
-        node: NodeId,
-        device: DeviceId,
-        error: RequestError,
-    },
+    Broken(Box<Broken>),
     /// Who is not let in any more.
     Evicted(BTreeSet<NodeId>),
 }
@@ -169,6 +164,8 @@ pub(crate) enum StageOrder {
     Wire {
         instance: InstanceId,
         stage: usize,
+        /// Of the stage's two shards while an instance moves.
+        layers: Range<usize>,
         incarnation: Incarnation,
         from: NodeId,
         next: NodeId,

@@ -108,7 +108,9 @@ impl RequestError {
             }
             Self::Plan(PlanError::TooManyShards { .. }) => "ask for at most one shard per layer, and at least one",
             Self::Plan(PlanError::NoDevice) | Self::NoDevice { .. } => "leave --device out to take the best there is",
-            Self::Params(_) | Self::BadPrompt { .. } => "change the request",
+            Self::Params(_) | Self::BadPrompt { .. } | Self::Admit(AdmitError::NoSuchToken { .. }) => {
+                "change the request"
+            }
             Self::Admit(AdmitError::EmptyPrompt) => "give a prompt",
             Self::Admit(AdmitError::TooLong { .. }) => "shorten the prompt, or start the model with a larger --context",
             Self::Plan(PlanError::BadSplit { .. }) => "give each layer once: --split laptop:0-11,desktop:12-29",

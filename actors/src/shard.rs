@@ -14,6 +14,7 @@ use exo_engines::engine::{DeviceId, LoadProgress};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 
 /// Which shard, of what, for whom.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub(crate) struct ShardTask {
     /// Numbers of a row between shards.
     pub hidden: usize,
     pub owner: Outlet<ShardReport>,
+    /// Cancelled when nobody wants it any more.
+    pub is_over: CancellationToken,
 }
 
 /// What whoever started a shard hears of it.
@@ -103,7 +106,7 @@ impl Drop for ShardState {
 
 impl ShardState {
     fn on_event(&self, event: HostEvent) -> Result<(), ActorProcessingErr> {
-        let ShardTask { instance, stage, host, hidden, owner } = &self.args.task;
+        let ShardTask { instance, stage, host, hidden, owner, .. } = &self.args.task;
         match event {
             HostEvent::Progress(progress) => owner.tell(ShardReport::Loading(progress)),
             HostEvent::Loaded { report, warm_up } => {

@@ -6,7 +6,8 @@
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
-//! An order of an earlier stamp than was seen is dropped. A shard that a later stamp wants just as it is stays loaded.
+//! An order of an earlier stamp than was seen is dropped. A shard that a later stamp wants just as it is stays loaded; one
+//! that is to have other layers is loaded beside the one that serves.
 
 mod wiring;
 
@@ -27,13 +28,14 @@ use crate::shard::{ShardReport, ShardTask};
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, Incarnation, KvElement, ShardSpec, TensorRank};
 use exo_engines::model::ModelFiles;
-use exo_net::NodeId;
+use exo_net::{NodeId, Unhandled};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
 use wiring::Wiring;
 
 pub(crate) type StagesRef = ActorRef<StagesMsg>;
@@ -41,13 +43,26 @@ pub(crate) type StagesRef = ActorRef<StagesMsg>;
 /// Shards of other nodes' instances at once.
 const STAGES_MAX: usize = 256;
 
-type Key = (InstanceId, usize);
+/// Which shard: a stage's before and after a move are two.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    instance: InstanceId,
+    stage: usize,
+    layers: Range<usize>,
+}
+
+impl Key {
+    fn of(task: &StageTask) -> Self {
+        Self { instance: task.instance, stage: task.stage, layers: task.layers.clone() }
+    }
+}
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum StagesMsg {
     Order {
         from: NodeId,
         order: StageOrder,
+        place: Option<Unhandled>,
     },
     /// What is to run; shards of others go.
     Keep(Listed),
@@ -134,6 +149,9 @@ struct Held {
     /// What a row goes through, in bytes; 0 until its model is here.
     work: u64,
     loaded: Option<Loaded>,
+    /// The life that it was wired for.
+    wired: Option<Incarnation>,
+    is_over: CancellationToken,
 }
 
 #[derive(Debug, Clone)]
@@ -161,13 +179,13 @@ impl Actor for Stages {
         state: &mut StagesState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            StagesMsg::Order { from, order } => state.on_order(&myself, from, order),
+            StagesMsg::Order { from, order, place: _handled } => state.on_order(&myself, from, order),
             StagesMsg::Keep(listed) => state.keep(&listed),
             StagesMsg::Resolved { key, tenancy, outcome } => state.on_resolved(&myself, key, tenancy, outcome),
             StagesMsg::Fetched { key, tenancy, fetched } => state.on_fetched(key, tenancy, fetched),
             StagesMsg::Shard { key, tenancy, report } => state.on_report(key, tenancy, report),
-            StagesMsg::Linked { key, wiring, outcome } => state.on_linked(key, &wiring, outcome),
-            StagesMsg::Cut { key, incarnation, what } => state.on_cut(key, incarnation, what),
+            StagesMsg::Linked { key, wiring, outcome } => state.on_linked(&key, &wiring, outcome),
+            StagesMsg::Cut { key, incarnation, what } => state.on_cut(&key, incarnation, what),
             StagesMsg::Vacated { instance, bytes } => state.on_vacated(instance, bytes),
         }
         Ok(())
@@ -179,15 +197,15 @@ impl StagesState {
         match order {
             StageOrder::Start(task) => self.start(myself, from, *task),
             StageOrder::Clear { instance, below } => self.clear(instance, below),
-            StageOrder::Wire { instance, stage, incarnation, from: before, next, to, wire_type } => {
+            StageOrder::Wire { instance, stage, layers, incarnation, from: before, next, to, wire_type } => {
                 let wiring = Wiring { incarnation, from: before, next, to, wire_type };
-                self.wire(myself, from, (instance, stage), wiring);
+                self.wire(myself, from, Key { instance, stage, layers }, wiring);
             }
         }
     }
 
     fn start(&mut self, myself: &StagesRef, owner: NodeId, task: StageTask) {
-        let key = (task.instance, task.stage);
+        let key = Key::of(&task);
         if !task.is_plausible() {
             return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard that cannot be");
         }
@@ -206,23 +224,46 @@ impl StagesState {
             if is_the_same {
                 (held.owner, held.task, held.ordered) = (owner, task, Instant::now());
                 if held.loaded.is_some() {
-                    self.tell(key, StageNews::Up { stage: key.1 });
+                    self.tell(&key, StageNews::Up { stage: key.stage });
                 }
                 return;
             }
-            self.stop(key);
+            self.stop(&key);
         }
+        self.stop_unused(&key);
         self.next_tenancy += 1;
         let tenancy = self.next_tenancy;
         let (models, spec, stages) = (self.args.models.clone(), task.spec.clone(), myself.clone());
         let (files, extent) = (Some(task.files), Extent::Layers(task.layers.clone()));
-        let progress = Outlet::to(myself, move |fetched| StagesMsg::Fetched { key, tenancy, fetched });
-        self.held.insert(key, Held { tenancy, owner, task, ordered: Instant::now(), work: 0, loaded: None });
+        let of = key.clone();
+        let progress = Outlet::to(myself, move |fetched| StagesMsg::Fetched { key: of.clone(), tenancy, fetched });
+        let held = Held {
+            tenancy,
+            owner,
+            task,
+            ordered: Instant::now(),
+            work: 0,
+            loaded: None,
+            wired: None,
+            is_over: CancellationToken::new(),
+        };
+        self.held.insert(key.clone(), held);
         tokio::spawn(async move {
             let outcome = crate::models::get_spec(&models, &spec, files, extent, progress).await;
             // Where nobody hosts shards any more, the node stops.
             let _ = stages.send_message(StagesMsg::Resolved { key, tenancy, outcome: outcome.map_err(Into::into) });
         });
+    }
+
+    /// A stage has the shard that serves, and the one that is to come: what was to come before goes.
+    fn stop_unused(&mut self, to_come: &Key) {
+        let is_unused = |(key, held): &(&Key, &Held)| {
+            (key.instance, key.stage) == (to_come.instance, to_come.stage) && *key != to_come && held.wired.is_none()
+        };
+        let unused = self.held.iter().filter(is_unused).map(|(key, _)| key.clone());
+        for key in unused.collect::<Vec<_>>() {
+            self.stop(&key);
+        }
     }
 
     fn on_resolved(
@@ -241,15 +282,15 @@ impl StagesState {
         let model = match fitting {
             Ok(model) => model,
             Err(error) => {
-                self.tell(key, StageNews::NoModel { stage: key.1, error });
-                return self.stop(key);
+                self.tell(&key, StageNews::NoModel { stage: key.stage, error });
+                return self.stop(&key);
             }
         };
         let task = held.task.clone();
         let Some(local) = self.args.devices.iter().find(|local| local.report.id == task.device) else {
             let error = EngineError::NoDevice { engine: "exo".to_owned(), device: task.device.to_string() };
-            self.tell(key, StageNews::Lost { stage: key.1, error });
-            return self.stop(key);
+            self.tell(&key, StageNews::Lost { stage: key.stage, error });
+            return self.stop(&key);
         };
         let spec = ShardSpec {
             architecture: model.files.architecture.for_context(task.context_tokens as usize),
@@ -260,7 +301,8 @@ impl StagesState {
         };
         let hidden = spec.architecture.hidden;
         let vacated = Outlet::to(myself, |(instance, bytes)| StagesMsg::Vacated { instance, bytes });
-        let room = Room { instance: key.0, bytes: task.memory_bytes, vacated };
+        let instance = key.instance;
+        let room = Room { instance, bytes: task.memory_bytes, vacated };
         let host = HostTask {
             factory: Arc::clone(&local.factory),
             device: task.device.clone(),
@@ -268,11 +310,12 @@ impl StagesState {
             weights: Arc::new(model.files.weights.clone()),
             _room: Arc::new(room),
         };
-        let owner = Outlet::to(myself, move |report| StagesMsg::Shard { key, tenancy, report });
-        let held_bytes: &mut u64 = self.memory.entry(key.0).or_default();
+        let of = key.clone();
+        let owner = Outlet::to(myself, move |report| StagesMsg::Shard { key: of.clone(), tenancy, report });
+        let held_bytes: &mut u64 = self.memory.entry(instance).or_default();
         *held_bytes = held_bytes.saturating_add(task.memory_bytes);
         held.work = work(&model.files, &task.layers);
-        let shard = ShardTask { instance: key.0, stage: key.1, host, owner, hidden };
+        let shard = ShardTask { instance, stage: key.stage, host, owner, hidden, is_over: held.is_over.clone() };
         // A device that is gone is noticed by the node, which stops.
         let _ = local.device.send_message(DeviceMsg::Start(Box::new(shard)));
         self.tell_memory();
@@ -281,13 +324,13 @@ impl StagesState {
     fn on_fetched(&self, key: Key, tenancy: u64, fetched: Fetched) {
         let Fetched { fetched_bytes, total_bytes } = fetched;
         if self.held.get(&key).is_some_and(|held| held.tenancy == tenancy) {
-            self.tell(key, StageNews::Fetching { stage: key.1, fetched_bytes, total_bytes });
+            self.tell(&key, StageNews::Fetching { stage: key.stage, fetched_bytes, total_bytes });
         }
     }
 
     fn on_report(&mut self, key: Key, tenancy: u64, report: ShardReport) {
         let Some(held) = self.held.get_mut(&key).filter(|held| held.tenancy == tenancy) else { return };
-        let stage = key.1;
+        let stage = key.stage;
         let news = match report {
             ShardReport::Loading(progress) => {
                 let (loaded_bytes, total_bytes) = (progress.loaded_bytes, progress.total_bytes);
@@ -303,54 +346,57 @@ impl StagesState {
             }
             ShardReport::Down(error) => {
                 held.loaded = None;
-                self.args.board.forget(key.0, End::Stage(stage));
+                let wired = held.wired.take();
+                self.args.board.forget(key.instance, End::Stage(stage), wired);
                 StageNews::Down { stage, error }
             }
             ShardReport::Lost(error) => {
-                self.tell(key, StageNews::Lost { stage, error });
-                return self.stop(key);
+                self.tell(&key, StageNews::Lost { stage, error });
+                return self.stop(&key);
             }
         };
-        self.tell(key, news);
+        self.tell(&key, news);
     }
 
-    fn on_cut(&mut self, key: Key, incarnation: Incarnation, what: String) {
-        self.tell(key, StageNews::Cut { stage: key.1, incarnation, what });
+    fn on_cut(&self, key: &Key, incarnation: Incarnation, what: String) {
+        self.tell(key, StageNews::Cut { stage: key.stage, incarnation, what });
     }
 
     fn clear(&mut self, instance: InstanceId, below: Stamp) {
         let is_over = |held: &Held| held.task.instance == instance && held.task.stamp < below;
-        let over = self.held.iter().filter(|(_, held)| is_over(held)).map(|(&key, _)| key);
+        let over = self.held.iter().filter(|(_, held)| is_over(held)).map(|(key, _)| key.clone());
         for key in over.collect::<Vec<_>>() {
-            self.stop(key);
+            self.stop(&key);
         }
     }
 
     fn keep(&mut self, listed: &Listed) {
         let is_here = |node| self.args.post.is_here(node);
         let is_over =
-            |(key, held): &(&Key, &Held)| !listed.keeps(key.0, held.task.stamp, held.ordered.elapsed(), is_here);
-        let over = self.held.iter().filter(is_over).map(|(&key, _)| key);
+            |(key, held): &(&Key, &Held)| !listed.keeps(key.instance, held.task.stamp, held.ordered.elapsed(), is_here);
+        let over = self.held.iter().filter(is_over).map(|(key, _)| key.clone());
         for key in over.collect::<Vec<_>>() {
-            self.stop(key);
+            self.stop(&key);
         }
         // An order whose entry came to nobody counts no more than its shard.
         let held = &self.held;
         self.stamps.retain(|&instance, latest| {
-            let of_shards = held.iter().filter(|(key, _)| key.0 == instance).map(|(_, held)| held.task.stamp).max();
+            let of_shards =
+                held.iter().filter(|(key, _)| key.instance == instance).map(|(_, held)| held.task.stamp).max();
             let known = of_shards.max(listed.stamp(instance));
             *latest = known.unwrap_or(*latest);
             known.is_some()
         });
     }
 
-    fn stop(&mut self, key: Key) {
-        let Some(held) = self.held.remove(&key) else { return };
-        self.args.board.forget(key.0, End::Stage(key.1));
-        tracing::info!(instance = %key.0, stage = key.1, layers = ?held.task.layers, "letting go of a shard");
+    fn stop(&mut self, key: &Key) {
+        let Some(held) = self.held.remove(key) else { return };
+        held.is_over.cancel();
+        self.args.board.forget(key.instance, End::Stage(key.stage), held.wired);
+        tracing::info!(instance = %key.instance, stage = key.stage, layers = ?key.layers, "letting go of a shard");
         // It may have fallen back to another device.
         for local in &self.args.devices {
-            let _ = local.device.send_message(DeviceMsg::Stop { instance: key.0, stage: key.1 });
+            let _ = local.device.send_message(DeviceMsg::Sweep);
         }
     }
 
@@ -368,9 +414,9 @@ impl StagesState {
         self.args.facts.tell(StagesFact::Held(self.memory.clone()));
     }
 
-    fn tell(&self, key: Key, news: StageNews) {
-        let Some(held) = self.held.get(&key) else { return };
-        let message = ControlMessage::News { instance: key.0, stamp: held.task.stamp, news };
+    fn tell(&self, key: &Key, news: StageNews) {
+        let Some(held) = self.held.get(key) else { return };
+        let message = ControlMessage::News { instance: key.instance, stamp: held.task.stamp, news };
         self.args.post.tell(held.owner, message);
     }
 }

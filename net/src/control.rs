@@ -3,21 +3,24 @@
 //! ractor_cluster trusts its peers more than we do: any member may claim any name, advertise actors and groups without
 //! end, and fill mailboxes. So what comes passes a sieve that knows the few messages that an honest member sends:
 //! ```text
-//! QUIC stream ─► Sieve (length, kind, claimed name, permits) ─► pipe ─► ractor_cluster's session
+//! QUIC stream ─► Sieve (length, kind, claimed name, permits, pace) ─► pipe ─► ractor_cluster's session
 //! ```
 //! The frames are ractor_cluster 0.16's: a length (8, big-endian) and a protobuf `NetworkMessage`
 //! (`meta.proto`, `auth.proto` and `control.proto` of that crate).
 
+use crate::backlog::{Emptying, Inbox};
 use crate::identity::NodeId;
 use ractor_cluster::{BoxRead, BoxWrite, ClusterBidiStream};
-use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream};
-use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 /// The longest frame: lists of what is wanted in a large cluster stay far below.
 pub const CONTROL_FRAME_BYTES_MAX: u64 = 4 << 20;
-/// Messages to our control actor that may wait to be handled.
-const MESSAGES_MAX: usize = 256;
+/// Frames of a session that come at once: it is opened with a dozen.
+const SESSION_FRAMES_MAX: u32 = 64;
+/// An honest member pings every second at most, and answers our pings.
+const SESSION_FRAMES_EVERY: Duration = Duration::from_millis(250);
 /// An honest member advertises one actor, once in a session's life.
 const ACTORS_MAX: usize = 4;
 /// That frame is short.
@@ -33,7 +36,7 @@ pub struct ControlStream {
     pub(crate) peer: NodeId,
     pub(crate) session: u64,
     pub(crate) reader: DuplexStream,
-    pub(crate) writer: quinn::SendStream,
+    pub(crate) writer: Emptying<quinn::SendStream>,
 }
 
 impl std::fmt::Debug for ControlStream {
@@ -54,23 +57,6 @@ impl ClusterBidiStream for ControlStream {
 
     fn peer_label(&self) -> Option<String> {
         Some(session_label(self.peer, self.session))
-    }
-}
-
-/// Messages of a peer that wait for our control actor; it gives each one's permit back.
-#[derive(Debug, Clone)]
-pub struct Inbox(Arc<Semaphore>);
-
-impl Inbox {
-    pub(crate) fn new() -> Self {
-        Self(Arc::new(Semaphore::new(MESSAGES_MAX)))
-    }
-
-    /// A message was handled.
-    pub fn handled(&self) {
-        if self.0.available_permits() < MESSAGES_MAX {
-            self.0.add_permits(1);
-        }
     }
 }
 
@@ -96,6 +82,7 @@ pub(crate) async fn sieve(
 ) -> Result<(), SieveError> {
     let mut frame = Vec::new();
     let mut actors = 0;
+    let mut pace = Pace::new(Instant::now());
     loop {
         let mut length = [0; 8];
         from.read_exact(&mut length).await?;
@@ -108,14 +95,41 @@ pub(crate) async fn sieve(
         if frame.len() as u64 != bytes {
             return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
         }
-        if check(&frame, peer, &mut actors)? == Kind::Message {
-            match inbox.0.acquire().await {
-                Ok(permit) => permit.forget(),
-                Err(_) => return Ok(()),
-            }
+        match check(&frame, peer, &mut actors)? {
+            Kind::Message => match inbox.room().await {
+                Some(permit) => permit.forget(),
+                None => return Ok(()),
+            },
+            Kind::Session if !pace.allows(Instant::now()) => return Err(SieveError::Unexpected { what: "in a flood" }),
+            Kind::Session => {}
         }
         to.write_all(&length).await?;
         to.write_all(&frame).await?;
+    }
+}
+
+/// How many frames of a session may come now: ractor_cluster answers them, into a queue without bounds.
+#[derive(Debug)]
+struct Pace {
+    left: u32,
+    counted: Instant,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Self {
+        Self { left: SESSION_FRAMES_MAX, counted: now }
+    }
+
+    fn allows(&mut self, now: Instant) -> bool {
+        let more = now.duration_since(self.counted).as_millis() / SESSION_FRAMES_EVERY.as_millis();
+        let more = u32::try_from(more).unwrap_or(u32::MAX);
+        if more > 0 {
+            self.left = self.left.saturating_add(more).min(SESSION_FRAMES_MAX);
+            self.counted = now;
+        }
+        let is_allowed = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        is_allowed
     }
 }
 
@@ -229,6 +243,7 @@ impl<'a> Iterator for Fields<'a> {
 mod tests {
     use super::*;
     use crate::Identity;
+    use crate::backlog::MESSAGES_MAX;
     use proptest::prelude::*;
 
     fn field(number: u8, body: &[u8]) -> Vec<u8> {
@@ -290,9 +305,20 @@ mod tests {
         pipe.read_exact(&mut passed).await.expect("all permits' worth");
         let further = tokio::time::timeout(std::time::Duration::from_millis(50), pipe.read_u8()).await;
         assert!(further.is_err(), "no permit, no message");
-        inbox.handled();
+        drop(inbox.message());
         pipe.read_u8().await.expect("one more");
         sieve.abort();
+    }
+
+    /// Pings as fast as they go end the stream; as often as members send them, they pass for ever.
+    #[test]
+    fn a_flood_of_session_frames_is_told_from_pings() {
+        let begun = Instant::now();
+        let mut honest = Pace::new(begun);
+        assert!((0..10_000_u32).all(|second| honest.allows(begun + Duration::from_secs(1) * second)));
+        let mut flood = Pace::new(begun);
+        let passed = (0..10_000_u32).filter(|frame| flood.allows(begun + Duration::from_millis(1) * *frame)).count();
+        assert!((64..=64 + 40).contains(&passed), "{passed}");
     }
 
     proptest! {

@@ -15,6 +15,10 @@ use std::time::Duration;
 
 /// Addresses that are known at once. Home clusters have dozens of members with a handful each.
 const ADDRESSES_MAX: usize = 512;
+/// Dials at once: whoever tells of many addresses where nobody is, has them tried a few at a time.
+const DIALS_MAX: usize = 16;
+/// Addresses of our own that are kept in mind; the oldest are found to be ours once more.
+const OWN_MAX: usize = 64;
 /// The wait after the first failure; each further one doubles it.
 const WAIT_FIRST: Duration = Duration::from_millis(250);
 /// No longer: a machine that is switched on should be here soon.
@@ -87,7 +91,9 @@ impl DialPolicy {
     pub fn handle_dialled(&mut self, address: SocketAddr, id: NodeId) {
         if id == self.local {
             self.addresses.remove(&address);
-            // Bounded as the addresses are, for each was one.
+            if self.own.len() >= OWN_MAX {
+                self.own.pop_first();
+            }
             self.own.insert(address);
             return;
         }
@@ -130,21 +136,30 @@ impl DialPolicy {
 
     /// The next address to dial now; it counts as being dialled until its end is told.
     pub fn poll_dial(&mut self, now: Duration) -> Option<SocketAddr> {
-        let up = &self.up;
-        // One address of a peer at a time.
-        let busy: BTreeSet<NodeId> =
-            self.addresses.values().filter(|known| known.is_dialling).filter_map(|known| known.id).collect();
-        let is_free = |known: &Address| known.id.is_none_or(|id| !up.contains_key(&id) && !busy.contains(&id));
-        let due = self.addresses.iter_mut().filter(|(_, known)| !known.is_dialling && known.due <= now);
-        let (address, known) = due.filter(|(_, known)| is_free(known)).min_by_key(|(_, known)| known.due)?;
-        known.is_dialling = true;
-        Some(*address)
+        let (address, due) = self.next()?;
+        if due > now {
+            return None;
+        }
+        self.addresses.get_mut(&address)?.is_dialling = true;
+        Some(address)
     }
 
-    /// When the next address is due, of those that are not dialled now and whose peers are not here.
+    /// When the next address is due.
     pub fn next_due(&self) -> Option<Duration> {
-        let idle = self.addresses.values().filter(|known| !known.is_dialling);
-        idle.filter(|known| known.id.is_none_or(|id| !self.up.contains_key(&id))).map(|known| known.due).min()
+        self.next().map(|(_, due)| due)
+    }
+
+    /// Of the addresses that may be dialled, the one that is due first: not those whose peers are here, and of a peer that is
+    /// not, one at a time.
+    fn next(&self) -> Option<(SocketAddr, Duration)> {
+        let dialling = || self.addresses.values().filter(|known| known.is_dialling);
+        if dialling().count() >= DIALS_MAX {
+            return None;
+        }
+        let busy: BTreeSet<NodeId> = dialling().filter_map(|known| known.id).collect();
+        let is_free = |known: &Address| known.id.is_none_or(|id| !self.up.contains_key(&id) && !busy.contains(&id));
+        let idle = self.addresses.iter().filter(|(_, known)| !known.is_dialling && is_free(known));
+        idle.map(|(&address, known)| (address, known.due)).min_by_key(|(_, due)| *due)
     }
 }
 
@@ -234,6 +249,32 @@ mod tests {
             }
         }
         assert!((30..120).contains(&ups), "{ups} in ten minutes");
+    }
+
+    /// Whatever is dialled now, the policy says when to ask again, and does not say "now" while it has nothing to dial.
+    #[test]
+    fn a_peer_of_two_addresses_that_is_away_is_not_asked_for_without_end() {
+        let (mut policy, peer) = (DialPolicy::new(id(), 1), id());
+        for port in [1, 2] {
+            policy.handle_address(address(port), Source::Named, Duration::ZERO);
+            assert_eq!(policy.poll_dial(Duration::ZERO), Some(address(port)));
+        }
+        [1, 2].map(|port| policy.handle_dialled(address(port), peer));
+        policy.handle_up(peer, address(1), Duration::ZERO);
+        policy.handle_down(peer, 100 * SECOND);
+        let now = 110 * SECOND;
+        assert!(policy.poll_dial(now).is_some());
+        assert_eq!((policy.poll_dial(now), policy.next_due()), (None, None), "its other address waits for that dial");
+    }
+
+    #[test]
+    fn many_addresses_are_tried_a_few_at_a_time() {
+        let mut policy = DialPolicy::new(id(), 3);
+        (1..=200).for_each(|port| policy.handle_address(address(port), Source::Heard, Duration::ZERO));
+        let dialled: Vec<_> = std::iter::from_fn(|| policy.poll_dial(SECOND)).collect();
+        assert_eq!(dialled.len(), DIALS_MAX);
+        policy.handle_failed(dialled[0], SECOND);
+        assert!(policy.poll_dial(SECOND).is_some());
     }
 
     #[test]

@@ -12,8 +12,9 @@ use crate::secret::ClusterSecret;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{IdleTimeout, TransportConfig, VarInt};
 use rustls::pki_types::CertificateDer;
-use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{Semaphore, mpsc};
 
@@ -39,6 +40,8 @@ impl Purpose {
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 /// Handshakes that are answered at once; quinn keeps as many more waiting, and refuses further ones.
 const HANDSHAKES_MAX: usize = 64;
+/// Of one address: whoever begins handshakes and does not end them keeps out nobody but itself.
+const HANDSHAKES_OF_ADDRESS_MAX: usize = 16;
 /// Datagrams of connections that are not accepted yet, of all together.
 const INCOMING_BYTES_MAX: u64 = 4 << 20;
 /// Peers that have proven themselves and wait to be taken.
@@ -49,6 +52,8 @@ const IDLE_TIMEOUT_MS: u32 = 2000;
 const KEEP_ALIVE: Duration = Duration::from_millis(300);
 /// What a fast link with some latency has on its way: 10 Gbit/s over 25 ms.
 const WINDOW_BYTES: u32 = 32 << 20;
+/// Of one stream: a stream whose receiver does not read leaves the others seven eighths of the window.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 /// Requests, pipeline links and weights of one peer at once.
 const DATA_STREAMS_MAX: u32 = 1024;
 /// The kernel's buffers: less loses datagrams of a burst, and QUIC waits for what is lost.
@@ -142,6 +147,7 @@ impl Endpoint {
 /// Answers those who come, for ever.
 async fn answer(endpoint: quinn::Endpoint, members: mpsc::Sender<Authenticated>) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let by_address = ByAddress::default();
     while let Some(incoming) = endpoint.accept().await {
         // Whoever cannot receive at the address that he claims is not worth a handshake.
         if !incoming.remote_address_validated() {
@@ -150,7 +156,8 @@ async fn answer(endpoint: quinn::Endpoint, members: mpsc::Sender<Authenticated>)
             }
             continue;
         }
-        let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
+        let place = by_address.take(incoming.remote_address().ip());
+        let (Some(place), Ok(permit)) = (place, Arc::clone(&handshakes).try_acquire_owned()) else {
             incoming.refuse();
             continue;
         };
@@ -163,8 +170,57 @@ async fn answer(endpoint: quinn::Endpoint, members: mpsc::Sender<Authenticated>)
                 Ok(Err(error)) => tracing::info!(%address, %error, "refused a connection"),
                 Err(_) => tracing::info!(%address, "a handshake took too long"),
             }
-            drop(permit);
+            drop((permit, place));
         });
+    }
+}
+
+/// Handshakes that are on their way, by where they come from.
+#[derive(Debug, Clone, Default)]
+struct ByAddress(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+impl ByAddress {
+    fn counts(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        // A map is whole between two statements, whatever panicked.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for one more handshake, if the address has not too many.
+    fn take(&self, address: IpAddr) -> Option<Place> {
+        let network = network_of(address);
+        let mut counts = self.counts();
+        let count = counts.entry(network).or_default();
+        (*count < HANDSHAKES_OF_ADDRESS_MAX).then(|| {
+            *count += 1;
+            Place { of: self.clone(), network }
+        })
+    }
+}
+
+/// What one machine can have many addresses of counts as one: a /64 of IPv6.
+fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6((address.to_bits() & (u128::MAX << 64)).into()),
+        address => address,
+    }
+}
+
+/// A handshake of an address.
+#[derive(Debug)]
+struct Place {
+    of: ByAddress,
+    network: IpAddr,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.of.counts();
+        if let Some(count) = counts.get_mut(&self.network) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.network);
+            }
+        }
     }
 }
 
@@ -226,7 +282,7 @@ fn transport(streams: u32) -> TransportConfig {
     config
         .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT_MS))))
         .keep_alive_interval(Some(KEEP_ALIVE))
-        .stream_receive_window(VarInt::from_u32(WINDOW_BYTES))
+        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(WINDOW_BYTES))
         .send_window(u64::from(WINDOW_BYTES))
         .max_concurrent_bidi_streams(VarInt::from_u32(streams))

@@ -9,6 +9,7 @@
 //! This crate knows no engine and no model: what frames and messages mean, `exo-actors` knows.
 
 mod addresses;
+mod backlog;
 mod certificate;
 mod control;
 mod dial;
@@ -17,6 +18,7 @@ mod endpoint;
 mod frame;
 mod identity;
 mod link;
+mod meeting;
 mod network;
 mod peer;
 mod private_file;
@@ -25,8 +27,9 @@ mod token;
 pub mod wire;
 
 pub use addresses::reachable;
+pub use backlog::{Inbox, Outbox, Unhandled};
 pub use certificate::{CertificateError, PeerIdError};
-pub use control::{CONTROL_FRAME_BYTES_MAX, ControlStream, Inbox, cluster_name, session_label};
+pub use control::{CONTROL_FRAME_BYTES_MAX, ControlStream, cluster_name, session_label};
 pub use dial::{DialPolicy, Source};
 pub use endpoint::BindError;
 pub use frame::{Announced, FrameError, FrameReader, FrameWriter, PAYLOAD_BYTES_MAX, Payload, Received, WireType};

@@ -12,6 +12,7 @@ use crate::dial::{DialPolicy, Source};
 use crate::discovery::Discovery;
 use crate::endpoint::{Authenticated, BindError, Endpoint, Local, Purpose};
 use crate::identity::{Identity, NodeId};
+use crate::meeting::Meetings;
 use crate::peer::{DataConnection, Introduced, MeetError, Met, Peer, dial, introduce, nonce_of};
 use crate::secret::ClusterSecret;
 use std::collections::{BTreeMap, BTreeSet};
@@ -110,7 +111,15 @@ impl Network {
             .build()?;
         let _context = runtime.enter();
         let local = Local { identity: Arc::clone(&config.identity), secret: config.secret.clone() };
-        let (endpoint, accepted) = Endpoint::open(local, config.listen)?;
+        let (endpoint, accepted) = match Endpoint::open(local, config.listen) {
+            Ok(opened) => opened,
+            Err(error) => {
+                drop(_context);
+                // Whoever starts a network may be on a runtime of its own, where none may be waited for.
+                runtime.shutdown_background();
+                return Err(error.into());
+            }
+        };
         let address = endpoint.address();
         let (news, inputs) = mpsc::channel(NEWS_MAX);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
@@ -129,6 +138,7 @@ impl Network {
             events,
             introduced: Vec::new(),
             data: Vec::new(),
+            met: Meetings::default(),
             peers: BTreeMap::new(),
             next_session: 1,
             evicted: config.evicted,
@@ -189,6 +199,15 @@ fn discover(own: NodeId, secret: &ClusterSecret, address: SocketAddr, news: &mps
     }
 }
 
+/// What became of a pair of connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Elected {
+    /// Its member is here, by this pair or by another one.
+    Here,
+    /// Its member is not let in.
+    Unwanted,
+}
+
 struct Here {
     session: u64,
     is_dialled: bool,
@@ -207,6 +226,8 @@ struct Driver {
     /// Control connections without their data connection yet, oldest first; and the other way round.
     introduced: Vec<Introduced>,
     data: Vec<(NodeId, u64, quinn::Connection)>,
+    /// Who need not be dialled at another address.
+    met: Meetings,
     peers: BTreeMap<NodeId, Here>,
     next_session: u64,
     evicted: BTreeSet<NodeId>,
@@ -259,8 +280,9 @@ impl Driver {
         while let Some(address) = self.policy.poll_dial(self.now()) {
             let (endpoint, own, name, news) =
                 (self.endpoint.clone(), self.own, Arc::clone(&self.name), self.news.clone());
+            let meetings = self.met.clone();
             tokio::spawn(async move {
-                let met = dial(&endpoint, address, own, &name).await;
+                let met = dial(&endpoint, address, own, &name, &meetings).await;
                 // A driver that has ended dials nobody.
                 let _ = news.send(News::Dialled(address, Box::new(met))).await;
             });
@@ -273,7 +295,7 @@ impl Driver {
             connection.close(quinn::VarInt::from_u32(3), b"not let in");
             return;
         }
-        let (name, news) = (Arc::clone(&self.name), self.news.clone());
+        let (name, news, accepted) = (Arc::clone(&self.name), self.news.clone(), connection.clone());
         tokio::spawn(async move {
             let told = match purpose {
                 Purpose::Control => {
@@ -285,7 +307,10 @@ impl Driver {
             match told {
                 // A driver that has ended welcomes nobody.
                 Ok(told) => drop(news.send(told).await),
-                Err(error) => tracing::info!(peer = %id, %error, "a connection was not introduced"),
+                Err(error) => {
+                    tracing::info!(peer = %id, %error, "a connection was not introduced");
+                    accepted.close(quinn::VarInt::from_u32(5), error.to_string().as_bytes());
+                }
             }
         });
     }
@@ -296,11 +321,21 @@ impl Driver {
             News::Dialled(address, met) => match *met {
                 Ok(met) => {
                     self.policy.handle_dialled(address, met.id());
-                    self.elect(met).await;
+                    if self.elect(met).await == Elected::Unwanted {
+                        self.policy.handle_failed(address, self.now());
+                    }
+                }
+                // Where its other connections end before they are taken in, it is dialled here after a wait.
+                Err(MeetError::Met { id }) => {
+                    self.policy.handle_dialled(address, id);
+                    self.policy.handle_failed(address, self.now());
                 }
                 Err(MeetError::Ourselves) => self.policy.handle_dialled(address, self.own),
                 Err(error) => {
-                    tracing::debug!(%address, %error, "nobody reached");
+                    match error {
+                        MeetError::Protocol { .. } => tracing::warn!(%address, %error, "a member is not met"),
+                        _ => tracing::debug!(%address, %error, "nobody reached"),
+                    }
                     self.policy.handle_failed(address, self.now());
                 }
             },
@@ -311,7 +346,7 @@ impl Driver {
                 match self.data.iter().position(is_its) {
                     Some(at) => {
                         let (_, _, data) = self.data.remove(at);
-                        self.elect(Met { introduced: *introduced, data }).await;
+                        self.elect(Met { introduced: *introduced, data, meeting: None }).await;
                     }
                     None => {
                         self.introduced.push(*introduced);
@@ -326,7 +361,7 @@ impl Driver {
                 match self.introduced.iter().position(is_its) {
                     Some(at) => {
                         let introduced = self.introduced.remove(at);
-                        self.elect(Met { introduced, data: connection }).await;
+                        self.elect(Met { introduced, data: connection, meeting: None }).await;
                     }
                     None => {
                         self.data.push((id, nonce, connection));
@@ -349,22 +384,27 @@ impl Driver {
     }
 
     /// Takes a pair in, or keeps the one that is there.
-    async fn elect(&mut self, met: Met) {
+    async fn elect(&mut self, mut met: Met) -> Elected {
         let (id, is_dialled) = (met.id(), met.is_dialled());
+        // Until it is known whether it is here.
+        let _meeting = met.meeting.take();
         if self.evicted.contains(&id) {
-            return met.close("not let in");
+            met.close("not let in");
+            return Elected::Unwanted;
         }
         if let Some(here) = self.peers.get(&id) {
             // The lower id's dial wins; a second dial of the same side says that it has lost the first.
             let lower_dialled = is_dialled == (self.own < id);
             if here.is_dialled != is_dialled && !lower_dialled {
-                return met.close("met already");
+                met.close("met already");
+                return Elected::Here;
             }
             let session = here.session;
             self.on_closed(id, session, "the peer came anew".to_owned()).await;
         }
         if self.peers.len() >= PEERS_MAX {
-            return met.close("full");
+            met.close("full");
+            return Elected::Unwanted;
         }
         let session = self.next_session;
         self.next_session += 1;
@@ -384,8 +424,10 @@ impl Driver {
             let _ = news.send(News::Closed { id, session, reason: reason.to_string() }).await;
         });
         self.peers.insert(id, here);
+        self.met.set_here(id, true);
         // Where nobody listens any more, the node stops.
         let _ = self.events.send(NetworkEvent::PeerUp(Box::new(peer))).await;
+        Elected::Here
     }
 
     async fn on_closed(&mut self, id: NodeId, session: u64, reason: String) {
@@ -396,6 +438,7 @@ impl Driver {
             here.data.close(&reason);
             here.control.close(quinn::VarInt::from_u32(0), reason.as_bytes());
         }
+        self.met.set_here(id, false);
         self.policy.handle_down(id, self.now());
         tracing::info!(peer = %id, reason, "a peer is gone");
         let _ = self.events.send(NetworkEvent::PeerDown { id, session, reason }).await;

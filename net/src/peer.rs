@@ -9,11 +9,13 @@
 //! Each side gives the other a pass. ractor_cluster does not tell an actor who a message is from: messages to the control
 //! actor carry the pass that its receiver gave, and so say it.
 
-use crate::control::{ControlStream, Inbox, sieve};
+use crate::backlog::{Emptying, Inbox, Outbox};
+use crate::control::{ControlStream, sieve};
 use crate::endpoint::{Authenticated, DialError, Endpoint, Purpose};
 use crate::frame::{FrameError, FrameReader, FrameWriter, Payload};
 use crate::identity::NodeId;
 use crate::link::{DataStream, LinkSender, Priority};
+use crate::meeting::{Meeting, Meetings};
 use quinn::{Connection, VarInt};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
@@ -22,7 +24,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// Both sides speak this; a peer of another is told so.
-const PROTOCOL: u32 = 3;
+const PROTOCOL: u32 = 4;
 /// From a connection to a peer.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// Longer names are cut.
@@ -53,8 +55,10 @@ pub struct Peer {
     pub address: SocketAddr,
     pub is_dialled: bool,
     pub control: ControlStream,
-    /// Whose messages wait.
+    /// Its messages that wait.
     pub inbox: Inbox,
+    /// What it has not taken of ours.
+    pub outbox: Outbox,
     /// For messages to it.
     pub pass: Pass,
     /// In messages from it.
@@ -134,6 +138,8 @@ pub(crate) enum MeetError {
     Protocol { theirs: u32 },
     #[error("the address answered as two different nodes")]
     TwoNodes,
+    #[error("the address is one more of a peer that is here")]
+    Met { id: NodeId },
     #[error("the address is this node's own")]
     Ourselves,
     #[error("the system gave no random bytes")]
@@ -160,6 +166,8 @@ pub(crate) struct Introduced {
 pub(crate) struct Met {
     pub(crate) introduced: Introduced,
     pub(crate) data: Connection,
+    /// Of a pair that was dialled.
+    pub(crate) meeting: Option<Meeting>,
 }
 
 impl Met {
@@ -182,7 +190,8 @@ impl Met {
         let Introduced { id, name, control, streams: (writer, reader), pass, expects, is_dialled, .. } =
             self.introduced;
         let (to, from) = tokio::io::duplex(PIPE_BYTES);
-        let inbox = Inbox::new();
+        let (inbox, outbox) = (Inbox::new(), Outbox::default());
+        let writer = Emptying::new(writer, outbox.clone());
         let sifted = sieve(reader, to, id, inbox.clone());
         let connection = control.clone();
         tokio::spawn(async move {
@@ -206,6 +215,7 @@ impl Met {
             is_dialled,
             control: ControlStream { peer: id, session, reader: from, writer },
             inbox,
+            outbox,
             pass,
             expects,
             data: DataConnection { connection: self.data, runtime: Handle::current() },
@@ -214,11 +224,18 @@ impl Met {
 }
 
 /// Dials both connections.
-pub(crate) async fn dial(endpoint: &Endpoint, address: SocketAddr, own: NodeId, name: &str) -> Result<Met, MeetError> {
+pub(crate) async fn dial(
+    endpoint: &Endpoint,
+    address: SocketAddr,
+    own: NodeId,
+    name: &str,
+    meetings: &Meetings,
+) -> Result<Met, MeetError> {
     let Authenticated { id, connection: control, .. } = endpoint.dial(address, Purpose::Control).await?;
     if id == own {
         return Err(MeetError::Ourselves);
     }
+    let meeting = Some(meetings.begin(id).ok_or(MeetError::Met { id })?);
     let hello = hello(name)?;
     let introduced = tokio::time::timeout(HELLO_DEADLINE, async {
         let (sender, receiver) = control.open_bi().await?;
@@ -246,7 +263,7 @@ pub(crate) async fn dial(endpoint: &Endpoint, address: SocketAddr, own: NodeId, 
     written.map_err(|error| FrameError::Io(error.into()))?;
     // Nothing else goes this way.
     let _ = stream.finish();
-    Ok(Met { introduced, data: data.connection })
+    Ok(Met { introduced, data: data.connection, meeting })
 }
 
 /// Answers the introduction on a control connection that was accepted.

@@ -3,7 +3,7 @@
 
 use super::{Cluster, Evicted};
 use crate::core::desired::{Entry, Stamp, Want};
-use crate::core::lead::Ask;
+use crate::core::lead::{Ask, Broken};
 use crate::core::line::{StageNews, StageTask};
 use crate::core::plan::Demand;
 use crate::core::spec::{FilesId, InstanceId, Model, ModelSpec};
@@ -106,6 +106,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
     let wire = StageOrder::Wire {
         instance: InstanceId(7),
         stage: 2,
+        layers: 0..9,
         incarnation,
         from: own,
         next: own,
@@ -128,6 +129,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
         family: String::new(),
         quantization: String::new(),
         context_tokens: 0,
+        vocabulary: 256,
         files: FilesId([2; 32]),
     };
     let spec = ModelSpec { shards: Some(usize::MAX), ..ModelSpec::new("m") };
@@ -142,7 +144,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
         ControlMessage::Desired(entries),
         ControlMessage::Want(Box::new(ask)),
         ControlMessage::Refused { spec, error: error.clone() },
-        ControlMessage::Broken { instance, stamp, node: own, device, error },
+        ControlMessage::Broken(Box::new(Broken { instance, stamp, node: own, device, has_run: true, error })),
     ];
     let news = news.into_iter().map(|news| ControlMessage::News { instance, stamp, news });
     news.chain(orders.map(ControlMessage::Stage)).chain(others).collect()

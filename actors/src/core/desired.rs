@@ -21,8 +21,12 @@ const TOMBSTONES_KEPT: Duration = Duration::from_secs(24 * 3600);
 const TOMBSTONES_MAX: usize = 1024;
 /// Instances at once.
 pub const INSTANCES_MAX: usize = 256;
-/// A stamp is no later than this beyond what we know: counters grow by one, and nobody can use them up.
-const LEAP_MAX: u64 = 1 << 32;
+/// A stamp of a message is no later than this beyond what we know: counters grow by one, and nobody uses them up soon.
+const LEAP_MAX: u64 = 1 << 20;
+/// And never later than this: an epoch is a stamp's counter and a life's number.
+const COUNTER_MAX: u64 = 1 << (63 - LIVES_BITS);
+/// What other members write into an entry, as bytes on their way: demands of the deepest models take a fifth.
+const ENTRY_BYTES_MAX: usize = 160 << 10;
 /// An order to a shard's node may be there before the entry that it follows from, but not by more than this.
 const ENTRY_WITHIN: Duration = Duration::from_secs(30);
 /// Lives of an instance within one stamp.
@@ -35,6 +39,16 @@ pub struct Stamp {
     pub by: NodeId,
 }
 
+/// How an instance comes to its places from those that it had.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Change {
+    /// Its shards are loaded beside those that are there, which serve until all are up. `back`: where it returns to if that
+    /// fails, for it was well there.
+    Beside { back: Option<Placement> },
+    /// There is no room for both: what is there goes first, and requests wait.
+    InPlace,
+}
+
 /// An instance that is to run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Wanted {
@@ -43,6 +57,7 @@ pub struct Wanted {
     pub placement: Placement,
     /// What it needs, so that whoever plans next needs no file.
     pub demand: Demand,
+    pub change: Change,
     /// Why it is where it is, for people.
     pub reason: String,
 }
@@ -74,7 +89,16 @@ pub struct Entry {
 impl Entry {
     /// Whether a member could have written it.
     pub fn is_plausible(&self) -> bool {
-        self.wanted().is_none_or(|wanted| wanted.demand.is_plausible() && wanted.placement.is_of(&wanted.demand))
+        let is_placed = |placement: &Placement, wanted: &Wanted| placement.is_of(&wanted.demand);
+        let is_possible = |wanted: &Wanted| {
+            let back = match &wanted.change {
+                Change::Beside { back } => back.as_ref(),
+                Change::InPlace => None,
+            };
+            let are_placed = is_placed(&wanted.placement, wanted) && back.is_none_or(|back| is_placed(back, wanted));
+            wanted.demand.is_plausible() && are_placed
+        };
+        is_short(self) && self.wanted().is_none_or(is_possible)
     }
 
     /// What is to run, if it is.
@@ -84,6 +108,11 @@ impl Entry {
             Want::Gone { .. } => None,
         }
     }
+}
+
+/// Whether something that a member tells is no longer than what is kept of it.
+pub fn is_short(told: &impl Serialize) -> bool {
+    exo_net::wire::encode(told).is_ok_and(|bytes| bytes.len() <= ENTRY_BYTES_MAX)
 }
 
 /// What runs and what is over, as a member's list had it.
@@ -196,10 +225,13 @@ impl Desired {
     /// Takes in what another member has; gives the instances whose entry changed.
     pub fn merge(&mut self, entries: Vec<(InstanceId, Entry)>, now: Duration) -> Vec<InstanceId> {
         let mut changed = Vec::new();
+        let latest = self.clock.saturating_add(LEAP_MAX).min(COUNTER_MAX);
         for (id, entry) in entries {
             let is_later = self.entries.get(&id).is_none_or(|known| entry.stamp > known.stamp);
-            let is_possible = entry.stamp.counter <= self.clock.saturating_add(LEAP_MAX);
-            let is_full = self.entries.len() >= INSTANCES_MAX + TOMBSTONES_MAX && !self.entries.contains_key(&id);
+            let is_possible = entry.stamp.counter <= latest;
+            let is_fresh = !self.entries.contains_key(&id);
+            let is_crowded = entry.wanted().is_some() && self.running().count() >= INSTANCES_MAX;
+            let is_full = is_fresh && (is_crowded || self.entries.len() >= INSTANCES_MAX + TOMBSTONES_MAX);
             if !is_later || !is_possible || is_full || !entry.is_plausible() {
                 continue;
             }
@@ -262,12 +294,14 @@ mod tests {
                 family: String::new(),
                 quantization: String::new(),
                 context_tokens: 1,
+                vocabulary: 256,
                 files: crate::core::spec::FilesId([0; 32]),
             },
             placement: Placement {
                 stages: vec![Stage { node: node(), device: DeviceId("cpu".to_owned()), layers: 0..1, memory_bytes: 1 }],
             },
             demand,
+            change: Change::Beside { back: None },
             reason: String::new(),
         }))
     }
@@ -319,6 +353,9 @@ mod tests {
         assert_eq!(hears(&|wanted| wanted.demand.head_bytes = u64::MAX), 0);
         assert_eq!(hears(&|wanted| wanted.demand.kv_pages = u32::MAX), 0);
         assert_eq!(hears(&|wanted| wanted.placement.stages.clear()), 0);
+        let nowhere = Change::Beside { back: Some(Placement { stages: Vec::new() }) };
+        assert_eq!(hears(&|wanted| wanted.change = nowhere.clone()), 0);
+        assert_eq!(hears(&|wanted| wanted.reason = "x".repeat(1 << 20)), 0);
         assert_eq!(hears(&|wanted| wanted.placement.stages[0].layers = 0..2), 0);
         assert_eq!(hears(&|wanted| wanted.placement.stages[0].memory_bytes = u64::MAX), 0);
         assert_eq!(hears(&|_| {}), 1);
@@ -348,6 +385,11 @@ mod tests {
         let absurd = Entry { stamp: Stamp { counter: u64::MAX, by: node() }, want: run("a") };
         assert!(desired.merge(vec![(InstanceId(1), absurd)], Duration::ZERO).is_empty());
         assert!(desired.set(InstanceId(1), run("a"), Duration::ZERO).stamp.counter < 10);
+        // Nor does it help to leap from one entry to the next.
+        let by = node();
+        let leap = |at: u64| (InstanceId(1), Entry { stamp: Stamp { counter: at * LEAP_MAX, by }, want: run("a") });
+        desired.merge((1..4096).map(leap).collect(), Duration::ZERO);
+        assert!(desired.set(InstanceId(1), run("a"), Duration::ZERO).stamp.counter <= 2 * LEAP_MAX);
     }
 
     proptest! {

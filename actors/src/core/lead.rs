@@ -11,7 +11,7 @@
 mod market;
 mod upkeep;
 
-use super::desired::{Desired, Entry, Stamp, Want, Wanted};
+use super::desired::{Change, Desired, Entry, Stamp, Want, Wanted};
 use super::members::Members;
 use super::plan::{Demand, Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason};
 use super::spec::{InstanceId, Model, ModelSpec};
@@ -29,6 +29,14 @@ const EXCLUDED_FOR: Duration = Duration::from_secs(60);
 const TOLD_WITHIN: Duration = Duration::from_secs(3);
 /// Who has lost most of the others at once is probably the one who was away.
 const ALONE_WAIT: Duration = Duration::from_secs(3);
+/// One that others see and we still have not met after this is no more use than one that is gone.
+const UNMET_WITHIN: Duration = Duration::from_secs(10);
+/// Two members meet within this, once one has heard where the other is.
+const MET_WITHIN: Duration = Duration::from_secs(3);
+/// Memory that goes is gone within this of the last that went: what holds on to it longer hangs.
+const ROOM_WITHIN: Duration = Duration::from_secs(30);
+/// Models that are waited for at once.
+const ASKS_MAX: usize = 256;
 
 /// A model that is needed, with what a planner must know of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -97,8 +105,49 @@ pub struct Leader {
     /// When members were lost, of late.
     losses: Vec<Duration>,
     members: Vec<NodeId>,
+    /// When a member was last met: others may follow.
+    met: Option<Duration>,
+    /// Members that others see and we do not, since when.
+    unmet: BTreeMap<NodeId, Duration>,
+    room: Room,
     /// Since when the members are the same, or when it was last looked for better places.
     settled: Option<Duration>,
+}
+
+/// A device has failed an instance for good, as the instance's owner says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Broken {
+    pub instance: InstanceId,
+    /// Of the placement that the device has its place in.
+    pub stamp: Stamp,
+    pub node: NodeId,
+    pub device: DeviceId,
+    /// Whether that placement has ever served.
+    pub has_run: bool,
+    pub error: RequestError,
+}
+
+/// Memory that is on its way to be free.
+#[derive(Debug, Default)]
+struct Room {
+    leaving_bytes: u64,
+    /// When it last changed, or something was made to leave.
+    changed: Option<Duration>,
+}
+
+impl Room {
+    fn note(&mut self, world: &World<'_>) {
+        let leaving = world.members.0.values().map(|report| report.leaving_bytes).fold(0, u64::saturating_add);
+        if leaving != self.leaving_bytes {
+            (self.leaving_bytes, self.changed) = (leaving, Some(world.now));
+        }
+    }
+
+    /// Whether it is worth waiting for. What has left is seen when its machine has been measured again.
+    fn is_coming(&self, now: Duration) -> bool {
+        let within = if self.leaving_bytes > 0 { ROOM_WITHIN } else { TOLD_WITHIN };
+        self.changed.is_some_and(|changed| now.saturating_sub(changed) < within)
+    }
 }
 
 /// Specs in an order of their own.
@@ -109,7 +158,12 @@ fn key(spec: &ModelSpec) -> String {
 impl Leader {
     /// Somebody needs a model.
     pub fn handle_ask(&mut self, from: NodeId, ask: Ask) {
-        let known = self.asks.entry(key(&ask.spec)).or_insert_with(|| (ask, BTreeSet::new()));
+        let key = key(&ask.spec);
+        if self.asks.len() >= ASKS_MAX && !self.asks.contains_key(&key) {
+            // Whoever waits asks again.
+            return;
+        }
+        let known = self.asks.entry(key).or_insert_with(|| (ask, BTreeSet::new()));
         known.1.insert(from);
     }
 
@@ -117,6 +171,11 @@ impl Leader {
     pub fn handle_use(&mut self, id: InstanceId, now: Duration) {
         self.used.insert(id, now);
         self.fresh.remove(&id);
+    }
+
+    /// A member is here, and may have others to tell of.
+    pub fn handle_meeting(&mut self, now: Duration) {
+        self.met = Some(now);
     }
 
     /// This node was away: who it misses is probably not gone.
@@ -143,6 +202,7 @@ impl Leader {
     /// One round of everything that the leader looks after.
     pub fn round(&mut self, world: &mut World<'_>) {
         self.note_members(world);
+        self.room.note(world);
         self.end_doubles(world);
         self.mend_broken(world);
         self.relieve(world);
@@ -157,6 +217,24 @@ impl Leader {
             self.members = members;
             self.settled = Some(world.now);
         }
+        let listed = world.desired.running().flat_map(|(.., wanted)| &wanted.placement.stages).map(|stage| stage.node);
+        let unmet: BTreeSet<NodeId> = listed.filter(|node| !world.members.0.contains_key(node)).collect();
+        self.unmet.retain(|node, _| unmet.contains(node));
+        for node in unmet {
+            self.unmet.entry(node).or_insert(world.now);
+        }
+    }
+
+    /// Whether a node is no member any more. One that others see is about to be met.
+    fn is_gone(&self, world: &World<'_>, node: NodeId) -> bool {
+        let is_new = self.unmet.get(&node).is_none_or(|&since| world.now.saturating_sub(since) < UNMET_WITHIN);
+        let is_near = is_new && world.members.is_seen(node);
+        !is_near && !world.members.0.contains_key(&node)
+    }
+
+    /// Whether there may be members that this node has not met yet.
+    fn is_meeting(&self, now: Duration) -> bool {
+        self.met.is_some_and(|met| now.saturating_sub(met) < MET_WITHIN)
     }
 
     /// Two parts of a cluster that meet again may both run a model: the later one stays.
@@ -172,7 +250,6 @@ impl Leader {
     }
 
     fn place_asked(&mut self, world: &mut World<'_>) {
-        let mut is_making_room = world.members.0.values().any(|report| report.leaving_bytes > 0);
         for key in self.asks.keys().cloned().collect::<Vec<_>>() {
             let Some((ask, by)) = self.asks.get(&key).cloned() else { continue };
             if world.desired.find(&ask.spec).is_some() {
@@ -190,10 +267,9 @@ impl Leader {
                 }
                 // When others have left, it is tried again.
                 Err(RequestError::Plan(PlanError::DoesNotFit { .. }))
-                    if is_making_room || self.make_room(world, &ask, near) =>
-                {
-                    is_making_room = true;
-                }
+                    if self.is_meeting(world.now)
+                        || self.room.is_coming(world.now)
+                        || self.make_room(world, &ask, near, None) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { needed_bytes, .. }))
                     if world.desired.running().next().is_some() =>
                 {
@@ -210,7 +286,8 @@ impl Leader {
         let (offers, shards) = (self.offers_for(world, ask, near)?, shard_count(world.members, &ask.spec)?);
         let placement = place(&ask.demand, &offers, &links, &shards, ask.spec.policy)?;
         let reason = reason(&ask.demand, &placement, &offers, &links, &shards, ask.spec.policy);
-        Ok(Wanted { spec: ask.spec.clone(), model: ask.model.clone(), demand: ask.demand.clone(), placement, reason })
+        let Ask { spec, model, demand } = ask.clone();
+        Ok(Wanted { spec, model, demand, change: Change::Beside { back: None }, placement, reason })
     }
 
     fn offers_for(&self, world: &World<'_>, ask: &Ask, near: NodeId) -> Result<Vec<Offer>, RequestError> {
@@ -246,20 +323,23 @@ impl Leader {
     }
 
     /// Whether a model is made to leave: the one of those that nobody uses that was used longest ago. None does where
-    /// all of them together would not make room enough.
-    fn make_room(&self, world: &mut World<'_>, ask: &Ask, near: NodeId) -> bool {
+    /// all of them together would not make room enough. Memory of the instance `own`, which the room is for, is free.
+    fn make_room(&mut self, world: &mut World<'_>, ask: &Ask, near: NodeId, own: Option<InstanceId>) -> bool {
         let used = |id: &InstanceId| self.used.get(id).copied();
         // Whoever asked for it has not yet told that it uses it.
         let placed = |id: &InstanceId| self.fresh.get(id).copied();
         let is_new = |id: &InstanceId| placed(id).is_some_and(|placed| world.now.saturating_sub(placed) < TOLD_WITHIN);
         let running = world.desired.running().map(|(id, ..)| id);
-        let idle: BTreeSet<InstanceId> = running.filter(|id| !world.members.use_instance(*id) && !is_new(id)).collect();
-        let offers = self.offers(world, None, ask.spec.device.as_ref(), near, &idle);
+        let is_idle = |id: &InstanceId| Some(*id) != own && !world.members.use_instance(*id) && !is_new(id);
+        let idle: BTreeSet<InstanceId> = running.filter(is_idle).collect();
+        let free = idle.iter().copied().chain(own).collect();
+        let offers = self.offers(world, own, ask.spec.device.as_ref(), near, &free);
         let shards = shard_count(world.members, &ask.spec);
         let fits =
             shards.and_then(|shards| place(&ask.demand, &offers, &world.members.links(), &shards, ask.spec.policy));
         let Some(id) = idle.into_iter().min_by_key(used).filter(|_| fits.is_ok()) else { return false };
         tracing::info!(instance = %id, "unloading a model: another one needs its room");
+        self.room.changed = Some(world.now);
         world.set(id, Want::Gone { error: None });
         true
     }
@@ -298,3 +378,6 @@ fn shard_count(members: &Members, spec: &ModelSpec) -> Result<ShardCount, PlanEr
     };
     split.0.iter().map(part).collect::<Result<_, _>>().map(ShardCount::ByHand)
 }
+
+#[cfg(test)]
+mod tests;

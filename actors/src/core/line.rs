@@ -22,6 +22,8 @@ const WIRE_DEADLINE: Duration = Duration::from_secs(5);
 const REACHED_WITHIN: Duration = Duration::from_secs(4);
 /// A node that was ordered a shard, and is silent for so long, may not have it: it is ordered again.
 const SILENT_MAX: Duration = Duration::from_secs(5);
+/// A shard that loads and of which nothing is heard for so long hangs: the hashes of the largest models take minutes.
+const STALLED_MAX: Duration = Duration::from_secs(600);
 /// The first wait before shards are connected anew; each further one doubles it.
 const CUT_WAIT: Duration = Duration::from_millis(50);
 /// More cuts than this in a row: the link does not come back by itself.
@@ -148,9 +150,12 @@ pub(crate) struct Line {
     stages: Vec<StageState>,
     /// When there were news of each, or it was ordered.
     heard: Vec<Duration>,
+    /// When there were news of each.
+    advanced: Vec<Duration>,
     life: u64,
     incarnation: Option<Incarnation>,
     is_running: bool,
+    has_run: bool,
     ordered: Duration,
     /// Since it was ordered to be wired, or ran.
     since: Duration,
@@ -165,10 +170,12 @@ impl Line {
             stamp,
             wanted,
             stages,
+            advanced: heard.clone(),
             heard,
             life: 0,
             incarnation: None,
             is_running: false,
+            has_run: false,
             ordered: now,
             since: now,
             cuts: 0,
@@ -207,6 +214,17 @@ impl Line {
         silent.into_iter().map(|stage| self.task(instance, stage)).collect()
     }
 
+    /// Shards that load and do not advance have no place where they are.
+    pub(crate) fn lose_stalled(&mut self, now: Duration) {
+        for stage in 0..self.stages.len() {
+            let is_loading = matches!(self.stages[stage], StageState::Loading);
+            if is_loading && now.saturating_sub(self.advanced[stage]) > STALLED_MAX {
+                let what = format!("loading it did not advance for {} s", STALLED_MAX.as_secs());
+                self.lose(stage, RequestError::Engine { what, remedy: "see the log of that machine".into() });
+            }
+        }
+    }
+
     pub(crate) fn stamp(&self) -> Stamp {
         self.stamp
     }
@@ -222,6 +240,11 @@ impl Line {
 
     pub(crate) fn is_running(&self) -> bool {
         self.is_running
+    }
+
+    /// Whether it has ever served.
+    pub(crate) fn has_run(&self) -> bool {
+        self.has_run
     }
 
     /// Of the life that runs, or is to.
@@ -295,7 +318,7 @@ impl Line {
     pub(crate) fn on_news(&mut self, from: NodeId, news: &StageNews, now: Duration) -> Step {
         let is_from = |stage: usize| self.wanted.placement.stages.get(stage).is_some_and(|placed| placed.node == from);
         if is_from(news.stage()) {
-            self.heard[news.stage()] = now;
+            (self.heard[news.stage()], self.advanced[news.stage()]) = (now, now);
         }
         match news {
             StageNews::Up { stage } if is_from(*stage) => {
@@ -309,7 +332,7 @@ impl Line {
                 if self.is_running || !self.stages.iter().all(is_wired) {
                     return Step::Nothing;
                 }
-                self.is_running = true;
+                (self.is_running, self.has_run) = (true, true);
                 self.since = now;
                 Step::Running
             }

@@ -128,6 +128,11 @@ impl Members {
         stays.or_else(|| self.0.iter().next()).map(|(&id, _)| id)
     }
 
+    /// Whether someone who is here sees `node`: it is not gone, though it and we may not have met yet.
+    pub fn is_seen(&self, node: NodeId) -> bool {
+        self.0.contains_key(&node) || self.0.values().any(|report| report.links.contains_key(&node))
+    }
+
     /// The member that someone calls `name`: by its name, or its id or the beginning of it. `None` where none or
     /// several are called so.
     pub fn called(&self, name: &str) -> Option<NodeId> {

@@ -1,15 +1,15 @@
 //! Where a model's layers go.
 //!
-//! An exact search over contiguous ranges (`search.rs`): the devices stand in order, the fastest first, and of all ways
-//! to give ranges to some of them the best one by the policy wins, under every device's free memory, KV cache and
-//! embeddings counted, and with what each hop between nodes costs. When a node is lost, its ranges go to others and the
-//! rest stays where it is ([`mend`]). All of it is a function of its arguments: a preview is the same call.
+//! An exact search over contiguous ranges (`search.rs`): of all ways to give ranges to some of the devices, in any order
+//! where devices are few, the best one by the policy wins, under every device's free memory, KV cache and embeddings
+//! counted, and with what each hop between nodes costs. When a node is lost, its ranges go to others and the rest stays
+//! where it is ([`mend`]). All of it is a function of its arguments: a preview is the same call.
 
 mod mend;
 mod preview;
 mod search;
 
-pub use mend::{mend, pays_for_itself};
+pub use mend::{fits_beside, mend, why_move};
 pub use preview::{Preview, PreviewOutcome, preview, reason};
 
 use exo_engines::engine::DeviceId;
@@ -272,14 +272,30 @@ fn does_not_fit(demand: &Demand, offers: &[Offer]) -> PlanError {
 /// Seconds that a token of one answer takes through a placement, the way back to the head included.
 pub fn token_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], links: &Links) -> f64 {
     let stages = &placement.stages;
-    let speed = |stage: &Stage| offers.iter().find(|offer| (offer.node, &offer.device) == (stage.node, &stage.device));
-    let compute: f64 = stages
-        .iter()
-        .map(|stage| speed(stage).map_or(f64::INFINITY, |offer| demand.seconds(&stage.layers, offer)))
-        .sum();
-    let hops = stages.windows(2).map(|pair| links.seconds(pair[0].node, pair[1].node, demand.row_bytes));
     let back = stages.first().zip(stages.last()).map_or(0.0, |(first, last)| links.seconds(last.node, first.node, 0));
-    compute + hops.sum::<f64>() + back
+    let (shards, ways) = placement_seconds(demand, placement, offers, links);
+    shards.into_iter().chain(ways).sum::<f64>() + back
+}
+
+/// Seconds of the slowest of its devices and ways: what many answers at once wait for.
+pub fn slowest_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], links: &Links) -> f64 {
+    let (shards, ways) = placement_seconds(demand, placement, offers, links);
+    let mut devices = BTreeMap::new();
+    for (stage, seconds) in placement.stages.iter().zip(shards) {
+        *devices.entry((stage.node, &stage.device)).or_insert(0.0) += seconds;
+    }
+    devices.into_values().chain(ways).fold(0.0, f64::max)
+}
+
+/// Seconds of each shard, and of each way to the next one.
+fn placement_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], links: &Links) -> (Vec<f64>, Vec<f64>) {
+    let stages = &placement.stages;
+    let is_its = |stage: &Stage, offer: &Offer| (offer.node, &offer.device) == (stage.node, &stage.device);
+    let speed = |stage: &Stage| offers.iter().find(|offer| is_its(stage, offer));
+    let compute =
+        stages.iter().map(|stage| speed(stage).map_or(f64::INFINITY, |offer| demand.seconds(&stage.layers, offer)));
+    let hops = stages.windows(2).map(|pair| links.seconds(pair[0].node, pair[1].node, demand.row_bytes));
+    (compute.collect(), hops.collect())
 }
 
 /// Each node's fastest device first, then each node's second, and so on.

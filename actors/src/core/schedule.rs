@@ -139,6 +139,10 @@ impl Schedule {
         let room = context_tokens - prompt_tokens as u32;
         let SamplerSpec { params, prompt: mut tokens, generated } = request.sampler;
         tokens.extend(generated);
+        let vocabulary = self.limits.vocabulary;
+        if let Some(&token) = tokens.iter().find(|&&token| token >= vocabulary) {
+            return Err(AdmitError::NoSuchToken { token, vocabulary });
+        }
         let sequence = Sequence {
             params,
             tokens,
@@ -171,7 +175,11 @@ impl Schedule {
         for (seq, result) in results {
             let Some(sequence) = self.sequences.get_mut(&seq) else { continue };
             sequence.draws = false;
-            match result {
+            let is_token = |sampled: Sampled| match sampled.token < self.limits.vocabulary {
+                true => Ok(sampled),
+                false => Err(SampleError::NoSuchToken { seq, token: sampled.token }),
+            };
+            match result.and_then(is_token) {
                 Ok(sampled) => self.drawn(seq, sampled),
                 Err(error) => {
                     self.forget(seq);
@@ -374,3 +382,6 @@ impl Schedule {
         sequence.sent += rows;
     }
 }
+
+#[cfg(test)]
+mod tests;

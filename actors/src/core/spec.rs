@@ -94,5 +94,7 @@ pub struct Model {
     pub quantization: String,
     /// Tokens of one sequence at most.
     pub context_tokens: u32,
+    /// Tokens below this number are the model's.
+    pub vocabulary: u32,
     pub files: FilesId,
 }

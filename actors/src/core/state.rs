@@ -58,6 +58,13 @@ pub enum Phase {
     },
 }
 
+impl Phase {
+    /// Whether it is on its way into memory.
+    pub fn is_coming(&self) -> bool {
+        matches!(self, Self::Fetching { .. } | Self::Loading { .. })
+    }
+}
+
 /// One instance as people see it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct InstanceState {

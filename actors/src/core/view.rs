@@ -191,6 +191,7 @@ mod tests {
             family: String::new(),
             quantization: String::new(),
             context_tokens: 1,
+            vocabulary: 256,
             files: FilesId([0; 32]),
         };
         let placement = Placement { stages: Vec::new() };

@@ -53,6 +53,9 @@ async fn forward(
     permit: Arc<tokio::sync::OwnedSemaphorePermit>,
     stream: &mut DataStream,
 ) -> Result<(), FrameError> {
+    if let Err(error) = request.sampler.params.check() {
+        return tell(stream, &HeadEvent::Failed(RequestError::BadPrompt { what: error.to_string() })).await;
+    }
     let called = planner.call(|reply| PlannerMsg::Head { instance, reply }, Some(HEAD_TIMEOUT)).await;
     let Ok(CallResult::Success(Some((head, in_use)))) = called else {
         return tell(stream, &HeadEvent::Failed(RequestError::Moved)).await;

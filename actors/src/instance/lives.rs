@@ -1,7 +1,7 @@
 //! The placements of an instance, and its lives in them: orders to stages, news of them, and what these lead to.
 
 use super::{InstanceMsg, InstanceRef, InstanceReport, InstanceState};
-use crate::core::desired::{Stamp, Wanted};
+use crate::core::desired::{Change, Stamp, Wanted};
 use crate::core::line::{Line, StageNews, StageTask, Step as LineStep};
 use crate::core::view::Fact;
 use crate::links::{Expected, Sink};
@@ -102,7 +102,7 @@ impl InstanceState {
 
     /// The pipeline does not work: what is in flight is void.
     fn pause(&mut self, stage: usize, error: &str) {
-        self.args.board.forget(self.args.id, End::Head);
+        self.args.board.forget(self.args.id, End::Head, Some(self.line.incarnation()));
         self.schedule.handle_pipeline_lost();
         let (instance, error) = (self.args.id, error.to_owned());
         self.args.facts.tell(Fact::ShardFailed { instance, stage, error });
@@ -112,7 +112,8 @@ impl InstanceState {
     fn report_broken(&self, stamp: Stamp, step: &LineStep) {
         if let LineStep::Lost(stage, error) = step {
             let (instance, stage, error) = (self.args.id, *stage, error.clone());
-            self.args.planner.tell(InstanceReport::Broken { instance, stamp, stage, error });
+            let has_run = self.line.stamp() == stamp && self.line.has_run();
+            self.args.planner.tell(InstanceReport::Broken { instance, stamp, stage, has_run, error });
         }
     }
 
@@ -128,12 +129,23 @@ impl InstanceState {
         }
         let (instance, placement) = (self.args.id, wanted.placement.clone());
         self.args.facts.tell(Fact::InstancePlaced { instance, model: wanted.model.clone(), placement });
+        let is_in_place = wanted.change == Change::InPlace;
         let line = Line::new(stamp, wanted, self.now());
         self.order(line.tasks(instance));
         self.coming = Some(line);
-        if !self.line.is_running() {
+        if is_in_place {
+            self.clear_below(stamp);
+        }
+        if is_in_place || !self.line.is_loaded() {
             self.switch(myself);
         }
+    }
+
+    /// Shards of earlier placements have served their time; one that is coming has a later stamp.
+    pub(super) fn clear_below(&self, stamp: Stamp) {
+        let clear = StageOrder::Clear { instance: self.args.id, below: stamp };
+        self.args.post.tell(self.args.post.own(), ControlMessage::Stage(clear.clone()));
+        self.args.post.tell_others(&ControlMessage::Stage(clear));
     }
 
     /// The coming placement takes over.
@@ -171,7 +183,8 @@ impl InstanceState {
             };
             let from = stage.checked_sub(1).map_or(own, |before| stages[before].node);
             let (instance, wire_type) = (self.args.id, self.args.wire_type);
-            let order = StageOrder::Wire { instance, stage, incarnation, from, next, to, wire_type };
+            let layers = placed.layers.clone();
+            let order = StageOrder::Wire { instance, stage, layers, incarnation, from, next, to, wire_type };
             self.args.post.tell(placed.node, ControlMessage::Stage(order));
         }
     }
@@ -182,10 +195,7 @@ impl InstanceState {
         tracing::info!(%instance, epoch, stages = self.line.wanted().placement.stages.len(), "instance ready");
         self.args.facts.tell(Fact::InstanceReady { instance, epoch });
         self.args.planner.tell(InstanceReport::Ready { instance });
-        // Shards of earlier placements have served their time; one that is coming has a later stamp.
-        let clear = StageOrder::Clear { instance, below: stamp };
-        self.args.post.tell(self.args.post.own(), ControlMessage::Stage(clear.clone()));
-        self.args.post.tell_others(&ControlMessage::Stage(clear));
+        self.clear_below(stamp);
     }
 
     /// The coming placement has no place for a shard either, or cannot be reached: it is said until there is another one.
@@ -207,6 +217,10 @@ impl InstanceState {
         let lines = [Some(&mut self.line), self.coming.as_mut()].into_iter().flatten();
         let silent = lines.flat_map(|line| line.silent(self.args.id, now)).collect();
         self.order(silent);
+        self.line.lose_stalled(now);
+        if let Some(coming) = &mut self.coming {
+            coming.lose_stalled(now);
+        }
         self.watch_coming(now);
         if self.line.is_running() {
             if self.schedule.steps_in_flight() > 0 && self.last_sign.elapsed() > STEP_DEADLINE {

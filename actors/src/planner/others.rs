@@ -1,19 +1,25 @@
 //! What other members say, and what they are told.
 
 use super::PlannerState;
-use crate::core::desired::{Entry, Want};
+use crate::core::desired::{Entry, Want, is_short};
 use crate::core::lead::Ask;
 use crate::core::spec::InstanceId;
 use crate::core::view::Fact;
 use crate::protocol::ControlMessage;
 use exo_net::NodeId;
+use std::time::Duration;
+
+/// Entries of a message: each is at most a twenty-fifth of what a message may be.
+const ENTRIES_AT_ONCE: usize = 24;
+/// Members report every second.
+const LIST_EVERY: Duration = Duration::from_millis(900);
 
 impl PlannerState {
     pub(super) fn on_heard(&mut self, from: NodeId, message: ControlMessage) {
         match message {
             ControlMessage::Report(report) if report.is_plausible() => {
                 self.args.facts.tell(Fact::MemberReported { node: from, report: report.clone() });
-                if report.list != self.desired.digest() {
+                if report.list != self.desired.digest() && self.may_tell_list(from) {
                     // What was written while somebody between us was away may not have come everywhere.
                     self.tell_list(from);
                 }
@@ -22,14 +28,16 @@ impl PlannerState {
             ControlMessage::Report(_) => tracing::warn!(peer = %from, "a report that cannot be"),
             ControlMessage::Desired(entries) => self.merge(entries),
             ControlMessage::Want(ask) => self.on_ask(from, *ask),
-            ControlMessage::Refused { spec, error } => self.refuse_here(&spec, &error),
-            ControlMessage::Broken { instance, stamp, node, device, error } => {
-                // Who tells the wrong one tells again, and another one.
-                if self.is_leader() {
-                    let (of, device) = ((instance, stamp), (node, device));
-                    self.decide(|leader, world| leader.handle_broken(world, from, of, device, error));
-                }
+            // Of one that leads no more: whoever waits asks again.
+            ControlMessage::Refused { spec, error } if self.members.leader() == Some(from) => {
+                self.refuse_here(&spec, &error)
             }
+            ControlMessage::Refused { .. } => {}
+            // Who tells the wrong one tells again, and another one.
+            ControlMessage::Broken(broken) if self.is_leader() => {
+                self.decide(|leader, world| leader.handle_broken(world, from, *broken));
+            }
+            ControlMessage::Broken(_) => {}
             // For heads, for those who keep shards, and for those who let members in.
             ControlMessage::News { .. } | ControlMessage::Stage(_) | ControlMessage::Evicted(_) => {}
         }
@@ -49,6 +57,7 @@ impl PlannerState {
     }
 
     pub(super) fn on_node_up(&mut self, node: NodeId) {
+        self.leader.handle_meeting(self.now());
         self.renew_report();
         if let Some(report) = self.members.0.get(&self.args.node) {
             self.args.post.tell(node, ControlMessage::Report(Box::new(report.clone())));
@@ -59,11 +68,28 @@ impl PlannerState {
 
     fn tell_list(&self, to: NodeId) {
         let entries: Vec<_> = self.desired.entries().map(|(id, entry)| (id, entry.clone())).collect();
-        self.args.post.tell(to, ControlMessage::Desired(entries));
+        for part in entries.chunks(ENTRIES_AT_ONCE) {
+            self.args.post.tell(to, ControlMessage::Desired(part.to_vec()));
+        }
+    }
+
+    /// Whoever reports often is told no more often.
+    fn may_tell_list(&mut self, to: NodeId) -> bool {
+        let now = self.now();
+        let is_due = self.listed.get(&to).is_none_or(|&told| now.saturating_sub(told) >= LIST_EVERY);
+        if is_due {
+            self.listed.insert(to, now);
+        }
+        is_due
     }
 
     pub(super) fn on_node_down(&mut self, node: NodeId) {
         self.members.0.remove(&node);
+        self.listed.remove(&node);
+        // The others are not to take it for one that only they see.
+        self.links.remove(&node);
+        self.renew_report();
+        self.tell_report();
         self.leader.handle_loss(self.now(), self.members.0.len());
         self.args.facts.tell(Fact::MemberGone { node });
         self.tell_owned_of_loss(node);
@@ -90,7 +116,7 @@ impl PlannerState {
 
     fn on_ask(&mut self, from: NodeId, ask: Ask) {
         // Who asks the wrong one asks again, and another one.
-        if self.is_leader() {
+        if self.is_leader() && is_short(&ask) {
             self.leader.handle_ask(from, ask);
         }
     }

@@ -1,12 +1,12 @@
 //! Instances whose head is on this node, and what this node tells the others of itself.
 
 use super::{Head, PlannerMsg, PlannerRef, PlannerState};
-use crate::core::desired::{Stamp, Want, Wanted};
-use crate::core::line::StageNews;
+use crate::core::desired::{Change, Stamp, Want, Wanted};
+use crate::core::lead::Broken;
 use crate::core::members::{DeviceOffer, MemberReport, OwnedInstance};
 use crate::core::spec::InstanceId;
 use crate::core::view::Fact;
-use crate::instance::{Instance, InstanceArgs, InstanceMsg, InstanceRef, InstanceReport};
+use crate::instance::{Instance, InstanceArgs, InstanceMsg, InstanceRef, InstanceReport, News};
 use crate::machine::measure_once;
 use crate::outlet::Outlet;
 use crate::protocol::ControlMessage;
@@ -17,7 +17,7 @@ use ractor::{Actor, ActorId, RpcReplyPort};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A head that has moved serves until the new one does, but no longer than this.
+/// A head that has moved serves until the new one does, as long as that one loads; or else so long.
 const MOVES_WITHIN: Duration = Duration::from_secs(60);
 
 /// An instance whose head is here.
@@ -51,10 +51,10 @@ impl PlannerState {
     }
 
     /// News of a stage, for the head.
-    pub(super) fn on_news(&self, from: NodeId, id: InstanceId, stamp: Stamp, news: StageNews) {
+    pub(super) fn on_news(&self, id: InstanceId, news: News) {
         if let Some(owned) = self.owned.get(&id) {
             // An instance that is gone is told of by supervision.
-            let _ = owned.instance.send_message(InstanceMsg::News { from, stamp, news });
+            let _ = owned.instance.send_message(InstanceMsg::News(news));
         }
     }
 
@@ -144,7 +144,11 @@ impl PlannerState {
                     let since = *owned.moved.get_or_insert_with(Instant::now);
                     let report = self.members.0.get(&owner).and_then(|report| report.owned.get(&id));
                     let is_taken_over = report.is_some_and(|report| report.is_ready);
-                    if owned.is_running && !is_taken_over && since.elapsed() < MOVES_WITHIN {
+                    let state = report.and_then(|report| report.state.as_ref());
+                    let is_coming =
+                        state.is_some_and(|state| state.phase.is_coming()) || since.elapsed() < MOVES_WITHIN;
+                    let is_beside = wanted.is_some_and(|wanted| wanted.change != Change::InPlace);
+                    if owned.is_running && !is_taken_over && is_coming && is_beside {
                         continue;
                     }
                     RequestError::Moved
@@ -177,12 +181,13 @@ impl PlannerState {
                     owned.is_running = false;
                 }
             }
-            InstanceReport::Broken { instance, stamp, stage, error } => {
+            InstanceReport::Broken { instance, stamp, stage, has_run, error } => {
                 let placed = self.owned.get(&instance).filter(|owned| owned.stamp == stamp);
                 let placed = placed.and_then(|owned| owned.wanted.placement.stages.get(stage));
                 if let Some(placed) = placed {
                     let (node, device) = (placed.node, placed.device.clone());
-                    self.tell_leader(ControlMessage::Broken { instance, stamp, node, device, error });
+                    let broken = Broken { instance, stamp, node, device, has_run, error };
+                    self.tell_leader(ControlMessage::Broken(Box::new(broken)));
                 }
             }
         }
@@ -192,6 +197,10 @@ impl PlannerState {
     pub(super) fn on_instance_ended(&mut self, id: InstanceId, what: &str) {
         let Some(owned) = self.owned.remove(&id) else { return };
         if owned.is_retired {
+            return;
+        }
+        if self.desired.get(id).and_then(|entry| entry.wanted()).and_then(Wanted::owner) != Some(self.args.node) {
+            // It serves elsewhere by now.
             return;
         }
         let what = format!("the instance ended: {what}");
@@ -212,12 +221,15 @@ impl PlannerState {
     }
 
     pub(super) fn renew_report(&mut self) {
-        let wanted_here = |id: InstanceId| {
+        let wanted_bytes = |id: InstanceId| -> u64 {
             let wanted = self.desired.get(id).and_then(|entry| entry.wanted());
-            wanted.is_some_and(|wanted| wanted.placement.stages.iter().any(|stage| stage.node == self.args.node))
+            let stages = wanted.into_iter().flat_map(|wanted| &wanted.placement.stages);
+            let here = stages.filter(|stage| stage.node == self.args.node);
+            here.fold(0, |sum, stage| sum.saturating_add(stage.memory_bytes))
         };
-        let leaving = self.held.iter().filter(|(id, _)| !wanted_here(**id));
-        let leaving_bytes = leaving.fold(0_u64, |sum, (_, &bytes)| sum.saturating_add(bytes));
+        // Of an instance that moves, the shards of its earlier placement, too.
+        let leaving = self.held.iter().map(|(&id, bytes)| bytes.saturating_sub(wanted_bytes(id)));
+        let leaving_bytes = leaving.fold(0, u64::saturating_add);
         let device = |report: &exo_engines::engine::DeviceReport| DeviceOffer {
             report: report.clone(),
             bytes_per_s: self.speeds.get(&report.id).copied(),

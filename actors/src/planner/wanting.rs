@@ -241,6 +241,7 @@ pub(super) fn ask(spec: &ModelSpec, model: &ResolvedModel) -> Ask {
             family: files.architecture.family.clone(),
             quantization: files.quantization.clone(),
             context_tokens,
+            vocabulary: u32::try_from(files.architecture.vocabulary).unwrap_or(u32::MAX),
             files: model.id,
         },
         demand: demand::demand(files, kv_pages),

@@ -91,7 +91,8 @@ impl From<RequestError> for ApiError {
             RequestError::Plan(_) => with(StatusCode::SERVICE_UNAVAILABLE, "insufficient_memory"),
             RequestError::NoDevice { .. } => with(StatusCode::BAD_REQUEST, "no_such_device"),
             RequestError::Params(error) => with(StatusCode::BAD_REQUEST, "invalid_value").about(error.field),
-            RequestError::BadPrompt { .. } | RequestError::Admit(AdmitError::EmptyPrompt) => {
+            RequestError::BadPrompt { .. }
+            | RequestError::Admit(AdmitError::EmptyPrompt | AdmitError::NoSuchToken { .. }) => {
                 with(StatusCode::BAD_REQUEST, "invalid_prompt")
             }
             RequestError::Admit(AdmitError::TooLong { .. }) => {

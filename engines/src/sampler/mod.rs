@@ -43,6 +43,8 @@ pub enum SampleError {
     NotOpen(SeqId),
     #[error("the logits of sequence {} are not numbers", .0.0)]
     NotANumber(SeqId),
+    #[error("what was drawn for sequence {} is no token of the model: {token}", .seq.0)]
+    NoSuchToken { seq: SeqId, token: u32 },
 }
 
 /// The port that stands beside the last shard.

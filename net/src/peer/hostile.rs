@@ -49,7 +49,7 @@ async fn noise_of_a_member_harms_nobody_else() {
     let own = local.identity.node_id();
     let (endpoint, _accepted) = Endpoint::open(local, SocketAddr::from(([127, 0, 0, 1], 0))).expect("it listens");
     for noise in noises() {
-        let mut met = dial(&endpoint, address, own, "hostile").await.expect("a member is let in");
+        let mut met = dial(&endpoint, address, own, "hostile", &Meetings::default()).await.expect("a member is let in");
         let peer = loop {
             let peer = up(&mut of_victim).await;
             if peer.id == own {

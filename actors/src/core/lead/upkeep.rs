@@ -1,12 +1,11 @@
 //! Instances that have lost a shard's place, and those that would be better off elsewhere.
 
 use super::market::memory_by_node;
-use super::{Leader, World};
-use crate::core::desired::{Stamp, Want, Wanted};
-use crate::core::plan::{Offer, Placement, PlanError, ShardCount, mend, pays_for_itself, place, token_seconds};
-use crate::core::spec::{InstanceId, ModelSpec};
+use super::{Ask, Broken, Leader, World, shard_count};
+use crate::core::desired::{Change, Want, Wanted};
+use crate::core::plan::{Offer, Placement, PlanError, ShardCount, Stage, fits_beside, mend, place, why_move};
+use crate::core::spec::InstanceId;
 use crate::request::RequestError;
-use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -15,30 +14,39 @@ use std::time::Duration;
 const SETTLED: Duration = Duration::from_secs(10);
 
 impl Leader {
-    /// The owner of an instance says that a device of `node` has failed it for good.
-    pub fn handle_broken(
-        &mut self,
-        world: &mut World<'_>,
-        from: NodeId,
-        (id, stamp): (InstanceId, Stamp),
-        device: (NodeId, DeviceId),
-        error: RequestError,
-    ) {
+    /// The owner of an instance, `from`, says that a device has failed it for good.
+    pub fn handle_broken(&mut self, world: &mut World<'_>, from: NodeId, broken: Broken) {
+        let Broken { instance: id, stamp, node, device, has_run, error } = broken;
         let Some(entry) = world.desired.get(id).filter(|entry| entry.stamp == stamp) else { return };
         let Some(wanted) = entry.wanted().filter(|wanted| wanted.owner() == Some(from)).cloned() else { return };
-        tracing::warn!(instance = %id, node = %device.0.short(), device = %device.1, %error, "a shard needs another place");
-        self.excluded.entry(id).or_default().push((device, world.now));
+        let is_here = world.members.0.contains_key(&node);
+        if !is_here && self.until.is_some_and(|until| world.now < until) {
+            // It is said again as long as it is so.
+            return;
+        }
+        tracing::warn!(instance = %id, node = %node.short(), %device, %error, "a shard needs another place");
+        if is_here {
+            self.excluded.entry(id).or_default().push(((node, device), world.now));
+        }
+        if let Change::Beside { back: Some(back) } = &wanted.change
+            && !has_run
+            && back.stages.iter().all(|stage| world.members.0.contains_key(&stage.node))
+        {
+            let (placement, reason) = (back.clone(), format!("it could not be moved: {error}"));
+            let change = Change::Beside { back: None };
+            return world.set(id, Want::Run(Box::new(Wanted { placement, reason, change, ..wanted })));
+        }
         self.replace(world, id, &wanted, Some(error));
     }
 
-    pub(super) fn mend_broken(&self, world: &mut World<'_>) {
+    pub(super) fn mend_broken(&mut self, world: &mut World<'_>) {
         if self.until.is_some_and(|until| world.now < until) {
             return;
         }
         let members = world.members;
         let is_lost = |wanted: &Wanted| {
-            let gone = |node: NodeId| members.0.get(&node).is_none_or(|report| report.is_draining);
-            wanted.placement.stages.iter().any(|stage| gone(stage.node))
+            let drains = |node| members.0.get(&node).is_some_and(|report| report.is_draining);
+            wanted.placement.stages.iter().any(|stage| self.is_gone(world, stage.node) || drains(stage.node))
         };
         let lost = world.desired.running().filter(|(.., wanted)| is_lost(wanted));
         let lost: Vec<(InstanceId, Wanted)> = lost.map(|(id, _, wanted)| (id, wanted.clone())).collect();
@@ -53,10 +61,10 @@ impl Leader {
         let there = world.desired.running().filter(|(.., wanted)| is_there(wanted));
         let Some((id, _, wanted)) = there.max_by_key(|(_, stamp, _)| *stamp) else { return };
         let wanted = wanted.clone();
-        let want = match self.afresh(world, id, &wanted) {
+        let want = match self.afresh(world, id, &wanted, &[id].into()) {
             Ok((placement, _)) => {
                 let reason = "two models were to be in one place".to_owned();
-                Want::Run(Box::new(Wanted { placement, reason, ..wanted }))
+                Want::Run(Box::new(Wanted { placement, reason, change: Change::InPlace, ..wanted }))
             }
             Err(error) => Want::Gone { error: Some(error.into()) },
         };
@@ -75,32 +83,57 @@ impl Leader {
         }
     }
 
-    /// Where an instance would go if it were asked for now, its own memory counted as free; and what was offered.
-    fn afresh(&self, world: &World<'_>, id: InstanceId, wanted: &Wanted) -> Result<(Placement, Vec<Offer>), PlanError> {
+    /// Where an instance would go if it were asked for now, and what was offered. Memory of instances in `except` counts as
+    /// free.
+    fn afresh(
+        &self,
+        world: &World<'_>,
+        id: InstanceId,
+        wanted: &Wanted,
+        except: &BTreeSet<InstanceId>,
+    ) -> Result<(Placement, Vec<Offer>), PlanError> {
         let near = wanted.owner().unwrap_or(world.own);
-        let offers = self.offers(world, Some(id), wanted.spec.device.as_ref(), near, &[id].into());
+        let offers = self.offers(world, Some(id), wanted.spec.device.as_ref(), near, except);
         let links = world.members.links();
         let placement = place(&wanted.demand, &offers, &links, &ShardCount::Automatic, wanted.spec.policy)?;
         Ok((placement, offers))
     }
 
-    /// Finds places for the shards of an instance that have none.
-    fn replace(&self, world: &mut World<'_>, id: InstanceId, wanted: &Wanted, error: Option<RequestError>) {
+    /// Other places for the shards of an instance that have none: beside those that stay, or beside all; where memory does
+    /// not suffice for that, what it has goes first.
+    fn elsewhere(&self, world: &World<'_>, id: InstanceId, wanted: &Wanted) -> Result<(Placement, Change), PlanError> {
         let near = wanted.owner().unwrap_or(world.own);
         let (device, links) = (wanted.spec.device.as_ref(), world.members.links());
-        let staying = self.offers(world, Some(id), device, near, &BTreeSet::new());
-        let mended = mend(&wanted.demand, &wanted.placement, &staying, &links);
-        let afresh = || self.afresh(world, id, wanted).map(|(placement, _)| placement);
-        let placement = mended.map_or_else(afresh, Ok);
-        match placement {
-            Ok(placement) if placement == wanted.placement => {}
-            Ok(placement) => {
-                tracing::info!(instance = %id, stages = ?placement.stages, "a model goes on elsewhere");
+        let nothing = BTreeSet::new();
+        let staying = self.offers(world, Some(id), device, near, &nothing);
+        // Of a machine that is here and drains, whose shards serve until the move is done.
+        let all_here = wanted.placement.stages.iter().all(|stage| world.members.0.contains_key(&stage.node));
+        let beside = || Change::Beside { back: all_here.then(|| wanted.placement.clone()) };
+        if let Some(mended) = mend(&wanted.demand, &wanted.placement, &staying, &links) {
+            return Ok((mended, beside()));
+        }
+        if let Ok((placement, _)) = self.afresh(world, id, wanted, &nothing) {
+            return Ok((placement, beside()));
+        }
+        self.afresh(world, id, wanted, &[id].into()).map(|(placement, _)| (placement, Change::InPlace))
+    }
+
+    /// Finds places for the shards of an instance that have none.
+    fn replace(&mut self, world: &mut World<'_>, id: InstanceId, wanted: &Wanted, error: Option<RequestError>) {
+        let near = wanted.owner().unwrap_or(world.own);
+        match self.elsewhere(world, id, wanted) {
+            Ok((placement, _)) if placement == wanted.placement => {}
+            Ok((placement, change)) => {
+                tracing::info!(instance = %id, stages = ?placement.stages, ?change, "a model goes on elsewhere");
                 let reason = "a shard has lost its place".to_owned();
-                world.set(id, Want::Run(Box::new(Wanted { placement, reason, ..wanted.clone() })));
+                world.set(id, Want::Run(Box::new(Wanted { placement, change, reason, ..wanted.clone() })));
             }
-            // A machine that is alone, and is to go, keeps what it has.
-            Err(_) if error.is_none() && world.members.0.contains_key(&near) && all_drain(world) => {}
+            // A machine that is to go keeps what has no other place: it is waited for.
+            Err(_) if error.is_none() && wanted.placement.stages.iter().all(|s| !self.is_gone(world, s.node)) => {}
+            Err(PlanError::DoesNotFit { .. })
+                if self.is_meeting(world.now)
+                    || self.room.is_coming(world.now)
+                    || self.make_room(world, &ask_of(wanted), near, Some(id)) => {}
             Err(missing) => {
                 // Every device has failed it: why the last one did says more than that none is left.
                 let error = error.filter(|_| missing == PlanError::NoDevice).unwrap_or(RequestError::Plan(missing));
@@ -110,35 +143,56 @@ impl Leader {
         }
     }
 
-    /// Moves what would be so much faster elsewhere that the move pays for itself.
+    /// Moves what would be so much better off elsewhere that the move pays for itself: one at a time, for each takes room.
     pub(super) fn rebalance(&mut self, world: &mut World<'_>) {
         let is_settled = self.settled.is_some_and(|since| world.now.saturating_sub(since) > SETTLED);
-        let is_free = |spec: &ModelSpec| spec.shards.is_none() && spec.split.is_none();
         if !is_settled || world.members.0.len() < 2 {
             return;
         }
-        // Nothing that takes time to find is looked for at every message.
+        // Nothing that takes time to find is looked at at every message.
         self.settled = Some(world.now);
-        let links = world.members.links();
-        let mut moves = Vec::new();
-        for (id, _, wanted) in world.desired.running().filter(|(.., wanted)| is_free(&wanted.spec)) {
-            let Ok((better, offers)) = self.afresh(world, id, wanted) else { continue };
-            if better != wanted.placement
-                && pays_for_itself(&wanted.demand, &wanted.placement, &better, &offers, &links)
-            {
-                let ratio = token_seconds(&wanted.demand, &wanted.placement, &offers, &links)
-                    / token_seconds(&wanted.demand, &better, &offers, &links);
-                let reason = format!("{ratio:.1} times as fast as where it was");
-                moves.push((id, Wanted { placement: better, reason, ..wanted.clone() }));
-            }
-        }
-        for (id, wanted) in moves {
+        let better = world.desired.running().find_map(|(id, _, wanted)| Some((id, self.better(world, id, wanted)?)));
+        if let Some((id, wanted)) = better {
             tracing::info!(instance = %id, why = wanted.reason, "a model moves");
             world.set(id, Want::Run(Box::new(wanted)));
         }
     }
+
+    /// A placement that is worth a move: beside what serves now, and back there if it fails.
+    fn better(&self, world: &World<'_>, id: InstanceId, wanted: &Wanted) -> Option<Wanted> {
+        let near = wanted.owner().unwrap_or(world.own);
+        let device = wanted.spec.device.as_ref();
+        let (links, policy) = (world.members.links(), wanted.spec.policy);
+        let shards = shard_count(world.members, &wanted.spec).ok()?;
+        // What stays just so needs no more memory; whether the rest has room beside it is checked below.
+        let offers = self.offers(world, Some(id), device, near, &[id].into());
+        let placement = place(&wanted.demand, &offers, &links, &shards, policy).ok()?;
+        let current = &wanted.placement;
+        if placement == *current || !is_offered(current, &offers) {
+            return None;
+        }
+        let reason = match &shards {
+            ShardCount::ByHand(_) => Some("where it was split to by hand".to_owned()),
+            ShardCount::Exactly(_) if machines(&placement) > machines(current) => Some("on more machines".to_owned()),
+            _ => why_move(&wanted.demand, current, &placement, &offers, &links, policy),
+        }?;
+        let free = self.offers(world, Some(id), device, near, &BTreeSet::new());
+        let change = Change::Beside { back: Some(current.clone()) };
+        fits_beside(current, &placement, &free).then(|| Wanted { placement, change, reason, ..wanted.clone() })
+    }
 }
 
-fn all_drain(world: &World<'_>) -> bool {
-    world.members.0.values().all(|report| report.is_draining)
+/// Whether all shards are on devices that are offered: what has lost a place is mended, not moved.
+fn is_offered(placement: &Placement, offers: &[Offer]) -> bool {
+    let is_one = |stage: &Stage| offers.iter().any(|offer| (offer.node, &offer.device) == (stage.node, &stage.device));
+    placement.stages.iter().all(is_one)
+}
+
+fn machines(placement: &Placement) -> usize {
+    placement.stages.iter().map(|stage| stage.node).collect::<BTreeSet<_>>().len()
+}
+
+/// What would be asked for if the instance were not there.
+fn ask_of(wanted: &Wanted) -> Ask {
+    Ask { spec: wanted.spec.clone(), model: wanted.model.clone(), demand: wanted.demand.clone() }
 }

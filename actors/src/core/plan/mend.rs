@@ -1,8 +1,9 @@
 //! What becomes of a placement when devices go or come.
 
-use super::{Demand, Links, Offer, Placement, Stage, stage, token_seconds};
+use super::{Demand, Links, Offer, Placement, Policy, Stage, slowest_seconds, stage, token_seconds};
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
+use std::collections::BTreeSet;
 
 /// A move must make tokens this much faster: loading, and replaying what runs, are not free, and measurements waver.
 const GAIN_MIN: f64 = 1.3;
@@ -36,14 +37,38 @@ fn is_on(stage: &Stage, node: NodeId, device: &DeviceId) -> bool {
     (stage.node, &stage.device) == (node, device)
 }
 
-/// Whether a better placement is so much better that the move is worth it.
-pub fn pays_for_itself(
+/// Why a move to a better placement is worth it, by what the policy minimises; `None` where it is not.
+pub fn why_move(
     demand: &Demand,
     current: &Placement,
     better: &Placement,
     offers: &[Offer],
     links: &Links,
-) -> bool {
-    let now = token_seconds(demand, current, offers, links);
-    now > GAIN_MIN * token_seconds(demand, better, offers, links)
+    policy: Policy,
+) -> Option<String> {
+    let ratio = |of: fn(&Demand, &Placement, &[Offer], &Links) -> f64| {
+        let ratio = of(demand, current, offers, links) / of(demand, better, offers, links);
+        (ratio > GAIN_MIN).then_some(ratio)
+    };
+    let nodes = |placement: &Placement| placement.stages.iter().map(|stage| stage.node).collect::<BTreeSet<_>>().len();
+    match policy {
+        Policy::FewestNodes if nodes(better) < nodes(current) => Some("on fewer machines".to_owned()),
+        Policy::FewestNodes if nodes(better) > nodes(current) => None,
+        Policy::Latency | Policy::FewestNodes => {
+            ratio(token_seconds).map(|ratio| format!("{ratio:.1} times as fast as where it was"))
+        }
+        Policy::Throughput => {
+            ratio(slowest_seconds).map(|ratio| format!("its slowest shard is {ratio:.1} times as fast as it was"))
+        }
+    }
+}
+
+/// Whether a placement has room while the shards of the current one are still there. `offers` count those as taken.
+pub fn fits_beside(current: &Placement, better: &Placement, offers: &[Offer]) -> bool {
+    let is_there = |index: usize| current.stages.get(index) == better.stages.get(index);
+    offers.iter().all(|offer| {
+        let more =
+            better.stages.iter().enumerate().filter(|(index, stage)| stage.node == offer.node && !is_there(*index));
+        more.map(|(_, stage)| stage.memory_bytes).fold(0, u64::saturating_add) <= offer.free_bytes
+    })
 }

@@ -1,4 +1,4 @@
-//! The exact search: dynamic programming over (device, layers placed so far).
+//! The exact search: dynamic programming over (devices so far, the last of them, layers placed so far).
 
 use super::{Demand, Links, Offer, Policy, Stage, stage};
 use std::collections::BTreeSet;
@@ -134,24 +134,33 @@ fn even(a: Cost, b: Cost, policy: Policy) -> bool {
     a < b - margin || (a <= b + margin && then_a < then_b)
 }
 
-/// Up to so many devices every pair of ends is tried.
-const ENDS_TRIED_MAX: usize = 8;
+/// Up to so many devices every order is tried: more sets of them than a planner has time for.
+const ORDERS_TRIED_MAX: usize = 7;
+/// Up to so many, every pair of ends.
+const ENDS_TRIED_MAX: usize = 12;
 /// Beyond, these many of the fastest and of the roomiest as a beginning: more would take longer than anyone waits.
 const BEGINNINGS_TRIED: usize = 8;
 
-/// The best chain over any of the devices: with any two ends where devices are few, else with any of some beginnings; and
-/// between these in their order. The ends matter: they hold the embedding and the head, and the way back lies between them.
+/// The best chain over any of the devices: in any order where devices are few; else with any two ends, or with any of some
+/// beginnings, and between these in their order. The ends matter most: they hold the embedding and the head, and the way
+/// back lies between them.
 pub(super) fn best_chain(demand: &Demand, ordered: &[&Offer], links: &Links, policy: Policy) -> Option<Vec<Stage>> {
     let table = Table::new(demand);
     let search = Search { demand, table: &table, links, policy };
-    let mut best: Option<(Cost, Vec<Stage>)> = None;
-    for devices in orders(ordered) {
+    // A first chain bounds the search for better ones.
+    let mut best = search.along(ordered, None);
+    let mut consider = |find: &dyn Fn(Option<Cost>) -> Option<(Cost, Vec<Stage>)>| {
         let bound = best.as_ref().map(|(cost, _)| *cost);
-        if let Some((cost, stages)) = search.along(&devices, bound)
+        if let Some((cost, stages)) = find(bound)
             && best.as_ref().is_none_or(|(other, _)| cost.is_less(*other, policy))
         {
             best = Some((cost, stages));
         }
+    };
+    if ordered.len() <= ORDERS_TRIED_MAX {
+        (0..ordered.len()).for_each(|first| consider(&|bound| search.in_any_order(ordered, first, bound)));
+    } else {
+        orders(ordered).iter().for_each(|devices| consider(&|bound| search.along(devices, bound)));
     }
     best.map(|(_, stages)| stages)
 }
@@ -163,7 +172,7 @@ fn orders<'a>(ordered: &[&'a Offer]) -> Vec<Vec<&'a Offer>> {
         others.map(|(_, offer)| *offer).collect::<Vec<_>>()
     };
     let count = ordered.len();
-    if count == 1 || count > ENDS_TRIED_MAX {
+    if count > ENDS_TRIED_MAX {
         let mut roomiest: Vec<usize> = (0..count).collect();
         roomiest.sort_by_key(|&index| std::cmp::Reverse(ordered[index].free_bytes));
         let beginnings: BTreeSet<usize> =
@@ -182,69 +191,113 @@ struct Search<'a> {
     policy: Policy,
 }
 
-/// How a chain came to a device and an end: its cost, where its last range starts, and the device before.
+/// How a chain came to a device and an end: its cost, where its last range starts, and the row before.
 type Reached = Option<(Cost, usize, usize)>;
+/// For each layer, the cheapest way to begin it on a device: the cost until then, and the row before.
+type Arrivals = Vec<Option<(Cost, usize)>>;
+
+/// The cheapest chains to a device, for each end.
+struct Row<'a> {
+    offer: &'a Offer,
+    ends: Vec<Reached>,
+}
 
 impl Search<'_> {
     /// The best chain that begins on the first of the devices, and goes on over any of the others in their order.
     /// Nothing is looked at that costs more than `bound`.
     fn along(&self, devices: &[&Offer], bound: Option<Cost>) -> Option<(Cost, Vec<Stage>)> {
-        let layers = self.demand.layers();
-        let mut reached: Vec<Vec<Reached>> = Vec::with_capacity(devices.len());
-        for (index, offer) in devices.iter().enumerate() {
-            let arrivals = self.arrivals(devices, &reached, index);
-            let mut row: Vec<Reached> = vec![None; layers + 1];
-            for (start, arrival) in arrivals.into_iter().enumerate() {
-                let Some((before, from)) = arrival else { continue };
-                for (end, slot) in row.iter_mut().enumerate().skip(start + 1) {
-                    if self.table.memory_bytes(start, end) > offer.free_bytes {
-                        // More layers need no less.
-                        break;
-                    }
-                    let compute_s = self.table.work(start, end) / offer.bytes_per_s.max(1.0);
-                    let cost = before.and_shard(compute_s);
-                    if bound.is_some_and(|bound| cost.exceeds(bound, self.policy)) {
-                        // Nor do they cost less.
-                        break;
-                    }
-                    if slot.is_none_or(|(other, ..)| cost.is_less(other, self.policy)) {
-                        *slot = Some((cost, start, from));
-                    }
+        let mut rows: Vec<Row<'_>> = Vec::with_capacity(devices.len());
+        for &offer in devices {
+            let arrivals = match rows.is_empty() {
+                true => self.beginning(),
+                false => {
+                    let before = rows.iter().enumerate().map(|(row, other)| (row, other.offer.node != offer.node));
+                    self.arrivals(&rows, before, offer)
                 }
-            }
-            reached.push(row);
+            };
+            rows.push(self.extended(offer, &arrivals, bound));
         }
-        self.best_end(devices, &reached)
+        self.best_end(&rows)
     }
 
-    /// For each layer, the cheapest way to begin it on device `index`: the cost until then, and the device before.
-    fn arrivals(&self, devices: &[&Offer], reached: &[Vec<Reached>], index: usize) -> Vec<Option<(Cost, usize)>> {
-        let layers = self.demand.layers();
-        let mut arrivals: Vec<Option<(Cost, usize)>> = vec![None; layers];
-        if index == 0 {
-            arrivals[0] = Some((NOTHING.and_hop(0.0, true), 0));
-            return arrivals;
+    /// The best chain that begins on the device `first`, and goes on over any of the others in any order. Dynamic
+    /// programming over (devices of the chain, the last of them, layers placed so far).
+    fn in_any_order(&self, devices: &[&Offer], first: usize, bound: Option<Cost>) -> Option<(Cost, Vec<Stage>)> {
+        let count = devices.len();
+        let of_set = |set: usize| (0..count).filter(move |device| set & (1 << device) != 0);
+        let mut rows = vec![self.extended(devices[first], &self.beginning(), bound)];
+        // The row of a set and its last device. A set without one of its devices is a smaller number: it was there before.
+        let mut row_of = vec![None; count << count];
+        row_of[(1 << first) * count + first] = Some(0);
+        for set in (0..1_usize << count).filter(|set| set & (1 << first) != 0) {
+            for last in of_set(set).filter(|&last| last != first) {
+                let others = set & !(1 << last);
+                let is_new = of_set(others).all(|other| devices[other].node != devices[last].node);
+                let before = of_set(others).filter_map(|other| row_of[others * count + other]).map(|row| (row, is_new));
+                let arrivals = self.arrivals(&rows, before, devices[last]);
+                if arrivals.iter().any(Option::is_some) {
+                    row_of[set * count + last] = Some(rows.len());
+                    rows.push(self.extended(devices[last], &arrivals, bound));
+                }
+            }
         }
-        for (from, row) in reached.iter().enumerate() {
-            let hop_s = self.links.seconds(devices[from].node, devices[index].node, self.demand.row_bytes);
-            let is_new = devices[from].node != devices[index].node;
+        self.best_end(&rows)
+    }
+
+    /// Where every chain begins.
+    fn beginning(&self) -> Arrivals {
+        let mut arrivals = vec![None; self.table.layers];
+        arrivals[0] = Some((NOTHING.and_hop(0.0, true), 0));
+        arrivals
+    }
+
+    /// How `offer` is come to from the rows `before`, each with whether it is a node more.
+    fn arrivals(&self, rows: &[Row<'_>], before: impl Iterator<Item = (usize, bool)>, offer: &Offer) -> Arrivals {
+        let mut arrivals: Arrivals = vec![None; self.table.layers];
+        for (row, is_new) in before {
+            let hop_s = self.links.seconds(rows[row].offer.node, offer.node, self.demand.row_bytes);
             for (start, slot) in arrivals.iter_mut().enumerate().skip(1) {
-                let Some((cost, ..)) = row[start] else { continue };
+                let Some((cost, ..)) = rows[row].ends[start] else { continue };
                 let arrived = cost.and_hop(hop_s, is_new);
                 if slot.is_none_or(|(other, _): (Cost, usize)| arrived.is_less(other, self.policy)) {
-                    *slot = Some((arrived, from));
+                    *slot = Some((arrived, row));
                 }
             }
         }
         arrivals
     }
 
-    fn best_end(&self, devices: &[&Offer], reached: &[Vec<Reached>]) -> Option<(Cost, Vec<Stage>)> {
-        let layers = self.demand.layers();
+    /// One more shard, on `offer`, behind each way to come to it.
+    fn extended<'a>(&self, offer: &'a Offer, arrivals: &Arrivals, bound: Option<Cost>) -> Row<'a> {
+        let mut ends: Vec<Reached> = vec![None; self.table.layers + 1];
+        for (start, arrival) in arrivals.iter().enumerate() {
+            let Some((before, from)) = *arrival else { continue };
+            for (end, slot) in ends.iter_mut().enumerate().skip(start + 1) {
+                if self.table.memory_bytes(start, end) > offer.free_bytes {
+                    // More layers need no less.
+                    break;
+                }
+                let compute_s = self.table.work(start, end) / offer.bytes_per_s.max(1.0);
+                let cost = before.and_shard(compute_s);
+                if bound.is_some_and(|bound| cost.exceeds(bound, self.policy)) {
+                    // Nor do they cost less.
+                    break;
+                }
+                if slot.is_none_or(|(other, ..)| cost.is_less(other, self.policy)) {
+                    *slot = Some((cost, start, from));
+                }
+            }
+        }
+        Row { offer, ends }
+    }
+
+    fn best_end(&self, rows: &[Row<'_>]) -> Option<(Cost, Vec<Stage>)> {
+        let layers = self.table.layers;
+        let first = rows.first()?.offer.node;
         let mut best: Option<(Cost, usize)> = None;
-        for (index, row) in reached.iter().enumerate() {
-            let Some((cost, ..)) = row[layers] else { continue };
-            let back_s = self.links.seconds(devices[index].node, devices[0].node, 0);
+        for (index, row) in rows.iter().enumerate() {
+            let Some((cost, ..)) = row.ends[layers] else { continue };
+            let back_s = self.links.seconds(row.offer.node, first, 0);
             let cost = Cost { total_s: cost.total_s + back_s, ..cost };
             if best.is_none_or(|(other, _)| cost.is_less(other, self.policy)) {
                 best = Some((cost, index));
@@ -254,8 +307,8 @@ impl Search<'_> {
         let mut stages = Vec::new();
         let mut end = layers;
         while end > 0 {
-            let (_, start, from) = reached[index][end]?;
-            stages.push(stage(self.demand, devices[index], start..end));
+            let (_, start, from) = rows[index].ends[end]?;
+            stages.push(stage(self.demand, rows[index].offer, start..end));
             (end, index) = (start, from);
         }
         stages.reverse();

@@ -12,6 +12,8 @@ pub struct Limits {
     pub pages: u32,
     /// Tokens of one sequence, prompt and answer.
     pub context_tokens: u32,
+    /// Tokens below this number are the model's.
+    pub vocabulary: u32,
     /// Steps in flight: as many as there are stages.
     pub steps_in_flight: usize,
     /// Sequences that decode together.
@@ -41,6 +43,8 @@ pub enum AdmitError {
     EmptyPrompt,
     #[error("the prompt has {prompt_tokens} tokens, and the context {context_tokens}: at least one must be left")]
     TooLong { prompt_tokens: usize, context_tokens: u32 },
+    #[error("token {token} is not one of the model's {vocabulary}")]
+    NoSuchToken { token: u32, vocabulary: u32 },
 }
 
 /// Why an answer ended.

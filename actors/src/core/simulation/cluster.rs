@@ -10,7 +10,7 @@ mod trouble;
 
 use super::{Random, seeds};
 use crate::core::desired::{Stamp, Wanted};
-use crate::core::lead::{Effect, Leader, World};
+use crate::core::lead::{Broken, Effect, Leader, World};
 use crate::core::line::{Line, StageNews, StageTask, Step};
 use crate::core::spec::InstanceId;
 use exo_engines::engine::Incarnation;
@@ -150,12 +150,9 @@ impl Cluster {
                     want.2 = Some(error);
                 }
             }
-            Said::Broken { id, stamp, node: at, device, error } => {
+            Said::Broken(broken) => {
                 if node.members.leader() == Some(node.id) {
-                    let of = (id, stamp);
-                    self.as_leader(index, |leader, world| {
-                        leader.handle_broken(world, from_id, of, (at, device), error)
-                    });
+                    self.as_leader(index, |leader, world| leader.handle_broken(world, from_id, broken));
                 }
             }
             Said::Start(task) => self.start(index, from_id, *task),
@@ -342,7 +339,8 @@ impl Cluster {
             for (stage, error) in if is_second { head.line.lost() } else { Vec::new() } {
                 let placed = &head.line.wanted().placement.stages[stage];
                 let (node, device) = (placed.node, placed.device.clone());
-                let broken = Said::Broken { id, stamp: head.line.stamp(), node, device, error };
+                let (stamp, has_run) = (head.line.stamp(), head.line.has_run());
+                let broken = Said::Broken(Broken { instance: id, stamp, node, device, has_run, error });
                 said.extend(leader.map(|leader| (leader, broken)));
             }
         }

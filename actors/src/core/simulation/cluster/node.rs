@@ -2,7 +2,7 @@
 
 use super::GB;
 use crate::core::desired::{Desired, Entry, Listed, Stamp};
-use crate::core::lead::{Ask, Leader};
+use crate::core::lead::{Ask, Broken, Leader};
 use crate::core::line::{Line, StageNews, StageTask};
 use crate::core::members::{DeviceOffer, MemberReport, Members, OwnedInstance};
 use crate::core::plan::{Demand, Link};
@@ -20,7 +20,7 @@ pub(super) enum Said {
     Desired(Vec<(InstanceId, Entry)>),
     Want(Box<Ask>),
     Refused(ModelSpec, RequestError),
-    Broken { id: InstanceId, stamp: Stamp, node: NodeId, device: DeviceId, error: RequestError },
+    Broken(Broken),
     Start(Box<StageTask>),
     Wire { id: InstanceId, stage: usize, incarnation: Incarnation },
     Clear { id: InstanceId, below: Stamp },
@@ -82,6 +82,7 @@ pub(super) fn ask(number: u64) -> Ask {
         family: String::new(),
         quantization: String::new(),
         context_tokens: 4096,
+        vocabulary: 256,
         files: FilesId([number as u8; 32]),
     };
     // The last one fits nobody, and not all together either.

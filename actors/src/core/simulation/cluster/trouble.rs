@@ -79,15 +79,19 @@ impl Cluster {
     /// Members see that others came or are gone.
     pub(super) fn notice(&mut self) {
         for (a, b) in self.pairs() {
+            // Who hears of another one dials it, sooner or later.
+            let meets = self.random.below(10) == 0;
             for (one, other) in [(a, b), (b, a)] {
                 let is_gone = !self.can_talk(a, b)
                     && self
                         .cut
                         .get(&(a, b))
                         .is_none_or(|since| self.now > *since + NOTICED_AFTER || self.nodes[other].is_none());
-                if self.can_talk(a, b) && !self.sees.contains(&(one, other)) {
+                if meets && self.can_talk(a, b) && !self.sees.contains(&(one, other)) {
                     self.sees.insert((one, other));
+                    let now = self.now;
                     let Some(node) = &mut self.nodes[one] else { continue };
+                    node.leader.handle_meeting(now);
                     let (report, entries) =
                         (node.report(), node.desired.entries().map(|(id, e)| (id, e.clone())).collect());
                     self.say(one, self.ids[other], Said::Report(Box::new(report)));
