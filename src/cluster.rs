@@ -57,7 +57,7 @@ pub(crate) fn join(
     let secret = ClusterSecret::load_or_create(data_dir)?;
     let cookie = secret.cookie();
     let (listen, discover) = (settings.listen, settings.discover);
-    let evicted = evicted(data_dir);
+    let evicted = evicted(data_dir)?;
     let not_let_in = evicted.nodes().clone();
     let config = NetworkConfig { identity, secret, name, listen, peers, discover, evicted: not_let_in };
     let (network, events) = Network::start(config)?;
@@ -84,15 +84,21 @@ pub(crate) fn renew_secret(data_dir: &Path) -> Result<(), SecretError> {
     change_to(data_dir, &ClusterSecret::random()?)
 }
 
-fn evicted(data_dir: &Path) -> Evicted {
+/// A list that is there and cannot be read lets nobody in.
+fn evicted(data_dir: &Path) -> Result<Evicted, StartError> {
     let path = data_dir.join(EVICTED_FILE);
+    let lines = match std::fs::read_to_string(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        read => read.map_err(|source| StartError::Members { path: path.clone(), source })?,
+    };
     // Lines that are no ids are nobody's.
-    let lines = std::fs::read_to_string(&path).unwrap_or_default();
     let nodes: BTreeSet<NodeId> = lines.lines().filter_map(|line| line.parse().ok()).collect();
-    Evicted::new(nodes, move |nodes| {
+    Ok(Evicted::new(nodes, move |nodes| {
         let lines: String = nodes.iter().map(|node| format!("{node}\n")).collect();
-        std::fs::write(&path, lines)
-    })
+        let draft = path.with_extension("draft");
+        std::fs::write(&draft, lines)?;
+        std::fs::rename(&draft, &path)
+    }))
 }
 
 fn remember(data_dir: &Path, addresses: &[SocketAddr]) -> Result<(), StartError> {

@@ -30,7 +30,7 @@ use crate::planner::{PlannerMsg, PlannerRef};
 use crate::post::{Line, Post};
 use crate::protocol::{ControlMessage, DataHello};
 use exo_net::{DataConnection, DataStream, Network, NetworkEvent, NodeId, Outbox, Pass, Peer};
-use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::{NodeServerMessage, RactorMessage};
 use sessions::{SessionEvent, SessionRef};
 use std::collections::{BTreeMap, BTreeSet};
@@ -179,10 +179,27 @@ impl Actor for Cluster {
             ClusterMsg::Session(event) => state.on_session(event),
             ClusterMsg::Heard(heard) => state.on_heard(heard),
             ClusterMsg::Probed { id, session, bytes_per_s } => state.on_probed(id, session, bytes_per_s),
-            ClusterMsg::Evict(nodes) => state.evict(nodes),
+            ClusterMsg::Evict(nodes) => {
+                let new = state.evicted.add(nodes.into_iter().filter(|node| *node != state.own));
+                state.evict(new);
+            }
             ClusterMsg::Look => state.look(&myself),
         }
         Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _: ClusterRef,
+        event: SupervisionEvent,
+        _: &mut ClusterState,
+    ) -> Result<(), ActorProcessingErr> {
+        match event {
+            // Without them nobody would be met any more: the node stops, and says why.
+            SupervisionEvent::ActorFailed(_, error) => Err(error),
+            SupervisionEvent::ActorTerminated(..) => Err("a part of the cluster's actor has stopped".into()),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -287,8 +304,7 @@ impl ClusterState {
     }
 
     /// Closes the doors to members, and tells the others.
-    fn evict(&mut self, nodes: BTreeSet<NodeId>) {
-        let new = self.evicted.add(nodes.into_iter().filter(|node| *node != self.own));
+    fn evict(&self, new: Vec<NodeId>) {
         if new.is_empty() {
             return;
         }
@@ -304,7 +320,8 @@ impl ClusterState {
             return;
         }
         if let ControlMessage::Evicted(nodes) = heard.message {
-            return self.evict(nodes);
+            let new = self.evicted.add_heard(nodes.into_iter().filter(|node| *node != self.own));
+            return self.evict(new);
         }
         if let ControlMessage::Report(report) = &heard.message {
             // Whoever is a member of a member's cluster is one of ours.

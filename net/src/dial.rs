@@ -259,7 +259,9 @@ mod tests {
             policy.handle_address(address(port), Source::Named, Duration::ZERO);
             assert_eq!(policy.poll_dial(Duration::ZERO), Some(address(port)));
         }
-        [1, 2].map(|port| policy.handle_dialled(address(port), peer));
+        for port in [1, 2] {
+            policy.handle_dialled(address(port), peer);
+        }
         policy.handle_up(peer, address(1), Duration::ZERO);
         policy.handle_down(peer, 100 * SECOND);
         let now = 110 * SECOND;

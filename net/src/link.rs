@@ -142,3 +142,6 @@ impl DataStream {
         let _ = self.reader.stream().stop(GIVEN_UP);
     }
 }
+
+#[cfg(test)]
+mod tests;

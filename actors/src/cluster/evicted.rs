@@ -2,7 +2,7 @@
 
 use exo_net::NodeId;
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// More is damage, or malice: it takes a new secret anyway to be rid of so many.
 const EVICTED_MAX: usize = 4096;
@@ -12,6 +12,8 @@ const EVICTED_MAX: usize = 4096;
 pub struct Evicted {
     nodes: BTreeSet<NodeId>,
     keep: Keep,
+    /// As they are now, for whoever writes them down; held while that is done, so that the last one writes all.
+    latest: Arc<Mutex<BTreeSet<NodeId>>>,
 }
 
 type Keep = Arc<dyn Fn(&BTreeSet<NodeId>) -> std::io::Result<()> + Send + Sync>;
@@ -28,26 +30,67 @@ impl Evicted {
         nodes: BTreeSet<NodeId>,
         keep: impl Fn(&BTreeSet<NodeId>) -> std::io::Result<()> + Send + Sync + 'static,
     ) -> Self {
-        Self { nodes, keep: Arc::new(keep) }
+        Self { nodes, keep: Arc::new(keep), latest: Arc::default() }
     }
 
     pub fn nodes(&self) -> &BTreeSet<NodeId> {
         &self.nodes
     }
 
-    /// Takes more; gives those that are new.
+    /// Takes those of this node's user; gives those that are new.
     pub(super) fn add(&mut self, nodes: impl IntoIterator<Item = NodeId>) -> Vec<NodeId> {
-        let room = EVICTED_MAX.saturating_sub(self.nodes.len());
-        let new: Vec<NodeId> = nodes.into_iter().filter(|node| !self.nodes.contains(node)).take(room).collect();
+        let new: Vec<NodeId> = nodes.into_iter().filter(|node| !self.nodes.contains(node)).collect();
         self.nodes.extend(&new);
         if !new.is_empty() {
-            let kept = self.clone();
+            let (nodes, keep, latest) = (self.nodes.clone(), Arc::clone(&self.keep), Arc::clone(&self.latest));
             tokio::task::spawn_blocking(move || {
-                if let Err(error) = (kept.keep)(&kept.nodes) {
+                // It only grows, whatever panicked.
+                let mut latest = latest.lock().unwrap_or_else(PoisonError::into_inner);
+                latest.extend(nodes);
+                if let Err(error) = keep(&latest) {
                     tracing::error!(%error, "who is evicted could not be written down: it holds until the node stops");
                 }
             });
         }
         new
+    }
+
+    /// Takes those of another member, as long as there is room; gives those that are new.
+    pub(super) fn add_heard(&mut self, nodes: impl IntoIterator<Item = NodeId>) -> Vec<NodeId> {
+        let room = EVICTED_MAX.saturating_sub(self.nodes.len());
+        let new: Vec<NodeId> = nodes.into_iter().filter(|node| !self.nodes.contains(node)).take(room).collect();
+        self.add(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    fn ids(count: usize) -> impl Iterator<Item = NodeId> {
+        (0..count).map(|_| exo_net::Identity::ephemeral().expect("random bytes").node_id())
+    }
+
+    /// However many another member tells of, this node's user can evict; and all of them are written down.
+    #[tokio::test]
+    async fn nobody_can_fill_the_list_against_its_user() {
+        let written = Arc::new(Mutex::new(BTreeSet::new()));
+        let file = Arc::clone(&written);
+        let mut evicted = Evicted::new(BTreeSet::new(), move |nodes| {
+            *file.lock().expect("it is whole") = nodes.clone();
+            Ok(())
+        });
+        assert_eq!(evicted.add_heard(ids(EVICTED_MAX + 7)).len(), EVICTED_MAX);
+        assert_eq!(evicted.add_heard(ids(1)), []);
+        let by_hand: Vec<NodeId> = ids(2).collect();
+        for node in &by_hand {
+            assert_eq!(evicted.add([*node]), [*node]);
+        }
+        let begun = Instant::now();
+        while !by_hand.iter().all(|node| written.lock().expect("it is whole").contains(node)) {
+            assert!(begun.elapsed() < Duration::from_secs(10), "they are not written down");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }

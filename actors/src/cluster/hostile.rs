@@ -5,20 +5,23 @@ use super::{Cluster, Evicted};
 use crate::core::desired::{Entry, Stamp, Want};
 use crate::core::lead::{Ask, Broken};
 use crate::core::line::{StageNews, StageTask};
+use crate::core::members::MemberReport;
 use crate::core::plan::Demand;
 use crate::core::spec::{FilesId, InstanceId, Model, ModelSpec};
+use crate::core::state::Machine;
 use crate::models::ModelsConfig;
 use crate::node::{Joined, Node, NodeArgs, NodeConfig, Parts};
 use crate::planner::PlannerLimits;
-use crate::protocol::{ControlMessage, DataHello, End, LinkHello, PiecesWanted, StageOrder, WeightsAsk};
-use crate::request::RequestError;
+use crate::protocol::{ControlMessage, DataHello, End, HeadRequest, LinkHello, PiecesWanted, StageOrder, WeightsAsk};
+use crate::request::{GenerateRequest, Generated, Prompt, RequestError};
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{DeviceId, Incarnation};
+use exo_engines::sampler::{SamplerSpec, SamplingParams};
 use exo_net::{
     ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, Payload, Priority, WireType,
 };
 use ractor::Actor;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -147,7 +150,46 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
         ControlMessage::Broken(Box::new(Broken { instance, stamp, node: own, device, has_run: true, error })),
     ];
     let news = news.into_iter().map(|news| ControlMessage::News { instance, stamp, news });
-    news.chain(orders.map(ControlMessage::Stage)).chain(others).collect()
+    news.chain(orders.map(ControlMessage::Stage)).chain(others).chain(reports(round)).collect()
+}
+
+/// Reports of what cannot be, one that looks as if it had another list, and evictions of nobody.
+fn reports(round: u64) -> Vec<ControlMessage> {
+    let report = MemberReport {
+        name: "x".to_owned(),
+        addresses: (0..200).map(|port| SocketAddr::from(([127, 0, 0, 1], 1 + port))).collect(),
+        devices: Vec::new(),
+        machine: Machine::default(),
+        memory_limit_bytes: None,
+        leaving_bytes: 0,
+        is_draining: true,
+        owned: BTreeMap::new(),
+        in_use: Vec::new(),
+        list: round,
+        links: BTreeMap::new(),
+        peers: Vec::new(),
+    };
+    let absurd = MemberReport { in_use: vec![InstanceId(round); 100_000], ..report.clone() };
+    let nobody = (0..100).map(|number: u64| format!("{:064x}", round << 8 | number).parse().expect("an id")).collect();
+    let reports = [report, absurd].map(|report| ControlMessage::Report(Box::new(report)));
+    reports.into_iter().chain([ControlMessage::Evicted(nobody)]).collect()
+}
+
+/// Requests for a head that is there, of tokens and by parameters that no model has.
+fn requests(instance: InstanceId) -> Vec<DataHello> {
+    let request = |params, prompt, generated| {
+        let sampler = SamplerSpec { params, prompt, generated };
+        let request = Box::new(HeadRequest { sampler, max_tokens: u32::MAX, ends: BTreeSet::new() });
+        DataHello::Request { instance, request }
+    };
+    let greedy = SamplingParams::greedy;
+    vec![
+        request(greedy(), vec![1, u32::MAX], Vec::new()),
+        request(greedy(), vec![1], vec![u32::MAX; 3]),
+        request(greedy(), Vec::new(), Vec::new()),
+        request(SamplingParams { top_logprobs: u32::MAX, ..greedy() }, vec![1], Vec::new()),
+        request(SamplingParams { temperature: f32::NAN, ..greedy() }, vec![1], Vec::new()),
+    ]
 }
 
 fn streams(own: NodeId, round: u64) -> Vec<DataHello> {
@@ -161,13 +203,15 @@ fn streams(own: NodeId, round: u64) -> Vec<DataHello> {
     ]
 }
 
-/// The hostile process; it reads its victim's token.
+/// The hostile process; it reads its victim's token, and which instance runs there.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "started by the other test of this file"]
 async fn a_member_out_of_turn() {
     let mut token = String::new();
     std::io::stdin().read_line(&mut token).expect("a line");
-    let token: JoinToken = token.trim().parse().expect("a token");
+    let (token, instance) = token.trim().split_once(' ').expect("two words");
+    let token: JoinToken = token.parse().expect("a token");
+    let instance = InstanceId(instance.parse().expect("a number"));
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (config, _) = config(token.secret, token.addresses, folder.path());
     let own = config.id;
@@ -182,30 +226,75 @@ async fn a_member_out_of_turn() {
     for round in 0..100 {
         for (victim, data) in post.peers() {
             out_of_turn(own, round).into_iter().for_each(|message| post.tell(victim, message));
-            for hello in streams(own, round) {
+            for hello in streams(own, round).into_iter().chain(requests(instance)) {
                 if let Ok(mut stream) = data.open(Priority::Normal).await {
                     // Whatever becomes of it.
                     let _ = stream.writer.send(&hello, Payload::Nothing).await;
                 }
             }
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::task::yield_now().await;
     }
     println!("said all");
+    // What was said is to be heard before the connections end.
+    tokio::time::sleep(Duration::from_secs(2)).await;
 }
 
 fn resident_bytes() -> u64 {
     crate::machine::measure_once().process_bytes.expect("it is measured")
 }
 
-/// R7.3, R8.4: a member that sends messages out of order, of other instances, with absurd numbers, again and again, changes
-/// nothing for others: the node answers, in time, and its memory is what it was.
+/// A folder with a tiny model, its tokenizer included.
+fn tiny_model(folder: &std::path::Path) -> ModelSpec {
+    let fixture = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../engines/tests/fixtures/llama");
+    let model = folder.join("tiny");
+    std::fs::create_dir(&model).expect("a folder");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture.join(file), model.join(file)).expect("copied");
+    }
+    let vocabulary: serde_json::Map<_, _> = (0..96).map(|id| (format!("w{id}"), id.into())).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"},
+    });
+    std::fs::write(model.join("tokenizer.json"), tokenizer.to_string()).expect("written");
+    ModelSpec::new(model.to_string_lossy())
+}
+
+/// The tokens of an honest request.
+async fn ask(node: &crate::NodeHandle, model: &ModelSpec) -> Vec<u32> {
+    let request = GenerateRequest {
+        model: model.clone(),
+        prompt: Prompt::Tokens((3..40).collect()),
+        params: SamplingParams::greedy(),
+        max_tokens: Some(60),
+        stop: Vec::new(),
+    };
+    let mut answer = node.generate(request).expect("it is taken");
+    let mut tokens = Vec::new();
+    while let Some(event) = answer.next().await {
+        if let Generated::Token { sampled, .. } = event.expect("it goes on") {
+            tokens.push(sampled.token);
+        }
+    }
+    tokens
+}
+
+/// R7.3, R8.4: a member that sends messages out of order, of other instances, with absurd numbers, as fast as it can, and
+/// requests of what no model has, changes nothing for others: the node answers, in time and as it did, and its memory is
+/// what it was.
 #[tokio::test(flavor = "multi_thread")]
 async fn members_out_of_turn_harm_nobody() {
     let secret = ClusterSecret::random().expect("random bytes");
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (config, address) = config(secret.clone(), Vec::new(), folder.path());
     let node = crate::handle::start(config).await.expect("it starts");
+    let model = tiny_model(folder.path());
+    let running = node.load(model.clone()).await.expect("it loads");
+    let expected = ask(&node, &model).await;
+    assert_eq!(expected.len(), 60);
     let before = resident_bytes();
     let token = JoinToken { secret, addresses: address.into_iter().collect() }.to_string();
     let mut command = tokio::process::Command::new(std::env::current_exe().expect("this program"));
@@ -213,7 +302,7 @@ async fn members_out_of_turn_harm_nobody() {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut hostile = command.spawn().expect("it starts");
     let mut told = hostile.stdin.take().expect("it is piped");
-    told.write_all(format!("{token}\n").as_bytes()).await.expect("it listens");
+    told.write_all(format!("{token} {}\n", running.id).as_bytes()).await.expect("it listens");
     let hostile = hostile.wait_with_output();
     tokio::pin!(hostile);
     let output = loop {
@@ -223,13 +312,17 @@ async fn members_out_of_turn_harm_nobody() {
                 let asked = Instant::now();
                 node.state().await.expect("the node answers");
                 assert!(asked.elapsed() < Duration::from_secs(2), "in time");
+                assert_eq!(ask(&node, &model).await, expected);
             }
         }
     };
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(said.contains("said all"), "{said} {}", String::from_utf8_lossy(&output.stderr));
     let state = node.state().await.expect("the node answers");
-    assert!(state.instances.is_empty(), "nothing was started: {:?}", state.instances);
+    let loaded: Vec<&InstanceId> = state.instances.keys().collect();
+    assert_eq!(loaded, [&running.id], "nothing else was started, and that is as it was");
+    assert!(state.instances[&running.id].totals.requests > 10, "requests were answered");
+    assert_eq!(ask(&node, &model).await, expected);
     let unknown = node.load(ModelSpec::new("no-such-model")).await;
     assert!(matches!(unknown, Err(RequestError::Model(_))), "its own requests are answered as ever");
     let grown = resident_bytes().saturating_sub(before);

@@ -4,6 +4,7 @@ use super::*;
 use crate::certificate::tests::impostor;
 use crate::{Discover, Network, NetworkConfig, NetworkEvent};
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn loopback() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 0))
@@ -17,18 +18,27 @@ pub(crate) fn secret(byte: u8) -> ClusterSecret {
     ClusterSecret::from_bytes([byte; 32])
 }
 
-pub(crate) fn network(byte: u8, peers: Vec<SocketAddr>) -> (Network, mpsc::Receiver<NetworkEvent>, NodeId) {
-    let identity = Arc::new(identity());
-    let id = identity.node_id();
-    let config = NetworkConfig {
-        identity,
+fn config(byte: u8, listen: SocketAddr, peers: Vec<SocketAddr>) -> NetworkConfig {
+    NetworkConfig {
+        identity: Arc::new(identity()),
         secret: secret(byte),
         name: "test".to_owned(),
-        listen: loopback(),
+        listen,
         peers,
         discover: Discover::Off,
         evicted: BTreeSet::new(),
-    };
+    }
+}
+
+type Started = (Network, mpsc::Receiver<NetworkEvent>, NodeId);
+
+pub(crate) fn network(byte: u8, peers: Vec<SocketAddr>) -> Started {
+    network_at(loopback().ip(), byte, peers)
+}
+
+fn network_at(ip: IpAddr, byte: u8, peers: Vec<SocketAddr>) -> Started {
+    let config = config(byte, SocketAddr::new(ip, 0), peers);
+    let id = config.identity.node_id();
     let (network, events) = Network::start(config).expect("it listens");
     (network, events, id)
 }
@@ -98,7 +108,115 @@ async fn only_members_are_let_in() {
     tokio::task::spawn_blocking(move || drop(network)).await.expect("dropped");
 }
 
-/// Garbage on the port, and handshakes that are begun and not ended, keep no member out.
+/// A relay that lets a client begin a handshake and not end it: of what the client sends, the first two datagrams pass (the
+/// address it claims, and that it is there); all that the server answers does. How much that was is counted.
+async fn half_open(server: SocketAddr, answers: Arc<AtomicUsize>) -> SocketAddr {
+    let near = tokio::net::UdpSocket::bind(loopback()).await.expect("a socket");
+    let far = tokio::net::UdpSocket::bind(loopback()).await.expect("a socket");
+    let address = near.local_addr().expect("an address");
+    tokio::spawn(async move {
+        let (mut from_client, mut from_server) = (vec![0; 2048], vec![0; 2048]);
+        let (mut client, mut passed) = (None, 0);
+        loop {
+            tokio::select! {
+                Ok((length, from)) = near.recv_from(&mut from_client) => {
+                    client = Some(from);
+                    passed += 1;
+                    if passed <= 2 {
+                        // What the kernel drops is not sent.
+                        let _ = far.send_to(&from_client[..length], server).await;
+                    }
+                }
+                Ok((length, _)) = far.recv_from(&mut from_server) => {
+                    answers.fetch_add(1, Ordering::Relaxed);
+                    if let Some(client) = client {
+                        let _ = near.send_to(&from_server[..length], client).await;
+                    }
+                }
+            }
+        }
+    });
+    address
+}
+
+/// Handshakes that are begun by the hundred and held open by someone who is where he says keep out nobody who is elsewhere,
+/// and whoever is at the same address no longer than their deadline; those who are in notice nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn half_open_handshakes_keep_nobody_out() {
+    let (victim, mut events, _) = network(1, Vec::new());
+    let address = victim.address().expect("it listens");
+    let (inside, mut of_inside, id_inside) = network_at([127, 0, 0, 3].into(), 1, vec![address]);
+    // Whoever drops a peer ends its connections.
+    let inside_at_victim = up(&mut events).await;
+    let inside_peer = up(&mut of_inside).await;
+    assert_eq!(inside_at_victim.id, id_inside);
+    let credentials = Credentials::make(&identity(), &secret(1), Validity::from_now(SystemTime::now())).expect("made");
+    let client = quic_client(&credentials, Purpose::Data).expect("a client");
+    let endpoint = quinn::Endpoint::client(loopback()).expect("a socket");
+    let answers = Arc::new(AtomicUsize::new(0));
+    let mut held = Vec::new();
+    for _ in 0..300 {
+        let relay = half_open(address, Arc::clone(&answers)).await;
+        held.push(endpoint.connect_with(client.clone(), relay, MEMBER_NAME).expect("a dial"));
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // A Retry for each, and for those that are held, the server's half of the handshake.
+    assert!(answers.load(Ordering::Relaxed) > 300 + HANDSHAKES_OF_ADDRESS_MAX, "they are held");
+    let begun = std::time::Instant::now();
+    let (elsewhere, _of_elsewhere, id_elsewhere) = network_at([127, 0, 0, 2].into(), 1, vec![address]);
+    let elsewhere_at_victim = up(&mut events).await;
+    assert_eq!(elsewhere_at_victim.id, id_elsewhere);
+    assert!(begun.elapsed() < HANDSHAKE_DEADLINE / 2, "{:?}: while they are held", begun.elapsed());
+    let (same, _of_same, id_same) = network(1, vec![address]);
+    assert_eq!(up(&mut events).await.id, id_same);
+    inside_peer.data.open_link(&1_u8).await.expect("its connections are as they were");
+    drop(held);
+    tokio::task::spawn_blocking(move || drop((victim, inside, elsewhere, same))).await.expect("dropped");
+}
+
+/// Whoever answers a dial must be a member, too: a server of another cluster, one that is out of date and one that claims
+/// another's name are not spoken to.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_members_are_dialled() {
+    let (ours, now, day) = (secret(1), SystemTime::now(), Duration::from_secs(24 * 3600));
+    let with = |secret: &ClusterSecret, validity| Credentials::make(&identity(), secret, validity).expect("made");
+    let dial = async |server: Credentials| {
+        let config = quic_server(&server).expect("a server");
+        let server = quinn::Endpoint::server(config, loopback()).expect("a socket");
+        let address = server.local_addr().expect("an address");
+        let accepting = tokio::spawn(async move {
+            while let Some(incoming) = server.accept().await {
+                if let Ok(connection) = incoming.await {
+                    connection.closed().await;
+                }
+            }
+        });
+        let local = Local { identity: Arc::new(identity()), secret: secret(1) };
+        let (endpoint, _accepted) = Endpoint::open(local, loopback()).expect("it listens");
+        let dialled = endpoint.dial(address, Purpose::Control).await.map(|authenticated| authenticated.id);
+        accepting.abort();
+        dialled
+    };
+    assert!(dial(with(&ours, Validity::from_now(now))).await.is_ok(), "a member");
+    let expired = Validity { from: now - 9 * day, to: now - day };
+    assert!(dial(with(&ours, expired)).await.is_err(), "out of date");
+    assert!(dial(with(&secret(2), Validity::from_now(now))).await.is_err(), "another cluster's");
+    let forged = impostor(&identity(), &ours, identity().node_id());
+    assert!(dial(forged).await.is_err(), "another's name");
+}
+
+/// A port that is taken is an error that says so, on whatever runtime.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_that_is_taken_is_named() {
+    let (network, _events, _) = network(1, Vec::new());
+    let address = network.address().expect("it listens");
+    let config = NetworkConfig { listen: address, ..config(1, loopback(), Vec::new()) };
+    let refused = Network::start(config).map(drop).expect_err("it is taken").to_string();
+    assert!(refused.contains(&address.to_string()) && refused.contains("--listen"), "{refused}");
+    tokio::task::spawn_blocking(move || drop(network)).await.expect("dropped");
+}
+
+/// Garbage on the port keeps no member out.
 #[tokio::test(flavor = "multi_thread")]
 async fn noise_keeps_nobody_out() {
     let (a, mut events, _) = network(1, Vec::new());
@@ -110,14 +228,6 @@ async fn noise_keeps_nobody_out() {
         // What the kernel drops is no noise.
         let _ = noise.send_to(&bytes, address);
     }
-    let credentials = Credentials::make(&identity(), &secret(1), Validity::from_now(SystemTime::now())).expect("made");
-    let client = quic_client(&credentials, Purpose::Data).expect("a client");
-    let mut begun = Vec::new();
-    for _ in 0..300 {
-        let endpoint = quinn::Endpoint::client(loopback()).expect("a socket");
-        begun.push((endpoint.connect_with(client.clone(), address, MEMBER_NAME).expect("a dial"), endpoint));
-    }
-    drop(begun);
     let (b, _of_b, id_b) = network(1, vec![address]);
     assert_eq!(up(&mut events).await.id, id_b);
     tokio::task::spawn_blocking(move || drop((a, b))).await.expect("dropped");
