@@ -39,6 +39,7 @@ use shelf::Shelf;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::Semaphore;
 
 pub(crate) type ModelsRef = ActorRef<ModelsMsg>;
@@ -46,6 +47,9 @@ type Outcome = Result<Arc<ResolvedModel>, ModelError>;
 
 /// Streams of other nodes that are served at once: each reads a piece into memory.
 const SERVED_MAX: usize = 8;
+
+/// Further ones wait for their turn: whoever asks waits for some time longer.
+const SERVED_WITHIN: Duration = Duration::from_secs(15);
 
 /// What is wanted of which model.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -164,11 +168,13 @@ impl ModelsState {
     }
 
     fn serve(&self, ask: WeightsAsk, stream: DataStream) {
-        let Ok(permit) = Arc::clone(&self.served).try_acquire_owned() else { return stream.give_up() };
-        let (config, shelf) = (Arc::clone(&self.config), self.shelf.clone());
+        let (config, shelf, served) = (Arc::clone(&self.config), self.shelf.clone(), Arc::clone(&self.served));
         tokio::spawn(async move {
-            let _permit = permit;
-            shelf::serve(config, shelf, ask, stream).await;
+            // Bounded in number by the streams of peers.
+            match tokio::time::timeout(SERVED_WITHIN, served.acquire_owned()).await {
+                Ok(Ok(_permit)) => shelf::serve(config, shelf, ask, stream).await,
+                _ => stream.give_up(),
+            }
         });
     }
 }

@@ -210,6 +210,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
         stages: stages.clone(),
         post: post.clone(),
         board: board.clone(),
+        heads: config.joined.as_ref().map(|joined| joined.network.thread()),
         facts: facts.clone(),
     };
     let (planner, _) = Planner::spawn_linked(None, Planner, planner_args, cell()).await?;

@@ -38,7 +38,7 @@ use crate::request::{RequestError, fresh_seed};
 use crate::stages::{StagesFact, StagesRef};
 use crate::tokenizer::Opened;
 use exo_engines::engine::{DeviceId, DeviceReport};
-use exo_net::{NodeId, WireType};
+use exo_net::{NetworkThread, NodeId, WireType};
 use own::Owned;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use ractor_cluster::RactorMessage;
@@ -133,6 +133,8 @@ pub(crate) struct PlannerArgs {
     pub stages: StagesRef,
     pub post: Post,
     pub board: Switchboard,
+    /// Where heads decide: results of steps come in there. `None`: there is no network.
+    pub heads: Option<NetworkThread>,
     pub facts: Facts,
 }
 

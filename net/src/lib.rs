@@ -35,7 +35,7 @@ pub use endpoint::BindError;
 pub use frame::{Announced, FrameError, FrameReader, FrameWriter, PAYLOAD_BYTES_MAX, Payload, Received, WireType};
 pub use identity::{Identity, IdentityError, NodeId, NodeIdError};
 pub use link::{CREDITS, DataStream, LinkReceiver, LinkSender, Priority};
-pub use network::{Discover, Network, NetworkConfig, NetworkError, NetworkEvent};
+pub use network::{Discover, Network, NetworkConfig, NetworkError, NetworkEvent, NetworkThread};
 pub use peer::{DataConnection, NAME_BYTES_MAX, Pass, Peer};
 pub use private_file::PrivateFileError;
 pub use secret::{ClusterSecret, SecretError};

@@ -87,12 +87,39 @@ enum News {
 pub struct Network {
     address: Option<SocketAddr>,
     news: mpsc::Sender<News>,
-    runtime: Option<tokio::runtime::Runtime>,
+    driver: tokio::task::AbortHandle,
+    thread: NetworkThread,
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
+        // With it its endpoint, and the connections.
+        self.driver.abort();
+    }
+}
+
+/// The thread that the network runs on. It is there as long as anyone holds this.
+#[derive(Debug, Clone)]
+pub struct NetworkThread(Arc<Thread>);
+
+#[derive(Debug)]
+struct Thread(Option<tokio::runtime::Runtime>);
+
+impl NetworkThread {
+    /// Runs `task` there: what hears of peers' frames and answers at once, and never computes.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> Option<tokio::task::JoinHandle<T>> {
+        // It is taken when nobody holds this any more.
+        self.0.0.as_ref().map(|runtime| runtime.spawn(task))
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            // Whoever drops it may be on a runtime of its own, where none may be waited for.
             runtime.shutdown_background();
         }
     }
@@ -146,8 +173,9 @@ impl Network {
         };
         let named = config.peers;
         drop(_context);
-        runtime.spawn(driver.run(named, inputs, accepted));
-        Ok((Self { address, news, runtime: Some(runtime) }, receiver))
+        let driver = runtime.spawn(driver.run(named, inputs, accepted)).abort_handle();
+        let thread = NetworkThread(Arc::new(Thread(Some(runtime))));
+        Ok((Self { address, news, driver, thread }, receiver))
     }
 
     /// Where this node listens.
@@ -164,10 +192,13 @@ impl Network {
     /// Closes the connections of `id`, and lets it in no more.
     pub fn evict(&self, id: NodeId) {
         let news = self.news.clone();
-        if let Some(runtime) = &self.runtime {
-            // A driver that has ended has no peers.
-            runtime.spawn(async move { drop(news.send(News::Evict(id)).await) });
-        }
+        // A driver that has ended has no peers.
+        self.thread.spawn(async move { drop(news.send(News::Evict(id)).await) });
+    }
+
+    /// The thread that it runs on.
+    pub fn thread(&self) -> NetworkThread {
+        self.thread.clone()
     }
 
     /// Tells peers that this node goes, and ends.

@@ -124,7 +124,9 @@ fn fail(error: &anyhow::Error) -> ExitCode {
 fn start_logging(default: &str) {
     use tracing_subscriber::EnvFilter;
     let filter = std::env::var("EXO_LOG").unwrap_or_else(|_| default.to_owned());
-    let filter = EnvFilter::try_new(&filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    // ractor_cluster warns of each session that ends; what that means is told where it matters. Who asks for it gets it.
+    let filter = EnvFilter::try_new(format!("ractor_cluster=error,{filter}"));
+    let filter = filter.unwrap_or_else(|_| EnvFilter::new("ractor_cluster=error,info"));
     let colours = std::io::stderr().is_terminal();
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
     if std::env::var("EXO_LOG_FORMAT").is_ok_and(|format| format == "json") {

@@ -267,14 +267,18 @@ impl Answer {
             Some(load) => format!("loaded in {:.0} ms", milliseconds(load)),
             None => "by the running node".to_owned(),
         };
+        let on = match shards {
+            // Another node has the head, and has not told of it yet.
+            0 => String::new(),
+            1 => format!(", on {} in 1 shard", devices.join(", ")),
+            _ => format!(", on {} in {shards} shards", devices.join(", ")),
+        };
         format!(
-            "{} prompt + {} generated tokens, first after {:.0} ms, then {:.1} tokens/s, on {} in {shards} shard{}, {loaded}",
+            "{} prompt + {} generated tokens, first after {:.0} ms, then {:.1} tokens/s{on}, {loaded}",
             self.prompt_tokens.len(),
             self.tokens.len(),
             milliseconds(self.first_token.unwrap_or_default()),
             self.decode_rate(),
-            devices.join(", "),
-            if shards == 1 { "" } else { "s" },
         )
     }
 }

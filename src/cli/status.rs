@@ -80,6 +80,10 @@ fn draw_member(out: &mut String, state: &State, id: NodeId, member: &MemberRepor
         member.name,
         id.short()
     );
+    for (to, link) in member.links.iter().filter(|(to, _)| **to != state.node) {
+        let carries = link.bytes_per_s.map_or(String::new(), |bytes| format!(" over {:.0} MB/s", bytes / 1e6));
+        let _ = writeln!(out, "         to {:9} {:.1} ms away{carries}", name_of(state, *to), link.rtt_s * 1e3);
+    }
     for device in &member.devices {
         let speed = device.bytes_per_s.map_or(String::new(), |speed| format!(", {:.1} GB/s", speed / 1e9));
         let report = &device.report;

@@ -1,12 +1,14 @@
 //! Seeded chaos over real processes: whatever is killed, stopped or cut off, at whatever moment, no token is lost and none
 //! doubled.
 //!
-//! `EXO_CHAOS_RUNS` says how many runs, `EXO_CHAOS_SEED` with which one they begin: a run that failed is made again by
-//! `EXO_CHAOS_RUNS=1 EXO_CHAOS_SEED=its number`.
+//! Each run asks for instances of its own (a cache of a size that no other run has), so that it begins with the splits that
+//! its seed says, whatever befell those of earlier runs. `EXO_CHAOS_RUNS` says how many runs, `EXO_CHAOS_SEED` with which one
+//! they begin: `EXO_CHAOS_RUNS=1 EXO_CHAOS_SEED=its number` makes the same choices as a run that failed, though not the same
+//! microseconds.
 
 use crate::SMOLLM2;
-use crate::cluster::{Cluster, alone_for, answer, question};
-use crate::hosts::members;
+use crate::cluster::{Cluster, Said, alone_for, answer, question};
+use crate::hosts::members_with;
 use crate::lan::Lan;
 use std::time::Duration;
 
@@ -46,7 +48,8 @@ fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
 }
 
-fn run(cluster: &mut Cluster, lan: Option<&Lan>, seed: u64, expected: &[(Vec<String>, Vec<u64>)]) {
+/// One run; tells whether whoever was struck had layers that clients waited for.
+fn run(cluster: &mut Cluster, lan: Option<&Lan>, seed: u64, expected: &[(Vec<String>, Said)]) -> bool {
     let mut random = Random(seed);
     let victim = random.below(3) as usize;
     let blow = match random.below(if lan.is_some() { 3 } else { 2 }) {
@@ -65,7 +68,11 @@ fn run(cluster: &mut Cluster, lan: Option<&Lan>, seed: u64, expected: &[(Vec<Str
     eprintln!("{story}");
     let asking: Vec<_> = clients
         .iter()
-        .map(|&(asked, prompt, split)| (prompt, cluster.asking_for(asked, &expected[prompt].0, split)))
+        .map(|&(asked, prompt, split)| {
+            let context = (512 + seed % 2048).to_string();
+            let question = [&expected[prompt].0[..], &["--context".to_owned(), context]].concat();
+            (prompt, cluster.asking_for(asked, &question, split))
+        })
         .collect();
     std::thread::sleep(after);
     let heal = match blow {
@@ -103,20 +110,33 @@ fn run(cluster: &mut Cluster, lan: Option<&Lan>, seed: u64, expected: &[(Vec<Str
     for node in &cluster.nodes {
         cluster.wait_for(node, 2);
     }
+    let name = ["a:", "b:", "c:"][victim];
+    clients.iter().any(|(_, _, split)| split.contains(name))
 }
 
 /// R7.2, R8.4: many runs of random blows at random moments.
 #[test]
 fn answers_outlive_chaos() {
     let expected = PROMPTS.map(|prompt| {
-        let question = question(SMOLLM2, prompt, TOKENS);
+        let mut question = question(SMOLLM2, prompt, TOKENS);
+        if prompt == PROMPTS[1] {
+            // Drawn, and not the likeliest: by seed and position.
+            let temperature = question.iter().position(|word| word == "--temperature").expect("it is greedy");
+            question[temperature + 1] = "0.8".to_owned();
+            question.extend(["--seed", "7"].map(str::to_owned));
+        }
         let answer = alone_for(&question);
         (question, answer)
     });
     let lan = Lan::of(3);
-    let mut cluster = lan.as_ref().map_or_else(Cluster::up, members);
-    let first = setting("EXO_CHAOS_SEED", 1);
-    for seed in first..first + setting("EXO_CHAOS_RUNS", RUNS_DEFAULT) {
-        run(&mut cluster, lan.as_ref(), seed, &expected);
-    }
+    // What earlier runs asked for leaves.
+    let leaving = ["--unload-after", "3s"];
+    let mut cluster = match &lan {
+        Some(lan) => members_with(lan, 3, &leaving),
+        None => Cluster::up_as(&leaving, &[]),
+    };
+    let (first, runs) = (setting("EXO_CHAOS_SEED", 1), setting("EXO_CHAOS_RUNS", RUNS_DEFAULT));
+    let struck = (first..first + runs).filter(|&seed| run(&mut cluster, lan.as_ref(), seed, &expected)).count();
+    eprintln!("{struck} of {runs} blows struck a node that answers depended on");
+    assert!(struck as u64 * 2 >= runs, "most blows strike where it hurts");
 }

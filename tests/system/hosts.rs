@@ -1,6 +1,6 @@
 //! Members on hosts of their own: they find each other by multicast, and outlive cut cables.
 
-use crate::cluster::{Cluster, alone_with, answer};
+use crate::cluster::{Cluster, alone_with, answer, question};
 use crate::lan::Lan;
 use crate::node::{Node, Setup};
 use crate::{GEMMA3, SMOLLM2};
@@ -50,9 +50,12 @@ fn hosts_find_each_other() {
 fn a_partition_heals() {
     let Some(lan) = Lan::of(3) else { return };
     let (expected, cluster) = (alone_with(SMOLLM2), members(&lan));
-    for (asked, cut) in [(0, 2), (1, 0), (2, 2)] {
-        assert_eq!(cluster.ask(asked, SPLIT), expected);
-        let asking = cluster.asking(asked, SPLIT);
+    for (case, (asked, cut)) in [(0, 2), (1, 0), (2, 2)].into_iter().enumerate() {
+        // Another cache each time, so that it is an instance which is split as it says.
+        let mut question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
+        question.extend(["--context".to_owned(), (1024 + 32 * case).to_string()]);
+        assert_eq!(answer(cluster.asking_for(asked, &question, SPLIT)), expected);
+        let asking = cluster.asking_for(asked, &question, SPLIT);
         std::thread::sleep(Duration::from_millis(500));
         lan.plug(cut, "down");
         assert_eq!(answer(asking), expected, "{cut} was cut off while {asked} was asked");

@@ -10,6 +10,7 @@ mod chaos;
 mod cluster;
 mod commands;
 mod hosts;
+mod joining;
 mod lan;
 mod members;
 mod node;

@@ -2,8 +2,9 @@
 
 use crate::{exo, stderr};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -126,6 +127,25 @@ impl Node {
         let pid = self.child.id().to_string();
         let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid]).status();
         assert!(sent.is_ok_and(|status| status.success()), "{name} was sent");
+    }
+
+    /// Where its process takes TCP connections (IPv4), as the kernel lists it.
+    pub(crate) fn listening(&self) -> Vec<SocketAddr> {
+        let process = Path::new("/proc").join(self.child.id().to_string());
+        let open = std::fs::read_dir(process.join("fd")).expect("Linux").filter_map(|entry| {
+            let target = std::fs::read_link(entry.ok()?.path()).ok()?;
+            Some(target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())
+        });
+        let open: BTreeSet<String> = open.collect();
+        let listening = |line: &str| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (address, port) = fields.get(1)?.split_once(':')?;
+            // 0A: it listens. The address is in the machine's own order.
+            let is_its = fields.get(3) == Some(&"0A") && open.contains(*fields.get(9)?);
+            let ip = Ipv4Addr::from(u32::from_str_radix(address, 16).ok()?.to_le_bytes());
+            is_its.then_some(SocketAddr::from((ip, u16::from_str_radix(port, 16).ok()?)))
+        };
+        std::fs::read_to_string(process.join("net/tcp")).expect("Linux").lines().filter_map(listening).collect()
     }
 
     /// One JSON object of a command on the node's folder.

@@ -47,6 +47,42 @@ fn nodes_without_the_files_are_given_their_layers() {
     assert_eq!(copied_bytes(&cluster.nodes[2]), large);
 }
 
+/// When each file of copies was last written, but for the lock.
+fn written(folder: &Path) -> Vec<(std::path::PathBuf, std::time::SystemTime)> {
+    let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    let mut files: Vec<_> = entries
+        .flat_map(|path| match path.is_dir() {
+            true => written(&path),
+            false => vec![(path.clone(), path.metadata().and_then(|file| file.modified()).expect("a file"))],
+        })
+        .filter(|(path, _)| path.extension().is_none_or(|extension| extension != "lock"))
+        .collect();
+    files.sort();
+    files
+}
+
+/// R7.2: a node that was killed and comes back has what it was given: nothing of it is written again.
+#[test]
+fn what_is_there_is_not_brought_again() {
+    let (expected, mut cluster) = (alone_with(SMOLLM2), Cluster::up_with(&NOTHING));
+    let split = "a:0-9,b:10-19,c:20-29";
+    assert_eq!(cluster.ask(0, split), expected);
+    let shared = cluster.nodes[2].folder().join("models");
+    let before = written(&shared);
+    assert!(!before.is_empty());
+    cluster.nodes[2].signal("KILL");
+    assert_eq!(cluster.ask(0, split), expected, "the others have its layers now");
+    cluster.nodes[2].again();
+    for node in &cluster.nodes {
+        cluster.wait_for(node, 2);
+    }
+    // Another cache, so that it is another instance.
+    let mut question = crate::cluster::question(SMOLLM2, "Tell me a long story about a ship.", "120");
+    question.extend(["--context", "1024"].map(str::to_owned));
+    assert_eq!(answer(cluster.asking_for(0, &question, split)), expected);
+    assert_eq!(written(&shared), before);
+}
+
 /// The memory of a node holds its own layers: of a model whose two ends are most of it, the middle is small.
 #[test]
 fn a_node_holds_its_own_layers_and_no_others() {
@@ -62,7 +98,7 @@ fn a_node_holds_its_own_layers_and_no_others() {
 fn what_nobody_has_any_more_is_named() {
     let cluster = Cluster::up_with(&NOTHING);
     let split = "a:0-9,b:10-19,c:20-29";
-    assert!(!cluster.ask(1, split).is_empty());
+    assert!(!cluster.ask(1, split).tokens.is_empty());
     let asking = cluster.asking(1, split);
     std::thread::sleep(std::time::Duration::from_millis(500));
     cluster.nodes[0].signal("KILL");

@@ -48,9 +48,10 @@ pub(super) async fn serve(mut stream: DataStream) {
     stream.set_priority(Priority::Low);
     let bytes = vec![0; FRAME_BYTES];
     for _ in 0..FRAMES {
-        // A peer that goes measures nothing.
-        if stream.writer.send(&(), Payload::Bytes(&bytes)).await.is_err() {
-            return;
+        // A peer that goes, or does not take it, measures nothing.
+        let sending = tokio::time::timeout(DEADLINE, stream.writer.send(&(), Payload::Bytes(&bytes)));
+        if !matches!(sending.await, Ok(Ok(()))) {
+            return stream.give_up();
         }
     }
 }

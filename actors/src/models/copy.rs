@@ -81,7 +81,7 @@ impl Copy {
         if hashes.len() == count * HASH_BYTES {
             known.hashes = hashes.chunks_exact(HASH_BYTES).filter_map(|hash| hash.try_into().ok()).collect();
         }
-        let numbers = have.chunks_exact(4).filter_map(|number| Some(u32::from_le_bytes(number.try_into().ok()?)));
+        let numbers = have.chunks_exact(4).filter_map(|number| Some(!u32::from_le_bytes(number.try_into().ok()?)));
         known.have.extend(numbers.filter(|&number| (number as usize) < count));
         Ok(())
     }
@@ -99,6 +99,11 @@ impl Copy {
         std::fs::rename(&fresh, &path).map_err(disk)?;
         self.known().hashes = hashes;
         Ok(())
+    }
+
+    /// Whether no piece is here.
+    pub(super) fn is_empty(&self) -> bool {
+        self.known().have.is_empty()
     }
 
     pub(super) fn has(&self, number: u32) -> bool {
@@ -142,9 +147,18 @@ impl Copy {
             synced.map_err(|e| ModelError::disk(path, &e))?;
         }
         let path = self.folder.join("have");
-        let numbers: Vec<u8> = fresh.iter().flat_map(|number| number.to_le_bytes()).collect();
-        let opened = OpenOptions::new().create(true).append(true).open(&path);
-        opened.and_then(|mut file| file.write_all(&numbers)).map_err(|e| ModelError::disk(&path, &e))
+        // Inverted: zeros, as a power cut may leave them, are no piece's number.
+        let numbers: Vec<u8> = fresh.iter().flat_map(|number| (!number).to_le_bytes()).collect();
+        let append = || {
+            let mut file = OpenOptions::new().create(true).append(true).open(&path)?;
+            let torn = file.metadata()?.len() % 4;
+            if torn > 0 {
+                file.set_len(file.metadata()?.len() - torn)?;
+            }
+            file.write_all(&numbers)?;
+            file.sync_data()
+        };
+        append().map_err(|e| ModelError::disk(&path, &e))
     }
 }
 
@@ -219,5 +233,14 @@ mod tests {
         assert_eq!(again.missing(&needed), BTreeSet::from([0]));
         assert_eq!(read_piece(&pieces, pieces.pieces[1]).expect("read"), parts[1]);
         assert_eq!(again.hashes(), copy.hashes());
+        // A power cut in the middle of a note: what stands before it holds, what was torn or empty says nothing.
+        let have = folder.path().join("have");
+        let whole = std::fs::read(&have).expect("it is there");
+        std::fs::write(&have, [&whole[..], &[0; 6]].concat()).expect("written");
+        let torn = Copy::open(folder.path(), Arc::clone(&pieces)).expect("a copy");
+        assert_eq!(torn.missing(&needed), BTreeSet::from([0]));
+        torn.write(0, parts[0]).and_then(|()| torn.keep()).expect("written");
+        let mended = Copy::open(folder.path(), pieces).expect("a copy");
+        assert!(mended.missing(&needed).is_empty());
     }
 }

@@ -10,6 +10,7 @@ use super::copy::{self, Copy, Hash};
 use super::files::lock;
 use super::shelf::{Content, Shared};
 use super::{Extent, Getting, ModelError, blocking};
+use crate::core::spec::FilesId;
 use crate::protocol::{DataHello, OutlinedFile, PiecesWanted, WeightsAnswer, WeightsAsk};
 use exo_net::{Announced, DataConnection, DataStream, FrameError, NodeId, Payload, Priority, Received};
 use std::collections::BTreeSet;
@@ -21,6 +22,10 @@ use std::time::{Duration, Instant};
 
 /// A node that says nothing for so long is not waited for.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// Nor is one that needs longer for a piece: half a megabit a second.
+const PIECE_WITHIN: Duration = Duration::from_secs(120);
+/// Nor one whose hashes do not advance.
+const ADVANCES_WITHIN: Duration = Duration::from_secs(60);
 /// Headers of the largest vocabularies take some tens of megabytes.
 const OUTLINE_BYTES_MAX: u64 = 512 << 20;
 /// Of a file in pieces: more is no model of today.
@@ -87,16 +92,15 @@ impl Getting {
             if let Some(shared) = self.shelf.find(id) {
                 return Ok(Some(shared));
             }
-            let folder = copy::folder(models, id);
-            if folder.exists() {
-                return self.shelve(folder).await.map(Some);
+            if let Some(shared) = self.headers(copy::folder(models, id), id).await? {
+                return Ok(Some(shared));
             }
         }
         for (peer, data) in peers {
             match self.ask_outline(models, data).await {
-                Ok(Some(folder)) => {
+                Ok(Some(shared)) => {
                     tracing::info!(model = self.wish.model, peer = %peer, "the headers of a model came from another node");
-                    return self.shelve(folder).await.map(Some);
+                    return Ok(Some(shared));
                 }
                 Ok(None) => {}
                 Err(AskError::Model(error @ ModelError::Disk { .. })) => return Err(error),
@@ -106,22 +110,39 @@ impl Getting {
         Ok(None)
     }
 
-    async fn shelve(&self, folder: PathBuf) -> Result<Arc<Shared>, ModelError> {
-        let shared = blocking(move || Shared::part(&folder)).await?;
-        Ok(self.shelf.put(&self.wish.model, shared))
+    /// The headers that lie in `folder`; what is damaged there goes, and is brought anew.
+    async fn headers(&self, folder: PathBuf, id: FilesId) -> Result<Option<Arc<Shared>>, ModelError> {
+        if !folder.exists() {
+            return Ok(None);
+        }
+        let of = folder.clone();
+        match blocking(move || Shared::part(&of)).await {
+            Ok(shared) if shared.id == id => Ok(Some(self.shelf.put(&self.wish.model, shared))),
+            Err(error @ ModelError::Disk { .. }) => Err(error),
+            // A power cut, or someone's editor: what it was is not known.
+            damaged => {
+                let why = damaged.err().map(|error| error.to_string());
+                tracing::warn!(folder = %folder.display(), why, "a copy of a model is damaged");
+                std::fs::remove_dir_all(&folder).map_err(|e| ModelError::disk(&folder, &e))?;
+                Ok(None)
+            }
+        }
     }
 
     async fn ask(&self, data: &DataConnection, wanted: PiecesWanted) -> Result<DataStream, AskError> {
         let ask = WeightsAsk { model: self.wish.model.clone(), files: self.wish.files, wanted };
-        let mut stream = data.open(Priority::Low).await?;
-        stream.writer.send(&DataHello::Weights(ask), Payload::Nothing).await?;
-        Ok(stream)
+        let asking = async {
+            let mut stream = data.open(Priority::Low).await?;
+            stream.writer.send(&DataHello::Weights(ask), Payload::Nothing).await?;
+            Ok(stream)
+        };
+        tokio::time::timeout(SILENCE_MAX, asking).await.map_err(|_| AskError::Silent)?
     }
 
-    /// Asks a node for the headers; gives the folder that they lie in.
-    async fn ask_outline(&self, models: &Path, data: &DataConnection) -> Result<Option<PathBuf>, AskError> {
+    /// Asks a node for the headers.
+    async fn ask_outline(&self, models: &Path, data: &DataConnection) -> Result<Option<Arc<Shared>>, AskError> {
         let mut stream = self.ask(data, PiecesWanted::Outline).await?;
-        let (id, is_folder, files) = match answer(&mut stream).await? {
+        let (id, is_folder, files) = match answer(&mut stream, SILENCE_MAX).await? {
             (WeightsAnswer::Nothing, _) => return Ok(None),
             (WeightsAnswer::Outline { id, is_folder, files }, _) => (id, is_folder, files),
             _ => return Err(AskError::Nonsense("it was asked for headers")),
@@ -131,9 +152,9 @@ impl Getting {
         }
         check(is_folder, &files)?;
         let folder = copy::folder(models, id);
-        if folder.exists() {
+        if let Some(shared) = self.headers(folder.clone(), id).await? {
             stream.give_up();
-            return Ok(Some(folder));
+            return Ok(Some(shared));
         }
         let fresh = models.join("shared").join(format!("{id}.{}-{}", std::process::id(), self.number));
         let received = receive_outline(&mut stream, &fresh, &files).await;
@@ -155,7 +176,7 @@ impl Getting {
         };
         // What is left there is of no use.
         let _ = std::fs::remove_dir_all(&fresh);
-        kept.map(Some)
+        Ok(self.headers(kept?, id).await?)
     }
 }
 
@@ -178,12 +199,12 @@ fn check(is_folder: bool, files: &[OutlinedFile]) -> Result<(), AskError> {
     }
 }
 
-async fn answer(stream: &mut DataStream) -> Result<(WeightsAnswer, Received), AskError> {
+async fn answer(stream: &mut DataStream, within: Duration) -> Result<(WeightsAnswer, Received), AskError> {
     let fits = |_: &WeightsAnswer, announced: Announced| match announced {
         Announced::Numbers { .. } => Err("numbers where bytes should be".to_owned()),
         Announced::Nothing | Announced::Bytes { .. } => Ok(()),
     };
-    match tokio::time::timeout(SILENCE_MAX, stream.reader.receive(fits)).await {
+    match tokio::time::timeout(within, stream.reader.receive(fits)).await {
         Err(_) => Err(AskError::Silent),
         Ok(received) => received?.ok_or(AskError::Nonsense("it ended too soon")),
     }
@@ -200,7 +221,9 @@ async fn receive_outline(stream: &mut DataStream, fresh: &Path, files: &[Outline
     }
     let mut left: u64 = files.iter().map(|file| file.outline_bytes).sum();
     while left > 0 {
-        let (WeightsAnswer::OutlineBytes { file, offset_bytes }, Received::Bytes(bytes)) = answer(stream).await? else {
+        let (WeightsAnswer::OutlineBytes { file, offset_bytes }, Received::Bytes(bytes)) =
+            answer(stream, SILENCE_MAX).await?
+        else {
             return Err(AskError::Nonsense("headers were to follow"));
         };
         let file = files.get(file as usize).ok_or(AskError::Nonsense("a file that it did not name"))?;
@@ -217,7 +240,12 @@ async fn receive_outline(stream: &mut DataStream, fresh: &Path, files: &[Outline
         })
         .await?;
     }
-    Ok(())
+    let paths: Vec<PathBuf> = files.iter().map(path).collect();
+    // The folder gets its name when all of it is on the disk.
+    let sync = |path: &PathBuf| {
+        std::fs::File::open(path).and_then(|file| file.sync_all()).map_err(|e| ModelError::disk(path, &e))
+    };
+    blocking(move || paths.iter().try_for_each(sync)).await.map_err(Into::into)
 }
 
 /// Pieces on their way.
@@ -258,7 +286,9 @@ impl Fetch<'_> {
         for batch in missing.chunks(BATCH) {
             let mut stream = self.getting.ask(data, PiecesWanted::Pieces(batch.to_vec())).await?;
             for &expected in batch {
-                let (WeightsAnswer::Piece { number }, Received::Bytes(bytes)) = answer(&mut stream).await? else {
+                let (WeightsAnswer::Piece { number }, Received::Bytes(bytes)) =
+                    answer(&mut stream, PIECE_WITHIN).await?
+                else {
                     return Err(AskError::Nonsense("a piece was to follow"));
                 };
                 if number != expected {
@@ -280,10 +310,14 @@ impl Fetch<'_> {
     /// Which pieces a node has, once its hashes are those that are known here.
     async fn hashes(&self, data: &DataConnection) -> Result<Option<BTreeSet<u32>>, AskError> {
         let mut stream = self.getting.ask(data, PiecesWanted::Hashes).await?;
+        let (mut done, mut advanced) = (0, Instant::now());
         let told = loop {
-            match answer(&mut stream).await? {
+            match answer(&mut stream, SILENCE_MAX).await? {
                 (WeightsAnswer::Nothing, _) => return Ok(None),
-                (WeightsAnswer::Preparing { .. }, _) => {}
+                (WeightsAnswer::Preparing { done_bytes, .. }, _) if done_bytes > done => {
+                    (done, advanced) = (done_bytes, Instant::now());
+                }
+                (WeightsAnswer::Preparing { .. }, _) if advanced.elapsed() < ADVANCES_WITHIN => {}
                 (WeightsAnswer::Hashes { count }, Received::Bytes(told)) if self.is_count(count, &told) => break told,
                 _ => return Err(AskError::Nonsense("it was asked for hashes")),
             }
@@ -292,8 +326,9 @@ impl Fetch<'_> {
         let hashes: Vec<Hash> =
             hashes.chunks_exact(size_of::<Hash>()).filter_map(|hash| hash.try_into().ok()).collect();
         match self.copy.hashes() {
-            known if known.is_empty() => self.copy.set_hashes(hashes)?,
             known if known == hashes => {}
+            // Hashes that nothing has been found to have are one giver's word against the other's.
+            _ if self.copy.is_empty() => self.copy.set_hashes(hashes)?,
             _ => return Err(AskError::Nonsense("its pieces are not those of the others")),
         }
         Ok(Some((0u32..).zip(have).filter(|(_, has)| **has != 0).map(|(number, _)| number).collect()))
@@ -317,3 +352,6 @@ impl Fetch<'_> {
         self.getting.tell(total_bytes - bytes(&missing), total_bytes);
     }
 }
+
+#[cfg(test)]
+mod givers;

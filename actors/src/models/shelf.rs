@@ -5,7 +5,7 @@
 
 use super::config::ModelsConfig;
 use super::copy::{self, Copy, Hash, id_of, read_at, read_piece};
-use super::store::find_here;
+use super::store::find_named;
 use super::{ModelError, blocking};
 use crate::core::spec::FilesId;
 use crate::protocol::{OutlinedFile, PiecesWanted, WeightsAnswer, WeightsAsk};
@@ -13,7 +13,7 @@ use exo_engines::model::{ModelFiles, Pieces, TokenizerSource};
 use exo_net::{DataStream, FrameError, Payload, Priority};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Component, Path};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,6 +21,8 @@ use tokio::sync::OnceCell;
 
 /// How often a node that waits for hashes is told how far they are.
 const TELL_EVERY: Duration = Duration::from_millis(500);
+/// Whoever takes a frame no faster has given up, or holds up others: a piece at half a megabit a second.
+const TAKEN_WITHIN: Duration = Duration::from_secs(120);
 /// Of an outline, in one frame.
 const CHUNK_BYTES: u64 = 1 << 20;
 
@@ -36,16 +38,23 @@ pub(super) struct Shared {
 /// How much of it is.
 #[derive(Debug)]
 pub(super) enum Content {
-    /// All; the hashes of its pieces are computed when somebody asks.
-    Whole(OnceCell<Vec<Hash>>),
+    /// All.
+    Whole(Hashes),
     Part(Arc<Copy>),
+}
+
+/// Hashes of pieces, computed when somebody asks.
+#[derive(Debug, Default)]
+pub(super) struct Hashes {
+    computed: OnceCell<Vec<Hash>>,
+    done_bytes: AtomicU64,
 }
 
 impl Shared {
     /// A model with all its files.
     pub(super) fn whole(files: ModelFiles) -> Result<Self, ModelError> {
         let pieces = Arc::new(Pieces::of(&files)?);
-        let content = Content::Whole(OnceCell::new());
+        let content = Content::Whole(Hashes::default());
         Ok(Self { id: id_of(&pieces)?, files: Arc::new(files), pieces, content })
     }
 
@@ -113,8 +122,10 @@ impl Shelf {
         if let Some(Ok(shared)) = copied.filter(|folder| folder.exists()).map(|folder| Shared::part(&folder)) {
             return Some(self.put(&ask.model, shared));
         }
-        let is_path = Path::new(&ask.model).components().count() > 1;
-        let (path, _) = find_here(config, &ask.model).filter(|_| !is_path)?;
+        // A name, and nothing that leads elsewhere.
+        let mut parts = Path::new(&ask.model).components();
+        let is_name = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
+        let path = find_named(config, &ask.model).filter(|_| is_name)?;
         let shared = ModelFiles::open(&path).map_err(Into::into).and_then(Shared::whole);
         match shared {
             Ok(shared) => {
@@ -152,10 +163,18 @@ enum GiveError {
     Model(#[from] ModelError),
     #[error(transparent)]
     Frame(#[from] FrameError),
+    #[error("it was not taken in {} s", TAKEN_WITHIN.as_secs())]
+    NotTaken,
+}
+
+/// Sends a frame to one who takes it.
+async fn give(stream: &mut DataStream, answer: &WeightsAnswer, payload: Payload<'_>) -> Result<(), GiveError> {
+    let sending = stream.writer.send(answer, payload);
+    Ok(tokio::time::timeout(TAKEN_WITHIN, sending).await.map_err(|_| GiveError::NotTaken)??)
 }
 
 async fn give_nothing(stream: &mut DataStream) -> Result<(), GiveError> {
-    Ok(stream.writer.send(&WeightsAnswer::Nothing, Payload::Nothing).await?)
+    give(stream, &WeightsAnswer::Nothing, Payload::Nothing).await
 }
 
 async fn give_outline(shared: &Arc<Shared>, stream: &mut DataStream) -> Result<(), GiveError> {
@@ -166,14 +185,14 @@ async fn give_outline(shared: &Arc<Shared>, stream: &mut DataStream) -> Result<(
     });
     let is_folder = matches!(shared.files.tokenizer, TokenizerSource::Folder(_));
     let outline = WeightsAnswer::Outline { id: shared.id, is_folder, files: files.collect() };
-    stream.writer.send(&outline, Payload::Nothing).await?;
+    give(stream, &outline, Payload::Nothing).await?;
     for (number, file) in shared.pieces.files.iter().enumerate() {
         for offset_bytes in (0..file.outline_bytes()).step_by(CHUNK_BYTES as usize) {
             let length = CHUNK_BYTES.min(file.outline_bytes() - offset_bytes) as usize;
             let path = file.path.clone();
             let bytes = blocking(move || read_at(&path, offset_bytes, length)).await?;
             let header = WeightsAnswer::OutlineBytes { file: number as u32, offset_bytes };
-            stream.writer.send(&header, Payload::Bytes(&bytes)).await?;
+            give(stream, &header, Payload::Bytes(&bytes)).await?;
         }
     }
     Ok(())
@@ -183,17 +202,16 @@ async fn give_hashes(shared: &Arc<Shared>, stream: &mut DataStream) -> Result<()
     let hashes = match &shared.content {
         Content::Part(copy) => copy.hashes(),
         Content::Whole(hashes) => {
-            let done = Arc::new(AtomicU64::new(0));
             let total_bytes = shared.pieces.pieces.iter().map(|piece| piece.length_bytes).sum();
-            let computing = hashes.get_or_try_init(|| compute(Arc::clone(&shared.pieces), Arc::clone(&done)));
-            tokio::pin!(computing);
+            // Whoever asked first may go: what was begun is there for the next.
+            let mut computing = tokio::spawn(compute(Arc::clone(shared)));
             loop {
                 tokio::select! {
-                    computed = &mut computing => break computed?.clone(),
+                    computed = &mut computing => break computed.map_err(|_| ModelError::Interrupted)??,
                     () = tokio::time::sleep(TELL_EVERY) => {
-                        let done_bytes = done.load(Ordering::Relaxed);
+                        let done_bytes = hashes.done_bytes.load(Ordering::Relaxed);
                         let preparing = WeightsAnswer::Preparing { done_bytes, total_bytes };
-                        stream.writer.send(&preparing, Payload::Nothing).await?;
+                        give(stream, &preparing, Payload::Nothing).await?;
                     }
                 }
             }
@@ -205,26 +223,33 @@ async fn give_hashes(shared: &Arc<Shared>, stream: &mut DataStream) -> Result<()
     }
     let have: Vec<u8> = (0..hashes.len() as u32).map(|number| u8::from(shared.has(number))).collect();
     let count = hashes.len() as u32;
-    Ok(stream.writer.send(&WeightsAnswer::Hashes { count }, Payload::Bytes(&[hashes.concat(), have].concat())).await?)
+    give(stream, &WeightsAnswer::Hashes { count }, Payload::Bytes(&[hashes.concat(), have].concat())).await
 }
 
-async fn compute(pieces: Arc<Pieces>, done: Arc<AtomicU64>) -> Result<Vec<Hash>, ModelError> {
-    blocking(move || {
-        let hash = |&piece| {
-            let bytes = read_piece(&pieces, piece)?;
-            done.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            Ok(Sha256::digest(&bytes).into())
-        };
-        pieces.pieces.iter().map(hash).collect()
-    })
-    .await
+/// The hashes of a whole model, computed once, however many ask.
+async fn compute(shared: Arc<Shared>) -> Result<Vec<Hash>, ModelError> {
+    let Content::Whole(hashes) = &shared.content else { return Ok(Vec::new()) };
+    let computing = || {
+        let shared = Arc::clone(&shared);
+        blocking(move || {
+            let hash = |&piece| {
+                let bytes = read_piece(&shared.pieces, piece)?;
+                if let Content::Whole(hashes) = &shared.content {
+                    hashes.done_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                }
+                Ok(Sha256::digest(&bytes).into())
+            };
+            shared.pieces.pieces.iter().map(hash).collect()
+        })
+    };
+    hashes.computed.get_or_try_init(computing).await.cloned()
 }
 
 async fn give_pieces(shared: &Arc<Shared>, numbers: &[u32], stream: &mut DataStream) -> Result<(), GiveError> {
     for &number in numbers.iter().filter(|&&number| shared.has(number)) {
         let (pieces, piece) = (Arc::clone(&shared.pieces), shared.pieces.pieces[number as usize]);
         let bytes = blocking(move || read_piece(&pieces, piece)).await?;
-        stream.writer.send(&WeightsAnswer::Piece { number }, Payload::Bytes(&bytes)).await?;
+        give(stream, &WeightsAnswer::Piece { number }, Payload::Bytes(&bytes)).await?;
     }
     Ok(())
 }

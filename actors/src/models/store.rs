@@ -40,8 +40,13 @@ pub(super) fn find_here(config: &ModelsConfig, model: &str) -> Option<(PathBuf, 
     if path.exists() {
         return Some((path.to_owned(), Origin::Path));
     }
+    find_named(config, model).map(|found| (found, Origin::Folder))
+}
+
+/// A model that is in a models folder, under its name.
+pub(super) fn find_named(config: &ModelsConfig, model: &str) -> Option<PathBuf> {
     let name = catalogue::find(model).map_or(model, |entry| entry.file);
-    in_folders(config, name).map(|found| (found, Origin::Folder))
+    in_folders(config, name)
 }
 
 /// Whether a model that is named as the hub names it is in the hub client's cache.
@@ -150,7 +155,8 @@ async fn keep(
                 return Err(ModelError::WrongHash { what: target.display().to_string(), got, expected });
             }
         }
-        std::fs::rename(&part, &target).map_err(|e| ModelError::disk(&target, &e))
+        let synced = std::fs::File::open(&part).and_then(|part| part.sync_all());
+        synced.and_then(|()| std::fs::rename(&part, &target)).map_err(|e| ModelError::disk(&target, &e))
     });
     kept.await.map_err(|_| ModelError::Interrupted)?
 }

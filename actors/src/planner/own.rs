@@ -13,7 +13,7 @@ use crate::protocol::ControlMessage;
 use crate::request::RequestError;
 use crate::stages::StagesMsg;
 use exo_net::NodeId;
-use ractor::{Actor, ActorId, RpcReplyPort};
+use ractor::{Actor, ActorId, RpcReplyPort, SpawnErr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -113,7 +113,16 @@ impl PlannerState {
             planner: Outlet::to(myself, PlannerMsg::Instance),
             facts: self.args.facts.clone(),
         };
-        match Instance::spawn_linked(None, Instance, args, myself.get_cell()).await {
+        let spawning = Instance::spawn_linked(None, Instance, args, myself.get_cell());
+        let spawned = match &self.args.heads {
+            // It waits for nobody there either.
+            Some(thread) => match thread.spawn(spawning) {
+                Some(spawned) => spawned.await.unwrap_or_else(|error| Err(SpawnErr::StartupFailed(error.into()))),
+                None => Err(SpawnErr::StartupFailed("the network has ended".into())),
+            },
+            None => spawning.await,
+        };
+        match spawned {
             Ok((instance, _)) => {
                 let (in_use, moved) = (Arc::new(()), None);
                 let owned = Owned {

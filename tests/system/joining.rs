@@ -1,0 +1,137 @@
+//! Members that come, go and come back while requests run, and blows while a prompt is computed.
+
+use crate::SMOLLM2;
+use crate::cluster::{Cluster, Said, alone_for, answer, question};
+use crate::node::Node;
+use std::time::{Duration, Instant};
+
+/// Some twelve hundred tokens: seconds of prefill.
+fn long_prompt() -> String {
+    let sentence = "The ship sailed on over the grey sea, and nobody on board knew what the next day would bring. ";
+    format!("{}What happened then?", sentence.repeat(60))
+}
+
+fn long_question() -> Vec<String> {
+    let mut question = question(SMOLLM2, &long_prompt(), "24");
+    question.extend(["--context", "2048"].map(str::to_owned));
+    question
+}
+
+/// Waits until a request runs on `node`, the head's, that has not got its first token.
+fn wait_for_prefill(node: &Node) {
+    let generated = node.metric("generated_tokens_total");
+    let begun = Instant::now();
+    while node.metric("requests_running") < 1.0 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no request runs");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(250));
+    assert_eq!(node.metric("generated_tokens_total"), generated, "its prompt is being computed");
+}
+
+/// R7.2, R8.4: a node that is killed or stands still while a prompt is computed, be it the head's or another one: the answer
+/// is the same.
+#[test]
+fn a_prompt_outlives_the_death_of_any_other_node() {
+    let question = long_question();
+    let expected: Said = alone_for(&question);
+    for (asked, victim, signal) in [(1, 2, "KILL"), (0, 1, "STOP"), (1, 0, "KILL")] {
+        let cluster = Cluster::up();
+        let asking = cluster.asking_for(asked, &question, "a:0-9,b:10-19,c:20-29");
+        wait_for_prefill(&cluster.nodes[0]);
+        cluster.nodes[victim].signal(signal);
+        assert_eq!(answer(asking), expected, "{victim} was sent {signal} while {asked} was asked");
+        if signal == "STOP" {
+            cluster.nodes[victim].signal("CONT");
+        }
+    }
+}
+
+/// R7.1, R7.2: a member that joins while an answer is on its way changes nothing of it, and can be used at once, by itself
+/// and by others.
+#[test]
+fn a_member_joins_while_requests_run() {
+    let question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
+    let expected = alone_for(&question);
+    let mut cluster = Cluster::up_as(&[], &[]);
+    drop(cluster.nodes.pop());
+    cluster.wait_for(&cluster.nodes[0], 1);
+    let asking = cluster.asking_for(0, &question, "a:0-14,b:15-29");
+    cluster.join("d", &[], &[]);
+    for node in &cluster.nodes {
+        cluster.wait_for(node, 2);
+    }
+    let meanwhile = cluster.asking_for(2, &question, "d:0-9,a:10-19,b:20-29");
+    assert_eq!(answer(asking), expected);
+    assert_eq!(answer(meanwhile), expected);
+}
+
+/// R7.4: what a death has moved goes back to where it was split to when the node is here again; answers that run meanwhile
+/// lose nothing.
+#[test]
+fn a_split_is_restored_when_its_node_returns() {
+    let question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
+    let expected = alone_for(&question);
+    let mut cluster = Cluster::up();
+    let split = "a:0-9,b:10-19,c:20-29";
+    assert_eq!(answer(cluster.asking_for(0, &question, split)), expected);
+    cluster.nodes[2].signal("KILL");
+    assert_eq!(answer(cluster.asking_for(0, &question, split)), expected);
+    let nodes_of = |cluster: &Cluster| -> Vec<String> {
+        let state = cluster.nodes[0].state();
+        let instances = state["instances"].as_object().expect("instances");
+        let live = instances.values().find(|instance| instance["phase"] == "Ready");
+        let stages = live.and_then(|instance| instance["placement"]["stages"].as_array());
+        let node = |stage: &serde_json::Value| stage["node"].as_str().expect("an id").to_owned();
+        stages.into_iter().flatten().map(node).collect()
+    };
+    let distinct = |cluster: &Cluster| nodes_of(cluster).into_iter().collect::<std::collections::BTreeSet<_>>().len();
+    assert_eq!(distinct(&cluster), 2);
+    cluster.nodes[2].again();
+    let begun = Instant::now();
+    while distinct(&cluster) < 3 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it is not used again");
+        assert_eq!(answer(cluster.asking_for(1, &question, split)), expected);
+    }
+    assert_eq!(answer(cluster.asking_for(1, &question, split)), expected);
+}
+
+/// R4.3: halved activations travel, and an answer comes; it begins as the one of whole ones does.
+#[test]
+fn activations_travel_at_half_their_size() {
+    let question = question(SMOLLM2, "Why is the sky blue?", "16");
+    let expected = alone_for(&question);
+    for wire_type in ["f16", "bf16"] {
+        let cluster = Cluster::up_as(&["--wire-dtype", wire_type], &[]);
+        let said = answer(cluster.asking_for(1, &question, "a:0-9,b:10-19,c:20-29"));
+        assert_eq!(said.tokens.len(), expected.tokens.len(), "{wire_type}");
+        assert_eq!(said.tokens[..3], expected.tokens[..3], "{wire_type}");
+    }
+}
+
+/// R8.1: `status` draws members, links between all of them, devices, and which layers are where; and no door but QUIC's is
+/// open to the network: whatever else the process listens on is on loopback.
+#[test]
+fn status_draws_the_whole_cluster() {
+    let cluster = Cluster::up();
+    let split = "a:0-9,b:10-19,c:20-29";
+    assert!(!cluster.ask(1, split).tokens.is_empty());
+    let begun = Instant::now();
+    loop {
+        let drawn = String::from_utf8(cluster.nodes[1].command(&["status"]).stdout).expect("UTF-8");
+        let names = ["a", "c"].iter().all(|name| drawn.contains(&format!("member   {name} ")));
+        let stages = ["layers 0–9 on cpu of a", "layers 10–19 on cpu of b", "layers 20–29 on cpu of c"];
+        let links = ["to a ", "to c "].iter().all(|link| drawn.contains(link));
+        if names && links && stages.iter().all(|stage| drawn.contains(stage)) && drawn.matches("away over").count() >= 2
+        {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{drawn}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    for node in &cluster.nodes {
+        let listening = node.listening();
+        assert!(listening.len() >= 2, "the API, and ractor_cluster's own: {listening:?}");
+        assert!(listening.iter().all(|address| address.ip().is_loopback()), "{listening:?}");
+    }
+}
