@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 /// Addresses of members that were named once, a line each.
 const MEMBERS_FILE: &str = "cluster.members";
+/// Fingerprints of secrets that were renewed, a line each.
+const RENOUNCED_FILE: &str = "cluster.renounced";
 /// Ids of members that are not let in any more, a line each.
 const EVICTED_FILE: &str = "cluster.evicted";
 /// The port of exo's own network, beside that of its API.
@@ -49,9 +51,16 @@ pub(crate) fn join(
     settings: ClusterSettings,
 ) -> Result<Joined, StartError> {
     let mut peers = settings.peers;
-    if let Some(token) = settings.join {
-        change_to(data_dir, &token.secret)?;
-        remember(data_dir, &token.addresses)?;
+    match settings.join {
+        // A service that is started with its first token for ever would undo a renewal.
+        Some(token) if is_renounced(data_dir, &token.secret) => tracing::warn!(
+            "the token is not used: its secret was renewed here; `exo-node token` on a member prints the new one"
+        ),
+        Some(token) => {
+            change_to(data_dir, &token.secret)?;
+            remember(data_dir, &token.addresses)?;
+        }
+        None => {}
     }
     peers.extend(remembered(data_dir));
     let secret = ClusterSecret::load_or_create(data_dir)?;
@@ -78,10 +87,23 @@ fn change_to(data_dir: &Path, secret: &ClusterSecret) -> Result<(), SecretError>
     Ok(())
 }
 
-/// Makes a new secret for `data_dir`: whoever has only the old one is not let in from the next start on.
+/// Makes a new secret for `data_dir`: whoever has only the old one is not let in from the next start on. Who was evicted stays
+/// outside, should the new secret reach it.
 #[cfg(feature = "cli")]
-pub(crate) fn renew_secret(data_dir: &Path) -> Result<(), SecretError> {
-    change_to(data_dir, &ClusterSecret::random()?)
+pub(crate) fn renew_secret(data_dir: &Path) -> Result<(), StartError> {
+    use std::io::Write;
+    let path = data_dir.join(RENOUNCED_FILE);
+    let old = ClusterSecret::load_or_create(data_dir)?.fingerprint();
+    let renounced = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+    let written = renounced.and_then(|mut file| writeln!(file, "{old}"));
+    written.map_err(|source| StartError::Members { path, source })?;
+    Ok(ClusterSecret::random()?.keep(data_dir)?)
+}
+
+/// Where there is no file, nothing was renewed.
+fn is_renounced(data_dir: &Path, secret: &ClusterSecret) -> bool {
+    let lines = std::fs::read_to_string(data_dir.join(RENOUNCED_FILE)).unwrap_or_default();
+    lines.lines().any(|line| line == secret.fingerprint())
 }
 
 /// A list that is there and cannot be read lets nobody in.

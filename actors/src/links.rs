@@ -65,10 +65,11 @@ pub(crate) async fn open(
 /// Where what comes goes.
 #[derive(Clone)]
 pub(crate) enum Sink {
-    /// Rows of so many numbers.
+    /// Rows of so many numbers, or, where it is the first, tokens below a number.
     Shard {
         port: EnginePort,
         hidden: usize,
+        vocabulary: u32,
     },
     Head(Arc<dyn Fn(StepResult) + Send + Sync>),
 }

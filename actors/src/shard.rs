@@ -39,6 +39,8 @@ pub(crate) enum ShardReport {
         device: DeviceId,
         row: Duration,
         hidden: usize,
+        /// Of its model.
+        vocabulary: u32,
     },
     /// It failed; its device is at work on it.
     Down(EngineError),
@@ -116,7 +118,8 @@ impl ShardState {
                     "shard loaded"
                 );
                 let (port, device) = (self.port.clone(), host.device.clone());
-                owner.tell(ShardReport::Up { port, device, row: warm_up.row, hidden: *hidden });
+                let vocabulary = u32::try_from(host.spec.architecture.vocabulary).unwrap_or(u32::MAX);
+                owner.tell(ShardReport::Up { port, device, row: warm_up.row, hidden: *hidden, vocabulary });
             }
             HostEvent::Failed(error) => {
                 let layers = host.spec.layers.clone();

@@ -9,6 +9,7 @@
 //! An order of an earlier stamp than was seen is dropped. A shard that a later stamp wants just as it is stays loaded; one
 //! that is to have other layers is loaded beside the one that serves.
 
+mod leaving;
 mod wiring;
 
 use crate::core::desired::{Listed, Stamp};
@@ -158,6 +159,7 @@ struct Held {
 struct Loaded {
     port: EnginePort,
     hidden: usize,
+    vocabulary: u32,
 }
 
 #[derive(Debug)]
@@ -255,17 +257,6 @@ impl StagesState {
         });
     }
 
-    /// A stage has the shard that serves, and the one that is to come: what was to come before goes.
-    fn stop_unused(&mut self, to_come: &Key) {
-        let is_unused = |(key, held): &(&Key, &Held)| {
-            (key.instance, key.stage) == (to_come.instance, to_come.stage) && *key != to_come && held.wired.is_none()
-        };
-        let unused = self.held.iter().filter(is_unused).map(|(key, _)| key.clone());
-        for key in unused.collect::<Vec<_>>() {
-            self.stop(&key);
-        }
-    }
-
     fn on_resolved(
         &mut self,
         myself: &StagesRef,
@@ -336,8 +327,8 @@ impl StagesState {
                 let (loaded_bytes, total_bytes) = (progress.loaded_bytes, progress.total_bytes);
                 StageNews::Loading { stage, loaded_bytes, total_bytes }
             }
-            ShardReport::Up { port, hidden, device, row } => {
-                held.loaded = Some(Loaded { port, hidden });
+            ShardReport::Up { port, hidden, vocabulary, device, row } => {
+                held.loaded = Some(Loaded { port, hidden, vocabulary });
                 if row > Duration::ZERO {
                     let bytes_per_s = held.work as f64 / row.as_secs_f64();
                     self.args.facts.tell(StagesFact::Measured { device, bytes_per_s });
@@ -360,54 +351,6 @@ impl StagesState {
 
     fn on_cut(&self, key: &Key, incarnation: Incarnation, what: String) {
         self.tell(key, StageNews::Cut { stage: key.stage, incarnation, what });
-    }
-
-    fn clear(&mut self, instance: InstanceId, below: Stamp) {
-        let is_over = |held: &Held| held.task.instance == instance && held.task.stamp < below;
-        let over = self.held.iter().filter(|(_, held)| is_over(held)).map(|(key, _)| key.clone());
-        for key in over.collect::<Vec<_>>() {
-            self.stop(&key);
-        }
-    }
-
-    fn keep(&mut self, listed: &Listed) {
-        let is_here = |node| self.args.post.is_here(node);
-        let is_over =
-            |(key, held): &(&Key, &Held)| !listed.keeps(key.instance, held.task.stamp, held.ordered.elapsed(), is_here);
-        let over = self.held.iter().filter(is_over).map(|(key, _)| key.clone());
-        for key in over.collect::<Vec<_>>() {
-            self.stop(&key);
-        }
-        // An order whose entry came to nobody counts no more than its shard.
-        let held = &self.held;
-        self.stamps.retain(|&instance, latest| {
-            let of_shards =
-                held.iter().filter(|(key, _)| key.instance == instance).map(|(_, held)| held.task.stamp).max();
-            let known = of_shards.max(listed.stamp(instance));
-            *latest = known.unwrap_or(*latest);
-            known.is_some()
-        });
-    }
-
-    fn stop(&mut self, key: &Key) {
-        let Some(held) = self.held.remove(key) else { return };
-        held.is_over.cancel();
-        self.args.board.forget(key.instance, End::Stage(key.stage), held.wired);
-        tracing::info!(instance = %key.instance, stage = key.stage, layers = ?key.layers, "letting go of a shard");
-        // It may have fallen back to another device.
-        for local in &self.args.devices {
-            let _ = local.device.send_message(DeviceMsg::Sweep);
-        }
-    }
-
-    fn on_vacated(&mut self, instance: InstanceId, bytes: u64) {
-        if let Some(held) = self.memory.get_mut(&instance) {
-            *held = held.saturating_sub(bytes);
-            if *held == 0 {
-                self.memory.remove(&instance);
-            }
-        }
-        self.tell_memory();
     }
 
     fn tell_memory(&self) {

@@ -68,5 +68,11 @@ fn an_evicted_member_stays_outside() {
     let old = cluster.nodes[1].command(&["token"]).stdout;
     let new = cluster.nodes[1].command(&["token", "--renew"]).stdout;
     assert_ne!(old, new);
+    // From its next start on b is of a cluster of its own, until the others join that one.
+    cluster.nodes[1].signal("TERM");
+    cluster.nodes[1].again();
+    until("b has left the others", || members(&cluster.nodes[0]).is_empty());
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!([0, 1].map(|index| members(&cluster.nodes[index]).len()), [0, 0]);
     cluster.nodes.truncate(2);
 }

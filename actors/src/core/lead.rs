@@ -107,8 +107,10 @@ pub struct Leader {
     members: Vec<NodeId>,
     /// When a member was last met: others may follow.
     met: Option<Duration>,
-    /// Members that others see and we do not, since when.
+    /// Nodes with shards that are not here, since when.
     unmet: BTreeMap<NodeId, Duration>,
+    /// Those of them that were.
+    lost: BTreeSet<NodeId>,
     room: Room,
     /// Since when the members are the same, or when it was last looked for better places.
     settled: Option<Duration>,
@@ -183,8 +185,12 @@ impl Leader {
         self.until = Some(now + ALONE_WAIT);
     }
 
-    /// A member is gone, and `left` are here, this one included.
-    pub fn handle_loss(&mut self, now: Duration, left: usize) {
+    /// A member is gone, and `left` are here, this one included. What its devices failed at counts no more when it returns.
+    pub fn handle_loss(&mut self, gone: NodeId, now: Duration, left: usize) {
+        for excluded in self.excluded.values_mut() {
+            excluded.retain(|((node, _), _)| *node != gone);
+        }
+        self.lost.insert(gone);
         self.losses.retain(|loss| now.saturating_sub(*loss) < ALONE_WAIT);
         self.losses.push(now);
         if self.losses.len() > left {
@@ -220,16 +226,19 @@ impl Leader {
         let listed = world.desired.running().flat_map(|(.., wanted)| &wanted.placement.stages).map(|stage| stage.node);
         let unmet: BTreeSet<NodeId> = listed.filter(|node| !world.members.0.contains_key(node)).collect();
         self.unmet.retain(|node, _| unmet.contains(node));
+        self.lost.retain(|node| unmet.contains(node));
         for node in unmet {
             self.unmet.entry(node).or_insert(world.now);
         }
     }
 
-    /// Whether a node is no member any more. One that others see is about to be met.
+    /// Whether a node is no member any more. One that others see is about to be met; so may be one that has never been here,
+    /// for what runs is heard of before all others are met.
     fn is_gone(&self, world: &World<'_>, node: NodeId) -> bool {
-        let is_new = self.unmet.get(&node).is_none_or(|&since| world.now.saturating_sub(since) < UNMET_WITHIN);
-        let is_near = is_new && world.members.is_seen(node);
-        !is_near && !world.members.0.contains_key(&node)
+        let waited = self.unmet.get(&node).map_or(Duration::ZERO, |&since| world.now.saturating_sub(since));
+        let is_near = waited < UNMET_WITHIN && world.members.is_seen(node);
+        let is_new = waited < MET_WITHIN && !self.lost.contains(&node);
+        !is_near && !is_new && !world.members.0.contains_key(&node)
     }
 
     /// Whether there may be members that this node has not met yet.

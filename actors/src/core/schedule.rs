@@ -119,6 +119,11 @@ impl Schedule {
         self.limits.steps_in_flight = steps;
     }
 
+    /// The model has so many tokens, as its first shard says: entries of the list may say otherwise.
+    pub fn set_vocabulary(&mut self, vocabulary: u32) {
+        self.limits.vocabulary = vocabulary;
+    }
+
     pub fn steps_in_flight(&self) -> usize {
         self.in_flight.len()
     }

@@ -191,6 +191,10 @@ impl InstanceState {
 
     fn on_running(&mut self) {
         self.last_sign = Instant::now();
+        let first = self.args.board.find(self.args.id, End::Stage(0), self.line.incarnation());
+        if let Some(Sink::Shard { vocabulary, .. }) = first.map(|first| first.sink) {
+            self.schedule.set_vocabulary(vocabulary);
+        }
         let (instance, stamp, epoch) = (self.args.id, self.line.stamp(), self.line.incarnation().epoch);
         tracing::info!(%instance, epoch, stages = self.line.wanted().placement.stages.len(), "instance ready");
         self.args.facts.tell(Fact::InstanceReady { instance, epoch });

@@ -140,6 +140,9 @@ impl Copy {
     /// Notes on the disk what was written, behind the bytes themselves.
     pub(super) fn keep(&self) -> Result<(), ModelError> {
         let fresh = std::mem::take(&mut self.known().fresh);
+        if fresh.is_empty() {
+            return Ok(());
+        }
         let files: BTreeSet<usize> = fresh.iter().map(|&number| self.pieces.pieces[number as usize].file).collect();
         for file in files {
             let path = &self.pieces.files[file].path;

@@ -90,7 +90,7 @@ impl PlannerState {
         self.links.remove(&node);
         self.renew_report();
         self.tell_report();
-        self.leader.handle_loss(self.now(), self.members.0.len());
+        self.leader.handle_loss(node, self.now(), self.members.0.len());
         self.args.facts.tell(Fact::MemberGone { node });
         self.tell_owned_of_loss(node);
         for wanting in self.wanting.values_mut() {

@@ -87,13 +87,13 @@ impl StagesState {
         if held.wired.is_some_and(|wired| wired > wiring.incarnation) {
             return;
         }
-        let Some(Loaded { port, hidden }) = held.loaded.clone() else { return };
+        let Some(Loaded { port, hidden, vocabulary }) = held.loaded.clone() else { return };
         if port.wire(wiring.incarnation, next).is_err() {
             // Its thread has ended since: the report of that is on its way.
             return;
         }
         held.wired = Some(wiring.incarnation);
-        let sink = Sink::Shard { port, hidden };
+        let sink = Sink::Shard { port, hidden, vocabulary };
         let expected = Expected { incarnation: wiring.incarnation, from: wiring.from, sink };
         self.args.board.expect(key.instance, End::Stage(key.stage), expected);
         self.tell(key, StageNews::Wired { stage: key.stage, incarnation: wiring.incarnation });

@@ -205,6 +205,48 @@ async fn only_members_are_dialled() {
     assert!(dial(forged).await.is_err(), "another's name");
 }
 
+/// What a network tells within `time`.
+async fn told(events: &mut mpsc::Receiver<NetworkEvent>, time: Duration) -> Vec<NetworkEvent> {
+    let mut told = Vec::new();
+    let _ = tokio::time::timeout(time, async {
+        while let Some(event) = events.recv().await {
+            told.push(event);
+        }
+    })
+    .await;
+    told
+}
+
+/// A second address of a peer that is here is no peer that comes anew: its connections stay.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_address_of_a_peer_changes_nothing() {
+    let any = SocketAddr::from(([0, 0, 0, 0], 0));
+    let (b, mut of_b, _) = network_at(any.ip(), 1, Vec::new());
+    let port = b.address().expect("it listens").port();
+    let addresses = [1, 2, 3].map(|last| SocketAddr::from(([127, 0, 0, last], port)));
+    let (a, mut of_a, _) = network_at(any.ip(), 1, addresses[..2].to_vec());
+    let _peers = (up(&mut of_a).await, up(&mut of_b).await);
+    a.hear_of(addresses[2]);
+    let (at_a, at_b) = tokio::join!(told(&mut of_a, Duration::from_secs(2)), told(&mut of_b, Duration::from_secs(2)));
+    assert!(at_a.is_empty() && at_b.is_empty(), "{at_a:?} {at_b:?}");
+    tokio::task::spawn_blocking(move || drop((a, b))).await.expect("dropped");
+}
+
+/// Whoever is evicted is not dialled again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_evicted_member_is_left_in_peace() {
+    let (b, mut of_b, id_b) = network(1, Vec::new());
+    let (a, mut of_a, _) = network(1, vec![b.address().expect("it listens")]);
+    let _peers = (up(&mut of_a).await, up(&mut of_b).await);
+    a.evict(id_b);
+    let at_b = told(&mut of_b, Duration::from_secs(4)).await;
+    let met = at_b.iter().filter(|event| matches!(event, NetworkEvent::PeerUp(_))).count();
+    assert!(met <= 8, "it was dialled {met} times in four seconds");
+    let at_a = told(&mut of_a, Duration::ZERO).await;
+    assert!(!at_a.iter().any(|event| matches!(event, NetworkEvent::PeerUp(_))), "{at_a:?}");
+    tokio::task::spawn_blocking(move || drop((a, b))).await.expect("dropped");
+}
+
 /// A port that is taken is an error that says so, on whatever runtime.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_port_that_is_taken_is_named() {

@@ -84,3 +84,20 @@ async fn noise_of_a_member_harms_nobody_else() {
     assert!(matches!(taken.reader.receive::<u64>(|_, _| Ok(())).await, Ok(Some((7, _)))));
     tokio::task::spawn_blocking(move || drop((victim, honest, endpoint))).await.expect("dropped");
 }
+
+/// Members of another protocol do not meet, and each is told why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_of_another_protocol_is_told_so() {
+    let (victim, mut of_victim, _) = network(1, Vec::new());
+    let local = Local { identity: Arc::new(Identity::ephemeral().expect("random bytes")), secret: secret(1) };
+    let (endpoint, _accepted) = Endpoint::open(local, SocketAddr::from(([127, 0, 0, 1], 0))).expect("it listens");
+    let address = victim.address().expect("it listens");
+    let control = endpoint.dial(address, Purpose::Control).await.expect("a member").connection;
+    let (sender, _receiver) = control.open_bi().await.expect("a stream");
+    let other = Hello { protocol: 99, ..hello("other").expect("random bytes") };
+    FrameWriter::new(sender).send(&other, Payload::Nothing).await.expect("sent");
+    let closed = tokio::time::timeout(Duration::from_secs(5), control.closed()).await.expect("in time").to_string();
+    assert!(closed.contains("protocol 99") && closed.contains("same version"), "{closed}");
+    assert!(of_victim.try_recv().is_err(), "nobody became a peer");
+    tokio::task::spawn_blocking(move || drop((victim, endpoint))).await.expect("dropped");
+}

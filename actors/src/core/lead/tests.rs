@@ -207,10 +207,15 @@ fn who_is_not_met_yet_is_not_gone() {
     let placed = Cluster::of(vec![(1, member(20, 1e10, &[])), (3, member(20, 9e10, &[]))]).leader_of_three();
     cluster.desired.merge(vec![placed], cluster.now);
     let instance = cluster.desired.running().next().expect("it runs").0;
+    // The list may have come before anyone's report.
+    let second = cluster.members.0.remove(&id(2)).expect("it was here");
+    assert_eq!(cluster.rounds(1), [], "others may come");
+    cluster.members.0.insert(id(2), second);
     assert_eq!(cluster.rounds(5), [], "2 sees 3");
     cluster.members.0.insert(id(3), member(20, 9e10, &[1, 2]));
     assert_eq!(cluster.rounds(5), []);
     cluster.members.0.remove(&id(3));
+    cluster.leader.handle_loss(id(3), cluster.now, 2);
     cluster.lose_links(3);
     assert_eq!(cluster.rounds(1).len(), 1, "nobody sees it any more");
     assert_eq!(cluster.split(instance), [(1, 8)]);

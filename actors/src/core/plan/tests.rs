@@ -192,6 +192,56 @@ proptest! {
     }
 }
 
+/// R7.4: splits by hand go where they say, or are refused by what is wrong with them.
+#[test]
+fn splits_by_hand_are_taken_at_their_word() {
+    let demand = demand(vec![10; 4], 0);
+    let offers = of_nodes(&[(100, 1), (25, 2)]);
+    let (a, b) = (offers[0].node, offers[1].node);
+    let split = |parts: &[(NodeId, Range<usize>)]| {
+        place(&demand, &offers, &Links::default(), &ShardCount::ByHand(parts.to_vec()), Policy::Latency)
+    };
+    let placed = split(&[(b, 0..2), (a, 2..4)]).expect("it fits");
+    let stages: Vec<_> = placed.stages.iter().map(|stage| (stage.node, stage.layers.clone())).collect();
+    assert_eq!(stages, [(b, 0..2), (a, 2..4)]);
+    let bad = PlanError::BadSplit { layers: 4 };
+    for parts in
+        [&[(a, 0..2)][..], &[(a, 0..2), (b, 3..4)], &[(a, 0..3), (b, 2..4)], &[(a, 0..5)], &[(b, 2..4), (a, 0..2)], &[]]
+    {
+        assert_eq!(split(parts), Err(bad.clone()), "{parts:?}");
+    }
+    assert!(matches!(split(&[(a, 0..1), (b, 1..4)]), Err(PlanError::DoesNotFit { .. })), "b has room for two");
+    assert!(matches!(split(&[(node(), 0..4)]), Err(PlanError::NoSuchNode { .. })));
+}
+
+#[test]
+fn splits_are_read_as_people_write_them() {
+    let parsed: Split = "laptop:0-11, desktop:12-29,box:30".parse().expect("a split");
+    let expected = [("laptop", 0..12), ("desktop", 12..30), ("box", 30..31)];
+    assert_eq!(parsed.0, expected.map(|(name, layers)| (name.to_owned(), layers)));
+    for wrong in ["", "a", "a:", ":0-1", "a:3-1", "a:0-x", "a:0-1,", "a:0-99999999999", "a:-1"] {
+        assert!(wrong.parse::<Split>().is_err(), "{wrong}");
+    }
+}
+
+/// A move pays by what its policy minimises, and by a margin.
+#[test]
+fn a_move_pays_by_its_policy() {
+    let demand = demand(vec![10; 4], 0);
+    let offers = of_nodes(&[(100, 10), (100, 12), (100, 40)]);
+    let links = even_links(&offers, 1e-3);
+    let on = |parts: &[(usize, Range<usize>)]| Placement {
+        stages: parts.iter().map(|(at, layers)| stage(&demand, &offers[*at], layers.clone())).collect(),
+    };
+    let pays =
+        |from: &Placement, to: &Placement, policy| why_move(&demand, from, to, &offers, &links, policy).is_some();
+    let (slow, bit_faster, fast) = (on(&[(0, 0..4)]), on(&[(1, 0..4)]), on(&[(2, 0..4)]));
+    assert!(!pays(&slow, &bit_faster, Policy::Latency) && pays(&slow, &fast, Policy::Latency));
+    let (together, apart) = (on(&[(0, 0..2), (0, 2..4)]), on(&[(0, 0..2), (1, 2..4)]));
+    assert!(pays(&together, &apart, Policy::Throughput) && !pays(&together, &apart, Policy::Latency));
+    assert!(pays(&apart, &slow, Policy::FewestNodes) && !pays(&slow, &apart, Policy::FewestNodes));
+}
+
 /// Devices of a node each, with memory and speed.
 fn of_nodes(devices: &[(u64, u32)]) -> Vec<Offer> {
     let offer = |&(free_bytes, speed): &(u64, u32)| Offer {

@@ -125,7 +125,7 @@ impl Cluster {
         let (gone, now) = (self.ids[other], self.now);
         let Some(node) = &mut self.nodes[one] else { return };
         node.members.0.remove(&gone);
-        node.leader.handle_loss(now, node.members.0.len());
+        node.leader.handle_loss(gone, now, node.members.0.len());
         for head in node.heads.values_mut() {
             let _ = head.line.on_node_lost(gone);
         }
