@@ -8,7 +8,6 @@ use crate::core::line::{StageNews, StageTask};
 use crate::core::members::MemberReport;
 use crate::core::plan::Demand;
 use crate::core::spec::{FilesId, InstanceId, Model, ModelSpec};
-use crate::core::state::Machine;
 use crate::models::ModelsConfig;
 use crate::node::{Joined, Node, NodeArgs, NodeConfig, Parts};
 use crate::planner::PlannerLimits;
@@ -21,7 +20,7 @@ use exo_net::{
     ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, Payload, Priority, WireType,
 };
 use ractor::Actor;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -47,15 +46,7 @@ fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Pat
     let address = network.address();
     let addresses = address.into_iter().collect();
     let evicted = Evicted::new(BTreeSet::new(), |_| Ok(()));
-    let models = ModelsConfig {
-        folders: vec![models.to_owned()],
-        hub_endpoint: None,
-        hub_token: None,
-        hub_cache: models.join("hub"),
-        is_offline: true,
-        python: "false".to_owned(),
-        progress: Arc::new(|_| {}),
-    };
+    let models = ModelsConfig::of_folder(models);
     let config = NodeConfig {
         id,
         name: "test".to_owned(),
@@ -156,18 +147,11 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
 /// Reports of what cannot be, one that looks as if it had another list, and evictions of nobody.
 fn reports(round: u64) -> Vec<ControlMessage> {
     let report = MemberReport {
-        name: "x".to_owned(),
         addresses: (0..200).map(|port| SocketAddr::from(([127, 0, 0, 1], 1 + port))).collect(),
         devices: Vec::new(),
-        machine: Machine::default(),
-        memory_limit_bytes: None,
-        leaving_bytes: 0,
         is_draining: true,
-        owned: BTreeMap::new(),
-        in_use: Vec::new(),
         list: round,
-        links: BTreeMap::new(),
-        peers: Vec::new(),
+        ..MemberReport::of_cpu(1 << 30, 1e10)
     };
     let absurd = MemberReport { in_use: vec![InstanceId(round); 100_000], ..report.clone() };
     let nobody = (0..100).map(|number: u64| format!("{:064x}", round << 8 | number).parse().expect("an id")).collect();

@@ -161,15 +161,23 @@ impl Members {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn report(name: &str) -> MemberReport {
-        MemberReport {
-            name: name.to_owned(),
+impl MemberReport {
+    /// A member with one processor, and nothing on it.
+    pub(crate) fn of_cpu(memory_bytes: u64, bytes_per_s: f64) -> Self {
+        let report = DeviceReport {
+            id: DeviceId("cpu".to_owned()),
+            kind: exo_engines::engine::DeviceKind::Cpu,
+            engine: "cpu".to_owned(),
+            name: String::new(),
+            compute_units: None,
+            tier: String::new(),
+        };
+        let (memory_total_bytes, memory_free_bytes) = (Some(memory_bytes), Some(memory_bytes));
+        Self {
+            name: String::new(),
             addresses: Vec::new(),
-            devices: Vec::new(),
-            machine: Machine::default(),
+            devices: vec![DeviceOffer { report, bytes_per_s: Some(bytes_per_s) }],
+            machine: Machine { memory_total_bytes, memory_free_bytes, ..Machine::default() },
             memory_limit_bytes: None,
             leaving_bytes: 0,
             is_draining: false,
@@ -179,6 +187,15 @@ mod tests {
             links: BTreeMap::new(),
             peers: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(name: &str) -> MemberReport {
+        MemberReport { name: name.to_owned(), ..MemberReport::of_cpu(1 << 30, 1e10) }
     }
 
     fn members(names: &[&str]) -> Members {

@@ -43,3 +43,19 @@ pub enum Progress {
     /// The model is there.
     Fetched { path: PathBuf, source: String },
 }
+
+#[cfg(test)]
+impl ModelsConfig {
+    /// One models folder, and no source.
+    pub(crate) fn of_folder(models: &std::path::Path) -> Self {
+        Self {
+            folders: vec![models.to_owned()],
+            hub_endpoint: None,
+            hub_token: None,
+            hub_cache: models.join("hub"),
+            is_offline: true,
+            python: "false".to_owned(),
+            progress: Arc::new(|_| {}),
+        }
+    }
+}

@@ -1,11 +1,9 @@
 //! Single decisions of the leader; members that plan together are simulated (`core/simulation/cluster.rs`).
 
 use super::*;
-use crate::core::members::{DeviceOffer, MemberReport};
+use crate::core::members::MemberReport;
 use crate::core::plan::{Link, Placement, Split};
 use crate::core::spec::FilesId;
-use crate::core::state::Machine;
-use exo_engines::engine::{DeviceKind, DeviceReport};
 
 const GB: u64 = 1 << 30;
 const SECOND: Duration = Duration::from_secs(1);
@@ -21,32 +19,10 @@ fn cpu() -> DeviceId {
 
 /// A member with `gigabytes` for models, that goes through so much in a second, and sees `links`.
 fn member(gigabytes: u64, bytes_per_s: f64, links: &[u64]) -> MemberReport {
-    let report = DeviceReport {
-        id: cpu(),
-        kind: DeviceKind::Cpu,
-        engine: "cpu".to_owned(),
-        name: String::new(),
-        compute_units: None,
-        tier: String::new(),
-    };
-    let machine = Machine {
-        memory_total_bytes: Some((gigabytes + 1) * GB),
-        memory_free_bytes: Some((gigabytes + 1) * GB),
-        ..Machine::default()
-    };
     MemberReport {
-        name: String::new(),
-        addresses: Vec::new(),
-        devices: vec![DeviceOffer { report, bytes_per_s: Some(bytes_per_s) }],
-        machine,
         memory_limit_bytes: Some(gigabytes * GB),
-        leaving_bytes: 0,
-        is_draining: false,
-        owned: BTreeMap::new(),
-        in_use: Vec::new(),
-        list: 0,
         links: links.iter().map(|&to| (id(to), Link { rtt_s: 1e-4, bytes_per_s: Some(1e9) })).collect(),
-        peers: Vec::new(),
+        ..MemberReport::of_cpu((gigabytes + 1) * GB, bytes_per_s)
     }
 }
 

@@ -50,18 +50,6 @@ async fn up(events: &mut mpsc::Receiver<NetworkEvent>) -> Box<Peer> {
     }
 }
 
-fn config(models: &Path) -> Arc<ModelsConfig> {
-    Arc::new(ModelsConfig {
-        folders: vec![models.to_owned()],
-        hub_endpoint: None,
-        hub_token: None,
-        hub_cache: models.join("hub"),
-        is_offline: true,
-        python: "false".to_owned(),
-        progress: Arc::new(|_| {}),
-    })
-}
-
 /// A models folder with the model `tiny`.
 fn with_model() -> tempfile::TempDir {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engines/tests/fixtures/llama");
@@ -127,12 +115,17 @@ async fn fetch(givers: &[Giver], into: &Path) -> (Result<Option<Arc<Shared>>, Mo
         let (network, mut of_giver) = network(&secret, vec![address]);
         let seen = up(&mut events).await;
         peers.push((seen.id, seen.data.clone()));
-        let answering = answer_all(giver, up(&mut of_giver).await, config(source.path()), Arc::clone(&asked));
+        let answering = answer_all(
+            giver,
+            up(&mut of_giver).await,
+            Arc::new(ModelsConfig::of_folder(source.path())),
+            Arc::clone(&asked),
+        );
         held.push((network, of_giver, seen, tokio::spawn(answering)));
     }
     let layers = ModelFiles::open(&source.path().join("tiny")).expect("a model").architecture.layers.len();
     let wish = Wish { model: "tiny".to_owned(), files: None, extent: Extent::Layers(0..layers) };
-    let (config, shelf, progress) = (config(into), Shelf::default(), Outlet::new(drop));
+    let (config, shelf, progress) = (Arc::new(ModelsConfig::of_folder(into)), Shelf::default(), Outlet::new(drop));
     let getting = Getting { config, shelf, wish, progress, number: 1 };
     let got = getting.ask_peers(&peers).await;
     tokio::task::spawn_blocking(move || drop((getter, held))).await.expect("dropped");

@@ -4,12 +4,11 @@ use super::GB;
 use crate::core::desired::{Desired, Entry, Listed, Stamp};
 use crate::core::lead::{Ask, Broken, Leader};
 use crate::core::line::{Line, StageNews, StageTask};
-use crate::core::members::{DeviceOffer, MemberReport, Members, OwnedInstance};
+use crate::core::members::{MemberReport, Members, OwnedInstance};
 use crate::core::plan::{Demand, Link};
 use crate::core::spec::{FilesId, InstanceId, Model, ModelSpec};
-use crate::core::state::Machine;
 use crate::request::RequestError;
-use exo_engines::engine::{DeviceId, DeviceKind, DeviceReport, Incarnation};
+use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -109,37 +108,20 @@ impl Node {
 
     pub(super) fn report(&self) -> MemberReport {
         let held: u64 = self.shards.values().map(|shard| shard.task.memory_bytes).sum();
-        let report = DeviceReport {
-            id: DeviceId("cpu".to_owned()),
-            kind: DeviceKind::Cpu,
-            engine: "cpu".to_owned(),
-            name: String::new(),
-            compute_units: None,
-            tier: String::new(),
-        };
-        let machine = Machine {
-            memory_total_bytes: Some(self.memory_bytes),
-            memory_free_bytes: Some(self.memory_bytes.saturating_sub(held)),
-            ..Machine::default()
-        };
         let owned = self.heads.iter().map(|(&id, head)| {
             let (stamp, is_ready) = (head.line.stamp(), head.line.is_running());
             (id, OwnedInstance { stamp, is_ready, is_in_use: false, state: None })
         });
         let used = self.wants.values().filter_map(|(ask, ..)| Some(self.desired.find(&ask.spec)?.0));
+        let mut report = MemberReport::of_cpu(self.memory_bytes, self.bytes_per_s);
+        report.machine.memory_free_bytes = Some(self.memory_bytes.saturating_sub(held));
         MemberReport {
             name: self.id.short(),
-            addresses: Vec::new(),
-            devices: vec![DeviceOffer { report, bytes_per_s: Some(self.bytes_per_s) }],
-            machine,
-            memory_limit_bytes: None,
-            leaving_bytes: 0,
-            is_draining: false,
             owned: owned.collect(),
             in_use: used.collect(),
             list: self.desired.digest(),
             links: self.members.0.keys().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
-            peers: Vec::new(),
+            ..report
         }
     }
 }
