@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! LinkSender ─frames─► LinkReceiver
-//!      ▲──── credits ──────┘   one byte for each frame that was taken
+//!      ▲──── credits ──────┘   one byte for each frame that was taken, some at a time
 //! ```
 //! A sender has as many frames on their way as it has credits: a receiver that does not keep up stops it, and never
 //! holds more than [`CREDITS`] frames. Sending fails, and does not wait for ever, when the peer is gone: QUIC notices
@@ -17,6 +17,9 @@ use tokio::sync::Semaphore;
 
 /// Frames of a link on their way at once: more than a pipeline of any depth that is of use has steps in flight.
 pub const CREDITS: usize = 64;
+/// Credits go back so many at once: one by one each would cost a datagram, in the moment in which the frame's receiver is to
+/// run. Fewer than the others are never held back, so no sender waits for them.
+const RETURNED_AT_ONCE: usize = CREDITS / 4;
 /// The code of a stream that is given up, whatever the reason: the reason goes over the control stream.
 const GIVEN_UP: VarInt = VarInt::from_u32(1);
 
@@ -70,12 +73,14 @@ impl LinkSender {
 pub struct LinkReceiver {
     reader: FrameReader<RecvStream>,
     credits: SendStream,
+    /// Frames that were taken, and whose credits have not gone back yet.
+    taken: usize,
 }
 
 impl LinkReceiver {
     /// Over a stream whose first frame has been read.
     pub fn new(stream: DataStream) -> Self {
-        Self { reader: stream.reader, credits: stream.writer.into_stream() }
+        Self { reader: stream.reader, credits: stream.writer.into_stream(), taken: 0 }
     }
 
     /// The next frame; `None` where the sender has ended the link. See [`FrameReader::receive`].
@@ -89,12 +94,17 @@ impl LinkReceiver {
         self.reader.receive(admit).await
     }
 
-    /// The frame was taken: its credit goes back.
+    /// The frame was taken: its credit goes back, soon.
     ///
     /// # Errors
     /// [`FrameError::Io`] where the peer is gone.
     pub async fn taken(&mut self) -> Result<(), FrameError> {
-        Ok(self.credits.write_all(&[1]).await.map_err(std::io::Error::from)?)
+        self.taken += 1;
+        if self.taken < RETURNED_AT_ONCE {
+            return Ok(());
+        }
+        self.taken = 0;
+        Ok(self.credits.write_all(&[1; RETURNED_AT_ONCE]).await.map_err(std::io::Error::from)?)
     }
 }
 
