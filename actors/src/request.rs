@@ -115,6 +115,7 @@ impl RequestError {
             Self::Admit(AdmitError::TooLong { .. }) => "shorten the prompt, or start the model with a larger --context",
             Self::Plan(PlanError::BadSplit { .. }) => "give each layer once: --split laptop:0-11,desktop:12-29",
             Self::Plan(PlanError::NoSuchNode { .. }) => "`exo-node status` lists the members' names",
+            Self::Plan(PlanError::Leaving { .. }) => "start it anew, or split the model over others",
             Self::Overloaded { .. } | Self::NotReady | Self::Crowded { .. } | Self::Moved => "try again in a moment",
             Self::Engine { remedy, .. } => remedy,
             Self::Alone => "start it without `--listen none`",

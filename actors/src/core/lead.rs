@@ -382,6 +382,7 @@ fn shard_count(members: &Members, spec: &ModelSpec) -> Result<ShardCount, PlanEr
         return Ok(spec.shards.map_or(ShardCount::Automatic, ShardCount::Exactly));
     };
     let part = |(name, layers): &(String, Range<usize>)| match members.called(name) {
+        Some(node) if members.0[&node].is_draining => Err(PlanError::Leaving { node: name.clone() }),
         Some(node) => Ok((node, layers.clone())),
         None => Err(PlanError::NoSuchNode { node: name.clone() }),
     };

@@ -188,6 +188,8 @@ pub enum PlanError {
     BadSplit { layers: usize },
     #[error("no node is called `{node}`")]
     NoSuchNode { node: String },
+    #[error("the node `{node}` is being taken out of the cluster")]
+    Leaving { node: String },
 }
 
 impl Demand {

@@ -86,7 +86,10 @@ impl From<RequestError> for ApiError {
         match &error {
             RequestError::Model(error) => model_error(error, &message),
             RequestError::Plan(
-                PlanError::TooManyShards { .. } | PlanError::BadSplit { .. } | PlanError::NoSuchNode { .. },
+                PlanError::TooManyShards { .. }
+                | PlanError::BadSplit { .. }
+                | PlanError::NoSuchNode { .. }
+                | PlanError::Leaving { .. },
             ) => with(StatusCode::BAD_REQUEST, "invalid_value"),
             RequestError::Plan(_) => with(StatusCode::SERVICE_UNAVAILABLE, "insufficient_memory"),
             RequestError::NoDevice { .. } => with(StatusCode::BAD_REQUEST, "no_such_device"),

@@ -218,6 +218,12 @@ fn a_machine_that_drains_keeps_what_has_no_other_place() {
     cluster.members.0.get_mut(&id(2)).expect("here").memory_limit_bytes = Some(9 * GB);
     assert_eq!(cluster.rounds(1).len(), 1);
     assert_eq!(cluster.split(instance), [(2, 8)]);
+    let there = id(1).to_string();
+    let split = Split(vec![(there.clone(), 0..8)]);
+    cluster.leader.handle_ask(id(2), ask(ModelSpec { split: Some(split), ..ModelSpec::new("other") }));
+    let told = cluster.rounds(1);
+    let leaving = RequestError::Plan(PlanError::Leaving { node: there });
+    assert!(matches!(&told[..], [Effect::Refused { error, .. }] if *error == leaving), "{told:?}");
 }
 
 /// R8.4: a move that fails leads back to where the model was well; a device that fails later does not.
