@@ -258,6 +258,12 @@ impl Leader {
         }
     }
 
+    /// Whether members have just come or gone.
+    fn is_unsettled(&self, now: Duration) -> bool {
+        let has_lost = self.losses.last().is_some_and(|&loss| now.saturating_sub(loss) < ALONE_WAIT);
+        has_lost || self.is_meeting(now)
+    }
+
     fn place_asked(&mut self, world: &mut World<'_>) {
         for key in self.asks.keys().cloned().collect::<Vec<_>>() {
             let Some((ask, by)) = self.asks.get(&key).cloned() else { continue };
@@ -275,8 +281,10 @@ impl Leader {
                     world.set(id, Want::Run(Box::new(wanted)));
                 }
                 // When others have left, it is tried again.
+                // Whoever is named may be about to come, or to come back.
+                Err(RequestError::Plan(PlanError::NoSuchNode { .. })) if self.is_unsettled(world.now) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { .. }))
-                    if self.is_meeting(world.now)
+                    if self.is_unsettled(world.now)
                         || self.room.is_coming(world.now)
                         || self.make_room(world, &ask, near, None) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { needed_bytes, .. }))

@@ -303,3 +303,24 @@ fn room_that_is_on_its_way_is_waited_for() {
         "{told:?}"
     );
 }
+
+/// A split that names who has just gone waits a moment for its return, and is refused when that is over.
+#[test]
+fn who_is_named_and_has_just_gone_is_waited_for() {
+    for comes_back in [true, false] {
+        let b = MemberReport { name: "b".to_owned(), ..member(20, 1e10, &[1]) };
+        let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[]))]);
+        cluster.leader.handle_loss(id(2), cluster.now, 1);
+        let split = Split(vec![("b".to_owned(), 0..8)]);
+        cluster.leader.handle_ask(id(1), ask(ModelSpec { split: Some(split), ..ModelSpec::new("m") }));
+        assert_eq!(cluster.rounds(2), []);
+        if comes_back {
+            cluster.members.0.insert(id(2), b);
+        }
+        let told = cluster.rounds(3);
+        match comes_back {
+            true => assert!(matches!(&told[..], [Effect::Written { .. }]), "{told:?}"),
+            false => assert!(matches!(&told[..], [Effect::Refused { .. }]), "{told:?}"),
+        }
+    }
+}
