@@ -230,8 +230,8 @@ impl Desired {
             let is_later = self.entries.get(&id).is_none_or(|known| entry.stamp > known.stamp);
             let is_possible = entry.stamp.counter <= latest;
             let is_fresh = !self.entries.contains_key(&id);
-            let is_crowded = entry.wanted().is_some() && self.running().count() >= INSTANCES_MAX;
-            let is_full = is_fresh && (is_crowded || self.entries.len() >= INSTANCES_MAX + TOMBSTONES_MAX);
+            let is_crowded = || entry.wanted().is_some() && self.running().count() >= INSTANCES_MAX;
+            let is_full = is_fresh && (is_crowded() || self.entries.len() >= INSTANCES_MAX + TOMBSTONES_MAX);
             if !is_later || !is_possible || is_full || !entry.is_plausible() {
                 continue;
             }

@@ -17,7 +17,7 @@ use exo_engines::model::LAYERS_MAX;
 use exo_net::NodeId;
 use search::{Slot, best_chain, exact_split};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// A device that shards can be put on.
@@ -163,6 +163,11 @@ pub struct Placement {
 }
 
 impl Placement {
+    /// How many machines it is on.
+    pub fn machines(&self) -> usize {
+        self.stages.iter().map(|stage| stage.node).collect::<BTreeSet<_>>().len()
+    }
+
     /// Whether the stages are all layers of such a model, once and in order.
     pub fn is_of(&self, demand: &Demand) -> bool {
         let mut end = 0;

@@ -173,7 +173,7 @@ impl Leader {
         }
         let reason = match &shards {
             ShardCount::ByHand(_) => Some("where it was split to by hand".to_owned()),
-            ShardCount::Exactly(_) if machines(&placement) > machines(current) => Some("on more machines".to_owned()),
+            ShardCount::Exactly(_) if placement.machines() > current.machines() => Some("on more machines".to_owned()),
             _ => why_move(&wanted.demand, current, &placement, &offers, &links, policy),
         }?;
         let free = self.offers(world, Some(id), device, near, &BTreeSet::new());
@@ -186,10 +186,6 @@ impl Leader {
 fn is_offered(placement: &Placement, offers: &[Offer]) -> bool {
     let is_one = |stage: &Stage| offers.iter().any(|offer| (offer.node, &offer.device) == (stage.node, &stage.device));
     placement.stages.iter().all(is_one)
-}
-
-fn machines(placement: &Placement) -> usize {
-    placement.stages.iter().map(|stage| stage.node).collect::<BTreeSet<_>>().len()
 }
 
 /// What would be asked for if the instance were not there.

@@ -3,7 +3,6 @@
 use super::{Demand, Links, Offer, Placement, Policy, Stage, slowest_seconds, stage, token_seconds};
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
-use std::collections::BTreeSet;
 
 /// A move must make tokens this much faster: loading, and replaying what runs, are not free, and measurements waver.
 const GAIN_MIN: f64 = 1.3;
@@ -50,10 +49,9 @@ pub fn why_move(
         let ratio = of(demand, current, offers, links) / of(demand, better, offers, links);
         (ratio > GAIN_MIN).then_some(ratio)
     };
-    let nodes = |placement: &Placement| placement.stages.iter().map(|stage| stage.node).collect::<BTreeSet<_>>().len();
     match policy {
-        Policy::FewestNodes if nodes(better) < nodes(current) => Some("on fewer machines".to_owned()),
-        Policy::FewestNodes if nodes(better) > nodes(current) => None,
+        Policy::FewestNodes if better.machines() < current.machines() => Some("on fewer machines".to_owned()),
+        Policy::FewestNodes if better.machines() > current.machines() => None,
         Policy::Latency | Policy::FewestNodes => {
             ratio(token_seconds).map(|ratio| format!("{ratio:.1} times as fast as where it was"))
         }

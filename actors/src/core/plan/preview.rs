@@ -61,7 +61,6 @@ pub fn reason(
         ShardCount::Exactly(count) => return format!("{count} shards were asked for"),
         ShardCount::Automatic => {}
     }
-    let nodes: BTreeSet<NodeId> = placement.stages.iter().map(|stage| stage.node).collect();
     let milliseconds = |placement: &Placement| token_seconds(demand, placement, offers, links) * 1e3;
     let took = milliseconds(placement);
     let alone = place(demand, offers, links, &ShardCount::Exactly(1), policy);
@@ -72,7 +71,7 @@ pub fn reason(
             _ => format!("it fits one device: {took:.1} ms a token, and no split over more is better"),
         };
     }
-    let places = match nodes.len() {
+    let places = match placement.machines() {
         1 => format!("{} devices of one machine", placement.stages.len()),
         count => format!("{count} machines"),
     };
