@@ -79,8 +79,11 @@ impl Weather {
 
     async fn back(self, far: Arc<UdpSocket>, near: Arc<UdpSocket>, to: SocketAddr) {
         let mut datagram = vec![0; 65_536];
-        while let Ok(length) = far.recv(&mut datagram).await {
-            self.pass(&near, &datagram[..length], Some(to));
+        loop {
+            // An error tells that nobody was there for an earlier datagram; somebody may be for the next.
+            if let Ok(length) = far.recv(&mut datagram).await {
+                self.pass(&near, &datagram[..length], Some(to));
+            }
         }
     }
 }
