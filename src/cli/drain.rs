@@ -2,9 +2,14 @@
 
 use super::Outcome;
 use super::remote::Remote;
+use crate::State;
 use crate::config::data_folder;
 use clap::Args;
 use std::path::PathBuf;
+use std::time::Duration;
+
+/// A move takes its model's load, which is most often shorter: before this, there is nothing to say.
+const TELL_EVERY: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Args)]
 #[command(after_help = "Requests that run lose nothing. Nothing new is put on the node until it is started anew.")]
@@ -21,8 +26,38 @@ pub(super) async fn run(arguments: DrainArguments) -> anyhow::Result<Outcome> {
     };
     tokio::select! {
         drained = node.drain() => drained?,
+        told = tell_what_is_here(&node) => told?,
         _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
     }
     eprintln!("nothing runs on this node any more: it can be stopped");
     Ok(Outcome::Done)
+}
+
+/// Says what is not gone yet, whenever that changes. Ends with an error alone.
+async fn tell_what_is_here(node: &Remote) -> anyhow::Result<()> {
+    let mut told = Vec::new();
+    loop {
+        tokio::time::sleep(TELL_EVERY).await;
+        let here = what_is_here(&node.state().await?);
+        if here != told {
+            here.iter().for_each(|line| eprintln!("{line}"));
+            told = here;
+        }
+    }
+}
+
+fn what_is_here(state: &State) -> Vec<String> {
+    let stages = state.everywhere().flat_map(|(_, instance)| {
+        let here = instance.placement.stages.iter().filter(|stage| stage.node == state.node);
+        here.map(|stage| {
+            let (first, last) = (stage.layers.start, stage.layers.end - 1);
+            format!(
+                "{}: layers {first}–{last} are still here, until another machine has loaded them; where none has {:.1} GB \
+                 free for them, free it there, or stop this node all the same",
+                instance.model.name,
+                stage.memory_bytes as f64 / 1e9
+            )
+        })
+    });
+    stages.collect()
 }

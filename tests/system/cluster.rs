@@ -3,7 +3,7 @@
 use crate::node::Node;
 use crate::{GEMMA3, SMOLLM2, ids, json, models};
 use serde_json::Value;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -243,6 +243,27 @@ fn a_drained_node_is_empty_and_its_answers_go_on() {
         assert!(begun.elapsed() < Duration::from_secs(20), "shards are still on the node that was drained");
         std::thread::sleep(Duration::from_millis(200));
     }
+}
+
+/// Who drains a machine that nobody can take the place of is told what is still there.
+#[test]
+fn a_drain_that_cannot_end_says_why() {
+    models();
+    let mut cluster = Cluster { nodes: vec![member("a", &["--memory", "0.13"], &[])] };
+    cluster.join("b", &["--memory", "0.13"], &[]);
+    cluster.nodes.iter().for_each(|node| cluster.wait_for(node, 1));
+    let asked = ["run", SMOLLM2, QUESTION, "--max-tokens", "4", "--context", "1024", "--json"];
+    let first = cluster.nodes[0].command(&asked);
+    assert!(first.status.success(), "{}", crate::stderr(&first));
+    let mut draining: Command = cluster.nodes[1].prepare(&["drain"]);
+    let mut draining = draining.stderr(Stdio::piped()).spawn().expect("exo-node starts");
+    let mut said = BufReader::new(draining.stderr.take().expect("it is piped")).lines();
+    let line = said.next().expect("it says something").expect("UTF-8");
+    draining.kill().expect("it waits");
+    draining.wait().expect("it is a child");
+    assert!(line.contains("still here") && line.contains("GB"), "{line}");
+    let still = cluster.nodes[0].command(&asked);
+    assert!(still.status.success(), "what has no other place goes on: {}", crate::stderr(&still));
 }
 
 /// A token of another cluster, or a damaged one, opens nothing.
