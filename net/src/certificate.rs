@@ -21,8 +21,11 @@ use std::time::{Duration, SystemTime};
 
 /// The name that every member's certificate has, which a dialler asks for: the address says where, the key says who.
 pub(crate) const MEMBER_NAME: &str = "member.exo.internal";
-/// A certificate is made anew whenever a node starts, and each day that it runs.
+/// A certificate is made anew whenever a node starts, and when its clock is a day from then.
 const VALID_FOR: Duration = Duration::from_secs(60 * 24 * 3600);
+/// One that was made so far from now, in either direction, is made anew: a board without a battery starts at some past date,
+/// and hears the right one a minute later.
+const STALE_AFTER: Duration = Duration::from_secs(24 * 3600);
 /// Clocks at home are off by hours.
 const VALID_BEFORE: Duration = Duration::from_secs(2 * 24 * 3600);
 /// PKCS #8, version 1, of an Ed25519 key, up to its 32 bytes (RFC 8410, section 7).
@@ -65,6 +68,12 @@ impl Validity {
     pub(crate) fn from_now(now: SystemTime) -> Self {
         Self { from: now - VALID_BEFORE, to: now + VALID_FOR }
     }
+}
+
+/// Whether a certificate that was made at `made` is to be made anew.
+pub(crate) fn is_stale(made: SystemTime, now: SystemTime) -> bool {
+    let apart = now.duration_since(made).unwrap_or_else(|backwards| backwards.duration());
+    apart >= STALE_AFTER
 }
 
 /// A member's certificate and the root that signed it.
@@ -227,6 +236,16 @@ pub(crate) mod tests {
         assert_ne!(of_a.root, Credentials::make(&a, &secret(2), validity).expect("a certificate").root);
         assert_eq!(peer_id(&of_a.certificate), Ok(a.node_id()));
         assert_eq!(peer_id(&of_b.certificate), Ok(b.node_id()));
+    }
+
+    #[test]
+    fn a_certificate_is_renewed_each_day_and_when_the_clock_is_set() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(20_000 * 24 * 3600);
+        let hours = |count: u64| Duration::from_secs(count * 3600);
+        assert!(!is_stale(now, now + hours(23)) && !is_stale(now, now - hours(23)), "valid for days around it");
+        assert!(is_stale(now, now + hours(24)));
+        assert!(is_stale(SystemTime::UNIX_EPOCH, now), "a board that knew no time");
+        assert!(is_stale(now, SystemTime::UNIX_EPOCH), "a clock that was in the future");
     }
 
     #[test]

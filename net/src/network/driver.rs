@@ -1,6 +1,7 @@
 //! The network's task: dials who is due, pairs connections, elects one pair of each member, tells who came and went.
 
-use super::{HALVES_MAX, NetworkEvent, News, PEERS_MAX, RENEW_EVERY};
+use super::{CLOCK_EVERY, HALVES_MAX, NetworkEvent, News, PEERS_MAX};
+use crate::certificate::is_stale;
 use crate::control::session_label;
 use crate::dial::{DialPolicy, Source};
 use crate::discovery::Discovery;
@@ -11,7 +12,7 @@ use crate::peer::{DataConnection, Introduced, MeetError, Met, dial, introduce, n
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 
 /// What became of a pair of connections.
@@ -34,6 +35,8 @@ pub(super) struct Driver {
     pub(super) own: NodeId,
     pub(super) name: Arc<str>,
     pub(super) endpoint: Endpoint,
+    /// When its certificate was made.
+    pub(super) certified: SystemTime,
     pub(super) policy: DialPolicy,
     pub(super) started: Instant,
     pub(super) news: mpsc::Sender<News>,
@@ -59,13 +62,12 @@ impl Driver {
         for address in named {
             self.policy.handle_address(address, Source::Named, self.now());
         }
-        let mut renewal = tokio::time::interval(RENEW_EVERY);
-        renewal.tick().await;
+        let mut clock = tokio::time::interval(CLOCK_EVERY);
         loop {
             self.dial_due();
             let due = self.policy.next_due().map(|due| self.started + due);
             // Nothing due: any news changes that.
-            let due = due.unwrap_or_else(|| Instant::now() + RENEW_EVERY);
+            let due = due.unwrap_or_else(|| Instant::now() + CLOCK_EVERY);
             tokio::select! {
                 heard = news.recv() => match heard {
                     Some(News::Stop(done)) => {
@@ -78,17 +80,23 @@ impl Driver {
                 },
                 Some(connection) = accepted.recv() => self.welcome(connection),
                 () = tokio::time::sleep_until(due.into()) => {}
-                _ = renewal.tick() => {
-                    if let Err(error) = self.endpoint.renew() {
-                        tracing::error!(%error, "the node's certificate was not renewed");
-                    }
-                }
+                _ = clock.tick() => self.certify(SystemTime::now()),
             }
         }
     }
 
     fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    fn certify(&mut self, now: SystemTime) {
+        if !is_stale(self.certified, now) {
+            return;
+        }
+        match self.endpoint.renew() {
+            Ok(()) => self.certified = now,
+            Err(error) => tracing::error!(%error, "the node's certificate was not renewed"),
+        }
     }
 
     fn dial_due(&mut self) {
