@@ -111,7 +111,7 @@ pub struct Leader {
     unmet: BTreeMap<NodeId, Duration>,
     /// Those of them that were.
     lost: BTreeSet<NodeId>,
-    room: Room,
+    leaving: Leaving,
     /// Since when the members are the same, or when it was last looked for better places.
     settled: Option<Duration>,
 }
@@ -129,25 +129,25 @@ pub struct Broken {
     pub error: RequestError,
 }
 
-/// Memory that is on its way to be free.
+/// Memory that members still hold, and are letting go of.
 #[derive(Debug, Default)]
-struct Room {
-    leaving_bytes: u64,
+struct Leaving {
+    bytes: u64,
     /// When it last changed, or something was made to leave.
     changed: Option<Duration>,
 }
 
-impl Room {
+impl Leaving {
     fn note(&mut self, world: &World<'_>) {
         let leaving = world.members.0.values().map(|report| report.leaving_bytes).fold(0, u64::saturating_add);
-        if leaving != self.leaving_bytes {
-            (self.leaving_bytes, self.changed) = (leaving, Some(world.now));
+        if leaving != self.bytes {
+            (self.bytes, self.changed) = (leaving, Some(world.now));
         }
     }
 
     /// Whether it is worth waiting for. What has left is seen when its machine has been measured again.
     fn is_coming(&self, now: Duration) -> bool {
-        let within = if self.leaving_bytes > 0 { ROOM_WITHIN } else { TOLD_WITHIN };
+        let within = if self.bytes > 0 { ROOM_WITHIN } else { TOLD_WITHIN };
         self.changed.is_some_and(|changed| now.saturating_sub(changed) < within)
     }
 }
@@ -208,7 +208,7 @@ impl Leader {
     /// One round of everything that the leader looks after.
     pub fn round(&mut self, world: &mut World<'_>) {
         self.note_members(world);
-        self.room.note(world);
+        self.leaving.note(world);
         self.end_doubles(world);
         self.mend_broken(world);
         self.relieve(world);
@@ -285,7 +285,7 @@ impl Leader {
                 Err(RequestError::Plan(PlanError::NoSuchNode { .. })) if self.is_unsettled(world.now) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { .. }))
                     if self.is_unsettled(world.now)
-                        || self.room.is_coming(world.now)
+                        || self.leaving.is_coming(world.now)
                         || self.make_room(world, &ask, near, None) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { needed_bytes, .. }))
                     if world.desired.running().next().is_some() =>
@@ -356,7 +356,7 @@ impl Leader {
             shards.and_then(|shards| place(&ask.demand, &offers, &world.members.links(), &shards, ask.spec.policy));
         let Some(id) = idle.into_iter().min_by_key(used).filter(|_| fits.is_ok()) else { return false };
         tracing::info!(instance = %id, "unloading a model: another one needs its room");
-        self.room.changed = Some(world.now);
+        self.leaving.changed = Some(world.now);
         world.set(id, Want::Gone { error: None });
         true
     }

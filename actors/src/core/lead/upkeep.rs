@@ -132,7 +132,7 @@ impl Leader {
             Err(_) if error.is_none() && wanted.placement.stages.iter().all(|s| !self.is_gone(world, s.node)) => {}
             Err(PlanError::DoesNotFit { .. })
                 if self.is_meeting(world.now)
-                    || self.room.is_coming(world.now)
+                    || self.leaving.is_coming(world.now)
                     || self.make_room(world, &ask_of(wanted), near, Some(id)) => {}
             Err(missing) => {
                 // Every device has failed it: why the last one did says more than that none is left.
