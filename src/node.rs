@@ -3,6 +3,7 @@
 use crate::cluster::{self, ClusterSettings};
 use crate::config::Directories;
 use crate::error::StartError;
+use exo_actors::core::patience::Patience;
 use exo_actors::models::{ModelsConfig, Progress};
 use exo_actors::{NodeConfig, NodeHandle, PlannerLimits};
 use exo_engines::candle::CandleFactory;
@@ -26,6 +27,7 @@ impl Node {
             threads: None,
             factories: None,
             limits: PlannerLimits::default(),
+            patience: Patience::default(),
             name: None,
             cluster: None,
             progress: Arc::new(|_| {}),
@@ -41,6 +43,7 @@ pub struct NodeBuilder {
     threads: Option<usize>,
     factories: Option<Vec<Arc<dyn EngineFactory>>>,
     limits: PlannerLimits,
+    patience: Patience,
     name: Option<String>,
     cluster: Option<ClusterSettings>,
     progress: Arc<dyn Fn(Progress) + Send + Sync>,
@@ -93,6 +96,12 @@ impl NodeBuilder {
         self
     }
 
+    /// When a device counts as hung, and what it was at goes elsewhere.
+    pub fn patience(mut self, patience: Patience) -> Self {
+        self.patience = patience;
+        self
+    }
+
     /// What others call this node; the machine's name where it is not set.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
@@ -138,8 +147,8 @@ impl NodeBuilder {
             python: "python3".to_owned(),
             progress: self.progress,
         };
-        let (id, limits) = (identity.node_id(), self.limits);
-        let config = NodeConfig { id, name, factories, models, limits, wire_type, joined };
+        let (id, limits, patience) = (identity.node_id(), self.limits, self.patience);
+        let config = NodeConfig { id, name, factories, models, limits, patience, wire_type, joined };
         exo_actors::start(config).await.map_err(|error| StartError::Actor(error.to_string()))
     }
 }

@@ -6,6 +6,7 @@
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
+use crate::core::patience::Patience;
 use crate::core::spec::InstanceId;
 use crate::core::supervise::{FailureHistory, Fallback, Verdict};
 use crate::core::view::Fact;
@@ -35,6 +36,7 @@ pub(crate) struct DeviceArgs {
     pub factory: Arc<dyn EngineFactory>,
     /// Where shards go when this device is lost.
     pub fallback: Option<DeviceRef>,
+    pub patience: Patience,
     pub facts: Facts,
 }
 
@@ -102,7 +104,7 @@ impl DeviceState {
         }
         task.host.device = self.args.report.id.clone();
         task.host.factory = Arc::clone(&self.args.factory);
-        let args = ShardArgs { task: task.clone() };
+        let args = ShardArgs { task: task.clone(), patience: self.args.patience };
         match Shard::spawn_linked(None, Shard, args, myself.get_cell()).await {
             Ok((shard, _)) => drop(self.shards.insert(shard.get_id(), (shard.get_cell(), task))),
             Err(error) => {

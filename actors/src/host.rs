@@ -20,9 +20,9 @@ use exo_engines::{Engine, EngineError};
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -104,12 +104,40 @@ enum Command {
     Stop,
 }
 
+/// What an engine's thread is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Work {
+    #[default]
+    Loading,
+    Waiting,
+    Step {
+        rows: usize,
+    },
+}
+
+/// What an engine's thread is at, and how many signs of life it has given. For whoever looks from outside.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Pulse(Arc<Mutex<(u64, Work)>>);
+
+impl Pulse {
+    fn beat(&self, work: Work) {
+        // Two numbers are whole between two statements, whatever panicked.
+        let mut pulse = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *pulse = (pulse.0 + 1, work);
+    }
+
+    pub(crate) fn look(&self) -> (u64, Work) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A handle on an engine's thread.
 #[derive(Clone)]
 pub(crate) struct EnginePort {
     commands: SyncSender<Command>,
     /// Seen between two tensors, while commands wait for the shard to be loaded.
     is_stopped: Arc<AtomicBool>,
+    pulse: Pulse,
 }
 
 impl std::fmt::Debug for EnginePort {
@@ -132,6 +160,10 @@ impl EnginePort {
     /// Sends a frame. Never blocks.
     pub(crate) fn send(&self, frame: Frame) -> Result<(), PortClosed> {
         self.command(Command::Frame(Box::new(frame)))
+    }
+
+    pub(crate) fn pulse(&self) -> &Pulse {
+        &self.pulse
     }
 
     /// Ends the thread when it has done what it is at; a load breaks off.
@@ -178,10 +210,11 @@ pub(crate) struct HostTask {
 pub(crate) fn start(task: HostTask, on: impl Fn(HostEvent) + Send + 'static) -> std::io::Result<EnginePort> {
     let (commands, receiver) = sync_channel(COMMANDS_MAX);
     let is_stopped = Arc::new(AtomicBool::new(false));
-    let port = EnginePort { commands, is_stopped: Arc::clone(&is_stopped) };
+    let pulse = Pulse::default();
+    let port = EnginePort { commands, is_stopped: Arc::clone(&is_stopped), pulse: pulse.clone() };
     let name = format!("shard-{}-{}", task.spec.layers.start, task.spec.layers.end);
     std::thread::Builder::new().name(name).spawn(move || {
-        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&task, &receiver, &is_stopped, &on)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&task, &receiver, &is_stopped, &pulse, &on)));
         let error = match outcome {
             Ok(Ok(()) | Err(EngineError::Interrupted)) => return,
             Ok(Err(error)) => error,
@@ -201,11 +234,13 @@ fn serve(
     task: &HostTask,
     commands: &Receiver<Command>,
     is_stopped: &AtomicBool,
+    pulse: &Pulse,
     on: &impl Fn(HostEvent),
 ) -> Result<(), EngineError> {
     let mut engine = task.factory.open(&task.device)?;
     let mut told: Option<Instant> = None;
     let report = engine.load(&task.spec, &task.weights, &mut |progress| {
+        pulse.beat(Work::Loading);
         let is_last = progress.loaded_bytes >= progress.total_bytes;
         if is_last || told.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {
             told = Some(Instant::now());
@@ -214,6 +249,7 @@ fn serve(
         if is_stopped.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
     let warm_up = engine.warm_up()?;
+    pulse.beat(Work::Waiting);
     on(HostEvent::Loaded { report, warm_up });
     let mut life: Option<(Incarnation, Next)> = None;
     let mut sampler = TokenSampler::default();
@@ -230,7 +266,9 @@ fn serve(
             }
             Command::Frame(frame) => match &life {
                 Some((incarnation, next)) if *incarnation == frame.step.incarnation => {
+                    pulse.beat(Work::Step { rows: frame.step.rows.len() });
                     pass(&mut *engine, &mut sampler, vocabulary, *frame, next)?;
+                    pulse.beat(Work::Waiting);
                 }
                 _ => tracing::debug!(epoch = frame.step.incarnation.epoch, "dropped a frame of another life"),
             },

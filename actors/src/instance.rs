@@ -16,6 +16,7 @@ mod pump;
 
 use crate::core::desired::{Change, Stamp, Wanted};
 use crate::core::line::{Line, StageNews};
+use crate::core::patience::{Patience, Watchdog};
 use crate::core::schedule::{Limits, Request, Schedule};
 use crate::core::spec::InstanceId;
 use crate::core::state::{Load, Totals};
@@ -112,6 +113,7 @@ pub(crate) struct InstanceArgs {
     pub stamp: Stamp,
     pub wanted: Arc<Wanted>,
     pub wire_type: WireType,
+    pub patience: Patience,
     pub post: Post,
     pub board: Switchboard,
     pub planner: Outlet<InstanceReport>,
@@ -129,8 +131,9 @@ pub(crate) struct InstanceState {
     coming: Option<Line>,
     started: Instant,
     next_step: u64,
-    /// When the pipeline last gave something, or was given something after being idle.
-    last_sign: Instant,
+    /// How often the pipeline has given something, or was given something after being idle.
+    signs: u64,
+    watchdog: Watchdog,
     totals: Totals,
     reported: Option<Load>,
     ending: RequestError,
@@ -163,7 +166,8 @@ impl Actor for Instance {
             coming: None,
             started: Instant::now(),
             next_step: 0,
-            last_sign: Instant::now(),
+            signs: 0,
+            watchdog: Watchdog::default(),
             totals: Totals::default(),
             reported: None,
             ending: RequestError::ShuttingDown,
@@ -241,7 +245,7 @@ impl InstanceState {
         if !self.line.is_running() || result.incarnation != self.line.incarnation() {
             return;
         }
-        self.last_sign = Instant::now();
+        self.signs += 1;
         self.schedule.handle_step_done(result.tokens);
     }
 

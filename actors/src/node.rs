@@ -8,6 +8,7 @@
 
 use crate::cluster::{Cluster, ClusterArgs, ClusterRef, Evicted};
 use crate::control::Heard;
+use crate::core::patience::Patience;
 use crate::core::view::{Fact, State};
 use crate::device::{Device, DeviceArgs, DeviceRef};
 use crate::gateway::{Gateway, GatewayArgs, GatewayHandle, permits};
@@ -56,6 +57,8 @@ pub struct NodeConfig {
     pub factories: Vec<Arc<dyn EngineFactory>>,
     pub models: ModelsConfig,
     pub limits: PlannerLimits,
+    /// When a device counts as hung.
+    pub patience: Patience,
     /// How activations travel to other nodes.
     pub wire_type: WireType,
     /// `None`: this node is alone, and stays so.
@@ -186,7 +189,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
     let (post, board, permits) = (Post::new(config.id), Switchboard::default(), permits());
     let (models, _) =
         Models::spawn_linked(None, Models, ModelsArgs { config: config.models, post: post.clone() }, cell()).await?;
-    let devices = start_devices(myself, &config.factories, &facts).await?;
+    let devices = start_devices(myself, &config.factories, config.patience, &facts).await?;
     let machine = tokio::task::spawn_blocking(measure_once).await?;
     facts.tell(Fact::MachineMeasured(machine.clone()));
     let reports = devices.iter().map(|local| local.report.clone()).collect();
@@ -205,6 +208,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
         devices: reports,
         machine,
         limits: config.limits,
+        patience: config.patience,
         wire_type: config.wire_type,
         models: models.clone(),
         stages: stages.clone(),
@@ -253,6 +257,7 @@ fn deliver(stages: StagesRef, planner: PlannerRef) -> Outlet<Heard> {
 async fn start_devices(
     myself: &NodeRef,
     factories: &[Arc<dyn EngineFactory>],
+    patience: Patience,
     facts: &Facts,
 ) -> Result<Vec<LocalDevice>, ActorProcessingErr> {
     let mut found = Vec::new();
@@ -268,6 +273,7 @@ async fn start_devices(
             report: report.clone(),
             factory: Arc::clone(&factory),
             fallback: if is_cpu { None } else { fallback.clone() },
+            patience,
             facts: facts.clone(),
         };
         let (device, _) = Device::spawn_linked(None, Device, args, myself.get_cell()).await?;

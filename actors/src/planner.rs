@@ -25,6 +25,7 @@ use crate::control::Heard;
 use crate::core::desired::{Desired, Want};
 use crate::core::lead::{Effect, Leader, World};
 use crate::core::members::Members;
+use crate::core::patience::Patience;
 use crate::core::plan::{Link, Preview};
 use crate::core::spec::{InstanceId, ModelSpec};
 use crate::core::state::{InstanceState, Machine};
@@ -128,6 +129,7 @@ pub(crate) struct PlannerArgs {
     pub devices: Vec<DeviceReport>,
     pub machine: Machine,
     pub limits: PlannerLimits,
+    pub patience: Patience,
     pub wire_type: WireType,
     pub models: ModelsRef,
     pub stages: StagesRef,

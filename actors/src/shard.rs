@@ -1,20 +1,24 @@
 //! Shard: one engine with layers [a, b) of one instance.
 //!
 //! - owns: the engine's thread;
-//! - receives: what the thread reports;
+//! - receives: what the thread reports; looks whether it still gives signs of life;
 //! - emits: progress, and itself once it is loaded, to whoever started it;
-//! - dies when: its engine fails (with the engine's error), or it is stopped;
+//! - dies when: its engine fails (with the engine's error) or hangs, or it is stopped;
 //! - supervised by: its device.
 
+use crate::core::patience::{Patience, Watchdog};
 use crate::core::spec::InstanceId;
-use crate::host::{self, EnginePort, HostEvent, HostTask};
+use crate::host::{self, EnginePort, HostEvent, HostTask, Work};
 use crate::outlet::Outlet;
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, LoadProgress};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
+
+/// How often it is looked whether the engine hangs.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Which shard, of what, for whom.
 #[derive(Debug, Clone)]
@@ -51,17 +55,21 @@ pub(crate) enum ShardReport {
 #[derive(Debug, RactorMessage)]
 pub(crate) enum ShardMsg {
     Host(HostEvent),
+    Look,
 }
 
 #[derive(Debug)]
 pub(crate) struct ShardArgs {
     pub task: ShardTask,
+    pub patience: Patience,
 }
 
 #[derive(Debug)]
 pub(crate) struct ShardState {
     args: ShardArgs,
     port: EnginePort,
+    started: Instant,
+    watchdog: Watchdog,
 }
 
 /// Why a shard died.
@@ -81,11 +89,12 @@ impl Actor for Shard {
     type Arguments = ShardArgs;
 
     async fn pre_start(&self, myself: ActorRef<ShardMsg>, args: ShardArgs) -> Result<ShardState, ActorProcessingErr> {
+        myself.send_interval(LOOK_EVERY, || ShardMsg::Look);
         let port = host::start(args.task.host.clone(), move |event| {
             // A shard that is gone needs no news of its thread.
             let _ = myself.send_message(ShardMsg::Host(event));
         })?;
-        Ok(ShardState { args, port })
+        Ok(ShardState { args, port, started: Instant::now(), watchdog: Watchdog::default() })
     }
 
     async fn handle(
@@ -94,8 +103,10 @@ impl Actor for Shard {
         message: ShardMsg,
         state: &mut ShardState,
     ) -> Result<(), ActorProcessingErr> {
-        let ShardMsg::Host(event) = message;
-        state.on_event(event)
+        match message {
+            ShardMsg::Host(event) => state.on_event(event),
+            ShardMsg::Look => state.look(),
+        }
     }
 }
 
@@ -121,11 +132,29 @@ impl ShardState {
                 let vocabulary = u32::try_from(host.spec.architecture.vocabulary).unwrap_or(u32::MAX);
                 owner.tell(ShardReport::Up { port, device, row: warm_up.row, hidden: *hidden, vocabulary });
             }
-            HostEvent::Failed(error) => {
-                let layers = host.spec.layers.clone();
-                return Err(Box::new(ShardFailure { layers, error }));
-            }
+            HostEvent::Failed(error) => return self.fail(error),
         }
         Ok(())
+    }
+
+    /// Whoever waits for an engine that hangs would wait for ever.
+    fn look(&mut self) -> Result<(), ActorProcessingErr> {
+        let (signs, work) = self.port.pulse().look();
+        let silence = self.watchdog.look(signs, self.started.elapsed());
+        let patience = &self.args.patience;
+        let (from, within) = match work {
+            Work::Waiting => return Ok(()),
+            Work::Loading => ("loading".to_owned(), patience.load),
+            Work::Step { rows } => (format!("a step of {rows} rows"), patience.with_step(rows)),
+        };
+        if silence <= within {
+            return Ok(());
+        }
+        self.fail(EngineError::Hung { from, seconds: silence.as_secs() })
+    }
+
+    fn fail(&self, error: EngineError) -> Result<(), ActorProcessingErr> {
+        let layers = self.args.task.host.spec.layers.clone();
+        Err(Box::new(ShardFailure { layers, error }))
     }
 }

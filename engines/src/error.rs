@@ -14,6 +14,8 @@ pub enum ErrorClass {
     Transient,
     /// The device does not answer any more.
     DeviceLost,
+    /// The engine does not come back, and keeps its thread and its memory: the same again would take as much.
+    Hung,
     /// The engine's state can no longer be trusted.
     Fatal,
 }
@@ -44,6 +46,8 @@ pub enum EngineError {
     Device { device: String, what: String },
     #[error("the engine panicked: {what}")]
     Panicked { what: String },
+    #[error("the engine has not come back from {from} for {seconds} s")]
+    Hung { from: String, seconds: u64 },
     #[error("nobody wants the shard any more")]
     Interrupted,
 }
@@ -55,6 +59,7 @@ impl EngineError {
             Self::OutOfMemory { .. } | Self::CacheFull { .. } => ErrorClass::Overload,
             Self::StaleIncarnation { .. } | Self::Interrupted => ErrorClass::Transient,
             Self::Device { .. } | Self::SelfTest { .. } => ErrorClass::DeviceLost,
+            Self::Hung { .. } => ErrorClass::Hung,
             Self::BadStep { .. } | Self::NotLoaded | Self::Panicked { .. } => ErrorClass::Fatal,
         }
     }
@@ -70,6 +75,9 @@ impl EngineError {
             Self::Unsupported { .. } | Self::NoDevice { .. } => "choose another --device",
             Self::Device { .. } | Self::SelfTest { .. } => {
                 "the CPU engine takes over; see the log for the device's state"
+            }
+            Self::Hung { .. } => {
+                "its layers go on elsewhere; see the log and the system's, and start the node again to free what it holds"
             }
             Self::BadStep { .. } | Self::NotLoaded | Self::Panicked { .. } => {
                 "this is a bug: the engine is restarted; please report it with the log"

@@ -24,7 +24,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// Both sides speak this; a peer of another is told so.
-const PROTOCOL: u32 = 4;
+const PROTOCOL: u32 = 5;
 /// From a connection to a peer.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// Longer names are cut.

@@ -6,6 +6,7 @@ use crate::core::desired::{Entry, Stamp, Want};
 use crate::core::lead::{Ask, Broken};
 use crate::core::line::{StageNews, StageTask};
 use crate::core::members::MemberReport;
+use crate::core::patience::Patience;
 use crate::core::plan::Demand;
 use crate::core::spec::{FilesId, InstanceId, Model, ModelSpec};
 use crate::models::ModelsConfig;
@@ -53,6 +54,7 @@ fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Pat
         factories: vec![Arc::new(CpuFactory::new(1))],
         models,
         limits: PlannerLimits::default(),
+        patience: Patience::default(),
         wire_type: WireType::F32,
         joined: Some(Joined { network, events, cookie, addresses, evicted }),
     };

@@ -10,6 +10,7 @@
 //! - [`lead`]: what the leader decides;
 //! - [`line`]: how far a placement's shards are;
 //! - [`members`]: what members tell each other of themselves;
+//! - [`patience`]: how long work may give no sign;
 //! - [`schedule`]: requests and results in, steps and tokens out;
 //! - [`supervise`]: failures in, what to do about them out;
 //! - [`view`]: facts in, the state that people see out.
@@ -18,6 +19,7 @@ pub mod desired;
 pub mod lead;
 pub(crate) mod line;
 pub mod members;
+pub mod patience;
 pub mod plan;
 pub mod schedule;
 #[cfg(test)]

@@ -36,14 +36,22 @@ pub struct Schedule {
     waiting: VecDeque<SeqId>,
     /// Oldest first.
     running: Vec<SeqId>,
-    /// What each step in flight will give back, first sent first.
-    in_flight: VecDeque<Vec<SeqId>>,
+    /// First sent first.
+    in_flight: VecDeque<Sent>,
     kept: Kept,
     /// Sequences to be forgotten by the shards with the next step.
     releases: Vec<SeqId>,
     /// Those whose samplers are.
     closes: Vec<SeqId>,
     events: VecDeque<Event>,
+}
+
+/// A step that is on its way.
+#[derive(Debug)]
+struct Sent {
+    rows: usize,
+    /// Those that it draws a token for.
+    draws: Vec<SeqId>,
 }
 
 #[derive(Debug)]
@@ -126,6 +134,11 @@ impl Schedule {
 
     pub fn steps_in_flight(&self) -> usize {
         self.in_flight.len()
+    }
+
+    /// Rows of the largest step that is on its way.
+    pub fn rows_in_flight_max(&self) -> usize {
+        self.in_flight.iter().map(|sent| sent.rows).max().unwrap_or(0)
     }
 
     /// Takes a request.
@@ -239,8 +252,8 @@ impl Schedule {
         }
         let closes = std::mem::take(&mut self.closes).into_iter().map(|seq| SamplerOperation::Close { seq });
         plan.samplers.splice(0..0, closes);
-        let drawn = plan.rows.iter().filter(|row| row.wants_logits).map(|row| row.seq).collect();
-        self.in_flight.push_back(drawn);
+        let draws = plan.rows.iter().filter(|row| row.wants_logits).map(|row| row.seq).collect();
+        self.in_flight.push_back(Sent { rows: plan.rows.len(), draws });
         Some(plan)
     }
 
@@ -369,7 +382,7 @@ impl Schedule {
     }
 
     fn is_in_flight(&self, seq: SeqId) -> bool {
-        self.in_flight.iter().any(|seqs| seqs.contains(&seq))
+        self.in_flight.iter().any(|sent| sent.draws.contains(&seq))
     }
 
     fn add_rows(&mut self, seq: SeqId, rows: usize, plan: &mut StepPlan) {

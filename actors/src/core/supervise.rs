@@ -56,6 +56,8 @@ impl FailureHistory {
             // The same load fails again, wherever it is tried.
             ErrorClass::Caller => Verdict::Stop,
             ErrorClass::Overload => Verdict::Replan,
+            ErrorClass::Hung if fallback == Fallback::Available => Verdict::FallBack,
+            ErrorClass::Hung => Verdict::Replan,
             ErrorClass::Transient | ErrorClass::Fatal => restart.unwrap_or(otherwise),
             ErrorClass::DeviceLost if fallback == Fallback::Available => Verdict::FallBack,
             ErrorClass::DeviceLost => restart.unwrap_or(Verdict::Stop),
@@ -68,8 +70,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const CLASSES: [ErrorClass; 5] =
-        [ErrorClass::Caller, ErrorClass::Overload, ErrorClass::Transient, ErrorClass::DeviceLost, ErrorClass::Fatal];
+    const CLASSES: [ErrorClass; 6] = [
+        ErrorClass::Caller,
+        ErrorClass::Overload,
+        ErrorClass::Transient,
+        ErrorClass::DeviceLost,
+        ErrorClass::Hung,
+        ErrorClass::Fatal,
+    ];
 
     #[test]
     fn a_shard_that_keeps_failing_is_not_restarted_for_ever() {
@@ -92,10 +100,10 @@ mod tests {
     }
 
     proptest! {
-        /// R1.4, R8.4: a lost device falls back at once where it can, a caller's mistake is never retried, and no
-        /// sequence of failures gets more restarts within a window than the limit.
+        /// R1.4, R8.4: a lost device falls back at once where it can, a caller's mistake is never retried, what
+        /// hangs is never tried again where it hangs, and no sequence of failures gets more restarts within a window than the limit.
         #[test]
-        fn restarts_are_bounded(steps in prop::collection::vec((0_usize..5, 0_u64..30), 1..60), fall in any::<bool>()) {
+        fn restarts_are_bounded(steps in prop::collection::vec((0_usize..6, 0_u64..30), 1..60), fall in any::<bool>()) {
             let fallback = if fall { Fallback::Available } else { Fallback::None };
             let mut history = FailureHistory::default();
             let mut now = Duration::ZERO;
@@ -105,7 +113,7 @@ mod tests {
                 let class = CLASSES[class];
                 match history.decide(now, class, fallback) {
                     Verdict::Restart { .. } => {
-                        prop_assert!(class != ErrorClass::Caller);
+                        prop_assert!(class != ErrorClass::Caller && class != ErrorClass::Hung);
                         prop_assert!(class != ErrorClass::DeviceLost || fallback == Fallback::None);
                         restarts.push(now);
                     }

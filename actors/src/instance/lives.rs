@@ -6,13 +6,9 @@ use crate::core::line::{Line, StageNews, StageTask, Step as LineStep};
 use crate::core::view::Fact;
 use crate::links::{Expected, Sink};
 use crate::protocol::{ControlMessage, End, StageOrder};
-use crate::request::RequestError;
 use exo_net::NodeId;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// A step that takes longer than this has hung: the slowest machine that is of use decodes a token in seconds.
-const STEP_DEADLINE: Duration = Duration::from_secs(120);
+use std::time::Duration;
 
 impl InstanceState {
     /// Orders shards to be loaded.
@@ -190,7 +186,7 @@ impl InstanceState {
     }
 
     fn on_running(&mut self) {
-        self.last_sign = Instant::now();
+        self.signs += 1;
         let first = self.args.board.find(self.args.id, End::Stage(0), self.line.incarnation());
         if let Some(Sink::Shard { vocabulary, .. }) = first.map(|first| first.sink) {
             self.schedule.set_vocabulary(vocabulary);
@@ -215,7 +211,7 @@ impl InstanceState {
         }
     }
 
-    /// A step that does not come back is a failure of the pipeline; what nobody has acted on is said again.
+    /// What nobody has acted on is said again.
     pub(super) fn watch(&mut self, myself: &InstanceRef) {
         let now = self.now();
         let lines = [Some(&mut self.line), self.coming.as_mut()].into_iter().flatten();
@@ -227,17 +223,7 @@ impl InstanceState {
         }
         self.watch_coming(now);
         if self.line.is_running() {
-            if self.schedule.steps_in_flight() > 0 && self.last_sign.elapsed() > STEP_DEADLINE {
-                if self.coming.is_some() {
-                    return self.switch(myself);
-                }
-                let what = format!("no step came back for {} s", STEP_DEADLINE.as_secs());
-                let remedy = "the device hangs: see the log, and start the node again".into();
-                let error = RequestError::Engine { what, remedy };
-                self.report_broken(self.line.stamp(), &LineStep::Lost(0, error));
-                self.last_sign = Instant::now();
-            }
-            return;
+            return self.watch_steps(myself, now);
         }
         let post = self.args.post.clone();
         if !self.line.lost().is_empty() {
@@ -252,5 +238,23 @@ impl InstanceState {
             let step = self.line.cut(stage, "a stage did not answer in time".to_owned(), self.now());
             self.take(myself, step);
         }
+    }
+
+    /// A step that does not come back was lost on its way: a shard that hangs says so itself, and before.
+    fn watch_steps(&mut self, myself: &InstanceRef, now: Duration) {
+        let silence = self.watchdog.look(self.signs, now);
+        let stages = self.line.wanted().placement.stages.len();
+        let a_stage = self.args.patience.with_step(self.schedule.rows_in_flight_max());
+        // One more, for the ways between them.
+        let within = a_stage.saturating_mul(u32::try_from(stages + 1).unwrap_or(u32::MAX));
+        if self.schedule.steps_in_flight() == 0 || silence <= within {
+            return;
+        }
+        if self.coming.is_some() {
+            return self.switch(myself);
+        }
+        let what = format!("no step came back for {} s", silence.as_secs());
+        let step = self.line.cut(stages.saturating_sub(1), what, now);
+        self.take(myself, step);
     }
 }

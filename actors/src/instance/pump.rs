@@ -9,7 +9,6 @@ use crate::links::Sink;
 use crate::protocol::{End, HeadEvent};
 use crate::request::RequestError;
 use exo_engines::engine::{Incarnation, Input, Step, StepId};
-use std::time::Instant;
 
 impl InstanceState {
     /// Sends what may be sent, and tells clients what happened: in this order, as the pipeline waits for the next step.
@@ -26,7 +25,7 @@ impl InstanceState {
             let was_idle = self.schedule.steps_in_flight() == 0;
             let Some(plan) = self.schedule.poll_step() else { break };
             if was_idle {
-                self.last_sign = Instant::now();
+                self.signs += 1;
             }
             self.next_step += 1;
             let incarnation = self.line.incarnation();

@@ -108,6 +108,7 @@ impl PlannerState {
             stamp,
             wanted: Arc::clone(&wanted),
             wire_type: self.args.wire_type,
+            patience: self.args.patience,
             post: self.args.post.clone(),
             board: self.args.board.clone(),
             planner: Outlet::to(myself, PlannerMsg::Instance),

@@ -2,6 +2,7 @@
 
 use crate::fake;
 use crate::hub::{Hub, Shelf, sha256};
+use exo_actors::core::patience::Patience;
 use exo_actors::models::{ModelError, ModelsConfig, Origin, Progress};
 use exo_actors::{ModelSpec, NodeConfig, NodeHandle, PlannerLimits, RequestError, WireType};
 use std::collections::BTreeMap;
@@ -61,6 +62,7 @@ impl Client {
             factories,
             models,
             limits: PlannerLimits::default(),
+            patience: Patience::default(),
         })
         .await
         .expect("the node starts");

@@ -3,6 +3,7 @@
 //! A token that is lost, doubled or computed on a wrong cache changes every later one, so an answer that is right was
 //! computed right.
 
+use exo_actors::core::patience::Patience;
 use exo_actors::models::ModelsConfig;
 use exo_actors::{
     GenerateRequest, Generated, ModelSpec, NodeConfig, NodeHandle, PlannerLimits, Prompt, RequestError, WireType,
@@ -24,6 +25,11 @@ pub(crate) const END: u32 = 2;
 /// Tokens that a sequence may have.
 const CONTEXT: u32 = 2048;
 
+/// For an engine that may take none.
+const NO_TIME: Duration = Duration::from_millis(500);
+/// Longer than any test waits for an engine.
+const HANGS_FOR: Duration = Duration::from_secs(20);
+
 /// When an engine fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum When {
@@ -38,6 +44,8 @@ pub(crate) enum How {
     Error,
     Panic,
     DeviceLost,
+    /// It does not come back for longer than anyone waits.
+    Hang,
 }
 
 /// What engines are to do wrong, and what they did.
@@ -116,6 +124,10 @@ impl FakeEngine {
             None => Ok(()),
             Some(How::Error) => Err(EngineError::NotLoaded),
             Some(How::DeviceLost) => Err(EngineError::Device { device: "fake".to_owned(), what: "told to".to_owned() }),
+            Some(How::Hang) => {
+                std::thread::sleep(HANGS_FOR);
+                Err(EngineError::NotLoaded)
+            }
             Some(How::Panic) => panic!("told to"),
         }
     }
@@ -262,26 +274,39 @@ impl World {
     pub(crate) async fn limited(limits: PlannerLimits) -> Self {
         let script = Arc::new(Mutex::new(Script::default()));
         let factory = FakeFactory { device: "fake", kind: DeviceKind::Cpu, script: Arc::clone(&script) };
-        Self::with_limits(script, vec![Arc::new(factory)], limits).await
+        Self::start(script, vec![Arc::new(factory)], limits, Patience::default()).await
     }
 
     pub(crate) async fn with_devices(script: Script, devices: &[(&'static str, DeviceKind)]) -> Self {
         let script = Arc::new(Mutex::new(script));
-        let factory = |&(device, kind): &(&'static str, DeviceKind)| -> Arc<dyn EngineFactory> {
-            Arc::new(FakeFactory { device, kind, script: Arc::clone(&script) })
-        };
-        let factories = devices.iter().map(factory).collect();
+        let factories = Self::factories(&script, devices);
         Self::with_factories(script, factories).await
     }
 
-    pub(crate) async fn with_factories(script: Arc<Mutex<Script>>, factories: Vec<Arc<dyn EngineFactory>>) -> Self {
-        Self::with_limits(script, factories, PlannerLimits::default()).await
+    /// A node that waits for nobody.
+    pub(crate) async fn impatient(script: Script, devices: &[(&'static str, DeviceKind)]) -> Self {
+        let script = Arc::new(Mutex::new(script));
+        let factories = Self::factories(&script, devices);
+        let patience = Patience { load: NO_TIME, step: NO_TIME, row: Duration::ZERO };
+        Self::start(script, factories, PlannerLimits::default(), patience).await
     }
 
-    pub(crate) async fn with_limits(
+    fn factories(script: &Arc<Mutex<Script>>, devices: &[(&'static str, DeviceKind)]) -> Vec<Arc<dyn EngineFactory>> {
+        let factory = |&(device, kind): &(&'static str, DeviceKind)| -> Arc<dyn EngineFactory> {
+            Arc::new(FakeFactory { device, kind, script: Arc::clone(script) })
+        };
+        devices.iter().map(factory).collect()
+    }
+
+    pub(crate) async fn with_factories(script: Arc<Mutex<Script>>, factories: Vec<Arc<dyn EngineFactory>>) -> Self {
+        Self::start(script, factories, PlannerLimits::default(), Patience::default()).await
+    }
+
+    async fn start(
         script: Arc<Mutex<Script>>,
         factories: Vec<Arc<dyn EngineFactory>>,
         limits: PlannerLimits,
+        patience: Patience,
     ) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let model = tiny_model(folder.path());
@@ -301,6 +326,7 @@ impl World {
                 progress: Arc::new(|_| {}),
             },
             limits,
+            patience,
         };
         let node = exo_actors::start(config).await.expect("the node starts");
         Self { node, script, model, _folder: folder }

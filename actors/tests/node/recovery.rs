@@ -5,7 +5,7 @@ use crate::fake::{How, Script, When, World, answer};
 use crate::sabotage::Sabotaged;
 use exo_actors::core::state::Phase;
 use exo_actors::{GenerateRequest, RequestError};
-use exo_engines::engine::DeviceKind;
+use exo_engines::engine::{DeviceId, DeviceKind};
 use exo_engines::sampler::SamplingParams;
 use std::sync::{Arc, Mutex};
 
@@ -41,6 +41,33 @@ async fn a_lost_device_falls_back_to_the_processor() {
     let world = World::with_devices(failing(vec![(0, When::Decode, How::DeviceLost, 1)]), &devices).await;
     assert_eq!(world.ask(world.request(1, &PROMPT, 40)).await, Ok(answer(&PROMPT, 40)));
     assert_eq!(world.script.lock().expect("not poisoned").loads, 2);
+    world.node.shutdown().await;
+}
+
+/// R1.4, R8.4: a GPU that hangs, while it loads or in the middle of an answer, is not waited for: its shard, and no other
+/// one, goes to the processor.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_hangs_falls_back_to_the_processor() {
+    let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
+    for (layer, when) in [(0, When::Load), (1, When::Prefill), (3, When::Decode)] {
+        let world = World::impatient(failing(vec![(layer, when, How::Hang, 1)]), &devices).await;
+        let mut request = world.request(3, &PROMPT, 40);
+        request.model.device = Some(DeviceId("gpu".to_owned()));
+        let answered = world.ask(request).await;
+        assert_eq!(answered, Ok(answer(&PROMPT, 40)), "layer {layer}, {when:?}");
+        assert_eq!(world.script.lock().expect("not poisoned").loads, 4, "one shard was loaded anew");
+        world.node.shutdown().await;
+    }
+}
+
+/// R8.3: where there is no other device, what hangs is named, and not tried again while it holds what it holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_only_device_hangs_and_its_clients_are_told() {
+    let world = World::impatient(failing(vec![(1, When::Decode, How::Hang, 9)]), &[("fake", DeviceKind::Cpu)]).await;
+    let failed = world.ask(world.request(3, &PROMPT, 40)).await;
+    let Err(RequestError::Engine { what, remedy }) = failed else { panic!("{failed:?}") };
+    assert!(what.contains("has not come back from a step of 1 rows") && !remedy.is_empty(), "{what}");
+    assert_eq!(world.script.lock().expect("not poisoned").loads, 3);
     world.node.shutdown().await;
 }
 
