@@ -86,9 +86,16 @@ impl Said {
 }
 
 pub(crate) fn answer(asking: Child) -> Said {
+    outcome(asking).unwrap_or_else(|refusal| panic!("{refusal}"))
+}
+
+/// The answer, or why there is none.
+pub(crate) fn outcome(asking: Child) -> Result<Said, String> {
     let output = asking.wait_with_output().expect("it ends");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Said::of(&serde_json::from_slice(&output.stdout).expect("one object"))
+    match output.status.success() {
+        true => Ok(Said::of(&serde_json::from_slice(&output.stdout).expect("one object"))),
+        false => Err(crate::stderr(&output)),
+    }
 }
 
 fn member(name: &str, more: &[&str], variables: &[(&str, &str)]) -> Node {
