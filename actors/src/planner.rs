@@ -22,6 +22,7 @@ pub(crate) use wanting::Home;
 pub use wanting::RunningModel;
 
 use crate::control::Heard;
+use crate::core::circle::Circle;
 use crate::core::desired::{Desired, Want};
 use crate::core::lead::{Effect, Leader, World};
 use crate::core::members::Members;
@@ -146,6 +147,7 @@ pub(crate) struct PlannerState {
     started: Instant,
     desired: Desired,
     members: Members,
+    circle: Circle,
     /// What requests of this node wait for, and use.
     wanting: HashMap<ModelSpec, Wanting>,
     next_wanting: u64,
@@ -177,6 +179,7 @@ impl Actor for Planner {
             started: Instant::now(),
             desired: Desired::new(args.node),
             members: Members::default(),
+            circle: Circle::default(),
             wanting: HashMap::new(),
             next_wanting: 0,
             leader: Leader::default(),
@@ -323,6 +326,7 @@ impl PlannerState {
         self.last_look = now;
         self.forget_unused();
         self.renew_report();
+        self.look_around();
         self.tell_report();
         self.answer_drain();
     }

@@ -4,7 +4,7 @@ use super::Outcome;
 use super::plan::name_of;
 use super::remote::Remote;
 use crate::config::data_folder;
-use crate::{InstanceId, InstanceState, Machine, MemberReport, NodeId, Phase, State};
+use crate::{Apart, InstanceId, InstanceState, Machine, MemberReport, NodeId, Phase, State};
 use clap::Args;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -45,6 +45,9 @@ fn draw(state: &State) -> String {
     }
     for (id, member) in &state.members {
         draw_member(&mut out, state, *id, member);
+    }
+    for (id, apart) in &state.apart {
+        draw_apart(&mut out, state, *id, apart);
     }
     let mut live = state.everywhere().peekable();
     if live.peek().is_none() {
@@ -89,6 +92,15 @@ fn draw_member(out: &mut String, state: &State, id: NodeId, member: &MemberRepor
         let report = &device.report;
         let _ = writeln!(out, "         {:12} {} {}, {}{speed}", report.id, report.engine, report.tier, report.name);
     }
+}
+
+fn draw_apart(out: &mut String, state: &State, id: NodeId, apart: &Apart) {
+    let why = match apart.between {
+        Some((one, other)) => format!("{} and {} do not reach each other", name_of(state, one), name_of(state, other)),
+        None => "it reaches others that this node does not".to_owned(),
+    };
+    let _ = writeln!(out, "apart    {:12} {} works without this node: {why}", apart.name, id.short());
+    let _ = writeln!(out, "         open UDP port 52416, or what --listen says, between the two");
 }
 
 fn draw_instance(out: &mut String, state: &State, id: InstanceId, instance: &InstanceState) {

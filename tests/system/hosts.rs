@@ -4,7 +4,7 @@ use crate::cluster::{Cluster, alone_with, answer, question};
 use crate::lan::Lan;
 use crate::node::{Node, Setup};
 use crate::{GEMMA3, SMOLLM2};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const SPLIT: &str = "a:0-9,b:10-19,c:20-29";
 
@@ -70,5 +70,47 @@ fn a_partition_heals() {
             let by_all = answer(cluster.asking_for(node, &question, SPLIT));
             assert_eq!(by_all, expected, "{node} was asked when all were one again");
         }
+    }
+}
+
+/// R7.2: of three hosts two do not reach each other, and both reach the third: that one plans with one of them, the other
+/// works by itself, each says why, and all answer. When the two meet, all are one again.
+#[test]
+fn hosts_that_do_not_all_reach_each_other_plan_apart() {
+    let Some(lan) = Lan::of(3) else { return };
+    let (expected, cluster) = (alone_with(SMOLLM2), members(&lan));
+    assert_eq!(answer(cluster.asking(0, SPLIT)), expected);
+    let counts = |field: &str| {
+        let count = |node: &Node| node.state()[field].as_object().map_or(0, serde_json::Map::len);
+        cluster.nodes.iter().map(count).collect::<Vec<_>>()
+    };
+    let wait_for = |members: &[usize], apart: &[usize]| {
+        let begun = Instant::now();
+        loop {
+            let (mut now_members, now_apart) = (counts("members"), counts("apart"));
+            let of_third = (now_members.pop(), now_apart[2]);
+            now_members.sort_unstable();
+            if (&now_members[..], of_third) == (&members[..2], (Some(members[2]), apart[2])) {
+                return;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(60), "{now_members:?} {of_third:?}, apart {now_apart:?}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    };
+    lan.part(0, 1, "add");
+    wait_for(&[0, 1, 1], &[0, 1, 1]);
+    let said = String::from_utf8(cluster.nodes[2].command(&["status"]).stdout).expect("UTF-8");
+    assert!(said.contains("apart") && said.contains("do not reach each other"), "{said}");
+    let question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
+    for node in &cluster.nodes {
+        let arguments: Vec<&str> = question.iter().map(String::as_str).collect();
+        let output = node.command(&arguments);
+        let answered: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one object");
+        assert_eq!(crate::ids(&answered["token_ids"]), expected.tokens);
+    }
+    lan.part(0, 1, "delete");
+    wait_for(&[2, 2, 2], &[0, 0, 0]);
+    for node in 0..3 {
+        assert_eq!(answer(cluster.asking(node, SPLIT)), expected, "{node} was asked when all were one again");
     }
 }

@@ -77,6 +77,14 @@ impl Lan {
         ip(&["-n", &namespace, "route", "add", &only, "dev", "lan"]).expect("a route");
     }
 
+    /// A pair of hosts that reach all but each other, as behind two firewalls (`add`); or do again (`delete`).
+    pub(crate) fn part(&self, one: usize, other: usize, action: &str) {
+        for (host, hidden) in [(one, other), (other, one)] {
+            let (namespace, hidden) = (self.host(host), format!("{}/32", Self::address(hidden)));
+            ip(&["-n", &namespace, "route", action, "unreachable", &hidden]).expect("a route");
+        }
+    }
+
     /// Moves the calling thread to `host`.
     pub(crate) fn enter(&self, host: usize) {
         use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};

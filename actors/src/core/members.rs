@@ -62,6 +62,8 @@ pub struct MemberReport {
     pub links: BTreeMap<NodeId, Link>,
     /// Where it sees them.
     pub peers: Vec<SocketAddr>,
+    /// Those of them that are of another circle: see [`Circle`](super::circle::Circle).
+    pub apart: Vec<NodeId>,
 }
 
 impl MemberReport {
@@ -74,6 +76,7 @@ impl MemberReport {
             self.links.len(),
             self.peers.len(),
             self.addresses.len(),
+            self.apart.len(),
         ];
         let speeds =
             self.devices.iter().filter_map(|device| device.bytes_per_s).all(|speed| speed.is_finite() && speed > 0.0);
@@ -186,6 +189,7 @@ impl MemberReport {
             list: 0,
             links: BTreeMap::new(),
             peers: Vec::new(),
+            apart: Vec::new(),
         }
     }
 }

@@ -9,12 +9,14 @@
 //! - [`desired`]: what is to run, as every member knows it;
 //! - [`lead`]: what the leader decides;
 //! - [`line`]: how far a placement's shards are;
+//! - [`circle`]: who plans together;
 //! - [`members`]: what members tell each other of themselves;
 //! - [`patience`]: how long work may give no sign;
 //! - [`schedule`]: requests and results in, steps and tokens out;
 //! - [`supervise`]: failures in, what to do about them out;
 //! - [`view`]: facts in, the state that people see out.
 
+pub mod circle;
 pub mod desired;
 pub mod lead;
 pub(crate) mod line;

@@ -2,6 +2,7 @@
 //!
 //! Subscribers get the state once and then the facts; applying these gives them the same state that the node has.
 
+use super::circle::Apart;
 use super::members::MemberReport;
 use super::plan::Placement;
 use super::spec::{InstanceId, Model};
@@ -60,6 +61,11 @@ pub enum Fact {
     MemberGone {
         node: NodeId,
     },
+    /// Another node is here, and plans without this one.
+    MemberApart {
+        node: NodeId,
+        apart: Apart,
+    },
 }
 
 /// The node as people see it.
@@ -76,6 +82,8 @@ pub struct State {
     pub instances: BTreeMap<InstanceId, InstanceState>,
     /// The other members that are here, with the instances whose heads they have.
     pub members: BTreeMap<NodeId, MemberReport>,
+    /// Nodes that are here and no members, for not all reach each other.
+    pub apart: BTreeMap<NodeId, Apart>,
     /// Facts applied so far.
     pub version: u64,
 }
@@ -95,6 +103,7 @@ impl State {
             machine,
             instances: BTreeMap::new(),
             members: BTreeMap::new(),
+            apart: BTreeMap::new(),
             version: 0,
         }
     }
@@ -138,8 +147,18 @@ impl State {
                 self.change(*instance, |state| state.phase = Phase::Stopped { error: error.clone() });
                 self.forget_old();
             }
-            Fact::MemberReported { node, report } => drop(self.members.insert(*node, MemberReport::clone(report))),
-            Fact::MemberGone { node } => drop(self.members.remove(node)),
+            Fact::MemberReported { node, report } => {
+                self.apart.remove(node);
+                self.members.insert(*node, MemberReport::clone(report));
+            }
+            Fact::MemberGone { node } => {
+                self.apart.remove(node);
+                self.members.remove(node);
+            }
+            Fact::MemberApart { node, apart } => {
+                self.members.remove(node);
+                self.apart.insert(*node, apart.clone());
+            }
             Fact::RequestsChanged { instance, load, totals } => self.change(*instance, |state| {
                 state.requests_running = load.running;
                 state.requests_waiting = load.waiting;

@@ -3,6 +3,7 @@
 use super::PlannerState;
 use crate::core::desired::{Entry, Want, is_short};
 use crate::core::lead::Ask;
+use crate::core::members::MemberReport;
 use crate::core::spec::InstanceId;
 use crate::core::view::Fact;
 use crate::protocol::ControlMessage;
@@ -17,15 +18,10 @@ const LIST_EVERY: Duration = Duration::from_millis(900);
 impl PlannerState {
     pub(super) fn on_heard(&mut self, from: NodeId, message: ControlMessage) {
         match message {
-            ControlMessage::Report(report) if report.is_plausible() => {
-                self.args.facts.tell(Fact::MemberReported { node: from, report: report.clone() });
-                if report.list != self.desired.digest() && self.may_tell_list(from) {
-                    // What was written while somebody between us was away may not have come everywhere.
-                    self.tell_list(from);
-                }
-                self.members.0.insert(from, *report);
-            }
+            ControlMessage::Report(report) if report.is_plausible() => self.on_report(from, *report),
             ControlMessage::Report(_) => tracing::warn!(peer = %from, "a report that cannot be"),
+            // Whom it sees is all that counts of it.
+            _ if self.circle.is_apart(from) => {}
             ControlMessage::Desired(entries) => self.merge(entries),
             ControlMessage::Want(ask) => self.on_ask(from, *ask),
             // Of one that leads no more: whoever waits asks again.
@@ -40,6 +36,35 @@ impl PlannerState {
             ControlMessage::Broken(_) => {}
             // For heads, for those who keep shards, and for those who let members in.
             ControlMessage::News { .. } | ControlMessage::Stage(_) | ControlMessage::Evicted(_) => {}
+        }
+    }
+
+    fn on_report(&mut self, from: NodeId, report: MemberReport) {
+        if !self.circle.is_apart(from) {
+            self.args.facts.tell(Fact::MemberReported { node: from, report: Box::new(report.clone()) });
+            if report.list != self.desired.digest() && self.may_tell_list(from) {
+                // What was written while somebody between us was away may not have come everywhere.
+                self.tell_list(from);
+            }
+        }
+        self.circle.handle_report(&mut self.members, from, report);
+    }
+
+    /// Who is here may not all reach each other.
+    pub(super) fn look_around(&mut self) {
+        let now = self.now();
+        let change = self.circle.look(self.args.node, &mut self.members, now);
+        for (node, apart) in change.parted {
+            let (name, between) = (&apart.name, apart.between.map(|(one, other)| [one.short(), other.short()]));
+            tracing::warn!(
+                peer = %node, name, ?between,
+                "a peer is apart, for not all reach each other: open UDP port 52416, or what --listen says, between the two"
+            );
+            self.args.facts.tell(Fact::MemberApart { node, apart });
+            self.lose(node);
+        }
+        for node in change.joined {
+            self.on_node_up(node);
         }
     }
 
@@ -84,14 +109,21 @@ impl PlannerState {
     }
 
     pub(super) fn on_node_down(&mut self, node: NodeId) {
-        self.members.0.remove(&node);
         self.listed.remove(&node);
+        let was_apart = self.circle.handle_loss(&mut self.members, node);
         // The others are not to take it for one that only they see.
         self.links.remove(&node);
         self.renew_report();
         self.tell_report();
-        self.leader.handle_loss(node, self.now(), self.members.0.len());
         self.args.facts.tell(Fact::MemberGone { node });
+        if !was_apart {
+            self.lose(node);
+        }
+    }
+
+    /// A member is one no more.
+    fn lose(&mut self, node: NodeId) {
+        self.leader.handle_loss(node, self.now(), self.members.0.len());
         self.tell_owned_of_loss(node);
         for wanting in self.wanting.values_mut() {
             wanting.ask_again();

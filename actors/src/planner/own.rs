@@ -266,6 +266,7 @@ impl PlannerState {
             list: self.desired.digest(),
             links: self.links.clone(),
             peers: self.peers.clone(),
+            apart: self.circle.declared(),
         };
         self.members.0.insert(self.args.node, report);
     }

@@ -3,6 +3,7 @@
 use super::Cluster;
 use super::node::Node;
 use crate::request::RequestError;
+use exo_net::NodeId;
 use std::collections::BTreeSet;
 
 impl Cluster {
@@ -20,12 +21,23 @@ impl Cluster {
         }
     }
 
+    /// Members that plan together, as each sees them.
+    pub(super) fn circles(&self) -> BTreeSet<BTreeSet<NodeId>> {
+        self.nodes.iter().flatten().map(|node| node.members.0.keys().copied().collect()).collect()
+    }
+
     /// What holds when all is well again.
     pub(super) fn check_peace(&self) {
-        let nodes: Vec<&Node> = self.nodes.iter().flatten().collect();
+        for circle in self.circles() {
+            self.check_circle(&circle);
+        }
+    }
+
+    fn check_circle(&self, circle: &BTreeSet<NodeId>) {
+        let nodes: Vec<&Node> = self.nodes.iter().flatten().filter(|node| circle.contains(&node.id)).collect();
         let first = nodes[0];
         for node in &nodes {
-            assert_eq!(node.members.0.len(), nodes.len(), "all see all");
+            assert!(node.members.0.keys().eq(circle), "all see all");
             assert!(first.desired.running().eq(node.desired.running()), "all hold the same list");
         }
         let mut specs = BTreeSet::new();

@@ -1,6 +1,7 @@
 //! A simulated member, what it holds, and what members say.
 
 use super::GB;
+use crate::core::circle::Circle;
 use crate::core::desired::{Desired, Entry, Listed, Stamp};
 use crate::core::lead::{Ask, Broken, Leader};
 use crate::core::line::{Line, StageNews, StageTask};
@@ -10,7 +11,7 @@ use crate::core::spec::{FilesId, InstanceId, Model, ModelSpec};
 use crate::request::RequestError;
 use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 #[derive(Debug, Clone)]
@@ -50,7 +51,10 @@ pub(super) struct Node {
     pub(super) desired: Desired,
     /// As the keeper of its shards last heard it.
     pub(super) listed: Listed,
+    /// Whom it is connected with.
+    pub(super) seen: BTreeSet<NodeId>,
     pub(super) members: Members,
+    pub(super) circle: Circle,
     pub(super) leader: Leader,
     pub(super) heads: BTreeMap<InstanceId, Head>,
     pub(super) shards: BTreeMap<(InstanceId, usize), Shard>,
@@ -97,7 +101,9 @@ impl Node {
             bytes_per_s,
             desired: Desired::new(id),
             listed: Listed::default(),
+            seen: BTreeSet::new(),
             members: Members::default(),
+            circle: Circle::default(),
             leader: Leader::default(),
             heads: BTreeMap::new(),
             shards: BTreeMap::new(),
@@ -120,8 +126,20 @@ impl Node {
             owned: owned.collect(),
             in_use: used.collect(),
             list: self.desired.digest(),
-            links: self.members.0.keys().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
+            apart: self.circle.declared(),
+            links: self.seen.iter().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
             ..report
+        }
+    }
+
+    /// A member is one no more.
+    pub(super) fn part(&mut self, gone: NodeId, now: Duration) {
+        self.leader.handle_loss(gone, now, self.members.0.len());
+        for head in self.heads.values_mut() {
+            let _ = head.line.on_node_lost(gone);
+        }
+        for (_, asked, _) in self.wants.values_mut() {
+            *asked = None;
         }
     }
 }

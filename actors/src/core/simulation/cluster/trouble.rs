@@ -89,20 +89,27 @@ impl Cluster {
                         .is_none_or(|since| self.now > *since + NOTICED_AFTER || self.nodes[other].is_none());
                 if meets && self.can_talk(a, b) && !self.sees.contains(&(one, other)) {
                     self.sees.insert((one, other));
-                    let now = self.now;
+                    let met = self.ids[other];
                     let Some(node) = &mut self.nodes[one] else { continue };
-                    node.leader.handle_meeting(now);
-                    let (report, entries) =
-                        (node.report(), node.desired.entries().map(|(id, e)| (id, e.clone())).collect());
-                    self.say(one, self.ids[other], Said::Report(Box::new(report)));
-                    self.say(one, self.ids[other], Said::Desired(entries));
-                    self.order_again(one, self.ids[other]);
+                    node.seen.insert(met);
+                    self.meet(one, met);
                 } else if is_gone && self.sees.contains(&(one, other)) {
                     self.lose(one, other);
                     self.lose(other, one);
                 }
             }
         }
+    }
+
+    /// What is said to a new member.
+    pub(super) fn meet(&mut self, one: usize, met: NodeId) {
+        let now = self.now;
+        let Some(node) = &mut self.nodes[one] else { return };
+        node.leader.handle_meeting(now);
+        let (report, entries) = (node.report(), node.desired.entries().map(|(id, e)| (id, e.clone())).collect());
+        self.say(one, met, Said::Report(Box::new(report)));
+        self.say(one, met, Said::Desired(entries));
+        self.order_again(one, met);
     }
 
     pub(super) fn order_again(&mut self, one: usize, met: NodeId) {
@@ -124,13 +131,9 @@ impl Cluster {
         self.on_the_way.retain(|(_, from, to, _)| (*from, *to) != (one, other));
         let (gone, now) = (self.ids[other], self.now);
         let Some(node) = &mut self.nodes[one] else { return };
-        node.members.0.remove(&gone);
-        node.leader.handle_loss(gone, now, node.members.0.len());
-        for head in node.heads.values_mut() {
-            let _ = head.line.on_node_lost(gone);
-        }
-        for (_, asked, _) in node.wants.values_mut() {
-            *asked = None;
+        node.seen.remove(&gone);
+        if !node.circle.handle_loss(&mut node.members, gone) {
+            node.part(gone, now);
         }
     }
 }

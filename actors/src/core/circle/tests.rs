@@ -1,0 +1,148 @@
+//! Circles of members, as each of them sees them.
+
+use super::*;
+use crate::core::plan::Link;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn id(number: u8) -> NodeId {
+    format!("{number:02x}{:062x}", 0).parse().expect("an id")
+}
+
+/// Members with the pairs of them that cannot meet.
+struct World {
+    count: u8,
+    cut: BTreeSet<(u8, u8)>,
+    views: Vec<(Circle, Members)>,
+}
+
+impl World {
+    fn of(count: u8, cut: impl IntoIterator<Item = (u8, u8)>) -> Self {
+        let views = (0..count).map(|_| (Circle::default(), Members::default())).collect();
+        Self { count, cut: cut.into_iter().collect(), views }
+    }
+
+    fn reaches(&self, one: u8, other: u8) -> bool {
+        !self.cut.contains(&(one.min(other), one.max(other)))
+    }
+
+    fn report(&self, of: u8) -> MemberReport {
+        let seen = (0..self.count).filter(|&other| other != of && self.reaches(of, other));
+        let links = seen.map(|other| (id(other), Link { rtt_s: 1e-3, bytes_per_s: None })).collect();
+        let apart = self.views[usize::from(of)].0.declared();
+        MemberReport { links, apart, ..MemberReport::of_cpu(1 << 30, 1e10) }
+    }
+
+    /// All tell all whom they reach, and look.
+    fn second(&mut self, now: Duration) -> Vec<Change> {
+        let reports: Vec<MemberReport> = (0..self.count).map(|of| self.report(of)).collect();
+        let (count, cut) = (self.count, self.cut.clone());
+        let reaches = |one: u8, other: u8| !cut.contains(&(one.min(other), one.max(other)));
+        let look = |(own, (circle, members)): (u8, &mut (Circle, Members))| {
+            for other in 0..count {
+                match reaches(own, other) {
+                    true => circle.handle_report(members, id(other), reports[usize::from(other)].clone()),
+                    false => drop(circle.handle_loss(members, id(other))),
+                }
+            }
+            circle.look(id(own), members, now)
+        };
+        (0..count).zip(&mut self.views).map(look).collect()
+    }
+
+    fn seconds(&mut self, from: u32, to: u32) {
+        for second in from..to {
+            self.second(second * SECOND);
+        }
+    }
+
+    fn members(&self, of: u8) -> BTreeSet<NodeId> {
+        self.views[usize::from(of)].1.0.keys().copied().collect()
+    }
+}
+
+fn ids(numbers: impl IntoIterator<Item = u8>) -> BTreeSet<NodeId> {
+    numbers.into_iter().map(id).collect()
+}
+
+#[test]
+fn a_pair_that_does_not_meet_is_of_two_circles() {
+    let mut world = World::of(3, [(0, 1)]);
+    world.seconds(0, 10);
+    assert_eq!([0, 1, 2].map(|of| world.members(of)), [ids([0, 2]), ids([1, 2]), ids([0, 1, 2])], "they may yet meet");
+    let changes = world.second(10 * SECOND);
+    assert_eq!([0, 1, 2].map(|of| world.members(of)), [ids([0, 2]), ids([1]), ids([0, 2])]);
+    let apart = |node| (id(node), Apart { name: String::new(), between: Some((id(0), id(1))) });
+    assert_eq!(changes[1], Change { parted: vec![apart(2)], joined: Vec::new() });
+    assert_eq!(changes[2], Change { parted: vec![apart(1)], joined: Vec::new() });
+    // The firewall is opened; all say so a second later.
+    world.cut.clear();
+    world.seconds(11, 13);
+    assert_eq!([0, 1, 2].map(|of| world.members(of)), [(); 3].map(|()| ids([0, 1, 2])));
+}
+
+#[test]
+fn who_dies_parts_nobody() {
+    let mut world = World::of(4, []);
+    world.seconds(0, 20);
+    for survivor in 0..3 {
+        world.cut.insert((survivor, 3));
+        world.second((20 + u32::from(survivor)) * SECOND);
+    }
+    world.seconds(23, 60);
+    assert!((0..3).all(|of| world.members(of) == ids([0, 1, 2])));
+}
+
+#[test]
+fn a_link_that_comes_back_in_time_is_no_cut() {
+    let mut world = World::of(3, []);
+    for round in 0..10_u32 {
+        world.cut.insert((0, 1));
+        world.seconds(round * 20, round * 20 + 9);
+        world.cut.clear();
+        world.seconds(round * 20 + 9, round * 20 + 20);
+        assert_eq!(world.members(2), ids([0, 1, 2]));
+    }
+}
+
+#[test]
+fn who_tells_of_nodes_that_are_not_there_harms_itself_alone() {
+    let mut world = World::of(3, []);
+    for second in 0..40 {
+        world.second(second * SECOND);
+        let lies = (100..200).map(|number| (id(number), Link { rtt_s: 1e-3, bytes_per_s: None }));
+        for (circle, members) in &mut world.views[..2] {
+            let mut report = members.0[&id(2)].clone();
+            report.links.extend(lies.clone());
+            circle.handle_report(members, id(2), report);
+            assert!(circle.unmet.len() < 200);
+        }
+    }
+    assert!((0..2).all(|of| world.members(of).is_superset(&ids([0, 1]))));
+}
+
+/// Whoever cannot reach whom, of up to five: members of a circle reach each other, and two are together for both or for none; up
+/// to four are of one mind on who all are. Nobody is left out of the lowest id's circle who reaches all of it.
+#[test]
+fn circles_are_of_one_mind() {
+    for (count, bits) in (1_u8..=5).flat_map(|count| (0_u16..1024).map(move |bits| (count, bits))) {
+        let pairs = (0..count).flat_map(|a| (a + 1..count).map(move |b| (a, b)));
+        let cut: Vec<(u8, u8)> =
+            pairs.enumerate().filter(|(bit, _)| bits >> bit & 1 == 1).map(|(_, pair)| pair).collect();
+        let mut world = World::of(count, cut.clone());
+        world.seconds(0, 30);
+        for one in 0..count {
+            let circle = world.members(one);
+            assert!(circle.contains(&id(one)));
+            for other in (0..count).filter(|other| circle.contains(&id(*other))) {
+                assert!(world.reaches(one, other), "{one} {other} {cut:?}");
+                assert!(world.members(other).contains(&id(one)), "{one} {other} {cut:?}");
+                assert!(count == 5 || world.members(other) == circle, "{one} {other} {cut:?}");
+            }
+        }
+        let first = world.members(0);
+        for other in (1..count).filter(|other| !first.contains(&id(*other))) {
+            assert!((0..count).any(|of| first.contains(&id(of)) && !world.reaches(of, other)), "{other} {cut:?}");
+        }
+    }
+}
