@@ -5,7 +5,7 @@ use crate::outlet::Outlet;
 use crate::protocol::ControlMessage;
 use exo_net::{DataConnection, NodeId, Outbox, Pass};
 use ractor::ActorRef;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 /// The ways to one node.
@@ -28,6 +28,8 @@ pub(crate) struct Post {
 #[derive(Debug, Default)]
 struct Inner {
     lines: RwLock<BTreeMap<NodeId, Line>>,
+    /// Who is connected and counts as away.
+    apart: RwLock<BTreeSet<NodeId>>,
     here: OnceLock<Outlet<ControlMessage>>,
 }
 
@@ -54,18 +56,32 @@ impl Post {
         self.inner.lines.write().unwrap_or_else(PoisonError::into_inner).remove(&node);
     }
 
+    /// From now on `node` is told nothing but what all peers are told.
+    pub(crate) fn part(&self, node: NodeId) {
+        self.inner.apart.write().unwrap_or_else(PoisonError::into_inner).insert(node);
+    }
+
+    /// `node` counts as away no more than its connection is.
+    pub(crate) fn join(&self, node: NodeId) {
+        self.inner.apart.write().unwrap_or_else(PoisonError::into_inner).remove(&node);
+    }
+
+    fn is_apart(&self, node: NodeId) -> bool {
+        self.inner.apart.read().unwrap_or_else(PoisonError::into_inner).contains(&node)
+    }
+
     fn line(&self, node: NodeId) -> Option<Line> {
         self.inner.lines.read().unwrap_or_else(PoisonError::into_inner).get(&node).cloned()
     }
 
     /// The data connection with `node`, if it is here.
     pub(crate) fn data(&self, node: NodeId) -> Option<DataConnection> {
-        self.line(node).map(|line| line.data)
+        self.line(node).filter(|_| !self.is_apart(node)).map(|line| line.data)
     }
 
     /// Whether messages to `node` get anywhere.
     pub(crate) fn is_here(&self, node: NodeId) -> bool {
-        node == self.own || self.line(node).is_some()
+        node == self.own || self.line(node).is_some() && !self.is_apart(node)
     }
 
     /// The data connections with all others.
@@ -82,7 +98,7 @@ impl Post {
             }
             return;
         }
-        let Some(line) = self.line(to) else {
+        let Some(line) = self.line(to).filter(|_| message.is_for_all_peers() || !self.is_apart(to)) else {
             return tracing::debug!(peer = %to, "a message to a node that is not here");
         };
         send(to, &line, &message);
@@ -91,7 +107,7 @@ impl Post {
     /// Sends a message to all others.
     pub(crate) fn tell_others(&self, message: &ControlMessage) {
         let lines = self.inner.lines.read().unwrap_or_else(PoisonError::into_inner).clone();
-        for (to, line) in &lines {
+        for (to, line) in lines.iter().filter(|(to, _)| message.is_for_all_peers() || !self.is_apart(**to)) {
             send(*to, line, message);
         }
     }

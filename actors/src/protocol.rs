@@ -43,6 +43,13 @@ pub(crate) enum ControlMessage {
     Evicted(BTreeSet<NodeId>),
 }
 
+impl ControlMessage {
+    /// Whether it is of use to those, too, who plan apart.
+    pub(crate) fn is_for_all_peers(&self) -> bool {
+        matches!(self, Self::Report(_) | Self::Evicted(_))
+    }
+}
+
 /// One end of a link between shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) enum End {

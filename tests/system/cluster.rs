@@ -25,6 +25,16 @@ impl Cluster {
         Self::up_as(&[], variables)
     }
 
+    /// Two members, of which neither has room for a whole model.
+    fn small() -> Self {
+        let mut cluster = Self { nodes: vec![member("a", &["--memory", "0.13"], &[])] };
+        cluster.join("b", &["--memory", "0.13"], &[]);
+        for node in &cluster.nodes {
+            cluster.wait_for(node, 1);
+        }
+        cluster
+    }
+
     pub(crate) fn up_as(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut cluster = Self { nodes: vec![member("a", arguments, &[])] };
         for name in ["b", "c"] {
@@ -196,10 +206,7 @@ fn an_answer_outlives_the_death_of_any_other_node() {
 /// is too small, the request fails with what is missing, and does not hang.
 #[test]
 fn what_fits_nowhere_any_more_fails_with_what_is_missing() {
-    models();
-    let mut cluster = Cluster { nodes: vec![member("a", &["--memory", "0.13"], &[])] };
-    cluster.join("b", &["--memory", "0.13"], &[]);
-    cluster.nodes.iter().for_each(|node| cluster.wait_for(node, 1));
+    let cluster = Cluster::small();
     let question = ["run", SMOLLM2, QUESTION, "--temperature", "0", "--max-tokens", "1000", "--context", "1024"];
     let mut command: Command = cluster.nodes[0].prepare(&question);
     let mut asking = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("exo-node starts");
@@ -255,10 +262,7 @@ fn a_drained_node_is_empty_and_its_answers_go_on() {
 /// Who drains a machine that nobody can take the place of is told what is still there.
 #[test]
 fn a_drain_that_cannot_end_says_why() {
-    models();
-    let mut cluster = Cluster { nodes: vec![member("a", &["--memory", "0.13"], &[])] };
-    cluster.join("b", &["--memory", "0.13"], &[]);
-    cluster.nodes.iter().for_each(|node| cluster.wait_for(node, 1));
+    let cluster = Cluster::small();
     let asked = ["run", SMOLLM2, QUESTION, "--max-tokens", "4", "--context", "1024", "--json"];
     let first = cluster.nodes[0].command(&asked);
     assert!(first.status.success(), "{}", crate::stderr(&first));

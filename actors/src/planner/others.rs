@@ -61,9 +61,11 @@ impl PlannerState {
                 "a peer is apart, for not all reach each other: open UDP port 52416, or what --listen says, between the two"
             );
             self.args.facts.tell(Fact::MemberApart { node, apart });
+            self.args.post.part(node);
             self.lose(node);
         }
         for node in change.joined {
+            self.args.post.join(node);
             self.on_node_up(node);
         }
     }
@@ -111,6 +113,7 @@ impl PlannerState {
     pub(super) fn on_node_down(&mut self, node: NodeId) {
         self.listed.remove(&node);
         let was_apart = self.circle.handle_loss(&mut self.members, node);
+        self.args.post.join(node);
         // The others are not to take it for one that only they see.
         self.links.remove(&node);
         self.renew_report();

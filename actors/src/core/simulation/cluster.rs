@@ -81,7 +81,8 @@ impl Cluster {
 
     fn say(&mut self, from: usize, to: NodeId, said: Said) {
         let Some(to) = self.ids.iter().position(|id| *id == to) else { return };
-        if from != to && !self.sees.contains(&(from, to)) {
+        let is_apart = |node: &Node| node.circle.is_apart(self.ids[to]) && !matches!(said, Said::Report(_));
+        if from != to && !self.sees.contains(&(from, to)) || self.nodes[from].as_ref().is_some_and(is_apart) {
             return;
         }
         let takes = if from == to { 0 } else { 1 + self.random.below(60) };
@@ -293,8 +294,8 @@ impl Cluster {
         let own = node.id;
         // The list as it was a moment ago: orders overtake it.
         let listed = std::mem::replace(&mut node.listed, node.desired.listed());
-        let (sees, ids) = (&self.sees, &self.ids);
-        let is_here = |other| other == own || sees.iter().any(|(a, b)| *a == index && ids[*b] == other);
+        let here = node.here();
+        let is_here = |other| here.contains(&other);
         node.shards
             .retain(|(id, _), shard| listed.keeps(*id, shard.task.stamp, now.saturating_sub(shard.ordered), is_here));
         node.heads.retain(|id, _| wanted.iter().any(|(of, _, wanted)| of == id && wanted.owner() == Some(own)));
@@ -329,10 +330,9 @@ impl Cluster {
         let Some(node) = &mut self.nodes[index] else { return };
         let (own, leader) = (node.id, node.members.leader());
         let (mut said, mut late) = (Vec::new(), Vec::new());
-        let (sees, ids) = (&self.sees, &self.ids);
+        let here = node.here();
         for (&id, head) in &mut node.heads {
-            let is_here = |other| other == own || sees.iter().any(|(a, b)| *a == index && ids[*b] == other);
-            for lost in head.line.out_of_reach(now, is_here) {
+            for lost in head.line.out_of_reach(now, |other| here.contains(&other)) {
                 let _ = head.line.on_node_lost(lost);
             }
             let again = head.line.silent(id, now).into_iter();
@@ -389,26 +389,6 @@ enum Trouble {
     None,
 }
 
-/// After trouble: all live, and no pair but `cut` is cut.
-fn calm(cluster: &mut Cluster, cut: Option<(usize, usize)>) {
-    cluster.cut.clear();
-    cluster.cut.extend(cut.map(|pair| (pair, cluster.now)));
-    for _ in 0..cluster.nodes.len() {
-        cluster.revive(0);
-    }
-    for _ in 0..TICKS_OF_PEACE {
-        cluster.tick(Trouble::None);
-    }
-    cluster.check_peace();
-    let written = |cluster: &Cluster| -> u64 { cluster.nodes.iter().flatten().map(|node| node.written).sum() };
-    let before = written(cluster);
-    for _ in 0..TICKS_OF_REST {
-        cluster.tick(Trouble::None);
-    }
-    cluster.check_peace();
-    assert_eq!(written(cluster), before, "nothing moves without need");
-}
-
 /// R7.4, R7.5: members die, come back, are cut off from each other and lose shards at random; whatever happened, when it
 /// is over all hold the same list, what can run runs once, and nothing moves without need. Where a pair stays cut for good, that
 /// holds of each circle of members that reach each other; and of all, when the pair meets.
@@ -425,11 +405,11 @@ fn members_agree_when_trouble_is_over() {
         if seed.is_multiple_of(3) {
             let pairs: Vec<_> = cluster.pairs().collect();
             let pair = pairs[cluster.random.below(pairs.len() as u64) as usize];
-            calm(&mut cluster, Some(pair));
+            cluster.calm(Some(pair));
             assert_eq!(cluster.circles().len(), 2, "who does not reach all is apart");
             steps += u64::from(TICKS_OF_PEACE + TICKS_OF_REST);
         }
-        calm(&mut cluster, None);
+        cluster.calm(None);
         assert_eq!(cluster.circles().len(), 1, "all are one");
         steps += u64::from(TICKS_OF_TROUBLE + TICKS_OF_PEACE + TICKS_OF_REST);
         ran += cluster.nodes[0].as_ref().map_or(0, |node| node.desired.running().count());

@@ -1,7 +1,7 @@
 //! What holds of simulated members: always, and when all is well again.
 
-use super::Cluster;
 use super::node::Node;
+use super::{Cluster, TICKS_OF_PEACE, TICKS_OF_REST, Trouble};
 use crate::request::RequestError;
 use exo_net::NodeId;
 use std::collections::BTreeSet;
@@ -26,8 +26,28 @@ impl Cluster {
         self.nodes.iter().flatten().map(|node| node.members.0.keys().copied().collect()).collect()
     }
 
+    /// All live again, and no pair but `cut` is cut: in time all is well, and stays as it is.
+    pub(super) fn calm(&mut self, cut: Option<(usize, usize)>) {
+        self.cut.clear();
+        self.cut.extend(cut.map(|pair| (pair, self.now)));
+        for _ in 0..self.nodes.len() {
+            self.revive(0);
+        }
+        for _ in 0..TICKS_OF_PEACE {
+            self.tick(Trouble::None);
+        }
+        self.check_peace();
+        let written = |cluster: &Self| -> u64 { cluster.nodes.iter().flatten().map(|node| node.written).sum() };
+        let before = written(self);
+        for _ in 0..TICKS_OF_REST {
+            self.tick(Trouble::None);
+        }
+        self.check_peace();
+        assert_eq!(written(self), before, "nothing moves without need");
+    }
+
     /// What holds when all is well again.
-    pub(super) fn check_peace(&self) {
+    fn check_peace(&self) {
         for circle in self.circles() {
             self.check_circle(&circle);
         }

@@ -132,6 +132,12 @@ impl Node {
         }
     }
 
+    /// Whom it counts as here, itself included.
+    pub(super) fn here(&self) -> BTreeSet<NodeId> {
+        let near = self.seen.iter().filter(|node| !self.circle.is_apart(**node));
+        near.chain([&self.id]).copied().collect()
+    }
+
     /// A member is one no more.
     pub(super) fn part(&mut self, gone: NodeId, now: Duration) {
         self.leader.handle_loss(gone, now, self.members.0.len());
