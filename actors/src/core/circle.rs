@@ -109,10 +109,11 @@ impl Circle {
         for report in peers.values() {
             nodes.extend(report.links.keys().filter(|node| !peers.contains_key(node)).take(UNSEEN_MAX));
         }
-        let sees = |one: NodeId, other: NodeId| match one == own {
-            true => peers.contains_key(&other),
-            false => peers.get(&one).is_some_and(|report| report.links.contains_key(&other)),
-        };
+        // Of a peer that is connected and says nothing of itself, or nothing that can be, only the link is known.
+        let is_heard = |one: NodeId, other: NodeId| one == own && peers.contains_key(&other);
+        let lists =
+            |one: NodeId, other: NodeId| peers.get(&one).is_some_and(|report| report.links.contains_key(&other));
+        let sees = |one: NodeId, other: NodeId| is_heard(one, other) || lists(one, other);
         let mut unmet = BTreeMap::new();
         for &one in peers.keys() {
             for &other in nodes.iter().filter(|&&other| other != one) {

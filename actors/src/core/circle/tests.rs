@@ -13,13 +13,15 @@ fn id(number: u8) -> NodeId {
 struct World {
     count: u8,
     cut: BTreeSet<(u8, u8)>,
+    /// Who tells nothing of itself to whom.
+    silent: BTreeSet<(u8, u8)>,
     views: Vec<(Circle, Members)>,
 }
 
 impl World {
     fn of(count: u8, cut: impl IntoIterator<Item = (u8, u8)>) -> Self {
         let views = (0..count).map(|_| (Circle::default(), Members::default())).collect();
-        Self { count, cut: cut.into_iter().collect(), views }
+        Self { count, cut: cut.into_iter().collect(), silent: BTreeSet::new(), views }
     }
 
     fn reaches(&self, one: u8, other: u8) -> bool {
@@ -36,11 +38,12 @@ impl World {
     /// All tell all whom they reach, and look.
     fn second(&mut self, now: Duration) -> Vec<Change> {
         let reports: Vec<MemberReport> = (0..self.count).map(|of| self.report(of)).collect();
-        let (count, cut) = (self.count, self.cut.clone());
+        let (count, cut, silent) = (self.count, self.cut.clone(), self.silent.clone());
         let reaches = |one: u8, other: u8| !cut.contains(&(one.min(other), one.max(other)));
         let look = |(own, (circle, members)): (u8, &mut (Circle, Members))| {
             for other in 0..count {
                 match reaches(own, other) {
+                    true if silent.contains(&(other, own)) => {}
                     true => circle.handle_report(members, id(other), reports[usize::from(other)].clone()),
                     false => drop(circle.handle_loss(members, id(other))),
                 }
@@ -119,6 +122,20 @@ fn who_tells_of_nodes_that_are_not_there_harms_itself_alone() {
         }
     }
     assert!((0..2).all(|of| world.members(of).is_superset(&ids([0, 1]))));
+}
+
+/// One that is connected with some or all, and tells nothing of itself to some, parts nobody from the others.
+#[test]
+fn who_says_nothing_parts_nobody() {
+    for silent_to in [vec![1_u8, 2, 3], vec![1], vec![2, 3]] {
+        let mut world = World::of(4, []);
+        // The lowest id would be of the first circle.
+        world.silent.extend(silent_to.iter().map(|&to| (0, to)));
+        world.seconds(0, 40);
+        for of in 1..4 {
+            assert!(world.members(of).is_superset(&ids([1, 2, 3])), "{of} where it is silent to {silent_to:?}");
+        }
+    }
 }
 
 /// Whoever cannot reach whom, of up to five: members of a circle reach each other, and two are together for both or for none; up
