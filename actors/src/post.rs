@@ -70,6 +70,10 @@ impl Post {
         self.inner.apart.read().unwrap_or_else(PoisonError::into_inner).contains(&node)
     }
 
+    fn may_hear(&self, node: NodeId, message: &ControlMessage) -> bool {
+        message.is_for_all_peers() || !self.is_apart(node)
+    }
+
     fn line(&self, node: NodeId) -> Option<Line> {
         self.inner.lines.read().unwrap_or_else(PoisonError::into_inner).get(&node).cloned()
     }
@@ -81,7 +85,7 @@ impl Post {
 
     /// Whether messages to `node` get anywhere.
     pub(crate) fn is_here(&self, node: NodeId) -> bool {
-        node == self.own || self.line(node).is_some() && !self.is_apart(node)
+        node == self.own || self.data(node).is_some()
     }
 
     /// The data connections with all others.
@@ -98,7 +102,7 @@ impl Post {
             }
             return;
         }
-        let Some(line) = self.line(to).filter(|_| message.is_for_all_peers() || !self.is_apart(to)) else {
+        let Some(line) = self.line(to).filter(|_| self.may_hear(to, &message)) else {
             return tracing::debug!(peer = %to, "a message to a node that is not here");
         };
         send(to, &line, &message);
@@ -107,7 +111,7 @@ impl Post {
     /// Sends a message to all others.
     pub(crate) fn tell_others(&self, message: &ControlMessage) {
         let lines = self.inner.lines.read().unwrap_or_else(PoisonError::into_inner).clone();
-        for (to, line) in lines.iter().filter(|(to, _)| message.is_for_all_peers() || !self.is_apart(**to)) {
+        for (to, line) in lines.iter().filter(|(to, _)| self.may_hear(**to, message)) {
             send(*to, line, message);
         }
     }

@@ -77,9 +77,10 @@ impl Circle {
         self.apart.remove(&node).is_some()
     }
 
-    /// Looks who is together now. Those who part are no members any more, those who join are.
+    /// Looks who is together now, by what members say, `own` included. Those who part are no members any more, those who
+    /// join are.
     pub fn look(&mut self, own: NodeId, members: &mut Members, now: Duration) -> Change {
-        let nodes = self.note_unmet(own, members, now);
+        let nodes = self.note_unmet(members, now);
         let circles = self.circles(&nodes, now);
         let Some(ours) = circles.iter().find(|circle| circle.contains(&own)) else { return Change::default() };
         let peers: Vec<NodeId> = members.0.keys().chain(self.apart.keys()).copied().filter(|&id| id != own).collect();
@@ -102,18 +103,15 @@ impl Circle {
     }
 
     /// All nodes that are seen from here, by whomever; pairs of them that do not meet are remembered.
-    fn note_unmet(&mut self, own: NodeId, members: &Members, now: Duration) -> BTreeSet<NodeId> {
+    fn note_unmet(&mut self, members: &Members, now: Duration) -> BTreeSet<NodeId> {
         let peers: BTreeMap<NodeId, &MemberReport> =
             members.0.iter().chain(&self.apart).map(|(&id, report)| (id, report)).collect();
         let mut nodes: BTreeSet<NodeId> = peers.keys().copied().collect();
         for report in peers.values() {
             nodes.extend(report.links.keys().filter(|node| !peers.contains_key(node)).take(UNSEEN_MAX));
         }
-        // Of a peer that is connected and says nothing of itself, or nothing that can be, only the link is known.
-        let is_heard = |one: NodeId, other: NodeId| one == own && peers.contains_key(&other);
-        let lists =
-            |one: NodeId, other: NodeId| peers.get(&one).is_some_and(|report| report.links.contains_key(&other));
-        let sees = |one: NodeId, other: NodeId| is_heard(one, other) || lists(one, other);
+        // This node's own report is one of them: a peer that says nothing of itself is seen all the same.
+        let sees = |one: NodeId, other: NodeId| peers.get(&one).is_some_and(|report| report.links.contains_key(&other));
         let mut unmet = BTreeMap::new();
         for &one in peers.keys() {
             for &other in nodes.iter().filter(|&&other| other != one) {
