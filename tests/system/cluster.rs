@@ -71,9 +71,7 @@ impl Cluster {
 
     /// Asks node `index` what `question` gave.
     pub(crate) fn asking_for(&self, index: usize, question: &[String], split: &str) -> Child {
-        let mut command: Command = self.nodes[index].prepare(&[]);
-        command.args(question).args(["--split", split]).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.spawn().expect("exo-node starts")
+        asking_of(&self.nodes[index], &[question, &["--split", split].map(str::to_owned)].concat())
     }
 
     pub(crate) fn ask(&self, index: usize, split: &str) -> Said {
@@ -93,6 +91,13 @@ impl Said {
         let text = answer["text"].as_str().expect("a text").to_owned();
         Self { tokens: ids(&answer["token_ids"]), text }
     }
+}
+
+/// Asks a node what `question` gave, wherever it is to run.
+pub(crate) fn asking_of(node: &Node, question: &[String]) -> Child {
+    let mut command: Command = node.prepare(&[]);
+    command.args(question).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().expect("exo-node starts")
 }
 
 pub(crate) fn answer(asking: Child) -> Said {

@@ -273,8 +273,8 @@ impl World {
     /// A node with one processor, and bounds.
     pub(crate) async fn limited(limits: PlannerLimits) -> Self {
         let script = Arc::new(Mutex::new(Script::default()));
-        let factory = FakeFactory { device: "fake", kind: DeviceKind::Cpu, script: Arc::clone(&script) };
-        Self::start(script, vec![Arc::new(factory)], limits, Patience::default()).await
+        let factories = Self::factories(&script, &[("fake", DeviceKind::Cpu)]);
+        Self::start(script, factories, limits, Patience::default()).await
     }
 
     pub(crate) async fn with_devices(script: Script, devices: &[(&'static str, DeviceKind)]) -> Self {

@@ -38,19 +38,20 @@ impl World {
     /// All tell all whom they reach, and look.
     fn second(&mut self, now: Duration) -> Vec<Change> {
         let reports: Vec<MemberReport> = (0..self.count).map(|of| self.report(of)).collect();
-        let (count, cut, silent) = (self.count, self.cut.clone(), self.silent.clone());
-        let reaches = |one: u8, other: u8| !cut.contains(&(one.min(other), one.max(other)));
+        let mut views = std::mem::take(&mut self.views);
         let look = |(own, (circle, members)): (u8, &mut (Circle, Members))| {
-            for other in 0..count {
-                match reaches(own, other) {
-                    true if silent.contains(&(other, own)) => {}
+            for other in 0..self.count {
+                match self.reaches(own, other) {
+                    true if self.silent.contains(&(other, own)) => {}
                     true => circle.handle_report(members, id(other), reports[usize::from(other)].clone()),
                     false => drop(circle.handle_loss(members, id(other))),
                 }
             }
             circle.look(id(own), members, now)
         };
-        (0..count).zip(&mut self.views).map(look).collect()
+        let changes = (0..self.count).zip(&mut views).map(look).collect();
+        self.views = views;
+        changes
     }
 
     fn seconds(&mut self, from: u32, to: u32) {

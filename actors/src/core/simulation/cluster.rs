@@ -79,6 +79,19 @@ impl Cluster {
         a == b || self.nodes[a].is_some() && self.nodes[b].is_some() && !self.cut.contains_key(&pair)
     }
 
+    /// Whom a member is connected with.
+    fn seen(&self, index: usize) -> BTreeSet<NodeId> {
+        self.sees.iter().filter(|(one, _)| *one == index).map(|(_, other)| self.ids[*other]).collect()
+    }
+
+    /// Whom it counts as here, itself included.
+    fn here(&self, index: usize) -> BTreeSet<NodeId> {
+        let mut here = self.seen(index);
+        here.retain(|other| self.nodes[index].as_ref().is_none_or(|node| !node.circle.is_apart(*other)));
+        here.insert(self.ids[index]);
+        here
+    }
+
     fn say(&mut self, from: usize, to: NodeId, said: Said) {
         let Some(to) = self.ids.iter().position(|id| *id == to) else { return };
         let is_apart = |node: &Node| node.circle.is_apart(self.ids[to]) && !matches!(said, Said::Report(_));
@@ -233,9 +246,9 @@ impl Cluster {
 
     /// What a member does by itself.
     fn live(&mut self, index: usize) {
-        let now = self.now;
+        let (now, seen) = (self.now, self.seen(index));
         let Some(node) = &mut self.nodes[index] else { return };
-        let report = node.report();
+        let report = node.report(&seen);
         node.members.0.insert(node.id, report.clone());
         let is_second = now.as_millis().is_multiple_of(1000);
         if node.members.leader() == Some(node.id) {
@@ -287,14 +300,13 @@ impl Cluster {
     }
 
     fn follow_the_list(&mut self, index: usize) {
-        let now = self.now;
+        let (now, here) = (self.now, self.here(index));
         let Some(node) = &mut self.nodes[index] else { return };
         let wanted: Vec<(InstanceId, Stamp, Wanted)> =
             node.desired.running().map(|(id, stamp, wanted)| (id, stamp, wanted.clone())).collect();
         let own = node.id;
         // The list as it was a moment ago: orders overtake it.
         let listed = std::mem::replace(&mut node.listed, node.desired.listed());
-        let here = node.here();
         let is_here = |other| here.contains(&other);
         node.shards
             .retain(|(id, _), shard| listed.keeps(*id, shard.task.stamp, now.saturating_sub(shard.ordered), is_here));
@@ -326,11 +338,10 @@ impl Cluster {
     }
 
     fn look_after_heads(&mut self, index: usize, is_second: bool) {
-        let now = self.now;
+        let (now, here) = (self.now, self.here(index));
         let Some(node) = &mut self.nodes[index] else { return };
         let (own, leader) = (node.id, node.members.leader());
         let (mut said, mut late) = (Vec::new(), Vec::new());
-        let here = node.here();
         for (&id, head) in &mut node.heads {
             for lost in head.line.out_of_reach(now, |other| here.contains(&other)) {
                 let _ = head.line.on_node_lost(lost);

@@ -51,8 +51,6 @@ pub(super) struct Node {
     pub(super) desired: Desired,
     /// As the keeper of its shards last heard it.
     pub(super) listed: Listed,
-    /// Whom it is connected with.
-    pub(super) seen: BTreeSet<NodeId>,
     pub(super) members: Members,
     pub(super) circle: Circle,
     pub(super) leader: Leader,
@@ -101,7 +99,6 @@ impl Node {
             bytes_per_s,
             desired: Desired::new(id),
             listed: Listed::default(),
-            seen: BTreeSet::new(),
             members: Members::default(),
             circle: Circle::default(),
             leader: Leader::default(),
@@ -112,7 +109,8 @@ impl Node {
         }
     }
 
-    pub(super) fn report(&self) -> MemberReport {
+    /// What it tells of itself, where it is connected with `seen`.
+    pub(super) fn report(&self, seen: &BTreeSet<NodeId>) -> MemberReport {
         let held: u64 = self.shards.values().map(|shard| shard.task.memory_bytes).sum();
         let owned = self.heads.iter().map(|(&id, head)| {
             let (stamp, is_ready) = (head.line.stamp(), head.line.is_running());
@@ -127,15 +125,9 @@ impl Node {
             in_use: used.collect(),
             list: self.desired.digest(),
             apart: self.circle.declared(),
-            links: self.seen.iter().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
+            links: seen.iter().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
             ..report
         }
-    }
-
-    /// Whom it counts as here, itself included.
-    pub(super) fn here(&self) -> BTreeSet<NodeId> {
-        let near = self.seen.iter().filter(|node| !self.circle.is_apart(**node));
-        near.chain([&self.id]).copied().collect()
     }
 
     /// A member is one no more.

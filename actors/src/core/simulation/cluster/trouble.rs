@@ -89,10 +89,7 @@ impl Cluster {
                         .is_none_or(|since| self.now > *since + NOTICED_AFTER || self.nodes[other].is_none());
                 if meets && self.can_talk(a, b) && !self.sees.contains(&(one, other)) {
                     self.sees.insert((one, other));
-                    let met = self.ids[other];
-                    let Some(node) = &mut self.nodes[one] else { continue };
-                    node.seen.insert(met);
-                    self.meet(one, met);
+                    self.meet(one, self.ids[other]);
                 } else if is_gone && self.sees.contains(&(one, other)) {
                     self.lose(one, other);
                     self.lose(other, one);
@@ -103,10 +100,10 @@ impl Cluster {
 
     /// What is said to a new member.
     pub(super) fn meet(&mut self, one: usize, met: NodeId) {
-        let now = self.now;
+        let (now, seen) = (self.now, self.seen(one));
         let Some(node) = &mut self.nodes[one] else { return };
         node.leader.handle_meeting(now);
-        let (report, entries) = (node.report(), node.desired.entries().map(|(id, e)| (id, e.clone())).collect());
+        let (report, entries) = (node.report(&seen), node.desired.entries().map(|(id, e)| (id, e.clone())).collect());
         self.say(one, met, Said::Report(Box::new(report)));
         self.say(one, met, Said::Desired(entries));
         self.order_again(one, met);
@@ -131,7 +128,6 @@ impl Cluster {
         self.on_the_way.retain(|(_, from, to, _)| (*from, *to) != (one, other));
         let (gone, now) = (self.ids[other], self.now);
         let Some(node) = &mut self.nodes[one] else { return };
-        node.seen.remove(&gone);
         if !node.circle.handle_loss(&mut node.members, gone) {
             node.part(gone, now);
         }
