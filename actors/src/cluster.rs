@@ -391,7 +391,7 @@ async fn serve(from: NodeId, mut stream: DataStream, doors: Doors) {
         Ok(Ok(Some((DataHello::Link(hello), _)))) => links::serve(doors.board, from, hello, stream).await,
         Ok(Ok(Some((DataHello::Request { instance, request }, _)))) => {
             // Where there is no gateway, the node stops.
-            let _ = doors.gateway.send_message(GatewayMsg::Serve { instance, request, stream });
+            let _ = doors.gateway.send_message(GatewayMsg::Serve { from, instance, request, stream });
         }
         Ok(Ok(Some((DataHello::Weights(ask), _)))) => drop(doors.models.send_message(ModelsMsg::Serve { ask, stream })),
         Ok(Ok(Some((DataHello::Probe, _)))) => probe::serve(stream).await,

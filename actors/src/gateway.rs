@@ -27,6 +27,7 @@ use exo_net::{DataStream, NodeId, Payload, Priority};
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
+use serve::Asking;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -49,6 +50,7 @@ pub(crate) enum GatewayMsg {
     Generate(Box<Admitted>),
     /// A request of another node.
     Serve {
+        from: NodeId,
         instance: InstanceId,
         request: Box<HeadRequest>,
         stream: DataStream,
@@ -143,7 +145,9 @@ impl Actor for Gateway {
                 let task = Task { planner, post, next_seq, cancelled, permit: Arc::new(permit) };
                 tokio::spawn(task.run(request, events));
             }
-            GatewayMsg::Serve { instance, request, stream } => state.serve(instance, *request, stream),
+            GatewayMsg::Serve { from, instance, request, stream } => {
+                state.serve(Asking { from, instance, request: *request }, stream);
+            }
         }
         Ok(())
     }
@@ -274,6 +278,8 @@ impl Task {
                 Ok(Some((HeadEvent::Failed(RequestError::Moved | RequestError::ShuttingDown), _))) => {
                     return Outcome::Moved;
                 }
+                // What another circle has no room for, this one may have.
+                Ok(Some((HeadEvent::Failed(_), _))) if !self.post.is_here(node) => return Outcome::Moved,
                 Ok(Some((HeadEvent::Failed(error), _))) => return Outcome::Failed(error),
                 Ok(Some((event, _))) => {
                     if answer.tell(event) == Stream::Over {

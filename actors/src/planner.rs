@@ -219,6 +219,8 @@ impl Actor for Planner {
             }
             PlannerMsg::Stages(fact) => state.on_stages(&myself, fact),
             PlannerMsg::Heard(heard) => match *heard {
+                // Of another circle's head.
+                Heard { from, message: ControlMessage::News { .. }, .. } if state.circle.is_apart(from) => return Ok(()),
                 // News of a stage, many while it loads, are its head's affair: nothing is to be brought about.
                 Heard { from, message: ControlMessage::News { instance, stamp, news }, place } => {
                     state.on_news(instance, News { from, stamp, news, place });

@@ -61,12 +61,13 @@ impl Post {
         self.inner.apart.write().unwrap_or_else(PoisonError::into_inner).insert(node);
     }
 
-    /// `node` counts as away no more than its connection is.
+    /// `node` is told everything again.
     pub(crate) fn join(&self, node: NodeId) {
         self.inner.apart.write().unwrap_or_else(PoisonError::into_inner).remove(&node);
     }
 
-    fn is_apart(&self, node: NodeId) -> bool {
+    /// Whether `node` is not of this node's circle.
+    pub(crate) fn is_apart(&self, node: NodeId) -> bool {
         self.inner.apart.read().unwrap_or_else(PoisonError::into_inner).contains(&node)
     }
 

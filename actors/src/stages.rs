@@ -196,6 +196,10 @@ impl Actor for Stages {
 
 impl StagesState {
     fn on_order(&mut self, myself: &StagesRef, from: NodeId, order: StageOrder) {
+        if self.args.post.is_apart(from) {
+            // Two do not part at the same moment.
+            return tracing::debug!(peer = %from, "an order of a peer that is apart");
+        }
         match order {
             StageOrder::Start(task) => self.start(myself, from, *task),
             StageOrder::Clear { instance, below } => self.clear(instance, below),

@@ -6,17 +6,24 @@
 //! Firewalls and routes make pairs that never meet, while others reach both. Were they planned together, the one would lead
 //! some and the other the rest, each would take the other for gone, and both would write one list. So the cluster falls
 //! into circles, the same ones wherever it is looked from: the first is made of the lowest id and of each next one that
-//! reaches all before it; those who are left make the next one. Whoever is too far away to see it all may be of another mind:
-//! two are together where both say so. Who is apart is heard, for pairs do meet some day, and nothing else of it is.
+//! reaches all before it; those who are left make the next one. Whoever is too far away to see it all may be of another mind
+//! at first: so each says whom it takes for apart by what it sees itself, and the circles that count are made of that, too: a
+//! pair of which one takes the other for apart is as good as cut. Who is apart is heard, for pairs do meet some day, and
+//! nothing else of it is. Nor is it trusted when it has gone and comes anew: its own cut is the likeliest thing not to have changed.
 
-use super::members::{MemberReport, Members};
+use super::members::{LISTED_MAX, MemberReport, Members};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// A pair that has not met for so long does not. Two of one network meet within seconds of hearing of each other.
-const APART_AFTER: Duration = Duration::from_secs(10);
+pub const APART_AFTER: Duration = Duration::from_secs(10);
+/// Cuts of nodes that have gone, and who was apart then, are remembered for so long: a connection that breaks comes back
+/// within the longest wait between two dials.
+const REMEMBERED_FOR: Duration = Duration::from_secs(60);
+/// Cuts of nodes that have gone: more are not remembered.
+const REMEMBERED_MAX: usize = 4096;
 /// Nodes that one member sees and this one does not: more are not believed.
 const UNSEEN_MAX: usize = 16;
 
@@ -39,14 +46,38 @@ pub struct Change {
     pub joined: Vec<NodeId>,
 }
 
+/// A peer that is of another circle.
+#[derive(Debug)]
+struct Other {
+    report: MemberReport,
+    why: Apart,
+}
+
+/// A pair of which neither sees the other.
+#[derive(Debug, Clone, Copy)]
+struct Unmet {
+    since: Duration,
+    /// When it was last seen to be so.
+    until: Duration,
+    /// Whether someone who has been here for longer says that they never do.
+    is_told: bool,
+}
+
+impl Unmet {
+    fn is_cut(&self) -> bool {
+        self.is_told || self.until.saturating_sub(self.since) >= APART_AFTER
+    }
+}
+
 /// The state machine. Time is an argument, since any fixed start.
 #[derive(Debug, Default)]
 pub struct Circle {
-    /// What those say who are here and apart.
-    apart: BTreeMap<NodeId, MemberReport>,
-    /// Pairs of which neither sees the other, since when.
-    unmet: BTreeMap<Pair, Duration>,
-    /// Peers that are of another circle, as this node sees it.
+    /// Who is here and apart.
+    apart: BTreeMap<NodeId, Other>,
+    /// Who was, when it went, and when that was.
+    gone: BTreeMap<NodeId, (Other, Duration)>,
+    unmet: BTreeMap<Pair, Unmet>,
+    /// Peers that are of another circle, as this node sees it by itself.
     declared: BTreeSet<NodeId>,
 }
 
@@ -55,9 +86,9 @@ fn pair(one: NodeId, other: NodeId) -> Pair {
 }
 
 impl Circle {
-    /// Whether a peer is here, and not of this circle.
+    /// Whether a peer is not of this circle.
     pub fn is_apart(&self, node: NodeId) -> bool {
-        self.apart.contains_key(&node)
+        self.apart.contains_key(&node) || self.gone.contains_key(&node)
     }
 
     /// Peers that are of another circle as this node sees it: what it tells them, beside whom it sees.
@@ -65,59 +96,108 @@ impl Circle {
         self.declared.iter().copied().collect()
     }
 
+    /// Pairs that do not reach each other: what it tells those, too, who have just come and would have to wait to find out.
+    pub fn cuts(&self) -> Vec<Pair> {
+        let cut = self.unmet.iter().filter(|(_, unmet)| unmet.is_cut());
+        cut.map(|(&pair, _)| pair).take(LISTED_MAX).collect()
+    }
+
     /// A peer tells of itself.
     pub fn handle_report(&mut self, members: &mut Members, from: NodeId, report: MemberReport) {
-        let of = if self.is_apart(from) { &mut self.apart } else { &mut members.0 };
-        of.insert(from, report);
+        let other = self.apart.get_mut(&from).or_else(|| self.gone.get_mut(&from).map(|(other, _)| other));
+        match other {
+            Some(other) => other.report = report,
+            None => drop(members.0.insert(from, report)),
+        }
     }
 
     /// A peer is gone; whether it was apart, and is no loss.
-    pub fn handle_loss(&mut self, members: &mut Members, node: NodeId) -> bool {
+    pub fn handle_loss(&mut self, members: &mut Members, node: NodeId, now: Duration) -> bool {
         members.0.remove(&node);
-        self.apart.remove(&node).is_some()
+        let Some(other) = self.apart.remove(&node) else { return self.gone.contains_key(&node) };
+        self.gone.insert(node, (other, now));
+        true
+    }
+
+    /// A peer is here. `Some` where it was apart when it went: so it is until it is found to meet all.
+    pub fn handle_return(&mut self, node: NodeId, now: Duration) -> Option<Apart> {
+        let (other, since) = self.gone.remove(&node)?;
+        if now.saturating_sub(since) >= REMEMBERED_FOR {
+            return None;
+        }
+        self.declared.insert(node);
+        let why = other.why.clone();
+        self.apart.insert(node, other);
+        Some(why)
     }
 
     /// Looks who is together now, by what members say, `own` included. Those who part are no members any more, those who
     /// join are.
     pub fn look(&mut self, own: NodeId, members: &mut Members, now: Duration) -> Change {
+        self.gone.retain(|_, (_, since)| now.saturating_sub(*since) < REMEMBERED_FOR);
         let nodes = self.note_unmet(members, now);
-        let circles = self.circles(&nodes, now);
-        let Some(ours) = circles.iter().find(|circle| circle.contains(&own)) else { return Change::default() };
         let peers: Vec<NodeId> = members.0.keys().chain(self.apart.keys()).copied().filter(|&id| id != own).collect();
+        let seen = circles(&nodes, |one, other| self.is_cut(one, other));
+        let Some(ours) = seen.iter().find(|circle| circle.contains(&own)) else { return Change::default() };
         self.declared = peers.iter().copied().filter(|peer| !ours.contains(peer)).collect();
+        let declared = self.declared_by_all(own, members);
+        let circles = circles(&nodes, |one, other| self.is_cut(one, other) || declared.contains(&pair(one, other)));
+        let Some(ours) = circles.iter().find(|circle| circle.contains(&own)) else { return Change::default() };
         let mut change = Change::default();
         for node in peers {
-            let report = members.0.get(&node).or_else(|| self.apart.get(&node));
-            let is_ours = ours.contains(&node) && !report.is_some_and(|report| report.apart.contains(&own));
-            if !is_ours && let Some(report) = members.0.remove(&node) {
-                let theirs = circles.iter().find(|circle| circle.contains(&node) && *circle != ours);
-                let between = theirs.and_then(|theirs| self.between(theirs, ours, now));
-                change.parted.push((node, Apart { name: report.name.clone(), between }));
-                self.apart.insert(node, report);
-            } else if is_ours && let Some(report) = self.apart.remove(&node) {
-                members.0.insert(node, report);
-                change.joined.push(node);
+            if ours.contains(&node) {
+                if let Some(other) = self.apart.remove(&node) {
+                    members.0.insert(node, other.report);
+                    change.joined.push(node);
+                }
+            } else if let Some(report) = members.0.remove(&node) {
+                let theirs = circles.iter().find(|circle| circle.contains(&node));
+                let between = theirs.and_then(|theirs| self.between(theirs, ours));
+                let why = Apart { name: report.name.clone(), between };
+                change.parted.push((node, why.clone()));
+                self.apart.insert(node, Other { report, why });
             }
         }
         change
     }
 
+    fn peers<'a>(&'a self, members: &'a Members) -> BTreeMap<NodeId, &'a MemberReport> {
+        let apart = self.apart.iter().map(|(&id, other)| (id, &other.report));
+        members.0.iter().map(|(&id, report)| (id, report)).chain(apart).collect()
+    }
+
+    /// Pairs of which one takes the other for apart.
+    fn declared_by_all(&self, own: NodeId, members: &Members) -> BTreeSet<Pair> {
+        let peers = self.peers(members);
+        let by_peers = peers.iter().filter(|(peer, _)| **peer != own);
+        let theirs = by_peers.flat_map(|(&peer, report)| report.apart.iter().map(move |&other| pair(peer, other)));
+        theirs.chain(self.declared.iter().map(|&peer| pair(own, peer))).collect()
+    }
+
     /// All nodes that are seen from here, by whomever; pairs of them that do not meet are remembered.
     fn note_unmet(&mut self, members: &Members, now: Duration) -> BTreeSet<NodeId> {
-        let peers: BTreeMap<NodeId, &MemberReport> =
-            members.0.iter().chain(&self.apart).map(|(&id, report)| (id, report)).collect();
+        let peers = self.peers(members);
         let mut nodes: BTreeSet<NodeId> = peers.keys().copied().collect();
         for report in peers.values() {
             nodes.extend(report.links.keys().filter(|node| !peers.contains_key(node)).take(UNSEEN_MAX));
         }
         // This node's own report is one of them: a peer that says nothing of itself is seen all the same.
         let sees = |one: NodeId, other: NodeId| peers.get(&one).is_some_and(|report| report.links.contains_key(&other));
-        let mut unmet = BTreeMap::new();
+        let can_tell = |one: &NodeId, other: &NodeId| peers.contains_key(one) && nodes.contains(other);
+        let is_past = |(one, other): &Pair| !can_tell(one, other) && !can_tell(other, one);
+        let is_remembered = |(pair, unmet): &(&Pair, &Unmet)| {
+            is_past(pair) && unmet.is_cut() && now.saturating_sub(unmet.until) < REMEMBERED_FOR
+        };
+        let told: BTreeSet<Pair> = peers.values().flat_map(|report| report.cuts.iter().copied()).collect();
+        let past = self.unmet.iter().filter(is_remembered).take(REMEMBERED_MAX);
+        let mut unmet: BTreeMap<Pair, Unmet> = past.map(|(&pair, &unmet)| (pair, unmet)).collect();
         for &one in peers.keys() {
             for &other in nodes.iter().filter(|&&other| other != one) {
                 if !sees(one, other) && !sees(other, one) {
-                    let since = self.unmet.get(&pair(one, other)).copied().unwrap_or(now);
-                    unmet.insert(pair(one, other), since);
+                    let pair = pair(one, other);
+                    let known = self.unmet.get(&pair);
+                    let is_told = told.contains(&pair) || known.is_some_and(|known| known.is_told);
+                    unmet.insert(pair, Unmet { since: known.map_or(now, |known| known.since), until: now, is_told });
                 }
             }
         }
@@ -125,31 +205,32 @@ impl Circle {
         nodes
     }
 
-    fn is_cut(&self, one: NodeId, other: NodeId, now: Duration) -> bool {
-        self.unmet.get(&pair(one, other)).is_some_and(|&since| now.saturating_sub(since) >= APART_AFTER)
+    fn is_cut(&self, one: NodeId, other: NodeId) -> bool {
+        self.unmet.get(&pair(one, other)).is_some_and(Unmet::is_cut)
     }
 
-    fn circles(&self, nodes: &BTreeSet<NodeId>, now: Duration) -> Vec<BTreeSet<NodeId>> {
-        let mut circles: Vec<BTreeSet<NodeId>> = Vec::new();
-        let mut left: Vec<NodeId> = nodes.iter().copied().collect();
-        while !left.is_empty() {
-            let mut circle = BTreeSet::new();
-            left.retain(|&node| {
-                let reaches_all = circle.iter().all(|&other| !self.is_cut(node, other, now));
-                if reaches_all {
-                    circle.insert(node);
-                }
-                !reaches_all
-            });
-            circles.push(circle);
-        }
-        circles
-    }
-
-    fn between(&self, theirs: &BTreeSet<NodeId>, ours: &BTreeSet<NodeId>, now: Duration) -> Option<Pair> {
+    fn between(&self, theirs: &BTreeSet<NodeId>, ours: &BTreeSet<NodeId>) -> Option<Pair> {
         let mut pairs = theirs.iter().flat_map(|&one| ours.iter().map(move |&other| pair(one, other)));
-        pairs.find(|&(one, other)| self.is_cut(one, other, now))
+        pairs.find(|&(one, other)| self.is_cut(one, other))
     }
+}
+
+/// From the lowest id up, of nodes of whom no two are cut from each other.
+fn circles(nodes: &BTreeSet<NodeId>, is_cut: impl Fn(NodeId, NodeId) -> bool) -> Vec<BTreeSet<NodeId>> {
+    let mut circles: Vec<BTreeSet<NodeId>> = Vec::new();
+    let mut left: Vec<NodeId> = nodes.iter().copied().collect();
+    while !left.is_empty() {
+        let mut circle = BTreeSet::new();
+        left.retain(|&node| {
+            let reaches_all = circle.iter().all(|&other| !is_cut(node, other));
+            if reaches_all {
+                circle.insert(node);
+            }
+            !reaches_all
+        });
+        circles.push(circle);
+    }
+    circles
 }
 
 #[cfg(test)]

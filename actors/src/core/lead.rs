@@ -11,6 +11,7 @@
 mod market;
 mod upkeep;
 
+use super::circle::APART_AFTER;
 use super::desired::{Change, Desired, Entry, Stamp, Want, Wanted};
 use super::members::Members;
 use super::plan::{Demand, Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason};
@@ -29,8 +30,9 @@ const EXCLUDED_FOR: Duration = Duration::from_secs(60);
 const TOLD_WITHIN: Duration = Duration::from_secs(3);
 /// Who has lost most of the others at once is probably the one who was away.
 const ALONE_WAIT: Duration = Duration::from_secs(3);
-/// One that others see and we still have not met after this is no more use than one that is gone.
-const UNMET_WITHIN: Duration = Duration::from_secs(10);
+/// One that others see and we still have not met after this is no more use than one that is gone. By then it is apart from all
+/// of us, if its and our network are such that it is to be: looks, and reports of them, are a second apart each.
+const UNMET_WITHIN: Duration = APART_AFTER.saturating_add(Duration::from_secs(5));
 /// Two members meet within this, once one has heard where the other is.
 const MET_WITHIN: Duration = Duration::from_secs(3);
 /// Memory that goes is gone within this of the last that went: what holds on to it longer hangs.

@@ -1,5 +1,6 @@
 //! What members tell each other of themselves, and what follows from it for the planner.
 
+use super::circle::Pair;
 use super::desired::Stamp;
 use super::plan::{Link, Links, Offer};
 use super::spec::InstanceId;
@@ -15,7 +16,7 @@ const RESERVE_BYTES: u64 = 512 << 20;
 /// A processor's guess until one is measured: what a desktop's memory delivers in a second.
 const SPEED_GUESS_BYTES_PER_S: f64 = 2e10;
 /// Devices, instances and links of one member: more are not believed.
-const LISTED_MAX: usize = 256;
+pub(super) const LISTED_MAX: usize = 256;
 
 /// A device, as the planner sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -64,6 +65,8 @@ pub struct MemberReport {
     pub peers: Vec<SocketAddr>,
     /// Those of them that are of another circle: see [`Circle`](super::circle::Circle).
     pub apart: Vec<NodeId>,
+    /// Pairs that do not reach each other, as far as it sees.
+    pub cuts: Vec<Pair>,
 }
 
 impl MemberReport {
@@ -77,6 +80,7 @@ impl MemberReport {
             self.peers.len(),
             self.addresses.len(),
             self.apart.len(),
+            self.cuts.len(),
         ];
         let speeds =
             self.devices.iter().filter_map(|device| device.bytes_per_s).all(|speed| speed.is_finite() && speed > 0.0);
@@ -131,9 +135,11 @@ impl Members {
         stays.or_else(|| self.0.iter().next()).map(|(&id, _)| id)
     }
 
-    /// Whether someone who is here sees `node`: it is not gone, though it and we may not have met yet.
+    /// Whether someone who is here sees `node`, and does not take it for apart: it is not gone, though it and we may not
+    /// have met yet.
     pub fn is_seen(&self, node: NodeId) -> bool {
-        self.0.contains_key(&node) || self.0.values().any(|report| report.links.contains_key(&node))
+        let sees = |report: &MemberReport| report.links.contains_key(&node) && !report.apart.contains(&node);
+        self.0.contains_key(&node) || self.0.values().any(sees)
     }
 
     /// The member that someone calls `name`: by its name, or its id or the beginning of it. `None` where none or
@@ -190,6 +196,7 @@ impl MemberReport {
             links: BTreeMap::new(),
             peers: Vec::new(),
             apart: Vec::new(),
+            cuts: Vec::new(),
         }
     }
 }

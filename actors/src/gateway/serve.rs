@@ -4,10 +4,11 @@ use super::GatewayState;
 use crate::core::spec::InstanceId;
 use crate::instance::{InstanceMsg, Lease, Submission};
 use crate::planner::{PlannerMsg, PlannerRef};
+use crate::post::Post;
 use crate::protocol::{HeadEvent, HeadRequest};
 use crate::request::RequestError;
 use exo_engines::engine::SeqId;
-use exo_net::{DataStream, FrameError, Payload};
+use exo_net::{DataStream, FrameError, NodeId, Payload};
 use ractor::rpc::CallResult;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,16 +20,24 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// A peer's answer may have as many tokens as any model's context.
 const TOKENS_MAX: u32 = 1 << 20;
 
+/// A request of another node.
+#[derive(Debug)]
+pub(super) struct Asking {
+    pub(super) from: NodeId,
+    pub(super) instance: InstanceId,
+    pub(super) request: HeadRequest,
+}
+
 impl GatewayState {
     /// Serves a request, in a task of its own.
-    pub(super) fn serve(&self, instance: InstanceId, request: HeadRequest, stream: DataStream) {
+    pub(super) fn serve(&self, asking: Asking, stream: DataStream) {
         let permit = Arc::clone(&self.args.permits).try_acquire_owned();
         let seq = SeqId(self.next_seq.fetch_add(1, Ordering::Relaxed));
-        let planner = self.args.planner.clone();
+        let (planner, post) = (self.args.planner.clone(), self.args.post.clone());
         tokio::spawn(async move {
-            let mut stream = stream;
+            let (mut stream, instance) = (stream, asking.instance);
             let served = match permit {
-                Ok(permit) => forward(&planner, instance, seq, request, Arc::new(permit), &mut stream).await,
+                Ok(permit) => forward(&planner, &post, asking, seq, Arc::new(permit), &mut stream).await,
                 Err(_) => {
                     tell(&mut stream, &HeadEvent::Failed(RequestError::Overloaded { requests: super::REQUESTS_MAX }))
                         .await
@@ -47,9 +56,9 @@ async fn tell(stream: &mut DataStream, event: &HeadEvent) -> Result<(), FrameErr
 
 async fn forward(
     planner: &PlannerRef,
-    instance: InstanceId,
+    post: &Post,
+    Asking { from, instance, request }: Asking,
     seq: SeqId,
-    request: HeadRequest,
     permit: Arc<tokio::sync::OwnedSemaphorePermit>,
     stream: &mut DataStream,
 ) -> Result<(), FrameError> {
@@ -72,7 +81,12 @@ async fn forward(
     let passing = async {
         loop {
             // A head that is gone without a word has moved.
-            let event = receiver.recv().await.unwrap_or(HeadEvent::Failed(RequestError::Moved));
+            let event = match receiver.recv().await {
+                None => HeadEvent::Failed(RequestError::Moved),
+                // What this circle has no room for, another one may have.
+                Some(HeadEvent::Failed(_)) if !post.is_here(from) => HeadEvent::Failed(RequestError::Moved),
+                Some(event) => event,
+            };
             let is_last = matches!(event, HeadEvent::Finished(_) | HeadEvent::Failed(_));
             writer.send(&event, Payload::Nothing).await?;
             if is_last {

@@ -66,7 +66,7 @@ impl PlannerState {
         }
         for node in change.joined {
             self.args.post.join(node);
-            self.on_node_up(node);
+            self.meet(node);
         }
     }
 
@@ -84,13 +84,28 @@ impl PlannerState {
     }
 
     pub(super) fn on_node_up(&mut self, node: NodeId) {
+        if let Some(apart) = self.circle.handle_return(node, self.now()) {
+            self.args.facts.tell(Fact::MemberApart { node, apart });
+            self.renew_report();
+            return self.introduce_to(node);
+        }
+        self.args.post.join(node);
+        self.meet(node);
+    }
+
+    /// One is a member now.
+    fn meet(&mut self, node: NodeId) {
         self.leader.handle_meeting(self.now());
         self.renew_report();
+        self.introduce_to(node);
+        self.tell_list(node);
+        self.tell_owned_of_meeting(node);
+    }
+
+    fn introduce_to(&self, node: NodeId) {
         if let Some(report) = self.members.0.get(&self.args.node) {
             self.args.post.tell(node, ControlMessage::Report(Box::new(report.clone())));
         }
-        self.tell_list(node);
-        self.tell_owned_of_meeting(node);
     }
 
     fn tell_list(&self, to: NodeId) {
@@ -112,8 +127,8 @@ impl PlannerState {
 
     pub(super) fn on_node_down(&mut self, node: NodeId) {
         self.listed.remove(&node);
-        let was_apart = self.circle.handle_loss(&mut self.members, node);
-        self.args.post.join(node);
+        let now = self.now();
+        let was_apart = self.circle.handle_loss(&mut self.members, node, now);
         // The others are not to take it for one that only they see.
         self.links.remove(&node);
         self.renew_report();

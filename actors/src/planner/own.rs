@@ -267,6 +267,7 @@ impl PlannerState {
             links: self.links.clone(),
             peers: self.peers.clone(),
             apart: self.circle.declared(),
+            cuts: self.circle.cuts(),
         };
         self.members.0.insert(self.args.node, report);
     }

@@ -31,8 +31,8 @@ impl World {
     fn report(&self, of: u8) -> MemberReport {
         let seen = (0..self.count).filter(|&other| other != of && self.reaches(of, other));
         let links = seen.map(|other| (id(other), Link { rtt_s: 1e-3, bytes_per_s: None })).collect();
-        let apart = self.views[usize::from(of)].0.declared();
-        MemberReport { links, apart, ..MemberReport::of_cpu(1 << 30, 1e10) }
+        let (apart, cuts) = (self.views[usize::from(of)].0.declared(), self.views[usize::from(of)].0.cuts());
+        MemberReport { links, apart, cuts, ..MemberReport::of_cpu(1 << 30, 1e10) }
     }
 
     /// All tell all whom they reach, and look.
@@ -43,8 +43,11 @@ impl World {
             for other in 0..self.count {
                 match self.reaches(own, other) {
                     true if self.silent.contains(&(other, own)) => {}
-                    true => circle.handle_report(members, id(other), reports[usize::from(other)].clone()),
-                    false => drop(circle.handle_loss(members, id(other))),
+                    true => {
+                        let _ = circle.handle_return(id(other), now);
+                        circle.handle_report(members, id(other), reports[usize::from(other)].clone());
+                    }
+                    false => drop(circle.handle_loss(members, id(other), now)),
                 }
             }
             circle.look(id(own), members, now)
@@ -139,28 +142,81 @@ fn who_says_nothing_parts_nobody() {
     }
 }
 
-/// Whoever cannot reach whom, of up to five: members of a circle reach each other, and two are together for both or for none; up
-/// to four are of one mind on who all are. Nobody is left out of the lowest id's circle who reaches all of it.
+/// A pair is cut for good, and one of it loses the third, with which it was apart, and meets it again; or the third starts
+/// anew and knows nothing. Nobody takes the other for a member meanwhile.
+#[test]
+fn who_was_apart_and_comes_anew_is_apart() {
+    for restarts in [false, true] {
+        let mut world = World::of(3, [(0, 1)]);
+        world.seconds(0, 20);
+        let parted = [ids([0, 2]), ids([1]), ids([0, 2])];
+        for (round, away) in [(0, 1), (1, 5), (2, 30)] {
+            let from = 20 + round * 100;
+            world.cut.insert((1, 2));
+            if restarts {
+                world.cut.insert((0, 2));
+                world.views[2] = Default::default();
+            }
+            world.seconds(from, from + away);
+            (world.cut) = [(0, 1)].into();
+            for second in from + away..from + 100 {
+                world.second(second * SECOND);
+                assert_eq!(world.members(1), parted[1], "at {second} s");
+                // One that has started anew hears what is cut from those who know.
+                assert!(restarts && second < from + away + 2 || world.members(2) == parted[2], "at {second} s");
+            }
+            assert_eq!([0, 1, 2].map(|of| world.members(of)), parted);
+        }
+        world.cut.clear();
+        world.seconds(400, 403);
+        assert_eq!([0, 1, 2].map(|of| world.members(of)), [(); 3].map(|()| ids([0, 1, 2])));
+    }
+}
+
+/// Whoever died and comes back is a member at once: that it was missed by one before the other was no cut.
+#[test]
+fn who_dies_and_comes_back_is_apart_from_nobody() {
+    let mut world = World::of(3, []);
+    world.seconds(0, 20);
+    world.cut.insert((0, 2));
+    world.second(20 * SECOND);
+    world.cut.insert((1, 2));
+    world.seconds(21, 50);
+    world.cut.remove(&(1, 2));
+    world.second(50 * SECOND);
+    world.cut.clear();
+    world.second(51 * SECOND);
+    assert_eq!([0, 1, 2].map(|of| world.members(of)), [(); 3].map(|()| ids([0, 1, 2])));
+}
+
+/// Whoever cannot reach whom, of up to six: members of a circle reach each other, and all of them are of one mind on who they
+/// are. Nobody is left out of the lowest id's circle who reaches all of it.
 #[test]
 fn circles_are_of_one_mind() {
-    for (count, bits) in (1_u8..=5).flat_map(|count| (0_u16..1024).map(move |bits| (count, bits))) {
-        let pairs = (0..count).flat_map(|a| (a + 1..count).map(move |b| (a, b)));
-        let cut: Vec<(u8, u8)> =
-            pairs.enumerate().filter(|(bit, _)| bits >> bit & 1 == 1).map(|(_, pair)| pair).collect();
-        let mut world = World::of(count, cut.clone());
-        world.seconds(0, 30);
-        for one in 0..count {
-            let circle = world.members(one);
-            assert!(circle.contains(&id(one)));
-            for other in (0..count).filter(|other| circle.contains(&id(*other))) {
-                assert!(world.reaches(one, other), "{one} {other} {cut:?}");
-                assert!(world.members(other).contains(&id(one)), "{one} {other} {cut:?}");
-                assert!(count == 5 || world.members(other) == circle, "{one} {other} {cut:?}");
-            }
+    for count in 1_u8..=6 {
+        let pairs: Vec<(u8, u8)> = (0..count).flat_map(|a| (a + 1..count).map(move |b| (a, b))).collect();
+        for bits in 0_u32..1 << pairs.len() {
+            let cut = pairs.iter().enumerate().filter(|(bit, _)| bits >> bit & 1 == 1).map(|(_, &pair)| pair);
+            are_of_one_mind(count, &cut.collect::<Vec<_>>());
         }
-        let first = world.members(0);
-        for other in (1..count).filter(|other| !first.contains(&id(*other))) {
-            assert!((0..count).any(|of| first.contains(&id(of)) && !world.reaches(of, other)), "{other} {cut:?}");
+    }
+}
+
+fn are_of_one_mind(count: u8, cut: &[(u8, u8)]) {
+    let mut world = World::of(count, cut.iter().copied());
+    for second in [0, 10, 11, 12, 13] {
+        world.second(second * SECOND);
+    }
+    for one in 0..count {
+        let circle = world.members(one);
+        assert!(circle.contains(&id(one)));
+        for other in (0..count).filter(|other| circle.contains(&id(*other))) {
+            assert!(world.reaches(one, other), "{one} {other} {cut:?}");
+            assert_eq!(world.members(other), circle, "{one} {other} {cut:?}");
         }
+    }
+    let first = world.members(0);
+    for other in (1..count).filter(|other| !first.contains(&id(*other))) {
+        assert!((0..count).any(|of| first.contains(&id(of)) && !world.reaches(of, other)), "{other} {cut:?}");
     }
 }

@@ -37,13 +37,38 @@ impl Cluster {
             self.tick(Trouble::None);
         }
         self.check_peace();
-        let written = |cluster: &Self| -> u64 { cluster.nodes.iter().flatten().map(|node| node.written).sum() };
-        let before = written(self);
+        let before = self.written();
         for _ in 0..TICKS_OF_REST {
             self.tick(Trouble::None);
         }
         self.check_peace();
-        assert_eq!(written(self), before, "nothing moves without need");
+        assert_eq!(self.written(), before, "nothing moves without need");
+    }
+
+    /// Entries that all have written.
+    fn written(&self) -> u64 {
+        self.nodes.iter().flatten().map(|node| node.written).sum()
+    }
+
+    /// Who is apart loses those it is apart from, and meets them anew: that is nothing to anyone.
+    pub(super) fn flap_who_is_apart(&mut self) {
+        let is_apart = |cluster: &Self, (a, b): (usize, usize)| {
+            cluster.can_talk(a, b)
+                && cluster.nodes[a].as_ref().is_some_and(|node| node.circle.is_apart(cluster.ids[b]))
+        };
+        for pair in self.pairs().filter(|&pair| is_apart(self, pair)).collect::<Vec<_>>() {
+            let (before, circles) = (self.written(), self.circles());
+            self.cut.insert(pair, self.now);
+            for tick in 0..TICKS_OF_REST {
+                if tick == TICKS_OF_REST / 4 {
+                    self.cut.remove(&pair);
+                }
+                self.tick(Trouble::None);
+                assert_eq!(self.circles(), circles, "who is apart stays so");
+            }
+            assert_eq!(self.written(), before, "nothing passes between circles");
+            self.check_peace();
+        }
     }
 
     /// What holds when all is well again.

@@ -125,6 +125,7 @@ impl Node {
             in_use: used.collect(),
             list: self.desired.digest(),
             apart: self.circle.declared(),
+            cuts: self.circle.cuts(),
             links: seen.iter().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
             ..report
         }

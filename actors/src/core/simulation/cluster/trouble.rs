@@ -98,8 +98,19 @@ impl Cluster {
         }
     }
 
-    /// What is said to a new member.
+    /// One is connected with another one.
     pub(super) fn meet(&mut self, one: usize, met: NodeId) {
+        let (now, seen) = (self.now, self.seen(one));
+        let Some(node) = &mut self.nodes[one] else { return };
+        if node.circle.handle_return(met, now).is_some() {
+            let report = node.report(&seen);
+            return self.say(one, met, Said::Report(Box::new(report)));
+        }
+        self.join(one, met);
+    }
+
+    /// What is said to a new member.
+    pub(super) fn join(&mut self, one: usize, met: NodeId) {
         let (now, seen) = (self.now, self.seen(one));
         let Some(node) = &mut self.nodes[one] else { return };
         node.leader.handle_meeting(now);
@@ -128,7 +139,7 @@ impl Cluster {
         self.on_the_way.retain(|(_, from, to, _)| (*from, *to) != (one, other));
         let (gone, now) = (self.ids[other], self.now);
         let Some(node) = &mut self.nodes[one] else { return };
-        if !node.circle.handle_loss(&mut node.members, gone) {
+        if !node.circle.handle_loss(&mut node.members, gone, now) {
             node.part(gone, now);
         }
     }
