@@ -128,7 +128,7 @@ impl NodeBuilder {
         let directories = Directories::from_environment()?;
         let data_dir = self.data_dir.unwrap_or(directories.data);
         let identity = Arc::new(Identity::load_or_create(&data_dir)?);
-        let name = self.name.unwrap_or_else(exo_actors::host_name);
+        let name = exo_net::shown_name(&self.name.unwrap_or_else(exo_actors::host_name));
         let wire_type = self.cluster.as_ref().map(|settings| settings.wire_type).unwrap_or_default();
         let joined = match self.cluster {
             Some(settings) => Some(cluster::join(&data_dir, Arc::clone(&identity), name.clone(), settings)?),

@@ -21,6 +21,7 @@ mod sessions;
 pub use evicted::Evicted;
 
 use crate::control::{Control, ControlArgs, ControlMsg, Heard, Senders};
+use crate::core::members::MemberReport;
 use crate::core::plan::Link;
 use crate::gateway::GatewayMsg;
 use crate::links::{self, Switchboard};
@@ -49,6 +50,8 @@ const PROBE_EVERY: Duration = Duration::from_secs(600);
 const DISTURBED: f64 = 0.7;
 /// From a peer to its session: what takes longer does not come.
 const SESSION_DEADLINE: Duration = Duration::from_secs(5);
+/// Addresses of others that one peer tells of: more are not believed.
+const TOLD_MAX: usize = 256;
 /// From a stream to its first frame.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -118,6 +121,8 @@ struct Present {
     bytes_per_s: Option<f64>,
     /// Of the last measurement, or of its beginning.
     probed: Option<Instant>,
+    /// Where it has told that it sees others.
+    told: BTreeSet<SocketAddr>,
 }
 
 #[derive(Debug)]
@@ -228,6 +233,7 @@ impl ClusterState {
             is_ready: false,
             bytes_per_s: None,
             probed: None,
+            told: BTreeSet::new(),
         };
         self.peers.insert(id, present);
         let opened = NodeServerMessage::ConnectionOpenedExternal { stream: Box::new(control), is_server: !is_dialled };
@@ -254,8 +260,9 @@ impl ClusterState {
         self.end_sessions(id);
         if present.is_ready {
             tracing::warn!(peer = %id, reason, "a member is gone");
-            let _ = self.planner.send_message(PlannerMsg::NodeDown(id));
         }
+        // What it said of itself before its session was ready has been heard.
+        let _ = self.planner.send_message(PlannerMsg::NodeDown(id));
     }
 
     fn on_session(&mut self, event: SessionEvent) {
@@ -315,7 +322,7 @@ impl ClusterState {
         self.post.tell_others(&ControlMessage::Evicted(self.evicted.nodes().clone()));
     }
 
-    fn on_heard(&mut self, heard: Heard) {
+    fn on_heard(&mut self, mut heard: Heard) {
         if !self.peers.contains_key(&heard.from) {
             return;
         }
@@ -323,13 +330,27 @@ impl ClusterState {
             let new = self.evicted.add_heard(nodes.into_iter().filter(|node| *node != self.own));
             return self.evict(new);
         }
-        if let ControlMessage::Report(report) = &heard.message {
-            // Whoever is a member of a member's cluster is one of ours.
-            for address in report.addresses.iter().chain(&report.peers) {
-                self.network.hear_of(*address);
-            }
+        if let ControlMessage::Report(report) = &mut heard.message {
+            report.name = exo_net::shown_name(&report.name);
+            self.hear_of_others(heard.from, report);
         }
         self.deliver.tell(heard);
+    }
+
+    /// Whoever is a member of a member's cluster is one of ours.
+    fn hear_of_others(&mut self, from: NodeId, report: &MemberReport) {
+        let Some(present) = self.peers.get_mut(&from) else { return };
+        let peers: BTreeSet<SocketAddr> = report.peers.iter().copied().take(TOLD_MAX).collect();
+        for &address in &report.addresses {
+            self.network.hear_of(address);
+        }
+        for &address in &peers {
+            match present.told.contains(&address) {
+                true => self.network.hear_of(address),
+                false => self.network.hear_of_sight(address),
+            }
+        }
+        present.told = peers;
     }
 
     fn on_probed(&mut self, id: NodeId, session: u64, bytes_per_s: f64) {

@@ -1,6 +1,6 @@
 //! Device: one compute device of this node.
 //!
-//! - owns: the shards on it, and how often each failed lately;
+//! - owns: the shards on it, how often each failed lately, and which of its threads hang;
 //! - receives: shards to start and to stop;
 //! - emits: the loss of a shard, to whoever started it;
 //! - dies when: the node stops;
@@ -10,10 +10,11 @@ use crate::core::patience::Patience;
 use crate::core::spec::InstanceId;
 use crate::core::supervise::{FailureHistory, Fallback, Verdict};
 use crate::core::view::Fact;
+use crate::host::ThreadEnd;
 use crate::outlet::Facts;
 use crate::shard::{Shard, ShardArgs, ShardFailure, ShardReport, ShardTask};
-use exo_engines::EngineError;
 use exo_engines::engine::{DeviceReport, EngineFactory};
+use exo_engines::{EngineError, ErrorClass};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::RactorMessage;
 use std::collections::HashMap;
@@ -46,6 +47,8 @@ pub(crate) struct DeviceState {
     started: Instant,
     shards: HashMap<ActorId, (ActorCell, ShardTask)>,
     histories: HashMap<(InstanceId, usize), FailureHistory>,
+    /// Threads that hang: the next shard would wait as long as these have.
+    hung: Vec<ThreadEnd>,
 }
 
 #[derive(Debug)]
@@ -58,7 +61,8 @@ impl Actor for Device {
 
     async fn pre_start(&self, _: DeviceRef, args: DeviceArgs) -> Result<DeviceState, ActorProcessingErr> {
         args.facts.tell(Fact::DeviceFound(args.report.clone()));
-        Ok(DeviceState { args, started: Instant::now(), shards: HashMap::new(), histories: HashMap::new() })
+        let (shards, histories) = (HashMap::new(), HashMap::new());
+        Ok(DeviceState { args, started: Instant::now(), shards, histories, hung: Vec::new() })
     }
 
     async fn handle(
@@ -83,7 +87,10 @@ impl Actor for Device {
         match event {
             SupervisionEvent::ActorFailed(who, error) => {
                 let error = match error.downcast_ref::<ShardFailure>() {
-                    Some(failure) => failure.error.clone(),
+                    Some(failure) => {
+                        state.note_hang(failure);
+                        failure.error.clone()
+                    }
                     None => EngineError::Panicked { what: error.to_string() },
                 };
                 state.on_failure(&myself, who.get_id(), error);
@@ -102,6 +109,11 @@ impl DeviceState {
             self.histories.remove(&(task.instance, task.stage));
             return;
         }
+        self.hung.retain(|thread| !thread.is_reached());
+        if !self.hung.is_empty() {
+            let error = EngineError::StillHung { device: self.args.report.id.to_string() };
+            return self.decide(myself, task, error);
+        }
         task.host.device = self.args.report.id.clone();
         task.host.factory = Arc::clone(&self.args.factory);
         let args = ShardArgs { task: task.clone(), patience: self.args.patience };
@@ -111,6 +123,12 @@ impl DeviceState {
                 let error = EngineError::Device { device: self.args.report.id.to_string(), what: error.to_string() };
                 self.decide(myself, task, error);
             }
+        }
+    }
+
+    fn note_hang(&mut self, failure: &ShardFailure) {
+        if failure.error.class() == ErrorClass::Hung {
+            self.hung.push(failure.end.clone());
         }
     }
 

@@ -22,7 +22,7 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -131,6 +131,16 @@ impl Pulse {
     }
 }
 
+/// Whether an engine's thread has ended. For whoever has given it up.
+#[derive(Debug, Clone)]
+pub(crate) struct ThreadEnd(Weak<()>);
+
+impl ThreadEnd {
+    pub(crate) fn is_reached(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
 /// A handle on an engine's thread.
 #[derive(Clone)]
 pub(crate) struct EnginePort {
@@ -138,6 +148,7 @@ pub(crate) struct EnginePort {
     /// Seen between two tensors, while commands wait for the shard to be loaded.
     is_stopped: Arc<AtomicBool>,
     pulse: Pulse,
+    end: ThreadEnd,
 }
 
 impl std::fmt::Debug for EnginePort {
@@ -164,6 +175,10 @@ impl EnginePort {
 
     pub(crate) fn pulse(&self) -> &Pulse {
         &self.pulse
+    }
+
+    pub(crate) fn end(&self) -> ThreadEnd {
+        self.end.clone()
     }
 
     /// Ends the thread when it has done what it is at; a load breaks off.
@@ -211,9 +226,12 @@ pub(crate) fn start(task: HostTask, on: impl Fn(HostEvent) + Send + 'static) -> 
     let (commands, receiver) = sync_channel(COMMANDS_MAX);
     let is_stopped = Arc::new(AtomicBool::new(false));
     let pulse = Pulse::default();
-    let port = EnginePort { commands, is_stopped: Arc::clone(&is_stopped), pulse: pulse.clone() };
+    let lives = Arc::new(());
+    let end = ThreadEnd(Arc::downgrade(&lives));
+    let port = EnginePort { commands, is_stopped: Arc::clone(&is_stopped), pulse: pulse.clone(), end };
     let name = format!("shard-{}-{}", task.spec.layers.start, task.spec.layers.end);
     std::thread::Builder::new().name(name).spawn(move || {
+        let _lives = lives;
         let outcome = catch_unwind(AssertUnwindSafe(|| serve(&task, &receiver, &is_stopped, &pulse, &on)));
         let error = match outcome {
             Ok(Ok(()) | Err(EngineError::Interrupted)) => return,

@@ -41,7 +41,7 @@ use crate::stages::{StagesFact, StagesRef};
 use crate::tokenizer::Opened;
 use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::{NetworkThread, NodeId, WireType};
-use own::Owned;
+use own::{Draining, Owned};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use ractor_cluster::RactorMessage;
 use std::collections::{BTreeMap, HashMap};
@@ -161,7 +161,7 @@ pub(crate) struct PlannerState {
     summary: BTreeMap<InstanceId, InstanceState>,
     /// When each member was last told the whole list because it had another one.
     listed: BTreeMap<NodeId, Duration>,
-    draining: Option<Vec<RpcReplyPort<()>>>,
+    draining: Option<Draining>,
     last_look: Instant,
 }
 
@@ -220,7 +220,9 @@ impl Actor for Planner {
             PlannerMsg::Stages(fact) => state.on_stages(&myself, fact),
             PlannerMsg::Heard(heard) => match *heard {
                 // Of another circle's head.
-                Heard { from, message: ControlMessage::News { .. }, .. } if state.circle.is_apart(from) => return Ok(()),
+                Heard { from, message: ControlMessage::News { .. }, .. } if state.circle.is_apart(from) => {
+                    return Ok(());
+                }
                 // News of a stage, many while it loads, are its head's affair: nothing is to be brought about.
                 Heard { from, message: ControlMessage::News { instance, stamp, news }, place } => {
                     state.on_news(instance, News { from, stamp, news, place });

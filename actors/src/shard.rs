@@ -8,7 +8,7 @@
 
 use crate::core::patience::{Patience, Watchdog};
 use crate::core::spec::InstanceId;
-use crate::host::{self, EnginePort, HostEvent, HostTask, Work};
+use crate::host::{self, EnginePort, HostEvent, HostTask, ThreadEnd, Work};
 use crate::outlet::Outlet;
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, LoadProgress};
@@ -78,6 +78,8 @@ pub(crate) struct ShardState {
 pub(crate) struct ShardFailure {
     pub layers: std::ops::Range<usize>,
     pub error: EngineError,
+    /// Of the engine, which may hang on in its thread.
+    pub end: ThreadEnd,
 }
 
 #[derive(Debug)]
@@ -155,6 +157,6 @@ impl ShardState {
 
     fn fail(&self, error: EngineError) -> Result<(), ActorProcessingErr> {
         let layers = self.args.task.host.spec.layers.clone();
-        Err(Box::new(ShardFailure { layers, error }))
+        Err(Box::new(ShardFailure { layers, error, end: self.port.end() }))
     }
 }

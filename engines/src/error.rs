@@ -48,6 +48,8 @@ pub enum EngineError {
     Panicked { what: String },
     #[error("the engine has not come back from {from} for {seconds} s")]
     Hung { from: String, seconds: u64 },
+    #[error("the device `{device}` has not come back from what an earlier shard gave it")]
+    StillHung { device: String },
     #[error("nobody wants the shard any more")]
     Interrupted,
 }
@@ -59,7 +61,7 @@ impl EngineError {
             Self::OutOfMemory { .. } | Self::CacheFull { .. } => ErrorClass::Overload,
             Self::StaleIncarnation { .. } | Self::Interrupted => ErrorClass::Transient,
             Self::Device { .. } | Self::SelfTest { .. } => ErrorClass::DeviceLost,
-            Self::Hung { .. } => ErrorClass::Hung,
+            Self::Hung { .. } | Self::StillHung { .. } => ErrorClass::Hung,
             Self::BadStep { .. } | Self::NotLoaded | Self::Panicked { .. } => ErrorClass::Fatal,
         }
     }
@@ -76,7 +78,7 @@ impl EngineError {
             Self::Device { .. } | Self::SelfTest { .. } => {
                 "the CPU engine takes over; see the log for the device's state"
             }
-            Self::Hung { .. } => {
+            Self::Hung { .. } | Self::StillHung { .. } => {
                 "its layers go on elsewhere; see the log and the system's, and start the node again to free what it holds"
             }
             Self::BadStep { .. } | Self::NotLoaded | Self::Panicked { .. } => {

@@ -87,6 +87,14 @@ impl DialPolicy {
         self.addresses.insert(address, fresh);
     }
 
+    /// A peer has just met someone at `address`: whatever failed before, there is somebody now.
+    pub fn handle_sight(&mut self, address: SocketAddr, now: Duration) {
+        self.handle_address(address, Source::Heard, now);
+        if let Some(known) = self.addresses.get_mut(&address) {
+            known.due = known.due.min(now);
+        }
+    }
+
     /// A dial reached `id`.
     pub fn handle_dialled(&mut self, address: SocketAddr, id: NodeId) {
         if id == self.local {
@@ -232,6 +240,25 @@ mod tests {
         let mut policy = DialPolicy::new(id(), 7);
         policy.handle_address(address(1), Source::Heard, Duration::ZERO);
         assert_eq!(dials(&mut policy, 3600), FAILURES_MAX as usize);
+    }
+
+    #[test]
+    fn where_a_peer_has_met_someone_is_dialled_at_once() {
+        let mut policy = DialPolicy::new(id(), 5);
+        policy.handle_address(address(1), Source::Heard, Duration::ZERO);
+        let mut now = Duration::ZERO;
+        for _ in 0..12 {
+            now = policy.next_due().expect("it is tried again");
+            assert_eq!(policy.poll_dial(now), Some(address(1)));
+            policy.handle_failed(address(1), now);
+        }
+        assert!(policy.next_due().expect("it is tried again") > now + 5 * SECOND);
+        policy.handle_sight(address(1), now + SECOND);
+        assert_eq!(policy.poll_dial(now + SECOND), Some(address(1)));
+        policy.handle_sight(address(1), now + SECOND);
+        assert_eq!(policy.poll_dial(now + SECOND), None, "once at a time");
+        policy.handle_failed(address(1), now + SECOND);
+        assert!(policy.next_due().expect("it is tried again") > now + 5 * SECOND, "it has failed often all the same");
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub use frame::{Announced, FrameError, FrameReader, FrameWriter, PAYLOAD_BYTES_M
 pub use identity::{Identity, IdentityError, NodeId, NodeIdError};
 pub use link::{CREDITS, DataStream, LinkReceiver, LinkSender, Priority};
 pub use network::{Discover, Network, NetworkConfig, NetworkError, NetworkEvent, NetworkThread};
-pub use peer::{DataConnection, NAME_BYTES_MAX, Pass, Peer};
+pub use peer::{DataConnection, NAME_BYTES_MAX, Pass, Peer, shown_name};
 pub use private_file::PrivateFileError;
 pub use secret::{ClusterSecret, SecretError};
 pub use token::{JoinToken, TokenError};

@@ -76,6 +76,7 @@ pub enum NetworkEvent {
 #[derive(Debug)]
 enum News {
     Found(SocketAddr, Source),
+    Sighted(SocketAddr),
     Dialled(SocketAddr, Box<Result<Met, MeetError>>),
     Introduced(Box<Introduced>),
     Data { id: NodeId, nonce: u64, connection: quinn::Connection },
@@ -190,6 +191,11 @@ impl Network {
     pub fn hear_of(&self, address: SocketAddr) {
         // Where the driver is busy, others will tell again.
         let _ = self.news.try_send(News::Found(address, Source::Heard));
+    }
+
+    /// A peer has just met someone at `address`: it is dialled at once, however often that was in vain before.
+    pub fn hear_of_sight(&self, address: SocketAddr) {
+        let _ = self.news.try_send(News::Sighted(address));
     }
 
     /// Closes the connections of `id`, and lets it in no more.

@@ -24,7 +24,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// Both sides speak this; a peer of another is told so.
-const PROTOCOL: u32 = 5;
+const PROTOCOL: u32 = 6;
 /// From a connection to a peer.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// Longer names are cut.
@@ -306,7 +306,7 @@ fn hello(name: &str) -> Result<Hello, MeetError> {
     let (mut nonce, mut pass) = ([0; 8], [0; 16]);
     nonce.copy_from_slice(&random[..8]);
     pass.copy_from_slice(&random[8..]);
-    Ok(Hello { protocol: PROTOCOL, name: cut(name), nonce: u64::from_le_bytes(nonce), pass: Pass(pass) })
+    Ok(Hello { protocol: PROTOCOL, name: shown_name(name), nonce: u64::from_le_bytes(nonce), pass: Pass(pass) })
 }
 
 async fn read_hello(reader: &mut FrameReader<quinn::RecvStream>) -> Result<Hello, MeetError> {
@@ -315,12 +315,12 @@ async fn read_hello(reader: &mut FrameReader<quinn::RecvStream>) -> Result<Hello
     if hello.protocol != PROTOCOL {
         return Err(MeetError::Protocol { theirs: hello.protocol });
     }
-    hello.name = cut(&hello.name);
+    hello.name = shown_name(&hello.name);
     Ok(hello)
 }
 
 /// A name as it may be shown: short, and without what a terminal would obey.
-fn cut(name: &str) -> String {
+pub fn shown_name(name: &str) -> String {
     let mut shown: String = name.chars().filter(|c| !c.is_control()).collect();
     while shown.len() > NAME_BYTES_MAX {
         shown.pop();

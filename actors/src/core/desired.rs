@@ -265,4 +265,40 @@ impl Desired {
 }
 
 #[cfg(test)]
+impl Wanted {
+    /// A model of one layer, on `node`.
+    pub(crate) fn of_one_layer(model: &str, node: NodeId) -> Self {
+        let demand = Demand {
+            layer_bytes: vec![1],
+            layer_work: vec![1],
+            head_work: 0,
+            kv_pages: 1,
+            kv_bytes: vec![1],
+            embedding_bytes: 0,
+            head_bytes: 0,
+            ties_embeddings: false,
+            row_bytes: 1,
+        };
+        let model = Model {
+            name: model.to_owned(),
+            family: String::new(),
+            quantization: String::new(),
+            context_tokens: 1,
+            vocabulary: 256,
+            files: crate::core::spec::FilesId([0; 32]),
+        };
+        let device = exo_engines::engine::DeviceId("cpu".to_owned());
+        let stage = crate::core::plan::Stage { node, device, layers: 0..1, memory_bytes: 1 };
+        Self {
+            spec: ModelSpec::new(model.name.clone()),
+            model,
+            placement: Placement { stages: vec![stage] },
+            demand,
+            change: Change::Beside { back: None },
+            reason: String::new(),
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests;

@@ -36,7 +36,7 @@ const UNMET_WITHIN: Duration = APART_AFTER.saturating_add(Duration::from_secs(5)
 /// Two members meet within this, once one has heard where the other is.
 const MET_WITHIN: Duration = Duration::from_secs(3);
 /// Memory that goes is gone within this of the last that went: what holds on to it longer hangs.
-const ROOM_WITHIN: Duration = Duration::from_secs(30);
+pub const ROOM_WITHIN: Duration = Duration::from_secs(30);
 /// Models that are waited for at once.
 const ASKS_MAX: usize = 256;
 

@@ -30,6 +30,8 @@ const CUT_WAIT: Duration = Duration::from_millis(50);
 const CUTS_MAX: u32 = 5;
 /// A life this long says that the link is well.
 const LIVES_WELL: Duration = Duration::from_secs(10);
+/// Steps that are lost count together within this: each takes minutes to be noticed.
+const STALLS_WITHIN: Duration = Duration::from_secs(3600);
 
 /// A shard to be loaded.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -160,6 +162,8 @@ pub(crate) struct Line {
     /// Since it was ordered to be wired, or ran.
     since: Duration,
     cuts: u32,
+    /// When steps were lost, of late.
+    stalls: Vec<Duration>,
 }
 
 impl Line {
@@ -179,6 +183,7 @@ impl Line {
             ordered: now,
             since: now,
             cuts: 0,
+            stalls: Vec::new(),
         }
     }
 
@@ -366,21 +371,36 @@ impl Line {
         if self.is_running && now.saturating_sub(self.since) > LIVES_WELL {
             self.cuts = 0;
         }
+        self.cuts += 1;
+        self.end_life(stage, what, self.cuts)
+    }
+
+    /// A step did not come back, and nobody says why. However long a life lasts that ends so, it says nothing for the link.
+    pub(crate) fn stall(&mut self, what: String, now: Duration) -> Step {
+        self.stalls.retain(|&stall| now.saturating_sub(stall) < STALLS_WITHIN);
+        self.stalls.push(now);
+        let last = self.stages.len().saturating_sub(1);
+        self.end_life(last, what, u32::try_from(self.stalls.len()).unwrap_or(u32::MAX))
+    }
+
+    fn end_life(&mut self, stage: usize, what: String, ends: u32) -> Step {
         self.stop_running();
         // Further news of this life are of no more use.
         self.incarnation = None;
-        self.cuts += 1;
-        if self.cuts > CUTS_MAX {
+        if ends > CUTS_MAX {
             let placed = &self.wanted.placement.stages;
             // The way back to the head is the last stage's.
             let behind = if stage + 1 < placed.len() { stage + 1 } else { stage };
             let remedy = "check the network between the machines".into();
             return self.lose(behind, RequestError::Engine { what, remedy });
         }
-        Step::Cut(stage, what, CUT_WAIT * (1 << self.cuts.min(6)))
+        Step::Cut(stage, what, CUT_WAIT * (1 << ends.min(6)))
     }
 
     fn stop_running(&mut self) {
         self.is_running = false;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -254,7 +254,7 @@ impl InstanceState {
             return self.switch(myself);
         }
         let what = format!("no step came back for {} s", silence.as_secs());
-        let step = self.line.cut(stages.saturating_sub(1), what, now);
+        let step = self.line.stall(what, now);
         self.take(myself, step);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Head, PlannerMsg, PlannerRef, PlannerState};
 use crate::core::desired::{Change, Stamp, Want, Wanted};
-use crate::core::lead::Broken;
+use crate::core::lead::{Broken, ROOM_WITHIN};
 use crate::core::members::{DeviceOffer, MemberReport, OwnedInstance};
 use crate::core::spec::InstanceId;
 use crate::core::view::Fact;
@@ -34,6 +34,14 @@ pub(super) struct Owned {
     /// Since its head is wanted elsewhere.
     moved: Option<Instant>,
     is_retired: bool,
+}
+
+/// This node goes.
+#[derive(Debug, Default)]
+pub(super) struct Draining {
+    waiting: Vec<RpcReplyPort<()>>,
+    /// Since when nothing that runs has a place here.
+    unused: Option<Duration>,
 }
 
 impl PlannerState {
@@ -279,18 +287,23 @@ impl PlannerState {
     }
 
     pub(super) fn drain(&mut self, reply: RpcReplyPort<()>) {
-        self.draining.get_or_insert_default().push(reply);
+        self.draining.get_or_insert_default().waiting.push(reply);
         self.renew_report();
         self.tell_report();
     }
 
     /// Whoever waits for this node to be empty hears that it is.
     pub(super) fn answer_drain(&mut self) {
-        let own = self.args.node;
+        let (own, now) = (self.args.node, self.now());
         let is_alone = self.members.0.len() == 1;
         let is_used = self.desired.running().any(|(.., wanted)| wanted.placement.stages.iter().any(|s| s.node == own));
-        if let Some(waiting) = self.draining.as_mut().filter(|_| is_alone || !is_used && self.held.is_empty()) {
-            for reply in waiting.drain(..) {
+        let Some(draining) = &mut self.draining else { return };
+        draining.unused = draining.unused.or(Some(now)).filter(|_| !is_used);
+        // The thread of an engine that hangs keeps its memory for as long as the process lives.
+        let is_left =
+            self.held.is_empty() || draining.unused.is_some_and(|since| now.saturating_sub(since) > ROOM_WITHIN);
+        if is_alone || !is_used && is_left {
+            for reply in draining.waiting.drain(..) {
                 // Whoever asked may have gone.
                 let _ = reply.send(());
             }

@@ -26,9 +26,9 @@ pub(crate) const END: u32 = 2;
 const CONTEXT: u32 = 2048;
 
 /// For an engine that may take none.
-const NO_TIME: Duration = Duration::from_millis(500);
+const NO_TIME: Duration = Duration::from_secs(2);
 /// Longer than any test waits for an engine.
-const HANGS_FOR: Duration = Duration::from_secs(20);
+const HANGS_FOR: Duration = Duration::from_secs(60);
 
 /// When an engine fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +54,8 @@ pub(crate) struct Script {
     /// Layer that the failing shard begins with, when, how, and how many times.
     pub(crate) failures: Vec<(usize, When, How, u32)>,
     pub(crate) loads: u32,
+    /// Where the last one was.
+    pub(crate) loaded_on: &'static str,
     /// Tensors of a load, beside the first; each takes a millisecond.
     pub(crate) more_tensors: u32,
     /// Loads that broke off.
@@ -91,6 +93,7 @@ impl EngineFactory for FakeFactory {
 
     fn open(&self, _: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
         Ok(Box::new(FakeEngine {
+            device: self.device,
             script: Arc::clone(&self.script),
             spec: None,
             pages: PageTable::new(0),
@@ -101,6 +104,7 @@ impl EngineFactory for FakeFactory {
 }
 
 struct FakeEngine {
+    device: &'static str,
     script: Arc<Mutex<Script>>,
     spec: Option<ShardSpec>,
     pages: PageTable,
@@ -161,6 +165,7 @@ impl Engine for FakeEngine {
         let more_tensors = {
             let mut script = self.script.lock().expect("not poisoned");
             script.loads += 1;
+            script.loaded_on = self.device;
             script.more_tensors
         };
         self.spec = Some(shard.clone());

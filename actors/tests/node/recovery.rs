@@ -45,7 +45,7 @@ async fn a_lost_device_falls_back_to_the_processor() {
 }
 
 /// R1.4, R8.4: a GPU that hangs, while it loads or in the middle of an answer, is not waited for: its shard, and no other
-/// one, goes to the processor.
+/// one, goes to the processor; and so does what comes later, without a wait.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_hangs_falls_back_to_the_processor() {
     let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
@@ -56,6 +56,12 @@ async fn a_device_that_hangs_falls_back_to_the_processor() {
         let answered = world.ask(request).await;
         assert_eq!(answered, Ok(answer(&PROMPT, 40)), "layer {layer}, {when:?}");
         assert_eq!(world.script.lock().expect("not poisoned").loads, 4, "one shard was loaded anew");
+        let mut later = world.request(1, &PROMPT, 40);
+        later.model.device = Some(DeviceId("gpu".to_owned()));
+        assert_eq!(world.ask(later).await, Ok(answer(&PROMPT, 40)));
+        let script = world.script.lock().expect("not poisoned");
+        assert_eq!((script.loads, script.loaded_on), (5, "cpu"));
+        drop(script);
         world.node.shutdown().await;
     }
 }
@@ -67,7 +73,10 @@ async fn the_only_device_hangs_and_its_clients_are_told() {
     let failed = world.ask(world.request(3, &PROMPT, 40)).await;
     let Err(RequestError::Engine { what, remedy }) = failed else { panic!("{failed:?}") };
     assert!(what.contains("has not come back from a step of 1 rows") && !remedy.is_empty(), "{what}");
-    assert_eq!(world.script.lock().expect("not poisoned").loads, 3);
+    let failed = world.ask(world.request(1, &PROMPT, 40)).await;
+    let Err(RequestError::Engine { what, .. }) = failed else { panic!("{failed:?}") };
+    assert!(what.contains("has not come back from what an earlier shard gave it"), "{what}");
+    assert_eq!(world.script.lock().expect("not poisoned").loads, 3, "nothing more was given to it");
     world.node.shutdown().await;
 }
 

@@ -141,6 +141,7 @@ impl Driver {
     async fn hear(&mut self, news: News) {
         match news {
             News::Found(address, source) => self.policy.handle_address(address, source, self.now()),
+            News::Sighted(address) => self.policy.handle_sight(address, self.now()),
             News::Dialled(address, met) => match *met {
                 Ok(met) => {
                     self.policy.handle_dialled(address, met.id());

@@ -1,8 +1,6 @@
 //! What every member that has heard the same holds.
 
 use super::*;
-use crate::core::plan::Stage;
-use exo_engines::engine::DeviceId;
 use proptest::prelude::*;
 
 fn node() -> NodeId {
@@ -10,34 +8,7 @@ fn node() -> NodeId {
 }
 
 fn run(model: &str) -> Want {
-    let demand = Demand {
-        layer_bytes: vec![1],
-        layer_work: vec![1],
-        head_work: 0,
-        kv_pages: 1,
-        kv_bytes: vec![1],
-        embedding_bytes: 0,
-        head_bytes: 0,
-        ties_embeddings: false,
-        row_bytes: 1,
-    };
-    Want::Run(Box::new(Wanted {
-        spec: ModelSpec::new(model),
-        model: Model {
-            name: model.to_owned(),
-            family: String::new(),
-            quantization: String::new(),
-            context_tokens: 1,
-            vocabulary: 256,
-            files: crate::core::spec::FilesId([0; 32]),
-        },
-        placement: Placement {
-            stages: vec![Stage { node: node(), device: DeviceId("cpu".to_owned()), layers: 0..1, memory_bytes: 1 }],
-        },
-        demand,
-        change: Change::Beside { back: None },
-        reason: String::new(),
-    }))
+    Want::Run(Box::new(Wanted::of_one_layer(model, node())))
 }
 
 #[test]

@@ -206,6 +206,27 @@ impl Cluster {
     }
 }
 
+/// One that another member takes for apart is not about to be met: what is there is placed anew at once.
+#[test]
+fn who_is_apart_is_gone() {
+    let mut cluster = Cluster::of(vec![
+        (1, member(20, 1e10, &[2, 3])),
+        (2, member(20, 1e10, &[1, 3])),
+        (3, member(20, 4e10, &[1, 2])),
+    ]);
+    let instance = cluster.run(ModelSpec::new("m"));
+    assert_eq!(cluster.split(instance), [(3, 8)]);
+    cluster.rounds(5);
+    cluster.members.0.remove(&id(3));
+    cluster.leader.handle_loss(id(3), cluster.now, 2);
+    assert_eq!(cluster.rounds(5), [], "number 2 sees it");
+    for report in cluster.members.0.values_mut() {
+        report.apart.push(id(3));
+    }
+    cluster.rounds(1);
+    assert_ne!(cluster.split(instance), [(3, 8)]);
+}
+
 /// R8.4: where others have no room, a machine that drains keeps what it serves; where they have, it goes.
 #[test]
 fn a_machine_that_drains_keeps_what_has_no_other_place() {

@@ -53,8 +53,7 @@ impl Cluster {
     /// Who is apart loses those it is apart from, and meets them anew: that is nothing to anyone.
     pub(super) fn flap_who_is_apart(&mut self) {
         let is_apart = |cluster: &Self, (a, b): (usize, usize)| {
-            cluster.can_talk(a, b)
-                && cluster.nodes[a].as_ref().is_some_and(|node| node.circle.is_apart(cluster.ids[b]))
+            cluster.can_talk(a, b) && cluster.nodes[a].as_ref().is_some_and(|node| node.circle.is_apart(cluster.ids[b]))
         };
         for pair in self.pairs().filter(|&pair| is_apart(self, pair)).collect::<Vec<_>>() {
             let (before, circles) = (self.written(), self.circles());
