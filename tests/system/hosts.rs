@@ -7,7 +7,7 @@ use crate::{GEMMA3, SMOLLM2};
 use std::time::{Duration, Instant};
 
 /// A head waits for a shard that was taken away until its patience ends: minutes.
-const NOT_HUNG: Duration = Duration::from_secs(50);
+const NOT_HUNG: Duration = Duration::from_secs(120);
 const SPLIT: &str = "a:0-9,b:10-19,c:20-29";
 
 /// Members a, b and c, each on a host, who know nothing of each other but the secret.

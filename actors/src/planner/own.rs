@@ -44,6 +44,19 @@ pub(super) struct Draining {
     unused: Option<Duration>,
 }
 
+impl Draining {
+    /// Whether the node may go at `now`; whether anything that runs has a place on it, and whether memory is held.
+    fn is_over(&mut self, is_used: bool, is_held: bool, now: Duration) -> bool {
+        if is_used {
+            self.unused = None;
+            return false;
+        }
+        let since = *self.unused.get_or_insert(now);
+        // The thread of an engine that hangs keeps its memory for as long as the process lives.
+        !is_held || now.saturating_sub(since) > ROOM_WITHIN
+    }
+}
+
 impl PlannerState {
     pub(super) fn head(&self, id: InstanceId) -> Option<Head> {
         let owned = self.owned.get(&id).filter(|owned| owned.is_ready && !owned.is_retired)?;
@@ -298,15 +311,30 @@ impl PlannerState {
         let is_alone = self.members.0.len() == 1;
         let is_used = self.desired.running().any(|(.., wanted)| wanted.placement.stages.iter().any(|s| s.node == own));
         let Some(draining) = &mut self.draining else { return };
-        draining.unused = draining.unused.or(Some(now)).filter(|_| !is_used);
-        // The thread of an engine that hangs keeps its memory for as long as the process lives.
-        let is_left =
-            self.held.is_empty() || draining.unused.is_some_and(|since| now.saturating_sub(since) > ROOM_WITHIN);
-        if is_alone || !is_used && is_left {
+        if draining.is_over(is_used, !self.held.is_empty(), now) || is_alone {
             for reply in draining.waiting.drain(..) {
                 // Whoever asked may have gone.
                 let _ = reply.send(());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_node_may_go_when_it_is_empty_and_is_not_kept_by_what_hangs() {
+        let mut draining = Draining::default();
+        assert!(!draining.is_over(true, true, SECOND));
+        assert!(!draining.is_over(false, true, 2 * SECOND), "memory is on its way out");
+        assert!(draining.is_over(false, false, 3 * SECOND));
+        assert!(!draining.is_over(true, true, 20 * SECOND), "something has come back");
+        assert!(!draining.is_over(false, true, 40 * SECOND));
+        assert!(!draining.is_over(false, true, 40 * SECOND + ROOM_WITHIN));
+        assert!(draining.is_over(false, true, 41 * SECOND + ROOM_WITHIN), "it hangs");
     }
 }

@@ -59,9 +59,8 @@ async fn a_device_that_hangs_falls_back_to_the_processor() {
         let mut later = world.request(1, &PROMPT, 40);
         later.model.device = Some(DeviceId("gpu".to_owned()));
         assert_eq!(world.ask(later).await, Ok(answer(&PROMPT, 40)));
-        let script = world.script.lock().expect("not poisoned");
-        assert_eq!((script.loads, script.loaded_on), (5, "cpu"));
-        drop(script);
+        let loaded = |script: &Script| (script.loads, script.loaded_on);
+        assert_eq!(loaded(&world.script.lock().expect("not poisoned")), (5, "cpu"));
         world.node.shutdown().await;
     }
 }
