@@ -258,11 +258,15 @@ impl ClusterState {
         self.senders.dismiss(present.expects);
         self.post.disconnect(id);
         self.end_sessions(id);
-        if present.is_ready {
-            tracing::warn!(peer = %id, reason, "a member is gone");
-        }
-        // What it said of itself before its session was ready has been heard.
-        let _ = self.planner.send_message(PlannerMsg::NodeDown(id));
+        let told = match present.is_ready {
+            true => {
+                tracing::warn!(peer = %id, reason, "a member is gone");
+                PlannerMsg::NodeDown(id)
+            }
+            // What it said of itself before its session was ready has been heard.
+            false => PlannerMsg::NodeMissed(id),
+        };
+        let _ = self.planner.send_message(told);
     }
 
     fn on_session(&mut self, event: SessionEvent) {

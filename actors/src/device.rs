@@ -149,6 +149,9 @@ impl DeviceState {
         let fallback = if self.args.fallback.is_some() { Fallback::Available } else { Fallback::None };
         let history = self.histories.entry((task.instance, task.stage)).or_default();
         let verdict = history.decide(self.started.elapsed(), error.class(), fallback);
+        if !matches!(verdict, Verdict::Restart { .. }) {
+            self.histories.remove(&(task.instance, task.stage));
+        }
         tracing::warn!(
             instance = %task.instance, stage = task.stage, device = %self.args.report.id, class = ?error.class(),
             %error, remedy = error.remedy(), ?verdict, "shard failed"

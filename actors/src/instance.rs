@@ -131,6 +131,8 @@ pub(crate) struct InstanceState {
     coming: Option<Line>,
     started: Instant,
     next_step: u64,
+    /// When shards of earlier placements were last ordered to go.
+    cleared: Duration,
     /// How often the pipeline has given something, or was given something after being idle.
     signs: u64,
     watchdog: Watchdog,
@@ -159,13 +161,14 @@ impl Actor for Instance {
             rows_alone: ROWS_ALONE,
             rows_shared: ROWS_SHARED,
         };
-        let state = InstanceState {
+        let mut state = InstanceState {
             schedule: Schedule::new(limits),
             requests: HashMap::new(),
             line,
             coming: None,
             started: Instant::now(),
             next_step: 0,
+            cleared: Duration::ZERO,
             signs: 0,
             watchdog: Watchdog::default(),
             totals: Totals::default(),

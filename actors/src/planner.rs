@@ -96,6 +96,8 @@ pub(crate) enum PlannerMsg {
     Heard(Box<Heard>),
     NodeUp(NodeId),
     NodeDown(NodeId),
+    /// A peer whose session never began comes no more.
+    NodeMissed(NodeId),
     LinksMeasured {
         links: BTreeMap<NodeId, Link>,
         peers: Vec<SocketAddr>,
@@ -155,6 +157,8 @@ pub(crate) struct PlannerState {
     owned: HashMap<InstanceId, Owned>,
     /// Memory that shards of this node hold, by instance.
     held: BTreeMap<InstanceId, u64>,
+    /// Shards of this node that serve, or are to.
+    kept: usize,
     speeds: HashMap<DeviceId, f64>,
     links: BTreeMap<NodeId, Link>,
     peers: Vec<SocketAddr>,
@@ -185,6 +189,7 @@ impl Actor for Planner {
             leader: Leader::default(),
             owned: HashMap::new(),
             held: BTreeMap::new(),
+            kept: 0,
             speeds: HashMap::new(),
             links: BTreeMap::new(),
             peers: Vec::new(),
@@ -232,6 +237,7 @@ impl Actor for Planner {
             },
             PlannerMsg::NodeUp(node) => state.on_node_up(node),
             PlannerMsg::NodeDown(node) => state.on_node_down(node),
+            PlannerMsg::NodeMissed(node) => state.on_node_missed(node),
             PlannerMsg::LinksMeasured { links, peers } => {
                 (state.links, state.peers) = (links, peers);
                 return Ok(());
@@ -331,15 +337,17 @@ impl PlannerState {
         self.forget_unused();
         self.renew_report();
         self.look_around();
+        // Who is apart hears of it at once: it is to part, too.
+        self.renew_report();
         self.tell_report();
         self.answer_drain();
     }
 
     fn on_stages(&mut self, myself: &PlannerRef, fact: StagesFact) {
         match fact {
-            StagesFact::Held(held) => {
-                let has_left = self.held.keys().any(|id| !held.contains_key(id));
-                self.held = held;
+            StagesFact::Held { memory, kept } => {
+                let has_left = self.held.keys().any(|id| !memory.contains_key(id));
+                (self.held, self.kept) = (memory, kept);
                 if has_left {
                     Self::measure_again(myself);
                 }

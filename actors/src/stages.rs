@@ -113,8 +113,8 @@ pub(crate) struct LocalDevice {
 /// What the planner hears of this node's shards.
 #[derive(Debug, Clone)]
 pub(crate) enum StagesFact {
-    /// Memory that shards hold, by instance.
-    Held(BTreeMap<InstanceId, u64>),
+    /// Memory that shards hold, by instance; and how many shards are kept, where the rest is going, or hangs.
+    Held { memory: BTreeMap<InstanceId, u64>, kept: usize },
     /// A device goes through so much work in a second, in bytes.
     Measured { device: DeviceId, bytes_per_s: f64 },
 }
@@ -358,7 +358,7 @@ impl StagesState {
     }
 
     fn tell_memory(&self) {
-        self.args.facts.tell(StagesFact::Held(self.memory.clone()));
+        self.args.facts.tell(StagesFact::Held { memory: self.memory.clone(), kept: self.held.len() });
     }
 
     fn tell(&self, key: &Key, news: StageNews) {

@@ -45,6 +45,10 @@ struct Address {
     is_dialling: bool,
     failures: u32,
     due: Duration,
+    /// Whether a peer has seen someone there while it was dialled.
+    is_sighted: bool,
+    /// Whether who was found there stayed less than it should.
+    is_flapping: bool,
 }
 
 /// The state machine.
@@ -83,15 +87,25 @@ impl DialPolicy {
         if self.addresses.len() >= ADDRESSES_MAX && source == Source::Heard {
             return;
         }
-        let fresh = Address { source, id: None, is_dialling: false, failures: 0, due: now };
+        let fresh = Address {
+            source,
+            id: None,
+            is_dialling: false,
+            failures: 0,
+            due: now,
+            is_sighted: false,
+            is_flapping: false,
+        };
         self.addresses.insert(address, fresh);
     }
 
-    /// A peer has just met someone at `address`: whatever failed before, there is somebody now.
+    /// A peer has just met someone at `address`: whatever failed before, there is somebody now. One that flaps is waited for
+    /// all the same.
     pub fn handle_sight(&mut self, address: SocketAddr, now: Duration) {
         self.handle_address(address, Source::Heard, now);
-        if let Some(known) = self.addresses.get_mut(&address) {
+        if let Some(known) = self.addresses.get_mut(&address).filter(|known| !known.is_flapping) {
             known.due = known.due.min(now);
+            known.is_sighted = known.is_dialling;
         }
     }
 
@@ -120,7 +134,9 @@ impl DialPolicy {
             self.addresses.remove(&address);
             return;
         }
-        known.due = now + wait(known.failures, &mut self.random);
+        let wait = wait(known.failures, &mut self.random);
+        // It may have come while the dial was on its way.
+        known.due = if std::mem::take(&mut known.is_sighted) { now } else { now + wait };
     }
 
     /// `id` is here, reached at `address`.
@@ -138,6 +154,7 @@ impl DialPolicy {
         let flapped = now.saturating_sub(since) < STAYS_MIN;
         for known in self.addresses.values_mut().filter(|known| known.id == Some(id)) {
             known.failures = if flapped { known.failures.saturating_add(1) } else { 0 };
+            known.is_flapping = flapped;
             known.due = now + wait(known.failures.max(1), &mut self.random);
         }
     }
@@ -258,6 +275,8 @@ mod tests {
         policy.handle_sight(address(1), now + SECOND);
         assert_eq!(policy.poll_dial(now + SECOND), None, "once at a time");
         policy.handle_failed(address(1), now + SECOND);
+        assert_eq!(policy.poll_dial(now + SECOND), Some(address(1)), "it came while it was dialled");
+        policy.handle_failed(address(1), now + SECOND);
         assert!(policy.next_due().expect("it is tried again") > now + 5 * SECOND, "it has failed often all the same");
     }
 
@@ -268,6 +287,24 @@ mod tests {
         let mut ups = 0;
         for tick in 0..60_000 {
             let now = Duration::from_millis(tick * 10);
+            if policy.poll_dial(now).is_some() {
+                ups += 1;
+                policy.handle_dialled(address(1), peer);
+                policy.handle_up(peer, address(1), now);
+                policy.handle_down(peer, now + Duration::from_millis(5));
+            }
+        }
+        assert!((30..120).contains(&ups), "{ups} in ten minutes");
+    }
+
+    #[test]
+    fn a_peer_that_flaps_is_waited_for_wherever_it_is_seen() {
+        let (mut policy, peer) = (DialPolicy::new(id(), 3), id());
+        policy.handle_address(address(1), Source::Named, Duration::ZERO);
+        let mut ups = 0;
+        for tick in 0..60_000 {
+            let now = Duration::from_millis(tick * 10);
+            policy.handle_sight(address(1), now);
             if policy.poll_dial(now).is_some() {
                 ups += 1;
                 policy.handle_dialled(address(1), peer);

@@ -44,6 +44,8 @@ pub struct Apart {
 pub struct Change {
     pub parted: Vec<(NodeId, Apart)>,
     pub joined: Vec<NodeId>,
+    /// Who went so long ago that it is apart no more.
+    pub forgotten: Vec<NodeId>,
 }
 
 /// A peer that is of another circle.
@@ -134,16 +136,17 @@ impl Circle {
     /// Looks who is together now, by what members say, `own` included. Those who part are no members any more, those who
     /// join are.
     pub fn look(&mut self, own: NodeId, members: &mut Members, now: Duration) -> Change {
-        self.gone.retain(|_, (_, since)| now.saturating_sub(*since) < REMEMBERED_FOR);
+        let is_past = |_: &NodeId, (_, since): &mut (Other, Duration)| now.saturating_sub(*since) >= REMEMBERED_FOR;
+        let forgotten = self.gone.extract_if(.., is_past).map(|(node, _)| node).collect();
+        let mut change = Change { forgotten, ..Change::default() };
         let nodes = self.note_unmet(members, now);
         let peers: Vec<NodeId> = members.0.keys().chain(self.apart.keys()).copied().filter(|&id| id != own).collect();
         let seen = circles(&nodes, |one, other| self.is_cut(one, other));
-        let Some(ours) = seen.iter().find(|circle| circle.contains(&own)) else { return Change::default() };
+        let Some(ours) = seen.iter().find(|circle| circle.contains(&own)) else { return change };
         self.declared = peers.iter().copied().filter(|peer| !ours.contains(peer)).collect();
         let declared = self.declared_by_all(own, members);
         let circles = circles(&nodes, |one, other| self.is_cut(one, other) || declared.contains(&pair(one, other)));
-        let Some(ours) = circles.iter().find(|circle| circle.contains(&own)) else { return Change::default() };
-        let mut change = Change::default();
+        let Some(ours) = circles.iter().find(|circle| circle.contains(&own)) else { return change };
         for node in peers {
             if ours.contains(&node) {
                 if let Some(other) = self.apart.remove(&node) {

@@ -284,7 +284,8 @@ impl Leader {
                 }
                 // When others have left, it is tried again.
                 // Whoever is named may be about to come, or to come back.
-                Err(RequestError::Plan(PlanError::NoSuchNode { .. })) if self.is_unsettled(world.now) => {}
+                Err(RequestError::Plan(PlanError::NoSuchNode { .. }) | RequestError::NoDevice { .. })
+                    if self.is_unsettled(world.now) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { .. }))
                     if self.is_unsettled(world.now)
                         || self.leaving.is_coming(world.now)

@@ -10,6 +10,9 @@ use exo_net::NodeId;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// How often shards of earlier placements are ordered to go: they hold memory, and serve nobody.
+const CLEAR_EVERY: Duration = Duration::from_secs(5);
+
 impl InstanceState {
     /// Orders shards to be loaded.
     pub(super) fn order(&self, tasks: Vec<(NodeId, StageTask)>) {
@@ -138,7 +141,8 @@ impl InstanceState {
     }
 
     /// Shards of earlier placements have served their time; one that is coming has a later stamp.
-    pub(super) fn clear_below(&self, stamp: Stamp) {
+    pub(super) fn clear_below(&mut self, stamp: Stamp) {
+        self.cleared = self.now();
         let clear = StageOrder::Clear { instance: self.args.id, below: stamp };
         self.args.post.tell(self.args.post.own(), ControlMessage::Stage(clear.clone()));
         self.args.post.tell_others(&ControlMessage::Stage(clear));
@@ -220,6 +224,11 @@ impl InstanceState {
         self.line.lose_stalled(now);
         if let Some(coming) = &mut self.coming {
             coming.lose_stalled(now);
+        }
+        let may_clear = self.line.is_running() || self.line.wanted().change == Change::InPlace;
+        if may_clear && now.saturating_sub(self.cleared) >= CLEAR_EVERY {
+            // Who was away, or apart, when it was said has kept what it had.
+            self.clear_below(self.line.stamp());
         }
         self.watch_coming(now);
         if self.line.is_running() {

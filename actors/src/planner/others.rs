@@ -64,6 +64,7 @@ impl PlannerState {
             self.args.post.part(node);
             self.lose(node);
         }
+        change.forgotten.iter().for_each(|&node| self.args.post.join(node));
         for node in change.joined {
             self.args.post.join(node);
             self.meet(node);
@@ -123,6 +124,13 @@ impl PlannerState {
             self.listed.insert(to, now);
         }
         is_due
+    }
+
+    /// One that was no member, whatever it has said of itself.
+    pub(super) fn on_node_missed(&mut self, node: NodeId) {
+        let now = self.now();
+        let _ = self.circle.handle_loss(&mut self.members, node, now);
+        self.args.facts.tell(Fact::MemberGone { node });
     }
 
     pub(super) fn on_node_down(&mut self, node: NodeId) {

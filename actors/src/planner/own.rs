@@ -40,12 +40,12 @@ pub(super) struct Owned {
 #[derive(Debug, Default)]
 pub(super) struct Draining {
     waiting: Vec<RpcReplyPort<()>>,
-    /// Since when nothing that runs has a place here.
+    /// Since when nothing that runs has a shard here.
     unused: Option<Duration>,
 }
 
 impl Draining {
-    /// Whether the node may go at `now`; whether anything that runs has a place on it, and whether memory is held.
+    /// Whether the node may go at `now`. `is_used`: what runs has a shard here, or is to; `is_held`: memory is not free yet.
     fn is_over(&mut self, is_used: bool, is_held: bool, now: Duration) -> bool {
         if is_used {
             self.unused = None;
@@ -309,7 +309,10 @@ impl PlannerState {
     pub(super) fn answer_drain(&mut self) {
         let (own, now) = (self.args.node, self.now());
         let is_alone = self.members.0.len() == 1;
-        let is_used = self.desired.running().any(|(.., wanted)| wanted.placement.stages.iter().any(|s| s.node == own));
+        let is_placed =
+            self.desired.running().any(|(.., wanted)| wanted.placement.stages.iter().any(|s| s.node == own));
+        // Shards of an earlier placement serve until the next one does.
+        let is_used = is_placed || self.kept > 0;
         let Some(draining) = &mut self.draining else { return };
         if draining.is_over(is_used, !self.held.is_empty(), now) || is_alone {
             for reply in draining.waiting.drain(..) {

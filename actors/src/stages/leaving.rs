@@ -50,6 +50,7 @@ impl StagesState {
         held.is_over.cancel();
         self.args.board.forget(key.instance, End::Stage(key.stage), held.wired);
         tracing::info!(instance = %key.instance, stage = key.stage, layers = ?key.layers, "letting go of a shard");
+        self.tell_memory();
         // It may have fallen back to another device.
         for local in &self.args.devices {
             let _ = local.device.send_message(DeviceMsg::Sweep);

@@ -342,7 +342,7 @@ impl Cluster {
         let (now, here) = (self.now, self.here(index));
         let Some(node) = &mut self.nodes[index] else { return };
         let (own, leader) = (node.id, node.members.leader());
-        let (mut said, mut late) = (Vec::new(), Vec::new());
+        let (mut said, mut late, mut cleared) = (Vec::new(), Vec::new(), Vec::new());
         for (&id, head) in &mut node.heads {
             for lost in head.line.out_of_reach(now, |other| here.contains(&other)) {
                 let _ = head.line.on_node_lost(lost);
@@ -355,6 +355,9 @@ impl Cluster {
                 for (stage, placed) in head.line.wanted().placement.stages.iter().enumerate() {
                     said.push((placed.node, Said::Wire { id, stage, incarnation }));
                 }
+            }
+            if head.line.is_running() && now.as_millis().is_multiple_of(5000) {
+                cleared.push((id, head.line.stamp()));
             }
             if let Some(stage) = head.line.is_overdue(now).filter(|_| is_second) {
                 late.push((id, head.line.cut(stage, "late".to_owned(), now)));
@@ -372,6 +375,10 @@ impl Cluster {
         }
         for (id, step) in late {
             self.take(index, id, step);
+        }
+        for (id, below) in cleared {
+            self.say(index, own, Said::Clear { id, below });
+            self.say_to_others(index, &Said::Clear { id, below });
         }
     }
 

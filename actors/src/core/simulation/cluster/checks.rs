@@ -92,6 +92,11 @@ impl Cluster {
             assert!(head.line.is_running() && head.line.stamp() == stamp, "{id} runs: {:?}", head.line);
         }
         for node in &nodes {
+            for ((id, stage), shard) in &node.shards {
+                let entry = first.desired.get(*id).filter(|entry| entry.stamp == shard.task.stamp);
+                let placed = entry.and_then(|entry| entry.wanted()?.placement.stages.get(*stage));
+                assert_eq!(placed.map(|placed| placed.node), Some(node.id), "{id}: nothing is held that serves nobody");
+            }
             let held: u64 = node.shards.values().map(|shard| shard.task.memory_bytes).sum();
             let shards = node.shards.values().map(|shard| &shard.task).collect::<Vec<_>>();
             assert!(held <= node.memory_bytes, "{} has room for what it holds: {shards:?}", node.id.short());
