@@ -251,7 +251,8 @@ impl Cluster {
         let Some(node) = &mut self.nodes[index] else { return };
         let report = node.report(&seen);
         node.members.0.insert(node.id, report.clone());
-        let is_second = now.as_millis().is_multiple_of(1000);
+        // Each has a second of its own.
+        let is_second = (now + TICK * (7 * index as u32)).as_millis().is_multiple_of(1000);
         if node.members.leader() == Some(node.id) {
             self.as_leader(index, Leader::round);
         }
@@ -356,7 +357,7 @@ impl Cluster {
                     said.push((placed.node, Said::Wire { id, stage, incarnation }));
                 }
             }
-            if head.line.is_running() && now.as_millis().is_multiple_of(5000) {
+            if head.line.is_running() && is_second && now.as_secs().is_multiple_of(5) {
                 cleared.push((id, head.line.stamp()));
             }
             if let Some(stage) = head.line.is_overdue(now).filter(|_| is_second) {
