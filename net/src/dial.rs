@@ -121,14 +121,15 @@ impl DialPolicy {
         }
         if let Some(known) = self.addresses.get_mut(&address) {
             known.id = Some(id);
-            known.is_dialling = false;
+            (known.is_dialling, known.is_sighted) = (false, false);
         }
     }
 
     /// A dial failed.
     pub fn handle_failed(&mut self, address: SocketAddr, now: Duration) {
         let Some(known) = self.addresses.get_mut(&address) else { return };
-        known.is_dialling = false;
+        // One that is not there does not flap.
+        (known.is_dialling, known.is_flapping) = (false, false);
         known.failures = known.failures.saturating_add(1);
         if known.source == Source::Heard && known.failures >= FAILURES_MAX {
             self.addresses.remove(&address);

@@ -329,4 +329,4 @@ pub fn shown_name(name: &str) -> String {
 }
 
 #[cfg(test)]
-mod hostile;
+pub(crate) mod hostile;

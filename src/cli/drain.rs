@@ -38,7 +38,10 @@ async fn tell_what_is_here(node: &Remote) -> anyhow::Result<()> {
     let mut told = Vec::new();
     loop {
         tokio::time::sleep(TELL_EVERY).await;
-        let here = what_is_here(&node.state().await?);
+        let mut here = what_is_here(&node.state().await?);
+        if here.is_empty() {
+            here.push("what has a place elsewhere is served here until it is loaded there".to_owned());
+        }
         if here != told {
             here.iter().for_each(|line| eprintln!("{line}"));
             told = here;

@@ -246,7 +246,6 @@ fn a_drained_node_is_empty_and_its_answers_go_on() {
     let asking = cluster.asking(1, split);
     let drained = cluster.nodes[0].command(&["drain"]);
     assert!(drained.status.success(), "{}", crate::stderr(&drained));
-    assert_eq!(answer(asking), expected);
     let is_empty = || {
         let state = cluster.nodes[0].get("/state").json();
         let own = state["node"].as_str().expect("an id").to_owned();
@@ -262,6 +261,9 @@ fn a_drained_node_is_empty_and_its_answers_go_on() {
         assert!(begun.elapsed() < Duration::from_secs(20), "shards are still on the node that was drained");
         std::thread::sleep(Duration::from_millis(200));
     }
+    // As its user is told, it can be stopped.
+    cluster.nodes[0].signal("KILL");
+    assert_eq!(answer(asking), expected);
 }
 
 /// Who drains a machine that nobody can take the place of is told what is still there.

@@ -1,6 +1,7 @@
 //! Members on hosts of their own: they find each other by multicast, and outlive cut cables.
 
-use crate::cluster::{Cluster, alone_with, answer, asking_of, question};
+use crate::cluster::{Cluster, alone_for, alone_with, answer, asking_of, question};
+use crate::joining::{long_question, wait_for_prefill};
 use crate::lan::Lan;
 use crate::node::{Node, Setup};
 use crate::{GEMMA3, SMOLLM2};
@@ -71,6 +72,24 @@ fn a_partition_heals() {
         for node in 0..3 {
             let by_all = answer(cluster.asking_for(node, &question, SPLIT));
             assert_eq!(by_all, expected, "{node} was asked when all were one again");
+        }
+    }
+}
+
+/// R7.2, R8.4: a host is cut off while a prompt is computed, the head's or another one: the answer is the same.
+#[test]
+fn a_prompt_outlives_a_cut() {
+    let Some(lan) = Lan::of(3) else { return };
+    let cluster = members(&lan);
+    let expected = alone_for(&long_question(2048));
+    for (cut, context_tokens) in [(2, 2080), (0, 2112)] {
+        let asking = cluster.asking_for(1, &long_question(context_tokens), SPLIT);
+        wait_for_prefill(&cluster.nodes[0]);
+        lan.plug(cut, "down");
+        assert_eq!(answer(asking), expected, "{cut} was cut off");
+        lan.plug(cut, "up");
+        for node in &cluster.nodes {
+            cluster.wait_for(node, 2);
         }
     }
 }

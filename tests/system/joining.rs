@@ -11,14 +11,15 @@ fn long_prompt() -> String {
     format!("{}What happened then?", sentence.repeat(60))
 }
 
-fn long_question() -> Vec<String> {
+/// Each size of the cache is an instance of its own.
+pub(crate) fn long_question(context_tokens: usize) -> Vec<String> {
     let mut question = question(SMOLLM2, &long_prompt(), "24");
-    question.extend(["--context", "2048"].map(str::to_owned));
+    question.extend(["--context".to_owned(), context_tokens.to_string()]);
     question
 }
 
 /// Waits until a request runs on `node`, the head's, that has not got its first token.
-fn wait_for_prefill(node: &Node) {
+pub(crate) fn wait_for_prefill(node: &Node) {
     let generated = node.metric("generated_tokens_total");
     let begun = Instant::now();
     while node.metric("requests_running") < 1.0 {
@@ -33,7 +34,7 @@ fn wait_for_prefill(node: &Node) {
 /// is the same.
 #[test]
 fn a_prompt_outlives_the_death_of_any_other_node() {
-    let question = long_question();
+    let question = long_question(2048);
     let expected: Said = alone_for(&question);
     for (asked, victim, signal) in [(1, 2, "KILL"), (0, 1, "STOP"), (1, 0, "KILL")] {
         let cluster = Cluster::up();

@@ -9,6 +9,7 @@
 //! - [`Leader::preview`]: what a round would do, without doing it.
 
 mod market;
+mod unrest;
 mod upkeep;
 
 use super::circle::APART_AFTER;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Duration;
+use unrest::Unrest;
 
 /// A device that has failed an instance is not tried again for so long.
 const EXCLUDED_FOR: Duration = Duration::from_secs(60);
@@ -107,8 +109,8 @@ pub struct Leader {
     /// When members were lost, of late.
     losses: Vec<Duration>,
     members: Vec<NodeId>,
-    /// When a member was last met: others may follow.
-    met: Option<Duration>,
+    /// Whether members have just come or gone: others may follow.
+    unrest: Unrest,
     /// Nodes with shards that are not here, since when.
     unmet: BTreeMap<NodeId, Duration>,
     /// Those of them that were.
@@ -179,7 +181,7 @@ impl Leader {
 
     /// A member is here, and may have others to tell of.
     pub fn handle_meeting(&mut self, now: Duration) {
-        self.met = Some(now);
+        self.unrest.note(now);
     }
 
     /// This node was away: who it misses is probably not gone.
@@ -193,6 +195,7 @@ impl Leader {
             excluded.retain(|((node, _), _)| *node != gone);
         }
         self.lost.insert(gone);
+        self.unrest.note(now);
         self.losses.retain(|loss| now.saturating_sub(*loss) < ALONE_WAIT);
         self.losses.push(now);
         if self.losses.len() > left {
@@ -243,11 +246,6 @@ impl Leader {
         !is_near && !is_new && !world.members.0.contains_key(&node)
     }
 
-    /// Whether there may be members that this node has not met yet.
-    fn is_meeting(&self, now: Duration) -> bool {
-        self.met.is_some_and(|met| now.saturating_sub(met) < MET_WITHIN)
-    }
-
     /// Two parts of a cluster that meet again may both run a model: the later one stays.
     fn end_doubles(&self, world: &mut World<'_>) {
         let desired = &*world.desired;
@@ -258,12 +256,6 @@ impl Leader {
         for id in earlier {
             world.set(id, Want::Gone { error: None });
         }
-    }
-
-    /// Whether members have just come or gone.
-    fn is_unsettled(&self, now: Duration) -> bool {
-        let has_lost = self.losses.last().is_some_and(|&loss| now.saturating_sub(loss) < ALONE_WAIT);
-        has_lost || self.is_meeting(now)
     }
 
     fn place_asked(&mut self, world: &mut World<'_>) {
@@ -285,9 +277,9 @@ impl Leader {
                 // When others have left, it is tried again.
                 // Whoever is named may be about to come, or to come back.
                 Err(RequestError::Plan(PlanError::NoSuchNode { .. }) | RequestError::NoDevice { .. })
-                    if self.is_unsettled(world.now) => {}
+                    if self.unrest.is_on(world.now) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { .. }))
-                    if self.is_unsettled(world.now)
+                    if self.unrest.is_on(world.now)
                         || self.leaving.is_coming(world.now)
                         || self.make_room(world, &ask, near, None) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { needed_bytes, .. }))

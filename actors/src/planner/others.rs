@@ -129,6 +129,7 @@ impl PlannerState {
     /// One that was no member, whatever it has said of itself.
     pub(super) fn on_node_missed(&mut self, node: NodeId) {
         let now = self.now();
+        self.listed.remove(&node);
         let _ = self.circle.handle_loss(&mut self.members, node, now);
         self.args.facts.tell(Fact::MemberGone { node });
     }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::certificate::tests::impostor;
+use crate::peer::hostile::resident_bytes;
 use crate::{Discover, Network, NetworkConfig, NetworkEvent};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -154,7 +155,7 @@ async fn half_open_handshakes_keep_nobody_out() {
     let client = quic_client(&credentials, Purpose::Data).expect("a client");
     let endpoint = quinn::Endpoint::client(loopback()).expect("a socket");
     let answers = Arc::new(AtomicUsize::new(0));
-    let mut held = Vec::new();
+    let (before, mut held) = (resident_bytes(), Vec::new());
     for _ in 0..300 {
         let relay = half_open(address, Arc::clone(&answers)).await;
         held.push(endpoint.connect_with(client.clone(), relay, MEMBER_NAME).expect("a dial"));
@@ -162,6 +163,9 @@ async fn half_open_handshakes_keep_nobody_out() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     // A Retry for each, and for those that are held, the server's half of the handshake.
     assert!(answers.load(Ordering::Relaxed) > 300 + HANDSHAKES_OF_ADDRESS_MAX, "they are held");
+    // The attacker's half of them included.
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown < 64 << 20, "{grown} bytes");
     let begun = std::time::Instant::now();
     let (elsewhere, _of_elsewhere, id_elsewhere) = network_at([127, 0, 0, 2].into(), 1, vec![address]);
     let elsewhere_at_victim = up(&mut events).await;

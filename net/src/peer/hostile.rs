@@ -7,7 +7,7 @@ use crate::endpoint::doors::{network, secret, up};
 use std::sync::Arc;
 
 /// Resident memory of this process.
-fn resident_bytes() -> u64 {
+pub(crate) fn resident_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line of it");
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10

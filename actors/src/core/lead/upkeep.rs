@@ -131,7 +131,7 @@ impl Leader {
             // A machine that is to go keeps what has no other place: it is waited for.
             Err(_) if error.is_none() && wanted.placement.stages.iter().all(|s| !self.is_gone(world, s.node)) => {}
             // Whoever has just gone may be about to come back.
-            Err(_) if self.is_unsettled(world.now) => {}
+            Err(_) if self.unrest.is_on(world.now) => {}
             Err(PlanError::DoesNotFit { .. })
                 if self.leaving.is_coming(world.now) || self.make_room(world, &ask_of(wanted), near, Some(id)) => {}
             Err(missing) => {
