@@ -3,9 +3,13 @@
 use crate::cluster::{Cluster, alone_with, answer};
 use crate::node::Node;
 use crate::{GEMMA3, SMOLLM2};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
+/// SmolLM2's file.
+const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 /// A node with these has no model, and no source of one.
 const NOTHING: [(&str, &str); 3] =
     [("EXO_MODELS_DIR", "$DATA/models"), ("HF_HUB_CACHE", "$DATA/hub"), ("HF_HUB_OFFLINE", "1")];
@@ -108,4 +112,48 @@ fn what_nobody_has_any_more_is_named() {
     let output = asking.wait_with_output().expect("it ends");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("offline"), "{said}");
+}
+
+/// A hub that has SmolLM2.
+struct Hub {
+    process: Child,
+    address: String,
+}
+
+impl Hub {
+    fn up() -> Self {
+        crate::models();
+        let folders = exo::Directories::from_environment().expect("a home").models;
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/system/hub.py");
+        let mut python = Command::new("python3");
+        let mut process =
+            python.arg(script).arg(folders[0].join(FILE)).stdout(Stdio::piped()).spawn().expect("Python starts");
+        let mut port = String::new();
+        BufReader::new(process.stdout.take().expect("it is piped")).read_line(&mut port).expect("it says its port");
+        Self { process, address: format!("http://127.0.0.1:{}", port.trim()) }
+    }
+}
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        // It may have ended by itself, and the test has failed by then.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// R7.2, R7.4: layers that no other node has any more come from the catalogue's sources, and the answer goes on.
+#[test]
+fn what_no_node_has_any_more_comes_from_a_source() {
+    let (expected, hub) = (alone_with(SMOLLM2), Hub::up());
+    let cluster = Cluster::up_with(&[NOTHING[0], NOTHING[1], ("HF_ENDPOINT", &hub.address)]);
+    let split = "a:0-9,b:10-19,c:20-29";
+    assert_eq!(cluster.ask(1, split), expected);
+    let has_fetched = || cluster.nodes[1..].iter().any(|node| node.folder().join("models").join(FILE).exists());
+    assert!(!has_fetched(), "what another node has is not fetched");
+    let asking = cluster.asking(1, split);
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    cluster.nodes[0].signal("KILL");
+    assert_eq!(answer(asking), expected);
+    assert!(has_fetched());
 }

@@ -312,6 +312,7 @@ async fn members_out_of_turn_harm_nobody() {
     let unknown = node.load(ModelSpec::new("no-such-model")).await;
     assert!(matches!(unknown, Err(RequestError::Model(_))), "its own requests are answered as ever");
     let grown = resident_bytes().saturating_sub(before);
+    println!("{grown} bytes more");
     assert!(grown < 64 << 20, "{grown} bytes more");
     node.shutdown().await;
 }

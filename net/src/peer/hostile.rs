@@ -77,6 +77,7 @@ async fn noise_of_a_member_harms_nobody_else() {
         closed.await.expect("whoever sends noise is not kept");
     }
     let grown = resident_bytes().saturating_sub(before);
+    println!("{grown} bytes more");
     assert!(grown < 64 << 20, "{grown} bytes more");
     let mut stream = at_honest.data.open(Priority::Normal).await.expect("a stream");
     stream.writer.send(&7_u64, Payload::Nothing).await.expect("sent");
