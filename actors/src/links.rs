@@ -44,7 +44,13 @@ pub(crate) async fn open(
     let (queue, mut leaving) = mpsc::channel(CREDITS);
     let told = cut.clone();
     data.spawn(async move {
-        while let Some(next) = leaving.recv().await {
+        loop {
+            let next = tokio::select! {
+                next = leaving.recv() => next,
+                // The rows on their way are lost, and whoever waits for what comes of them sends no more.
+                () = link.closed() => return told.tell("the link broke".to_owned()),
+            };
+            let Some(next) = next else { return };
             let sent = match next {
                 Leaving::Result(result) => link.send(&Crossing::Result(result), Payload::Nothing).await,
                 Leaving::Frame(Frame { step, input: Input::Hidden(hidden), samplers }) => {

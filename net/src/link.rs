@@ -13,7 +13,7 @@ use quinn::{RecvStream, SendStream, VarInt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 /// Frames of a link on their way at once: more than a pipeline of any depth that is of use has steps in flight.
 pub const CREDITS: usize = 64;
@@ -29,6 +29,8 @@ pub struct LinkSender {
     writer: FrameWriter<SendStream>,
     credits: Arc<Semaphore>,
     returns: tokio::task::AbortHandle,
+    /// Its other end goes with the peer.
+    end: watch::Receiver<()>,
 }
 
 impl Drop for LinkSender {
@@ -42,7 +44,9 @@ impl LinkSender {
     pub(crate) fn new(sender: SendStream, mut receiver: RecvStream) -> Self {
         let credits = Arc::new(Semaphore::new(CREDITS));
         let returned = Arc::clone(&credits);
+        let (until_end, end) = watch::channel(());
         let returns = tokio::spawn(async move {
+            let _until_end = until_end;
             let mut taken = [0; CREDITS];
             while let Ok(Some(count)) = receiver.read(&mut taken).await {
                 // A peer that returns what it never had gains nothing by it.
@@ -52,7 +56,13 @@ impl LinkSender {
             // The peer takes no more.
             returned.close();
         });
-        Self { writer: FrameWriter::new(sender), credits, returns: returns.abort_handle() }
+        Self { writer: FrameWriter::new(sender), credits, returns: returns.abort_handle(), end }
+    }
+
+    /// Waits until the peer is gone or takes no more: what was sent and not taken is lost then, whether or not more is to be
+    /// sent. May be dropped and called again.
+    pub async fn closed(&mut self) {
+        while self.end.changed().await.is_ok() {}
     }
 
     /// Sends a frame, when there is a credit for it.

@@ -94,6 +94,23 @@ fn a_prompt_outlives_a_cut() {
     }
 }
 
+/// R7.2, R8.4: the way between two hosts breaks, and the head, on a third one, still sees both: the rows that were on it are
+/// computed again, and the model goes where it can.
+#[test]
+fn an_answer_outlives_a_way_that_its_head_does_not_go() {
+    let Some(lan) = Lan::of(3) else { return };
+    let cluster = members(&lan);
+    let (expected, question) = (alone_with(SMOLLM2), question(SMOLLM2, "Tell me a long story about a ship.", "120"));
+    let split = "c:0-9,a:10-19,b:20-29";
+    assert_eq!(answer(cluster.asking_for(2, &question, split)), expected);
+    let asking = cluster.asking_for(2, &question, split);
+    std::thread::sleep(Duration::from_millis(500));
+    lan.part(0, 1, "add");
+    let begun = Instant::now();
+    assert_eq!(answer(asking), expected);
+    assert!(begun.elapsed() < NOT_HUNG, "nobody waits for what is lost");
+}
+
 /// R7.2: of three hosts two do not reach each other, and both reach the third: that one plans with one of them, the other
 /// works by itself, each says why, and all answer. When the two meet, all are one again.
 #[test]

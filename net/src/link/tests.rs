@@ -57,6 +57,28 @@ async fn credits_bound_what_is_on_its_way() {
     drop_all(networks).await;
 }
 
+/// Who has sent all, and waits for what comes of it, hears that its peer is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_is_idle_tells_that_it_is_closed() {
+    let (networks, [near, far]) = pair().await;
+    for is_given_up in [true, false] {
+        let mut sender = near.data.open_link(&7_u8).await.expect("a link");
+        sender.send(&1_u64, Payload::Nothing).await.expect("sent");
+        let mut stream = far.data.accept().await.expect("it came");
+        stream.reader.receive::<u8>(|_, _| Ok(())).await.expect("a greeting");
+        let open = tokio::time::timeout(MOMENT, sender.closed()).await;
+        assert!(open.is_err(), "nothing has happened");
+        match is_given_up {
+            true => stream.give_up(),
+            false => far.data.close("it goes"),
+        }
+        for _ in 0..2 {
+            tokio::time::timeout(IN_TIME, sender.closed()).await.expect("in time");
+        }
+    }
+    drop_all(networks).await;
+}
+
 /// Weights that nobody reads, more of them than a stream holds, stop no activations.
 #[tokio::test(flavor = "multi_thread")]
 async fn weights_that_are_not_read_stop_nothing_else() {
