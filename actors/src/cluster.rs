@@ -23,7 +23,7 @@ pub use evicted::Evicted;
 use crate::control::{Control, ControlArgs, ControlMsg, Heard, Senders};
 use crate::core::members::MemberReport;
 use crate::core::plan::Link;
-use crate::gateway::GatewayMsg;
+use crate::gateway::{Asking, GatewayMsg};
 use crate::links::{self, Switchboard};
 use crate::models::{ModelsMsg, ModelsRef};
 use crate::outlet::Outlet;
@@ -416,7 +416,8 @@ async fn serve(from: NodeId, mut stream: DataStream, doors: Doors) {
         Ok(Ok(Some((DataHello::Link(hello), _)))) => links::serve(doors.board, from, hello, stream).await,
         Ok(Ok(Some((DataHello::Request { instance, request }, _)))) => {
             // Where there is no gateway, the node stops.
-            let _ = doors.gateway.send_message(GatewayMsg::Serve { from, instance, request, stream });
+            let _ =
+                doors.gateway.send_message(GatewayMsg::Serve { asking: Asking { from, instance, request }, stream });
         }
         Ok(Ok(Some((DataHello::Weights(ask), _)))) => drop(doors.models.send_message(ModelsMsg::Serve { ask, stream })),
         Ok(Ok(Some((DataHello::Probe, _)))) => probe::serve(stream).await,

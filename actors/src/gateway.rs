@@ -12,6 +12,8 @@
 mod answer;
 mod serve;
 
+pub(crate) use serve::Asking;
+
 use crate::core::spec::InstanceId;
 use crate::generation::Generation;
 use crate::instance::{InstanceMsg, InstanceRef, Lease, Submission};
@@ -27,7 +29,6 @@ use exo_net::{DataStream, NodeId, Payload, Priority};
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
-use serve::Asking;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -50,9 +51,7 @@ pub(crate) enum GatewayMsg {
     Generate(Box<Admitted>),
     /// A request of another node.
     Serve {
-        from: NodeId,
-        instance: InstanceId,
-        request: Box<HeadRequest>,
+        asking: Asking,
         stream: DataStream,
     },
 }
@@ -145,9 +144,7 @@ impl Actor for Gateway {
                 let task = Task { planner, post, next_seq, cancelled, permit: Arc::new(permit) };
                 tokio::spawn(task.run(request, events));
             }
-            GatewayMsg::Serve { from, instance, request, stream } => {
-                state.serve(Asking { from, instance, request: *request }, stream);
-            }
+            GatewayMsg::Serve { asking, stream } => state.serve(asking, stream),
         }
         Ok(())
     }

@@ -237,7 +237,7 @@ impl Actor for Planner {
             },
             PlannerMsg::NodeUp(node) => state.on_node_up(node),
             PlannerMsg::NodeDown(node) => state.on_node_down(node),
-            PlannerMsg::NodeMissed(node) => state.on_node_missed(node),
+            PlannerMsg::NodeMissed(node) => drop(state.forget(node)),
             PlannerMsg::LinksMeasured { links, peers } => {
                 (state.links, state.peers) = (links, peers);
                 return Ok(());

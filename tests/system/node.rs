@@ -37,6 +37,16 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
+    fn read(mut from: impl Read) -> Self {
+        let mut text = Vec::new();
+        from.read_to_end(&mut text).expect("an answer");
+        let text = String::from_utf8(text).expect("UTF-8");
+        let (headers, body) = text.split_once("\r\n\r\n").expect("a head and a body");
+        let status = headers.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
+        let body = if headers.contains("chunked") { unchunk(body) } else { body.to_owned() };
+        Self { status, headers: headers.to_lowercase(), body }
+    }
+
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("not JSON ({error}): {}", self.body))
     }
@@ -88,13 +98,7 @@ impl Node {
     }
 
     pub(crate) fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-        let mut text = Vec::new();
-        self.send(method, path, headers, body).read_to_end(&mut text).expect("an answer");
-        let text = String::from_utf8(text).expect("UTF-8");
-        let (headers, body) = text.split_once("\r\n\r\n").expect("a head and a body");
-        let status = headers.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
-        let body = if headers.contains("chunked") { unchunk(body) } else { body.to_owned() };
-        Answer { status, headers: headers.to_lowercase(), body }
+        Answer::read(self.send(method, path, headers, body))
     }
 
     pub(crate) fn get(&self, path: &str) -> Answer {
@@ -111,8 +115,7 @@ impl Node {
         socket
             .write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
             .expect("the node reads");
-        let mut text = String::new();
-        socket.read_to_string(&mut text).expect("an answer");
+        let text = Answer::read(socket).body;
         let lines = text.lines().filter(|line| line.starts_with(&format!("exo_{name}")));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }

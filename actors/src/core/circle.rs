@@ -122,11 +122,8 @@ impl Circle {
     }
 
     /// A peer is here. `Some` where it was apart when it went: so it is until it is found to meet all.
-    pub fn handle_return(&mut self, node: NodeId, now: Duration) -> Option<Apart> {
-        let (other, since) = self.gone.remove(&node)?;
-        if now.saturating_sub(since) >= REMEMBERED_FOR {
-            return None;
-        }
+    pub fn handle_return(&mut self, node: NodeId) -> Option<Apart> {
+        let (other, _) = self.gone.remove(&node)?;
         self.declared.insert(node);
         let why = other.why.clone();
         self.apart.insert(node, other);

@@ -22,10 +22,10 @@ const TOKENS_MAX: u32 = 1 << 20;
 
 /// A request of another node.
 #[derive(Debug)]
-pub(super) struct Asking {
-    pub(super) from: NodeId,
-    pub(super) instance: InstanceId,
-    pub(super) request: HeadRequest,
+pub(crate) struct Asking {
+    pub(crate) from: NodeId,
+    pub(crate) instance: InstanceId,
+    pub(crate) request: Box<HeadRequest>,
 }
 
 impl GatewayState {
@@ -72,7 +72,7 @@ async fn forward(
     let room = request.max_tokens.min(TOKENS_MAX) as usize + super::EVENTS_BESIDE_TOKENS;
     let (events, mut receiver) = mpsc::channel(room);
     let lease = Lease { _permit: permit, _in_use: in_use };
-    if head.send_message(InstanceMsg::Submit(Submission { seq, request, events, lease })).is_err() {
+    if head.send_message(InstanceMsg::Submit(Submission { seq, request: *request, events, lease })).is_err() {
         return tell(stream, &HeadEvent::Failed(RequestError::Moved)).await;
     }
     // Whoever asked keeps its half open; that it ends is that it has gone.

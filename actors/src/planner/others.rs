@@ -85,12 +85,11 @@ impl PlannerState {
     }
 
     pub(super) fn on_node_up(&mut self, node: NodeId) {
-        if let Some(apart) = self.circle.handle_return(node, self.now()) {
+        if let Some(apart) = self.circle.handle_return(node) {
             self.args.facts.tell(Fact::MemberApart { node, apart });
             self.renew_report();
             return self.introduce_to(node);
         }
-        self.args.post.join(node);
         self.meet(node);
     }
 
@@ -126,26 +125,23 @@ impl PlannerState {
         is_due
     }
 
-    /// One that was no member, whatever it has said of itself.
-    pub(super) fn on_node_missed(&mut self, node: NodeId) {
-        let now = self.now();
-        self.listed.remove(&node);
-        let _ = self.circle.handle_loss(&mut self.members, node, now);
-        self.args.facts.tell(Fact::MemberGone { node });
-    }
-
     pub(super) fn on_node_down(&mut self, node: NodeId) {
-        self.listed.remove(&node);
-        let now = self.now();
-        let was_apart = self.circle.handle_loss(&mut self.members, node, now);
+        let was_apart = self.forget(node);
         // The others are not to take it for one that only they see.
         self.links.remove(&node);
         self.renew_report();
         self.tell_report();
-        self.args.facts.tell(Fact::MemberGone { node });
         if !was_apart {
             self.lose(node);
         }
+    }
+
+    /// What a peer that is gone has said of itself counts no more; whether it was apart.
+    pub(super) fn forget(&mut self, node: NodeId) -> bool {
+        self.listed.remove(&node);
+        self.args.facts.tell(Fact::MemberGone { node });
+        let now = self.now();
+        self.circle.handle_loss(&mut self.members, node, now)
     }
 
     /// A member is one no more.

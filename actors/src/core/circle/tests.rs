@@ -44,7 +44,7 @@ impl World {
                 match self.reaches(own, other) {
                     true if self.silent.contains(&(other, own)) => {}
                     true => {
-                        let _ = circle.handle_return(id(other), now);
+                        let _ = circle.handle_return(id(other));
                         circle.handle_report(members, id(other), reports[usize::from(other)].clone());
                     }
                     false => drop(circle.handle_loss(members, id(other), now)),
@@ -158,7 +158,7 @@ fn who_was_apart_and_comes_anew_is_apart() {
                 world.views[2] = Default::default();
             }
             world.seconds(from, from + away);
-            (world.cut) = [(0, 1)].into();
+            world.cut = [(0, 1)].into();
             for second in from + away..from + 100 {
                 world.second(second * SECOND);
                 assert_eq!(world.members(1), parted[1], "at {second} s");

@@ -1,9 +1,8 @@
 //! Comings and goings of members, which nothing is given up for while they last.
 
+use super::MET_WITHIN;
 use std::time::Duration;
 
-/// Two members meet within this, once one has heard where the other is; and who is back within it was hardly gone.
-const CALM_AFTER: Duration = Duration::from_secs(3);
 /// A member that comes and goes without end keeps nobody from hearing that there is no room.
 const LASTS_MAX: Duration = Duration::from_secs(15);
 
@@ -14,12 +13,12 @@ pub(super) struct Unrest(Option<(Duration, Duration)>);
 impl Unrest {
     /// Someone has come, or gone.
     pub(super) fn note(&mut self, now: Duration) {
-        let row = self.0.filter(|(_, last)| now.saturating_sub(*last) < CALM_AFTER);
+        let row = self.0.filter(|(_, last)| now.saturating_sub(*last) < MET_WITHIN);
         self.0 = Some((row.map_or(now, |(first, _)| first), now));
     }
 
     pub(super) fn is_on(&self, now: Duration) -> bool {
-        let is_on = |(first, last)| now.saturating_sub(last) < CALM_AFTER && now.saturating_sub(first) < LASTS_MAX;
+        let is_on = |(first, last)| now.saturating_sub(last) < MET_WITHIN && now.saturating_sub(first) < LASTS_MAX;
         self.0.is_some_and(is_on)
     }
 }

@@ -237,12 +237,18 @@ impl Cluster {
             Step::Loaded => head.rewire = Some(now),
             Step::Cut(.., wait) => head.rewire = Some(now + wait),
             Step::Running => {
-                let clear = Said::Clear { id, below: head.line.stamp() };
-                self.say(index, self.ids[index], clear.clone());
-                self.say_to_others(index, &clear);
+                let below = head.line.stamp();
+                self.clear(index, id, below);
             }
             Step::Nothing | Step::Down(..) | Step::Lost(..) => {}
         }
+    }
+
+    /// Orders shards of earlier placements to go.
+    fn clear(&mut self, index: usize, id: InstanceId, below: Stamp) {
+        let clear = Said::Clear { id, below };
+        self.say(index, self.ids[index], clear.clone());
+        self.say_to_others(index, &clear);
     }
 
     /// What a member does by itself.
@@ -378,8 +384,7 @@ impl Cluster {
             self.take(index, id, step);
         }
         for (id, below) in cleared {
-            self.say(index, own, Said::Clear { id, below });
-            self.say_to_others(index, &Said::Clear { id, below });
+            self.clear(index, id, below);
         }
     }
 

@@ -100,9 +100,9 @@ impl Cluster {
 
     /// One is connected with another one.
     pub(super) fn meet(&mut self, one: usize, met: NodeId) {
-        let (now, seen) = (self.now, self.seen(one));
+        let seen = self.seen(one);
         let Some(node) = &mut self.nodes[one] else { return };
-        if node.circle.handle_return(met, now).is_some() {
+        if node.circle.handle_return(met).is_some() {
             let report = node.report(&seen);
             return self.say(one, met, Said::Report(Box::new(report)));
         }
