@@ -29,7 +29,7 @@ use crate::shard::{ShardReport, ShardTask};
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, Incarnation, KvElement, ShardSpec, TensorRank};
 use exo_engines::model::ModelFiles;
-use exo_net::{NodeId, Unhandled};
+use exo_net::{InboxSlot, NodeId};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::collections::{BTreeMap, HashMap};
@@ -63,7 +63,7 @@ pub(crate) enum StagesMsg {
     Order {
         from: NodeId,
         order: StageOrder,
-        place: Option<Unhandled>,
+        place: Option<InboxSlot>,
     },
     /// What is to run; shards of others go.
     Keep(Listed),
@@ -370,6 +370,6 @@ impl StagesState {
 
 /// What a row goes through in a shard of `layers`, in bytes.
 fn work(files: &ModelFiles, layers: &Range<usize>) -> u64 {
-    let head = if layers.end == files.architecture.layers.len() { files.head_work() } else { 0 };
-    head + files.layer_work()[layers.clone()].iter().sum::<u64>()
+    let head = if layers.end == files.architecture.layers.len() { files.head_cost_bytes() } else { 0 };
+    head + files.layer_cost_bytes()[layers.clone()].iter().sum::<u64>()
 }

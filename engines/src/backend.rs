@@ -93,7 +93,7 @@ pub struct Gated<B: Backend> {
     pub down: Linear<B>,
 }
 
-/// A router and its experts. Which of them a row goes to is [`route`](crate::routing::route)'s; a backend reads the
+/// A router and its experts. Which of them a row goes to is [`route`](crate::expert_routing::route)'s; a backend reads the
 /// weights of no others.
 #[derive(Debug)]
 pub struct Mixture<B: Backend> {

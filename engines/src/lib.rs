@@ -8,15 +8,16 @@
 
 pub mod backend;
 pub mod candle;
+pub mod collective;
 pub mod cpu;
 pub mod decoder;
 pub mod engine;
 mod error;
-pub mod exchange;
+pub mod expert_routing;
 pub mod format;
 pub mod model;
-pub mod routing;
 pub mod sampler;
+mod simd;
 pub mod template;
 pub mod tokenizer;
 

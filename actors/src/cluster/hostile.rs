@@ -17,9 +17,7 @@ use crate::request::{GenerateRequest, Generated, Prompt, RequestError};
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{DeviceId, Incarnation};
 use exo_engines::sampler::{SamplerSpec, SamplingParams};
-use exo_net::{
-    ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, Payload, Priority, WireType,
-};
+use exo_net::{ClusterSecret, Identity, JoinToken, Network, NetworkConfig, NodeId, Payload, Priority, WireType};
 use ractor::Actor;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -30,19 +28,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::oneshot;
 
 fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Path) -> (NodeConfig, Option<SocketAddr>) {
-    let identity = Arc::new(Identity::ephemeral().expect("random bytes"));
-    let id = identity.node_id();
     let cookie = secret.cookie();
-    let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    let network = NetworkConfig {
-        identity,
-        secret,
-        name: "test".to_owned(),
-        listen,
-        peers,
-        discover: Discover::Off,
-        evicted: BTreeSet::new(),
-    };
+    let network = NetworkConfig::loopback(secret, peers).expect("random bytes");
+    let id = network.identity.node_id();
     let (network, events) = Network::start(network).expect("it listens");
     let address = network.address();
     let addresses = address.into_iter().collect();
@@ -111,8 +99,8 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
     };
     let demand = Demand {
         layer_bytes: vec![u64::MAX / 4; 2000],
-        layer_work: vec![1; 3],
-        head_work: u64::MAX,
+        layer_cost_bytes: vec![1; 3],
+        head_cost_bytes: u64::MAX,
         kv_pages: u32::MAX,
         kv_bytes: vec![u64::MAX / 4; 2000],
         embedding_bytes: u64::MAX,

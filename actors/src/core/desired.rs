@@ -270,8 +270,8 @@ impl Wanted {
     pub(crate) fn of_one_layer(model: &str, node: NodeId) -> Self {
         let demand = Demand {
             layer_bytes: vec![1],
-            layer_work: vec![1],
-            head_work: 0,
+            layer_cost_bytes: vec![1],
+            head_cost_bytes: 0,
             kv_pages: 1,
             kv_bytes: vec![1],
             embedding_bytes: 0,

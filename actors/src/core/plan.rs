@@ -27,7 +27,7 @@ pub struct Offer {
     pub device: DeviceId,
     /// Memory that a shard may take.
     pub free_bytes: u64,
-    /// Bytes of work ([`Demand::layer_work`]) that the device goes through in a second of decoding: measured, or a guess.
+    /// Bytes of work ([`Demand::layer_cost_bytes`]) that the device goes through in a second of decoding: measured, or a guess.
     pub bytes_per_s: f64,
 }
 
@@ -118,8 +118,8 @@ pub(super) const KV_PAGES_MAX: u32 = 1 << 20;
 pub struct Demand {
     /// Weights of each layer.
     pub layer_bytes: Vec<u64>,
-    /// What a token goes through in each, in bytes: `ModelFiles::layer_work`.
-    pub layer_work: Vec<u64>,
+    /// What a token goes through in each, in bytes: `ModelFiles::layer_cost_bytes`.
+    pub layer_cost_bytes: Vec<u64>,
     /// Pages of each shard's cache.
     pub kv_pages: u32,
     /// Cache of each layer, with all its pages.
@@ -129,7 +129,7 @@ pub struct Demand {
     /// The head and the final norm, on the last shard; where it is the embedding, a model that is not split has it once.
     pub head_bytes: u64,
     /// What a token goes through in the head.
-    pub head_work: u64,
+    pub head_cost_bytes: u64,
     pub ties_embeddings: bool,
     /// A row between two shards.
     pub row_bytes: u64,
@@ -205,8 +205,8 @@ impl Demand {
     /// Whether there can be such a model: nothing is computed with another's numbers before.
     pub fn is_plausible(&self) -> bool {
         let layers = self.layers();
-        let of_layers = [&self.layer_bytes, &self.layer_work, &self.kv_bytes];
-        let ends = [self.embedding_bytes, self.head_bytes, self.head_work, self.row_bytes];
+        let of_layers = [&self.layer_bytes, &self.layer_cost_bytes, &self.kv_bytes];
+        let ends = [self.embedding_bytes, self.head_bytes, self.head_cost_bytes, self.row_bytes];
         (1..=LAYERS_MAX).contains(&layers)
             && of_layers.iter().all(|bytes| bytes.len() == layers)
             && of_layers.into_iter().flatten().chain(&ends).all(|&bytes| bytes <= BYTES_MAX)
@@ -229,8 +229,8 @@ impl Demand {
 
     /// Seconds that a token spends in a shard of `layers` on `offer`. Looking up an embedding costs nothing.
     fn seconds(&self, layers: &Range<usize>, offer: &Offer) -> f64 {
-        let head = if layers.end == self.layers() { self.head_work } else { 0 };
-        let work = head + self.layer_work[layers.clone()].iter().sum::<u64>();
+        let head = if layers.end == self.layers() { self.head_cost_bytes } else { 0 };
+        let work = head + self.layer_cost_bytes[layers.clone()].iter().sum::<u64>();
         work as f64 / offer.bytes_per_s.max(1.0)
     }
 }

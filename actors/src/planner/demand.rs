@@ -18,7 +18,7 @@ pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
         layer_bytes: (0..layers)
             .map(|layer| bytes_of(&|role| matches!(role, Role::Layer(l, _) if *l as usize == layer)))
             .collect(),
-        layer_work: files.layer_work(),
+        layer_cost_bytes: files.layer_cost_bytes(),
         kv_pages,
         kv_bytes: (0..layers)
             .map(|layer| {
@@ -27,7 +27,7 @@ pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
             .collect(),
         embedding_bytes: bytes_of(&|role| *role == Role::TokenEmbedding),
         head_bytes: bytes_of(&|role| *role == Role::Output),
-        head_work: files.head_work(),
+        head_cost_bytes: files.head_cost_bytes(),
         row_bytes: (architecture.hidden * size_of::<f32>()) as u64,
         ties_embeddings: place(Role::Output) == place(Role::TokenEmbedding),
     }

@@ -16,10 +16,10 @@ use crate::backend::{
 };
 use crate::engine::KvElement;
 use crate::error::EngineError;
+use crate::expert_routing::{self, RoutedExpert};
 use crate::format::ElementType;
 use crate::format::blocks::dequantise_row;
 use crate::model::{Activation, Attention, Pairing, QueryKeyNorm, Rope};
-use crate::routing::{self, Choice};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{D, DType, Device, Tensor};
 use std::borrow::Cow;
@@ -104,7 +104,8 @@ impl CandleBackend {
     /// Each expert's rows together; a row's sum is in the order of experts.
     fn mixture(&self, activation: Activation, mixture: &Mixture<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
         let logits = self.linear(&mixture.router, x)?.to_vec2::<f32>()?;
-        let choices: Vec<Vec<Choice>> = logits.iter().map(|row| routing::route(&mixture.spec, row)).collect();
+        let choices: Vec<Vec<RoutedExpert>> =
+            logits.iter().map(|row| expert_routing::route(&mixture.spec, row)).collect();
         let mut out = x.zeros_like()?;
         for (number, gated) in mixture.experts.iter().enumerate() {
             let mine = choices.iter().enumerate().flat_map(|(row, choices)| {

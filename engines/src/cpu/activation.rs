@@ -1,7 +1,7 @@
 //! Rows of activations, as the products take them.
 
-use super::math;
 use crate::format::blocks::BLOCK;
+use crate::simd::math;
 
 /// Rows of f32, side by side.
 #[derive(Debug, Clone, Default)]

@@ -6,14 +6,14 @@
 
 use super::activation::Rows;
 use super::cache::{LayerCache, TOKENS};
-use super::math;
-use super::shares::Shares;
-use super::simd::{Kernel, LANES, Simd};
-use super::team::{Panicked, Team};
-use super::tier::Tier;
+use super::disjoint::DisjointMut;
+use super::thread_pool::{Panicked, ThreadPool};
 use crate::backend::{Batch, Span};
 use crate::engine::KvElement;
 use crate::model::Attention;
+use crate::simd::Tier;
+use crate::simd::math;
+use crate::simd::{Kernel, LANES, Simd};
 
 /// Queries that meet a page together: what a page's loads are shared by.
 const TILE: usize = 4;
@@ -32,18 +32,18 @@ pub(super) struct Heads<'a> {
 /// out = softmax(q · K · scale) · V, for every row and head.
 pub(super) fn run(
     tier: Tier,
-    team: &mut Team,
+    pool: &mut ThreadPool,
     heads: &Heads<'_>,
     batch: &Batch,
     queries: &Rows,
     out: &mut Rows,
 ) -> Result<(), Panicked> {
     let Heads { spec, sinks, cache } = *heads;
-    let tasks = tasks(spec, batch, team.threads());
+    let tasks = tasks(spec, batch, pool.threads());
     let width = out.width;
-    let shares = Shares::new(&mut out.values);
-    team.run(tasks.len(), &|index| {
-        tier.run(Job { spec, sinks, cache, task: &tasks[index], queries, out: &shares, out_width: width });
+    let parts = DisjointMut::new(&mut out.values);
+    pool.run(tasks.len(), &|index| {
+        tier.run(Job { spec, sinks, cache, task: &tasks[index], queries, out: &parts, out_width: width });
     })
 }
 
@@ -85,7 +85,7 @@ struct Job<'a> {
     cache: &'a LayerCache,
     task: &'a Task<'a>,
     queries: &'a Rows,
-    out: &'a Shares<'a, f32>,
+    out: &'a DisjointMut<'a, f32>,
     out_width: usize,
 }
 

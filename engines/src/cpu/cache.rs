@@ -4,9 +4,9 @@
 //! side, so that a query meets sixteen keys at once; values lie token by token, so that sixteen dimensions of a value
 //! are weighted at once. Memory is reserved at once and touched as it is used.
 
-use super::simd::{LANES, Simd};
 use crate::engine::{KvElement, PAGE_TOKENS};
 use crate::model::Attention;
+use crate::simd::{LANES, Simd};
 
 /// Tokens in a page, as an index.
 pub(super) const TOKENS: usize = PAGE_TOKENS as usize;

@@ -12,8 +12,8 @@ use super::matmul::Product;
 use super::{CpuBackend, product, rms_norm};
 use crate::backend::{Gated, Linear, Mixture, Norm};
 use crate::error::EngineError;
+use crate::expert_routing;
 use crate::model::Activation;
-use crate::routing;
 use std::ops::Range;
 
 /// Rows sorted by expert.
@@ -31,7 +31,7 @@ impl Routes {
         let mut choices = Vec::with_capacity(logits.count());
         let mut sorted: Vec<(usize, usize, usize)> = Vec::new();
         for row in 0..logits.count() {
-            let chosen = routing::route(&mixture.spec, logits.row(row));
+            let chosen = expert_routing::route(&mixture.spec, logits.row(row));
             sorted.extend(chosen.iter().enumerate().map(|(slot, choice)| (choice.expert, row, slot)));
             choices.push(chosen.iter().map(|choice| (0, choice.weight)).collect::<Vec<_>>());
         }
@@ -56,21 +56,21 @@ impl CpuBackend {
         mixture: &Mixture<Self>,
         hidden: &Rows,
     ) -> Result<Rows, EngineError> {
-        let Self { tier, team, spare } = self;
-        let (normed, _) = kernels::prepare(*tier, team, spare, hidden, norm.map(rms_norm), false)?;
+        let Self { tier, pool, buffers } = self;
+        let (normed, _) = kernels::prepare(*tier, pool, buffers, hidden, norm.map(rms_norm), false)?;
         let input = normed.as_ref().unwrap_or(hidden);
         let [logits] = self.project(None, input, [&mixture.router])?;
         let routes = Routes::new(mixture, &logits);
-        let mut sorted = self.spare.rows(routes.rows.len(), input.width);
+        let mut sorted = self.buffers.rows(routes.rows.len(), input.width);
         for (to, &row) in sorted.values.chunks_mut(input.width).zip(&routes.rows) {
             to.copy_from_slice(input.row(row));
         }
         let [mut inner, up] = self.experts(mixture, &routes, &sorted, |gated| [&gated.gate, &gated.up])?;
-        kernels::activate(self.tier, &mut self.team, activation, &mut inner, &up)?;
+        kernels::activate(self.tier, &mut self.pool, activation, &mut inner, &up)?;
         let [parts] = self.experts(mixture, &routes, &inner, |gated| [&gated.down])?;
-        let mut out = self.spare.rows(hidden.count(), parts.width);
-        kernels::combine(self.tier, &mut self.team, &routes.choices, &parts, &mut out)?;
-        [logits, sorted, inner, up, parts].into_iter().chain(normed).for_each(|rows| self.spare.keep(rows));
+        let mut out = self.buffers.rows(hidden.count(), parts.width);
+        kernels::combine(self.tier, &mut self.pool, &routes.choices, &parts, &mut out)?;
+        [logits, sorted, inner, up, parts].into_iter().chain(normed).for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
 
@@ -83,7 +83,7 @@ impl CpuBackend {
         linears: impl Fn(&'m Gated<Self>) -> [&'m Linear<Self>; N],
     ) -> Result<[Rows; N], EngineError> {
         let widths = mixture.experts.first().map_or([0; N], |gated| linears(gated).map(|linear| linear.weight.rows));
-        let mut outs = widths.map(|width| self.spare.rows(input.count(), width));
+        let mut outs = widths.map(|width| self.buffers.rows(input.count(), width));
         {
             let mut products: Vec<Product<'_>> = Vec::with_capacity(N * routes.groups.len());
             let mut rest = outs.each_mut().map(|rows| rows.values.as_mut_slice());
@@ -104,9 +104,9 @@ impl CpuBackend {
 mod tests {
     use super::*;
     use crate::backend::{Backend, FeedForwardKind, FeedForwardWeights, TensorData};
-    use crate::cpu::Tier;
     use crate::format::ElementType;
     use crate::model::{Experts, TensorBytes, Weighting};
+    use crate::simd::Tier;
 
     const HIDDEN: usize = 32;
     const EXPERTS: usize = 8;

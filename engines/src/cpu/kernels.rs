@@ -1,17 +1,17 @@
 //! What lies between the products: norms, rounding, rotation, activation, sums. Rows are shared out to threads.
 
 use super::activation::{BLOCK_CODES, CodedRowMut, CodedRows, Rows};
+use super::buffer_pool::BufferPool;
 use super::cache::{LayerCache, TOKENS};
-use super::math;
+use super::disjoint::DisjointMut;
 use super::rotary::Rotations;
-use super::shares::Shares;
-use super::simd::{Kernel, Simd};
-use super::spare::Spare;
-use super::team::{Panicked, Team};
-use super::tier::Tier;
+use super::thread_pool::{Panicked, ThreadPool};
 use crate::backend::Batch;
 use crate::format::blocks::BLOCK;
 use crate::model::Activation;
+use crate::simd::Tier;
+use crate::simd::math;
+use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
 /// Rows of one task. A decode step of a few rows is one task, which the calling thread takes without waking anyone.
@@ -27,11 +27,11 @@ pub(super) struct RmsNorm<'a> {
 /// Runs `kernel` over runs of rows.
 fn over_rows<K: Kernel>(
     tier: Tier,
-    team: &mut Team,
+    pool: &mut ThreadPool,
     rows: usize,
     kernel: impl Fn(Range<usize>) -> K + Sync,
 ) -> Result<(), Panicked> {
-    team.run(rows.div_ceil(TASK_ROWS), &|task| {
+    pool.run(rows.div_ceil(TASK_ROWS), &|task| {
         let start = task * TASK_ROWS;
         tier.run(kernel(start..(start + TASK_ROWS).min(rows)));
     })
@@ -40,18 +40,18 @@ fn over_rows<K: Kernel>(
 /// `input` after `norm`, where there is one, and its codes, where they are wanted.
 pub(super) fn prepare(
     tier: Tier,
-    team: &mut Team,
-    spare: &mut Spare,
+    pool: &mut ThreadPool,
+    buffers: &mut BufferPool,
     input: &Rows,
     norm: Option<RmsNorm<'_>>,
     wants_codes: bool,
 ) -> Result<(Option<Rows>, Option<CodedRows>), Panicked> {
-    let mut floats = norm.map(|_| spare.rows(input.count(), input.width));
-    let mut codes = wants_codes.then(|| spare.coded(input.count(), input.width));
+    let mut floats = norm.map(|_| buffers.rows(input.count(), input.width));
+    let mut codes = wants_codes.then(|| buffers.coded(input.count(), input.width));
     {
-        let floats = floats.as_mut().map(|rows| Shares::new(&mut rows.values));
-        let codes = codes.as_mut().map(CodedShares::new);
-        over_rows(tier, team, input.count(), |rows| Prepare {
+        let floats = floats.as_mut().map(|rows| DisjointMut::new(&mut rows.values));
+        let codes = codes.as_mut().map(CodedParts::new);
+        over_rows(tier, pool, input.count(), |rows| Prepare {
             rows,
             input,
             norm,
@@ -62,22 +62,22 @@ pub(super) fn prepare(
     Ok((floats, codes))
 }
 
-struct CodedShares<'a> {
+struct CodedParts<'a> {
     width: usize,
-    codes: Shares<'a, i8>,
-    scales: Shares<'a, f32>,
-    half_sums: Shares<'a, i32>,
-    weighted_sums: Shares<'a, f32>,
+    codes: DisjointMut<'a, i8>,
+    scales: DisjointMut<'a, f32>,
+    half_sums: DisjointMut<'a, i32>,
+    weighted_sums: DisjointMut<'a, f32>,
 }
 
-impl<'a> CodedShares<'a> {
+impl<'a> CodedParts<'a> {
     fn new(rows: &'a mut CodedRows) -> Self {
         Self {
             width: rows.width,
-            codes: Shares::new(&mut rows.codes),
-            scales: Shares::new(&mut rows.scales),
-            half_sums: Shares::new(&mut rows.half_sums),
-            weighted_sums: Shares::new(&mut rows.weighted_sums),
+            codes: DisjointMut::new(&mut rows.codes),
+            scales: DisjointMut::new(&mut rows.scales),
+            half_sums: DisjointMut::new(&mut rows.half_sums),
+            weighted_sums: DisjointMut::new(&mut rows.weighted_sums),
         }
     }
 
@@ -102,8 +102,8 @@ struct Prepare<'a> {
     rows: Range<usize>,
     input: &'a Rows,
     norm: Option<RmsNorm<'a>>,
-    floats: Option<&'a Shares<'a, f32>>,
-    codes: Option<&'a CodedShares<'a>>,
+    floats: Option<&'a DisjointMut<'a, f32>>,
+    codes: Option<&'a CodedParts<'a>>,
 }
 
 impl Kernel for Prepare<'_> {
@@ -136,17 +136,17 @@ pub(super) struct Turn<'a> {
 }
 
 /// Norms and rotates every head of every row, in place.
-pub(super) fn turn_heads(tier: Tier, team: &mut Team, turn: &Turn<'_>, rows: &mut Rows) -> Result<(), Panicked> {
+pub(super) fn turn_heads(tier: Tier, pool: &mut ThreadPool, turn: &Turn<'_>, rows: &mut Rows) -> Result<(), Panicked> {
     let (count, width) = (rows.count(), rows.width);
-    let values = Shares::new(&mut rows.values);
-    over_rows(tier, team, count, |rows| TurnRows { rows, width, turn, values: &values })
+    let values = DisjointMut::new(&mut rows.values);
+    over_rows(tier, pool, count, |rows| TurnRows { rows, width, turn, values: &values })
 }
 
 struct TurnRows<'a> {
     rows: Range<usize>,
     width: usize,
     turn: &'a Turn<'a>,
-    values: &'a Shares<'a, f32>,
+    values: &'a DisjointMut<'a, f32>,
 }
 
 impl Kernel for TurnRows<'_> {
@@ -197,14 +197,14 @@ impl Kernel for WriteCache<'_> {
 /// gate = activation(gate, up).
 pub(super) fn activate(
     tier: Tier,
-    team: &mut Team,
+    pool: &mut ThreadPool,
     activation: Activation,
     gate: &mut Rows,
     up: &Rows,
 ) -> Result<(), Panicked> {
     let (count, width) = (gate.count(), gate.width);
-    let gate = Shares::new(&mut gate.values);
-    over_rows(tier, team, count, |rows| Activate {
+    let gate = DisjointMut::new(&mut gate.values);
+    over_rows(tier, pool, count, |rows| Activate {
         range: rows.start * width..rows.end * width,
         activation,
         gate: &gate,
@@ -215,7 +215,7 @@ pub(super) fn activate(
 struct Activate<'a> {
     range: Range<usize>,
     activation: Activation,
-    gate: &'a Shares<'a, f32>,
+    gate: &'a DisjointMut<'a, f32>,
     up: &'a [f32],
 }
 
@@ -238,19 +238,19 @@ impl Kernel for Activate<'_> {
 /// hidden += norm(delta), or delta.
 pub(super) fn add(
     tier: Tier,
-    team: &mut Team,
+    pool: &mut ThreadPool,
     hidden: &mut Rows,
     delta: &Rows,
     norm: Option<RmsNorm<'_>>,
 ) -> Result<(), Panicked> {
     let count = hidden.count();
-    let hidden = Shares::new(&mut hidden.values);
-    over_rows(tier, team, count, |rows| Add { rows, hidden: &hidden, delta, norm })
+    let hidden = DisjointMut::new(&mut hidden.values);
+    over_rows(tier, pool, count, |rows| Add { rows, hidden: &hidden, delta, norm })
 }
 
 struct Add<'a> {
     rows: Range<usize>,
-    hidden: &'a Shares<'a, f32>,
+    hidden: &'a DisjointMut<'a, f32>,
     delta: &'a Rows,
     norm: Option<RmsNorm<'a>>,
 }
@@ -276,21 +276,21 @@ impl Kernel for Add<'_> {
 /// Each row of `out` = Σ weight · row of `parts`, in the order of its choices.
 pub(super) fn combine(
     tier: Tier,
-    team: &mut Team,
+    pool: &mut ThreadPool,
     choices: &[Vec<(usize, f32)>],
     parts: &Rows,
     out: &mut Rows,
 ) -> Result<(), Panicked> {
     let count = out.count();
-    let out = Shares::new(&mut out.values);
-    over_rows(tier, team, count, |rows| Combine { rows, choices, parts, out: &out })
+    let out = DisjointMut::new(&mut out.values);
+    over_rows(tier, pool, count, |rows| Combine { rows, choices, parts, out: &out })
 }
 
 struct Combine<'a> {
     rows: Range<usize>,
     choices: &'a [Vec<(usize, f32)>],
     parts: &'a Rows,
-    out: &'a Shares<'a, f32>,
+    out: &'a DisjointMut<'a, f32>,
 }
 
 impl Kernel for Combine<'_> {

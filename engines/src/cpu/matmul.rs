@@ -6,11 +6,11 @@
 
 use super::activation::{BLOCK_CODES, CodedRows, Rows};
 use super::packed::{Coded, Dense, Form, Packed};
-use super::simd::{Kernel, LANES, Simd};
-use super::team::{Panicked, Team};
-use super::tier::Tier;
+use super::thread_pool::{Panicked, ThreadPool};
 use crate::format::ElementType;
 use crate::format::blocks::{BLOCK, Coding, Levels};
+use crate::simd::Tier;
+use crate::simd::{Kernel, LANES, Simd};
 use layout::Layout;
 use std::ops::Range;
 
@@ -50,7 +50,7 @@ unsafe impl Sync for Job<'_> {}
 /// Computes all `products` of `input`.
 pub(super) fn run(
     tier: Tier,
-    team: &mut Team,
+    pool: &mut ThreadPool,
     input: &Operand<'_>,
     products: &mut [Product<'_>],
 ) -> Result<(), Panicked> {
@@ -67,8 +67,8 @@ pub(super) fn run(
         });
         panels += product.weights.panels();
     }
-    let tasks = (team.threads() * TASKS_PER_THREAD).max(products.len()).min(panels);
-    team.run(tasks, &|task| {
+    let tasks = (pool.threads() * TASKS_PER_THREAD).max(products.len()).min(panels);
+    pool.run(tasks, &|task| {
         let mut range = panels * task / tasks..panels * (task + 1) / tasks;
         while range.start < range.end {
             // The last job that starts at or before the range: the first starts at 0.

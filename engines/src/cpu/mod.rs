@@ -8,33 +8,24 @@
 
 mod activation;
 mod attention;
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
+mod buffer_pool;
 mod cache;
+mod disjoint;
 mod experts;
 mod factory;
 mod kernels;
-mod math;
 mod matmul;
 mod pack;
 mod packed;
 mod rotary;
-mod shares;
-mod simd;
-mod spare;
-mod team;
 #[cfg(test)]
 pub(crate) mod test_weights;
-mod tier;
+mod thread_pool;
 
+pub use crate::simd::Tier;
 pub use cache::KvCache;
 pub use factory::CpuFactory;
-pub(crate) use math::exp;
 pub use packed::Packed;
-pub(crate) use simd::{Kernel, LANES, Portable, Simd};
-pub use tier::Tier;
 
 use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Linear, Norm, TensorData};
 use crate::engine::KvElement;
@@ -42,20 +33,20 @@ use crate::error::EngineError;
 use crate::format::FormatError;
 use crate::model::{Attention, QueryKeyNorm, Rope};
 use activation::Rows;
+use buffer_pool::BufferPool;
 use kernels::RmsNorm;
 use matmul::{Operand, Product};
 use pack::{PackError, Source};
 use rotary::Rotations;
-use spare::Spare;
 use std::ops::Range;
-use team::{Panicked, Team};
+use thread_pool::{Panicked, ThreadPool};
 
 /// Kernels of this processor, and the threads that run them.
 #[derive(Debug)]
 pub struct CpuBackend {
     tier: Tier,
-    team: Team,
-    spare: Spare,
+    pool: ThreadPool,
+    buffers: BufferPool,
 }
 
 /// A step's rows, with their rotations.
@@ -94,11 +85,11 @@ impl CpuBackend {
                 what: format!("this processor has no {}", tier.name()),
             });
         }
-        let team = Team::new(threads).map_err(|e| EngineError::Device {
+        let pool = ThreadPool::new(threads).map_err(|e| EngineError::Device {
             device: "cpu".to_owned(),
             what: format!("{threads} threads could not be started: {e}"),
         })?;
-        Ok(Self { tier, team, spare: Spare::default() })
+        Ok(Self { tier, pool, buffers: BufferPool::default() })
     }
 
     /// Products of `input` with each of `linears`, after `norm`.
@@ -109,7 +100,7 @@ impl CpuBackend {
         linears: [&Linear<Self>; N],
     ) -> Result<[Rows; N], EngineError> {
         let rows = input.count();
-        let mut outs = linears.map(|linear| self.spare.rows(rows, linear.weight.rows));
+        let mut outs = linears.map(|linear| self.buffers.rows(rows, linear.weight.rows));
         let mut products: Vec<Product<'_>> = Vec::with_capacity(N);
         for (linear, out) in linears.iter().zip(&mut outs) {
             products.push(product(linear, 0..rows, &mut out.values));
@@ -126,12 +117,12 @@ impl CpuBackend {
         products: &mut [Product<'_>],
     ) -> Result<(), EngineError> {
         let wants_codes = products.iter().any(|product| product.weights.is_coded());
-        let Self { tier, team, spare } = self;
-        let (floats, codes) = kernels::prepare(*tier, team, spare, input, norm.map(rms_norm), wants_codes)?;
+        let Self { tier, pool, buffers } = self;
+        let (floats, codes) = kernels::prepare(*tier, pool, buffers, input, norm.map(rms_norm), wants_codes)?;
         let operand = Operand { floats: floats.as_ref().unwrap_or(input), codes: codes.as_ref() };
-        matmul::run(*tier, team, &operand, products)?;
-        floats.into_iter().for_each(|rows| spare.keep(rows));
-        codes.into_iter().for_each(|rows| spare.keep_coded(rows));
+        matmul::run(*tier, pool, &operand, products)?;
+        floats.into_iter().for_each(|rows| buffers.keep(rows));
+        codes.into_iter().for_each(|rows| buffers.keep_coded(rows));
         Ok(())
     }
 }
@@ -155,7 +146,7 @@ impl Backend for CpuBackend {
             bytes: tensor.bytes.get(),
             forget: &|part| tensor.bytes.forget(part),
         };
-        Packed::pack(&mut self.team, &source).map_err(|error| match error {
+        Packed::pack(&mut self.pool, &source).map_err(|error| match error {
             PackError::NotANumber { row } => EngineError::Format(not_a_number(tensor.name, row)),
             PackError::Panicked => Panicked.into(),
         })
@@ -225,16 +216,16 @@ impl Backend for CpuBackend {
             let norm_width = if per_head { spec.head_dim } else { rows.width };
             let turn =
                 kernels::Turn { norm: norm.as_ref().map(rms_norm), norm_width, head_dim: spec.head_dim, rotations };
-            kernels::turn_heads(self.tier, &mut self.team, &turn, rows)?;
+            kernels::turn_heads(self.tier, &mut self.pool, &turn, rows)?;
         }
         let cache = &mut cache.layers[layer];
         kernels::write_cache(self.tier, cache, &batch.batch, &keys, &values);
-        let mut mixed = self.spare.rows(batch.batch.rows, spec.query_width());
+        let mut mixed = self.buffers.rows(batch.batch.rows, spec.query_width());
         let sinks = weights.sinks.as_deref();
         let heads = attention::Heads { spec, sinks, cache };
-        attention::run(self.tier, &mut self.team, &heads, &batch.batch, &queries, &mut mixed)?;
+        attention::run(self.tier, &mut self.pool, &heads, &batch.batch, &queries, &mut mixed)?;
         let [out] = self.project(None, &mixed, [&weights.output])?;
-        [queries, keys, values, mixed].into_iter().for_each(|rows| self.spare.keep(rows));
+        [queries, keys, values, mixed].into_iter().for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
 
@@ -245,15 +236,15 @@ impl Backend for CpuBackend {
             FeedForwardKind::Mixture(mixture) => return self.mixture(weights.activation, norm, mixture, hidden),
         };
         let [mut inner, up] = self.project(norm, hidden, [&gated.gate, &gated.up])?;
-        kernels::activate(self.tier, &mut self.team, weights.activation, &mut inner, &up)?;
+        kernels::activate(self.tier, &mut self.pool, weights.activation, &mut inner, &up)?;
         let [out] = self.project(None, &inner, [&gated.down])?;
-        [inner, up].into_iter().for_each(|rows| self.spare.keep(rows));
+        [inner, up].into_iter().for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
 
     fn add(&mut self, hidden: &mut Rows, delta: Rows, norm: Option<&Norm<Self>>) -> Result<(), EngineError> {
-        kernels::add(self.tier, &mut self.team, hidden, &delta, norm.map(rms_norm))?;
-        self.spare.keep(delta);
+        kernels::add(self.tier, &mut self.pool, hidden, &delta, norm.map(rms_norm))?;
+        self.buffers.keep(delta);
         Ok(())
     }
 

@@ -1,14 +1,14 @@
 //! From the order of a file to the order of the kernels.
 //!
-//! Runs of panels are shared out to the team, which writes each into its own part of the target. The bytes of a large
+//! Runs of panels are shared out to the pool, which writes each into its own part of the target. The bytes of a large
 //! run are forgotten as soon as it is packed, so that no large matrix is twice in memory.
 
+use super::disjoint::DisjointMut;
 use super::packed::{Coded, Dense, Form, Lines, Packed, place, scale_bits};
-use super::shares::Shares;
-use super::simd::LANES;
-use super::team::{Panicked, Team};
+use super::thread_pool::{Panicked, ThreadPool};
 use crate::format::ElementType;
 use crate::format::blocks::{self, BLOCK, Coding};
+use crate::simd::LANES;
 use half::f16;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,11 +49,11 @@ impl From<Panicked> for PackError {
 }
 
 impl Packed {
-    /// Packs a matrix, with the whole team.
-    pub(super) fn pack(team: &mut Team, source: &Source<'_>) -> Result<Self, PackError> {
+    /// Packs a matrix, with all threads of the pool.
+    pub(super) fn pack(pool: &mut ThreadPool, source: &Source<'_>) -> Result<Self, PackError> {
         let form = match Coding::of(source.element) {
-            Some(coding) => Form::Coded(source.coded(team, coding)?),
-            None => Form::Dense(source.dense(team)?),
+            Some(coding) => Form::Coded(source.coded(pool, coding)?),
+            None => Form::Dense(source.dense(pool)?),
         };
         Ok(Self { rows: source.rows, columns: source.columns, form })
     }
@@ -70,12 +70,12 @@ impl Source<'_> {
 
     /// Calls `pack` with (row, its bytes) for every row, each panel's rows in one task; `pack` tells whether all of
     /// the row's values are finite.
-    fn for_rows(&self, team: &mut Team, pack: &(dyn Fn(usize, &[u8]) -> bool + Sync)) -> Result<(), PackError> {
+    fn for_rows(&self, pool: &mut ThreadPool, pack: &(dyn Fn(usize, &[u8]) -> bool + Sync)) -> Result<(), PackError> {
         let row_bytes = self.row_bytes();
-        let task_bytes = (self.bytes.len() / (team.threads() * TASKS_PER_THREAD)).clamp(TASK_BYTES.0, TASK_BYTES.1);
+        let task_bytes = (self.bytes.len() / (pool.threads() * TASKS_PER_THREAD)).clamp(TASK_BYTES.0, TASK_BYTES.1);
         let rows_per_task = (task_bytes / (LANES * row_bytes).max(1)).max(1) * LANES;
         let first_bad = AtomicUsize::new(usize::MAX);
-        team.run(self.rows.div_ceil(rows_per_task), &|task| {
+        pool.run(self.rows.div_ceil(rows_per_task), &|task| {
             let rows = task * rows_per_task..((task + 1) * rows_per_task).min(self.rows);
             for row in rows.clone() {
                 if !pack(row, &self.bytes[row * row_bytes..][..row_bytes]) {
@@ -93,15 +93,15 @@ impl Source<'_> {
         }
     }
 
-    fn dense(&self, team: &mut Team) -> Result<Dense, PackError> {
+    fn dense(&self, pool: &mut ThreadPool) -> Result<Dense, PackError> {
         let (columns, size) = (self.columns, self.element.block_bytes());
         let panel_bytes = LANES * columns * size;
         let mut values = Lines::zeroed(self.panels() * panel_bytes);
-        let shares = Shares::new(values.bytes_mut());
-        self.for_rows(team, &|row, source| {
+        let parts = DisjointMut::new(values.bytes_mut());
+        self.for_rows(pool, &|row, source| {
             let (panel, lane) = (row / LANES, row % LANES);
             // SAFETY: a panel belongs to one task, which packs its rows one after the other.
-            let target = unsafe { shares.take(panel * panel_bytes..(panel + 1) * panel_bytes) };
+            let target = unsafe { parts.take(panel * panel_bytes..(panel + 1) * panel_bytes) };
             let mut is_finite = true;
             for (column, value) in source.chunks_exact(size).enumerate() {
                 let mut float = [0.0];
@@ -114,7 +114,7 @@ impl Source<'_> {
         Ok(Dense { element: self.element, values })
     }
 
-    fn coded(&self, team: &mut Team, coding: Coding) -> Result<Coded, PackError> {
+    fn coded(&self, pool: &mut ThreadPool, coding: Coding) -> Result<Coded, PackError> {
         let blocks_per_row = self.columns / BLOCK;
         let block_count = self.panels() * blocks_per_row;
         let mut coded = Coded {
@@ -123,10 +123,10 @@ impl Source<'_> {
             scales: vec![0; block_count * Coded::block_scales(coding)],
             mins: vec![0; block_count * Coded::block_mins(coding)],
         };
-        let codes = Shares::new(coded.codes.bytes_mut());
-        let scales = Shares::new(&mut coded.scales);
-        let mins = Shares::new(&mut coded.mins);
-        self.for_rows(team, &|row, source| {
+        let codes = DisjointMut::new(coded.codes.bytes_mut());
+        let scales = DisjointMut::new(&mut coded.scales);
+        let mins = DisjointMut::new(&mut coded.mins);
+        self.for_rows(pool, &|row, source| {
             let (panel, lane) = (row / LANES, row % LANES);
             let part = |size: usize| panel * blocks_per_row * size..(panel + 1) * blocks_per_row * size;
             // SAFETY: a panel belongs to one task, which packs its rows one after the other.
@@ -215,9 +215,9 @@ mod tests {
         ) {
             let columns = blocks_per_row * 256;
             let bytes = test_weights::bytes(element, rows, columns, seed);
-            let mut team = Team::new(threads).expect("threads");
+            let mut pool = ThreadPool::new(threads).expect("threads");
             let source = Source { element, rows, columns, bytes: &bytes, forget: &|_| {} };
-            let packed = Packed::pack(&mut team, &source).expect("finite weights");
+            let packed = Packed::pack(&mut pool, &source).expect("finite weights");
             let row_bytes = element.row_bytes(columns).unwrap_or(1);
             let (mut got, mut expected) = (vec![0.0; columns], vec![0.0; columns]);
             for row in 0..rows {
@@ -244,7 +244,7 @@ mod tests {
         let forgotten = std::sync::Mutex::new(Vec::new());
         let forget = |part| forgotten.lock().expect("not poisoned").push(part);
         let source = Source { element: ElementType::F32, rows, columns, bytes: &bytes, forget: &forget };
-        Packed::pack(&mut Team::new(2).expect("threads"), &source).expect("finite weights");
+        Packed::pack(&mut ThreadPool::new(2).expect("threads"), &source).expect("finite weights");
         let mut forgotten: Vec<Range<usize>> = forgotten.into_inner().expect("not poisoned");
         forgotten.sort_by_key(|part| part.start);
         assert!(forgotten.len() > 1 && forgotten.windows(2).all(|pair| pair[0].end == pair[1].start), "{forgotten:?}");
@@ -256,8 +256,8 @@ mod tests {
         let mut bytes = vec![0; 3 * 64 * 4];
         bytes[2 * 64 * 4..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
         let pack = |element, rows, columns, bytes: &[u8]| {
-            let mut team = Team::new(1).expect("threads");
-            Packed::pack(&mut team, &Source { element, rows, columns, bytes, forget: &|_| {} }).err()
+            let mut pool = ThreadPool::new(1).expect("threads");
+            Packed::pack(&mut pool, &Source { element, rows, columns, bytes, forget: &|_| {} }).err()
         };
         assert_eq!(pack(ElementType::F32, 3, 64, &bytes), Some(PackError::NotANumber { row: 2 }));
         let mut block = vec![0; 18];

@@ -6,9 +6,9 @@
 //! behind them. Codes of two and three bits are pairs of bits in two vectors, and a plane behind them. A panel of floats holds sixteen rows' values of one column side by side. Scales lie apart. The size
 //! stays the file's to within its rounding (Q8_0, Q4_0: equal; K-quants: their scales are spelt out).
 
-use super::simd::LANES;
 use crate::format::ElementType;
 use crate::format::blocks::{self, BLOCK, Coding, Levels};
+use crate::simd::LANES;
 use half::{bf16, f16};
 #[cfg(target_os = "linux")]
 use rustix::mm::{Advice, madvise};

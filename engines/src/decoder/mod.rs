@@ -11,12 +11,12 @@ mod pages;
 pub use pages::{PageError, PageTable};
 
 use crate::backend::{Backend, Batch, Span};
+use crate::collective::{AllReduce, SingleRank};
 use crate::engine::{
     Engine, Incarnation, Input, LoadProgress, LoadReport, Output, OutputRows, PAGE_TOKENS, Row, SeqId, ShardSpec, Step,
     StepId, WarmUpReport,
 };
 use crate::error::EngineError;
-use crate::exchange::{Alone, Exchange};
 use crate::model::WeightSource;
 use load::ShardWeights;
 use std::ops::ControlFlow;
@@ -35,7 +35,7 @@ struct Loaded<B: Backend> {
     cache: B::Cache,
     pages: PageTable,
     incarnation: Option<Incarnation>,
-    exchange: Box<dyn Exchange>,
+    all_reduce: Box<dyn AllReduce>,
     memory_bytes: u64,
 }
 
@@ -76,7 +76,7 @@ impl<B: Backend> Engine for DecoderEngine<B> {
             cache,
             pages: PageTable::new(shard.kv_pages),
             incarnation: None,
-            exchange: Box::new(Alone),
+            all_reduce: Box::new(SingleRank),
             memory_bytes: weight_bytes,
         });
         Ok(LoadReport {
@@ -189,10 +189,10 @@ impl<B: Backend> Loaded<B> {
         };
         for (index, layer) in self.weights.layers.iter().enumerate() {
             let delta = backend.attention(&layer.attention, &mut self.cache, index, &batch, &hidden)?;
-            let delta = sum_ranks(backend, &mut *self.exchange, delta, self.spec.architecture.hidden)?;
+            let delta = sum_ranks(backend, &mut *self.all_reduce, delta, self.spec.architecture.hidden)?;
             backend.add(&mut hidden, delta, layer.after_attention.as_ref())?;
             let delta = backend.feed_forward(&layer.feed_forward, &hidden)?;
-            let delta = sum_ranks(backend, &mut *self.exchange, delta, self.spec.architecture.hidden)?;
+            let delta = sum_ranks(backend, &mut *self.all_reduce, delta, self.spec.architecture.hidden)?;
             backend.add(&mut hidden, delta, layer.after_feed_forward.as_ref())?;
         }
         self.finish(backend, &step.rows, hidden)
@@ -270,15 +270,15 @@ impl<B: Backend> Loaded<B> {
 
 fn sum_ranks<B: Backend>(
     backend: &mut B,
-    exchange: &mut dyn Exchange,
+    all_reduce: &mut dyn AllReduce,
     partial: B::Buffer,
     width: usize,
 ) -> Result<B::Buffer, EngineError> {
-    if exchange.ranks() == 1 {
+    if all_reduce.ranks() == 1 {
         return Ok(partial);
     }
     let mut values = backend.download(partial)?;
-    exchange
+    all_reduce
         .sum(&mut values)
         .map_err(|e| EngineError::Device { device: format!("rank {}", e.rank), what: e.to_string() })?;
     backend.upload(values, width)

@@ -8,6 +8,7 @@
 //! A new family is a row in [`families`], and whatever new data that row needs in [`Architecture`].
 
 mod architecture;
+mod cost;
 pub mod families;
 mod gather;
 mod gguf;
@@ -15,11 +16,10 @@ mod hf;
 mod hf_config;
 mod names;
 mod pieces;
-mod place;
 mod recipe;
 mod rope;
+mod tensor_source;
 mod weights;
-mod work;
 
 pub use architecture::*;
 pub use pieces::{FOLDER_FILES, PartedFile, Piece, Pieces};

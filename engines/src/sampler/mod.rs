@@ -6,9 +6,9 @@
 //! ```
 //! A draw depends on (seed, position) alone, so that a replay of the same prefix draws the same tokens.
 
+mod logits;
 mod params;
 mod philox;
-mod weigh;
 
 pub use params::{ParamsError, SamplingParams};
 
@@ -105,17 +105,17 @@ impl OpenSampler {
 
     fn draw(&self, position: u32, logits: &[f32]) -> Option<Sampled> {
         let params = &self.params;
-        let best = weigh::largest(logits)?;
+        let best = logits::largest(logits)?;
         let token = if params.changes_logits() {
             let changed = self.changed(logits);
-            self.choose(position, &changed, weigh::largest(&changed)?)?
+            self.choose(position, &changed, logits::largest(&changed)?)?
         } else {
             self.choose(position, logits, best)?
         };
-        let log_total = weigh::log_total(logits, best.1);
+        let log_total = logits::log_total(logits, best.1);
         let logprob = |id: u32| (f64::from(logits[id as usize]) - log_total) as f32;
         let top =
-            if params.top_logprobs > 0 { weigh::likeliest(logits, params.top_logprobs as usize) } else { Vec::new() };
+            if params.top_logprobs > 0 { logits::likeliest(logits, params.top_logprobs as usize) } else { Vec::new() };
         Some(Sampled {
             token,
             logprob: logprob(token),
@@ -161,15 +161,15 @@ impl OpenSampler {
         let factor = params.temperature.recip().min(f32::MAX);
         let share = philox::uniform(params.seed, u64::from(position));
         if params.top_k == 0 {
-            let (weights, total) = weigh::weights(logits, largest, factor);
+            let (weights, total) = logits::weights(logits, largest, factor);
             if params.top_p >= 1.0 && params.min_p == 0.0 {
-                return weigh::entry_at(&weights, share * total).map(|id| id as u32);
+                return logits::entry_at(&weights, share * total).map(|id| id as u32);
             }
             return self.cut(&weights, total).pick(share);
         }
-        let order = weigh::likeliest(logits, params.top_k as usize);
+        let order = logits::likeliest(logits, params.top_k as usize);
         let chosen: Vec<f32> = order.iter().map(|&id| logits[id as usize]).collect();
-        let (weights, total) = weigh::weights(&chosen, largest, factor);
+        let (weights, total) = logits::weights(&chosen, largest, factor);
         let candidates = Candidates { ids: order, weights };
         candidates.within(params.top_p, total).of_at_least(params.min_p).pick(share)
     }
@@ -179,7 +179,7 @@ impl OpenSampler {
         let (top_p, min_p) = (f64::from(self.params.top_p), self.params.min_p);
         // All entries below the floor together have less than what top-p leaves out.
         let left_out = (1.0 - top_p) * total / weights.len() as f64;
-        let mut kept = weigh::at_least(weights, min_p.max(0.5 * left_out as f32));
+        let mut kept = logits::at_least(weights, min_p.max(0.5 * left_out as f32));
         kept.sort_unstable_by(|(a, x), (b, y)| y.total_cmp(x).then(a.cmp(b)));
         let (ids, weights) = kept.into_iter().unzip();
         Candidates { ids, weights }.within(self.params.top_p, total)
@@ -220,7 +220,7 @@ impl Candidates {
     /// The one in which `share` of all weight lies.
     fn pick(&self, share: f64) -> Option<u32> {
         let total: f64 = self.weights.iter().map(|&weight| f64::from(weight)).sum();
-        weigh::entry_at(&self.weights, share * total).map(|index| self.ids[index])
+        logits::entry_at(&self.weights, share * total).map(|index| self.ids[index])
     }
 }
 

@@ -1,6 +1,6 @@
 //! The tokenizer of a Hugging Face folder: tokenizer.json, and what stands beside it.
 
-use super::pieces::{Kind, Pieces, Spelling};
+use super::token_bytes::{Kind, Pieces, Spelling};
 use super::{Encoder, Tokenizer, ends_by_text};
 use crate::format::FormatError;
 use crate::format::safetensors::read_text;

@@ -3,8 +3,8 @@
 //! Keys: `docs/gguf.md` of the ggml project. Pre-tokenizers by name, and the defaults of missing keys:
 //! `llama-vocab.cpp` of llama.cpp.
 
-use super::pieces::{Kind, Pieces, Spelling};
 use super::spm::{Spm, SpmTokenizer};
+use super::token_bytes::{Kind, Pieces, Spelling};
 use super::{Affixes, Encoder, Tokenizer, ends_by_text};
 use crate::format::{FormatError, Gguf, Value};
 use crate::template::ChatTemplate;

@@ -9,21 +9,21 @@
 
 mod folder;
 mod gguf;
-mod pieces;
 mod spm;
-mod text;
-mod texts;
+mod string_table;
+mod text_stream;
+mod token_bytes;
 
-pub use text::{StopStream, Stopped, Utf8Stream};
+pub use text_stream::{StopStream, Stopped, Utf8Stream};
 
 use crate::format::FormatError;
 use crate::model::TokenizerSource;
 use crate::template::ChatTemplate;
-use pieces::Pieces;
 use spm::SpmTokenizer;
 use std::collections::BTreeSet;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use token_bytes::Pieces;
 
 /// The longest text that is encoded at once: a million tokens, and some.
 pub const TEXT_BYTES_MAX: usize = 8 << 20;

@@ -4,8 +4,8 @@
 //! token at the end is spelt in bytes (`llm_tokenizer_spm` of llama.cpp). It is a model for the `tokenizers` crate,
 //! which cuts out special tokens and normalises before it.
 
-use super::pieces::byte_token;
-use super::texts::Texts;
+use super::string_table::StringTable;
+use super::token_bytes::byte_token;
 use hashbrown::HashTable;
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
@@ -23,7 +23,7 @@ pub(super) type SpmTokenizer =
 /// Tokens with scores.
 #[derive(Debug, Clone)]
 pub(super) struct Spm {
-    texts: Texts,
+    texts: StringTable,
     /// Ids, found by the hash of their texts; of equal texts the first.
     ids: HashTable<u32>,
     hasher: RandomState,
@@ -35,7 +35,7 @@ pub(super) struct Spm {
 impl Spm {
     pub(super) fn new(tokens: &[&str], scores: Vec<f32>, unknown: Option<u32>) -> Self {
         let mut spm = Self {
-            texts: Texts::default(),
+            texts: StringTable::default(),
             ids: HashTable::with_capacity(tokens.len()),
             hasher: RandomState::new(),
             scores,

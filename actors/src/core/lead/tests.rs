@@ -38,8 +38,8 @@ fn ask(spec: ModelSpec) -> Ask {
     };
     let demand = Demand {
         layer_bytes: vec![GB; LAYERS as usize],
-        layer_work: vec![GB; LAYERS as usize],
-        head_work: 0,
+        layer_cost_bytes: vec![GB; LAYERS as usize],
+        head_cost_bytes: 0,
         kv_pages: 1,
         kv_bytes: vec![1 << 20; LAYERS as usize],
         embedding_bytes: 0,

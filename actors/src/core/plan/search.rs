@@ -324,7 +324,7 @@ struct Table {
     embedding_bytes: u64,
     head_bytes: u64,
     work: Vec<u64>,
-    head_work: u64,
+    head_cost_bytes: u64,
     ties_embeddings: bool,
 }
 
@@ -345,8 +345,8 @@ impl Table {
             kv: sums(&demand.kv_bytes),
             embedding_bytes: demand.embedding_bytes,
             head_bytes: demand.head_bytes,
-            work: sums(&demand.layer_work),
-            head_work: demand.head_work,
+            work: sums(&demand.layer_cost_bytes),
+            head_cost_bytes: demand.head_cost_bytes,
             ties_embeddings: demand.ties_embeddings,
         }
     }
@@ -360,7 +360,7 @@ impl Table {
 
     /// Looking up an embedding costs nothing.
     fn work(&self, start: usize, end: usize) -> f64 {
-        let head = if end == self.layers { self.head_work } else { 0 };
+        let head = if end == self.layers { self.head_cost_bytes } else { 0 };
         (self.work[end] - self.work[start] + head) as f64
     }
 }

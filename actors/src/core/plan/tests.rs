@@ -12,9 +12,9 @@ fn demand(layer_bytes: Vec<u64>, ends: u64) -> Demand {
     Demand {
         kv_pages: 1,
         kv_bytes: vec![1; layer_bytes.len()],
-        layer_work: layer_bytes.clone(),
+        layer_cost_bytes: layer_bytes.clone(),
         layer_bytes,
-        head_work: ends,
+        head_cost_bytes: ends,
         embedding_bytes: ends,
         head_bytes: ends,
         ties_embeddings: true,

@@ -14,12 +14,12 @@ pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
     let ids: Vec<NodeId> = (1..=DEVICES).map(|number| format!("{number:064x}").parse()).collect::<Result<_, _>>()?;
     let demand = Demand {
         layer_bytes: vec![1 << 30; LAYERS],
-        layer_work: vec![1 << 30; LAYERS],
+        layer_cost_bytes: vec![1 << 30; LAYERS],
         kv_pages: 512,
         kv_bytes: vec![1 << 26; LAYERS],
         embedding_bytes: 1 << 30,
         head_bytes: 1 << 30,
-        head_work: 1 << 30,
+        head_cost_bytes: 1 << 30,
         ties_embeddings: false,
         row_bytes: 16 << 10,
     };

@@ -1,7 +1,7 @@
 //! What the kernels must know of a coding while they are compiled.
 
-use crate::cpu::simd::Simd;
 use crate::format::blocks::Levels;
+use crate::simd::Simd;
 
 /// A [`Coding`](crate::format::blocks::Coding) as constants.
 pub(super) trait Layout {

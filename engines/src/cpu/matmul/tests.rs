@@ -33,10 +33,10 @@ fn product(tier: Tier, threads: usize, weights: &Packed, input: &Rows) -> Rows {
         tier.run(Encode { rows: input, coded: &mut codes });
     }
     let mut out = Rows::zeroed(input.count(), weights.rows);
-    let mut team = Team::new(threads).expect("threads");
+    let mut pool = ThreadPool::new(threads).expect("threads");
     let operand = Operand { floats: input, codes: Some(&codes) };
     let mut products = [Product { weights, bias: None, rows: 0..input.count(), out: &mut out.values }];
-    run(tier, &mut team, &operand, &mut products).expect("no panic");
+    run(tier, &mut pool, &operand, &mut products).expect("no panic");
     out
 }
 
@@ -58,9 +58,9 @@ proptest! {
     ) {
         let columns = 512;
         let bytes = test_weights::bytes(element, outputs, columns, seed);
-        let mut team = Team::new(1).expect("threads");
+        let mut pool = ThreadPool::new(1).expect("threads");
         let source = Source { element, rows: outputs, columns, bytes: &bytes, forget: &|_| {} };
-        let weights = Packed::pack(&mut team, &source).expect("finite weights");
+        let weights = Packed::pack(&mut pool, &source).expect("finite weights");
         let input = input(rows, columns);
         for tier in Tier::available() {
             let together = product(tier, 3, &weights, &input);

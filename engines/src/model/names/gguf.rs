@@ -1,12 +1,12 @@
 //! GGUF's names: the table `TENSOR_NAMES` of ggml's gguf-py.
 
-use super::super::place::Place;
+use super::super::tensor_source::TensorSource;
 use super::super::{Architecture, LayerRole, NormPlacement, Part, Role};
 use super::fused_rows;
 
 /// Where a role may be, the likeliest place first.
-pub(in crate::model) fn gguf(role: Role, architecture: &Architecture) -> Vec<Place> {
-    let at = |name: &str| Place::all(name.to_owned());
+pub(in crate::model) fn gguf(role: Role, architecture: &Architecture) -> Vec<TensorSource> {
+    let at = |name: &str| TensorSource::all(name.to_owned());
     match role {
         Role::TokenEmbedding => vec![at("token_embd.weight")],
         Role::OutputNorm => vec![at("output_norm.weight")],
@@ -16,20 +16,22 @@ pub(in crate::model) fn gguf(role: Role, architecture: &Architecture) -> Vec<Pla
     }
 }
 
-fn layer(index: u32, role: LayerRole, architecture: &Architecture) -> Vec<Place> {
+fn layer(index: u32, role: LayerRole, architecture: &Architecture) -> Vec<TensorSource> {
     use LayerRole::*;
     let layer = &architecture.layers[index as usize];
     let (width, hidden) = (layer.feed_forward.width, architecture.hidden);
     let name = |name: &str| format!("blk.{index}.{name}");
-    let all = |own: &str| vec![Place::all(name(own))];
-    let fused = |own: &str, fused: &str| vec![Place::all(name(own)), Place::rows(name(fused), fused_rows(layer, role))];
+    let all = |own: &str| vec![TensorSource::all(name(own))];
+    let fused = |own: &str, fused: &str| {
+        vec![TensorSource::all(name(own)), TensorSource::rows(name(fused), fused_rows(layer, role))]
+    };
     // Of all experts in one tensor, or of each in its own (files of before April 2024).
     let expert = |expert: u32, part: &str, rows: usize| {
         let first = expert as usize * rows;
         let together = name(&part.replacen('.', "_exps.", 1));
         vec![
-            Place::rows(together, first..first + rows),
-            Place::all(name(&part.replacen('.', &format!(".{expert}."), 1))),
+            TensorSource::rows(together, first..first + rows),
+            TensorSource::all(name(&part.replacen('.', &format!(".{expert}."), 1))),
         ]
     };
     match role {
@@ -48,16 +50,18 @@ fn layer(index: u32, role: LayerRole, architecture: &Architecture) -> Vec<Place>
         PostAttentionNorm => all("post_attention_norm.weight"),
         // gpt_oss: where there is no norm on attention's output, the name is free for the one behind it.
         FeedForwardNorm if layer.norms == NormPlacement::Before => {
-            vec![Place::all(name("ffn_norm.weight")), Place::all(name("post_attention_norm.weight"))]
+            vec![TensorSource::all(name("ffn_norm.weight")), TensorSource::all(name("post_attention_norm.weight"))]
         }
         FeedForwardNorm => all("ffn_norm.weight"),
         PostFeedForwardNorm => all("post_ffw_norm.weight"),
         Router => all("ffn_gate_inp.weight"),
         RouterBias => all("ffn_gate_inp.bias"),
         // phi3: the gate's rows, then up's, in one tensor.
-        Gated(Part::Gate) => vec![Place::all(name("ffn_gate.weight")), Place::rows(name("ffn_up.weight"), 0..width)],
+        Gated(Part::Gate) => {
+            vec![TensorSource::all(name("ffn_gate.weight")), TensorSource::rows(name("ffn_up.weight"), 0..width)]
+        }
         Gated(Part::Up) => {
-            vec![Place::rows(name("ffn_up.weight"), width..2 * width), Place::all(name("ffn_up.weight"))]
+            vec![TensorSource::rows(name("ffn_up.weight"), width..2 * width), TensorSource::all(name("ffn_up.weight"))]
         }
         Gated(Part::Down) => all("ffn_down.weight"),
         Gated(Part::GateBias) => all("ffn_gate.bias"),

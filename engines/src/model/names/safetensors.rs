@@ -1,7 +1,7 @@
 //! Hugging Face's names: the modelling code of transformers 5.23.
 
 use super::super::families::Naming;
-use super::super::place::{Place, Strided};
+use super::super::tensor_source::{Strided, TensorSource};
 use super::super::{Architecture, LayerRole, NormPlacement, Part, Role};
 use super::fused_rows;
 
@@ -28,18 +28,18 @@ pub(in crate::model) struct Mxfp4Place {
 
 impl Safetensors<'_> {
     /// Where a role may be, the likeliest place first.
-    pub(in crate::model) fn places(&self, role: Role) -> Vec<Place> {
+    pub(in crate::model) fn places(&self, role: Role) -> Vec<TensorSource> {
         match role {
             Role::TokenEmbedding => vec![self.embedding()],
-            Role::OutputNorm => vec![Place::all(format!("{}norm.weight", self.prefix))],
-            Role::Output => vec![Place::all("lm_head.weight".to_owned()), self.embedding()],
+            Role::OutputNorm => vec![TensorSource::all(format!("{}norm.weight", self.prefix))],
+            Role::Output => vec![TensorSource::all("lm_head.weight".to_owned()), self.embedding()],
             Role::Layer(index, LayerRole::Expert(expert, part)) => vec![self.expert(index, expert as usize, part)],
             Role::Layer(index, part) => self.layer(index, part),
         }
     }
 
-    pub(in crate::model) fn embedding(&self) -> Place {
-        Place::all(format!("{}embed_tokens.weight", self.prefix))
+    pub(in crate::model) fn embedding(&self) -> TensorSource {
+        TensorSource::all(format!("{}embed_tokens.weight", self.prefix))
     }
 
     /// Where a role may be as MXFP4 in two tensors.
@@ -63,14 +63,17 @@ impl Safetensors<'_> {
         format!("{}layers.{layer}.{name}", self.prefix)
     }
 
-    fn layer(&self, index: u32, role: LayerRole) -> Vec<Place> {
+    fn layer(&self, index: u32, role: LayerRole) -> Vec<TensorSource> {
         use LayerRole::*;
         let layer = &self.architecture.layers[index as usize];
         let width = layer.feed_forward.width;
         let name = |name: &str| self.name(index, name);
-        let all = |own: &str| vec![Place::all(name(own))];
+        let all = |own: &str| vec![TensorSource::all(name(own))];
         let fused = |own: &str| {
-            vec![Place::all(name(own)), Place::rows(name("self_attn.qkv_proj.weight"), fused_rows(layer, role))]
+            vec![
+                TensorSource::all(name(own)),
+                TensorSource::rows(name("self_attn.qkv_proj.weight"), fused_rows(layer, role)),
+            ]
         };
         match role {
             AttentionNorm => all("input_layernorm.weight"),
@@ -97,11 +100,11 @@ impl Safetensors<'_> {
             },
             RouterBias => all("mlp.router.bias"),
             Gated(part) => {
-                let own = Place::all(name(&format!("mlp.{}", gated(part))));
+                let own = TensorSource::all(name(&format!("mlp.{}", gated(part))));
                 let fused = name("mlp.gate_up_proj.weight");
                 match part {
-                    Part::Gate => vec![own, Place::rows(fused, 0..width)],
-                    Part::Up => vec![own, Place::rows(fused, width..2 * width)],
+                    Part::Gate => vec![own, TensorSource::rows(fused, 0..width)],
+                    Part::Up => vec![own, TensorSource::rows(fused, width..2 * width)],
                     _ => vec![own],
                 }
             }
@@ -110,7 +113,7 @@ impl Safetensors<'_> {
         }
     }
 
-    fn expert(&self, index: u32, expert: usize, part: Part) -> Place {
+    fn expert(&self, index: u32, expert: usize, part: Part) -> TensorSource {
         let (hidden, width) = (self.architecture.hidden, self.architecture.layers[index as usize].feed_forward.width);
         let name = match self.naming {
             Naming::Llama => format!("mlp.experts.{expert}.{}", gated(part)),
@@ -144,16 +147,16 @@ impl Safetensors<'_> {
                     column_step: hidden,
                 };
                 return match part {
-                    Part::Gate => Place::strided(tensor("gate_up_proj"), gate_up(0)),
-                    Part::Up => Place::strided(tensor("gate_up_proj"), gate_up(1)),
-                    Part::Down => Place::strided(tensor("down_proj"), down),
-                    Part::GateBias => Place::strided(tensor("gate_up_proj_bias"), bias(0)),
-                    Part::UpBias => Place::strided(tensor("gate_up_proj_bias"), bias(1)),
-                    Part::DownBias => Place::rows(tensor("down_proj_bias"), expert..expert + 1),
+                    Part::Gate => TensorSource::strided(tensor("gate_up_proj"), gate_up(0)),
+                    Part::Up => TensorSource::strided(tensor("gate_up_proj"), gate_up(1)),
+                    Part::Down => TensorSource::strided(tensor("down_proj"), down),
+                    Part::GateBias => TensorSource::strided(tensor("gate_up_proj_bias"), bias(0)),
+                    Part::UpBias => TensorSource::strided(tensor("gate_up_proj_bias"), bias(1)),
+                    Part::DownBias => TensorSource::rows(tensor("down_proj_bias"), expert..expert + 1),
                 };
             }
         };
-        Place::all(self.name(index, &name))
+        TensorSource::all(self.name(index, &name))
     }
 }
 

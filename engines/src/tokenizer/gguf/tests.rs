@@ -3,7 +3,7 @@
 use crate::format::FormatError;
 use crate::format::gguf_writer::{Datum, GgufWriter};
 use crate::model::TokenizerSource;
-use crate::tokenizer::pieces::byte_level_alphabet;
+use crate::tokenizer::token_bytes::byte_level_alphabet;
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 
 fn open(file: &GgufWriter) -> Result<Tokenizer, FormatError> {

@@ -65,8 +65,8 @@ pub(super) struct Node {
 pub(super) fn demand(layers: u64, layer_bytes: u64) -> Demand {
     Demand {
         layer_bytes: vec![layer_bytes; layers as usize],
-        layer_work: vec![layer_bytes; layers as usize],
-        head_work: layer_bytes / 4,
+        layer_cost_bytes: vec![layer_bytes; layers as usize],
+        head_cost_bytes: layer_bytes / 4,
         kv_pages: 16,
         kv_bytes: vec![layer_bytes / 16; layers as usize],
         embedding_bytes: layer_bytes / 4,

@@ -1,6 +1,6 @@
 //! Which instruction set the kernels run on.
 
-use super::simd::{Kernel, Portable};
+use super::{Kernel, Portable};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 

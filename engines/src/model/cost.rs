@@ -6,15 +6,15 @@ impl ModelFiles {
     /// What a decoded row goes through in each layer, in bytes of weights. Of experts the share that a row uses counts, and
     /// each weight counts as a byte at least: on processors a weight of 4 bits costs what one of 8 does, as arithmetic and
     /// not memory is what takes time.
-    pub fn layer_work(&self) -> Vec<u64> {
+    pub fn layer_cost_bytes(&self) -> Vec<u64> {
         let layers = &self.architecture.layers;
         let mut work = vec![(0, 0); layers.len()];
         for (role, slice) in &self.weights.tensors {
             let Role::Layer(layer, role) = role else { continue };
             let Some((of_all, of_experts)) = work.get_mut(*layer as usize) else { continue };
             match role {
-                LayerRole::Expert(..) => *of_experts += slice_work(slice),
-                _ => *of_all += slice_work(slice),
+                LayerRole::Expert(..) => *of_experts += slice_cost_bytes(slice),
+                _ => *of_all += slice_cost_bytes(slice),
             }
         }
         let share = |layer: &Layer| {
@@ -25,12 +25,12 @@ impl ModelFiles {
     }
 
     /// The same for the language-model head.
-    pub fn head_work(&self) -> u64 {
-        self.weights.tensors.get(&Role::Output).map_or(0, slice_work)
+    pub fn head_cost_bytes(&self) -> u64 {
+        self.weights.tensors.get(&Role::Output).map_or(0, slice_cost_bytes)
     }
 }
 
-fn slice_work(slice: &TensorSlice) -> u64 {
+fn slice_cost_bytes(slice: &TensorSlice) -> u64 {
     slice.kept_bytes().max((slice.rows * slice.columns) as u64)
 }
 
@@ -46,17 +46,17 @@ mod tests {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut model = ModelFiles::open(&tiny(|_, _, _| {}).write(folder.path())).expect("a model");
         let values = 4 * 32 * 32 + 3 * 64 * 32 + 2 * 32;
-        assert_eq!(model.layer_work()[0], 4 * values, "single precision");
+        assert_eq!(model.layer_cost_bytes()[0], 4 * values, "single precision");
         for slice in model.weights.tensors.values_mut().filter(|slice| slice.rows > 1) {
             slice.kept_as = ElementType::Q4_0;
         }
-        assert_eq!(model.layer_work()[0], values + 3 * 2 * 32, "the norms are vectors, which stay as they are");
-        assert_eq!(model.head_work(), 8 * 32);
+        assert_eq!(model.layer_cost_bytes()[0], values + 3 * 2 * 32, "the norms are vectors, which stay as they are");
+        assert_eq!(model.head_cost_bytes(), 8 * 32);
         let gate = model.weights.tensors[&Role::Layer(0, LayerRole::Gated(Part::Gate))].clone();
-        let without = model.layer_work()[0];
+        let without = model.layer_cost_bytes()[0];
         model.weights.tensors.extend((0..8).map(|n| (Role::Layer(0, LayerRole::Expert(n, Part::Gate)), gate.clone())));
         model.architecture.layers[0].feed_forward.experts =
             Some(Experts { count: 8, used: 2, weighting: Weighting::AmongChosen, router_bias: false });
-        assert_eq!(model.layer_work()[0], without + 2 * 64 * 32);
+        assert_eq!(model.layer_cost_bytes()[0], without + 2 * 64 * 32);
     }
 }

@@ -2,10 +2,10 @@
 
 #![allow(clippy::undocumented_unsafe_blocks)] // One promise for all: the processor has the features (see `Simd`).
 
-use super::simd::{Kernel, Simd};
+use super::{Kernel, Simd};
 use std::arch::x86_64::*;
 
-pub(super) fn is_available() -> bool {
+pub(crate) fn is_available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
@@ -15,12 +15,12 @@ pub(super) fn is_available() -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-pub(super) fn run<K: Kernel>(kernel: K) {
+pub(crate) fn run<K: Kernel>(kernel: K) {
     kernel.run::<Avx512>();
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx512;
+pub(crate) struct Avx512;
 
 impl Simd for Avx512 {
     type Floats = __m512;

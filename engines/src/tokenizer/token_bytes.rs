@@ -1,6 +1,6 @@
 //! The bytes of each token.
 
-use super::texts::Texts;
+use super::string_table::StringTable;
 use std::collections::BTreeMap;
 
 /// How a vocabulary spells bytes.
@@ -25,7 +25,7 @@ pub(super) enum Kind {
 /// Bytes and names by id.
 #[derive(Debug)]
 pub(super) struct Pieces {
-    bytes: Texts,
+    bytes: StringTable,
     /// Texts of control tokens, which have no bytes.
     controls: BTreeMap<u32, Box<str>>,
 }
@@ -34,7 +34,7 @@ impl Pieces {
     /// Pieces of (id, text, kind), in the order of ids. Ids that are not named have no bytes.
     pub(super) fn new<'a>(spelling: Spelling, tokens: impl Iterator<Item = (u32, &'a str, Kind)>) -> Self {
         let alphabet = byte_level_alphabet();
-        let mut bytes = Texts::default();
+        let mut bytes = StringTable::default();
         let mut controls = BTreeMap::new();
         for (id, text, kind) in tokens {
             while bytes.len() < id as usize {

@@ -1,13 +1,13 @@
-//! The texts of a vocabulary, side by side: a quarter of a million allocations less.
+//! The strings of a vocabulary in one buffer: one allocation instead of a quarter of a million.
 
 /// Byte strings by number.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Texts {
+pub(super) struct StringTable {
     bytes: Vec<u8>,
     ends: Vec<usize>,
 }
 
-impl Texts {
+impl StringTable {
     pub(super) fn push(&mut self, text: &[u8]) {
         self.bytes.extend_from_slice(text);
         self.ends.push(self.bytes.len());

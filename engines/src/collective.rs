@@ -5,7 +5,7 @@
 //! transport and a slicing of weights, not another decoder.
 
 /// Adds up partial results over the ranks of a layer.
-pub trait Exchange {
+pub trait AllReduce {
     /// How many ranks there are; the decoder skips the exchange where it is 1.
     fn ranks(&self) -> u32;
 
@@ -13,27 +13,27 @@ pub trait Exchange {
     /// addition is by rank on every rank, so that all get the same bits.
     ///
     /// # Errors
-    /// [`ExchangeError`] where a peer does not answer.
-    fn sum(&mut self, partial: &mut [f32]) -> Result<(), ExchangeError>;
+    /// [`AllReduceError`] where a peer does not answer.
+    fn sum(&mut self, partial: &mut [f32]) -> Result<(), AllReduceError>;
 }
 
 /// A rank did not bring its part.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("rank {rank} did not bring its part of a layer's sum")]
-pub struct ExchangeError {
+pub struct AllReduceError {
     pub rank: u32,
 }
 
 /// The only rank there is.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Alone;
+pub struct SingleRank;
 
-impl Exchange for Alone {
+impl AllReduce for SingleRank {
     fn ranks(&self) -> u32 {
         1
     }
 
-    fn sum(&mut self, _partial: &mut [f32]) -> Result<(), ExchangeError> {
+    fn sum(&mut self, _partial: &mut [f32]) -> Result<(), AllReduceError> {
         Ok(())
     }
 }

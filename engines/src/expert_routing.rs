@@ -6,13 +6,13 @@ use crate::model::{Experts, Weighting};
 
 /// An expert of a row, and what its output is multiplied by.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Choice {
+pub struct RoutedExpert {
     pub expert: usize,
     pub weight: f32,
 }
 
 /// The experts of a row with these router logits, the best first; of equals, the one with the lower number.
-pub fn route(spec: &Experts, logits: &[f32]) -> Vec<Choice> {
+pub fn route(spec: &Experts, logits: &[f32]) -> Vec<RoutedExpert> {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
     let chosen = &order[..spec.used.min(order.len())];
@@ -22,7 +22,7 @@ pub fn route(spec: &Experts, logits: &[f32]) -> Vec<Choice> {
         Weighting::AmongChosen => chosen.iter().map(|&expert| odds(expert)).sum(),
         Weighting::AmongAll => order.iter().map(|&expert| odds(expert)).sum(),
     };
-    chosen.iter().map(|&expert| Choice { expert, weight: odds(expert) / sum }).collect()
+    chosen.iter().map(|&expert| RoutedExpert { expert, weight: odds(expert) / sum }).collect()
 }
 
 #[cfg(test)]
@@ -43,7 +43,7 @@ mod tests {
     #[test]
     fn the_rest_keep_their_part_where_all_are_weighed() {
         let choices = route(&spec(Weighting::AmongAll), &[0.0; 4]);
-        assert_eq!(choices, [Choice { expert: 0, weight: 0.25 }, Choice { expert: 1, weight: 0.25 }]);
+        assert_eq!(choices, [RoutedExpert { expert: 0, weight: 0.25 }, RoutedExpert { expert: 1, weight: 0.25 }]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ const SPINS_BEFORE_SLEEP: u32 = 20_000;
 
 /// A caller and its helper threads. Dropping it ends them.
 #[derive(Debug)]
-pub(crate) struct Team {
+pub(crate) struct ThreadPool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
 }
@@ -48,7 +48,7 @@ impl std::fmt::Debug for Job {
     }
 }
 
-// SAFETY: the pointee is `Sync`, and `Team::run` does not return before every helper has dropped the pointer.
+// SAFETY: the pointee is `Sync`, and `ThreadPool::run` does not return before every helper has dropped the pointer.
 unsafe impl Send for Job {}
 
 /// A helper or the caller panicked inside a section.
@@ -56,8 +56,8 @@ unsafe impl Send for Job {}
 #[error("a compute thread panicked")]
 pub(crate) struct Panicked;
 
-impl Team {
-    /// A team of `threads` threads, the caller counted.
+impl ThreadPool {
+    /// A pool of `threads` threads, the caller counted.
     ///
     /// # Errors
     /// The operating system's, where it gives no more threads.
@@ -72,21 +72,21 @@ impl Team {
             asleep: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let mut team = Self { shared, helpers: Vec::new() };
+        let mut pool = Self { shared, helpers: Vec::new() };
         for number in 1..threads {
-            let shared = Arc::clone(&team.shared);
+            let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new().name(format!("cpu-engine-{number}"));
-            team.helpers.push(thread.spawn(move || help(&shared))?);
+            pool.helpers.push(thread.spawn(move || help(&shared))?);
         }
-        Ok(team)
+        Ok(pool)
     }
 
-    /// Threads of the team, the caller counted.
+    /// Threads of the pool, the caller counted.
     pub(crate) fn threads(&self) -> usize {
         self.helpers.len() + 1
     }
 
-    /// Runs `work(0)` … `work(tasks − 1)`, each once, in any order, on any thread of the team.
+    /// Runs `work(0)` … `work(tasks − 1)`, each once, in any order, on any thread of the pool.
     ///
     /// # Errors
     /// [`Panicked`] where a task panicked; the other tasks may or may not have run.
@@ -124,7 +124,7 @@ impl Team {
 
 impl Shared {
     fn take_tasks(&self, job: Job) {
-        // SAFETY: `Team::run` keeps the work alive until every thread is done.
+        // SAFETY: `ThreadPool::run` keeps the work alive until every thread is done.
         let work = unsafe { &*job.work };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             loop {
@@ -141,7 +141,7 @@ impl Shared {
         }
     }
 
-    /// Waits for a section after `seen`; `None` when the team ends.
+    /// Waits for a section after `seen`; `None` when the pool ends.
     fn wait_for_section(&self, seen: u64) -> Option<u64> {
         for _ in 0..SPINS_BEFORE_SLEEP {
             let section = self.section.load(Ordering::Acquire);
@@ -182,7 +182,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Drop for Team {
+impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::Release);
         {
@@ -203,10 +203,10 @@ mod tests {
 
     #[test]
     fn every_task_runs_once() {
-        let mut team = Team::new(3).expect("threads");
+        let mut pool = ThreadPool::new(3).expect("threads");
         for tasks in [0, 1, 2, 7, 100] {
             let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-            let done = team.run(tasks, &|task| {
+            let done = pool.run(tasks, &|task| {
                 counts[task].fetch_add(1, Ordering::Relaxed);
             });
             assert_eq!(done, Ok(()));
@@ -216,9 +216,9 @@ mod tests {
 
     #[test]
     fn a_panic_is_an_error_and_the_team_goes_on() {
-        let mut team = Team::new(2).expect("threads");
-        let failed = team.run(8, &|task| assert_ne!(task, 5, "a task that fails"));
+        let mut pool = ThreadPool::new(2).expect("threads");
+        let failed = pool.run(8, &|task| assert_ne!(task, 5, "a task that fails"));
         assert_eq!(failed, Err(Panicked));
-        assert_eq!(team.run(8, &|_| {}), Ok(()));
+        assert_eq!(pool.run(8, &|_| {}), Ok(()));
     }
 }

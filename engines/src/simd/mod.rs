@@ -1,7 +1,16 @@
-//! The few vector operations that the kernels are written in, sixteen lanes wide.
+//! The vector operations that kernels are written in, sixteen lanes wide, and the instruction sets that implement them.
 //!
-//! A kernel is a value with a generic [`Kernel::run`]; [`Tier::run`](super::tier::Tier::run) instantiates it for the
-//! instruction set found at start. One body for all tiers: what a tier does faster it does here, not in the kernels.
+//! A kernel is a value with a generic [`Kernel::run`]; [`Tier::run`] instantiates it for the instruction set found at
+//! start. All tiers share one kernel body: what a tier does faster, it does here and not in the kernels.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+pub(crate) mod math;
+mod tier;
+
+pub use tier::Tier;
 
 use half::{bf16, f16};
 

@@ -10,12 +10,12 @@ const BUFFERS_MAX: usize = 8;
 
 /// Buffers that nobody uses.
 #[derive(Debug, Default)]
-pub(super) struct Spare {
+pub(super) struct BufferPool {
     floats: Vec<Vec<f32>>,
     coded: Vec<CodedRows>,
 }
 
-impl Spare {
+impl BufferPool {
     /// Rows whose values are anything: whoever takes them writes all.
     pub(super) fn rows(&mut self, count: usize, width: usize) -> Rows {
         let mut values = self.floats.pop().unwrap_or_default();
@@ -29,7 +29,7 @@ impl Spare {
         }
     }
 
-    /// As [`Spare::rows`].
+    /// As [`BufferPool::rows`].
     pub(super) fn coded(&mut self, count: usize, width: usize) -> CodedRows {
         let mut rows = self.coded.pop().unwrap_or_default();
         rows.resize(count, width);

@@ -3,7 +3,8 @@
 //! The bodies are those of the portable tier, compiled for the best instruction set of the machine: what they give
 //! is the same to the bit on all of them.
 
-use crate::cpu::{Kernel, LANES, Portable, Simd, Tier, exp};
+use crate::simd::math::exp;
+use crate::simd::{Kernel, LANES, Portable, Simd, Tier};
 use std::cell::Cell;
 use std::sync::LazyLock;
 

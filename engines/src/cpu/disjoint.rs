@@ -4,16 +4,16 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Hands out disjoint parts of a slice to the tasks of one section.
-pub(super) struct Shares<'a, T> {
+pub(super) struct DisjointMut<'a, T> {
     start: *mut T,
     length: usize,
     life: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: the parts that tasks take are disjoint (the promise of `take`).
-unsafe impl<T: Send> Sync for Shares<'_, T> {}
+unsafe impl<T: Send> Sync for DisjointMut<'_, T> {}
 
-impl<'a, T> Shares<'a, T> {
+impl<'a, T> DisjointMut<'a, T> {
     pub(super) fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), length: slice.len(), life: PhantomData }
     }

@@ -1,11 +1,11 @@
 //! Functions of one row. Branch-free, in fixed order, so that the compiler can use whole vectors and a row's
 //! result depends on nothing but the row.
 
-use super::simd::{LANES, Simd};
+use super::{LANES, Simd};
 
 /// Nearest integer, ties to even, for |x| < 2²². (Adding and taking away 1.5 · 2²³ leaves no room for a fraction.)
 #[inline(always)]
-pub(super) fn round(x: f32) -> f32 {
+pub(crate) fn round(x: f32) -> f32 {
     const SHIFT: f32 = 12_582_912.0;
     (x + SHIFT) - SHIFT
 }
@@ -30,33 +30,33 @@ pub(crate) fn exp<S: Simd>(x: f32) -> f32 {
 
 /// tanh x = 1 − 2 / (e²ˣ + 1).
 #[inline(always)]
-pub(super) fn tanh<S: Simd>(x: f32) -> f32 {
+pub(crate) fn tanh<S: Simd>(x: f32) -> f32 {
     1.0 - 2.0 / (exp::<S>(2.0 * x) + 1.0)
 }
 
 /// x · sigmoid(x).
 #[inline(always)]
-pub(super) fn silu<S: Simd>(x: f32) -> f32 {
+pub(crate) fn silu<S: Simd>(x: f32) -> f32 {
     x / (1.0 + exp::<S>(-x))
 }
 
 /// GELU in the tanh approximation (Hendrycks and Gimpel 2016, §2).
 #[inline(always)]
-pub(super) fn gelu_tanh<S: Simd>(x: f32) -> f32 {
+pub(crate) fn gelu_tanh<S: Simd>(x: f32) -> f32 {
     let inner = 0.797_884_6 * (x + 0.044_715 * x * x * x);
     0.5 * x * (1.0 + tanh::<S>(inner))
 }
 
 /// gpt_oss's: gate · σ(slope · gate) · (up + 1), with the gate at most `limit` and up within ±`limit`.
 #[inline(always)]
-pub(super) fn clamped_swish<S: Simd>(gate: f32, up: f32, slope: f32, limit: f32) -> f32 {
+pub(crate) fn clamped_swish<S: Simd>(gate: f32, up: f32, slope: f32, limit: f32) -> f32 {
     let gate = if gate > limit { limit } else { gate };
     let up = up.clamp(-limit, limit);
     gate / (1.0 + exp::<S>(-slope * gate)) * (up + 1.0)
 }
 
 #[inline(always)]
-pub(super) fn largest_magnitude(values: &[f32; 32]) -> f32 {
+pub(crate) fn largest_magnitude(values: &[f32; 32]) -> f32 {
     let mut lanes = [0.0_f32; LANES];
     for half in values.as_chunks::<LANES>().0 {
         for (lane, value) in lanes.iter_mut().zip(half) {
@@ -68,7 +68,7 @@ pub(super) fn largest_magnitude(values: &[f32; 32]) -> f32 {
 
 /// Σ x², by sixteen partial sums.
 #[inline(always)]
-pub(super) fn sum_of_squares<S: Simd>(values: &[f32]) -> f32 {
+pub(crate) fn sum_of_squares<S: Simd>(values: &[f32]) -> f32 {
     let mut lanes = [0.0_f32; LANES];
     let (whole, rest) = values.as_chunks::<LANES>();
     for chunk in whole {
@@ -84,7 +84,7 @@ pub(super) fn sum_of_squares<S: Simd>(values: &[f32]) -> f32 {
 
 /// RMS normalisation: out = x · weight / √(mean x² + epsilon).
 #[inline(always)]
-pub(super) fn rms_norm<S: Simd>(values: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+pub(crate) fn rms_norm<S: Simd>(values: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
     let mean = sum_of_squares::<S>(values) / values.len() as f32;
     let factor = 1.0 / (mean + epsilon).sqrt();
     for ((out, &value), &weight) in out.iter_mut().zip(values).zip(weight) {
@@ -94,8 +94,8 @@ pub(super) fn rms_norm<S: Simd>(values: &[f32], weight: &[f32], epsilon: f32, ou
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::Portable;
     use super::*;
+    use crate::simd::Portable;
 
     #[test]
     fn exp_is_close_to_the_library_s() {

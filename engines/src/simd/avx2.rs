@@ -2,20 +2,20 @@
 
 #![allow(clippy::undocumented_unsafe_blocks)] // One promise for all: the processor has the features (see `Simd`).
 
-use super::simd::{Kernel, Simd};
+use super::{Kernel, Simd};
 use std::arch::x86_64::*;
 
-pub(super) fn is_available() -> bool {
+pub(crate) fn is_available() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn run<K: Kernel>(kernel: K) {
+pub(crate) fn run<K: Kernel>(kernel: K) {
     kernel.run::<Avx2>();
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Avx2;
+pub(crate) struct Avx2;
 
 #[inline(always)]
 fn both<A: Copy, B: Copy, R>(a: [A; 2], b: [B; 2], f: impl Fn(A, B) -> R) -> [R; 2] {

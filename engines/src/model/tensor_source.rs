@@ -6,7 +6,7 @@ use std::ops::Range;
 
 /// Where a role's values may be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct TensorSource {
     pub(super) tensor: String,
     pub(super) values: Values,
 }
@@ -31,7 +31,7 @@ pub(super) struct Strided {
     pub(super) column_step: usize,
 }
 
-impl Place {
+impl TensorSource {
     pub(super) fn all(tensor: String) -> Self {
         Self { tensor, values: Values::All }
     }
