@@ -30,7 +30,7 @@ use crate::outlet::Outlet;
 use crate::planner::{PlannerMsg, PlannerRef};
 use crate::post::{Line, Post};
 use crate::protocol::{ControlMessage, DataHello};
-use exo_net::{DataConnection, DataStream, Network, NetworkEvent, NodeId, Outbox, Pass, Peer};
+use exo_net::{DataConnection, DataStream, Network, NetworkEvent, NodeId, Outbox, Peer, SenderToken};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::{NodeServerMessage, RactorMessage};
 use sessions::{SessionEvent, SessionRef};
@@ -111,8 +111,8 @@ pub(crate) struct ClusterState {
 #[derive(Debug)]
 struct Present {
     session: u64,
-    pass: Pass,
-    expects: Pass,
+    sender_token: SenderToken,
+    expected_token: SenderToken,
     address: SocketAddr,
     data: DataConnection,
     outbox: Outbox,
@@ -220,12 +220,14 @@ impl ClusterState {
     }
 
     fn open_session(&mut self, peer: Peer) {
-        let Peer { id, session, address, is_dialled, control, inbox, outbox, pass, expects, data, .. } = peer;
-        self.senders.admit(expects, id, inbox);
+        let Peer {
+            id, session, address, is_dialled, control, inbox, outbox, sender_token, expected_token, data, ..
+        } = peer;
+        self.senders.admit(expected_token, id, inbox);
         let present = Present {
             session,
-            pass,
-            expects,
+            sender_token,
+            expected_token,
             address,
             data,
             outbox,
@@ -255,7 +257,7 @@ impl ClusterState {
             return;
         }
         let Some(present) = self.peers.remove(&id) else { return };
-        self.senders.dismiss(present.expects);
+        self.senders.dismiss(present.expected_token);
         self.post.disconnect(id);
         self.end_sessions(id);
         let told = match present.is_ready {
@@ -298,7 +300,7 @@ impl ClusterState {
         }
         tracing::info!(peer = %id, "a member is here");
         let (data, outbox) = (present.data.clone(), present.outbox.clone());
-        let line = Line { control, pass: present.pass, data, outbox };
+        let line = Line { control, token: present.sender_token, data, outbox };
         self.post.connect(id, line);
         let doors = Doors { board: self.board.clone(), gateway: self.gateway.clone(), models: self.models.clone() };
         let data = present.data.clone();
@@ -346,12 +348,12 @@ impl ClusterState {
         let Some(present) = self.peers.get_mut(&from) else { return };
         let peers: BTreeSet<SocketAddr> = report.peers.iter().copied().take(TOLD_MAX).collect();
         for &address in &report.addresses {
-            self.network.hear_of(address);
+            self.network.add_address(address);
         }
         for &address in &peers {
             match present.told.contains(&address) {
-                true => self.network.hear_of(address),
-                false => self.network.hear_of_sight(address),
+                true => self.network.add_address(address),
+                false => self.network.add_sighting(address),
             }
         }
         present.told = peers;

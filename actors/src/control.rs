@@ -11,7 +11,7 @@
 
 use crate::outlet::Outlet;
 use crate::protocol::ControlMessage;
-use exo_net::{Inbox, NodeId, Pass, Unhandled, wire};
+use exo_net::{Inbox, InboxSlot, NodeId, SenderToken, wire};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorClusterMessage;
 use serde::{Deserialize, Serialize};
@@ -27,35 +27,35 @@ pub(crate) enum ControlMsg {
 /// A message and whose it is.
 #[derive(Debug, Serialize, Deserialize)]
 struct Envelope {
-    pass: Pass,
+    token: SenderToken,
     message: Vec<u8>,
 }
 
 /// The bytes of `message`, under the pass that its receiver gave.
-pub(crate) fn seal(pass: Pass, message: &ControlMessage) -> Result<Vec<u8>, wire::WireError> {
-    wire::encode(&Envelope { pass, message: wire::encode(message)? })
+pub(crate) fn seal(token: SenderToken, message: &ControlMessage) -> Result<Vec<u8>, wire::WireError> {
+    wire::encode(&Envelope { token, message: wire::encode(message)? })
 }
 
 /// Who may speak now: by the pass that each was given.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Senders(Arc<Mutex<HashMap<Pass, (NodeId, Inbox)>>>);
+pub(crate) struct Senders(Arc<Mutex<HashMap<SenderToken, (NodeId, Inbox)>>>);
 
 impl Senders {
-    fn table(&self) -> MutexGuard<'_, HashMap<Pass, (NodeId, Inbox)>> {
+    fn table(&self) -> MutexGuard<'_, HashMap<SenderToken, (NodeId, Inbox)>> {
         // A map is whole between two statements, whatever panicked.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn admit(&self, pass: Pass, node: NodeId, inbox: Inbox) {
-        self.table().insert(pass, (node, inbox));
+    pub(crate) fn admit(&self, token: SenderToken, node: NodeId, inbox: Inbox) {
+        self.table().insert(token, (node, inbox));
     }
 
-    pub(crate) fn dismiss(&self, pass: Pass) {
-        self.table().remove(&pass);
+    pub(crate) fn dismiss(&self, token: SenderToken) {
+        self.table().remove(&token);
     }
 
-    fn find(&self, pass: Pass) -> Option<(NodeId, Inbox)> {
-        self.table().get(&pass).cloned()
+    fn find(&self, token: SenderToken) -> Option<(NodeId, Inbox)> {
+        self.table().get(&token).cloned()
     }
 }
 
@@ -65,7 +65,7 @@ pub(crate) struct Heard {
     pub(crate) from: NodeId,
     pub(crate) message: ControlMessage,
     /// Held until it has been handled: a member has only so many on their way.
-    pub(crate) place: Option<Unhandled>,
+    pub(crate) place: Option<InboxSlot>,
 }
 
 #[derive(Debug)]
@@ -104,7 +104,7 @@ impl ControlArgs {
             Ok(envelope) => envelope,
             Err(error) => return tracing::warn!(%error, "dropped a message that is none"),
         };
-        let Some((from, inbox)) = self.senders.find(envelope.pass) else {
+        let Some((from, inbox)) = self.senders.find(envelope.token) else {
             return tracing::debug!("dropped a message of nobody who is here");
         };
         let place = Some(inbox.message());

@@ -27,7 +27,7 @@ use crate::post::Post;
 use crate::protocol::{End, HeadEvent, HeadRequest};
 use crate::request::RequestError;
 use exo_engines::engine::SeqId;
-use exo_net::{NodeId, Unhandled, WireType};
+use exo_net::{InboxSlot, NodeId, WireType};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::collections::HashMap;
@@ -72,7 +72,7 @@ pub(crate) struct News {
     pub stamp: Stamp,
     pub news: StageNews,
     /// Of the message that it came with.
-    pub place: Option<Unhandled>,
+    pub place: Option<InboxSlot>,
 }
 
 #[derive(Debug, RactorMessage)]

@@ -3,7 +3,7 @@
 use crate::control::{ControlMsg, seal};
 use crate::outlet::Outlet;
 use crate::protocol::ControlMessage;
-use exo_net::{DataConnection, NodeId, Outbox, Pass};
+use exo_net::{DataConnection, NodeId, Outbox, SenderToken};
 use ractor::ActorRef;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 #[derive(Debug, Clone)]
 pub(crate) struct Line {
     pub(crate) control: ActorRef<ControlMsg>,
-    pub(crate) pass: Pass,
+    pub(crate) token: SenderToken,
     pub(crate) data: DataConnection,
     /// What is on its way there.
     pub(crate) outbox: Outbox,
@@ -119,7 +119,7 @@ impl Post {
 }
 
 fn send(to: NodeId, line: &Line, message: &ControlMessage) {
-    match seal(line.pass, message) {
+    match seal(line.token, message) {
         Ok(bytes) if !line.outbox.put(bytes.len()) => line.data.close("it does not take what it is told"),
         // A peer that goes now is told of by the network.
         Ok(bytes) => drop(line.control.cast(ControlMsg::Tell(bytes))),

@@ -19,7 +19,7 @@ pub struct Inbox(Arc<Semaphore>);
 
 /// A message that waits. It makes room for another one when it is dropped.
 #[derive(Debug)]
-pub struct Unhandled(Arc<Semaphore>);
+pub struct InboxSlot(Arc<Semaphore>);
 
 impl Inbox {
     pub(crate) fn new() -> Self {
@@ -32,12 +32,12 @@ impl Inbox {
     }
 
     /// A message has come out of ractor_cluster's queues, and waits to be handled by whom it concerns.
-    pub fn message(&self) -> Unhandled {
-        Unhandled(Arc::clone(&self.0))
+    pub fn message(&self) -> InboxSlot {
+        InboxSlot(Arc::clone(&self.0))
     }
 }
 
-impl Drop for Unhandled {
+impl Drop for InboxSlot {
     fn drop(&mut self) {
         if self.0.available_permits() < MESSAGES_MAX {
             self.0.add_permits(1);

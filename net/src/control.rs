@@ -1,9 +1,9 @@
 //! The control stream: ractor_cluster's bytes over QUIC, checked frame by frame before it sees them.
 //!
 //! ractor_cluster trusts its peers more than we do: any member may claim any name, advertise actors and groups without
-//! end, and fill mailboxes. So what comes passes a sieve that knows the few messages that an honest member sends:
+//! end, and fill mailboxes. So what comes passes a filter that knows the few messages that an honest member sends:
 //! ```text
-//! QUIC stream ─► Sieve (length, kind, claimed name, permits, pace) ─► pipe ─► ractor_cluster's session
+//! QUIC stream ─► Filter (length, kind, claimed name, permits, pace) ─► pipe ─► ractor_cluster's session
 //! ```
 //! The frames are ractor_cluster 0.16's: a length (8, big-endian) and a protobuf `NetworkMessage`
 //! (`meta.proto`, `auth.proto` and `control.proto` of that crate).
@@ -62,7 +62,7 @@ impl ClusterBidiStream for ControlStream {
 
 /// Why a peer's control stream was ended.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SieveError {
+pub(crate) enum FilterError {
     #[error("a control frame of {bytes} bytes; at most {CONTROL_FRAME_BYTES_MAX} are allowed")]
     TooLong { bytes: u64 },
     #[error("the peer claims the name `{claimed}`, which its certificate does not have")]
@@ -74,12 +74,12 @@ pub(crate) enum SieveError {
 }
 
 /// Passes the honest frames of `peer` on, until the stream ends or one is not honest.
-pub(crate) async fn sieve(
+pub(crate) async fn filter(
     mut from: impl AsyncRead + Unpin,
     mut to: DuplexStream,
     peer: NodeId,
     inbox: Inbox,
-) -> Result<(), SieveError> {
+) -> Result<(), FilterError> {
     let mut frame = Vec::new();
     let mut actors = 0;
     let mut pace = Pace::new(Instant::now());
@@ -88,7 +88,7 @@ pub(crate) async fn sieve(
         from.read_exact(&mut length).await?;
         let bytes = u64::from_be_bytes(length);
         if bytes > CONTROL_FRAME_BYTES_MAX {
-            return Err(SieveError::TooLong { bytes });
+            return Err(FilterError::TooLong { bytes });
         }
         frame.clear();
         (&mut from).take(bytes).read_to_end(&mut frame).await?;
@@ -100,7 +100,9 @@ pub(crate) async fn sieve(
                 Some(permit) => permit.forget(),
                 None => return Ok(()),
             },
-            Kind::Session if !pace.allows(Instant::now()) => return Err(SieveError::Unexpected { what: "in a flood" }),
+            Kind::Session if !pace.allows(Instant::now()) => {
+                return Err(FilterError::Unexpected { what: "in a flood" });
+            }
             Kind::Session => {}
         }
         to.write_all(&length).await?;
@@ -142,20 +144,20 @@ enum Kind {
 }
 
 /// `NetworkMessage`: 1 authentication, 2 a message between actors, 3 control.
-fn check(frame: &[u8], peer: NodeId, actors: &mut usize) -> Result<Kind, SieveError> {
-    let Some((field, body)) = only_field(frame) else { return Err(SieveError::Unexpected { what: "malformed" }) };
+fn check(frame: &[u8], peer: NodeId, actors: &mut usize) -> Result<Kind, FilterError> {
+    let Some((field, body)) = only_field(frame) else { return Err(FilterError::Unexpected { what: "malformed" }) };
     match field {
         1 => check_names(body, peer).map(|()| Kind::Session),
         2 => Ok(Kind::Message),
         3 => check_control(body, actors).map(|()| Kind::Session),
-        _ => Err(SieveError::Unexpected { what: "unknown" }),
+        _ => Err(FilterError::Unexpected { what: "unknown" }),
     }
 }
 
 /// `AuthenticationMessage`: 1 the dialler's name, 4 the listener's, each with the name in field 1.
-fn check_names(body: &[u8], peer: NodeId) -> Result<(), SieveError> {
+fn check_names(body: &[u8], peer: NodeId) -> Result<(), FilterError> {
     let Some((field, message)) = only_field(body) else {
-        return Err(SieveError::Unexpected { what: "malformed authentication" });
+        return Err(FilterError::Unexpected { what: "malformed authentication" });
     };
     if field != 1 && field != 4 {
         return Ok(());
@@ -168,23 +170,23 @@ fn check_names(body: &[u8], peer: NodeId) -> Result<(), SieveError> {
         None if !claimed.is_empty() => Ok(()),
         wrong => {
             let claimed = wrong.map(|claimed| String::from_utf8_lossy(&claimed[..claimed.len().min(80)]).into_owned());
-            Err(SieveError::WrongName { claimed: claimed.unwrap_or_default() })
+            Err(FilterError::WrongName { claimed: claimed.unwrap_or_default() })
         }
     }
 }
 
 /// `ControlMessage`: 1 spawn, 2 terminate, 3 ping, 4 pong, 9 ready are an honest member's.
-fn check_control(body: &[u8], actors: &mut usize) -> Result<(), SieveError> {
+fn check_control(body: &[u8], actors: &mut usize) -> Result<(), FilterError> {
     match only_field(body) {
         Some((1, message)) => {
             *actors += 1;
             match *actors > ACTORS_MAX || message.len() > ACTOR_FRAME_BYTES_MAX {
-                true => Err(SieveError::Unexpected { what: "more actors than one" }),
+                true => Err(FilterError::Unexpected { what: "more actors than one" }),
                 false => Ok(()),
             }
         }
         Some((2..=4 | 9, message)) if message.len() <= ACTOR_FRAME_BYTES_MAX => Ok(()),
-        _ => Err(SieveError::Unexpected { what: "control" }),
+        _ => Err(FilterError::Unexpected { what: "control" }),
     }
 }
 
@@ -267,9 +269,9 @@ mod tests {
         };
         for number in [1, 4] {
             assert_eq!(check(&claim(peer, number), peer, &mut 0).ok(), Some(Kind::Session));
-            assert!(matches!(check(&claim(other, number), peer, &mut 0), Err(SieveError::WrongName { .. })));
+            assert!(matches!(check(&claim(other, number), peer, &mut 0), Err(FilterError::WrongName { .. })));
         }
-        assert!(matches!(check(&field(1, &field(1, &[])), peer, &mut 0), Err(SieveError::WrongName { .. })));
+        assert!(matches!(check(&field(1, &field(1, &[])), peer, &mut 0), Err(FilterError::WrongName { .. })));
         // Two names, the right one first.
         let two = [claim(peer, 1), claim(other, 1)].concat();
         assert!(check(&two, peer, &mut 0).is_err());
@@ -295,7 +297,7 @@ mod tests {
         let (mut peer, reader) = tokio::io::duplex(1 << 20);
         let (to, mut pipe) = tokio::io::duplex(1 << 20);
         let inbox = Inbox::new();
-        let sieve = tokio::spawn(sieve(reader, to, id(), inbox.clone()));
+        let filter = tokio::spawn(filter(reader, to, id(), inbox.clone()));
         let frame = field(2, &[7]);
         for _ in 0..MESSAGES_MAX + 10 {
             peer.write_all(&(frame.len() as u64).to_be_bytes()).await.expect("room");
@@ -307,7 +309,7 @@ mod tests {
         assert!(further.is_err(), "no permit, no message");
         drop(inbox.message());
         pipe.read_u8().await.expect("one more");
-        sieve.abort();
+        filter.abort();
     }
 
     /// Pings as fast as they go end the stream; as often as members send them, they pass for ever.

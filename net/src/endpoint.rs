@@ -37,11 +37,11 @@ impl Purpose {
 }
 
 /// A handshake, from the first datagram to the last.
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 /// Handshakes that are answered at once; quinn keeps as many more waiting, and refuses further ones.
 const HANDSHAKES_MAX: usize = 64;
 /// Of one address: whoever begins handshakes and does not end them keeps out nobody but itself.
-const HANDSHAKES_OF_ADDRESS_MAX: usize = 16;
+pub(crate) const HANDSHAKES_OF_ADDRESS_MAX: usize = 16;
 /// Datagrams of connections that are not accepted yet, of all together.
 const INCOMING_BYTES_MAX: u64 = 4 << 20;
 /// Peers that have proven themselves and wait to be taken.
@@ -186,13 +186,13 @@ impl ByAddress {
     }
 
     /// A place for one more handshake, if the address has not too many.
-    fn take(&self, address: IpAddr) -> Option<Place> {
+    fn take(&self, address: IpAddr) -> Option<HandshakeSlot> {
         let network = network_of(address);
         let mut counts = self.counts();
         let count = counts.entry(network).or_default();
         (*count < HANDSHAKES_OF_ADDRESS_MAX).then(|| {
             *count += 1;
-            Place { of: self.clone(), network }
+            HandshakeSlot { of: self.clone(), network }
         })
     }
 }
@@ -207,12 +207,12 @@ fn network_of(address: IpAddr) -> IpAddr {
 
 /// A handshake of an address.
 #[derive(Debug)]
-struct Place {
+struct HandshakeSlot {
     of: ByAddress,
     network: IpAddr,
 }
 
-impl Drop for Place {
+impl Drop for HandshakeSlot {
     fn drop(&mut self) {
         let mut counts = self.of.counts();
         if let Some(count) = counts.get_mut(&self.network) {
@@ -254,7 +254,7 @@ fn server_config(local: &Local) -> Result<quinn::ServerConfig, BindError> {
     quic_server(&credentials(local)?)
 }
 
-fn quic_server(credentials: &Credentials) -> Result<quinn::ServerConfig, BindError> {
+pub(crate) fn quic_server(credentials: &Credentials) -> Result<quinn::ServerConfig, BindError> {
     let tls = credentials.server(&Purpose::ALL.map(Purpose::protocol))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     config.transport_config(Arc::new(transport(DATA_STREAMS_MAX)));
@@ -268,7 +268,7 @@ fn client_config(local: &Local, purpose: Purpose) -> Result<quinn::ClientConfig,
     quic_client(&credentials(local)?, purpose)
 }
 
-fn quic_client(credentials: &Credentials, purpose: Purpose) -> Result<quinn::ClientConfig, BindError> {
+pub(crate) fn quic_client(credentials: &Credentials, purpose: Purpose) -> Result<quinn::ClientConfig, BindError> {
     let tls = credentials.client(purpose.protocol())?;
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     // The control connection has one stream, which its dialler opens.
@@ -304,6 +304,3 @@ fn socket(listen: SocketAddr) -> std::io::Result<UdpSocket> {
     socket.bind(&listen.into())?;
     Ok(socket.into())
 }
-
-#[cfg(test)]
-pub(crate) mod doors;

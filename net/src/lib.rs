@@ -4,7 +4,7 @@
 //! secret, identity ─► certificate ─► endpoint (QUIC, mutual TLS) ─► network (whom to dial, who is here)
 //!                                                                       │ Peer
 //!                                        ┌──────────────────────────────┴───────────────────┐
-//!                   control connection: ractor_cluster, behind a sieve       data connection: frames on streams
+//!                   control connection: ractor_cluster, behind a filter       data connection: frames on streams
 //! ```
 //! This crate knows no engine and no model: what frames and messages mean, `exo-actors` knows.
 
@@ -13,21 +13,23 @@ mod backlog;
 mod certificate;
 mod control;
 mod dial;
+mod dial_guard;
 mod discovery;
 mod endpoint;
 mod frame;
 mod identity;
 mod link;
-mod meeting;
 mod network;
 mod peer;
 mod private_file;
 mod secret;
+#[cfg(test)]
+mod tests;
 mod token;
 pub mod wire;
 
 pub use addresses::reachable;
-pub use backlog::{Inbox, Outbox, Unhandled};
+pub use backlog::{Inbox, InboxSlot, Outbox};
 pub use certificate::{CertificateError, PeerIdError};
 pub use control::{CONTROL_FRAME_BYTES_MAX, ControlStream, cluster_name, session_label};
 pub use dial::{DialPolicy, Source};
@@ -36,7 +38,7 @@ pub use frame::{Announced, FrameError, FrameReader, FrameWriter, PAYLOAD_BYTES_M
 pub use identity::{Identity, IdentityError, NodeId, NodeIdError};
 pub use link::{CREDITS, DataStream, LinkReceiver, LinkSender, Priority};
 pub use network::{Discover, Network, NetworkConfig, NetworkError, NetworkEvent, NetworkThread};
-pub use peer::{DataConnection, NAME_BYTES_MAX, Pass, Peer, shown_name};
+pub use peer::{DataConnection, NAME_BYTES_MAX, Peer, SenderToken, shown_name};
 pub use private_file::PrivateFileError;
 pub use secret::{ClusterSecret, SecretError};
 pub use token::{JoinToken, TokenError};

@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, watch};
 pub const CREDITS: usize = 64;
 /// Credits go back so many at once: one by one each would cost a datagram, in the moment in which the frame's receiver is to
 /// run. Fewer than the others are never held back, so no sender waits for them.
-const RETURNED_AT_ONCE: usize = CREDITS / 4;
+pub(crate) const RETURNED_AT_ONCE: usize = CREDITS / 4;
 /// The code of a stream that is given up, whatever the reason: the reason goes over the control stream.
 const GIVEN_UP: VarInt = VarInt::from_u32(1);
 
@@ -162,6 +162,3 @@ impl DataStream {
         let _ = self.reader.stream().stop(GIVEN_UP);
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,4 +1,4 @@
-//! The network: who is here.
+//! The network: which peers are connected.
 //!
 //! ```text
 //! --peer, discovery, peers' addresses ─► DialPolicy ─► dial ─┐
@@ -10,11 +10,11 @@
 mod driver;
 
 use crate::dial::{DialPolicy, Source};
+use crate::dial_guard::DialRegistry;
 use crate::discovery::Discovery;
 use crate::endpoint::{BindError, Endpoint, Local};
-use crate::identity::{Identity, NodeId};
-use crate::meeting::Meetings;
-use crate::peer::{Introduced, MeetError, Met, Peer};
+use crate::identity::{Identity, IdentityError, NodeId};
+use crate::peer::{ConnectError, Introduced, Peer, PeerConnections};
 use crate::secret::ClusterSecret;
 use driver::Driver;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,10 +23,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 
-/// Peers that came or went and have not been heard of above; the driver waits beyond.
+/// Connections and losses that the node has not taken yet; beyond, the driver waits.
 const EVENTS_MAX: usize = 256;
-/// What tasks have to tell the driver.
-const NEWS_MAX: usize = 256;
+/// What tasks report to the driver.
+const DRIVER_EVENTS_MAX: usize = 256;
 /// Connections that wait for the other one of their pair; the oldest goes first.
 const HALVES_MAX: usize = 64;
 /// Members at once: each costs two connections and their buffers.
@@ -57,6 +57,25 @@ pub struct NetworkConfig {
     pub evicted: BTreeSet<NodeId>,
 }
 
+impl NetworkConfig {
+    /// A member with a fresh identity that listens on a free port of loopback, dials `peers` and discovers nobody: for
+    /// tests and benches.
+    ///
+    /// # Errors
+    /// [`IdentityError`] where the system gives no random bytes.
+    pub fn loopback(secret: ClusterSecret, peers: Vec<SocketAddr>) -> Result<Self, IdentityError> {
+        Ok(Self {
+            identity: Arc::new(Identity::ephemeral()?),
+            secret,
+            name: "loopback".to_owned(),
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            peers,
+            discover: Discover::Off,
+            evicted: BTreeSet::new(),
+        })
+    }
+}
+
 /// Why there is no network.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -74,10 +93,10 @@ pub enum NetworkEvent {
 }
 
 #[derive(Debug)]
-enum News {
+enum DriverEvent {
     Found(SocketAddr, Source),
     Sighted(SocketAddr),
-    Dialled(SocketAddr, Box<Result<Met, MeetError>>),
+    Dialled(SocketAddr, Box<Result<PeerConnections, ConnectError>>),
     Introduced(Box<Introduced>),
     Data { id: NodeId, nonce: u64, connection: quinn::Connection },
     Closed { id: NodeId, session: u64, reason: String },
@@ -89,7 +108,7 @@ enum News {
 #[derive(Debug)]
 pub struct Network {
     address: Option<SocketAddr>,
-    news: mpsc::Sender<News>,
+    driver_events: mpsc::Sender<DriverEvent>,
     driver: tokio::task::AbortHandle,
     thread: NetworkThread,
 }
@@ -151,11 +170,11 @@ impl Network {
             }
         };
         let address = endpoint.address();
-        let (news, inputs) = mpsc::channel(NEWS_MAX);
+        let (driver_events, inputs) = mpsc::channel(DRIVER_EVENTS_MAX);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let own = config.identity.node_id();
         let discovery = match (config.discover, address) {
-            (Discover::Multicast, Some(address)) => discover(own, &config.secret, address, &news),
+            (Discover::Multicast, Some(address)) => discover(own, &config.secret, address, &driver_events),
             _ => None,
         };
         let driver = Driver {
@@ -165,11 +184,11 @@ impl Network {
             certified: SystemTime::now(),
             policy: DialPolicy::new(own, fastrand::u64(..)),
             started: Instant::now(),
-            news: news.clone(),
+            driver_events: driver_events.clone(),
             events,
             introduced: Vec::new(),
             data: Vec::new(),
-            met: Meetings::default(),
+            dials: DialRegistry::default(),
             peers: BTreeMap::new(),
             next_session: 1,
             evicted: config.evicted,
@@ -179,7 +198,7 @@ impl Network {
         drop(_context);
         let driver = runtime.spawn(driver.run(named, inputs, accepted)).abort_handle();
         let thread = NetworkThread(Arc::new(Thread(Some(runtime))));
-        Ok((Self { address, news, driver, thread }, receiver))
+        Ok((Self { address, driver_events, driver, thread }, receiver))
     }
 
     /// Where this node listens.
@@ -188,21 +207,21 @@ impl Network {
     }
 
     /// Someone may be at `address`.
-    pub fn hear_of(&self, address: SocketAddr) {
+    pub fn add_address(&self, address: SocketAddr) {
         // Where the driver is busy, others will tell again.
-        let _ = self.news.try_send(News::Found(address, Source::Heard));
+        let _ = self.driver_events.try_send(DriverEvent::Found(address, Source::Heard));
     }
 
     /// A peer has just met someone at `address`: it is dialled at once, however often that was in vain before.
-    pub fn hear_of_sight(&self, address: SocketAddr) {
-        let _ = self.news.try_send(News::Sighted(address));
+    pub fn add_sighting(&self, address: SocketAddr) {
+        let _ = self.driver_events.try_send(DriverEvent::Sighted(address));
     }
 
     /// Closes the connections of `id`, and lets it in no more.
     pub fn evict(&self, id: NodeId) {
-        let news = self.news.clone();
+        let driver_events = self.driver_events.clone();
         // A driver that has ended has no peers.
-        self.thread.spawn(async move { drop(news.send(News::Evict(id)).await) });
+        self.thread.spawn(async move { drop(driver_events.send(DriverEvent::Evict(id)).await) });
     }
 
     /// The thread that it runs on.
@@ -213,19 +232,24 @@ impl Network {
     /// Tells peers that this node goes, and ends.
     pub async fn stop(&self) {
         let (done, stopped) = tokio::sync::oneshot::channel();
-        if self.news.send(News::Stop(done)).await.is_ok() {
+        if self.driver_events.send(DriverEvent::Stop(done)).await.is_ok() {
             // A driver that has ended has stopped.
             let _ = stopped.await;
         }
     }
 }
 
-fn discover(own: NodeId, secret: &ClusterSecret, address: SocketAddr, news: &mpsc::Sender<News>) -> Option<Discovery> {
-    let (found, mut heard) = mpsc::channel(NEWS_MAX);
-    let news = news.clone();
+fn discover(
+    own: NodeId,
+    secret: &ClusterSecret,
+    address: SocketAddr,
+    driver_events: &mpsc::Sender<DriverEvent>,
+) -> Option<Discovery> {
+    let (found, mut event) = mpsc::channel(DRIVER_EVENTS_MAX);
+    let driver_events = driver_events.clone();
     tokio::spawn(async move {
-        while let Some(address) = heard.recv().await {
-            if news.send(News::Found(address, Source::Heard)).await.is_err() {
+        while let Some(address) = event.recv().await {
+            if driver_events.send(DriverEvent::Found(address, Source::Heard)).await.is_err() {
                 return;
             }
         }

@@ -2,20 +2,20 @@
 //!
 //! ```text
 //! dialler                                              listener
-//!   control connection ─ Hello{nonce, pass} ─►
-//!                      ◄─ Hello{nonce, pass} ─
+//!   control connection ─ Hello{nonce, sender_token} ─►
+//!                      ◄─ Hello{nonce, sender_token} ─
 //!   data connection    ─ nonce ─►                 the two with one nonce are a pair
 //! ```
-//! Each side gives the other a pass. ractor_cluster does not tell an actor who a message is from: messages to the control
-//! actor carry the pass that its receiver gave, and so say it.
+//! ractor_cluster does not tell an actor who sent a message. So each side gives the other a token when they connect, and
+//! every message to the control actor carries the token that its receiver gave: the receiver knows the sender by it.
 
 use crate::backlog::{Emptying, Inbox, Outbox};
-use crate::control::{ControlStream, sieve};
+use crate::control::{ControlStream, filter};
+use crate::dial_guard::{DialGuard, DialRegistry};
 use crate::endpoint::{Authenticated, DialError, Endpoint, Purpose};
 use crate::frame::{FrameError, FrameReader, FrameWriter, Payload};
 use crate::identity::NodeId;
 use crate::link::{DataStream, LinkSender, Priority};
-use crate::meeting::{Meeting, Meetings};
 use quinn::{Connection, VarInt};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
@@ -29,19 +29,19 @@ const PROTOCOL: u32 = 6;
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// Longer names are cut.
 pub const NAME_BYTES_MAX: usize = 64;
-/// Bytes between the sieve and ractor_cluster.
+/// Bytes between the control filter and ractor_cluster.
 const PIPE_BYTES: usize = 64 << 10;
 
 /// What a member puts into its messages, so that their receiver knows whose they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Pass(pub [u8; 16]);
+pub struct SenderToken(pub [u8; 16]);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Hello {
-    protocol: u32,
-    name: String,
-    nonce: u64,
-    pass: Pass,
+pub(crate) struct Hello {
+    pub(crate) protocol: u32,
+    pub(crate) name: String,
+    pub(crate) nonce: u64,
+    pub(crate) sender_token: SenderToken,
 }
 
 /// A member that is here.
@@ -60,9 +60,9 @@ pub struct Peer {
     /// What it has not taken of ours.
     pub outbox: Outbox,
     /// For messages to it.
-    pub pass: Pass,
+    pub sender_token: SenderToken,
     /// In messages from it.
-    pub expects: Pass,
+    pub expected_token: SenderToken,
     pub data: DataConnection,
 }
 
@@ -127,7 +127,7 @@ impl DataConnection {
 
 /// Why a connection did not become a peer.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum MeetError {
+pub(crate) enum ConnectError {
     #[error(transparent)]
     Dial(#[from] DialError),
     #[error(transparent)]
@@ -139,7 +139,7 @@ pub(crate) enum MeetError {
     #[error("the address answered as two different nodes")]
     TwoNodes,
     #[error("the address is one more of a peer that is here")]
-    Met { id: NodeId },
+    AlreadyConnected { id: NodeId },
     #[error("the address is this node's own")]
     Ourselves,
     #[error("the system gave no random bytes")]
@@ -155,22 +155,22 @@ pub(crate) struct Introduced {
     pub(crate) nonce: u64,
     pub(crate) name: String,
     pub(crate) control: Connection,
-    streams: (quinn::SendStream, quinn::RecvStream),
-    pass: Pass,
-    expects: Pass,
+    pub(crate) streams: (quinn::SendStream, quinn::RecvStream),
+    sender_token: SenderToken,
+    expected_token: SenderToken,
     is_dialled: bool,
 }
 
 /// Both connections.
 #[derive(Debug)]
-pub(crate) struct Met {
+pub(crate) struct PeerConnections {
     pub(crate) introduced: Introduced,
     pub(crate) data: Connection,
     /// Of a pair that was dialled.
-    pub(crate) meeting: Option<Meeting>,
+    pub(crate) guard: Option<DialGuard>,
 }
 
-impl Met {
+impl PeerConnections {
     pub(crate) fn id(&self) -> NodeId {
         self.introduced.id
     }
@@ -185,19 +185,20 @@ impl Met {
         }
     }
 
-    /// Starts the sieve, and gives the peer. Called on the network's runtime.
+    /// Starts the filter, and gives the peer. Called on the network's runtime.
     pub(crate) fn into_peer(self, session: u64) -> Peer {
-        let Introduced { id, name, control, streams: (writer, reader), pass, expects, is_dialled, .. } =
-            self.introduced;
+        let Introduced {
+            id, name, control, streams: (writer, reader), sender_token, expected_token, is_dialled, ..
+        } = self.introduced;
         let (to, from) = tokio::io::duplex(PIPE_BYTES);
         let (inbox, outbox) = (Inbox::new(), Outbox::default());
         let writer = Emptying::new(writer, outbox.clone());
-        let sifted = sieve(reader, to, id, inbox.clone());
+        let filtered = filter(reader, to, id, inbox.clone());
         let connection = control.clone();
         tokio::spawn(async move {
-            // A sieve that waits for a permit does not see that its peer is gone.
+            // A filter that waits for a permit does not see that its peer is gone.
             let ended = tokio::select! {
-                ended = sifted => ended,
+                ended = filtered => ended,
                 _ = connection.closed() => return,
             };
             if let Err(error) = ended {
@@ -216,8 +217,8 @@ impl Met {
             control: ControlStream { peer: id, session, reader: from, writer },
             inbox,
             outbox,
-            pass,
-            expects,
+            sender_token,
+            expected_token,
             data: DataConnection { connection: self.data, runtime: Handle::current() },
         }
     }
@@ -229,45 +230,45 @@ pub(crate) async fn dial(
     address: SocketAddr,
     own: NodeId,
     name: &str,
-    meetings: &Meetings,
-) -> Result<Met, MeetError> {
+    dials: &DialRegistry,
+) -> Result<PeerConnections, ConnectError> {
     let Authenticated { id, connection: control, .. } = endpoint.dial(address, Purpose::Control).await?;
     if id == own {
-        return Err(MeetError::Ourselves);
+        return Err(ConnectError::Ourselves);
     }
-    let meeting = Some(meetings.begin(id).ok_or(MeetError::Met { id })?);
+    let guard = Some(dials.claim(id).ok_or(ConnectError::AlreadyConnected { id })?);
     let hello = hello(name)?;
     let introduced = tokio::time::timeout(HELLO_DEADLINE, async {
         let (sender, receiver) = control.open_bi().await?;
         let (mut writer, mut reader) = (FrameWriter::new(sender), FrameReader::new(receiver));
         writer.send(&hello, Payload::Nothing).await?;
         let theirs = read_hello(&mut reader).await?;
-        Ok::<_, MeetError>(Introduced {
+        Ok::<_, ConnectError>(Introduced {
             id,
             nonce: hello.nonce,
             name: theirs.name,
             control,
             streams: (writer.into_stream(), reader.into_stream()),
-            pass: theirs.pass,
-            expects: hello.pass,
+            sender_token: theirs.sender_token,
+            expected_token: hello.sender_token,
             is_dialled: true,
         })
     });
-    let introduced = introduced.await.map_err(|_| MeetError::TimedOut)??;
+    let introduced = introduced.await.map_err(|_| ConnectError::TimedOut)??;
     let data = endpoint.dial(address, Purpose::Data).await?;
     if data.id != id {
-        return Err(MeetError::TwoNodes);
+        return Err(ConnectError::TwoNodes);
     }
     let mut stream = data.connection.open_uni().await?;
     let written = stream.write_all(&hello.nonce.to_le_bytes()).await;
     written.map_err(|error| FrameError::Io(error.into()))?;
     // Nothing else goes this way.
     let _ = stream.finish();
-    Ok(Met { introduced, data: data.connection, meeting })
+    Ok(PeerConnections { introduced, data: data.connection, guard })
 }
 
 /// Answers the introduction on a control connection that was accepted.
-pub(crate) async fn introduce(id: NodeId, control: Connection, name: &str) -> Result<Introduced, MeetError> {
+pub(crate) async fn introduce(id: NodeId, control: Connection, name: &str) -> Result<Introduced, ConnectError> {
     let introduced = async {
         let (sender, receiver) = control.accept_bi().await?;
         let (mut writer, mut reader) = (FrameWriter::new(sender), FrameReader::new(receiver));
@@ -281,39 +282,44 @@ pub(crate) async fn introduce(id: NodeId, control: Connection, name: &str) -> Re
             name: theirs.name,
             control,
             streams: (writer.into_stream(), reader.into_stream()),
-            pass: theirs.pass,
-            expects: ours.pass,
+            sender_token: theirs.sender_token,
+            expected_token: ours.sender_token,
             is_dialled: false,
         })
     };
-    tokio::time::timeout(HELLO_DEADLINE, introduced).await.map_err(|_| MeetError::TimedOut)?
+    tokio::time::timeout(HELLO_DEADLINE, introduced).await.map_err(|_| ConnectError::TimedOut)?
 }
 
 /// Which control connection a data connection that was accepted belongs to.
-pub(crate) async fn nonce_of(data: &Connection) -> Result<u64, MeetError> {
+pub(crate) async fn nonce_of(data: &Connection) -> Result<u64, ConnectError> {
     let read = async {
         let mut stream = data.accept_uni().await?;
         let mut nonce = [0; 8];
         stream.read_exact(&mut nonce).await.map_err(|error| FrameError::Io(std::io::Error::other(error)))?;
         Ok(u64::from_le_bytes(nonce))
     };
-    tokio::time::timeout(HELLO_DEADLINE, read).await.map_err(|_| MeetError::TimedOut)?
+    tokio::time::timeout(HELLO_DEADLINE, read).await.map_err(|_| ConnectError::TimedOut)?
 }
 
-fn hello(name: &str) -> Result<Hello, MeetError> {
+pub(crate) fn hello(name: &str) -> Result<Hello, ConnectError> {
     let mut random = [0; 24];
-    SystemRandom::new().fill(&mut random).map_err(|_| MeetError::NoRandomness)?;
-    let (mut nonce, mut pass) = ([0; 8], [0; 16]);
+    SystemRandom::new().fill(&mut random).map_err(|_| ConnectError::NoRandomness)?;
+    let (mut nonce, mut sender_token) = ([0; 8], [0; 16]);
     nonce.copy_from_slice(&random[..8]);
-    pass.copy_from_slice(&random[8..]);
-    Ok(Hello { protocol: PROTOCOL, name: shown_name(name), nonce: u64::from_le_bytes(nonce), pass: Pass(pass) })
+    sender_token.copy_from_slice(&random[8..]);
+    Ok(Hello {
+        protocol: PROTOCOL,
+        name: shown_name(name),
+        nonce: u64::from_le_bytes(nonce),
+        sender_token: SenderToken(sender_token),
+    })
 }
 
-async fn read_hello(reader: &mut FrameReader<quinn::RecvStream>) -> Result<Hello, MeetError> {
+async fn read_hello(reader: &mut FrameReader<quinn::RecvStream>) -> Result<Hello, ConnectError> {
     let frame = reader.receive::<Hello>(|_, _| Ok(())).await?;
     let (mut hello, _) = frame.ok_or_else(|| FrameError::Io(std::io::ErrorKind::UnexpectedEof.into()))?;
     if hello.protocol != PROTOCOL {
-        return Err(MeetError::Protocol { theirs: hello.protocol });
+        return Err(ConnectError::Protocol { theirs: hello.protocol });
     }
     hello.name = shown_name(&hello.name);
     Ok(hello)
@@ -327,6 +333,3 @@ pub fn shown_name(name: &str) -> String {
     }
     shown
 }
-
-#[cfg(test)]
-pub(crate) mod hostile;

@@ -1,14 +1,14 @@
 //! The network's task: dials who is due, pairs connections, elects one pair of each member, tells who came and went.
 
-use super::{CLOCK_EVERY, HALVES_MAX, NetworkEvent, News, PEERS_MAX};
+use super::{CLOCK_EVERY, DriverEvent, HALVES_MAX, NetworkEvent, PEERS_MAX};
 use crate::certificate::is_stale;
 use crate::control::session_label;
 use crate::dial::{DialPolicy, Source};
+use crate::dial_guard::DialRegistry;
 use crate::discovery::Discovery;
 use crate::endpoint::{Authenticated, Endpoint, Purpose};
 use crate::identity::NodeId;
-use crate::meeting::Meetings;
-use crate::peer::{DataConnection, Introduced, MeetError, Met, dial, introduce, nonce_of};
+use crate::peer::{ConnectError, DataConnection, Introduced, PeerConnections, dial, introduce, nonce_of};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,13 +18,13 @@ use tokio::sync::mpsc;
 /// What became of a pair of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Elected {
-    /// Its member is here, by this pair or by another one.
-    Here,
-    /// Its member is not let in.
+    /// The member is connected, by this pair or by another one.
+    Kept,
+    /// The member is not admitted.
     Unwanted,
 }
 
-pub(super) struct Here {
+pub(super) struct ConnectedPeer {
     session: u64,
     is_dialled: bool,
     control: quinn::Connection,
@@ -39,14 +39,13 @@ pub(super) struct Driver {
     pub(super) certified: SystemTime,
     pub(super) policy: DialPolicy,
     pub(super) started: Instant,
-    pub(super) news: mpsc::Sender<News>,
+    pub(super) driver_events: mpsc::Sender<DriverEvent>,
     pub(super) events: mpsc::Sender<NetworkEvent>,
     /// Control connections without their data connection yet, oldest first; and the other way round.
     pub(super) introduced: Vec<Introduced>,
     pub(super) data: Vec<(NodeId, u64, quinn::Connection)>,
-    /// Who need not be dialled at another address.
-    pub(super) met: Meetings,
-    pub(super) peers: BTreeMap<NodeId, Here>,
+    pub(super) dials: DialRegistry,
+    pub(super) peers: BTreeMap<NodeId, ConnectedPeer>,
     pub(super) next_session: u64,
     pub(super) evicted: BTreeSet<NodeId>,
     pub(super) _discovery: Option<Discovery>,
@@ -56,7 +55,7 @@ impl Driver {
     pub(super) async fn run(
         mut self,
         named: Vec<SocketAddr>,
-        mut news: mpsc::Receiver<News>,
+        mut driver_events: mpsc::Receiver<DriverEvent>,
         mut accepted: mpsc::Receiver<Authenticated>,
     ) {
         for address in named {
@@ -66,19 +65,19 @@ impl Driver {
         loop {
             self.dial_due();
             let due = self.policy.next_due().map(|due| self.started + due);
-            // Nothing due: any news changes that.
+            // Nothing is due: any event changes that.
             let due = due.unwrap_or_else(|| Instant::now() + CLOCK_EVERY);
             tokio::select! {
-                heard = news.recv() => match heard {
-                    Some(News::Stop(done)) => {
+                event = driver_events.recv() => match event {
+                    Some(DriverEvent::Stop(done)) => {
                         self.endpoint.close().await;
                         let _ = done.send(());
                         return;
                     }
-                    Some(heard) => self.hear(heard).await,
+                    Some(event) => self.on_event(event).await,
                     None => return,
                 },
-                Some(connection) = accepted.recv() => self.welcome(connection),
+                Some(connection) = accepted.recv() => self.on_accepted(connection),
                 () = tokio::time::sleep_until(due.into()) => {}
                 _ = clock.tick() => self.certify(SystemTime::now()),
             }
@@ -101,35 +100,37 @@ impl Driver {
 
     fn dial_due(&mut self) {
         while let Some(address) = self.policy.poll_dial(self.now()) {
-            let (endpoint, own, name, news) =
-                (self.endpoint.clone(), self.own, Arc::clone(&self.name), self.news.clone());
-            let meetings = self.met.clone();
+            let (endpoint, own, name, driver_events) =
+                (self.endpoint.clone(), self.own, Arc::clone(&self.name), self.driver_events.clone());
+            let dials = self.dials.clone();
             tokio::spawn(async move {
-                let met = dial(&endpoint, address, own, &name, &meetings).await;
+                let dialled = dial(&endpoint, address, own, &name, &dials).await;
                 // A driver that has ended dials nobody.
-                let _ = news.send(News::Dialled(address, Box::new(met))).await;
+                let _ = driver_events.send(DriverEvent::Dialled(address, Box::new(dialled))).await;
             });
         }
     }
 
     /// A connection that was accepted: it introduces itself, or says whose data connection it is.
-    fn welcome(&self, Authenticated { id, purpose, connection }: Authenticated) {
+    fn on_accepted(&self, Authenticated { id, purpose, connection }: Authenticated) {
         if self.evicted.contains(&id) || id == self.own {
-            connection.close(quinn::VarInt::from_u32(3), b"not let in");
+            connection.close(quinn::VarInt::from_u32(3), b"not admitted");
             return;
         }
-        let (name, news, accepted) = (Arc::clone(&self.name), self.news.clone(), connection.clone());
+        let (name, driver_events, accepted) = (Arc::clone(&self.name), self.driver_events.clone(), connection.clone());
         tokio::spawn(async move {
             let told = match purpose {
                 Purpose::Control => {
                     connection.set_max_concurrent_bi_streams(quinn::VarInt::from_u32(1));
-                    introduce(id, connection, &name).await.map(|introduced| News::Introduced(Box::new(introduced)))
+                    introduce(id, connection, &name)
+                        .await
+                        .map(|introduced| DriverEvent::Introduced(Box::new(introduced)))
                 }
-                Purpose::Data => nonce_of(&connection).await.map(|nonce| News::Data { id, nonce, connection }),
+                Purpose::Data => nonce_of(&connection).await.map(|nonce| DriverEvent::Data { id, nonce, connection }),
             };
             match told {
                 // A driver that has ended welcomes nobody.
-                Ok(told) => drop(news.send(told).await),
+                Ok(told) => drop(driver_events.send(told).await),
                 Err(error) => {
                     tracing::info!(peer = %id, %error, "a connection was not introduced");
                     accepted.close(quinn::VarInt::from_u32(5), error.to_string().as_bytes());
@@ -138,133 +139,141 @@ impl Driver {
         });
     }
 
-    async fn hear(&mut self, news: News) {
-        match news {
-            News::Found(address, source) => self.policy.handle_address(address, source, self.now()),
-            News::Sighted(address) => self.policy.handle_sight(address, self.now()),
-            News::Dialled(address, met) => match *met {
-                Ok(met) => {
-                    self.policy.handle_dialled(address, met.id());
-                    if self.elect(met).await == Elected::Unwanted {
+    async fn on_event(&mut self, driver_events: DriverEvent) {
+        match driver_events {
+            DriverEvent::Found(address, source) => self.policy.handle_address(address, source, self.now()),
+            DriverEvent::Sighted(address) => self.policy.handle_sight(address, self.now()),
+            DriverEvent::Dialled(address, dialled) => match *dialled {
+                Ok(connections) => {
+                    self.policy.handle_dialled(address, connections.id());
+                    if self.elect(connections).await == Elected::Unwanted {
                         self.policy.handle_failed(address, self.now());
                     }
                 }
-                // Where its other connections end before they are taken in, it is dialled here after a wait.
-                Err(MeetError::Met { id }) => {
+                // If the other connections end before the driver takes them, this address is dialled again after a wait.
+                Err(ConnectError::AlreadyConnected { id }) => {
                     self.policy.handle_dialled(address, id);
                     self.policy.handle_failed(address, self.now());
                 }
-                Err(MeetError::Ourselves) => self.policy.handle_dialled(address, self.own),
+                Err(ConnectError::Ourselves) => self.policy.handle_dialled(address, self.own),
                 Err(error) => {
                     match error {
-                        MeetError::Protocol { .. } => tracing::warn!(%address, %error, "a member is not met"),
-                        _ => tracing::debug!(%address, %error, "nobody reached"),
+                        ConnectError::Protocol { .. } => {
+                            tracing::warn!(%address, %error, "a member speaks another protocol version")
+                        }
+                        _ => tracing::debug!(%address, %error, "dial failed"),
                     }
                     self.policy.handle_failed(address, self.now());
                 }
             },
-            News::Introduced(introduced) => {
+            DriverEvent::Introduced(introduced) => {
                 let is_its = |(id, nonce, _): &(NodeId, u64, quinn::Connection)| {
                     (*id, *nonce) == (introduced.id, introduced.nonce)
                 };
                 match self.data.iter().position(is_its) {
                     Some(at) => {
                         let (_, _, data) = self.data.remove(at);
-                        self.elect(Met { introduced: *introduced, data, meeting: None }).await;
+                        self.elect(PeerConnections { introduced: *introduced, data, guard: None }).await;
                     }
                     None => {
                         self.introduced.push(*introduced);
                         if self.introduced.len() > HALVES_MAX {
-                            self.introduced.remove(0).control.close(quinn::VarInt::from_u32(4), b"half a peer");
+                            self.introduced
+                                .remove(0)
+                                .control
+                                .close(quinn::VarInt::from_u32(4), b"the second connection of the pair did not come");
                         }
                     }
                 }
             }
-            News::Data { id, nonce, connection } => {
+            DriverEvent::Data { id, nonce, connection } => {
                 let is_its = |introduced: &Introduced| (introduced.id, introduced.nonce) == (id, nonce);
                 match self.introduced.iter().position(is_its) {
                     Some(at) => {
                         let introduced = self.introduced.remove(at);
-                        self.elect(Met { introduced, data: connection, meeting: None }).await;
+                        self.elect(PeerConnections { introduced, data: connection, guard: None }).await;
                     }
                     None => {
                         self.data.push((id, nonce, connection));
                         if self.data.len() > HALVES_MAX {
-                            self.data.remove(0).2.close(quinn::VarInt::from_u32(4), b"half a peer");
+                            self.data
+                                .remove(0)
+                                .2
+                                .close(quinn::VarInt::from_u32(4), b"the second connection of the pair did not come");
                         }
                     }
                 }
             }
-            News::Closed { id, session, reason } => self.on_closed(id, session, reason).await,
-            News::Evict(id) => {
+            DriverEvent::Closed { id, session, reason } => self.on_closed(id, session, reason).await,
+            DriverEvent::Evict(id) => {
                 self.evicted.insert(id);
-                if let Some(here) = self.peers.get(&id) {
-                    here.data.close("evicted");
+                if let Some(peer) = self.peers.get(&id) {
+                    peer.data.close("evicted");
                 }
             }
             // Handled where the loop can end.
-            News::Stop(_) => {}
+            DriverEvent::Stop(_) => {}
         }
     }
 
     /// Takes a pair in, or keeps the one that is there.
-    async fn elect(&mut self, mut met: Met) -> Elected {
-        let (id, is_dialled) = (met.id(), met.is_dialled());
-        // Until it is known whether it is here.
-        let _meeting = met.meeting.take();
+    async fn elect(&mut self, mut connections: PeerConnections) -> Elected {
+        let (id, is_dialled) = (connections.id(), connections.is_dialled());
+        // Held until this pair is elected or closed.
+        let _guard = connections.guard.take();
         if self.evicted.contains(&id) {
-            met.close("not let in");
+            connections.close("not admitted");
             return Elected::Unwanted;
         }
-        if let Some(here) = self.peers.get(&id) {
+        if let Some(peer) = self.peers.get(&id) {
             // The lower id's dial wins; a second dial of the same side says that it has lost the first.
             let lower_dialled = is_dialled == (self.own < id);
-            if here.is_dialled != is_dialled && !lower_dialled {
-                met.close("met already");
-                return Elected::Here;
+            if peer.is_dialled != is_dialled && !lower_dialled {
+                connections.close("already connected");
+                return Elected::Kept;
             }
-            let session = here.session;
-            self.on_closed(id, session, "the peer came anew".to_owned()).await;
+            let session = peer.session;
+            self.on_closed(id, session, "the peer connected again".to_owned()).await;
         }
         if self.peers.len() >= PEERS_MAX {
-            met.close("full");
+            connections.close("the node has as many peers as it takes");
             return Elected::Unwanted;
         }
         let session = self.next_session;
         self.next_session += 1;
-        let control = met.introduced.control.clone();
-        let peer = met.into_peer(session);
+        let control = connections.introduced.control.clone();
+        let peer = connections.into_peer(session);
         let address = peer.address;
-        let here = Here { session, is_dialled, control: control.clone(), data: peer.data.clone() };
+        let connected = ConnectedPeer { session, is_dialled, control: control.clone(), data: peer.data.clone() };
         self.policy.handle_up(id, address, self.now());
-        tracing::info!(peer = %id, name = peer.name, %address, session = session_label(id, session), "a peer is here");
-        let (data, news) = (peer.data.clone(), self.news.clone());
+        tracing::info!(peer = %id, name = peer.name, %address, session = session_label(id, session), "peer connected");
+        let (data, driver_events) = (peer.data.clone(), self.driver_events.clone());
         tokio::spawn(async move {
             let reason = tokio::select! {
                 reason = control.closed() => reason,
                 reason = data.closed() => reason,
             };
-            // A driver that has ended wants no news.
-            let _ = news.send(News::Closed { id, session, reason: reason.to_string() }).await;
+            // A driver that has ended takes no events.
+            let _ = driver_events.send(DriverEvent::Closed { id, session, reason: reason.to_string() }).await;
         });
-        self.peers.insert(id, here);
-        self.met.set_here(id, true);
+        self.peers.insert(id, connected);
+        self.dials.set_connected(id, true);
         // Where nobody listens any more, the node stops.
         let _ = self.events.send(NetworkEvent::PeerUp(Box::new(peer))).await;
-        Elected::Here
+        Elected::Kept
     }
 
     async fn on_closed(&mut self, id: NodeId, session: u64, reason: String) {
-        if self.peers.get(&id).is_none_or(|here| here.session != session) {
+        if self.peers.get(&id).is_none_or(|peer| peer.session != session) {
             return;
         }
-        if let Some(here) = self.peers.remove(&id) {
-            here.data.close(&reason);
-            here.control.close(quinn::VarInt::from_u32(0), reason.as_bytes());
+        if let Some(peer) = self.peers.remove(&id) {
+            peer.data.close(&reason);
+            peer.control.close(quinn::VarInt::from_u32(0), reason.as_bytes());
         }
-        self.met.set_here(id, false);
+        self.dials.set_connected(id, false);
         self.policy.handle_down(id, self.now());
-        tracing::info!(peer = %id, reason, "a peer is gone");
+        tracing::info!(peer = %id, reason, "peer disconnected");
         let _ = self.events.send(NetworkEvent::PeerDown { id, session, reason }).await;
     }
 }

@@ -5,8 +5,8 @@ use super::*;
 use crate::models::{ModelsConfig, Shelf, Wish, shelf};
 use crate::outlet::Outlet;
 use exo_engines::model::ModelFiles;
-use exo_net::{ClusterSecret, Discover, Identity, Network, NetworkConfig, NetworkEvent, Peer};
-use std::net::{Ipv4Addr, SocketAddr};
+use exo_net::{ClusterSecret, Network, NetworkConfig, NetworkEvent, Peer};
+use std::net::SocketAddr;
 use std::sync::Mutex;
 use tokio::sync::mpsc;
 
@@ -29,15 +29,7 @@ enum Giver {
 type Asked = Arc<Mutex<Vec<(Giver, PiecesWanted)>>>;
 
 fn network(secret: &ClusterSecret, peers: Vec<SocketAddr>) -> (Network, mpsc::Receiver<NetworkEvent>) {
-    let config = NetworkConfig {
-        identity: Arc::new(Identity::ephemeral().expect("random bytes")),
-        secret: secret.clone(),
-        name: "test".to_owned(),
-        listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
-        peers,
-        discover: Discover::Off,
-        evicted: BTreeSet::new(),
-    };
+    let config = NetworkConfig::loopback(secret.clone(), peers).expect("random bytes");
     Network::start(config).expect("it listens")
 }
 

@@ -2,8 +2,8 @@
 
 use anyhow::Context;
 use exo_net::{
-    Announced, ClusterSecret, DataConnection, Discover, Identity, LinkReceiver, LinkSender, Network, NetworkConfig,
-    NetworkEvent, Payload, Peer, Received, WireType,
+    Announced, ClusterSecret, DataConnection, LinkReceiver, LinkSender, Network, NetworkConfig, NetworkEvent, Payload,
+    Peer, Received, WireType,
 };
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -58,15 +58,7 @@ fn network(
     secret: &ClusterSecret,
     peers: Vec<SocketAddr>,
 ) -> anyhow::Result<(Network, tokio::sync::mpsc::Receiver<NetworkEvent>)> {
-    let config = NetworkConfig {
-        identity: Arc::new(Identity::ephemeral()?),
-        secret: secret.clone(),
-        name: "bench".to_owned(),
-        listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
-        peers,
-        discover: Discover::Off,
-        evicted: BTreeSet::new(),
-    };
+    let config = NetworkConfig::loopback(secret.clone(), peers)?;
     Ok(Network::start(config)?)
 }
 

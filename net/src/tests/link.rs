@@ -1,9 +1,9 @@
 //! Links between two networks: what they carry, and what stops them.
 
-use super::*;
-use crate::WireType;
-use crate::endpoint::doors::{network, up};
-use crate::{Network, Peer};
+use super::loopback::{connected, network};
+use crate::frame::{Announced, FrameError, Payload, Received};
+use crate::link::{CREDITS, LinkReceiver, Priority, RETURNED_AT_ONCE};
+use crate::{Network, Peer, WireType};
 use std::time::Duration;
 
 /// In which what must not come would have come.
@@ -14,7 +14,7 @@ const IN_TIME: Duration = Duration::from_secs(10);
 async fn pair() -> ([Network; 2], [Box<Peer>; 2]) {
     let (near, mut of_near, _) = network(1, Vec::new());
     let (far, mut of_far, _) = network(1, vec![near.address().expect("it listens")]);
-    let peers = [up(&mut of_near).await, up(&mut of_far).await];
+    let peers = [connected(&mut of_near).await, connected(&mut of_far).await];
     ([near, far], peers)
 }
 

@@ -1,56 +1,21 @@
 //! Who is let in, and who is not.
 
-use super::*;
-use crate::certificate::tests::impostor;
-use crate::peer::hostile::resident_bytes;
-use crate::{Discover, Network, NetworkConfig, NetworkEvent};
-use std::collections::BTreeSet;
+use super::loopback::{connected, loopback, network, network_at, resident_bytes, secret};
+use crate::certificate::tests::{client_trusting, impostor};
+use crate::certificate::{Credentials, MEMBER_NAME, Validity};
+use crate::endpoint::{
+    Endpoint, HANDSHAKE_DEADLINE, HANDSHAKES_OF_ADDRESS_MAX, Local, Purpose, quic_client, quic_server,
+};
+use crate::{ClusterSecret, Identity, Network, NetworkConfig, NetworkEvent};
+use quinn::crypto::rustls::QuicClientConfig;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-
-fn loopback() -> SocketAddr {
-    SocketAddr::from(([127, 0, 0, 1], 0))
-}
+use std::time::{Duration, SystemTime};
+use tokio::sync::mpsc;
 
 fn identity() -> Identity {
     Identity::ephemeral().expect("random bytes")
-}
-
-pub(crate) fn secret(byte: u8) -> ClusterSecret {
-    ClusterSecret::from_bytes([byte; 32])
-}
-
-fn config(byte: u8, listen: SocketAddr, peers: Vec<SocketAddr>) -> NetworkConfig {
-    NetworkConfig {
-        identity: Arc::new(identity()),
-        secret: secret(byte),
-        name: "test".to_owned(),
-        listen,
-        peers,
-        discover: Discover::Off,
-        evicted: BTreeSet::new(),
-    }
-}
-
-type Started = (Network, mpsc::Receiver<NetworkEvent>, NodeId);
-
-pub(crate) fn network(byte: u8, peers: Vec<SocketAddr>) -> Started {
-    network_at(loopback().ip(), byte, peers)
-}
-
-fn network_at(ip: IpAddr, byte: u8, peers: Vec<SocketAddr>) -> Started {
-    let config = config(byte, SocketAddr::new(ip, 0), peers);
-    let id = config.identity.node_id();
-    let (network, events) = Network::start(config).expect("it listens");
-    (network, events, id)
-}
-
-pub(crate) async fn up(events: &mut mpsc::Receiver<NetworkEvent>) -> Box<crate::Peer> {
-    loop {
-        let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await.expect("in time");
-        if let NetworkEvent::PeerUp(peer) = event.expect("the network lives") {
-            return peer;
-        }
-    }
 }
 
 /// Both dial both: each sees the other, and one pair stays.
@@ -58,8 +23,8 @@ pub(crate) async fn up(events: &mut mpsc::Receiver<NetworkEvent>) -> Box<crate::
 async fn members_meet_and_part() {
     let (a, mut of_a, id_a) = network(1, Vec::new());
     let (b, mut of_b, id_b) = network(1, vec![a.address().expect("it listens")]);
-    a.hear_of(b.address().expect("it listens"));
-    let (seen_by_a, seen_by_b) = (up(&mut of_a).await, up(&mut of_b).await);
+    a.add_address(b.address().expect("it listens"));
+    let (seen_by_a, seen_by_b) = (connected(&mut of_a).await, connected(&mut of_b).await);
     assert_eq!((seen_by_a.id, seen_by_b.id), (id_b, id_a));
     b.stop().await;
     let gone = tokio::time::timeout(Duration::from_secs(10), async {
@@ -99,7 +64,7 @@ async fn only_members_are_let_in() {
     // A stranger who does not even care whom it speaks to.
     let careless = |credentials: Option<&Credentials>| {
         let theirs = Credentials::make(&identity(), &ours, Validity::from_now(now)).expect("a certificate");
-        let tls = crate::certificate::tests::client_trusting(&theirs, credentials, b"exo-control/1");
+        let tls = client_trusting(&theirs, credentials, b"exo-control/1");
         quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).expect("a cipher")))
     };
     let strange = Credentials::make(&identity(), &secret(2), Validity::from_now(now)).expect("a certificate");
@@ -148,8 +113,8 @@ async fn half_open_handshakes_keep_nobody_out() {
     let address = victim.address().expect("it listens");
     let (inside, mut of_inside, id_inside) = network_at([127, 0, 0, 3].into(), 1, vec![address]);
     // Whoever drops a peer ends its connections.
-    let inside_at_victim = up(&mut events).await;
-    let inside_peer = up(&mut of_inside).await;
+    let inside_at_victim = connected(&mut events).await;
+    let inside_peer = connected(&mut of_inside).await;
     assert_eq!(inside_at_victim.id, id_inside);
     let credentials = Credentials::make(&identity(), &secret(1), Validity::from_now(SystemTime::now())).expect("made");
     let client = quic_client(&credentials, Purpose::Data).expect("a client");
@@ -169,11 +134,11 @@ async fn half_open_handshakes_keep_nobody_out() {
     assert!(grown < 64 << 20, "{grown} bytes more");
     let begun = std::time::Instant::now();
     let (elsewhere, _of_elsewhere, id_elsewhere) = network_at([127, 0, 0, 2].into(), 1, vec![address]);
-    let elsewhere_at_victim = up(&mut events).await;
+    let elsewhere_at_victim = connected(&mut events).await;
     assert_eq!(elsewhere_at_victim.id, id_elsewhere);
     assert!(begun.elapsed() < HANDSHAKE_DEADLINE / 2, "{:?}: while they are held", begun.elapsed());
     let (same, _of_same, id_same) = network(1, vec![address]);
-    assert_eq!(up(&mut events).await.id, id_same);
+    assert_eq!(connected(&mut events).await.id, id_same);
     inside_peer.data.open_link(&1_u8).await.expect("its connections are as they were");
     drop(held);
     tokio::task::spawn_blocking(move || drop((victim, inside, elsewhere, same))).await.expect("dropped");
@@ -230,8 +195,8 @@ async fn a_second_address_of_a_peer_changes_nothing() {
     let port = b.address().expect("it listens").port();
     let addresses = [1, 2, 3].map(|last| SocketAddr::from(([127, 0, 0, last], port)));
     let (a, mut of_a, _) = network_at(any.ip(), 1, addresses[..2].to_vec());
-    let _peers = (up(&mut of_a).await, up(&mut of_b).await);
-    a.hear_of(addresses[2]);
+    let _peers = (connected(&mut of_a).await, connected(&mut of_b).await);
+    a.add_address(addresses[2]);
     let (at_a, at_b) = tokio::join!(told(&mut of_a, Duration::from_secs(2)), told(&mut of_b, Duration::from_secs(2)));
     assert!(at_a.is_empty() && at_b.is_empty(), "{at_a:?} {at_b:?}");
     tokio::task::spawn_blocking(move || drop((a, b))).await.expect("dropped");
@@ -242,7 +207,7 @@ async fn a_second_address_of_a_peer_changes_nothing() {
 async fn an_evicted_member_is_left_in_peace() {
     let (b, mut of_b, id_b) = network(1, Vec::new());
     let (a, mut of_a, _) = network(1, vec![b.address().expect("it listens")]);
-    let _peers = (up(&mut of_a).await, up(&mut of_b).await);
+    let _peers = (connected(&mut of_a).await, connected(&mut of_b).await);
     a.evict(id_b);
     let at_b = told(&mut of_b, Duration::from_secs(4)).await;
     let met = at_b.iter().filter(|event| matches!(event, NetworkEvent::PeerUp(_))).count();
@@ -257,7 +222,8 @@ async fn an_evicted_member_is_left_in_peace() {
 async fn a_port_that_is_taken_is_named() {
     let (network, _events, _) = network(1, Vec::new());
     let address = network.address().expect("it listens");
-    let config = NetworkConfig { listen: address, ..config(1, loopback(), Vec::new()) };
+    let config =
+        NetworkConfig { listen: address, ..NetworkConfig::loopback(secret(1), Vec::new()).expect("random bytes") };
     let refused = Network::start(config).map(drop).expect_err("it is taken").to_string();
     assert!(refused.contains(&address.to_string()) && refused.contains("--listen"), "{refused}");
     tokio::task::spawn_blocking(move || drop(network)).await.expect("dropped");
@@ -276,6 +242,6 @@ async fn noise_keeps_nobody_out() {
         let _ = noise.send_to(&bytes, address);
     }
     let (b, _of_b, id_b) = network(1, vec![address]);
-    assert_eq!(up(&mut events).await.id, id_b);
+    assert_eq!(connected(&mut events).await.id, id_b);
     tokio::task::spawn_blocking(move || drop((a, b))).await.expect("dropped");
 }

@@ -1,17 +1,15 @@
 //! A member that sends what no member sends, over connections that it was let in by: it loses them, and nobody else does.
 
-use super::*;
+use super::loopback::{connected, network, resident_bytes, secret};
 use crate::Identity;
-use crate::endpoint::Local;
-use crate::endpoint::doors::{network, secret, up};
+use crate::dial_guard::DialRegistry;
+use crate::endpoint::{Endpoint, Local, Purpose};
+use crate::frame::{FrameWriter, Payload};
+use crate::link::Priority;
+use crate::peer::{DataConnection, Hello, dial, hello};
+use std::net::SocketAddr;
 use std::sync::Arc;
-
-/// Resident memory of this process.
-pub(crate) fn resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line of it");
-    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
-}
+use std::time::Duration;
 
 /// What ends the control connection: noise, a frame that is too long, one that is empty, half a frame and silence.
 fn noises() -> Vec<Vec<u8>> {
@@ -43,20 +41,21 @@ async fn noise_of_a_member_harms_nobody_else() {
     let (victim, mut of_victim, _) = network(1, Vec::new());
     let address = victim.address().expect("it listens");
     let (honest, mut of_honest, _) = network(1, vec![address]);
-    let (at_victim, at_honest) = (up(&mut of_victim).await, up(&mut of_honest).await);
+    let (at_victim, at_honest) = (connected(&mut of_victim).await, connected(&mut of_honest).await);
     let before = resident_bytes();
     let local = Local { identity: Arc::new(Identity::ephemeral().expect("random bytes")), secret: secret(1) };
     let own = local.identity.node_id();
     let (endpoint, _accepted) = Endpoint::open(local, SocketAddr::from(([127, 0, 0, 1], 0))).expect("it listens");
     for noise in noises() {
-        let mut met = dial(&endpoint, address, own, "hostile", &Meetings::default()).await.expect("a member is let in");
+        let mut met =
+            dial(&endpoint, address, own, "hostile", &DialRegistry::default()).await.expect("a member is let in");
         let peer = loop {
-            let peer = up(&mut of_victim).await;
+            let peer = connected(&mut of_victim).await;
             if peer.id == own {
                 break peer;
             }
         };
-        // ractor_cluster's part is not here: what the sieve lets through is read and dropped.
+        // ractor_cluster's part is not here: what the filter lets through is read and dropped.
         let mut control = peer.control.reader;
         tokio::spawn(async move { drop(tokio::io::copy(&mut control, &mut tokio::io::sink()).await) });
         tokio::spawn(take_streams(peer.data));
