@@ -39,14 +39,14 @@ mod node;
 pub use cluster::{ClusterSettings, PORT_DEFAULT};
 pub use config::{ConfigError, Directories};
 pub use error::StartError;
-pub use exo_actors::core::circle::Apart;
+pub use exo_actors::core::clique::Outside;
 pub use exo_actors::core::members::{DeviceOffer, MemberReport, OwnedInstance};
-pub use exo_actors::core::patience::Patience;
+pub use exo_actors::core::node_status::{Fact, State};
 pub use exo_actors::core::plan::{Link, Placement, PlanError, Policy, Preview, PreviewOutcome, Split, Stage};
-pub use exo_actors::core::schedule::FinishReason;
+pub use exo_actors::core::scheduler::FinishReason;
 pub use exo_actors::core::spec::{InstanceId, Model};
-pub use exo_actors::core::state::{InstanceState, Load, Machine, Phase, Totals};
-pub use exo_actors::core::view::{Fact, State};
+pub use exo_actors::core::status::{InstanceStatus, Load, Machine, Phase, Totals};
+pub use exo_actors::core::watchdog::HangTimeouts;
 pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};
 pub use exo_actors::{
     Conversation, FunctionCall, GenerateRequest, Generated, Generation, Lagged, Message, ModelSpec, NodeHandle, Prompt,

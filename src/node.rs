@@ -3,7 +3,7 @@
 use crate::cluster::{self, ClusterSettings};
 use crate::config::Directories;
 use crate::error::StartError;
-use exo_actors::core::patience::Patience;
+use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::{ModelsConfig, Progress};
 use exo_actors::{NodeConfig, NodeHandle, PlannerLimits};
 use exo_engines::candle::CandleFactory;
@@ -27,7 +27,7 @@ impl Node {
             threads: None,
             factories: None,
             limits: PlannerLimits::default(),
-            patience: Patience::default(),
+            hang_timeouts: HangTimeouts::default(),
             name: None,
             cluster: None,
             progress: Arc::new(|_| {}),
@@ -43,7 +43,7 @@ pub struct NodeBuilder {
     threads: Option<usize>,
     factories: Option<Vec<Arc<dyn EngineFactory>>>,
     limits: PlannerLimits,
-    patience: Patience,
+    hang_timeouts: HangTimeouts,
     name: Option<String>,
     cluster: Option<ClusterSettings>,
     progress: Arc<dyn Fn(Progress) + Send + Sync>,
@@ -97,8 +97,8 @@ impl NodeBuilder {
     }
 
     /// When a device counts as hung, and what it was at goes elsewhere.
-    pub fn patience(mut self, patience: Patience) -> Self {
-        self.patience = patience;
+    pub fn hang_timeouts(mut self, hang_timeouts: HangTimeouts) -> Self {
+        self.hang_timeouts = hang_timeouts;
         self
     }
 
@@ -147,8 +147,8 @@ impl NodeBuilder {
             python: "python3".to_owned(),
             progress: self.progress,
         };
-        let (id, limits, patience) = (identity.node_id(), self.limits, self.patience);
-        let config = NodeConfig { id, name, factories, models, limits, patience, wire_type, joined };
+        let (id, limits, hang_timeouts) = (identity.node_id(), self.limits, self.hang_timeouts);
+        let config = NodeConfig { id, name, factories, models, limits, hang_timeouts, wire_type, joined };
         exo_actors::start(config).await.map_err(|error| StartError::Actor(error.to_string()))
     }
 }

@@ -1,35 +1,35 @@
-//! Cluster: the members that are here.
+//! Cluster: the peers of this node.
 //!
-//! - owns: the network, ractor_cluster's server and the one actor that members can reach, each peer's session;
-//! - receives: peers that come and go, what they say, the streams that they open;
-//! - emits: ways to peers (`post.rs`); what they say, to whom it concerns; links and requests;
+//! - owns: the network, ractor_cluster's server, the control actor that peers can reach, each peer's session;
+//! - receives: peers that connect and disconnect, their messages, the streams that they open;
+//! - emits: channels to peers (`transport/router.rs`); messages, links and requests to the actors that handle them;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
 //! ```text
-//! Network ─PeerUp─► session of ractor_cluster over its control stream ─ready─► Post::connect, NodeUp
-//!                   data connection ─streams─► links.rs, gateway
-//! Network ─PeerDown─► Post::disconnect, NodeDown
+//! Network ─PeerUp─► session of ractor_cluster over the control stream ─ready─► Router::connect, NodeUp
+//!                   data connection ─streams─► worker/links.rs, gateway, models
+//! Network ─PeerDown─► Router::disconnect, NodeDown
 //! ```
 
 mod evicted;
-#[cfg(test)]
-mod hostile;
 mod probe;
 mod sessions;
+#[cfg(test)]
+mod tests;
 
 pub use evicted::Evicted;
 
-use crate::control::{Control, ControlArgs, ControlMsg, Heard, Senders};
 use crate::core::members::MemberReport;
 use crate::core::plan::Link;
-use crate::gateway::{Asking, GatewayMsg};
-use crate::links::{self, Switchboard};
+use crate::gateway::{GatewayMsg, RemoteRequest};
 use crate::models::{ModelsMsg, ModelsRef};
-use crate::outlet::Outlet;
 use crate::planner::{PlannerMsg, PlannerRef};
-use crate::post::{Line, Post};
-use crate::protocol::{ControlMessage, DataHello};
+use crate::transport::callback::EventCallback;
+use crate::transport::control::{Control, ControlArgs, ControlMsg, ReceivedMessage, Senders};
+use crate::transport::protocol::{ControlMessage, DataHello};
+use crate::transport::router::{PeerChannel, Router};
+use crate::worker::links::{self, LinkRegistry};
 use exo_net::{DataConnection, DataStream, Network, NetworkEvent, NodeId, Outbox, Peer, SenderToken};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::{NodeServerMessage, RactorMessage};
@@ -41,34 +41,34 @@ use tokio::sync::mpsc;
 
 pub(crate) type ClusterRef = ActorRef<ClusterMsg>;
 
-/// How often links are looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// From a peer to the first measurement of its link: it has better to do at first.
+/// How often round-trip times are read, and a probe is considered.
+const TICK_EVERY: Duration = Duration::from_secs(1);
+/// The time from a peer's connection to the first measurement of its link, which would compete with the first messages.
 const PROBE_AFTER: Duration = Duration::from_secs(2);
 const PROBE_EVERY: Duration = Duration::from_secs(600);
-/// Whatever disturbs a measurement makes it lower: what was known fades by this much with each.
+/// Whatever disturbs a measurement lowers it, so the known bandwidth fades by this factor with each measurement.
 const DISTURBED: f64 = 0.7;
-/// From a peer to its session: what takes longer does not come.
+/// The time from a peer's connection to its session.
 const SESSION_DEADLINE: Duration = Duration::from_secs(5);
-/// Addresses of others that one peer tells of: more are not believed.
+/// Addresses of other nodes in one report; further ones are ignored.
 const TOLD_MAX: usize = 256;
-/// From a stream to its first frame.
+/// The time from a stream to its first frame.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum ClusterMsg {
     Network(NetworkEvent),
     Session(SessionEvent),
-    Heard(Heard),
-    /// A link was measured.
+    Received(ReceivedMessage),
+    /// The bandwidth of a link was measured.
     Probed {
         id: NodeId,
         session: u64,
         bytes_per_s: f64,
     },
-    /// These are members no more.
+    /// Members that are no longer admitted.
     Evict(BTreeSet<NodeId>),
-    Look,
+    Tick,
 }
 
 #[derive(Debug)]
@@ -76,16 +76,16 @@ pub(crate) struct ClusterArgs {
     pub own: NodeId,
     pub network: Network,
     pub events: mpsc::Receiver<NetworkEvent>,
-    /// What ractor_cluster's sessions ask of each other.
+    /// The cookie by which ractor_cluster's sessions authenticate each other.
     pub cookie: String,
     pub evicted: Evicted,
-    pub post: Post,
-    pub board: Switchboard,
+    pub router: Router,
+    pub link_registry: LinkRegistry,
     pub planner: PlannerRef,
     pub gateway: ActorRef<GatewayMsg>,
     pub models: ModelsRef,
-    /// For this node's other actors.
-    pub deliver: Outlet<Heard>,
+    /// Passes messages to this node's other actors.
+    pub deliver: EventCallback<ReceivedMessage>,
 }
 
 #[derive(Debug)]
@@ -93,23 +93,23 @@ pub(crate) struct ClusterState {
     own: NodeId,
     network: Network,
     evicted: Evicted,
-    post: Post,
-    board: Switchboard,
+    router: Router,
+    link_registry: LinkRegistry,
     planner: PlannerRef,
     gateway: ActorRef<GatewayMsg>,
     models: ModelsRef,
-    deliver: Outlet<Heard>,
+    deliver: EventCallback<ReceivedMessage>,
     senders: Senders,
     server: ActorRef<NodeServerMessage>,
-    peers: BTreeMap<NodeId, Present>,
-    /// Sessions of ractor_cluster that have not ended, by label; and who waits for one to end.
+    peers: BTreeMap<NodeId, ConnectedPeer>,
+    /// Sessions of ractor_cluster that have not ended; and peers that wait for their earlier session to end.
     sessions: BTreeMap<NodeId, Vec<(u64, SessionRef)>>,
     waiting: BTreeMap<NodeId, Box<Peer>>,
 }
 
-/// A peer that is here.
+/// A connected peer.
 #[derive(Debug)]
-struct Present {
+struct ConnectedPeer {
     session: u64,
     sender_token: SenderToken,
     expected_token: SenderToken,
@@ -119,9 +119,9 @@ struct Present {
     since: Instant,
     is_ready: bool,
     bytes_per_s: Option<f64>,
-    /// Of the last measurement, or of its beginning.
+    /// When the last measurement began.
     probed: Option<Instant>,
-    /// Where it has told that it sees others.
+    /// The addresses of other nodes in its last report.
     told: BTreeSet<SocketAddr>,
 }
 
@@ -134,10 +134,22 @@ impl Actor for Cluster {
     type Arguments = ClusterArgs;
 
     async fn pre_start(&self, myself: ClusterRef, args: ClusterArgs) -> Result<ClusterState, ActorProcessingErr> {
-        let ClusterArgs { own, network, mut events, cookie, evicted, post, board, planner, gateway, models, deliver } =
-            args;
+        let ClusterArgs {
+            own,
+            network,
+            mut events,
+            cookie,
+            evicted,
+            router,
+            link_registry,
+            planner,
+            gateway,
+            models,
+            deliver,
+        } = args;
         let senders = Senders::default();
-        let control = ControlArgs { senders: senders.clone(), heard: Outlet::to(&myself, ClusterMsg::Heard) };
+        let control =
+            ControlArgs { senders: senders.clone(), received: EventCallback::to(&myself, ClusterMsg::Received) };
         Control::spawn_linked(None, Control, control, myself.get_cell()).await?;
         let server = sessions::start(own, cookie, &myself).await?;
         let cluster = myself.clone();
@@ -148,13 +160,13 @@ impl Actor for Cluster {
                 }
             }
         });
-        myself.send_interval(LOOK_EVERY, || ClusterMsg::Look);
+        myself.send_interval(TICK_EVERY, || ClusterMsg::Tick);
         Ok(ClusterState {
             own,
             network,
             evicted,
-            post,
-            board,
+            router,
+            link_registry,
             planner,
             gateway,
             models,
@@ -182,13 +194,13 @@ impl Actor for Cluster {
             ClusterMsg::Network(NetworkEvent::PeerUp(peer)) => state.on_up(peer),
             ClusterMsg::Network(NetworkEvent::PeerDown { id, session, reason }) => state.on_down(id, session, &reason),
             ClusterMsg::Session(event) => state.on_session(event),
-            ClusterMsg::Heard(heard) => state.on_heard(heard),
+            ClusterMsg::Received(received) => state.on_received(received),
             ClusterMsg::Probed { id, session, bytes_per_s } => state.on_probed(id, session, bytes_per_s),
             ClusterMsg::Evict(nodes) => {
                 let new = state.evicted.add(nodes.into_iter().filter(|node| *node != state.own));
                 state.evict(new);
             }
-            ClusterMsg::Look => state.look(&myself),
+            ClusterMsg::Tick => state.on_tick(&myself),
         }
         Ok(())
     }
@@ -200,9 +212,9 @@ impl Actor for Cluster {
         _: &mut ClusterState,
     ) -> Result<(), ActorProcessingErr> {
         match event {
-            // Without them nobody would be met any more: the node stops, and says why.
+            // Without these actors no peer could connect any more, so the node stops.
             SupervisionEvent::ActorFailed(_, error) => Err(error),
-            SupervisionEvent::ActorTerminated(..) => Err("a part of the cluster's actor has stopped".into()),
+            SupervisionEvent::ActorTerminated(..) => Err("a child of the cluster actor has stopped".into()),
             _ => Ok(()),
         }
     }
@@ -212,7 +224,7 @@ impl ClusterState {
     fn on_up(&mut self, peer: Box<Peer>) {
         let id = peer.id;
         if self.sessions.get(&id).is_some_and(|sessions| !sessions.is_empty()) {
-            // ractor_cluster would have to choose between two of one name: the old one ends first.
+            // ractor_cluster cannot have two sessions of one name: the old session ends first.
             self.waiting.insert(id, peer);
             return self.end_sessions(id);
         }
@@ -224,7 +236,7 @@ impl ClusterState {
             id, session, address, is_dialled, control, inbox, outbox, sender_token, expected_token, data, ..
         } = peer;
         self.senders.admit(expected_token, id, inbox);
-        let present = Present {
+        let peer = ConnectedPeer {
             session,
             sender_token,
             expected_token,
@@ -237,9 +249,9 @@ impl ClusterState {
             probed: None,
             told: BTreeSet::new(),
         };
-        self.peers.insert(id, present);
+        self.peers.insert(id, peer);
         let opened = NodeServerMessage::ConnectionOpenedExternal { stream: Box::new(control), is_server: !is_dialled };
-        // A server that is gone takes the node with it.
+        // A server that has stopped takes the node with it.
         let _ = self.server.cast(opened);
     }
 
@@ -253,19 +265,19 @@ impl ClusterState {
         if self.waiting.get(&id).is_some_and(|peer| peer.session == session) {
             self.waiting.remove(&id);
         }
-        if self.peers.get(&id).is_none_or(|present| present.session != session) {
+        if self.peers.get(&id).is_none_or(|peer| peer.session != session) {
             return;
         }
-        let Some(present) = self.peers.remove(&id) else { return };
-        self.senders.dismiss(present.expected_token);
-        self.post.disconnect(id);
+        let Some(peer) = self.peers.remove(&id) else { return };
+        self.senders.dismiss(peer.expected_token);
+        self.router.disconnect(id);
         self.end_sessions(id);
-        let told = match present.is_ready {
+        let told = match peer.is_ready {
             true => {
-                tracing::warn!(peer = %id, reason, "a member is gone");
+                tracing::warn!(peer = %id, reason, "peer lost");
                 PlannerMsg::NodeDown(id)
             }
-            // What it said of itself before its session was ready has been heard.
+            // Its reports have been received, though its session was never ready.
             false => PlannerMsg::NodeMissed(id),
         };
         let _ = self.planner.send_message(told);
@@ -285,147 +297,154 @@ impl ClusterState {
                         }
                     }
                 }
-                // Without its session a peer is of no use: it comes anew.
-                if let Some(present) = self.peers.get(&id).filter(|present| present.session == session) {
-                    present.data.close("the control session ended");
+                // A peer without a session cannot be sent messages: it is to connect again.
+                if let Some(peer) = self.peers.get(&id).filter(|peer| peer.session == session) {
+                    peer.data.close("the control session ended");
                 }
             }
         }
     }
 
     fn on_ready(&mut self, id: NodeId, session: u64, control: ActorRef<ControlMsg>) {
-        let Some(present) = self.peers.get_mut(&id).filter(|present| present.session == session) else { return };
-        if std::mem::replace(&mut present.is_ready, true) {
+        let Some(peer) = self.peers.get_mut(&id).filter(|peer| peer.session == session) else { return };
+        if std::mem::replace(&mut peer.is_ready, true) {
             return;
         }
-        tracing::info!(peer = %id, "a member is here");
-        let (data, outbox) = (present.data.clone(), present.outbox.clone());
-        let line = Line { control, token: present.sender_token, data, outbox };
-        self.post.connect(id, line);
-        let doors = Doors { board: self.board.clone(), gateway: self.gateway.clone(), models: self.models.clone() };
-        let data = present.data.clone();
+        tracing::info!(peer = %id, "peer ready");
+        let (data, outbox) = (peer.data.clone(), peer.outbox.clone());
+        let channel = PeerChannel { control, token: peer.sender_token, data, outbox };
+        self.router.connect(id, channel);
+        let handlers = StreamHandlers {
+            link_registry: self.link_registry.clone(),
+            gateway: self.gateway.clone(),
+            models: self.models.clone(),
+        };
+        let data = peer.data.clone();
         let accepting = data.clone();
         data.spawn(async move {
             while let Ok(stream) = accepting.accept().await {
-                accepting.spawn(serve(id, stream, doors.clone()));
+                accepting.spawn(serve(id, stream, handlers.clone()));
             }
         });
         if !self.evicted.nodes().is_empty() {
-            self.post.tell(id, ControlMessage::Evicted(self.evicted.nodes().clone()));
+            self.router.tell(id, ControlMessage::Evicted(self.evicted.nodes().clone()));
         }
         let _ = self.planner.send_message(PlannerMsg::NodeUp(id));
     }
 
-    /// Closes the doors to members, and tells the others.
+    /// Disconnects evicted members, and tells the other members of the eviction.
     fn evict(&self, new: Vec<NodeId>) {
         if new.is_empty() {
             return;
         }
         for node in new {
-            tracing::warn!(peer = %node, "a member is evicted");
+            tracing::warn!(peer = %node, "member evicted");
             self.network.evict(node);
         }
-        self.post.tell_others(&ControlMessage::Evicted(self.evicted.nodes().clone()));
+        self.router.tell_others(&ControlMessage::Evicted(self.evicted.nodes().clone()));
     }
 
-    fn on_heard(&mut self, mut heard: Heard) {
-        if !self.peers.contains_key(&heard.from) {
+    fn on_received(&mut self, mut received: ReceivedMessage) {
+        if !self.peers.contains_key(&received.from) {
             return;
         }
-        if let ControlMessage::Evicted(nodes) = heard.message {
+        if let ControlMessage::Evicted(nodes) = received.message {
             let new = self.evicted.add_heard(nodes.into_iter().filter(|node| *node != self.own));
             return self.evict(new);
         }
-        if let ControlMessage::Report(report) = &mut heard.message {
+        if let ControlMessage::Report(report) = &mut received.message {
             report.name = exo_net::shown_name(&report.name);
-            self.hear_of_others(heard.from, report);
+            self.hear_of_others(received.from, report);
         }
-        self.deliver.tell(heard);
+        self.deliver.tell(received);
     }
 
-    /// Whoever is a member of a member's cluster is one of ours.
+    /// Dials the nodes that a peer reports: they are members of the same cluster.
     fn hear_of_others(&mut self, from: NodeId, report: &MemberReport) {
-        let Some(present) = self.peers.get_mut(&from) else { return };
+        let Some(peer) = self.peers.get_mut(&from) else { return };
         let peers: BTreeSet<SocketAddr> = report.peers.iter().copied().take(TOLD_MAX).collect();
         for &address in &report.addresses {
             self.network.add_address(address);
         }
         for &address in &peers {
-            match present.told.contains(&address) {
+            match peer.told.contains(&address) {
                 true => self.network.add_address(address),
                 false => self.network.add_sighting(address),
             }
         }
-        present.told = peers;
+        peer.told = peers;
     }
 
     fn on_probed(&mut self, id: NodeId, session: u64, bytes_per_s: f64) {
-        if let Some(present) = self.peers.get_mut(&id).filter(|present| present.session == session) {
-            let known = present.bytes_per_s.unwrap_or(0.0);
-            present.bytes_per_s = Some(bytes_per_s.max(known * DISTURBED));
+        if let Some(peer) = self.peers.get_mut(&id).filter(|peer| peer.session == session) {
+            let known = peer.bytes_per_s.unwrap_or(0.0);
+            peer.bytes_per_s = Some(bytes_per_s.max(known * DISTURBED));
         }
     }
 
-    /// Measures the link that has waited longest, if one is due.
+    /// Measures the bandwidth of the link that has waited longest, if one is due.
     fn probe(&mut self, myself: &ClusterRef) {
-        let is_due = |present: &Present| match present.probed {
-            None => present.since.elapsed() > PROBE_AFTER,
+        let is_due = |peer: &ConnectedPeer| match peer.probed {
+            None => peer.since.elapsed() > PROBE_AFTER,
             Some(probed) => probed.elapsed() > PROBE_EVERY,
         };
-        let due = self.peers.iter_mut().filter(|(_, present)| present.is_ready && is_due(present));
-        let Some((&id, present)) = due.min_by_key(|(_, present)| present.probed) else { return };
-        present.probed = Some(Instant::now());
-        let (data, session, cluster) = (present.data.clone(), present.session, myself.clone());
-        present.data.spawn(async move {
+        let due = self.peers.iter_mut().filter(|(_, peer)| peer.is_ready && is_due(peer));
+        let Some((&id, peer)) = due.min_by_key(|(_, peer)| peer.probed) else { return };
+        peer.probed = Some(Instant::now());
+        let (data, session, cluster) = (peer.data.clone(), peer.session, myself.clone());
+        peer.data.spawn(async move {
             if let Some(bytes_per_s) = probe::measure(&data).await {
-                // A cluster that is gone has no links.
+                // A cluster actor that has stopped measures no links.
                 let _ = cluster.send_message(ClusterMsg::Probed { id, session, bytes_per_s });
             }
         });
     }
 
-    fn look(&mut self, myself: &ClusterRef) {
+    fn on_tick(&mut self, myself: &ClusterRef) {
         self.probe(myself);
         let (mut links, mut peers) = (BTreeMap::new(), Vec::new());
-        for (id, present) in &self.peers {
-            if present.is_ready {
-                let link = Link { rtt_s: present.data.rtt().as_secs_f64(), bytes_per_s: present.bytes_per_s };
+        for (id, peer) in &self.peers {
+            if peer.is_ready {
+                let link = Link { rtt_s: peer.data.rtt().as_secs_f64(), bytes_per_s: peer.bytes_per_s };
                 links.insert(*id, link);
-                peers.push(present.address);
-            } else if present.since.elapsed() > SESSION_DEADLINE {
-                present.data.close("no session in time");
+                peers.push(peer.address);
+            } else if peer.since.elapsed() > SESSION_DEADLINE {
+                peer.data.close("the session did not begin in time");
             }
         }
         let _ = self.planner.send_message(PlannerMsg::LinksMeasured { links, peers });
     }
 }
 
-/// Where streams of peers go.
+/// The actors that handle peers' streams.
 #[derive(Debug, Clone)]
-struct Doors {
-    board: Switchboard,
+struct StreamHandlers {
+    link_registry: LinkRegistry,
     gateway: ActorRef<GatewayMsg>,
     models: ModelsRef,
 }
 
-/// A stream that a peer has opened: what it is for, and on to there.
-async fn serve(from: NodeId, mut stream: DataStream, doors: Doors) {
+/// Reads what a peer's stream is for, and passes the stream on.
+async fn serve(from: NodeId, mut stream: DataStream, handlers: StreamHandlers) {
     let first = stream.reader.receive::<DataHello>(|_, announced| match announced {
         exo_net::Announced::Nothing => Ok(()),
-        _ => Err("a payload before it was said what for".to_owned()),
+        _ => Err("a payload with the first frame".to_owned()),
     });
     match tokio::time::timeout(HELLO_DEADLINE, first).await {
-        Ok(Ok(Some((DataHello::Link(hello), _)))) => links::serve(doors.board, from, hello, stream).await,
+        Ok(Ok(Some((DataHello::Link(hello), _)))) => links::serve(handlers.link_registry, from, hello, stream).await,
         Ok(Ok(Some((DataHello::Request { instance, request }, _)))) => {
-            // Where there is no gateway, the node stops.
-            let _ =
-                doors.gateway.send_message(GatewayMsg::Serve { asking: Asking { from, instance, request }, stream });
+            // Without a gateway the node stops.
+            let _ = handlers
+                .gateway
+                .send_message(GatewayMsg::Serve { request: RemoteRequest { from, instance, request }, stream });
         }
-        Ok(Ok(Some((DataHello::Weights(ask), _)))) => drop(doors.models.send_message(ModelsMsg::Serve { ask, stream })),
+        Ok(Ok(Some((DataHello::Weights(request), _)))) => {
+            drop(handlers.models.send_message(ModelsMsg::Serve { request, stream }));
+        }
         Ok(Ok(Some((DataHello::Probe, _)))) => probe::serve(stream).await,
         Ok(Ok(None)) => {}
         Ok(Err(error)) => {
-            tracing::info!(peer = %from, %error, "a stream of a peer was not taken");
+            tracing::info!(peer = %from, %error, "refused a stream of a peer");
             stream.give_up();
         }
         Err(_) => stream.give_up(),

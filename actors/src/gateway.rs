@@ -1,28 +1,31 @@
-//! Gateway: requests from the API, the command line and embedders.
+//! Gateway: requests from the API, the command line and embedders, and other nodes' requests for heads of this node.
 //!
 //! - owns: the admission permits;
-//! - receives: requests of this node's users, and of other nodes for heads that are here;
-//! - emits: encoded requests to heads, here or elsewhere; cancellations when a stream is dropped;
+//! - receives: other nodes' requests for heads of this node;
+//! - emits: encoded requests to heads, on this node or another; cancellations when a stream is dropped;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
-//! Each request is a task of its own from admission to end; the actor never waits. The task writes down what its client
-//! has been given: when a head dies or moves, it goes on from there with the next one.
+//! ```text
+//! GatewayHandle::generate ─permit─► RequestTask: planner (which head?) ─► tokenizer ─► head ─events─► Answer ─► Generation
+//! ```
+//! Each request is a task of its own from its admission to its end. The task keeps a journal of what its client has been
+//! given: when a head dies or moves, the task goes on from there with the next head.
 
 mod answer;
+mod generation;
 mod serve;
 
-pub(crate) use serve::Asking;
+pub use generation::Generation;
+pub(crate) use serve::RemoteRequest;
 
+use crate::core::request::{GenerateRequest, Generated, ModelSpec, RequestError};
 use crate::core::spec::InstanceId;
-use crate::generation::Generation;
-use crate::instance::{InstanceMsg, InstanceRef, Lease, Submission};
-use crate::planner::{Home, PlannerMsg, PlannerRef, RunningModel};
-use crate::post::Post;
-use crate::protocol::{DataHello, HeadEvent, HeadRequest};
-use crate::request::{GenerateRequest, Generated, ModelSpec, RequestError};
-use crate::tokenizer::TokenizerMsg;
-use answer::{Answer, Stream};
+use crate::head::{HeadMsg, HeadRef, Lease, Submission};
+use crate::planner::{HeadLocation, PlannerMsg, PlannerRef, RunningModel, TokenizerMsg};
+use crate::transport::protocol::{DataHello, HeadEvent, HeadRequest};
+use crate::transport::router::Router;
+use answer::{Answer, StreamState};
 use exo_engines::engine::SeqId;
 use exo_engines::sampler::SamplerSpec;
 use exo_net::{DataStream, NodeId, Payload, Priority};
@@ -32,90 +35,83 @@ use ractor_cluster::RactorMessage;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-/// Requests that may be on their way at once: running, waiting for their turn, or for their model.
+/// Requests of this node at once: running, or waiting for their turn or their model.
 const REQUESTS_MAX: usize = 256;
-/// `Started`, `TakenUp`, `Finished`, and an error.
+/// `Started`, `Admitted`, `Finished`, and an error.
 const EVENTS_BESIDE_TOKENS: usize = 4;
-/// Encoding the longest text that is taken needs seconds.
+/// Encoding the longest text that is accepted takes seconds.
 const ENCODE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Heads that a request tries in a row without getting a token: more than a cluster loses while it finds itself again.
+/// Heads that a request tries in a row without a token: more than a cluster loses while it recovers.
 const HEADS_MAX: u32 = 100;
-/// The wait before the next; it grows with each, up to ten times.
+/// The wait before the next head. It grows with each head, up to ten times.
 const HEAD_WAIT: Duration = Duration::from_millis(50);
+/// No model has a longer context.
+const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
+
+type Events = mpsc::Sender<Result<Generated, RequestError>>;
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum GatewayMsg {
-    Generate(Box<Admitted>),
-    /// A request of another node.
-    Serve {
-        asking: Asking,
-        stream: DataStream,
-    },
+    /// Another node's request for a head of this node.
+    Serve { request: RemoteRequest, stream: DataStream },
 }
 
-/// A request with its permit.
-#[derive(Debug)]
-pub(crate) struct Admitted {
-    request: GenerateRequest,
-    events: mpsc::Sender<Result<Generated, RequestError>>,
-    cancelled: CancellationToken,
-    permit: OwnedSemaphorePermit,
-}
-
-/// The way in, for handles.
+/// What request tasks share.
 #[derive(Debug, Clone)]
 pub(crate) struct GatewayHandle {
-    gateway: ActorRef<GatewayMsg>,
+    planner: PlannerRef,
+    router: Router,
     permits: Arc<Semaphore>,
+    next_seq: Arc<AtomicU64>,
+    /// Callers may be on a thread without a runtime.
+    runtime: Handle,
 }
 
 impl GatewayHandle {
-    pub(crate) fn new(gateway: ActorRef<GatewayMsg>, permits: Arc<Semaphore>) -> Self {
-        Self { gateway, permits }
+    /// The gateway of a node. Called on the node's runtime.
+    pub(crate) fn new(planner: PlannerRef, router: Router) -> Self {
+        let permits = Arc::new(Semaphore::new(REQUESTS_MAX));
+        Self { planner, router, permits, next_seq: Arc::new(AtomicU64::new(1)), runtime: Handle::current() }
     }
 
-    /// Admits a request.
+    /// Starts a request. `running`: its model, where the caller has ensured it already.
     ///
     /// # Errors
-    /// [`RequestError::Params`] and [`RequestError::Overloaded`] at once; everything else comes with the stream.
-    pub(crate) fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
+    /// [`RequestError::Params`] and [`RequestError::Overloaded`] at once; other errors come with the stream.
+    pub(crate) fn generate(
+        &self,
+        request: GenerateRequest,
+        running: Option<RunningModel>,
+    ) -> Result<Generation, RequestError> {
         request.params.check()?;
         let permit = Arc::clone(&self.permits).try_acquire_owned();
         let permit = permit.map_err(|_| RequestError::Overloaded { requests: REQUESTS_MAX })?;
-        // Tokens are bounded by the context; the channel takes memory as it fills.
+        // The context bounds the tokens; the channel takes memory only as it fills.
         let limit = request.max_tokens.unwrap_or(u32::MAX).min(CONTEXT_TOKENS_MAX) as usize;
         let (events, receiver) = mpsc::channel(limit + EVENTS_BESIDE_TOKENS);
         let cancelled = CancellationToken::new();
         let generation = Generation::new(receiver, cancelled.clone().drop_guard());
-        let admitted = Admitted { request, events, cancelled, permit };
-        let sent = self.gateway.send_message(GatewayMsg::Generate(Box::new(admitted)));
-        sent.map_err(|_| RequestError::ShuttingDown)?;
+        let task = RequestTask { gateway: self.clone(), cancelled, permit: Arc::new(permit) };
+        self.runtime.spawn(task.run(request, running, events));
         Ok(generation)
     }
-}
 
-/// No model here has a longer context.
-const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
+    /// Waits until the model of `spec` runs.
+    pub(crate) async fn ensure(&self, spec: ModelSpec) -> Result<RunningModel, RequestError> {
+        // No timeout: a download takes as long as it takes, and the caller sees its progress and can leave.
+        match self.planner.call(|reply| PlannerMsg::Ensure { spec, reply }, None).await {
+            Ok(CallResult::Success(outcome)) => outcome,
+            _ => Err(RequestError::ShuttingDown),
+        }
+    }
 
-/// Permits of a node's requests.
-pub(crate) fn permits() -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(REQUESTS_MAX))
-}
-
-#[derive(Debug)]
-pub(crate) struct GatewayArgs {
-    pub planner: PlannerRef,
-    pub post: Post,
-    pub permits: Arc<Semaphore>,
-}
-
-#[derive(Debug)]
-pub(crate) struct GatewayState {
-    args: GatewayArgs,
-    next_seq: Arc<AtomicU64>,
+    fn next_seq(&self) -> SeqId {
+        SeqId(self.next_seq.fetch_add(1, Ordering::Relaxed))
+    }
 }
 
 #[derive(Debug)]
@@ -123,57 +119,52 @@ pub(crate) struct Gateway;
 
 impl Actor for Gateway {
     type Msg = GatewayMsg;
-    type State = GatewayState;
-    type Arguments = GatewayArgs;
+    type State = GatewayHandle;
+    type Arguments = GatewayHandle;
 
-    async fn pre_start(&self, _: ActorRef<GatewayMsg>, args: GatewayArgs) -> Result<GatewayState, ActorProcessingErr> {
-        Ok(GatewayState { args, next_seq: Arc::new(AtomicU64::new(1)) })
+    async fn pre_start(
+        &self,
+        _: ActorRef<GatewayMsg>,
+        gateway: GatewayHandle,
+    ) -> Result<GatewayHandle, ActorProcessingErr> {
+        Ok(gateway)
     }
 
     async fn handle(
         &self,
         _: ActorRef<GatewayMsg>,
         message: GatewayMsg,
-        state: &mut GatewayState,
+        gateway: &mut GatewayHandle,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            GatewayMsg::Generate(admitted) => {
-                let Admitted { request, events, cancelled, permit } = *admitted;
-                let (planner, post) = (state.args.planner.clone(), state.args.post.clone());
-                let next_seq = Arc::clone(&state.next_seq);
-                let task = Task { planner, post, next_seq, cancelled, permit: Arc::new(permit) };
-                tokio::spawn(task.run(request, events));
-            }
-            GatewayMsg::Serve { asking, stream } => state.serve(asking, stream),
+            GatewayMsg::Serve { request, stream } => gateway.serve(request, stream),
         }
         Ok(())
     }
 }
 
 /// One request, from its admission to its end.
-struct Task {
-    planner: PlannerRef,
-    post: Post,
-    next_seq: Arc<AtomicU64>,
+struct RequestTask {
+    gateway: GatewayHandle,
     cancelled: CancellationToken,
     permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// What became of a request at one head.
-enum Outcome {
-    /// The client has all, or has gone.
-    Over,
-    /// It goes on at the next head.
+enum HeadOutcome {
+    /// The client has the whole answer, or has gone.
+    Done,
+    /// The request goes on at the next head.
     Moved,
     Failed(RequestError),
 }
 
-impl Task {
-    async fn run(self, request: GenerateRequest, events: mpsc::Sender<Result<Generated, RequestError>>) {
+impl RequestTask {
+    async fn run(self, request: GenerateRequest, running: Option<RunningModel>, events: Events) {
         let cancelled = self.cancelled.clone();
         tokio::select! {
             () = cancelled.cancelled() => {}
-            outcome = self.answer(request, &events) => {
+            outcome = self.answer(request, running, &events) => {
                 if let Err(error) = outcome {
                     // A client that has gone needs no reason.
                     let _ = events.try_send(Err(error));
@@ -182,14 +173,18 @@ impl Task {
         }
     }
 
-    /// Answers, at as many heads as it takes.
+    /// Answers, with as many heads as it takes.
     async fn answer(
         &self,
         request: GenerateRequest,
-        events: &mpsc::Sender<Result<Generated, RequestError>>,
+        running: Option<RunningModel>,
+        events: &Events,
     ) -> Result<(), RequestError> {
         let GenerateRequest { model: spec, prompt, params, max_tokens, stop } = request;
-        let mut running = ensure(&self.planner, spec.clone()).await?;
+        let mut running = match running {
+            Some(running) => running,
+            None => self.gateway.ensure(spec.clone()).await?,
+        };
         let encoding = |reply| TokenizerMsg::Encode { prompt, reply };
         let prompt = match running.tokenizer_ref.call(encoding, Some(ENCODE_TIMEOUT)).await {
             Ok(CallResult::Success(ids)) => ids?,
@@ -206,82 +201,88 @@ impl Task {
             };
             let max_tokens = max_tokens.unwrap_or(u32::MAX).min(running.context_tokens);
             let request = HeadRequest { sampler, max_tokens, ends: running.tokenizer.ends().clone() };
-            let outcome = match &running.home {
-                Home::Here(instance) => self.here(instance, &running, request, &mut answer).await,
-                Home::There(node) => self.there(*node, running.id, request, &mut answer).await,
+            let outcome = match &running.head {
+                HeadLocation::Local(head) => self.ask_local(head, &running, request, &mut answer).await,
+                HeadLocation::Remote(node) => self.ask_remote(*node, running.id, request, &mut answer).await,
             };
             match outcome {
-                Outcome::Over => return Ok(()),
-                // Of a head that many meet at, since another one died: it has room again as answers end.
-                Outcome::Failed(RequestError::Overloaded { .. }) if given > 0 => {}
-                Outcome::Failed(error) => return Err(error),
-                Outcome::Moved => {}
+                HeadOutcome::Done => return Ok(()),
+                // Many requests meet at this head because another one died: it has permits again as answers end.
+                HeadOutcome::Failed(RequestError::Overloaded { .. }) if given > 0 => {}
+                HeadOutcome::Failed(error) => return Err(error),
+                HeadOutcome::Moved => {}
             }
             heads = if answer.journal().len() > given { 1 } else { heads + 1 };
             if heads > HEADS_MAX {
-                let what = "the model changes its place and does not come to rest".to_owned();
+                let what = format!("{HEADS_MAX} heads in a row were lost before they gave a token");
                 return Err(RequestError::Engine { what, remedy: "see the logs of its machines".into() });
             }
             tokio::time::sleep(HEAD_WAIT * heads.min(10)).await;
-            running = ensure(&self.planner, spec.clone()).await?;
+            running = self.gateway.ensure(spec.clone()).await?;
         }
     }
 
-    async fn here(
+    async fn ask_local(
         &self,
-        instance: &InstanceRef,
+        head: &HeadRef,
         running: &RunningModel,
         request: HeadRequest,
         answer: &mut Answer,
-    ) -> Outcome {
-        let seq = SeqId(self.next_seq.fetch_add(1, Ordering::Relaxed));
-        let room = request.max_tokens.min(CONTEXT_TOKENS_MAX) as usize + EVENTS_BESIDE_TOKENS;
-        let (events, mut receiver) = mpsc::channel(room);
+    ) -> HeadOutcome {
+        let seq = self.gateway.next_seq();
+        let capacity = request.max_tokens.min(CONTEXT_TOKENS_MAX) as usize + EVENTS_BESIDE_TOKENS;
+        let (events, mut receiver) = mpsc::channel(capacity);
         let lease = Lease { _permit: Arc::clone(&self.permit), _in_use: Arc::clone(&running.in_use) };
-        // Whatever ends this, the head forgets the request.
-        let _cancels = Cancels { instance: instance.clone(), seq };
-        if instance.send_message(InstanceMsg::Submit(Submission { seq, request, events, lease })).is_err() {
-            return Outcome::Moved;
+        let _cancel = CancelOnDrop { head: head.clone(), seq };
+        if head.send_message(HeadMsg::Submit(Submission { seq, request, events, lease })).is_err() {
+            return HeadOutcome::Moved;
         }
         loop {
             match receiver.recv().await {
-                // A head that is gone without a word has moved.
-                None | Some(HeadEvent::Failed(RequestError::Moved)) => return Outcome::Moved,
-                Some(HeadEvent::Failed(error)) => return Outcome::Failed(error),
+                // A head that ends without an event has been replaced, or will be.
+                None | Some(HeadEvent::Failed(RequestError::Moved)) => return HeadOutcome::Moved,
+                Some(HeadEvent::Failed(error)) => return HeadOutcome::Failed(error),
                 Some(event) => {
-                    if answer.tell(event) == Stream::Over {
-                        return Outcome::Over;
+                    if answer.on_head_event(event) == StreamState::Closed {
+                        return HeadOutcome::Done;
                     }
                 }
             }
         }
     }
 
-    async fn there(&self, node: NodeId, instance: InstanceId, request: HeadRequest, answer: &mut Answer) -> Outcome {
-        let Some(data) = self.post.data(node) else { return Outcome::Moved };
-        let Ok(mut stream) = data.open(Priority::Normal).await else { return Outcome::Moved };
+    async fn ask_remote(
+        &self,
+        node: NodeId,
+        instance: InstanceId,
+        request: HeadRequest,
+        answer: &mut Answer,
+    ) -> HeadOutcome {
+        let router = &self.gateway.router;
+        let Some(data) = router.data(node) else { return HeadOutcome::Moved };
+        let Ok(mut stream) = data.open(Priority::Normal).await else { return HeadOutcome::Moved };
         let hello = DataHello::Request { instance, request: Box::new(request) };
         if stream.writer.send(&hello, Payload::Nothing).await.is_err() {
-            return Outcome::Moved;
+            return HeadOutcome::Moved;
         }
         loop {
             let received = stream.reader.receive::<HeadEvent>(|_, _| Ok(())).await;
             match received {
                 Err(error) => {
-                    tracing::debug!(peer = %node, %instance, %error, "an answer broke off");
-                    return Outcome::Moved;
+                    tracing::debug!(peer = %node, %instance, %error, "the stream of an answer broke");
+                    return HeadOutcome::Moved;
                 }
-                Ok(None) => return Outcome::Moved,
+                Ok(None) => return HeadOutcome::Moved,
                 Ok(Some((HeadEvent::Failed(RequestError::Moved | RequestError::ShuttingDown), _))) => {
-                    return Outcome::Moved;
+                    return HeadOutcome::Moved;
                 }
-                // What another circle has no room for, this one may have.
-                Ok(Some((HeadEvent::Failed(_), _))) if !self.post.is_here(node) => return Outcome::Moved,
-                Ok(Some((HeadEvent::Failed(error), _))) => return Outcome::Failed(error),
+                // A node outside this clique may lack the memory that this clique has.
+                Ok(Some((HeadEvent::Failed(_), _))) if !router.is_reachable(node) => return HeadOutcome::Moved,
+                Ok(Some((HeadEvent::Failed(error), _))) => return HeadOutcome::Failed(error),
                 Ok(Some((event, _))) => {
-                    if answer.tell(event) == Stream::Over {
+                    if answer.on_head_event(event) == StreamState::Closed {
                         stream.give_up();
-                        return Outcome::Over;
+                        return HeadOutcome::Done;
                     }
                 }
             }
@@ -289,25 +290,15 @@ impl Task {
     }
 }
 
-/// Cancels a request when it is dropped.
-struct Cancels {
-    instance: InstanceRef,
+/// Cancels a request at its head when it is dropped.
+struct CancelOnDrop {
+    head: HeadRef,
     seq: SeqId,
 }
 
-impl Drop for Cancels {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
-        // A head that is gone, or has ended the request, has forgotten it.
-        let _ = self.instance.send_message(InstanceMsg::Cancel(self.seq));
-    }
-}
-
-/// The running model of `spec`.
-pub(crate) async fn ensure(planner: &PlannerRef, spec: ModelSpec) -> Result<RunningModel, RequestError> {
-    // No deadline: a download takes what it takes, and whoever waits sees its progress and can leave.
-    let called = planner.call(|reply| PlannerMsg::Ensure { spec, reply }, None).await;
-    match called {
-        Ok(CallResult::Success(outcome)) => outcome,
-        _ => Err(RequestError::ShuttingDown),
+        // A head that has stopped, or has ended the request, knows it no longer.
+        let _ = self.head.send_message(HeadMsg::Cancel(self.seq));
     }
 }

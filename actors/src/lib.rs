@@ -1,45 +1,32 @@
 //! The runtime: supervised actors that own devices, shards, models and requests.
 //!
 //! ```text
-//! NodeHandle ─► Gateway ─► (Planner ─► Models) ─► Instance ─frames─► engine threads ─tokens─► Instance ─► Generation
-//!                               └► Device ─► Shard                                    facts ─► Node ─► Subscription
+//! NodeHandle ─► gateway ─► planner ─► models          the model is resolved and placed
+//!                  │          └─► head ─► worker       the placement's shards are loaded and connected
+//!                  └─request─► head ─frames─► engine threads ─tokens─► head ─► Generation
 //! ```
-//! [`core`] decides and is pure; the actors carry out. Outsiders hold a [`NodeHandle`] and never an actor.
+//! [`core`] decides and is pure; the actors carry out. Modules import only those below them: `node`, `cluster`, `gateway`
+//! and `monitor`, `planner`, `head`, `worker`, `models`, `transport`, `core`. Outsiders hold a [`NodeHandle`] and never an
+//! actor.
 
 mod cluster;
-mod control;
 pub mod core;
-mod device;
 mod gateway;
-mod generation;
-mod handle;
-mod host;
-mod instance;
-mod links;
-mod machine;
+mod head;
 pub mod models;
 mod monitor;
 mod node;
-mod outlet;
 mod planner;
-mod post;
-mod protocol;
-mod request;
-mod room;
-mod shard;
-mod stages;
-mod subscription;
-mod tokenizer;
+mod transport;
+mod worker;
 
-// What requests and answers are made of.
 pub use cluster::Evicted;
+pub use core::request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError};
+// What requests and answers are made of.
 pub use exo_engines::sampler::{Sampled, SamplingParams};
 pub use exo_engines::template::{Conversation, FunctionCall, Message, Role, ToolCall};
 pub use exo_net::{NodeId, WireType};
-pub use generation::Generation;
-pub use handle::{NodeHandle, start};
-pub use machine::host_name;
-pub use node::{Joined, NodeConfig};
-pub use planner::{PlannerLimits, RunningModel};
-pub use request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError, fresh_seed};
-pub use subscription::{Lagged, Subscription};
+pub use gateway::Generation;
+pub use node::{ClusterConfig, Lagged, NodeConfig, NodeHandle, Subscription, start};
+pub use planner::{PlannerLimits, RunningModel, fresh_seed};
+pub use worker::machine::host_name;

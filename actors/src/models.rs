@@ -4,40 +4,45 @@
 //! name ─► path, models folders ─► other nodes: headers, and pieces of some layers ─► ModelFiles
 //!              └► sources in order: Hugging Face hub, Python package ─► verified (SHA-256) ─► models folder ─┘
 //! ```
-//! - owns: what is being fetched, and what other nodes may have;
-//! - receives: models to get; nodes that want a model's bytes;
-//! - emits: models to all who wait for the same; bytes;
+//! - owns: the fetches under way, and the registry of models whose files are here;
+//! - receives: requests for models; other nodes' requests for a model's bytes;
+//! - emits: models to all callers that wait for the same; bytes;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
 mod catalogue;
 mod config;
-mod copy;
-pub(crate) mod error;
 mod files;
 mod hub;
-mod peers;
+mod name;
+mod partial;
+mod peer_fetch;
 mod python;
-mod shelf;
-mod store;
+mod registry;
+mod request;
+mod resolve;
+mod serve;
 
-pub use catalogue::{CATALOGUE, Entry, Source};
+pub use crate::core::model_error::ModelError;
+pub use catalogue::{CATALOGUE, CatalogueEntry, Source};
 pub use config::{ModelsConfig, Progress, ProgressSink};
-pub use error::ModelError;
-pub use store::{Origin, ResolvedModel};
+pub use name::{HubName, ModelName};
+pub(crate) use request::{Extent, Fetched, ModelRequest};
+pub use resolve::{Origin, ResolvedModel};
 
 use crate::core::spec::{FilesId, ModelSpec};
-use crate::outlet::Outlet;
-use crate::post::Post;
-use crate::protocol::WeightsAsk;
+use crate::transport::callback::EventCallback;
+use crate::transport::protocol::WeightsRequest;
+use crate::transport::router::Router;
 use exo_engines::model::{ModelFiles, Recipe};
 use exo_net::DataStream;
+use files::blocking;
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
-use shelf::Shelf;
+use registry::{ModelRegistry, RegisteredModel};
 use std::collections::HashMap;
-use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
@@ -47,52 +52,24 @@ type Outcome = Result<Arc<ResolvedModel>, ModelError>;
 
 /// Streams of other nodes that are served at once: each reads a piece into memory.
 const SERVED_MAX: usize = 8;
-
-/// Further ones wait for their turn: whoever asks waits for some time longer.
+/// How long a stream waits for its turn. Its peer waits longer.
 const SERVED_WITHIN: Duration = Duration::from_secs(15);
-
-/// What is wanted of which model.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Wish {
-    /// A catalogue name, a hub name, or a path.
-    pub(crate) model: String,
-    /// `None`: whichever files have that name.
-    pub(crate) files: Option<FilesId>,
-    pub(crate) extent: Extent,
-}
-
-/// How much of a model's files.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) enum Extent {
-    /// What its shape and its tokenizer are read from.
-    Outline,
-    /// That, and the weights of these layers, with the model's ends where they have them.
-    Layers(Range<usize>),
-    /// All files, from its sources.
-    Whole,
-}
-
-/// Bytes that have come from other nodes, and that are to come in all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Fetched {
-    pub(crate) fetched_bytes: u64,
-    pub(crate) total_bytes: u64,
-}
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum ModelsMsg {
     Get {
-        wish: Wish,
-        progress: Outlet<Fetched>,
+        request: ModelRequest,
+        progress: EventCallback<Fetched>,
         reply: RpcReplyPort<Outcome>,
     },
+    /// A fetch has ended.
     Got {
-        wish: Wish,
+        request: ModelRequest,
         outcome: Outcome,
     },
-    /// Another node wants bytes.
+    /// Another node asks for a model's bytes.
     Serve {
-        ask: WeightsAsk,
+        request: WeightsRequest,
         stream: DataStream,
     },
 }
@@ -100,17 +77,17 @@ pub(crate) enum ModelsMsg {
 #[derive(Debug)]
 pub(crate) struct ModelsArgs {
     pub(crate) config: ModelsConfig,
-    pub(crate) post: Post,
+    pub(crate) router: Router,
 }
 
 #[derive(Debug)]
 pub(crate) struct ModelsState {
     config: Arc<ModelsConfig>,
-    post: Post,
-    shelf: Shelf,
+    router: Router,
+    registry: ModelRegistry,
     served: Arc<Semaphore>,
-    /// Who waits for what.
-    waiting: HashMap<Wish, Vec<RpcReplyPort<Outcome>>>,
+    /// The callers that wait for each request.
+    waiting: HashMap<ModelRequest, Vec<RpcReplyPort<Outcome>>>,
     next: u64,
 }
 
@@ -123,10 +100,10 @@ impl Actor for Models {
     type Arguments = ModelsArgs;
 
     async fn pre_start(&self, _: ModelsRef, args: ModelsArgs) -> Result<ModelsState, ActorProcessingErr> {
-        let ModelsArgs { config, post } = args;
+        let ModelsArgs { config, router } = args;
         let served = Arc::new(Semaphore::new(SERVED_MAX));
-        let (config, shelf) = (Arc::new(config), Shelf::default());
-        Ok(ModelsState { config, post, shelf, served, waiting: HashMap::new(), next: 0 })
+        let (config, registry) = (Arc::new(config), ModelRegistry::default());
+        Ok(ModelsState { config, router, registry, served, waiting: HashMap::new(), next: 0 })
     }
 
     async fn handle(
@@ -136,122 +113,126 @@ impl Actor for Models {
         state: &mut ModelsState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            ModelsMsg::Get { wish, progress, reply } => state.get(&myself, wish, progress, reply),
-            ModelsMsg::Got { wish, outcome } => {
-                for reply in state.waiting.remove(&wish).unwrap_or_default() {
-                    // Whoever asked may have gone.
+            ModelsMsg::Get { request, progress, reply } => state.get(&myself, request, progress, reply),
+            ModelsMsg::Got { request, outcome } => {
+                for reply in state.waiting.remove(&request).unwrap_or_default() {
+                    // The caller may have gone.
                     let _ = reply.send(outcome.clone());
                 }
             }
-            ModelsMsg::Serve { ask, stream } => state.serve(ask, stream),
+            ModelsMsg::Serve { request, stream } => state.serve(request, stream),
         }
         Ok(())
     }
 }
 
 impl ModelsState {
-    /// Two who want the same share one download.
-    fn get(&mut self, myself: &ModelsRef, wish: Wish, progress: Outlet<Fetched>, reply: RpcReplyPort<Outcome>) {
-        let waiting = self.waiting.entry(wish.clone()).or_default();
+    /// Starts a fetch. Callers with equal requests share one.
+    fn get(
+        &mut self,
+        myself: &ModelsRef,
+        request: ModelRequest,
+        progress: EventCallback<Fetched>,
+        reply: RpcReplyPort<Outcome>,
+    ) {
+        let waiting = self.waiting.entry(request.clone()).or_default();
         waiting.push(reply);
         if waiting.len() > 1 {
             return;
         }
         self.next += 1;
-        let (config, shelf) = (Arc::clone(&self.config), self.shelf.clone());
-        let getting = Getting { config, shelf, wish, progress, number: self.next };
-        let (post, myself) = (self.post.clone(), myself.clone());
+        let (config, registry) = (Arc::clone(&self.config), self.registry.clone());
+        let job = FetchJob { config, registry, request, progress, number: self.next };
+        let (router, myself) = (self.router.clone(), myself.clone());
         tokio::spawn(async move {
-            let outcome = getting.get(&post).await.map(Arc::new);
-            let _ = myself.send_message(ModelsMsg::Got { wish: getting.wish, outcome });
+            let outcome = job.run(&router).await.map(Arc::new);
+            let _ = myself.send_message(ModelsMsg::Got { request: job.request, outcome });
         });
     }
 
-    fn serve(&self, ask: WeightsAsk, stream: DataStream) {
-        let (config, shelf, served) = (Arc::clone(&self.config), self.shelf.clone(), Arc::clone(&self.served));
+    fn serve(&self, request: WeightsRequest, stream: DataStream) {
+        let (config, registry, served) = (Arc::clone(&self.config), self.registry.clone(), Arc::clone(&self.served));
         tokio::spawn(async move {
-            // Bounded in number by the streams of peers.
+            // The limit of streams per peer bounds the number of these tasks.
             match tokio::time::timeout(SERVED_WITHIN, served.acquire_owned()).await {
-                Ok(Ok(_permit)) => shelf::serve(config, shelf, ask, stream).await,
+                Ok(Ok(_permit)) => serve::serve(config, registry, request, stream).await,
                 _ => stream.give_up(),
             }
         });
     }
 }
 
-/// A model on its way.
+/// A fetch under way.
 #[derive(Debug)]
-struct Getting {
+struct FetchJob {
     config: Arc<ModelsConfig>,
-    shelf: Shelf,
-    wish: Wish,
-    progress: Outlet<Fetched>,
-    /// Tells it from others of this process.
+    registry: ModelRegistry,
+    request: ModelRequest,
+    progress: EventCallback<Fetched>,
+    /// Tells it from other fetches of this process.
     number: u64,
 }
 
-impl Getting {
-    /// From this machine, else from other nodes, else from its sources.
-    async fn get(&self, post: &Post) -> Result<ResolvedModel, ModelError> {
-        if let Some((path, origin)) = store::find_here(&self.config, &self.wish.model) {
-            let found = self.open(path, origin).await?;
-            if self.wish.files.is_none_or(|wanted| wanted == found.id) {
-                return Ok(found);
+impl FetchJob {
+    /// Gets the model from this machine, else from other nodes, else from its sources.
+    async fn run(&self, router: &Router) -> Result<ResolvedModel, ModelError> {
+        let (config, name) = (Arc::clone(&self.config), self.request.name());
+        let (found, is_cached) =
+            blocking(move || Ok((resolve::find_here(&config, &name), resolve::is_cached(&config, &name)))).await?;
+        if let Some((path, origin)) = found {
+            let model = self.open(path, origin).await?;
+            if self.request.files.is_none_or(|files| files == model.id) {
+                return Ok(model);
             }
         }
-        if self.wish.extent != Extent::Whole && !store::is_cached(&self.config, &self.wish.model) {
-            let peers = post.peers();
-            if let Some(shared) = self.ask_peers(&peers).await? {
-                let (name, files) = (self.wish.model.clone(), Arc::clone(&shared.files));
-                return Ok(ResolvedModel { name, files, origin: Origin::Peers, id: shared.id });
+        if self.request.extent != Extent::Whole && !is_cached {
+            let peers = router.peers();
+            if let Some(model) = self.fetch_from_peers(&peers).await? {
+                return Ok(self.resolved(&model, Origin::Peers));
             }
         }
-        let (path, origin) = store::locate(&self.config, &self.wish.model).await?;
-        let found = self.open(path, origin).await?;
-        match self.wish.files {
-            Some(wanted) if wanted != found.id => Err(ModelError::OtherFiles { model: self.wish.model.clone() }),
-            _ => Ok(found),
+        let (path, origin) = resolve::locate(&self.config, &self.request.model).await?;
+        let model = self.open(path, origin).await?;
+        match self.request.files {
+            Some(files) if files != model.id => Err(ModelError::OtherFiles { model: self.request.model.clone() }),
+            _ => Ok(model),
         }
     }
 
-    async fn open(&self, path: std::path::PathBuf, origin: Origin) -> Result<ResolvedModel, ModelError> {
-        let shared = blocking(move || shelf::Shared::whole(ModelFiles::open(&path)?)).await?;
-        let shared = self.shelf.put(&self.wish.model, shared);
-        let (name, files) = (self.wish.model.clone(), Arc::clone(&shared.files));
-        Ok(ResolvedModel { name, files, origin, id: shared.id })
+    async fn open(&self, path: PathBuf, origin: Origin) -> Result<ResolvedModel, ModelError> {
+        let model = blocking(move || RegisteredModel::whole(ModelFiles::open(&path)?)).await?;
+        let model = self.registry.insert(&self.request.model, model);
+        Ok(self.resolved(&model, origin))
     }
 
-    fn tell(&self, fetched_bytes: u64, total_bytes: u64) {
+    fn resolved(&self, model: &RegisteredModel, origin: Origin) -> ResolvedModel {
+        ResolvedModel { name: self.request.model.clone(), files: Arc::clone(&model.files), origin, id: model.id }
+    }
+
+    fn report(&self, fetched_bytes: u64, total_bytes: u64) {
         self.progress.tell(Fetched { fetched_bytes, total_bytes });
         (self.config.progress)(Progress::Fetching { fetched_bytes, total_bytes: Some(total_bytes) });
     }
 }
 
-/// Reads or writes files beside the threads that messages travel on.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ModelError> + Send + 'static,
-) -> Result<T, ModelError> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| ModelError::Interrupted)?
-}
-
-/// Asks the actor for a model; a download takes as long as it takes.
-pub(crate) async fn get(models: &ModelsRef, wish: Wish, progress: Outlet<Fetched>) -> Outcome {
-    match models.call(|reply| ModelsMsg::Get { wish, progress, reply }, None).await {
+/// Asks the actor for a model. There is no timeout: a download takes as long as it takes.
+pub(crate) async fn get(models: &ModelsRef, request: ModelRequest, progress: EventCallback<Fetched>) -> Outcome {
+    match models.call(|reply| ModelsMsg::Get { request, progress, reply }, None).await {
         Ok(CallResult::Success(outcome)) => outcome,
         _ => Err(ModelError::Interrupted),
     }
 }
 
-/// As much of the model of `spec` as is wanted, with its weights as it wants them.
+/// As much of the model of `spec` as `extent` says, quantised as `spec` says.
 pub(crate) async fn get_spec(
     models: &ModelsRef,
     spec: &ModelSpec,
     files: Option<FilesId>,
     extent: Extent,
-    progress: Outlet<Fetched>,
+    progress: EventCallback<Fetched>,
 ) -> Outcome {
-    let wish = Wish { model: spec.model.clone(), files, extent };
-    quantised(get(models, wish, progress).await?, spec.quantize)
+    let request = ModelRequest { model: spec.model.clone(), files, extent };
+    quantised(get(models, request, progress).await?, spec.quantize)
 }
 
 /// The same model, to be quantised while it is loaded. The recipe is part of its name.

@@ -6,11 +6,11 @@
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
-use crate::core::state::Machine;
-use crate::core::view::Fact;
-use crate::machine::measure;
-use crate::outlet::Facts;
+use crate::core::node_status::Fact;
+use crate::core::status::Machine;
 use crate::planner::{PlannerMsg, PlannerRef};
+use crate::transport::callback::Facts;
+use crate::worker::machine::measure;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::time::Duration;

@@ -1,27 +1,32 @@
 //! Node: the root supervisor.
 //!
-//! - owns: all other actors, and the state that people see;
-//! - receives: facts, and subscriptions to them; messages of nodes for actors of this one;
-//! - emits: facts to subscribers; each message to whom it concerns;
-//! - dies when: it is stopped, or an actor that nothing works without fails;
-//! - supervised by: whoever started it.
+//! - owns: all other actors, and the status that users see;
+//! - receives: facts, and subscriptions to them; facts of the worker, for the planner;
+//! - emits: facts to subscribers;
+//! - dies when: it is stopped, or an actor that the node cannot work without fails;
+//! - supervised by: the caller of [`start`].
+
+mod handle;
+mod subscription;
+
+pub use handle::{NodeHandle, start};
+pub use subscription::{Lagged, Subscription};
 
 use crate::cluster::{Cluster, ClusterArgs, ClusterRef, Evicted};
-use crate::control::Heard;
-use crate::core::patience::Patience;
-use crate::core::view::{Fact, State};
-use crate::device::{Device, DeviceArgs, DeviceRef};
-use crate::gateway::{Gateway, GatewayArgs, GatewayHandle, permits};
-use crate::links::Switchboard;
-use crate::machine::measure_once;
+use crate::core::node_status::{Fact, NodeStatus};
+use crate::core::watchdog::HangTimeouts;
+use crate::gateway::{Gateway, GatewayHandle};
 use crate::models::{Models, ModelsArgs, ModelsConfig, ModelsRef};
 use crate::monitor::{Monitor, MonitorArgs};
-use crate::outlet::{Facts, Outlet};
 use crate::planner::{Planner, PlannerArgs, PlannerLimits, PlannerMsg, PlannerRef};
-use crate::post::Post;
-use crate::protocol::ControlMessage;
-use crate::stages::{LocalDevice, Stages, StagesArgs, StagesFact, StagesMsg, StagesRef};
-use crate::subscription::Subscription;
+use crate::transport::callback::{EventCallback, Facts};
+use crate::transport::control::ReceivedMessage;
+use crate::transport::protocol::ControlMessage;
+use crate::transport::router::Router;
+use crate::worker::device::{Device, DeviceArgs, DeviceRef};
+use crate::worker::links::LinkRegistry;
+use crate::worker::machine::measure_once;
+use crate::worker::{LocalDevice, Worker, WorkerArgs, WorkerFact, WorkerMsg, WorkerRef};
 use exo_engines::engine::{DeviceKind, EngineFactory};
 use exo_net::{Network, NetworkEvent, NodeId, WireType};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
@@ -33,74 +38,79 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 pub(crate) type NodeRef = ActorRef<NodeMsg>;
 
-/// Facts that a slow subscriber may be behind by before it is told to start over: minutes of a quiet node, seconds
-/// of a busy one.
+/// Facts that a slow subscriber may lag behind before it must subscribe anew: minutes of a quiet node, seconds of a busy
+/// one.
 const FACTS_BEHIND_MAX: usize = 4096;
-/// Children get this long to end what they are at.
+/// The time that children have to stop.
 const CHILDREN_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum NodeMsg {
     Fact(Fact),
-    /// News of this node's shards, for the planner.
-    Stages(StagesFact),
+    /// A fact of the worker, for the planner.
+    Worker(WorkerFact),
     Subscribe(RpcReplyPort<Subscription>),
 }
 
-/// What a node is made of.
+/// The configuration of a node.
 #[derive(Debug)]
 pub struct NodeConfig {
+    /// The node's id.
     pub id: NodeId,
-    /// As its user calls it.
+    /// The node's name, as its user chose it.
     pub name: String,
-    /// Best first; the processor last.
+    /// The engines' factories, best first, those of the CPU last.
     pub factories: Vec<Arc<dyn EngineFactory>>,
+    /// Where models are, and how others are fetched.
     pub models: ModelsConfig,
+    /// Bounds that the user sets.
     pub limits: PlannerLimits,
-    /// When a device counts as hung.
-    pub patience: Patience,
-    /// How activations travel to other nodes.
+    /// How long work on a device may take before the device counts as hung.
+    pub hang_timeouts: HangTimeouts,
+    /// How activations are encoded on links to other nodes.
     pub wire_type: WireType,
-    /// `None`: this node is alone, and stays so.
-    pub joined: Option<Joined>,
+    /// The node's cluster; `None`: the node has no network.
+    pub cluster: Option<ClusterConfig>,
 }
 
-/// The network of a node that has others.
+/// The configuration of a node that is a member of a cluster.
 #[derive(Debug)]
-pub struct Joined {
+pub struct ClusterConfig {
+    /// The started network.
     pub network: Network,
+    /// The network's events.
     pub events: mpsc::Receiver<NetworkEvent>,
-    /// What ractor_cluster's sessions ask of each other.
+    /// The cookie by which ractor_cluster's sessions authenticate each other.
     pub cookie: String,
-    /// Where others reach this node.
+    /// The addresses at which other nodes reach this one.
     pub addresses: Vec<SocketAddr>,
-    /// Who is not let in.
+    /// The members that are not admitted.
     pub evicted: Evicted,
 }
 
-/// The parts that a handle needs.
+/// The parts of a node that its handle needs.
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) gateway: GatewayHandle,
     pub(crate) planner: PlannerRef,
     pub(crate) models: ModelsRef,
-    /// `None` where this node is alone.
+    /// `None` where the node has no network.
     pub(crate) cluster: Option<ClusterRef>,
-    /// For tests that speak as a member.
+    /// For tests that act as a hostile member.
     #[cfg(test)]
-    pub(crate) post: Post,
+    pub(crate) router: Router,
 }
 
 #[derive(Debug)]
 pub(crate) struct NodeArgs {
     pub(crate) config: NodeConfig,
-    /// Gets the parts once all are there.
+    /// Receives the parts once all have started.
     pub(crate) started: oneshot::Sender<Parts>,
 }
 
 #[derive(Debug)]
 pub(crate) struct NodeState {
-    state: State,
+    status: NodeStatus,
     planner: PlannerRef,
     subscribers: broadcast::Sender<(u64, Fact)>,
 }
@@ -115,14 +125,14 @@ impl Actor for Node {
 
     async fn pre_start(&self, myself: NodeRef, args: NodeArgs) -> Result<NodeState, ActorProcessingErr> {
         let NodeArgs { config, started } = args;
-        let addresses = config.joined.as_ref().map(|joined| joined.addresses.clone()).unwrap_or_default();
-        let state = State::new(config.id, config.name.clone(), addresses);
+        let addresses = config.cluster.as_ref().map(|cluster| cluster.addresses.clone()).unwrap_or_default();
+        let status = NodeStatus::new(config.id, config.name.clone(), addresses);
         let parts = start_children(&myself, config).await?;
         let planner = parts.planner.clone();
-        // Whoever started the node waits for this.
+        // The caller of `start` waits for the parts.
         let _ = started.send(parts);
         let (subscribers, _) = broadcast::channel(FACTS_BEHIND_MAX);
-        Ok(NodeState { state, planner, subscribers })
+        Ok(NodeState { status, planner, subscribers })
     }
 
     async fn post_stop(&self, myself: NodeRef, _: &mut NodeState) -> Result<(), ActorProcessingErr> {
@@ -133,15 +143,15 @@ impl Actor for Node {
     async fn handle(&self, _: NodeRef, message: NodeMsg, state: &mut NodeState) -> Result<(), ActorProcessingErr> {
         match message {
             NodeMsg::Fact(fact) => {
-                state.state.apply(&fact);
-                state.tell_planner(&fact);
-                // Nobody may be listening.
-                let _ = state.subscribers.send((state.state.version, fact));
+                state.status.apply(&fact);
+                // There may be no subscribers.
+                let _ = state.subscribers.send((state.status.version, fact));
             }
             // A planner that fails takes the node with it.
-            NodeMsg::Stages(fact) => drop(state.planner.send_message(PlannerMsg::Stages(fact))),
+            NodeMsg::Worker(fact) => drop(state.planner.send_message(PlannerMsg::Worker(fact))),
             NodeMsg::Subscribe(reply) => {
-                let subscription = Subscription::new(state.state.clone(), state.subscribers.subscribe());
+                let subscription = Subscription::new(state.status.clone(), state.subscribers.subscribe());
+                // The caller may have gone.
                 let _ = reply.send(subscription);
             }
         }
@@ -155,7 +165,7 @@ impl Actor for Node {
         _: &mut NodeState,
     ) -> Result<(), ActorProcessingErr> {
         match event {
-            // These actors hold what cannot be rebuilt beside running requests: the node ends, and says why.
+            // These actors hold state that cannot be rebuilt beside running requests, so the node stops.
             SupervisionEvent::ActorFailed(who, error) => {
                 tracing::error!(actor = %who.get_id(), %error, "an actor failed: the node stops");
                 Err(error)
@@ -165,99 +175,97 @@ impl Actor for Node {
     }
 }
 
-impl NodeState {
-    /// Other nodes are told of the instances of this one, every second and when one begins or ends.
-    fn tell_planner(&self, fact: &Fact) {
-        let is_of_interest = matches!(
-            fact,
-            Fact::MachineMeasured(_)
-                | Fact::InstanceReady { .. }
-                | Fact::InstanceStopped { .. }
-                | Fact::ShardFailed { .. }
-        );
-        if is_of_interest {
-            let live = self.state.live().map(|(id, instance)| (id, instance.clone())).collect();
-            // A planner that fails takes the node with it.
-            let _ = self.planner.send_message(PlannerMsg::Summary(live));
-        }
-    }
-}
-
 async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, ActorProcessingErr> {
     let facts = Facts::to(myself, NodeMsg::Fact);
     let cell = || myself.get_cell();
-    let (post, board, permits) = (Post::new(config.id), Switchboard::default(), permits());
-    let (models, _) =
-        Models::spawn_linked(None, Models, ModelsArgs { config: config.models, post: post.clone() }, cell()).await?;
-    let devices = start_devices(myself, &config.factories, config.patience, &facts).await?;
+    let (router, link_registry) = (Router::new(config.id), LinkRegistry::default());
+    let models_args = ModelsArgs { config: config.models, router: router.clone() };
+    let (models, _) = Models::spawn_linked(None, Models, models_args, cell()).await?;
+    let devices = start_devices(myself, &config.factories, config.hang_timeouts, &facts).await?;
     let machine = tokio::task::spawn_blocking(measure_once).await?;
     facts.tell(Fact::MachineMeasured(machine.clone()));
     let reports = devices.iter().map(|local| local.report.clone()).collect();
-    let stages_args = StagesArgs {
+    let worker_args = WorkerArgs {
         devices,
         models: models.clone(),
-        post: post.clone(),
-        board: board.clone(),
-        facts: Outlet::to(myself, NodeMsg::Stages),
+        router: router.clone(),
+        link_registry: link_registry.clone(),
+        facts: EventCallback::to(myself, NodeMsg::Worker),
     };
-    let (stages, _) = Stages::spawn_linked(None, Stages, stages_args, cell()).await?;
+    let (worker, _) = Worker::spawn_linked(None, Worker, worker_args, cell()).await?;
     let planner_args = PlannerArgs {
         node: config.id,
         name: config.name,
-        addresses: config.joined.as_ref().map(|joined| joined.addresses.clone()).unwrap_or_default(),
+        addresses: config.cluster.as_ref().map(|cluster| cluster.addresses.clone()).unwrap_or_default(),
         devices: reports,
         machine,
         limits: config.limits,
-        patience: config.patience,
+        hang_timeouts: config.hang_timeouts,
         wire_type: config.wire_type,
         models: models.clone(),
-        stages: stages.clone(),
-        post: post.clone(),
-        board: board.clone(),
-        heads: config.joined.as_ref().map(|joined| joined.network.thread()),
+        worker: worker.clone(),
+        router: router.clone(),
+        link_registry: link_registry.clone(),
+        head_thread: config.cluster.as_ref().map(|cluster| cluster.network.thread()),
         facts: facts.clone(),
     };
     let (planner, _) = Planner::spawn_linked(None, Planner, planner_args, cell()).await?;
-    let deliver = deliver(stages, planner.clone());
-    let (own, here) = (config.id, deliver.clone());
-    post.deliver_here(Outlet::new(move |message| here.tell(Heard { from: own, message, place: None })));
+    let deliver = deliver(worker, planner.clone());
+    let (own, local) = (config.id, deliver.clone());
+    router.deliver_locally(EventCallback::new(move |message| {
+        local.tell(ReceivedMessage { from: own, message, slot: None });
+    }));
     let monitor_args = MonitorArgs { planner: planner.clone(), facts };
     Monitor::spawn_linked(None, Monitor, monitor_args, cell()).await?;
-    let gateway_args = GatewayArgs { planner: planner.clone(), post: post.clone(), permits: Arc::clone(&permits) };
-    let (gateway, _) = Gateway::spawn_linked(None, Gateway, gateway_args, cell()).await?;
-    let mut cluster = None;
+    let handle = GatewayHandle::new(planner.clone(), router.clone());
+    let (gateway, _) = Gateway::spawn_linked(None, Gateway, handle.clone(), cell()).await?;
     #[cfg(test)]
-    let post_of_tests = post.clone();
-    if let Some(Joined { network, events, cookie, evicted, .. }) = config.joined {
-        let (planner, gateway, models) = (planner.clone(), gateway.clone(), models.clone());
-        let cluster_args =
-            ClusterArgs { own, network, events, cookie, evicted, post, board, planner, gateway, models, deliver };
+    let router_of_tests = router.clone();
+    let mut cluster = None;
+    if let Some(ClusterConfig { network, events, cookie, evicted, .. }) = config.cluster {
+        let (planner, models) = (planner.clone(), models.clone());
+        let cluster_args = ClusterArgs {
+            own,
+            network,
+            events,
+            cookie,
+            evicted,
+            router,
+            link_registry,
+            planner,
+            gateway,
+            models,
+            deliver,
+        };
         cluster = Some(Cluster::spawn_linked(None, Cluster, cluster_args, cell()).await?.0);
     }
     Ok(Parts {
-        gateway: GatewayHandle::new(gateway, permits),
+        gateway: handle,
         planner,
         models,
         cluster,
         #[cfg(test)]
-        post: post_of_tests,
+        router: router_of_tests,
     })
 }
 
-/// Each message to whom it concerns.
-fn deliver(stages: StagesRef, planner: PlannerRef) -> Outlet<Heard> {
-    Outlet::new(move |Heard { from, message, place }| match message {
-        // Actors that are gone take the node with them.
-        ControlMessage::Stage(order) => drop(stages.send_message(StagesMsg::Order { from, order, place })),
-        message => drop(planner.send_message(PlannerMsg::Heard(Box::new(Heard { from, message, place })))),
+/// Passes each message to the actor that handles it.
+fn deliver(worker: WorkerRef, planner: PlannerRef) -> EventCallback<ReceivedMessage> {
+    EventCallback::new(move |ReceivedMessage { from, message, slot }| match message {
+        // An actor that has stopped takes the node with it.
+        ControlMessage::Stage(order) => drop(worker.send_message(WorkerMsg::Order { from, order, slot })),
+        message => {
+            let received = Box::new(ReceivedMessage { from, message, slot });
+            drop(planner.send_message(PlannerMsg::Received(received)));
+        }
     })
 }
 
-/// One actor for each device that a factory finds. The processor's goes first, for the others fall back to it.
+/// Starts an actor for each device that a factory finds. The CPU's starts first, since the others fall back to it.
 async fn start_devices(
     myself: &NodeRef,
     factories: &[Arc<dyn EngineFactory>],
-    patience: Patience,
+    hang_timeouts: HangTimeouts,
     facts: &Facts,
 ) -> Result<Vec<LocalDevice>, ActorProcessingErr> {
     let mut found = Vec::new();
@@ -266,14 +274,14 @@ async fn start_devices(
     }
     let mut devices: Vec<Option<LocalDevice>> = vec![None; found.len()];
     let mut fallback: Option<DeviceRef> = None;
-    // From the last to the first: a GPU falls back to the best processor engine behind it.
+    // From the last to the first: a GPU falls back to the best CPU engine behind it.
     for (index, (report, factory)) in found.into_iter().enumerate().rev() {
         let is_cpu = report.kind == DeviceKind::Cpu;
         let args = DeviceArgs {
             report: report.clone(),
             factory: Arc::clone(&factory),
             fallback: if is_cpu { None } else { fallback.clone() },
-            patience,
+            hang_timeouts,
             facts: facts.clone(),
         };
         let (device, _) = Device::spawn_linked(None, Device, args, myself.get_cell()).await?;

@@ -1,124 +1,136 @@
 //! Planner: which models run, and where.
 //!
-//! - owns: this node's copy of what is wanted, what members tell of themselves, the instances whose head is here;
-//! - receives: models that requests need, news of members, of instances, of this machine;
-//! - emits: placements, as entries that all members hear of; instances, where the head is here;
+//! - owns: this node's copy of the desired deployments, the members' reports, the heads of this node, and the tokenizers of
+//!   the models that requests of this node use;
+//! - receives: models that requests need, members' messages, the events of its heads, measurements of this machine;
+//! - emits: placements, as entries of the desired list that every member receives; heads; facts;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
 //! ```text
-//! Ensure ─► wanting (headers, tokenizer) ─Want─► core/lead (on the leader: place, mend, unload) ─► Desired ─► own (heads here)
+//! Ensure ─► pending (headers, tokenizer) ─Want─► core/leader (on the leader: place, repair, unload) ─► Desired ─► owned (heads)
 //! ```
-//! The member with the lowest id leads: it alone writes what is wanted, all hear of it, and whoever leads next goes on
-//! from what it has heard. A model that nobody has used for a while leaves, and so does, when another needs its room, the
-//! one of those that nobody uses now that was used longest ago.
+//! The member with the lowest id leads: it alone writes the desired list, every member receives it, and the next leader
+//! goes on from its own copy. A model that nobody has used for a while is unloaded. When another model needs its memory, the
+//! idle model that was used longest ago is unloaded first.
 
 mod demand;
-mod others;
-mod own;
-mod wanting;
+mod drain;
+mod membership;
+mod owned;
+mod pending;
+mod report;
+mod seed;
+mod tokenizer;
 
-pub(crate) use wanting::Home;
-pub use wanting::RunningModel;
+pub(crate) use pending::HeadLocation;
+pub use pending::RunningModel;
+pub use seed::fresh_seed;
+#[cfg(test)]
+pub(crate) use tokenizer::TokenizerActor;
+pub(crate) use tokenizer::TokenizerMsg;
 
-use crate::control::Heard;
-use crate::core::circle::Circle;
-use crate::core::desired::{Desired, Want};
-use crate::core::lead::{Effect, Leader, World};
+use crate::core::clique::Clique;
+use crate::core::desired::{Desired, Target};
+use crate::core::leader::{Effect, Leader, RoundContext};
 use crate::core::members::Members;
-use crate::core::patience::Patience;
+use crate::core::node_status::Fact;
 use crate::core::plan::{Link, Preview};
+use crate::core::request::RequestError;
 use crate::core::spec::{InstanceId, ModelSpec};
-use crate::core::state::{InstanceState, Machine};
-use crate::instance::{InstanceRef, InstanceReport, News};
-use crate::links::Switchboard;
+use crate::core::status::Machine;
+use crate::core::watchdog::HangTimeouts;
+use crate::head::{HeadRef, HeadReport, StageUpdate};
 use crate::models::{ModelsRef, ResolvedModel};
-use crate::outlet::Facts;
-use crate::post::Post;
-use crate::protocol::ControlMessage;
-use crate::request::{RequestError, fresh_seed};
-use crate::stages::{StagesFact, StagesRef};
-use crate::tokenizer::Opened;
+use crate::transport::callback::Facts;
+use crate::transport::control::ReceivedMessage;
+use crate::transport::protocol::ControlMessage;
+use crate::transport::router::Router;
+use crate::worker::links::LinkRegistry;
+use crate::worker::{WorkerFact, WorkerRef};
+use drain::Drain;
 use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::{NetworkThread, NodeId, WireType};
-use own::{Draining, Owned};
+use owned::OwnedHead;
+use pending::PendingModel;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use ractor_cluster::RactorMessage;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use wanting::Wanting;
+use tokenizer::Opened;
 
 pub(crate) type PlannerRef = ActorRef<PlannerMsg>;
 
-/// How often the planner looks after everything, and tells the others of this node.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often the planner checks everything, and reports to the other members.
+const TICK_EVERY: Duration = Duration::from_secs(1);
 
 pub(crate) type EnsureReply = RpcReplyPort<Result<RunningModel, RequestError>>;
-/// A head of this node, and what says that it is in use.
-pub(crate) type Head = (InstanceRef, Arc<()>);
+/// A head of this node, and the count that marks it as in use while it is held.
+pub(crate) type ActiveHead = (HeadRef, Arc<()>);
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum PlannerMsg {
-    /// Wants a model to run; the reply comes when it does.
+    /// A model is to run. The reply comes when it does.
     Ensure {
         spec: ModelSpec,
         reply: EnsureReply,
     },
-    /// Wants the head of an instance; `None` where it is not here.
-    Head {
+    /// Asks for the head of an instance; `None` where it is not on this node.
+    FindHead {
         instance: InstanceId,
-        reply: RpcReplyPort<Option<Head>>,
+        reply: RpcReplyPort<Option<ActiveHead>>,
     },
-    /// The files of a wanted model are there, or not.
+    /// The headers of a pending model were found, or not.
     Resolved {
         spec: ModelSpec,
         number: u64,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     },
+    /// The tokenizer of a pending model was opened, or not.
     Tokenizer {
         spec: ModelSpec,
         number: u64,
         opened: Opened,
     },
-    Instance(InstanceReport),
-    /// An instance is gone, whatever it has said before.
-    InstanceEnded {
+    HeadReport(HeadReport),
+    /// A head of this node reports a fact about its instance.
+    HeadFact(Fact),
+    /// The actor of a head has ended, whatever it reported before.
+    HeadEnded {
         instance: InstanceId,
         what: String,
     },
     MachineMeasured(Machine),
-    /// What is known of the instances whose head is here, for the others.
-    Summary(BTreeMap<InstanceId, InstanceState>),
-    Stages(StagesFact),
-    /// A member says something.
-    Heard(Box<Heard>),
+    Worker(WorkerFact),
+    /// A message from a member, or from this node.
+    Received(Box<ReceivedMessage>),
     NodeUp(NodeId),
     NodeDown(NodeId),
-    /// A peer whose session never began comes no more.
+    /// A peer disconnected before its session was ready.
     NodeMissed(NodeId),
     LinksMeasured {
         links: BTreeMap<NodeId, Link>,
         peers: Vec<SocketAddr>,
     },
-    /// What would become of a model.
+    /// Asks where a model would be placed now.
     Preview {
         spec: ModelSpec,
         model: Arc<ResolvedModel>,
         reply: RpcReplyPort<Vec<Preview>>,
     },
-    /// Takes this node out of the cluster; the reply comes when nothing runs on it.
+    /// Takes this node out of the cluster. The reply comes when nothing runs on it.
     Drain(RpcReplyPort<()>),
-    Look,
+    Tick,
 }
 
-/// What a user bounds.
+/// Bounds that the user sets.
 #[derive(Debug, Clone, Default)]
 pub struct PlannerLimits {
-    /// A model that nobody has used for so long leaves; `None`: it stays.
+    /// A model that nobody has used for this long is unloaded; `None`: never.
     pub idle: Option<Duration>,
-    /// Memory of all models together; `None`: what the machine has.
+    /// Memory of all models together, in bytes; `None`: what the machine has.
     pub memory_bytes: Option<u64>,
 }
 
@@ -126,20 +138,20 @@ pub struct PlannerLimits {
 pub(crate) struct PlannerArgs {
     pub node: NodeId,
     pub name: String,
-    /// Where others reach this node.
+    /// The addresses at which other nodes reach this one.
     pub addresses: Vec<SocketAddr>,
     /// Best first.
     pub devices: Vec<DeviceReport>,
     pub machine: Machine,
     pub limits: PlannerLimits,
-    pub patience: Patience,
+    pub hang_timeouts: HangTimeouts,
     pub wire_type: WireType,
     pub models: ModelsRef,
-    pub stages: StagesRef,
-    pub post: Post,
-    pub board: Switchboard,
-    /// Where heads decide: results of steps come in there. `None`: there is no network.
-    pub heads: Option<NetworkThread>,
+    pub worker: WorkerRef,
+    pub router: Router,
+    pub link_registry: LinkRegistry,
+    /// The thread that heads run on: the results of steps arrive there. `None`: the node has no network.
+    pub head_thread: Option<NetworkThread>,
     pub facts: Facts,
 }
 
@@ -149,24 +161,23 @@ pub(crate) struct PlannerState {
     started: Instant,
     desired: Desired,
     members: Members,
-    circle: Circle,
-    /// What requests of this node wait for, and use.
-    wanting: HashMap<ModelSpec, Wanting>,
-    next_wanting: u64,
+    clique: Clique,
+    /// Models that requests of this node wait for, or use.
+    pending: HashMap<ModelSpec, PendingModel>,
+    next_pending: u64,
     leader: Leader,
-    owned: HashMap<InstanceId, Owned>,
-    /// Memory that shards of this node hold, by instance.
+    owned: HashMap<InstanceId, OwnedHead>,
+    /// Memory that shards of this node hold, by instance, in bytes.
     held: BTreeMap<InstanceId, u64>,
-    /// Shards of this node that serve, or are to.
-    kept: usize,
+    /// Shards of this node that serve or load, without those that only release their memory.
+    hosted_shards: usize,
     speeds: HashMap<DeviceId, f64>,
     links: BTreeMap<NodeId, Link>,
     peers: Vec<SocketAddr>,
-    summary: BTreeMap<InstanceId, InstanceState>,
-    /// When each member was last told the whole list because it had another one.
-    listed: BTreeMap<NodeId, Duration>,
-    draining: Option<Draining>,
-    last_look: Instant,
+    /// When each member was last sent the whole desired list because its own differed.
+    list_sent: BTreeMap<NodeId, Duration>,
+    draining: Option<Drain>,
+    last_tick: Instant,
 }
 
 #[derive(Debug)]
@@ -178,25 +189,24 @@ impl Actor for Planner {
     type Arguments = PlannerArgs;
 
     async fn pre_start(&self, myself: PlannerRef, args: PlannerArgs) -> Result<PlannerState, ActorProcessingErr> {
-        myself.send_interval(LOOK_EVERY, || PlannerMsg::Look);
+        myself.send_interval(TICK_EVERY, || PlannerMsg::Tick);
         let mut state = PlannerState {
             started: Instant::now(),
             desired: Desired::new(args.node),
             members: Members::default(),
-            circle: Circle::default(),
-            wanting: HashMap::new(),
-            next_wanting: 0,
+            clique: Clique::default(),
+            pending: HashMap::new(),
+            next_pending: 0,
             leader: Leader::default(),
             owned: HashMap::new(),
             held: BTreeMap::new(),
-            kept: 0,
+            hosted_shards: 0,
             speeds: HashMap::new(),
             links: BTreeMap::new(),
             peers: Vec::new(),
-            summary: BTreeMap::new(),
-            listed: BTreeMap::new(),
+            list_sent: BTreeMap::new(),
             draining: None,
-            last_look: Instant::now(),
+            last_tick: Instant::now(),
             args,
         };
         state.renew_report();
@@ -209,48 +219,42 @@ impl Actor for Planner {
         message: PlannerMsg,
         state: &mut PlannerState,
     ) -> Result<(), ActorProcessingErr> {
-        match message {
+        let needs_reconcile = match message {
             PlannerMsg::Ensure { spec, reply } => state.ensure(&myself, spec, reply),
-            PlannerMsg::Head { instance, reply } => drop(reply.send(state.head(instance))),
-            PlannerMsg::Resolved { spec, number, outcome } => state.on_resolved(&myself, &spec, number, outcome).await,
-            PlannerMsg::Tokenizer { spec, number, opened } => state.on_tokenizer(&spec, number, opened),
-            PlannerMsg::Instance(report) => state.on_instance(report),
-            PlannerMsg::InstanceEnded { instance, what } => state.on_instance_ended(instance, &what),
-            PlannerMsg::MachineMeasured(machine) => state.args.machine = machine,
-            PlannerMsg::Summary(summary) => {
-                state.summary = summary;
-                state.tell_report();
-                return Ok(());
+            PlannerMsg::FindHead { instance, reply } => {
+                // The caller may have gone.
+                let _ = reply.send(state.active_head(instance));
+                Reconcile::No
             }
-            PlannerMsg::Stages(fact) => state.on_stages(&myself, fact),
-            PlannerMsg::Heard(heard) => match *heard {
-                // Of another circle's head.
-                Heard { from, message: ControlMessage::News { .. }, .. } if state.circle.is_apart(from) => {
-                    return Ok(());
-                }
-                // News of a stage, many while it loads, are its head's affair: nothing is to be brought about.
-                Heard { from, message: ControlMessage::News { instance, stamp, news }, place } => {
-                    state.on_news(instance, News { from, stamp, news, place });
-                    return Ok(());
-                }
-                Heard { from, message, place: _handled } => state.on_heard(from, message),
-            },
+            PlannerMsg::Resolved { spec, number, outcome } => {
+                state.on_resolved(&myself, &spec, number, outcome).await;
+                Reconcile::Yes
+            }
+            PlannerMsg::Tokenizer { spec, number, opened } => state.on_tokenizer(&spec, number, opened),
+            PlannerMsg::HeadReport(report) => state.on_head_report(report),
+            PlannerMsg::HeadFact(fact) => state.on_head_fact(fact),
+            PlannerMsg::HeadEnded { instance, what } => state.on_head_ended(instance, &what),
+            PlannerMsg::MachineMeasured(machine) => state.on_machine_measured(machine),
+            PlannerMsg::Worker(fact) => state.on_worker(&myself, fact),
+            PlannerMsg::Received(received) => state.on_received(*received),
             PlannerMsg::NodeUp(node) => state.on_node_up(node),
             PlannerMsg::NodeDown(node) => state.on_node_down(node),
-            PlannerMsg::NodeMissed(node) => drop(state.forget(node)),
+            PlannerMsg::NodeMissed(node) => state.on_node_missed(node),
             PlannerMsg::LinksMeasured { links, peers } => {
                 (state.links, state.peers) = (links, peers);
-                return Ok(());
+                Reconcile::No
             }
             PlannerMsg::Preview { spec, model, reply } => {
-                // Whoever asked may have gone.
+                // The caller may have gone.
                 let _ = reply.send(state.preview(&spec, &model));
-                return Ok(());
+                Reconcile::No
             }
             PlannerMsg::Drain(reply) => state.drain(reply),
-            PlannerMsg::Look => state.look(),
+            PlannerMsg::Tick => state.on_tick(),
+        };
+        if needs_reconcile == Reconcile::Yes {
+            state.reconcile(&myself).await;
         }
-        state.reconcile(&myself).await;
         Ok(())
     }
 
@@ -265,16 +269,23 @@ impl Actor for Planner {
             SupervisionEvent::ActorTerminated(who, _, _) => (who, "it has stopped".to_owned()),
             _ => return Ok(()),
         };
-        if let Some(instance) = state.owned_by_actor(who.get_id()) {
-            // Supervision overtakes messages: what the instance itself said last is to be heard first.
-            let _ = myself.send_message(PlannerMsg::InstanceEnded { instance, what });
+        if let Some(instance) = state.instance_of(who.get_id()) {
+            // Supervision events overtake messages: the head's last messages are to be handled first.
+            let _ = myself.send_message(PlannerMsg::HeadEnded { instance, what });
         }
         Ok(())
     }
 }
 
+/// Whether a message may have changed what this node has to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reconcile {
+    Yes,
+    No,
+}
+
 impl PlannerState {
-    /// Since the planner began.
+    /// The time since the planner started.
     fn now(&self) -> Duration {
         self.started.elapsed()
     }
@@ -283,9 +294,9 @@ impl PlannerState {
         self.members.leader() == Some(self.args.node)
     }
 
-    /// What is done to the list, told to whom it concerns.
-    fn decide(&mut self, decide: impl FnOnce(&mut Leader, &mut World<'_>)) {
-        let mut world = World {
+    /// Lets the leader change the desired list, and tells members and requests what changed.
+    fn lead(&mut self, act: impl FnOnce(&mut Leader, &mut RoundContext<'_>)) {
+        let mut round = RoundContext {
             own: self.args.node,
             now: self.started.elapsed(),
             members: &self.members,
@@ -294,69 +305,77 @@ impl PlannerState {
             seed: fresh_seed(),
             effects: Vec::new(),
         };
-        decide(&mut self.leader, &mut world);
-        for effect in world.effects {
+        act(&mut self.leader, &mut round);
+        for effect in round.effects {
             match effect {
                 Effect::Written { id, entry, was } => {
-                    if let (Want::Gone { error: Some(error) }, Some(spec)) = (&entry.want, &was) {
+                    if let (Target::Stopped { error: Some(error) }, Some(spec)) = (&entry.target, &was) {
                         self.refuse_here(spec, error);
                     }
-                    self.args.post.tell_others(&ControlMessage::Desired(vec![(id, entry)]));
+                    self.args.router.tell_others(&ControlMessage::Desired(vec![(id, entry)]));
                 }
                 Effect::Refused { to, spec, error } => {
-                    self.args.post.tell(to, ControlMessage::Refused { spec, error });
+                    self.args.router.tell(to, ControlMessage::Refused { spec, error });
                 }
             }
         }
     }
 
     fn preview(&mut self, spec: &ModelSpec, model: &ResolvedModel) -> Vec<Preview> {
-        let ask = wanting::ask(spec, model);
+        let request = pending::placement_request(spec, model);
         let mut previews = Vec::new();
-        self.decide(|leader, world| previews = leader.preview(world, &ask));
+        self.lead(|leader, round| previews = leader.preview(round, &request));
         previews
     }
 
-    /// Brings about what is wanted, as far as it is this node's to do.
+    /// Brings this node closer to the desired list: leads where it is the leader, starts and stops heads, answers requests
+    /// whose model runs.
     async fn reconcile(&mut self, myself: &PlannerRef) {
         self.renew_report();
         if self.is_leader() {
-            self.decide(|leader, world| leader.round(world));
+            self.lead(|leader, round| leader.round(round));
         }
         self.reconcile_owned(myself).await;
         self.advance_all();
     }
 
-    fn look(&mut self) {
+    fn on_tick(&mut self) -> Reconcile {
         let now = Instant::now();
-        // A process that was stopped, or a machine that slept, finds its peers gone; they are not.
-        if now.duration_since(self.last_look) > 3 * LOOK_EVERY {
-            self.leader.handle_absence(self.now());
+        // After a suspension (SIGSTOP, a sleeping laptop) every peer looks lost, though none is.
+        if now.duration_since(self.last_tick) > 3 * TICK_EVERY {
+            self.leader.handle_suspended(self.now());
         }
-        self.last_look = now;
+        self.last_tick = now;
         self.forget_unused();
         self.renew_report();
-        self.look_around();
-        // Who is apart hears of it at once: it is to part, too.
+        self.update_clique();
+        // The report is sent to peers that have just left the clique, too: they are to exclude this node as well.
         self.renew_report();
         self.tell_report();
         self.answer_drain();
+        Reconcile::Yes
     }
 
-    fn on_stages(&mut self, myself: &PlannerRef, fact: StagesFact) {
+    fn on_machine_measured(&mut self, machine: Machine) -> Reconcile {
+        self.args.machine = machine;
+        Reconcile::Yes
+    }
+
+    fn on_worker(&mut self, myself: &PlannerRef, fact: WorkerFact) -> Reconcile {
         match fact {
-            StagesFact::Held { memory, kept } => {
-                let has_left = self.held.keys().any(|id| !memory.contains_key(id));
-                (self.held, self.kept) = (memory, kept);
-                if has_left {
-                    Self::measure_again(myself);
+            WorkerFact::MemoryChanged { memory, shards } => {
+                let is_released = self.held.keys().any(|id| !memory.contains_key(id));
+                (self.held, self.hosted_shards) = (memory, shards);
+                if is_released {
+                    report::measure_machine(myself);
                 }
             }
-            StagesFact::Measured { device, bytes_per_s } => {
-                // Whatever disturbs a measurement makes it lower.
+            WorkerFact::Measured { device, bytes_per_s } => {
+                // Whatever disturbs a measurement lowers it, so the highest one is kept.
                 let known = self.speeds.entry(device).or_insert(bytes_per_s);
                 *known = known.max(bytes_per_s);
             }
         }
+        Reconcile::Yes
     }
 }

@@ -1,10 +1,10 @@
-//! What a decoder asks of a device.
+//! The operations that a decoder needs from a device.
 //!
-//! Calls are as coarse as a layer's halves, so that a backend can fuse what lies between two of them. Everything
-//! that depends on the rows of a step (positions, page tables, rotations) is handed over once, by
-//! [`Backend::begin`]. A family's traits reach a backend only as data of [`Architecture`](crate::model::Architecture).
+//! One call covers half a layer, so that a backend can fuse the operations inside. All data that depends on the rows of
+//! a step (positions, page tables, rotations) is passed once, to [`Backend::begin`]. A backend knows a model family
+//! only as data of [`Architecture`](crate::model::Architecture).
 //!
-//! Row independence is every backend's duty: what it computes for a row must not depend on the other rows.
+//! A backend must compute each row independently: a row's result must not depend on the other rows.
 
 use crate::engine::KvElement;
 use crate::error::EngineError;
@@ -12,10 +12,10 @@ use crate::format::ElementType;
 use crate::model::{Activation, Attention, Experts, Rope, TensorBytes};
 use std::ops::Range;
 
-/// A tensor's bytes as stored, with what they mean.
+/// The stored bytes of a tensor, with its type and shape.
 #[derive(Debug)]
 pub struct TensorData<'a> {
-    /// For errors.
+    /// The name for error messages.
     pub name: &'a str,
     pub element: ElementType,
     pub rows: usize,
@@ -23,11 +23,11 @@ pub struct TensorData<'a> {
     pub bytes: TensorBytes<'a>,
 }
 
-/// The rows of a step, by sequence.
+/// The rows of a step, grouped by sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     pub rows: usize,
-    /// In row order, covering all rows.
+    /// Spans in row order, which cover all rows.
     pub spans: Vec<Span>,
 }
 
@@ -35,20 +35,20 @@ pub struct Batch {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
     pub rows: Range<usize>,
-    /// Position of the first of them.
+    /// Position of the first row.
     pub first_position: usize,
-    /// Pages of the sequence's cache, in order of position, up to the last row's.
+    /// The sequence's cache pages, in order of position, up to the page of the last row.
     pub pages: Vec<u32>,
 }
 
-/// An RMS norm's weight.
+/// The weight and epsilon of an RMS norm.
 #[derive(Debug)]
 pub struct Norm<B: Backend> {
     pub weight: B::Vector,
     pub epsilon: f32,
 }
 
-/// y = x · Wᵀ + b.
+/// A linear projection: y = x · Wᵀ + b.
 #[derive(Debug)]
 pub struct Linear<B: Backend> {
     pub weight: B::Matrix,
@@ -65,7 +65,7 @@ pub struct AttentionWeights<B: Backend> {
     pub value: Linear<B>,
     pub query_norm: Option<Norm<B>>,
     pub key_norm: Option<Norm<B>>,
-    /// A score for each head.
+    /// One attention-sink score for each head.
     pub sinks: Option<B::Vector>,
     pub output: Linear<B>,
 }
@@ -78,7 +78,7 @@ pub struct FeedForwardWeights<B: Backend> {
     pub kind: FeedForwardKind<B>,
 }
 
-/// What a feed-forward is made of.
+/// A dense feed-forward, or a mixture of experts.
 #[derive(Debug)]
 pub enum FeedForwardKind<B: Backend> {
     Dense(Gated<B>),
@@ -93,8 +93,8 @@ pub struct Gated<B: Backend> {
     pub down: Linear<B>,
 }
 
-/// A router and its experts. Which of them a row goes to is [`route`](crate::expert_routing::route)'s; a backend reads the
-/// weights of no others.
+/// A router and its experts. [`route`](crate::expert_routing::route) chooses the experts of a row; a backend reads the
+/// weights of the chosen experts only.
 #[derive(Debug)]
 pub struct Mixture<B: Backend> {
     pub spec: Experts,
@@ -106,46 +106,46 @@ pub struct Mixture<B: Backend> {
 pub trait Backend: Sized {
     /// A weight matrix in the backend's own layout.
     type Matrix: std::fmt::Debug;
-    /// A norm's weight or a bias.
+    /// A bias, or the weight of a norm.
     type Vector: std::fmt::Debug;
     /// Rows of f32 activations.
     type Buffer;
     /// Keys and values of all layers of a shard.
     type Cache;
-    /// A [`Batch`] as the backend wants it, rotations included.
+    /// A [`Batch`] in the backend's own form, with its rotations.
     type Batch;
 
-    /// Name, version and kernel tier.
+    /// Returns name, version and kernel tier.
     fn fingerprint(&self) -> String;
 
-    /// Takes a matrix over.
+    /// Copies a matrix into the backend's layout.
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Self::Matrix, EngineError>;
 
-    /// Memory that a matrix takes.
+    /// Returns the memory size of a matrix.
     fn matrix_bytes(matrix: &Self::Matrix) -> u64;
 
-    /// Takes a vector over.
+    /// Moves a vector into the backend.
     fn vector(&mut self, values: Vec<f32>) -> Result<Self::Vector, EngineError>;
 
-    /// Reserves `pages` pages for each of `layers`.
+    /// Reserves a cache of `pages` pages for each of `layers`.
     fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<Self::Cache, EngineError>;
 
-    /// Copies whole pages, (from, to), in every layer.
+    /// Copies whole pages in every layer; each copy is (from, to).
     fn copy_pages(&mut self, cache: &mut Self::Cache, copies: &[(u32, u32)]) -> Result<(), EngineError>;
 
     /// Prepares for the rows of one step.
     fn begin(&mut self, batch: Batch, ropes: &[Rope]) -> Result<Self::Batch, EngineError>;
 
-    /// Rows `tokens` of `table`, times `scale`. Tokens are below the table's rows.
+    /// Returns the rows `tokens` of `table`, times `scale`. Every token is less than the table's number of rows.
     fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], scale: f32) -> Result<Self::Buffer, EngineError>;
 
-    /// Takes rows of `width` values over.
+    /// Moves rows of `width` values to the device.
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Self::Buffer, EngineError>;
 
-    /// Gives rows back, side by side.
+    /// Returns the rows of a buffer: \[row]\[width].
     fn download(&mut self, buffer: Self::Buffer) -> Result<Vec<f32>, EngineError>;
 
-    /// Norm, projections, rotation, cache write, attention over layer `layer` of `cache`, output projection.
+    /// Computes norm, projections, rotation, cache write, attention over layer `layer` of `cache`, output projection.
     fn attention(
         &mut self,
         weights: &AttentionWeights<Self>,
@@ -155,14 +155,14 @@ pub trait Backend: Sized {
         hidden: &Self::Buffer,
     ) -> Result<Self::Buffer, EngineError>;
 
-    /// Norm, gate and up projections, activation, down projection; of each row's experts where there are any.
+    /// Computes norm, gate and up projections, activation, down projection; in a mixture, with each row's experts.
     fn feed_forward(
         &mut self,
         weights: &FeedForwardWeights<Self>,
         hidden: &Self::Buffer,
     ) -> Result<Self::Buffer, EngineError>;
 
-    /// hidden += norm(delta), or delta itself where there is no norm.
+    /// Adds norm(delta) to `hidden`, or delta itself without a norm.
     fn add(
         &mut self,
         hidden: &mut Self::Buffer,
@@ -170,7 +170,7 @@ pub trait Backend: Sized {
         norm: Option<&Norm<Self>>,
     ) -> Result<(), EngineError>;
 
-    /// The logits of `rows` of `hidden`, side by side, after the final norm.
+    /// Returns the logits of `rows` of `hidden` after the final norm: \[row]\[vocabulary].
     fn logits(
         &mut self,
         norm: &Norm<Self>,

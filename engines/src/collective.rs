@@ -1,30 +1,30 @@
-//! Where the ranks of a tensor-sharded layer meet.
+//! Sums over the ranks of a tensor-sharded layer.
 //!
-//! A layer of a model that is cut by columns and rows has two sums over its ranks: after attention's output
-//! projection and after the feed-forward's. The decoder takes both through this port, so that cutting a layer is a
-//! transport and a slicing of weights, not another decoder.
+//! A layer that is split by columns and rows needs two sums over its ranks: after attention's output projection and
+//! after the feed-forward's down projection. The decoder calls this port for both, so tensor sharding needs a transport
+//! and sliced weights, but no second decoder.
 
 /// Adds up partial results over the ranks of a layer.
 pub trait AllReduce {
-    /// How many ranks there are; the decoder skips the exchange where it is 1.
+    /// Returns the number of ranks. With one rank, the decoder skips the exchange.
     fn ranks(&self) -> u32;
 
-    /// Replaces `partial`, rows of the hidden width side by side, by its sum over all ranks. The order of the
-    /// addition is by rank on every rank, so that all get the same bits.
+    /// Replaces `partial`, \[rows]\[hidden width], by its sum over all ranks. Every rank adds in order of rank, so that
+    /// all ranks get the same bits.
     ///
     /// # Errors
-    /// [`AllReduceError`] where a peer does not answer.
+    /// [`AllReduceError`] if a peer does not answer.
     fn sum(&mut self, partial: &mut [f32]) -> Result<(), AllReduceError>;
 }
 
-/// A rank did not bring its part.
+/// A rank did not send its partial sum.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("rank {rank} did not bring its part of a layer's sum")]
+#[error("rank {rank} did not send its partial sum of a layer")]
 pub struct AllReduceError {
     pub rank: u32,
 }
 
-/// The only rank there is.
+/// The exchange of a layer that is not tensor-sharded: a single rank.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SingleRank;
 

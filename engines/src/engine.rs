@@ -3,9 +3,9 @@
 //! ```text
 //! EngineFactory ─probe─► DeviceReport     ─open─► Engine ─load─► warm_up ─► forward(Step, Input) → Output, again and again
 //! ```
-//! Every type here is plain data, so that an engine behind a thread and one behind a process are the same to its user.
-//! A [`Step`] carries the operations on sequences and then the rows to compute, in one order: batching, chunked
-//! prefill and replay after a failure are all just rows.
+//! All message types are plain data, so an engine can run in another thread or another process.
+//! A [`Step`] carries operations on sequences, then the rows to compute, in order: batching, chunked prefill and replay
+//! after a failure differ only in their rows.
 
 use crate::error::EngineError;
 use crate::model::{Architecture, WeightSource};
@@ -26,45 +26,46 @@ impl std::fmt::Display for DeviceId {
     }
 }
 
-/// What kind of processor a device is.
+/// The kind of a compute device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceKind {
     Cpu,
     Gpu,
 }
 
-/// A device that an engine can be opened on.
+/// A device on which an engine can be opened.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeviceReport {
     pub id: DeviceId,
     pub kind: DeviceKind,
     /// The engine's name.
     pub engine: String,
-    /// As the vendor calls it.
+    /// The vendor's name of the device.
     pub name: String,
-    /// Cores, or what the vendor counts instead.
+    /// Number of cores, or of the vendor's equivalent units.
     pub compute_units: Option<u32>,
-    /// The kernel tier in use.
+    /// The name of the kernel tier in use.
     pub tier: String,
 }
 
-/// A sequence of tokens with a cache of its own.
+/// The id of a token sequence, which has its own KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SeqId(pub u64);
 
-/// Counts steps within an incarnation.
+/// The number of a step within its incarnation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct StepId(pub u64);
 
-/// One life of an instance. Totally ordered, epoch first: a shard refuses steps of a lower one than it has seen.
+/// One incarnation of an instance. Ordered by epoch, then owner; a shard refuses steps of a lower incarnation than it
+/// has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Incarnation {
     pub epoch: u64,
-    /// The bytes of the owning node's id. Engines only compare it.
+    /// The bytes of the owning node's id. Engines only compare them.
     pub owner: [u8; 32],
 }
 
-/// How keys and values are stored.
+/// The element type of cached keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KvElement {
     F16,
@@ -87,7 +88,7 @@ impl KvElement {
     }
 }
 
-/// Which part of each matrix a shard has: rank `rank` of `of`.
+/// The part of each matrix that a shard holds: rank `rank` of `of` ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorRank {
     pub rank: u32,
@@ -95,7 +96,7 @@ pub struct TensorRank {
 }
 
 impl TensorRank {
-    /// The whole of every matrix.
+    /// The rank of a shard that holds every matrix whole.
     pub const WHOLE: Self = Self { rank: 0, of: 1 };
 }
 
@@ -103,11 +104,11 @@ impl TensorRank {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ShardSpec {
     pub architecture: Architecture,
-    /// Layers, first included, last not. The shard of layer 0 takes tokens, that of the last layer gives logits.
+    /// Half-open range of layers. The shard of layer 0 takes tokens; the shard of the last layer returns logits.
     pub layers: Range<usize>,
     pub tensor: TensorRank,
     pub kv_element: KvElement,
-    /// The bound of the cache, in pages of [`PAGE_TOKENS`] tokens, shared by all sequences.
+    /// The cache's capacity, in pages of [`PAGE_TOKENS`] tokens, shared by all sequences.
     pub kv_pages: u32,
 }
 
@@ -120,28 +121,28 @@ impl ShardSpec {
         self.layers.end == self.architecture.layers.len()
     }
 
-    /// The bound of the cache, in bytes.
+    /// The cache's capacity, in bytes.
     pub fn kv_bytes(&self) -> u64 {
         let per_token = self.architecture.kv_bytes_per_token(self.layers.clone(), self.kv_element.bytes());
         per_token * u64::from(PAGE_TOKENS) * u64::from(self.kv_pages)
     }
 }
 
-/// How far a load is.
+/// The progress of a load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadProgress {
     pub loaded_bytes: u64,
     pub total_bytes: u64,
 }
 
-/// What a load came to.
+/// The result of a load.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoadReport {
-    /// Weights, as the engine keeps them.
+    /// The size of the weights in the engine's own layout.
     pub weight_bytes: u64,
-    /// The bound of the cache.
+    /// The cache's capacity.
     pub kv_bytes: u64,
-    /// Engine, version, kernel tier and KV type. Equal fingerprints compute equal bits.
+    /// Engine, version, kernel tier and KV type. Engines with equal fingerprints compute the same bits.
     pub fingerprint: String,
     pub elapsed: Duration,
 }
@@ -149,18 +150,18 @@ pub struct LoadReport {
 /// The first timing of a loaded engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WarmUpReport {
-    /// One row through all of the shard's layers.
+    /// The time to compute one row in all layers of the shard.
     pub row: Duration,
 }
 
-/// A change to sequences, before the rows of a step.
+/// A change to sequences, applied before the rows of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Operation {
-    /// Forgets all positions of `seq` from `length_tokens` on.
+    /// Drops all positions of `seq` from `length_tokens` on.
     Truncate { seq: SeqId, length_tokens: u32 },
-    /// Makes `to`, which is empty, share the first `length_tokens` positions of `from`.
+    /// Makes a new sequence `to` share the first `length_tokens` positions of `from`.
     Fork { from: SeqId, to: SeqId, length_tokens: u32 },
-    /// Forgets `seq`.
+    /// Drops `seq` from the cache.
     Release { seq: SeqId },
 }
 
@@ -168,13 +169,13 @@ pub enum Operation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
     pub seq: SeqId,
-    /// Absolute. Rows of one sequence stand together, in order, and go on where its cache ends.
+    /// Absolute position. Rows of one sequence are adjacent and in order, and start where its cache ends.
     pub position: u32,
     /// Whether the last shard computes this row's logits.
     pub wants_logits: bool,
 }
 
-/// One pass through a shard.
+/// One forward pass of a shard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
     pub incarnation: Incarnation,
@@ -183,30 +184,30 @@ pub struct Step {
     pub rows: Vec<Row>,
 }
 
-/// What goes into a shard: one token, or one hidden row, for each row of the step.
+/// The input of a shard: one token, or one hidden row, for each row of the step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Input {
     Tokens(Vec<u32>),
-    /// Rows of the residual stream, f32, side by side.
+    /// Rows of the residual stream: \[rows]\[hidden], f32.
     Hidden(Vec<f32>),
 }
 
-/// What comes out of a shard.
+/// The output of a shard.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum OutputRows {
-    /// All rows of the residual stream, f32, side by side.
+    /// All rows of the residual stream: \[rows]\[hidden], f32.
     Hidden(Vec<f32>),
-    /// One vocabulary row for each row that wants logits, in order.
+    /// One row of logits over the vocabulary for each row that wants logits, in order.
     Logits(Vec<f32>),
 }
 
-/// A step's result.
+/// The result of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Output {
     pub rows: OutputRows,
-    /// Device memory that the engine has in use.
+    /// Device memory in use by the engine.
     pub memory_bytes: u64,
-    /// Pages of the cache in use.
+    /// Cache pages in use.
     pub pages_used: u32,
 }
 
@@ -215,24 +216,24 @@ pub trait EngineFactory: Send + Sync + std::fmt::Debug {
     /// The engine's name: `cpu`, `candle`, …
     fn name(&self) -> &'static str;
 
-    /// Usable devices, best first.
+    /// Lists usable devices, best first.
     fn probe(&self) -> Vec<DeviceReport>;
 
-    /// An empty engine on `device`.
+    /// Opens an engine with nothing loaded on `device`.
     ///
     /// # Errors
-    /// [`EngineError::NoDevice`] where the factory has no such device.
+    /// [`EngineError::NoDevice`] if the factory has no such device.
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError>;
 }
 
-/// One device's compute for one shard. Made, used and dropped on one thread.
+/// Computes one shard on one device. An engine is created, used and dropped on one thread.
 pub trait Engine {
-    /// Reads the shard's weights and reserves its cache. `on` hears of progress after each tensor, and says whether the
-    /// shard is still wanted.
+    /// Reads the shard's weights and reserves its cache. Reports progress to `on` after each tensor; `on` returns
+    /// whether to continue.
     ///
     /// # Errors
-    /// [`EngineError`] where weights are missing, malformed or not finite, or memory does not suffice;
-    /// [`EngineError::Interrupted`] where `on` broke off.
+    /// [`EngineError`] if weights are missing, malformed or not finite, or memory does not suffice;
+    /// [`EngineError::Interrupted`] if `on` returned `Break`.
     fn load(
         &mut self,
         shard: &ShardSpec,
@@ -240,17 +241,17 @@ pub trait Engine {
         on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<LoadReport, EngineError>;
 
-    /// Computes one row, checks that it is finite, and times it. Leaves no trace in the cache.
+    /// Computes one row, checks that the result is finite, and times it. Leaves the cache empty.
     ///
     /// # Errors
-    /// [`EngineError::SelfTest`] where the result is not finite.
+    /// [`EngineError::SelfTest`] if the result is not finite.
     fn warm_up(&mut self) -> Result<WarmUpReport, EngineError>;
 
     /// Applies the step's operations, then computes its rows.
     ///
     /// # Errors
-    /// [`EngineError::StaleIncarnation`] for a step of a past life; a step of a later one empties the cache first.
-    /// [`EngineError::BadStep`] for rows that do not go on where their sequences end.
-    /// [`EngineError::CacheFull`] where the pages do not suffice: nothing was computed, and nothing is lost.
+    /// [`EngineError::StaleIncarnation`] for a step of an older incarnation; a newer one empties the cache first.
+    /// [`EngineError::BadStep`] for rows that do not start where their sequences end.
+    /// [`EngineError::CacheFull`] if the pages do not suffice: nothing is computed, and the sequences are unchanged.
     fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError>;
 }

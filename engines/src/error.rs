@@ -1,36 +1,36 @@
-//! What can go wrong in an engine, and what kind of trouble it is.
+//! Errors of engines, and their classes.
 
 use crate::format::FormatError;
 use serde::{Deserialize, Serialize};
 
-/// What an error asks of whoever sees it. Supervisors decide by it, never by a message's text.
+/// The class of an error. Supervisors decide by the class, never by the text of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ErrorClass {
-    /// The request is at fault: the same request will fail again.
+    /// The request is at fault: the same request fails again.
     Caller,
-    /// There is no room now: later it may go through.
+    /// Memory is short now: a later attempt may succeed.
     Overload,
-    /// Something passed: the same again may succeed.
+    /// The cause is temporary: a retry may succeed.
     Transient,
-    /// The device does not answer any more.
+    /// The device has failed.
     DeviceLost,
-    /// The engine does not come back, and keeps its thread and its memory: the same again would take as much.
+    /// A call to the engine does not return, and holds its thread and memory: each retry can hold as much again.
     Hung,
     /// The engine's state can no longer be trusted.
     Fatal,
 }
 
-/// Why an engine could not do what it was asked.
+/// The reason why an engine call failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum EngineError {
     #[error(transparent)]
     Format(#[from] FormatError),
-    #[error("{what} needs {needed_bytes} bytes, and {free_bytes} are free")]
+    #[error("{what} needs {needed_bytes} bytes, but {free_bytes} are free")]
     OutOfMemory { what: String, needed_bytes: u64, free_bytes: u64 },
     #[error("all {pages} pages of the KV cache are in use")]
     CacheFull { pages: u32 },
-    #[error("a step of the incarnation {got} reached an engine at {current}")]
+    #[error("the step's incarnation (epoch {got}) is older than the engine's (epoch {current})")]
     StaleIncarnation { got: u64, current: u64 },
     #[error("the step is not valid: {what}")]
     BadStep { what: String },
@@ -46,11 +46,11 @@ pub enum EngineError {
     Device { device: String, what: String },
     #[error("the engine panicked: {what}")]
     Panicked { what: String },
-    #[error("the engine has not come back from {from} for {seconds} s")]
+    #[error("the engine has not returned from {from} for {seconds} s")]
     Hung { from: String, seconds: u64 },
-    #[error("the device `{device}` has not come back from what an earlier shard gave it")]
+    #[error("the device `{device}` still hangs on the work of an earlier shard")]
     StillHung { device: String },
-    #[error("nobody wants the shard any more")]
+    #[error("the load was stopped because the shard is no longer needed")]
     Interrupted,
 }
 
@@ -66,20 +66,20 @@ impl EngineError {
         }
     }
 
-    /// What the user can do about it.
+    /// Returns advice for the user.
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Format(error) => error.remedy(),
-            Self::OutOfMemory { .. } => "close other programs, take a smaller quantisation or a smaller --context",
-            Self::CacheFull { .. } => "wait for running requests to end, or start with a larger --context",
-            Self::StaleIncarnation { .. } => "none needed: the step is sent again at the new incarnation",
-            Self::Interrupted => "none needed: whoever let go of the shard knows",
-            Self::Unsupported { .. } | Self::NoDevice { .. } => "choose another --device",
+            Self::OutOfMemory { .. } => "close other programs, or choose a smaller quantisation or context",
+            Self::CacheFull { .. } => "wait for running requests to end, or start the model with a larger context",
+            Self::StaleIncarnation { .. } => "none needed: the step is sent again in the new incarnation",
+            Self::Interrupted => "none needed: the shard was released during its load",
+            Self::Unsupported { .. } | Self::NoDevice { .. } => "choose another device",
             Self::Device { .. } | Self::SelfTest { .. } => {
                 "the CPU engine takes over; see the log for the device's state"
             }
             Self::Hung { .. } | Self::StillHung { .. } => {
-                "its layers go on elsewhere; see the log and the system's, and start the node again to free what it holds"
+                "its layers move elsewhere; see this log and the system log, and restart the node to free its memory"
             }
             Self::BadStep { .. } | Self::NotLoaded | Self::Panicked { .. } => {
                 "this is a bug: the engine is restarted; please report it with the log"

@@ -1,17 +1,17 @@
-//! Which experts a row goes to.
+//! The choice of experts for a row.
 //!
-//! A function of the row's own router logits: the same for every backend, and whatever else is in the batch.
+//! Routing depends on the row's own router logits only: the backend and the other rows of the batch change nothing.
 
 use crate::model::{Experts, Weighting};
 
-/// An expert of a row, and what its output is multiplied by.
+/// An expert chosen for a row, and the weight of its output.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RoutedExpert {
     pub expert: usize,
     pub weight: f32,
 }
 
-/// The experts of a row with these router logits, the best first; of equals, the one with the lower number.
+/// Returns the experts of a row with these router logits, best first; among equals, the lower number first.
 pub fn route(spec: &Experts, logits: &[f32]) -> Vec<RoutedExpert> {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
@@ -34,14 +34,14 @@ mod tests {
     }
 
     #[test]
-    fn the_best_are_chosen_and_share_out_one() {
+    fn the_best_experts_are_chosen_and_their_weights_sum_to_one() {
         let choices = route(&spec(Weighting::AmongChosen), &[0.0, 3.0_f32.ln(), -1.0, 0.0]);
         assert_eq!(choices.iter().map(|c| c.expert).collect::<Vec<_>>(), [1, 0]);
         assert!((choices[0].weight - 0.75).abs() < 1e-6 && (choices[1].weight - 0.25).abs() < 1e-6);
     }
 
     #[test]
-    fn the_rest_keep_their_part_where_all_are_weighed() {
+    fn weighting_over_all_experts_counts_the_unchosen() {
         let choices = route(&spec(Weighting::AmongAll), &[0.0; 4]);
         assert_eq!(choices, [RoutedExpert { expert: 0, weight: 0.25 }, RoutedExpert { expert: 1, weight: 0.25 }]);
     }

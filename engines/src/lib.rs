@@ -1,10 +1,10 @@
-//! Models and kernels: from a file's bytes to a token.
+//! Models and kernels: turns a model file's bytes into tokens.
 //!
 //! ```text
 //! format (bytes) ─► model (architecture, roles of tensors, tokenizer) ─► decoder over a backend ─► logits ─► sampler
 //! ```
-//! Synchronous. Nothing here knows an actor, a network or a clock but to time itself; threads are an engine's own.
-//! [`engine`] is the port that the actors use; [`backend`] is what a device implements.
+//! The crate is synchronous. It knows no actors and no network, and reads the clock only to time itself; each engine
+//! owns its threads. Actors use the port [`engine`]; a device implements [`backend`].
 
 pub mod backend;
 pub mod candle;

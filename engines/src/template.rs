@@ -1,22 +1,23 @@
 //! Chat templates: Jinja as Hugging Face's `apply_chat_template` runs it, under limits.
 //!
-//! A template comes with a model and is nobody's trusted code: it has fuel, a bounded output, and no way to the disk
-//! or the clock (the date that `strftime_now` formats is an argument).
+//! A template comes with a model and is not trusted: its fuel and its output are limited, and it has no access to the
+//! disk or the clock (the date that `strftime_now` formats is an argument).
 
 use chrono::NaiveDateTime;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
+use parking_lot::Mutex;
 use std::fmt::Write as _;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-/// Instructions of one rendering; a long conversation with tools takes some tens of thousands.
+/// Instructions of one rendering. A long conversation with tools takes some tens of thousands.
 const FUEL: u64 = 500_000;
-/// Stack of a rendering. Each eight instructions can put a list into another, and every level is a call or three
-/// when the lists are compared or dropped; memory is taken only as far as a stack is used.
+/// Stack of a rendering. Every eight instructions can nest a list in another, and comparing or dropping the lists takes
+/// one to three calls for each level. The stack occupies memory only as far as it is used.
 const STACK_BYTES: usize = 256 << 20;
-/// Longer sources are no templates.
+/// No real template has a longer source.
 const SOURCE_BYTES_MAX: usize = 1 << 20;
-/// Longer prompts fit no model's context.
+/// No model's context fits a longer prompt.
 const OUTPUT_BYTES_MAX: usize = 16 << 20;
 mod conversation;
 mod python;
@@ -38,17 +39,17 @@ impl std::fmt::Debug for ChatTemplate {
     }
 }
 
-/// Why a template could not be compiled or rendered.
+/// The reason why a template cannot be compiled or rendered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
     #[error("the chat template is malformed: {what}")]
     Malformed { what: String },
-    /// The template's own `raise_exception`, mostly for an order of roles that it does not take.
+    /// The template called `raise_exception`, mostly because it does not support the order of roles.
     #[error("the chat template refuses the conversation: {what}")]
     Refused { what: String },
     #[error("the chat template takes too long or writes too much")]
     Limit,
-    #[error("no thread for the chat template: {what}")]
+    #[error("cannot start a thread for the chat template: {what}")]
     NoThread { what: String },
 }
 
@@ -56,10 +57,10 @@ impl ChatTemplate {
     /// Compiles `source`. `bos` and `eos` are the texts of these tokens.
     ///
     /// # Errors
-    /// [`TemplateError::Malformed`] with the line.
+    /// [`TemplateError::Malformed`], with the faulty line.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TemplateError> {
         if source.len() > SOURCE_BYTES_MAX {
-            return Err(TemplateError::Malformed { what: format!("it has {} bytes", source.len()) });
+            return Err(TemplateError::Malformed { what: format!("its source of {} bytes is too long", source.len()) });
         }
         let now = Arc::new(Mutex::new(NaiveDateTime::default()));
         let mut environment = environment(&now);
@@ -74,22 +75,22 @@ impl ChatTemplate {
         })
     }
 
-    /// The source, as the model has it.
+    /// The template's source, unchanged.
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    /// Whether the template knows of tools.
+    /// Whether the template uses tools.
     pub fn takes_tools(&self) -> bool {
         self.source.contains("tools")
     }
 
-    /// The prompt for the next answer to `conversation`, as of the local time `now`.
+    /// Renders the prompt for the next answer to `conversation`, at the local time `now`.
     ///
     /// # Errors
-    /// [`TemplateError`] where the template refuses, fails, or goes over its limits.
+    /// [`TemplateError`] if the template refuses, fails, or exceeds its limits.
     pub fn render(&self, conversation: &Conversation, now: NaiveDateTime) -> Result<String, TemplateError> {
-        *self.now.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        *self.now.lock() = now;
         let thread = std::thread::Builder::new().name("template".to_owned()).stack_size(STACK_BYTES);
         std::thread::scope(|scope| {
             let rendering = thread.spawn_scoped(scope, || self.render_here(conversation));
@@ -134,10 +135,10 @@ fn render_error(error: &Error) -> TemplateError {
     }
 }
 
-/// Marks the error of `raise_exception`.
+/// The prefix that marks an error of `raise_exception`.
 const RAISED: &str = "raised: ";
 
-/// As Hugging Face sets Jinja up: blocks trimmed, nothing escaped, Python's methods on values.
+/// Jinja as Hugging Face configures it: blocks trimmed, nothing escaped, Python's methods on values.
 fn environment(now: &Arc<Mutex<NaiveDateTime>>) -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
@@ -161,17 +162,17 @@ fn environment(now: &Arc<Mutex<NaiveDateTime>>) -> Environment<'static> {
     });
     let now = Arc::clone(now);
     environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
-        let now = *now.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = *now.lock();
         let mut text = String::new();
         write!(text, "{}", now.format(&format))
-            .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("`{format}` is no date format")))?;
+            .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("`{format}` is not a date format")))?;
         Ok(text)
     });
     environment
 }
 
-/// The source with Python's line ends, and Hugging Face's `generation` blocks, which mark text for training only,
-/// as blocks that are always taken.
+/// The source with Python's line ends. Hugging Face's `generation` blocks, which mark text for training only, become
+/// blocks that are always taken.
 fn prepared(source: &str) -> String {
     let mut prepared = source.replace("\r\n", "\n");
     for (tag, with) in [("endgeneration", "endif"), ("generation", "if true")] {
@@ -182,7 +183,7 @@ fn prepared(source: &str) -> String {
     prepared
 }
 
-/// Fails where more is written than a prompt can have.
+/// A buffer that fails if more is written than a prompt can have.
 struct Bounded(Vec<u8>);
 
 impl io::Write for Bounded {
@@ -226,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_told_from_a_mistake() {
+    fn refusals_and_mistakes_are_different_errors() {
         let refusal = render("{{ raise_exception('roles must alternate') }}");
         assert_eq!(refusal, Err(TemplateError::Refused { what: "roles must alternate".to_owned() }));
         assert!(matches!(render("{% for %}"), Err(TemplateError::Malformed { .. })));
@@ -235,12 +236,12 @@ mod tests {
     }
 
     #[test]
-    fn a_template_without_end_is_stopped() {
+    fn endless_templates_are_stopped() {
         let forever = "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}";
         assert_eq!(render(forever), Err(TemplateError::Limit));
         assert!(render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").is_err());
         assert!(render("{{ '%1000000000s' | format(1) }}").is_err());
-        // Lists as deep as the fuel goes.
+        // Lists nested as deep as the fuel allows.
         let deep = "{% set ns = namespace(x=[], y=[]) %}{% for i in range(45000) %}{% set ns.x = [ns.x] %}{% endfor %}";
         assert!(render(&format!("{deep}{{{{ ns.x }}}}")).is_err());
         assert!(render(&format!("{deep}{{{{ ns.x | tojson }}}}")).is_err());

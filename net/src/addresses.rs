@@ -1,9 +1,9 @@
-//! Where others reach this machine.
+//! The addresses at which other nodes reach this machine.
 
 use std::net::{IpAddr, SocketAddr};
 
-/// The addresses of a node that listens at `listen`: that one, or, where it listens everywhere, those of the machine's
-/// interfaces; loopback alone where there is nothing else.
+/// The addresses of a node that listens at `listen`: `listen` itself or, where its IP address is unspecified, those of
+/// the machine's interfaces; loopback where the interfaces have no usable address.
 pub fn reachable(listen: SocketAddr) -> Vec<SocketAddr> {
     if !listen.ip().is_unspecified() {
         return vec![listen];

@@ -1,5 +1,5 @@
-//! What waits between a peer and this node: messages of the peer that nobody has handled, and bytes of ours that the peer
-//! has not taken. ractor_cluster's queues, which lie between, have no bounds of their own.
+//! Bounds on the queues between a peer and this node: the peer's messages that wait to be handled, and the bytes that
+//! wait to be sent to the peer. ractor_cluster's own queues, which lie between, are unbounded.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -8,16 +8,16 @@ use std::task::{Context, Poll};
 use tokio::io::AsyncWrite;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Messages of one peer that may wait to be handled.
+/// The most messages of one peer that may wait to be handled.
 pub(crate) const MESSAGES_MAX: usize = 256;
-/// Bytes to one peer that may wait: minutes of what members tell each other, and more than the longest lists.
+/// The most bytes that may wait for one peer: minutes of members' reports, and more than the longest lists.
 const OUTBOX_BYTES_MAX: u64 = 32 << 20;
 
-/// Messages of a peer that wait to be handled.
+/// The permits for messages of one peer that wait to be handled.
 #[derive(Debug, Clone)]
 pub struct Inbox(Arc<Semaphore>);
 
-/// A message that waits. It makes room for another one when it is dropped.
+/// The slot of a waiting message. Dropping the slot lets another message in.
 #[derive(Debug)]
 pub struct InboxSlot(Arc<Semaphore>);
 
@@ -26,12 +26,12 @@ impl Inbox {
         Self(Arc::new(Semaphore::new(MESSAGES_MAX)))
     }
 
-    /// Room for a message, as soon as there is some.
+    /// Waits for a free slot and returns its permit.
     pub(crate) async fn room(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.0).acquire_owned().await.ok()
     }
 
-    /// A message has come out of ractor_cluster's queues, and waits to be handled by whom it concerns.
+    /// The slot of a message that has left ractor_cluster's queues and waits for its handler.
     pub fn message(&self) -> InboxSlot {
         InboxSlot(Arc::clone(&self.0))
     }
@@ -45,26 +45,26 @@ impl Drop for InboxSlot {
     }
 }
 
-/// Bytes that a peer was told and has not taken.
+/// The count of bytes that are queued for a peer and not yet written to its stream.
 #[derive(Debug, Clone, Default)]
 pub struct Outbox(Arc<AtomicU64>);
 
 impl Outbox {
-    /// So many bytes more are on their way. `false`: the peer does not take what it is told.
+    /// Counts `bytes` more as queued. `false`: too many are queued, so the peer does not read its messages.
     #[must_use]
     pub fn put(&self, bytes: usize) -> bool {
         self.0.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64 <= OUTBOX_BYTES_MAX
     }
 
     fn taken(&self, bytes: usize) {
-        // What frames add to messages is taken, too, and was not put.
+        // The frames' overhead is written, too, but never put: the count must not fall below zero.
         let less = |waiting: u64| Some(waiting.saturating_sub(bytes as u64));
-        // It always gives a number.
+        // The closure always returns `Some`, so the update cannot fail.
         let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 }
 
-/// A stream to a peer, by which its outbox is emptied.
+/// A stream to a peer that takes the written bytes off the peer's outbox.
 #[derive(Debug)]
 pub(crate) struct Emptying<W> {
     stream: W,
@@ -100,17 +100,17 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-    /// Who takes nothing is noticed before much waits; who takes is never.
+    /// A peer that reads nothing exceeds the bound after `OUTBOX_BYTES_MAX` bytes; a peer that reads never does.
     #[tokio::test]
-    async fn bytes_that_are_not_taken_are_counted() {
+    async fn unread_bytes_are_counted() {
         let outbox = Outbox::default();
         let (near, mut far) = tokio::io::duplex(1 << 10);
         let mut stream = Emptying::new(near, outbox.clone());
         let message = vec![7; 1 << 10];
         for _ in 0..OUTBOX_BYTES_MAX >> 9 {
-            assert!(outbox.put(message.len()), "the peer takes what it is told");
-            stream.write_all(&message).await.expect("there is room");
-            far.read_exact(&mut vec![0; message.len()]).await.expect("it came");
+            assert!(outbox.put(message.len()), "the peer reads its messages");
+            stream.write_all(&message).await.expect("written");
+            far.read_exact(&mut vec![0; message.len()]).await.expect("read");
         }
         let told = (0..).take_while(|_| outbox.put(message.len())).count() as u64;
         assert_eq!(told, OUTBOX_BYTES_MAX >> 10);

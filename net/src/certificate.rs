@@ -1,9 +1,9 @@
-//! Certificates: who may speak, and who speaks.
+//! Certificates: whether a peer is a member, and which member it is.
 //!
-//! The cluster's secret gives the key of its certificate authority, the same on every member; each member signs a
-//! certificate for its own identity with it. A peer is a member if its certificate is signed so and valid now, and it
-//! is the node whose id is the hash of the certificate's key. The id that the certificate claims by name must be that
-//! one. Chains, signatures, dates and purposes are checked by rustls' own verifier; nothing of that is ours.
+//! The cluster's secret yields the key of its certificate authority, so every member has that key and signs a
+//! certificate for its own identity. A peer is a member if its certificate is signed by that authority and valid now.
+//! The peer's id is the hash of the certificate's key, and the name in the certificate must be that id. rustls' own
+//! verifier checks chains, signatures, dates and purposes; this module does not.
 
 use crate::identity::{Identity, NodeId};
 use crate::secret::ClusterSecret;
@@ -19,44 +19,44 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-/// The name that every member's certificate has, which a dialler asks for: the address says where, the key says who.
+/// The name in every member's certificate, which diallers ask for: the certificate's key, not this name, identifies it.
 pub(crate) const MEMBER_NAME: &str = "member.exo.internal";
-/// A certificate is made anew whenever a node starts, and when its clock is a day from then.
+/// The time until a certificate expires. A node makes a new one at each start, and when its clock is a day from then.
 const VALID_FOR: Duration = Duration::from_secs(60 * 24 * 3600);
-/// One that was made so far from now, in either direction, is made anew: a board without a battery starts at some past date,
-/// and hears the right one a minute later.
+/// The distance from now, in either direction, at which a certificate is renewed: a board without a battery starts at
+/// some past date, and gets the right one a minute later.
 const STALE_AFTER: Duration = Duration::from_secs(24 * 3600);
-/// Clocks at home are off by hours.
+/// How far a certificate's validity begins in the past: clocks at home are off by hours.
 const VALID_BEFORE: Duration = Duration::from_secs(2 * 24 * 3600);
-/// PKCS #8, version 1, of an Ed25519 key, up to its 32 bytes (RFC 8410, section 7).
+/// The head of an Ed25519 key's PKCS #8, version 1, up to the key's 32 bytes (RFC 8410, section 7).
 const ED25519_PKCS8_HEAD: [u8; 16] =
     [0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20];
-/// An Ed25519 key's SubjectPublicKeyInfo, up to its 32 bytes (RFC 8410, section 4).
+/// The head of an Ed25519 key's SubjectPublicKeyInfo, up to the key's 32 bytes (RFC 8410, section 4).
 const ED25519_SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 
 /// Why a certificate could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
-    #[error("a certificate could not be made: {0}")]
+    #[error("cannot make a certificate: {0}")]
     Make(#[from] rcgen::Error),
-    #[error("a certificate of this node's own was refused: {0}")]
+    #[error("this node's own certificate was refused: {0}")]
     Configure(#[from] rustls::Error),
-    #[error("a certificate of this node's own was refused: {0}")]
+    #[error("this node's own certificate was refused: {0}")]
     Verifier(#[from] rustls::server::VerifierBuilderError),
 }
 
-/// Why a peer's certificate does not say who it is.
+/// Why a peer's certificate does not identify the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PeerIdError {
     #[error("the peer's certificate cannot be read")]
     Unreadable,
     #[error("the peer's key is not an Ed25519 key")]
     NotEd25519,
-    #[error("the peer's certificate claims another name than its key has")]
+    #[error("the peer's certificate names another node than its key")]
     WrongName,
 }
 
-/// When a certificate is valid.
+/// The period in which a certificate is valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Validity {
     pub(crate) from: SystemTime,
@@ -64,13 +64,13 @@ pub(crate) struct Validity {
 }
 
 impl Validity {
-    /// From a little before `now`.
+    /// The period from [`VALID_BEFORE`] before `now` to [`VALID_FOR`] after it.
     pub(crate) fn from_now(now: SystemTime) -> Self {
         Self { from: now - VALID_BEFORE, to: now + VALID_FOR }
     }
 }
 
-/// Whether a certificate that was made at `made` is to be made anew.
+/// Whether a certificate that was made at `made` must be renewed.
 pub(crate) fn is_stale(made: SystemTime, now: SystemTime) -> bool {
     let apart = now.duration_since(made).unwrap_or_else(|backwards| backwards.duration());
     apart >= STALE_AFTER
@@ -94,7 +94,7 @@ impl Credentials {
         Self::make_named(identity, secret, validity, identity.node_id())
     }
 
-    /// The same, but with the name of any node: what an impostor would make.
+    /// A certificate with the name of any node, as an impostor would make it.
     fn make_named(
         identity: &Identity,
         secret: &ClusterSecret,
@@ -116,7 +116,7 @@ impl Credentials {
         Ok(Self { root: root.der().clone(), certificate: certificate.der().clone(), key: identity.document().to_vec() })
     }
 
-    /// For those who dial us: TLS 1.3, their certificate is asked for.
+    /// The configuration for accepting connections: TLS 1.3, and diallers must show a certificate.
     pub(crate) fn server(&self, protocols: &[&[u8]]) -> Result<ServerConfig, CertificateError> {
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(self.roots()?), provider()).build()?;
         let mut config = ServerConfig::builder_with_provider(provider())
@@ -124,13 +124,13 @@ impl Credentials {
             .with_client_cert_verifier(verifier)
             .with_single_cert(vec![self.certificate.clone()], self.private_key())?;
         config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
-        // Each connection proves itself anew: who was evicted does not come back with a ticket.
+        // Each connection authenticates anew: an evicted node cannot return with a session ticket.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(config)
     }
 
-    /// For those whom we dial.
+    /// The configuration for dialling: TLS 1.3, with this node's certificate.
     pub(crate) fn client(&self, protocol: &[u8]) -> Result<ClientConfig, CertificateError> {
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -152,7 +152,7 @@ impl Credentials {
     }
 }
 
-/// Cryptography of one maker, whatever else is linked into the program.
+/// The crypto provider `ring`, even where the program links others.
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
@@ -161,7 +161,7 @@ fn key_pair(document: &[u8]) -> Result<KeyPair, rcgen::Error> {
     KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(document), &PKCS_ED25519)
 }
 
-/// The same on every member, to the bit.
+/// The parameters of the authority's certificate: bit for bit the same on every member.
 fn authority_params() -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = named("exo cluster");
@@ -179,13 +179,13 @@ fn named(name: &str) -> DistinguishedName {
     names
 }
 
-/// A node's id as a name: a label has 63 digits at most, and an id 64.
+/// A node's id as a DNS name of two labels: a label has at most 63 characters, and an id 64.
 fn node_name(id: NodeId) -> String {
     let digits = id.to_string();
     format!("{}.{}.exo.internal", &digits[..32], &digits[32..])
 }
 
-/// Whose certificate this is, verified as it is.
+/// The id of the node to which `certificate`, already verified by rustls, belongs.
 pub(crate) fn peer_id(certificate: &CertificateDer<'_>) -> Result<NodeId, PeerIdError> {
     let parsed = webpki::EndEntityCert::try_from(certificate).map_err(|_| PeerIdError::Unreadable)?;
     let spki = parsed.subject_public_key_info();
@@ -200,7 +200,7 @@ pub(crate) fn peer_id(certificate: &CertificateDer<'_>) -> Result<NodeId, PeerId
 pub(crate) mod tests {
     use super::*;
 
-    /// A certificate that names another node than its key is.
+    /// A certificate that names another node than its key.
     pub(crate) fn impostor(identity: &Identity, secret: &ClusterSecret, name: NodeId) -> Credentials {
         let validity = Validity::from_now(SystemTime::now());
         Credentials::make_named(identity, secret, validity, name).expect("a certificate")
@@ -242,14 +242,14 @@ pub(crate) mod tests {
     fn a_certificate_is_renewed_each_day_and_when_the_clock_is_set() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(20_000 * 24 * 3600);
         let hours = |count: u64| Duration::from_secs(count * 3600);
-        assert!(!is_stale(now, now + hours(23)) && !is_stale(now, now - hours(23)), "valid for days around it");
+        assert!(!is_stale(now, now + hours(23)) && !is_stale(now, now - hours(23)), "less than a day away");
         assert!(is_stale(now, now + hours(24)));
-        assert!(is_stale(SystemTime::UNIX_EPOCH, now), "a board that knew no time");
+        assert!(is_stale(SystemTime::UNIX_EPOCH, now), "a board that started at a past date");
         assert!(is_stale(now, SystemTime::UNIX_EPOCH), "a clock that was in the future");
     }
 
     #[test]
-    fn a_name_that_is_not_the_key_s_is_seen() {
+    fn a_name_that_does_not_match_the_key_is_refused() {
         let (a, b) = (Identity::ephemeral().expect("a key"), Identity::ephemeral().expect("a key"));
         let forged = impostor(&a, &secret(1), b.node_id());
         assert_eq!(peer_id(&forged.certificate), Err(PeerIdError::WrongName));

@@ -1,7 +1,7 @@
-//! The control stream: ractor_cluster's bytes over QUIC, checked frame by frame before it sees them.
+//! The control stream: ractor_cluster's bytes over QUIC, checked frame by frame before ractor_cluster reads them.
 //!
-//! ractor_cluster trusts its peers more than we do: any member may claim any name, advertise actors and groups without
-//! end, and fill mailboxes. So what comes passes a filter that knows the few messages that an honest member sends:
+//! ractor_cluster trusts its peers too far: any member may claim any name, advertise actors and groups without end, and
+//! fill mailboxes. So a filter forwards only the few kinds of frames that an honest member sends:
 //! ```text
 //! QUIC stream ─► Filter (length, kind, claimed name, permits, pace) ─► pipe ─► ractor_cluster's session
 //! ```
@@ -15,23 +15,23 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::time::Instant;
 
-/// The longest frame: lists of what is wanted in a large cluster stay far below.
+/// The longest frame, in bytes: the desired list of a large cluster stays far below.
 pub const CONTROL_FRAME_BYTES_MAX: u64 = 4 << 20;
-/// Frames of a session that come at once: it is opened with a dozen.
+/// The most session frames in one burst: opening a session takes a dozen.
 const SESSION_FRAMES_MAX: u32 = 64;
-/// An honest member pings every second at most, and answers our pings.
+/// One more session frame is allowed in each interval: an honest member pings at most once a second and answers pings.
 const SESSION_FRAMES_EVERY: Duration = Duration::from_millis(250);
-/// An honest member advertises one actor, once in a session's life.
+/// The most actors that a peer may advertise: an honest member advertises one, once a session.
 const ACTORS_MAX: usize = 4;
-/// That frame is short.
+/// The longest body of a session's control message, in bytes: an honest member's is short.
 const ACTOR_FRAME_BYTES_MAX: usize = 512;
 
-/// The name that a member has in ractor_cluster: the part before the `@`, and the part behind it.
+/// A member's name in ractor_cluster, both before the `@` and behind it.
 pub fn cluster_name(id: NodeId) -> String {
     id.to_string()
 }
 
-/// The stream to one peer, for ractor_cluster.
+/// The control stream of one peer, as ractor_cluster uses it.
 pub struct ControlStream {
     pub(crate) peer: NodeId,
     pub(crate) session: u64,
@@ -45,7 +45,7 @@ impl std::fmt::Debug for ControlStream {
     }
 }
 
-/// What a session of ours is labelled with; others come from elsewhere.
+/// The label of a session over this network; a session with another label does not come from this network.
 pub fn session_label(peer: NodeId, session: u64) -> String {
     format!("quic/{peer}/{session}")
 }
@@ -60,20 +60,20 @@ impl ClusterBidiStream for ControlStream {
     }
 }
 
-/// Why a peer's control stream was ended.
+/// Why a peer's control stream was closed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FilterError {
-    #[error("a control frame of {bytes} bytes; at most {CONTROL_FRAME_BYTES_MAX} are allowed")]
+    #[error("a control frame has {bytes} bytes; at most {CONTROL_FRAME_BYTES_MAX} are allowed")]
     TooLong { bytes: u64 },
     #[error("the peer claims the name `{claimed}`, which its certificate does not have")]
     WrongName { claimed: String },
-    #[error("a message that no member sends ({what})")]
+    #[error("the peer sent {what}")]
     Unexpected { what: &'static str },
     #[error("the stream ended: {0}")]
     Io(#[from] std::io::Error),
 }
 
-/// Passes the honest frames of `peer` on, until the stream ends or one is not honest.
+/// Forwards the frames of `peer`, until the stream ends or a frame fails the check.
 pub(crate) async fn filter(
     mut from: impl AsyncRead + Unpin,
     mut to: DuplexStream,
@@ -101,7 +101,7 @@ pub(crate) async fn filter(
                 None => return Ok(()),
             },
             Kind::Session if !pace.allows(Instant::now()) => {
-                return Err(FilterError::Unexpected { what: "in a flood" });
+                return Err(FilterError::Unexpected { what: "too many session frames at once" });
             }
             Kind::Session => {}
         }
@@ -110,7 +110,7 @@ pub(crate) async fn filter(
     }
 }
 
-/// How many frames of a session may come now: ractor_cluster answers them, into a queue without bounds.
+/// The rate limit for session frames: ractor_cluster puts its answers into an unbounded queue.
 #[derive(Debug)]
 struct Pace {
     left: u32,
@@ -137,34 +137,36 @@ impl Pace {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// For our control actor.
+    /// A message between actors, for this node's control actor.
     Message,
-    /// For ractor_cluster.
+    /// A frame for ractor_cluster's session.
     Session,
 }
 
-/// `NetworkMessage`: 1 authentication, 2 a message between actors, 3 control.
+/// Checks a `NetworkMessage`: field 1 authentication, 2 a message between actors, 3 control.
 fn check(frame: &[u8], peer: NodeId, actors: &mut usize) -> Result<Kind, FilterError> {
-    let Some((field, body)) = only_field(frame) else { return Err(FilterError::Unexpected { what: "malformed" }) };
+    let Some((field, body)) = only_field(frame) else {
+        return Err(FilterError::Unexpected { what: "a malformed frame" });
+    };
     match field {
         1 => check_names(body, peer).map(|()| Kind::Session),
         2 => Ok(Kind::Message),
         3 => check_control(body, actors).map(|()| Kind::Session),
-        _ => Err(FilterError::Unexpected { what: "unknown" }),
+        _ => Err(FilterError::Unexpected { what: "a frame of unknown kind" }),
     }
 }
 
-/// `AuthenticationMessage`: 1 the dialler's name, 4 the listener's, each with the name in field 1.
+/// Checks an `AuthenticationMessage`: 1 from the dialler, 4 from the listener, each with the name in field 1.
 fn check_names(body: &[u8], peer: NodeId) -> Result<(), FilterError> {
     let Some((field, message)) = only_field(body) else {
-        return Err(FilterError::Unexpected { what: "malformed authentication" });
+        return Err(FilterError::Unexpected { what: "a malformed authentication message" });
     };
     if field != 1 && field != 4 {
         return Ok(());
     }
     let name = cluster_name(peer);
     let expected = format!("{name}@{name}");
-    // The last one counts, as protobuf has it: all must be right.
+    // Protobuf uses the last of several names, so every one must be right.
     let claimed: Vec<&[u8]> = Fields(message).filter_map(|(field, body)| (field == 1).then_some(body)).collect();
     match claimed.iter().find(|claimed| **claimed != expected.as_bytes()) {
         None if !claimed.is_empty() => Ok(()),
@@ -175,29 +177,29 @@ fn check_names(body: &[u8], peer: NodeId) -> Result<(), FilterError> {
     }
 }
 
-/// `ControlMessage`: 1 spawn, 2 terminate, 3 ping, 4 pong, 9 ready are an honest member's.
+/// Checks a `ControlMessage`: an honest member sends 1 spawn, 2 terminate, 3 ping, 4 pong and 9 ready.
 fn check_control(body: &[u8], actors: &mut usize) -> Result<(), FilterError> {
     match only_field(body) {
         Some((1, message)) => {
             *actors += 1;
             match *actors > ACTORS_MAX || message.len() > ACTOR_FRAME_BYTES_MAX {
-                true => Err(FilterError::Unexpected { what: "more actors than one" }),
+                true => Err(FilterError::Unexpected { what: "too many actors, or one with too long a message" }),
                 false => Ok(()),
             }
         }
         Some((2..=4 | 9, message)) if message.len() <= ACTOR_FRAME_BYTES_MAX => Ok(()),
-        _ => Err(FilterError::Unexpected { what: "control" }),
+        _ => Err(FilterError::Unexpected { what: "an unexpected control message" }),
     }
 }
 
-/// The one length-delimited field of a message that has no other.
+/// The length-delimited field of a message that has exactly one.
 fn only_field(message: &[u8]) -> Option<(u64, &[u8])> {
     let mut fields = Fields(message);
     let field = fields.next()?;
     (fields.next().is_none() && fields.0.is_empty()).then_some(field)
 }
 
-/// The length-delimited fields of a protobuf message; others are passed over. Ends where the message is malformed.
+/// The length-delimited fields of a protobuf message; skips other fields, and ends where the message is malformed.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -258,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claimed_name_must_be_the_certificate_s() {
+    fn a_claimed_name_must_match_the_certificate() {
         let (peer, other) = (id(), id());
         let long = |number: u8, body: &[u8]| {
             [&[number << 3 | 2, 0x80 | (body.len() & 0x7f) as u8, (body.len() >> 7) as u8], body].concat()
@@ -278,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_member_sends_passes() {
+    fn only_messages_of_an_honest_member_pass() {
         let peer = id();
         assert_eq!(check(&field(2, &[1, 2, 3]), peer, &mut 0).ok(), Some(Kind::Message));
         for number in 1..=12 {
@@ -291,9 +293,9 @@ mod tests {
         assert!(check(&[], peer, &mut 0).is_err());
     }
 
-    /// A peer whose messages are not handled is not read any further.
+    /// The filter stops reading from a peer whose messages are not handled.
     #[tokio::test]
-    async fn what_waits_is_bounded() {
+    async fn unhandled_messages_are_bounded() {
         let (mut peer, reader) = tokio::io::duplex(1 << 20);
         let (to, mut pipe) = tokio::io::duplex(1 << 20);
         let inbox = Inbox::new();
@@ -304,7 +306,7 @@ mod tests {
             peer.write_all(&frame).await.expect("room");
         }
         let mut passed = vec![0; (8 + frame.len()) * MESSAGES_MAX];
-        pipe.read_exact(&mut passed).await.expect("all permits' worth");
+        pipe.read_exact(&mut passed).await.expect("one message per permit");
         let further = tokio::time::timeout(std::time::Duration::from_millis(50), pipe.read_u8()).await;
         assert!(further.is_err(), "no permit, no message");
         drop(inbox.message());
@@ -312,9 +314,9 @@ mod tests {
         filter.abort();
     }
 
-    /// Pings as fast as they go end the stream; as often as members send them, they pass for ever.
+    /// A flood of session frames exceeds the rate limit; pings at a member's rate always pass.
     #[test]
-    fn a_flood_of_session_frames_is_told_from_pings() {
+    fn a_flood_of_session_frames_exceeds_the_rate_limit() {
         let begun = Instant::now();
         let mut honest = Pace::new(begun);
         assert!((0..10_000_u32).all(|second| honest.allows(begun + Duration::from_secs(1) * second)));
@@ -326,7 +328,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
         #[test]
-        fn garbage_is_refused_and_nothing_worse(frame in prop::collection::vec(any::<u8>(), 0..60), wrap in 0_u8..4) {
+        fn arbitrary_frames_never_panic(frame in prop::collection::vec(any::<u8>(), 0..60), wrap in 0_u8..4) {
             let frame = if wrap == 0 { frame } else { field(wrap, &frame) };
             let _ = check(&frame, NodeId::of_key(&[1; 32]), &mut 0);
         }

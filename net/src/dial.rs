@@ -1,70 +1,70 @@
-//! Whom to dial, and when.
+//! Which addresses to dial, and when.
 //!
-//! A state machine without I/O; time is an argument, since any fixed start. Methods come in families:
-//! - `handle_*`: an address was found, a dial ended, a peer came or went;
+//! A state machine without I/O. Time is an argument, counted from any fixed start. Methods come in families:
+//! - `handle_*`: an address was found, a dial ended, a peer connected or disconnected;
 //! - [`DialPolicy::poll_dial`]: the next address to dial now;
-//! - [`DialPolicy::next_due`]: when to ask again.
+//! - [`DialPolicy::next_due`]: when to poll again.
 //!
-//! Each address is dialled once at a time, again after a failure with growing waits and jitter, and not at all while its
-//! peer is here. A peer that comes and goes is waited for as if its dials had failed.
+//! An address has one dial at a time. Failed dials are repeated after growing waits with jitter. The addresses of a
+//! connected peer are not dialled. A peer that flaps, so disconnects soon, waits as if its dials had failed.
 
 use crate::identity::NodeId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-/// Addresses that are known at once. Home clusters have dozens of members with a handful each.
+/// The most known addresses; named addresses may exceed it. Home clusters have dozens of members with a handful each.
 const ADDRESSES_MAX: usize = 512;
-/// Dials at once: whoever tells of many addresses where nobody is, has them tried a few at a time.
+/// The most dials at once: many false addresses from one peer are tried a few at a time.
 const DIALS_MAX: usize = 16;
-/// Addresses of our own that are kept in mind; the oldest are found to be ours once more.
+/// The most remembered addresses of this node itself; a forgotten one costs one more dial to find out.
 const OWN_MAX: usize = 64;
-/// The wait after the first failure; each further one doubles it.
+/// The wait after the first failure; each further failure doubles the wait.
 const WAIT_FIRST: Duration = Duration::from_millis(250);
-/// No longer: a machine that is switched on should be here soon.
+/// The longest wait before jitter: a machine that is switched on should connect soon.
 const WAIT_MAX: Duration = Duration::from_secs(15);
-/// A peer that stays less long flaps.
+/// A peer that stays connected for less time flaps.
 const STAYS_MIN: Duration = Duration::from_secs(10);
-/// An address that nobody named on purpose is forgotten after so many failures in a row: minutes of them.
+/// The failures in a row, over minutes, after which an address that the user did not name is forgotten.
 const FAILURES_MAX: u32 = 24;
 
-/// Who told of an address.
+/// The source of an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Source {
-    /// Discovery, or a peer: may be wrong, or of yesterday.
+    /// Discovery or a peer: may be wrong or out of date.
     Heard,
-    /// The user: never forgotten.
+    /// The user: the address is never forgotten.
     Named,
 }
 
 #[derive(Debug)]
 struct Address {
     source: Source,
-    /// Who was found there last.
+    /// The node that was last found there.
     id: Option<NodeId>,
     is_dialling: bool,
     failures: u32,
     due: Duration,
-    /// Whether a peer has seen someone there while it was dialled.
+    /// Whether a peer reported a node there during the current dial.
     is_sighted: bool,
-    /// Whether who was found there stayed less than it should.
+    /// Whether the node there last stayed connected for less than [`STAYS_MIN`].
     is_flapping: bool,
 }
 
-/// The state machine.
+/// The state machine that decides which addresses to dial.
 #[derive(Debug)]
 pub struct DialPolicy {
     local: NodeId,
     random: fastrand::Rng,
     addresses: BTreeMap<SocketAddr, Address>,
-    /// Ourselves, under whatever name.
+    /// Addresses of this node itself.
     own: BTreeSet<SocketAddr>,
-    /// Peers that are here, since when.
+    /// The connected peers, with the time of each connection.
     up: BTreeMap<NodeId, Duration>,
 }
 
 impl DialPolicy {
-    /// A policy that knows nobody; `seed` is for jitter.
+    /// A policy without addresses; `seed` is for jitter.
     pub fn new(local: NodeId, seed: u64) -> Self {
         Self {
             local,
@@ -75,7 +75,7 @@ impl DialPolicy {
         }
     }
 
-    /// Someone may be at `address`.
+    /// Adds `address`, where a member may be.
     pub fn handle_address(&mut self, address: SocketAddr, source: Source, now: Duration) {
         if self.own.contains(&address) || address.port() == 0 {
             return;
@@ -99,8 +99,8 @@ impl DialPolicy {
         self.addresses.insert(address, fresh);
     }
 
-    /// A peer has just met someone at `address`: whatever failed before, there is somebody now. One that flaps is waited for
-    /// all the same.
+    /// Handles a peer's report that it has just connected to a node at `address`: the address is due at once, whatever
+    /// failed before. A node that flaps waits all the same.
     pub fn handle_sight(&mut self, address: SocketAddr, now: Duration) {
         self.handle_address(address, Source::Heard, now);
         if let Some(known) = self.addresses.get_mut(&address).filter(|known| !known.is_flapping) {
@@ -109,7 +109,7 @@ impl DialPolicy {
         }
     }
 
-    /// A dial reached `id`.
+    /// Handles a dial that reached `id`.
     pub fn handle_dialled(&mut self, address: SocketAddr, id: NodeId) {
         if id == self.local {
             self.addresses.remove(&address);
@@ -125,10 +125,10 @@ impl DialPolicy {
         }
     }
 
-    /// A dial failed.
+    /// Handles a failed dial.
     pub fn handle_failed(&mut self, address: SocketAddr, now: Duration) {
         let Some(known) = self.addresses.get_mut(&address) else { return };
-        // One that is not there does not flap.
+        // A node that cannot be reached does not flap.
         (known.is_dialling, known.is_flapping) = (false, false);
         known.failures = known.failures.saturating_add(1);
         if known.source == Source::Heard && known.failures >= FAILURES_MAX {
@@ -136,11 +136,11 @@ impl DialPolicy {
             return;
         }
         let wait = wait(known.failures, &mut self.random);
-        // It may have come while the dial was on its way.
+        // The node may have started during the dial.
         known.due = if std::mem::take(&mut known.is_sighted) { now } else { now + wait };
     }
 
-    /// `id` is here, reached at `address`.
+    /// Handles the connection of `id` at `address`.
     pub fn handle_up(&mut self, id: NodeId, address: SocketAddr, now: Duration) {
         self.up.insert(id, now);
         self.handle_address(address, Source::Heard, now);
@@ -149,7 +149,7 @@ impl DialPolicy {
         }
     }
 
-    /// `id` is gone.
+    /// Handles the disconnection of `id`.
     pub fn handle_down(&mut self, id: NodeId, now: Duration) {
         let Some(since) = self.up.remove(&id) else { return };
         let flapped = now.saturating_sub(since) < STAYS_MIN;
@@ -160,7 +160,7 @@ impl DialPolicy {
         }
     }
 
-    /// The next address to dial now; it counts as being dialled until its end is told.
+    /// The next address to dial now; its dial counts as running until the dial's result is handled.
     pub fn poll_dial(&mut self, now: Duration) -> Option<SocketAddr> {
         let (address, due) = self.next()?;
         if due > now {
@@ -175,8 +175,7 @@ impl DialPolicy {
         self.next().map(|(_, due)| due)
     }
 
-    /// Of the addresses that may be dialled, the one that is due first: not those whose peers are here, and of a peer that is
-    /// not, one at a time.
+    /// The address that is due first, and when. Skips the addresses of peers that are connected or being dialled.
     fn next(&self) -> Option<(SocketAddr, Duration)> {
         let dialling = || self.addresses.values().filter(|known| known.is_dialling);
         if dialling().count() >= DIALS_MAX {
@@ -189,7 +188,7 @@ impl DialPolicy {
     }
 }
 
-/// Between half and one and a half of the wait after so many failures.
+/// The wait after `failures` failures, times a random factor between 0.5 and 1.5.
 fn wait(failures: u32, random: &mut fastrand::Rng) -> Duration {
     let doubled = WAIT_FIRST.saturating_mul(1 << failures.saturating_sub(1).min(16));
     doubled.min(WAIT_MAX).mul_f64(0.5 + random.f64())
@@ -211,12 +210,12 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_is_here_is_not_dialled() {
+    fn a_connected_peer_is_not_dialled() {
         let (mut policy, peer) = (DialPolicy::new(id(), 1), id());
         policy.handle_address(address(1), Source::Named, Duration::ZERO);
         policy.handle_address(address(1), Source::Heard, Duration::ZERO);
         assert_eq!(policy.poll_dial(Duration::ZERO), Some(address(1)));
-        assert_eq!(policy.poll_dial(Duration::ZERO), None, "once at a time");
+        assert_eq!(policy.poll_dial(Duration::ZERO), None, "one dial at a time");
         policy.handle_dialled(address(1), peer);
         policy.handle_up(peer, address(1), Duration::ZERO);
         assert_eq!(policy.poll_dial(100 * SECOND), None);
@@ -226,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn we_do_not_dial_ourselves_twice() {
+    fn own_addresses_are_dialled_once() {
         let local = id();
         let mut policy = DialPolicy::new(local, 1);
         policy.handle_address(address(1), Source::Named, Duration::ZERO);
@@ -236,7 +235,7 @@ mod tests {
         assert_eq!(policy.poll_dial(100 * SECOND), None);
     }
 
-    /// Dials of `seconds` of trying an address where nobody is.
+    /// The number of dials within `seconds` if every dial fails.
     fn dials(policy: &mut DialPolicy, seconds: u64) -> usize {
         let mut dials = 0;
         for tick in 0..seconds * 100 {
@@ -250,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_not_there_is_tried_ever_more_seldom_and_forgotten_if_only_heard_of() {
+    fn failing_addresses_are_dialled_less_often_and_forgotten_unless_named() {
         let mut policy = DialPolicy::new(id(), 7);
         policy.handle_address(address(1), Source::Named, Duration::ZERO);
         let named = dials(&mut policy, 600);
@@ -261,29 +260,29 @@ mod tests {
     }
 
     #[test]
-    fn where_a_peer_has_met_someone_is_dialled_at_once() {
+    fn a_sighted_address_is_dialled_at_once() {
         let mut policy = DialPolicy::new(id(), 5);
         policy.handle_address(address(1), Source::Heard, Duration::ZERO);
         let mut now = Duration::ZERO;
         for _ in 0..12 {
-            now = policy.next_due().expect("it is tried again");
+            now = policy.next_due().expect("another dial is due");
             assert_eq!(policy.poll_dial(now), Some(address(1)));
             policy.handle_failed(address(1), now);
         }
-        assert!(policy.next_due().expect("it is tried again") > now + 5 * SECOND);
+        assert!(policy.next_due().expect("another dial is due") > now + 5 * SECOND);
         policy.handle_sight(address(1), now + SECOND);
         assert_eq!(policy.poll_dial(now + SECOND), Some(address(1)));
         policy.handle_sight(address(1), now + SECOND);
-        assert_eq!(policy.poll_dial(now + SECOND), None, "once at a time");
+        assert_eq!(policy.poll_dial(now + SECOND), None, "one dial at a time");
         policy.handle_failed(address(1), now + SECOND);
-        assert_eq!(policy.poll_dial(now + SECOND), Some(address(1)), "it came while it was dialled");
+        assert_eq!(policy.poll_dial(now + SECOND), Some(address(1)), "the sighting during the dial makes it due");
         policy.handle_failed(address(1), now + SECOND);
-        assert!(policy.next_due().expect("it is tried again") > now + 5 * SECOND, "it has failed often all the same");
+        assert!(policy.next_due().expect("another dial is due") > now + 5 * SECOND, "earlier failures still count");
     }
 
-    /// Whether others see it meanwhile or not.
+    /// The wait is the same with and without sightings by other peers.
     #[test]
-    fn a_peer_that_flaps_is_waited_for() {
+    fn a_flapping_peer_is_dialled_less_often() {
         for is_sighted in [false, true] {
             let (mut policy, peer) = (DialPolicy::new(id(), 3), id());
             policy.handle_address(address(1), Source::Named, Duration::ZERO);
@@ -304,9 +303,9 @@ mod tests {
         }
     }
 
-    /// Whatever is dialled now, the policy says when to ask again, and does not say "now" while it has nothing to dial.
+    /// The policy gives no due time while it has nothing to dial: a due time of "now" would make the driver spin.
     #[test]
-    fn a_peer_of_two_addresses_that_is_away_is_not_asked_for_without_end() {
+    fn a_second_address_waits_for_the_dial_of_the_first() {
         let (mut policy, peer) = (DialPolicy::new(id(), 1), id());
         for port in [1, 2] {
             policy.handle_address(address(port), Source::Named, Duration::ZERO);
@@ -319,7 +318,7 @@ mod tests {
         policy.handle_down(peer, 100 * SECOND);
         let now = 110 * SECOND;
         assert!(policy.poll_dial(now).is_some());
-        assert_eq!((policy.poll_dial(now), policy.next_due()), (None, None), "its other address waits for that dial");
+        assert_eq!((policy.poll_dial(now), policy.next_due()), (None, None), "its other address waits for the dial");
     }
 
     #[test]

@@ -4,8 +4,9 @@
 //! that another dial is connecting, ends there, before either side replaces the connection that it has.
 
 use crate::identity::NodeId;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 #[derive(Debug, Default)]
 struct Peers {
@@ -26,8 +27,7 @@ pub(crate) struct DialGuard {
 
 impl DialRegistry {
     fn peers(&self) -> MutexGuard<'_, Peers> {
-        // Each statement leaves both sets consistent, so a panic elsewhere does no harm.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Claims `id` for a dial that has reached it; `None` where the peer is connected or claimed already.

@@ -1,7 +1,7 @@
-//! Finding members on the local network by multicast DNS (RFC 6762, 6763).
+//! Discovery of members on the local network by multicast DNS (RFC 6762, 6763).
 //!
-//! A node announces `_exo._udp` with its id and its cluster's fingerprint, and hears of others with the same
-//! fingerprint. What is heard may be false: it is an address to dial, and who answers must prove itself.
+//! A node announces `_exo._udp` with its id and its cluster's fingerprint, and browses for others with the same
+//! fingerprint. An announcement may be false: it only gives an address to dial, and the node there must authenticate.
 
 use crate::identity::NodeId;
 use mdns_sd::{ServiceDaemon, ServiceEvent, ServiceInfo};
@@ -10,14 +10,14 @@ use tokio::sync::mpsc;
 
 const SERVICE: &str = "_exo._udp.local.";
 
-/// Why nobody is found.
+/// Why discovery did not start.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DiscoveryError {
-    #[error("multicast DNS: {0}")]
+    #[error("multicast DNS failed: {0}")]
     Mdns(#[from] mdns_sd::Error),
 }
 
-/// Announces and listens as long as it is held.
+/// The running discovery: announces and browses until it is dropped.
 pub(crate) struct Discovery {
     daemon: ServiceDaemon,
 }
@@ -30,13 +30,13 @@ impl std::fmt::Debug for Discovery {
 
 impl Drop for Discovery {
     fn drop(&mut self) {
-        // Says goodbye; a daemon that has ended needs no end.
+        // Announces the departure; a daemon that has ended already needs no shutdown.
         let _ = self.daemon.shutdown();
     }
 }
 
 impl Discovery {
-    /// Announces `own` at `address`, and tells `found` of others. Called on a tokio runtime.
+    /// Announces `own` at `address`, and sends the addresses of others to `found`. Called on a tokio runtime.
     pub(crate) fn start(
         own: NodeId,
         fingerprint: String,
@@ -63,7 +63,7 @@ impl Discovery {
                     continue;
                 }
                 for ip in service.addresses.iter().map(mdns_sd::ScopedIp::to_ip_addr) {
-                    // Addresses of one link need a scope that other nodes do not know.
+                    // Link-local addresses need a scope that other nodes do not know.
                     let is_of_the_link = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
                     if !is_of_the_link && found.send(SocketAddr::new(ip, service.port)).await.is_err() {
                         return;

@@ -1,24 +1,25 @@
-//! The QUIC endpoint: one UDP socket, by which members are dialled and accepted.
+//! The QUIC endpoint: one UDP socket that dials and accepts members.
 //!
 //! ```text
 //! datagrams ─► quinn: address validated (Retry), TLS 1.3 both ways ─► member's key ─► id ─► Authenticated
 //! ```
-//! Nobody without the cluster's secret gets further than the handshake, of which there are few at a time and each has
-//! a deadline.
+//! A node without the cluster's secret gets no further than the handshake. Few handshakes run at once, and each has a
+//! deadline.
 
 use crate::certificate::{CertificateError, Credentials, MEMBER_NAME, PeerIdError, Validity, peer_id};
 use crate::identity::{Identity, NodeId};
 use crate::secret::ClusterSecret;
+use parking_lot::{Mutex, MutexGuard};
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
 use quinn::{IdleTimeout, TransportConfig, VarInt};
 use rustls::pki_types::CertificateDer;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::{Semaphore, mpsc};
 
-/// What a connection is for, as ALPN tells.
+/// The purpose of a connection, which ALPN negotiates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
     Control,
@@ -36,30 +37,30 @@ impl Purpose {
     }
 }
 
-/// A handshake, from the first datagram to the last.
+/// The time limit of a handshake, from the first datagram to the last.
 pub(crate) const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
-/// Handshakes that are answered at once; quinn keeps as many more waiting, and refuses further ones.
+/// The most handshakes that run at once; quinn queues as many more, and refuses further ones.
 const HANDSHAKES_MAX: usize = 64;
-/// Of one address: whoever begins handshakes and does not end them keeps out nobody but itself.
+/// The most handshakes of one address: a node that never finishes its handshakes blocks only its own address.
 pub(crate) const HANDSHAKES_OF_ADDRESS_MAX: usize = 16;
-/// Datagrams of connections that are not accepted yet, of all together.
+/// The most bytes of buffered datagrams, for all connections that are not accepted yet together.
 const INCOMING_BYTES_MAX: u64 = 4 << 20;
-/// Peers that have proven themselves and wait to be taken.
+/// The most authenticated connections that wait for the driver.
 const AUTHENTICATED_MAX: usize = 64;
-/// Silence is death after this: a peer that was killed says nothing.
+/// The silence after which a peer counts as dead, in milliseconds: a killed peer closes no connection.
 const IDLE_TIMEOUT_MS: u32 = 2000;
-/// Several go unheard before a peer counts as dead.
+/// The interval of keep-alives: several must be missed before a peer counts as dead.
 const KEEP_ALIVE: Duration = Duration::from_millis(300);
-/// What a fast link with some latency has on its way: 10 Gbit/s over 25 ms.
+/// A connection's window: the bytes in flight on a fast link with some latency, 10 Gbit/s over 25 ms.
 const WINDOW_BYTES: u32 = 32 << 20;
-/// Of one stream: a stream whose receiver does not read leaves the others seven eighths of the window.
+/// A stream's window: a stream whose receiver does not read leaves the others seven eighths of the connection's window.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-/// Requests, pipeline links and weights of one peer at once.
+/// The most data streams of one peer at once: requests, pipeline links and weights.
 const DATA_STREAMS_MAX: u32 = 1024;
-/// The kernel's buffers: less loses datagrams of a burst, and QUIC waits for what is lost.
+/// The kernel's socket buffers: smaller ones lose datagrams of a burst, and QUIC waits for their retransmission.
 const SOCKET_BYTES: usize = 4 << 20;
 
-/// Who and where.
+/// This node's identity and its cluster's secret.
 #[derive(Debug, Clone)]
 pub(crate) struct Local {
     pub(crate) identity: Arc<Identity>,
@@ -69,7 +70,7 @@ pub(crate) struct Local {
 /// Why the endpoint could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    #[error("no UDP port at {address}: {source}; give another with --listen")]
+    #[error("cannot open UDP port {address}: {source}; choose another port")]
     Socket { address: SocketAddr, source: std::io::Error },
     #[error(transparent)]
     Certificate(#[from] CertificateError),
@@ -92,7 +93,7 @@ pub(crate) enum DialError {
     TimedOut,
 }
 
-/// A connection with a member.
+/// A connection to an authenticated member.
 #[derive(Debug)]
 pub(crate) struct Authenticated {
     pub(crate) id: NodeId,
@@ -107,7 +108,7 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
-    /// Opens the socket and answers; connections of members come out of the channel. Called on the network's runtime.
+    /// Opens the socket and answers handshakes; the channel yields members' connections. Runs on the network's runtime.
     pub(crate) fn open(local: Local, listen: SocketAddr) -> Result<(Self, mpsc::Receiver<Authenticated>), BindError> {
         let socket = socket(listen).map_err(|source| BindError::Socket { address: listen, source })?;
         let server = server_config(&local)?;
@@ -123,7 +124,7 @@ impl Endpoint {
         self.quinn.local_addr().ok()
     }
 
-    /// A new certificate, before the old one is out of date.
+    /// Replaces the server's certificate before it expires.
     pub(crate) fn renew(&self) -> Result<(), BindError> {
         self.quinn.set_server_config(Some(server_config(&self.local)?));
         Ok(())
@@ -137,19 +138,19 @@ impl Endpoint {
         Ok(Authenticated { id: identify(&connection)?, purpose, connection })
     }
 
-    /// Tells all peers that we go, and waits a moment for them to hear it.
+    /// Tells all peers that this node leaves, and waits a moment for the delivery.
     pub(crate) async fn close(&self) {
         self.quinn.close(VarInt::from_u32(0), b"leaving");
         let _ = tokio::time::timeout(KEEP_ALIVE, self.quinn.wait_idle()).await;
     }
 }
 
-/// Answers those who come, for ever.
+/// Answers incoming handshakes until the endpoint closes.
 async fn answer(endpoint: quinn::Endpoint, members: mpsc::Sender<Authenticated>) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     let by_address = ByAddress::default();
     while let Some(incoming) = endpoint.accept().await {
-        // Whoever cannot receive at the address that he claims is not worth a handshake.
+        // A client that cannot receive at its claimed address is not worth a handshake.
         if !incoming.remote_address_validated() {
             if let Err(error) = incoming.retry() {
                 error.into_incoming().ignore();
@@ -165,7 +166,7 @@ async fn answer(endpoint: quinn::Endpoint, members: mpsc::Sender<Authenticated>)
         tokio::spawn(async move {
             let address = incoming.remote_address();
             match tokio::time::timeout(HANDSHAKE_DEADLINE, accept(incoming)).await {
-                // Nobody takes members any more: the node stops.
+                // An error means that the node is stopping.
                 Ok(Ok(member)) => drop(members.send(member).await),
                 Ok(Err(error)) => tracing::info!(%address, %error, "refused a connection"),
                 Err(_) => tracing::info!(%address, "a handshake took too long"),
@@ -175,17 +176,16 @@ async fn answer(endpoint: quinn::Endpoint, members: mpsc::Sender<Authenticated>)
     }
 }
 
-/// Handshakes that are on their way, by where they come from.
+/// The number of running handshakes of each address.
 #[derive(Debug, Clone, Default)]
 struct ByAddress(Arc<Mutex<HashMap<IpAddr, usize>>>);
 
 impl ByAddress {
     fn counts(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        // A map is whole between two statements, whatever panicked.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
-    /// A place for one more handshake, if the address has not too many.
+    /// A slot for one more handshake; `None` where the address has [`HANDSHAKES_OF_ADDRESS_MAX`] already.
     fn take(&self, address: IpAddr) -> Option<HandshakeSlot> {
         let network = network_of(address);
         let mut counts = self.counts();
@@ -197,7 +197,7 @@ impl ByAddress {
     }
 }
 
-/// What one machine can have many addresses of counts as one: a /64 of IPv6.
+/// The network that counts as one address: a /64 of IPv6, of which one machine can have many addresses.
 fn network_of(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6((address.to_bits() & (u128::MAX << 64)).into()),
@@ -205,7 +205,7 @@ fn network_of(address: IpAddr) -> IpAddr {
     }
 }
 
-/// A handshake of an address.
+/// A running handshake of an address; dropping it frees the slot.
 #[derive(Debug)]
 struct HandshakeSlot {
     of: ByAddress,
@@ -231,7 +231,7 @@ async fn accept(incoming: quinn::Incoming) -> Result<Authenticated, DialError> {
     let protocol = data.and_then(|data| data.protocol);
     let purpose = Purpose::ALL.into_iter().find(|purpose| protocol.as_deref() == Some(purpose.protocol()));
     let id = identify(&connection)?;
-    // TLS has agreed on one of ours.
+    // TLS has negotiated one of `Purpose::ALL`.
     let purpose = purpose.ok_or(DialError::Peer(PeerIdError::Unreadable))?;
     Ok(Authenticated { id, purpose, connection })
 }
@@ -259,7 +259,7 @@ pub(crate) fn quic_server(credentials: &Credentials) -> Result<quinn::ServerConf
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     config.transport_config(Arc::new(transport(DATA_STREAMS_MAX)));
     config.max_incoming(HANDSHAKES_MAX).incoming_buffer_size_total(INCOMING_BYTES_MAX);
-    // A home's machines keep their addresses; a peer that changes its own dials anew.
+    // A home's machines keep their addresses; a peer whose address changes dials again.
     config.migration(false);
     Ok(config)
 }
@@ -297,7 +297,7 @@ fn socket(listen: SocketAddr) -> std::io::Result<UdpSocket> {
     if listen.is_ipv6() {
         socket.set_only_v6(false)?;
     }
-    // As much of it as the system allows.
+    // The system may allow less.
     let _ = socket.set_recv_buffer_size(SOCKET_BYTES);
     let _ = socket.set_send_buffer_size(SOCKET_BYTES);
     socket.set_nonblocking(true)?;

@@ -3,9 +3,9 @@
 //! ```text
 //! header length (4, little-endian) │ kind of payload (1) │ zero (3) │ payload length (8) │ header (bincode) │ payload
 //! ```
-//! Kinds: 0 nothing, 1 f32, 2 f16, 3 bf16 (little-endian numbers), 4 plain bytes. Lengths are checked against bounds,
-//! and the payload against its header by whoever knows what it means, before memory is asked for. Numbers are read
-//! into the buffer that the engine takes.
+//! Kinds: 0 nothing, 1 f32, 2 f16, 3 bf16 (little-endian numbers), 4 plain bytes. Before memory for the payload is
+//! allocated, the reader checks lengths against bounds, and its caller checks the announced payload against the header.
+//! Numbers are read into the buffer that the engine takes.
 
 use crate::wire::{self, VALUE_BYTES_MAX, WireError};
 use half::slice::HalfFloatSliceExt;
@@ -14,17 +14,17 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// The longest payload: 1,024 rows of 16,384 f32.
+/// The longest payload, in bytes: 1,024 rows of 16,384 f32.
 pub const PAYLOAD_BYTES_MAX: u64 = 64 << 20;
 const PRELUDE_BYTES: usize = 16;
-/// Halves are converted through a buffer of this many.
+/// The size of the buffer for converting 16-bit floats, in numbers.
 const CONVERTED_AT_ONCE: usize = 4096;
 
-/// How numbers travel.
+/// The type in which numbers are sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WireType {
-    /// As they are: what comes out is what went in, to the bit.
+    /// Unconverted: the receiver gets the same bits.
     #[default]
     F32,
     F16,
@@ -48,12 +48,12 @@ impl std::str::FromStr for WireType {
             "f32" => Ok(Self::F32),
             "f16" => Ok(Self::F16),
             "bf16" => Ok(Self::Bf16),
-            other => Err(format!("`{other}`: one of f32, f16, bf16")),
+            other => Err(format!("`{other}` is not one of f32, f16, bf16")),
         }
     }
 }
 
-/// What goes behind a header.
+/// The payload to send behind a header.
 #[derive(Debug, Clone, Copy)]
 pub enum Payload<'a> {
     Nothing,
@@ -61,7 +61,7 @@ pub enum Payload<'a> {
     Bytes(&'a [u8]),
 }
 
-/// What is announced behind a header.
+/// The payload that a frame announces before it is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Announced {
     Nothing,
@@ -69,7 +69,7 @@ pub enum Announced {
     Bytes { count: usize },
 }
 
-/// What came behind a header.
+/// The payload that came behind a header.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Received {
     Nothing,
@@ -84,7 +84,7 @@ pub enum FrameError {
     Wire(#[from] WireError),
     #[error("a frame announces {bytes} bytes of payload; at most {PAYLOAD_BYTES_MAX} are allowed")]
     PayloadTooLong { bytes: u64 },
-    #[error("a frame has no known form (kind {kind})")]
+    #[error("a frame is malformed (payload kind {kind})")]
     Malformed { kind: u8 },
     #[error("a frame was refused: {what}")]
     Refused { what: String },
@@ -92,11 +92,11 @@ pub enum FrameError {
     Io(#[from] std::io::Error),
 }
 
-/// Writes frames.
+/// A writer of frames.
 #[derive(Debug)]
 pub struct FrameWriter<W> {
     stream: W,
-    /// Kept, so that a frame costs no allocation.
+    /// Reused, so that frames do not allocate it anew.
     buffer: Vec<u8>,
 }
 
@@ -105,7 +105,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         Self { stream, buffer: Vec::new() }
     }
 
-    /// The stream below.
+    /// The underlying stream.
     pub fn stream(&mut self) -> &mut W {
         &mut self.stream
     }
@@ -117,7 +117,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// Writes a frame.
     ///
     /// # Errors
-    /// [`FrameError`] where it is too long, or the stream has ended.
+    /// [`FrameError`] where the frame is too long, or the stream has ended.
     pub async fn send<H: Serialize>(&mut self, header: &H, payload: Payload<'_>) -> Result<(), FrameError> {
         let header = wire::encode(header)?;
         let (kind, bytes) = match payload {
@@ -148,7 +148,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     }
 }
 
-/// Reads frames.
+/// A reader of frames.
 #[derive(Debug)]
 pub struct FrameReader<R> {
     stream: R,
@@ -160,7 +160,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Self { stream, header: Vec::new() }
     }
 
-    /// The stream below.
+    /// The underlying stream.
     pub fn stream(&mut self) -> &mut R {
         &mut self.stream
     }
@@ -169,19 +169,19 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.stream
     }
 
-    /// Reads a frame; `None` where the stream has ended between two. `admit` sees the header and what is announced
-    /// behind it, and says what is wrong with it, before any of that is read.
+    /// Reads a frame; `None` where the stream has ended between two frames. Before the payload is read, `admit` gets
+    /// the header and the announced payload; its error refuses the frame.
     ///
-    /// Not cancel-safe: a stream whose read was given up is of no more use.
+    /// Not cancel-safe: after a cancelled read the stream is unusable.
     ///
     /// # Errors
-    /// [`FrameError`]; the stream is of no more use.
+    /// [`FrameError`]; the stream is unusable then.
     pub async fn receive<H: DeserializeOwned>(
         &mut self,
         admit: impl FnOnce(&H, Announced) -> Result<(), String>,
     ) -> Result<Option<(H, Received)>, FrameError> {
         let mut prelude = [0; PRELUDE_BYTES];
-        // Ended between two frames, or within one.
+        // A stream that ends here ends between two frames, later within one.
         let first = self.stream.read(&mut prelude).await?;
         if first == 0 {
             return Ok(None);
@@ -212,7 +212,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             _ => Announced::Bytes { count },
         };
         self.header.clear();
-        // Memory grows with what has come, not with what was announced.
+        // Memory grows with the received bytes, not with the announced length.
         (&mut self.stream).take(header_bytes as u64).read_to_end(&mut self.header).await?;
         let header = wire::decode(&self.header)?;
         admit(&header, announced).map_err(|what| FrameError::Refused { what })?;
@@ -251,7 +251,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     }
 }
 
-/// Both kinds of half.
+/// The 16-bit floats: `f16` and `bf16`.
 trait Half: bytemuck::Pod {
     const ZERO: Self;
 }
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_come_as_they_went() {
+    fn payloads_round_trip() {
         let header = (3, "three".to_owned());
         let numbers: Vec<f32> = (0..10_000).map(|i| (i as f32 - 5000.0) * 0.37).collect();
         block_on(async {
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_admitted_is_not_read() {
+    fn the_payload_of_a_refused_frame_is_not_read() {
         block_on(async {
             let numbers = vec![1.0; 4];
             let bytes = written(&(1, String::new()), Payload::Numbers(&numbers, WireType::F32)).await;
@@ -341,9 +341,9 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
-        /// Bytes from anyone: refused, or a frame that is what was written.
+        /// Arbitrary bytes are refused or read as a frame, without a panic.
         #[test]
-        fn garbage_is_refused_and_nothing_worse(
+        fn arbitrary_bytes_never_panic(
             mut bytes in prop::collection::vec(any::<u8>(), 0..300),
             header_bytes in 0_u32..40,
             kind in 0_u8..7,

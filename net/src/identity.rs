@@ -1,6 +1,7 @@
-//! An Ed25519 key per node, kept in the data directory; the node's id is the hash of its public key.
+//! An Ed25519 key per node, stored in the data directory; the node's id is the hash of its public key.
 
 use crate::private_file::{self, PrivateFileError};
+use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 use ring::digest::{SHA256, digest};
 use ring::rand::SystemRandom;
 use ring::signature::{Ed25519KeyPair, KeyPair};
@@ -36,11 +37,11 @@ impl NodeId {
 
 impl std::fmt::Display for NodeId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        f.write_str(&HEXLOWER.encode(&self.0))
     }
 }
 
-/// Digits where people read, bytes where they do not.
+/// Hexadecimal digits in human-readable formats, 32 bytes in others.
 impl Serialize for NodeId {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match serializer.is_human_readable() {
@@ -60,7 +61,7 @@ impl<'de> Deserialize<'de> for NodeId {
     }
 }
 
-/// Why a text is no node's id.
+/// The error of a text that is not a node's id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a node's id has 64 hexadecimal digits")]
 pub struct NodeIdError;
@@ -69,12 +70,8 @@ impl std::str::FromStr for NodeId {
     type Err = NodeIdError;
 
     fn from_str(digits: &str) -> Result<Self, NodeIdError> {
-        let byte = |at: usize| u8::from_str_radix(digits.get(at * 2..at * 2 + 2)?, 16).ok();
-        let mut id = [0; 32];
-        for (at, slot) in id.iter_mut().enumerate() {
-            *slot = byte(at).ok_or(NodeIdError)?;
-        }
-        if digits.len() == 64 { Ok(Self(id)) } else { Err(NodeIdError) }
+        let bytes = HEXLOWER_PERMISSIVE.decode(digits.as_bytes()).map_err(|_| NodeIdError)?;
+        bytes.try_into().map(Self).map_err(|_| NodeIdError)
     }
 }
 
@@ -87,7 +84,7 @@ impl std::fmt::Debug for NodeId {
 /// A node's key pair.
 pub struct Identity {
     key: Ed25519KeyPair,
-    /// As it is kept: PKCS #8.
+    /// The key as it is stored: PKCS #8.
     document: Vec<u8>,
 }
 
@@ -97,7 +94,7 @@ impl std::fmt::Debug for Identity {
     }
 }
 
-/// Why a node has no identity.
+/// Why an identity could not be loaded or created.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
     #[error(transparent)]
@@ -109,17 +106,17 @@ pub enum IdentityError {
 }
 
 impl Identity {
-    /// The identity kept in `data_dir`; the first call makes it.
+    /// The identity stored in `data_dir`; the first call creates it.
     ///
     /// # Errors
-    /// [`IdentityError`] where the file cannot be read or written, is no key, or is open to others.
+    /// [`IdentityError`] where the file cannot be read or written, holds no key, or is open to other users.
     pub fn load_or_create(data_dir: &Path) -> Result<Self, IdentityError> {
         let path = data_dir.join(KEY_FILE);
         let kept = private_file::read_or_create(&path, || Ok::<_, IdentityError>(Self::ephemeral()?.document))?;
         Self::from_document(kept).ok_or(IdentityError::Malformed { path })
     }
 
-    /// An identity that is kept nowhere: a command that runs once needs none.
+    /// A new identity that is not stored: enough for a command that runs once.
     ///
     /// # Errors
     /// [`IdentityError::NoRandomness`].
@@ -139,7 +136,7 @@ impl Identity {
         &self.document
     }
 
-    /// The id that follows from the key.
+    /// The node's id: the hash of its public key.
     pub fn node_id(&self) -> NodeId {
         NodeId::of_key(self.key.public_key().as_ref())
     }
@@ -151,7 +148,7 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     #[test]
-    fn an_identity_stays_and_is_its_owner_s_alone() {
+    fn an_identity_persists_and_only_its_owner_can_read_it() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let first = Identity::load_or_create(folder.path()).expect("made").node_id();
         assert_eq!(Identity::load_or_create(folder.path()).expect("read").node_id(), first);
@@ -166,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_key_is_named_and_kept() {
+    fn a_damaged_key_is_reported_and_left_in_place() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let key = folder.path().join(KEY_FILE);
         std::fs::write(&key, b"not a key").expect("written");
@@ -176,17 +173,17 @@ mod tests {
     }
 
     #[test]
-    fn ids_differ() {
+    fn new_identities_have_different_ids() {
         let ids = [Identity::ephemeral(), Identity::ephemeral()].map(|id| id.map(|id| id.node_id()));
         assert_ne!(ids[0].as_ref().ok(), ids[1].as_ref().ok());
     }
 
     #[test]
-    fn an_id_is_its_digits_where_people_read() {
+    fn an_id_is_hexadecimal_digits_in_json() {
         let id = Identity::ephemeral().expect("random bytes").node_id();
-        let text = serde_json::to_string(&id).expect("it is text");
+        let text = serde_json::to_string(&id).expect("serialised");
         assert_eq!(text, format!("\"{id}\""));
-        assert_eq!(serde_json::from_str::<NodeId>(&text).expect("it reads back"), id);
+        assert_eq!(serde_json::from_str::<NodeId>(&text).expect("deserialised"), id);
         for wrong in ["\"\"", "\"00\"", &text.replace(|c: char| c.is_ascii_digit(), "x"), &text[..65], "5"] {
             assert!(serde_json::from_str::<NodeId>(wrong).is_err(), "{wrong}");
         }

@@ -1,12 +1,12 @@
-//! Who a node is, and how nodes reach each other.
+//! Node identity, and the QUIC network between nodes.
 //!
 //! ```text
-//! secret, identity ─► certificate ─► endpoint (QUIC, mutual TLS) ─► network (whom to dial, who is here)
+//! secret, identity ─► certificate ─► endpoint (QUIC, mutual TLS) ─► network (dials, reports peers)
 //!                                                                       │ Peer
 //!                                        ┌──────────────────────────────┴───────────────────┐
 //!                   control connection: ractor_cluster, behind a filter       data connection: frames on streams
 //! ```
-//! This crate knows no engine and no model: what frames and messages mean, `exo-actors` knows.
+//! This crate knows no engine and no model: `exo-actors` gives frames and messages their meaning.
 
 mod addresses;
 mod backlog;

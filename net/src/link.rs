@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! LinkSender ─frames─► LinkReceiver
-//!      ▲──── credits ──────┘   one byte for each frame that was taken, some at a time
+//!      ▲──── credits ──────┘   one byte per consumed frame, in batches
 //! ```
-//! A sender has as many frames on their way as it has credits: a receiver that does not keep up stops it, and never
-//! holds more than [`CREDITS`] frames. Sending fails, and does not wait for ever, when the peer is gone: QUIC notices
-//! within its idle timeout.
+//! A sender has at most as many frames in flight as it has credits: a receiver that does not keep up stops the sender,
+//! and never holds more than [`CREDITS`] frames. When the peer is lost, sending fails and does not wait for ever: QUIC
+//! notices within its idle timeout.
 
 use crate::frame::{Announced, FrameError, FrameReader, FrameWriter, Payload, Received};
 use quinn::{RecvStream, SendStream, VarInt};
@@ -15,21 +15,21 @@ use serde::de::DeserializeOwned;
 use std::sync::Arc;
 use tokio::sync::{Semaphore, watch};
 
-/// Frames of a link on their way at once: more than a pipeline of any depth that is of use has steps in flight.
+/// The most frames of a link in flight: more than the steps in flight of a pipeline of any useful depth.
 pub const CREDITS: usize = 64;
-/// Credits go back so many at once: one by one each would cost a datagram, in the moment in which the frame's receiver is to
-/// run. Fewer than the others are never held back, so no sender waits for them.
+/// Credits return in batches of this many: one each would cost a datagram per frame, at the moment when the frame's
+/// receiver is about to compute. A batch is less than all credits, so no sender waits for held-back ones.
 pub(crate) const RETURNED_AT_ONCE: usize = CREDITS / 4;
-/// The code of a stream that is given up, whatever the reason: the reason goes over the control stream.
+/// The error code of any stream that is given up: the reason is sent over the control stream.
 const GIVEN_UP: VarInt = VarInt::from_u32(1);
 
-/// One direction of a data stream that was opened for frames.
+/// The sending end of a link, over a data stream that this node opened.
 #[derive(Debug)]
 pub struct LinkSender {
     writer: FrameWriter<SendStream>,
     credits: Arc<Semaphore>,
     returns: tokio::task::AbortHandle,
-    /// Its other end goes with the peer.
+    /// Closes when the peer is lost or accepts no more frames.
     end: watch::Receiver<()>,
 }
 
@@ -40,7 +40,7 @@ impl Drop for LinkSender {
 }
 
 impl LinkSender {
-    /// Over the two halves of a bidirectional stream that was just opened; called on the network's runtime.
+    /// A sender over both halves of a newly opened bidirectional stream. Called on the network's runtime.
     pub(crate) fn new(sender: SendStream, mut receiver: RecvStream) -> Self {
         let credits = Arc::new(Semaphore::new(CREDITS));
         let returned = Arc::clone(&credits);
@@ -49,26 +49,26 @@ impl LinkSender {
             let _until_end = until_end;
             let mut taken = [0; CREDITS];
             while let Ok(Some(count)) = receiver.read(&mut taken).await {
-                // A peer that returns what it never had gains nothing by it.
+                // A peer that returns credits which it never had gains nothing.
                 let missing = CREDITS.saturating_sub(returned.available_permits());
                 returned.add_permits(count.min(missing));
             }
-            // The peer takes no more.
+            // The peer accepts no more frames.
             returned.close();
         });
         Self { writer: FrameWriter::new(sender), credits, returns: returns.abort_handle(), end }
     }
 
-    /// Waits until the peer is gone or takes no more: what was sent and not taken is lost then, whether or not more is to be
-    /// sent. May be dropped and called again.
+    /// Waits until the peer is lost or accepts no more frames: frames that it has not consumed are lost then, even if
+    /// no more are to be sent. Cancel-safe.
     pub async fn closed(&mut self) {
         while self.end.changed().await.is_ok() {}
     }
 
-    /// Sends a frame, when there is a credit for it.
+    /// Sends a frame, after it waits for a credit.
     ///
     /// # Errors
-    /// [`FrameError`] where the peer is gone or takes no more.
+    /// [`FrameError`] where the peer is lost or accepts no more frames.
     pub async fn send<H: Serialize>(&mut self, header: &H, payload: Payload<'_>) -> Result<(), FrameError> {
         match self.credits.acquire().await {
             Ok(credit) => credit.forget(),
@@ -78,17 +78,17 @@ impl LinkSender {
     }
 }
 
-/// The other end.
+/// The receiving end of a link.
 #[derive(Debug)]
 pub struct LinkReceiver {
     reader: FrameReader<RecvStream>,
     credits: SendStream,
-    /// Frames that were taken, and whose credits have not gone back yet.
+    /// Consumed frames whose credits are not returned yet.
     taken: usize,
 }
 
 impl LinkReceiver {
-    /// Over a stream whose first frame has been read.
+    /// A receiver over a stream whose first frame has been read.
     pub fn new(stream: DataStream) -> Self {
         Self { reader: stream.reader, credits: stream.writer.into_stream(), taken: 0 }
     }
@@ -96,7 +96,7 @@ impl LinkReceiver {
     /// The next frame; `None` where the sender has ended the link. See [`FrameReader::receive`].
     ///
     /// # Errors
-    /// [`FrameError`]; the link is of no more use.
+    /// [`FrameError`]; the link is unusable then.
     pub async fn receive<H: DeserializeOwned>(
         &mut self,
         admit: impl FnOnce(&H, Announced) -> Result<(), String>,
@@ -104,10 +104,10 @@ impl LinkReceiver {
         self.reader.receive(admit).await
     }
 
-    /// The frame was taken: its credit goes back, soon.
+    /// Marks a frame as consumed: its credit returns with the next batch.
     ///
     /// # Errors
-    /// [`FrameError::Io`] where the peer is gone.
+    /// [`FrameError::Io`] where the link is closed.
     pub async fn taken(&mut self) -> Result<(), FrameError> {
         self.taken += 1;
         if self.taken < RETURNED_AT_ONCE {
@@ -118,17 +118,17 @@ impl LinkReceiver {
     }
 }
 
-/// How much a stream gives way.
+/// The priority of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Priority {
-    /// Somebody waits for each byte.
+    /// Streams of which each byte is waited for.
     Normal,
-    /// Weights: whatever else there is goes first.
+    /// Weights: all other streams go first.
     Low,
 }
 
 impl Priority {
-    /// As QUIC streams have it: the higher goes first.
+    /// The priority of a QUIC stream: higher numbers go first.
     pub(crate) fn number(self) -> i32 {
         match self {
             Self::Normal => 0,
@@ -137,7 +137,7 @@ impl Priority {
     }
 }
 
-/// A bidirectional stream with frames both ways.
+/// A bidirectional stream of frames.
 #[derive(Debug)]
 pub struct DataStream {
     pub writer: FrameWriter<SendStream>,
@@ -149,15 +149,15 @@ impl DataStream {
         Self { writer: FrameWriter::new(sender), reader: FrameReader::new(receiver) }
     }
 
-    /// How much what is sent from now on gives way.
+    /// Sets the priority of the bytes that are sent from now on.
     pub fn set_priority(&mut self, priority: Priority) {
         // A stream that has ended needs no priority.
         let _ = self.writer.stream().set_priority(priority.number());
     }
 
-    /// Ends the stream at once, both ways; the peer sees that it was given up.
+    /// Ends the stream at once, in both directions; the peer gets an error code that says so.
     pub fn give_up(mut self) {
-        // A stream that has ended already needs no end.
+        // An error means that the stream has ended already.
         let _ = self.writer.stream().reset(GIVEN_UP);
         let _ = self.reader.stream().stop(GIVEN_UP);
     }

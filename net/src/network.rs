@@ -1,11 +1,11 @@
-//! The network: which peers are connected.
+//! The network: connects members, and reports which peers are connected.
 //!
 //! ```text
-//! --peer, discovery, peers' addresses ─► DialPolicy ─► dial ─┐
-//!                                        accepted connections ┴─► pairs ─► election ─► PeerUp … PeerDown
+//! named members, discovery, peers' reports ─► DialPolicy ─► dial ─┐
+//!                                            accepted connections ┴─► pairs ─► election ─► PeerUp … PeerDown
 //! ```
-//! All of it (`driver.rs`) runs on a thread of its own, so that compute does not make a living node look dead. Of two pairs with one
-//! member, which happens when both dial at once, both sides keep the one that the lower id dialled.
+//! The driver (`driver.rs`) runs on a thread of its own, so that compute does not make a live node look dead. When two
+//! nodes dial each other at once, two pairs of connections arise; both sides keep the pair that the lower id dialled.
 
 mod driver;
 
@@ -23,43 +23,43 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 
-/// Connections and losses that the node has not taken yet; beyond, the driver waits.
+/// The most [`NetworkEvent`]s that wait for the node; when they are that many, the driver waits.
 const EVENTS_MAX: usize = 256;
-/// What tasks report to the driver.
+/// The most events of tasks that wait for the driver.
 const DRIVER_EVENTS_MAX: usize = 256;
-/// Connections that wait for the other one of their pair; the oldest goes first.
+/// The most connections of each kind that wait for their pair's other connection; the oldest is closed first.
 const HALVES_MAX: usize = 64;
-/// Members at once: each costs two connections and their buffers.
+/// The most peers at once: each costs two connections and their buffers.
 const PEERS_MAX: usize = 256;
-/// How often the clock is looked at, for the certificate's sake.
+/// The interval between checks of the clock that decide whether the certificate is renewed.
 const CLOCK_EVERY: Duration = Duration::from_secs(60);
 
-/// Whether others on the local network are looked for.
+/// Whether the node looks for members on the local network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Discover {
     Multicast,
     Off,
 }
 
-/// Who we are, and where we look for others.
+/// This node's identity and settings, and where it looks for members.
 #[derive(Debug)]
 pub struct NetworkConfig {
     pub identity: Arc<Identity>,
     pub secret: ClusterSecret,
-    /// As others show it.
+    /// The name that other members show.
     pub name: String,
-    /// UDP; port 0 takes any.
+    /// The UDP address to listen on; with port 0 the system chooses a port.
     pub listen: SocketAddr,
-    /// Members' addresses.
+    /// The addresses of members to dial.
     pub peers: Vec<SocketAddr>,
     pub discover: Discover,
-    /// Who is not let in, whatever it knows.
+    /// Nodes that are not admitted, even if they have the cluster's secret.
     pub evicted: BTreeSet<NodeId>,
 }
 
 impl NetworkConfig {
-    /// A member with a fresh identity that listens on a free port of loopback, dials `peers` and discovers nobody: for
-    /// tests and benches.
+    /// The configuration of a member with a fresh identity that listens on a free loopback port, dials `peers` and
+    /// discovers nobody: for tests and benches.
     ///
     /// # Errors
     /// [`IdentityError`] where the system gives no random bytes.
@@ -76,16 +76,16 @@ impl NetworkConfig {
     }
 }
 
-/// Why there is no network.
+/// Why the network did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     #[error(transparent)]
     Bind(#[from] BindError),
-    #[error("no thread for the network: {0}")]
+    #[error("cannot start the network's thread: {0}")]
     Thread(#[from] std::io::Error),
 }
 
-/// What happened.
+/// A change in the set of connected peers.
 #[derive(Debug)]
 pub enum NetworkEvent {
     PeerUp(Box<Peer>),
@@ -104,7 +104,7 @@ enum DriverEvent {
     Stop(tokio::sync::oneshot::Sender<()>),
 }
 
-/// The network of this node. It ends when this is dropped.
+/// The network of this node. Dropping this handle stops the network.
 #[derive(Debug)]
 pub struct Network {
     address: Option<SocketAddr>,
@@ -115,12 +115,12 @@ pub struct Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        // With it its endpoint, and the connections.
+        // The driver drops its endpoint and its connections.
         self.driver.abort();
     }
 }
 
-/// The thread that the network runs on. It is there as long as anyone holds this.
+/// A handle to the network's thread, which runs until the last handle is dropped.
 #[derive(Debug, Clone)]
 pub struct NetworkThread(Arc<Thread>);
 
@@ -128,12 +128,12 @@ pub struct NetworkThread(Arc<Thread>);
 struct Thread(Option<tokio::runtime::Runtime>);
 
 impl NetworkThread {
-    /// Runs `task` there: what hears of peers' frames and answers at once, and never computes.
+    /// Runs `task` on the network's thread: for tasks that answer peers' frames at once and never compute.
     pub fn spawn<T: Send + 'static>(
         &self,
         task: impl Future<Output = T> + Send + 'static,
     ) -> Option<tokio::task::JoinHandle<T>> {
-        // It is taken when nobody holds this any more.
+        // The runtime is taken only when the last handle is dropped.
         self.0.0.as_ref().map(|runtime| runtime.spawn(task))
     }
 }
@@ -141,17 +141,17 @@ impl NetworkThread {
 impl Drop for Thread {
     fn drop(&mut self) {
         if let Some(runtime) = self.0.take() {
-            // Whoever drops it may be on a runtime of its own, where none may be waited for.
+            // The caller may run on another runtime, which must not block on the shutdown of this one.
             runtime.shutdown_background();
         }
     }
 }
 
 impl Network {
-    /// Opens the endpoint and begins to look for others.
+    /// Opens the endpoint, and starts to dial and discover members.
     ///
     /// # Errors
-    /// [`NetworkError`] where the port is taken, or the system gives no thread.
+    /// [`NetworkError`] where the port is in use, or the system gives no thread.
     pub fn start(config: NetworkConfig) -> Result<(Self, mpsc::Receiver<NetworkEvent>), NetworkError> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -164,7 +164,7 @@ impl Network {
             Ok(opened) => opened,
             Err(error) => {
                 drop(_context);
-                // Whoever starts a network may be on a runtime of its own, where none may be waited for.
+                // The caller may run on another runtime, which must not block on the shutdown of this one.
                 runtime.shutdown_background();
                 return Err(error.into());
             }
@@ -201,39 +201,39 @@ impl Network {
         Ok((Self { address, driver_events, driver, thread }, receiver))
     }
 
-    /// Where this node listens.
+    /// The address on which this node listens.
     pub fn address(&self) -> Option<SocketAddr> {
         self.address
     }
 
-    /// Someone may be at `address`.
+    /// Adds `address` to the addresses to dial: a member may be there.
     pub fn add_address(&self, address: SocketAddr) {
-        // Where the driver is busy, others will tell again.
+        // Where the driver's queue is full, this is dropped: peers report the address again.
         let _ = self.driver_events.try_send(DriverEvent::Found(address, Source::Heard));
     }
 
-    /// A peer has just met someone at `address`: it is dialled at once, however often that was in vain before.
+    /// Reports that a peer has just connected to a node at `address`: dials it at once, however often dials failed.
     pub fn add_sighting(&self, address: SocketAddr) {
         let _ = self.driver_events.try_send(DriverEvent::Sighted(address));
     }
 
-    /// Closes the connections of `id`, and lets it in no more.
+    /// Closes the connections of `id`, and admits it no more.
     pub fn evict(&self, id: NodeId) {
         let driver_events = self.driver_events.clone();
         // A driver that has ended has no peers.
         self.thread.spawn(async move { drop(driver_events.send(DriverEvent::Evict(id)).await) });
     }
 
-    /// The thread that it runs on.
+    /// The thread that the network runs on.
     pub fn thread(&self) -> NetworkThread {
         self.thread.clone()
     }
 
-    /// Tells peers that this node goes, and ends.
+    /// Tells peers that this node leaves, and stops the network.
     pub async fn stop(&self) {
         let (done, stopped) = tokio::sync::oneshot::channel();
         if self.driver_events.send(DriverEvent::Stop(done)).await.is_ok() {
-            // A driver that has ended has stopped.
+            // An error means that the driver has ended already.
             let _ = stopped.await;
         }
     }
@@ -257,7 +257,7 @@ fn discover(
     match Discovery::start(own, secret.fingerprint(), address, found) {
         Ok(discovery) => Some(discovery),
         Err(error) => {
-            tracing::warn!(%error, "nobody will be found by multicast: name members with --peer");
+            tracing::warn!(%error, "multicast discovery failed: name the addresses of members instead");
             None
         }
     }

@@ -1,13 +1,13 @@
-//! A peer: the two connections with one member, made one.
+//! A peer: the control connection and the data connection of one member, as a pair.
 //!
 //! ```text
 //! dialler                                              listener
 //!   control connection ─ Hello{nonce, sender_token} ─►
 //!                      ◄─ Hello{nonce, sender_token} ─
-//!   data connection    ─ nonce ─►                 the two with one nonce are a pair
+//!   data connection    ─ nonce ─►                 connections with the same nonce are a pair
 //! ```
-//! ractor_cluster does not tell an actor who sent a message. So each side gives the other a token when they connect, and
-//! every message to the control actor carries the token that its receiver gave: the receiver knows the sender by it.
+//! ractor_cluster does not tell an actor which peer sent a message. So each side gives the other a token when they
+//! connect. Every message to the control actor carries the token that its receiver gave, and so identifies its sender.
 
 use crate::backlog::{Emptying, Inbox, Outbox};
 use crate::control::{ControlStream, filter};
@@ -23,16 +23,16 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
-/// Both sides speak this; a peer of another is told so.
+/// The protocol version; a peer of another version is refused, with that reason.
 const PROTOCOL: u32 = 6;
-/// From a connection to a peer.
+/// The time limit of the introduction on each connection.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
-/// Longer names are cut.
+/// The most bytes of a name; longer names are cut.
 pub const NAME_BYTES_MAX: usize = 64;
-/// Bytes between the control filter and ractor_cluster.
+/// The size of the buffer between the control filter and ractor_cluster, in bytes.
 const PIPE_BYTES: usize = 64 << 10;
 
-/// What a member puts into its messages, so that their receiver knows whose they are.
+/// The token in a member's messages by which their receiver identifies the sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SenderToken(pub [u8; 16]);
 
@@ -44,24 +44,24 @@ pub(crate) struct Hello {
     pub(crate) sender_token: SenderToken,
 }
 
-/// A member that is here.
+/// A connected member.
 #[derive(Debug)]
 pub struct Peer {
     pub id: NodeId,
-    /// Counts the peers of this process: the same member has another number when it comes again.
+    /// The number of this pair of connections in this process; a member that reconnects gets another number.
     pub session: u64,
-    /// As its user calls it; not unique, and not to be trusted.
+    /// The name that its user gave it; not unique, and not to be trusted.
     pub name: String,
     pub address: SocketAddr,
     pub is_dialled: bool,
     pub control: ControlStream,
-    /// Its messages that wait.
+    /// The peer's messages that wait to be handled.
     pub inbox: Inbox,
-    /// What it has not taken of ours.
+    /// The bytes that wait to be sent to the peer.
     pub outbox: Outbox,
-    /// For messages to it.
+    /// The token that messages to the peer carry.
     pub sender_token: SenderToken,
-    /// In messages from it.
+    /// The token that messages from the peer carry.
     pub expected_token: SenderToken,
     pub data: DataConnection,
 }
@@ -74,20 +74,20 @@ pub struct DataConnection {
 }
 
 impl DataConnection {
-    /// Opens a stream of frames both ways. The peer sees it with the first frame.
+    /// Opens a bidirectional stream of frames. The peer sees the stream when the first frame arrives.
     ///
     /// # Errors
-    /// [`FrameError::Io`] where the peer is gone.
+    /// [`FrameError::Io`] where the connection is closed.
     pub async fn open(&self, priority: Priority) -> Result<DataStream, FrameError> {
         let mut stream = DataStream::new(self.connection.open_bi().await.map_err(std::io::Error::from)?);
         stream.set_priority(priority);
         Ok(stream)
     }
 
-    /// Opens a link; `hello` says what it is for.
+    /// Opens a link; its first frame, `hello`, says what the link is for.
     ///
     /// # Errors
-    /// [`FrameError`] where the peer is gone.
+    /// [`FrameError`] where the connection is closed.
     pub async fn open_link<H: Serialize>(&self, hello: &H) -> Result<LinkSender, FrameError> {
         let (sender, receiver) = self.connection.open_bi().await.map_err(std::io::Error::from)?;
         let mut writer = FrameWriter::new(sender);
@@ -96,10 +96,10 @@ impl DataConnection {
         Ok(LinkSender::new(writer.into_stream(), receiver))
     }
 
-    /// The next stream that the peer opens.
+    /// Waits for the next stream that the peer opens.
     ///
     /// # Errors
-    /// [`FrameError::Io`] where the peer is gone.
+    /// [`FrameError::Io`] where the connection is closed.
     pub async fn accept(&self) -> Result<DataStream, FrameError> {
         let streams = self.connection.accept_bi().await.map_err(std::io::Error::from)?;
         Ok(DataStream::new(streams))
@@ -110,12 +110,12 @@ impl DataConnection {
         self.runtime.spawn(task);
     }
 
-    /// The time there and back, smoothed.
+    /// The smoothed round-trip time.
     pub fn rtt(&self) -> Duration {
         self.connection.rtt()
     }
 
-    /// Ends both connections with the peer.
+    /// Closes the data connection; the network's driver then closes the control connection, too.
     pub fn close(&self, reason: &str) {
         self.connection.close(VarInt::from_u32(0), reason.as_bytes());
     }
@@ -134,11 +134,11 @@ pub(crate) enum ConnectError {
     Frame(#[from] FrameError),
     #[error("the connection ended: {0}")]
     Connection(#[from] quinn::ConnectionError),
-    #[error("the peer speaks protocol {theirs}, and we {PROTOCOL}: run the same version of exo on both")]
+    #[error("the peer speaks protocol {theirs}, this node protocol {PROTOCOL}: run the same version of exo on both")]
     Protocol { theirs: u32 },
-    #[error("the address answered as two different nodes")]
+    #[error("two connections to the address reached different nodes")]
     TwoNodes,
-    #[error("the address is one more of a peer that is here")]
+    #[error("the address belongs to a peer that is already connected, or is being connected")]
     AlreadyConnected { id: NodeId },
     #[error("the address is this node's own")]
     Ourselves,
@@ -148,7 +148,7 @@ pub(crate) enum ConnectError {
     TimedOut,
 }
 
-/// A control connection that has been introduced, and waits for its data connection.
+/// A control connection with both hellos exchanged, which waits for its data connection.
 #[derive(Debug)]
 pub(crate) struct Introduced {
     pub(crate) id: NodeId,
@@ -161,12 +161,12 @@ pub(crate) struct Introduced {
     is_dialled: bool,
 }
 
-/// Both connections.
+/// Both connections of a pair.
 #[derive(Debug)]
 pub(crate) struct PeerConnections {
     pub(crate) introduced: Introduced,
     pub(crate) data: Connection,
-    /// Of a pair that was dialled.
+    /// The dial's claim on the peer; `None` for an accepted pair.
     pub(crate) guard: Option<DialGuard>,
 }
 
@@ -185,7 +185,7 @@ impl PeerConnections {
         }
     }
 
-    /// Starts the filter, and gives the peer. Called on the network's runtime.
+    /// Starts the control filter and returns the peer. Called on the network's runtime.
     pub(crate) fn into_peer(self, session: u64) -> Peer {
         let Introduced {
             id, name, control, streams: (writer, reader), sender_token, expected_token, is_dialled, ..
@@ -196,14 +196,14 @@ impl PeerConnections {
         let filtered = filter(reader, to, id, inbox.clone());
         let connection = control.clone();
         tokio::spawn(async move {
-            // A filter that waits for a permit does not see that its peer is gone.
+            // A filter that waits for a permit does not see that the connection is closed.
             let ended = tokio::select! {
                 ended = filtered => ended,
                 _ = connection.closed() => return,
             };
             if let Err(error) = ended {
                 if connection.close_reason().is_none() {
-                    tracing::warn!(peer = %id, %error, "ended the control stream of a peer");
+                    tracing::warn!(peer = %id, %error, "closed the control connection of a peer");
                 }
                 connection.close(VarInt::from_u32(2), b"control stream");
             }
@@ -224,7 +224,7 @@ impl PeerConnections {
     }
 }
 
-/// Dials both connections.
+/// Dials both connections of a pair.
 pub(crate) async fn dial(
     endpoint: &Endpoint,
     address: SocketAddr,
@@ -262,12 +262,12 @@ pub(crate) async fn dial(
     let mut stream = data.connection.open_uni().await?;
     let written = stream.write_all(&hello.nonce.to_le_bytes()).await;
     written.map_err(|error| FrameError::Io(error.into()))?;
-    // Nothing else goes this way.
+    // The nonce is all that this stream carries.
     let _ = stream.finish();
     Ok(PeerConnections { introduced, data: data.connection, guard })
 }
 
-/// Answers the introduction on a control connection that was accepted.
+/// Exchanges hellos on an accepted control connection.
 pub(crate) async fn introduce(id: NodeId, control: Connection, name: &str) -> Result<Introduced, ConnectError> {
     let introduced = async {
         let (sender, receiver) = control.accept_bi().await?;
@@ -290,7 +290,7 @@ pub(crate) async fn introduce(id: NodeId, control: Connection, name: &str) -> Re
     tokio::time::timeout(HELLO_DEADLINE, introduced).await.map_err(|_| ConnectError::TimedOut)?
 }
 
-/// Which control connection a data connection that was accepted belongs to.
+/// Reads the nonce of an accepted data connection, which identifies its control connection.
 pub(crate) async fn nonce_of(data: &Connection) -> Result<u64, ConnectError> {
     let read = async {
         let mut stream = data.accept_uni().await?;
@@ -325,7 +325,7 @@ async fn read_hello(reader: &mut FrameReader<quinn::RecvStream>) -> Result<Hello
     Ok(hello)
 }
 
-/// A name as it may be shown: short, and without what a terminal would obey.
+/// The name without control characters, which a terminal would obey, cut to [`NAME_BYTES_MAX`] bytes.
 pub fn shown_name(name: &str) -> String {
     let mut shown: String = name.chars().filter(|c| !c.is_control()).collect();
     while shown.len() > NAME_BYTES_MAX {

@@ -1,19 +1,19 @@
-//! Files that their owner alone may read: keys and secrets in the data directory.
+//! Files that only their owner may read: keys and secrets in the data directory.
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// The longest that is kept so: an Ed25519 key has 83 bytes, a cluster's secret 65.
+/// The most bytes that are read of a private file: an Ed25519 key has 83 bytes, a cluster's secret 65.
 const BYTES_MAX: u64 = 1024;
 
-/// Why a private file could not be read or made.
+/// Why a private file could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateFileError {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
-    #[error("{path} may be read by others (mode {mode:o}); chmod 600 it")]
+    #[error("{path} is open to other users (mode {mode:o}); set its mode to 600")]
     Exposed { path: PathBuf, mode: u32 },
 }
 
@@ -34,7 +34,7 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, PrivateFileError> {
     Ok(Some(bytes))
 }
 
-/// The bytes of `path`; the first call keeps there what `make` gives.
+/// The bytes of `path`; where there is no such file, creates it with the bytes that `make` returns.
 pub(crate) fn read_or_create<E: From<PrivateFileError>>(
     path: &Path,
     make: impl FnOnce() -> Result<Vec<u8>, E>,
@@ -43,12 +43,12 @@ pub(crate) fn read_or_create<E: From<PrivateFileError>>(
         return Ok(kept);
     }
     create(path, &make()?)?;
-    // Another process may have been first.
+    // Another process may have created the file first.
     Ok(read(path)?.unwrap_or_default())
 }
 
-/// Makes `path`, where it is not there; what is there is left as it is. Of two processes that do so at once, one wins,
-/// and its file is whole from the first moment.
+/// Creates `path` with `bytes`; an existing file stays as it is. If two processes do so at once, one wins, and its file
+/// is complete from the first moment.
 pub(crate) fn create(path: &Path, bytes: &[u8]) -> Result<(), PrivateFileError> {
     let draft = draft(path, bytes)?;
     let linked = std::fs::hard_link(&draft, path);
@@ -60,13 +60,13 @@ pub(crate) fn create(path: &Path, bytes: &[u8]) -> Result<(), PrivateFileError> 
     }
 }
 
-/// Puts `bytes` in the place of `path`.
+/// Replaces the file at `path` with one that holds `bytes`.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), PrivateFileError> {
     let draft = draft(path, bytes)?;
     std::fs::rename(&draft, path).map_err(|source| PrivateFileError::Io { path: path.to_owned(), source })
 }
 
-/// A whole file beside `path`, under another name.
+/// Writes `bytes` to a file beside `path`, under another name, and returns its path.
 fn draft(path: &Path, bytes: &[u8]) -> Result<PathBuf, PrivateFileError> {
     let io = |source| PrivateFileError::Io { path: path.to_owned(), source };
     if let Some(folder) = path.parent() {

@@ -1,14 +1,15 @@
-//! What the members of a cluster share, and what follows from it.
+//! The secret that the members of a cluster share, and the keys derived from it.
 //!
 //! ```text
 //! secret (32 random bytes, cluster.secret) ─HKDF-SHA256─┬─► key of the certificate authority (certificate.rs)
 //!                                                       ├─► fingerprint, which discovery announces
 //!                                                       └─► cookie of ractor_cluster's sessions
 //! ```
-//! Whoever has the secret is a member, and can make further members. It never travels, but in a join token that its
-//! owner carries.
+//! A node that has the secret is a member, and can make further members. The secret leaves a node only in a join token
+//! that its owner carries.
 
 use crate::private_file::{self, PrivateFileError};
+use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 use ring::hkdf::{HKDF_SHA256, KeyType, Salt};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ impl std::fmt::Debug for ClusterSecret {
     }
 }
 
-/// Why there is no secret.
+/// Why a secret could not be loaded or created.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
     #[error(transparent)]
@@ -38,10 +39,10 @@ pub enum SecretError {
 }
 
 impl ClusterSecret {
-    /// The secret kept in `data_dir`; the first call makes one, and so a cluster of one node.
+    /// The secret stored in `data_dir`; the first call creates one, and with it a cluster of one node.
     ///
     /// # Errors
-    /// [`SecretError`] where the file cannot be read or written, is no secret, or is open to others.
+    /// [`SecretError`] where the file cannot be read or written, holds no secret, or is open to other users.
     pub fn load_or_create(data_dir: &Path) -> Result<Self, SecretError> {
         let path = data_dir.join(SECRET_FILE);
         let make = || Ok::<_, SecretError>(Self::random()?.digits().into_bytes());
@@ -49,15 +50,15 @@ impl ClusterSecret {
         Self::from_digits(&kept).ok_or(SecretError::Malformed { path })
     }
 
-    /// Keeps this secret in `data_dir`, in place of the one that is there: the node changes to this cluster.
+    /// Stores this secret in `data_dir`, in place of the existing one: the node changes to this cluster.
     ///
     /// # Errors
-    /// [`SecretError::File`] where it cannot be written.
+    /// [`SecretError::File`] where the file cannot be written.
     pub fn keep(&self, data_dir: &Path) -> Result<(), SecretError> {
         Ok(private_file::replace(&data_dir.join(SECRET_FILE), self.digits().as_bytes())?)
     }
 
-    /// A secret that nobody has yet.
+    /// A new random secret.
     ///
     /// # Errors
     /// [`SecretError::NoRandomness`].
@@ -75,14 +76,14 @@ impl ClusterSecret {
         &self.0
     }
 
-    /// What tells this cluster from others, and tells nothing about the secret.
+    /// The public fingerprint that distinguishes this cluster, and reveals nothing about the secret.
     pub fn fingerprint(&self) -> String {
-        hex(&self.derive("exo fingerprint 1")[..8])
+        HEXLOWER.encode(&self.derive("exo fingerprint 1")[..8])
     }
 
-    /// What ractor_cluster's sessions ask of each other, behind mutual TLS that has asked already.
+    /// The cookie with which ractor_cluster's sessions authenticate, after mutual TLS has done so already.
     pub fn cookie(&self) -> String {
-        hex(&self.derive("exo cookie 1"))
+        HEXLOWER.encode(&self.derive("exo cookie 1"))
     }
 
     /// The seed of the key that signs the members' certificates.
@@ -99,7 +100,7 @@ impl ClusterSecret {
         }
         let extracted = Salt::new(HKDF_SHA256, b"exo cluster").extract(&self.0);
         let mut out = [0; 32];
-        // HKDF fails on outputs of more than 255 hashes, and on nothing else: this is one.
+        // HKDF fails only on outputs of more than 255 hashes: this output is one hash.
         if let Ok(expanded) = extracted.expand(&[purpose.as_bytes()], Bytes32) {
             let filled = expanded.fill(&mut out);
             debug_assert!(filled.is_ok());
@@ -108,29 +109,13 @@ impl ClusterSecret {
     }
 
     fn digits(&self) -> String {
-        hex(&self.0) + "\n"
+        HEXLOWER.encode(&self.0) + "\n"
     }
 
     fn from_digits(text: &[u8]) -> Option<Self> {
-        let digits = text.trim_ascii();
-        let mut bytes = [0; SECRET_BYTES];
-        if digits.len() != 2 * SECRET_BYTES {
-            return None;
-        }
-        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-        }
-        Some(Self(bytes))
+        let bytes = HEXLOWER_PERMISSIVE.decode(text.trim_ascii()).ok()?;
+        bytes.try_into().ok().map(Self)
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut digits, byte| {
-        // Writing to a string does not fail.
-        let _ = write!(digits, "{byte:02x}");
-        digits
-    })
 }
 
 #[cfg(test)]
@@ -139,7 +124,7 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     #[test]
-    fn a_secret_stays_and_is_its_owner_s_alone() {
+    fn a_secret_persists_and_only_its_owner_can_read_it() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let first = ClusterSecret::load_or_create(folder.path()).expect("made");
         assert_eq!(ClusterSecret::load_or_create(folder.path()).expect("read"), first);
@@ -157,18 +142,18 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_from_a_secret_differs_by_purpose_and_by_secret() {
+    fn derived_keys_differ_by_purpose_and_by_secret() {
         let (a, b) = (ClusterSecret::from_bytes([1; 32]), ClusterSecret::from_bytes([2; 32]));
         assert_ne!(a.fingerprint(), b.fingerprint());
         assert_ne!(a.authority_seed(), b.authority_seed());
         assert!(!a.cookie().starts_with(&a.fingerprint()));
-        assert_ne!(a.cookie(), hex(&a.authority_seed()));
+        assert_ne!(a.cookie(), HEXLOWER.encode(&a.authority_seed()));
         // Members of different builds must agree on these.
         assert_eq!(a.fingerprint(), ClusterSecret::from_bytes([1; 32]).fingerprint());
     }
 
     #[test]
-    fn a_damaged_secret_is_named() {
+    fn a_damaged_secret_is_reported() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join(SECRET_FILE);
         private_file::create(&path, b"zz").expect("written");

@@ -1,4 +1,4 @@
-//! Join tokens: a cluster's secret and where to find it, as one word that a person carries from machine to machine.
+//! Join tokens: a cluster's secret and members' addresses, as one word that a person carries from machine to machine.
 //!
 //! `exo1` and URL-safe base64 of: the secret (32 bytes), the number of addresses (1), each as 4 or 6 (1), the IP
 //! address (4 or 16), the port (2, big-endian); then the first 4 bytes of the SHA-256 of all that.
@@ -12,21 +12,21 @@ use std::str::FromStr;
 
 const PREFIX: &str = "exo1";
 const CHECK_BYTES: usize = 4;
-/// More would make a token that nobody can carry.
+/// The most addresses in a token: more would make it too long to carry.
 const ADDRESSES_MAX: usize = 16;
 
-/// What a machine needs to join.
+/// The data that a machine needs to join a cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JoinToken {
     pub secret: ClusterSecret,
-    /// Where members listen; discovery finds others.
+    /// The addresses at which some members listen; discovery finds others.
     pub addresses: Vec<SocketAddr>,
 }
 
-/// Why a text is no join token.
+/// Why a text is not a join token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
-    #[error("a join token begins with `{PREFIX}`: this is none, or one of another version")]
+    #[error("not a join token, or one of another version: it does not begin with `{PREFIX}`")]
     Prefix,
     #[error("the join token is damaged: copy it whole")]
     Damaged,
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_read_as_it_was_written() {
+    fn a_token_round_trips() {
         for token in [token(&[]), token(&["127.0.0.1:52416", "[fe80::1]:9"])] {
             let text = token.to_string();
             assert!(!text.contains(char::is_whitespace));
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_was_not_copied_whole_is_refused() {
+    fn a_truncated_token_is_refused() {
         let text = token(&["127.0.0.1:52416"]).to_string();
         assert_eq!("hello".parse::<JoinToken>(), Err(TokenError::Prefix));
         for end in PREFIX.len()..text.len() {
@@ -119,7 +119,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_is_worse_than_refused(text in "\\PC{0,80}", bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+        fn arbitrary_text_never_panics(text in "\\PC{0,80}", bytes in prop::collection::vec(any::<u8>(), 0..80)) {
             let _ = text.parse::<JoinToken>();
             let mut bytes = bytes;
             let check = digest(&SHA256, &bytes);

@@ -74,6 +74,6 @@ pub(super) fn name_of(state: &State, node: NodeId) -> String {
     match state.members.get(&node) {
         Some(member) => member.name.clone(),
         None if node == state.node => state.name.clone(),
-        None => state.apart.get(&node).map_or(node.short(), |apart| apart.name.clone()),
+        None => state.outside.get(&node).map_or(node.short(), |outside| outside.name.clone()),
     }
 }

@@ -2,8 +2,8 @@
 
 use crate::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use parking_lot::Mutex;
 use std::io::IsTerminal;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// What a command shows while it works.
@@ -56,7 +56,7 @@ impl Display {
 
     /// Takes the bar away.
     pub(super) fn clear(&self) {
-        let mut bar = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bar = self.bar.lock();
         bar.finish_and_clear();
         *bar = ProgressBar::hidden();
     }
@@ -65,7 +65,7 @@ impl Display {
         if self.is_quiet || !std::io::stderr().is_terminal() {
             return;
         }
-        let mut bar = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bar = self.bar.lock();
         if bar.is_hidden() || bar.message() != what {
             bar.finish_and_clear();
             *bar = new_bar(total).with_message(what);

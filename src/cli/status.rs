@@ -4,7 +4,7 @@ use super::Outcome;
 use super::plan::name_of;
 use super::remote::Remote;
 use crate::config::data_folder;
-use crate::{Apart, InstanceId, InstanceState, Machine, MemberReport, NodeId, Phase, State};
+use crate::{InstanceId, InstanceStatus, Machine, MemberReport, NodeId, Outside, Phase, State};
 use clap::Args;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -46,8 +46,8 @@ fn draw(state: &State) -> String {
     for (id, member) in &state.members {
         draw_member(&mut out, state, *id, member);
     }
-    for (id, apart) in &state.apart {
-        draw_apart(&mut out, state, *id, apart);
+    for (id, outside) in &state.outside {
+        draw_apart(&mut out, state, *id, outside);
     }
     let mut live = state.everywhere().peekable();
     if live.peek().is_none() {
@@ -94,16 +94,16 @@ fn draw_member(out: &mut String, state: &State, id: NodeId, member: &MemberRepor
     }
 }
 
-fn draw_apart(out: &mut String, state: &State, id: NodeId, apart: &Apart) {
-    let why = match apart.between {
+fn draw_apart(out: &mut String, state: &State, id: NodeId, outside: &Outside) {
+    let why = match outside.between {
         Some((one, other)) => format!("{} and {} do not reach each other", name_of(state, one), name_of(state, other)),
         None => "it reaches others that this node does not".to_owned(),
     };
-    let _ = writeln!(out, "apart    {:12} {} works without this node: {why}", apart.name, id.short());
+    let _ = writeln!(out, "outside    {:12} {} works without this node: {why}", outside.name, id.short());
     let _ = writeln!(out, "         open UDP port 52416, or what --listen says, between the two");
 }
 
-fn draw_instance(out: &mut String, state: &State, id: InstanceId, instance: &InstanceState) {
+fn draw_instance(out: &mut String, state: &State, id: InstanceId, instance: &InstanceStatus) {
     let (name, quantization) = (&instance.model.name, &instance.model.quantization);
     let _ = writeln!(out, "model    {name} ({quantization})  instance {id}, {}", phase(instance));
     for stage in &instance.placement.stages {
@@ -123,11 +123,11 @@ fn draw_instance(out: &mut String, state: &State, id: InstanceId, instance: &Ins
         totals.requests,
         totals.prompt_tokens,
         totals.generated_tokens,
-        totals.reused_tokens,
+        totals.cached_tokens,
     );
 }
 
-fn phase(instance: &InstanceState) -> String {
+fn phase(instance: &InstanceStatus) -> String {
     match &instance.phase {
         Phase::Fetching { total_bytes: 0, .. } => "fetching".to_owned(),
         Phase::Fetching { fetched_bytes, total_bytes } => {

@@ -3,7 +3,7 @@
 //! A peer is asked for some frames, at low priority, seldom, and one peer at a time. The first frames open the
 //! congestion window, and are not counted.
 
-use crate::protocol::DataHello;
+use crate::transport::protocol::DataHello;
 use exo_net::{Announced, DataConnection, DataStream, FrameError, Payload, Priority};
 use std::time::{Duration, Instant};
 

@@ -4,8 +4,8 @@
 //! is turned away before a word is said.
 
 use super::{ClusterMsg, ClusterRef};
-use crate::control::ControlMsg;
-use crate::outlet::Outlet;
+use crate::transport::callback::EventCallback;
+use crate::transport::control::ControlMsg;
 use exo_net::{CONTROL_FRAME_BYTES_MAX, NodeId, cluster_name};
 use ractor::{Actor, ActorRef, SpawnErr};
 use ractor_cluster::node::{NodeConnectionMode, NodeServerSessionInformation};
@@ -53,13 +53,13 @@ pub(super) async fn start(
         .with_listen_addr(Ipv4Addr::LOCALHOST.into())
         .with_max_inbound_frame_size(CONTROL_FRAME_BYTES_MAX);
     let (server, _) = NodeServer::spawn_linked(None, server, (), cluster.get_cell()).await?;
-    let subscription = Box::new(Sessions(Outlet::to(cluster, ClusterMsg::Session)));
+    let subscription = Box::new(Sessions(EventCallback::to(cluster, ClusterMsg::Session)));
     let subscribed = NodeServerMessage::SubscribeToEvents { id: "exo".to_owned(), subscription };
     server.cast(subscribed).map_err(|error| SpawnErr::StartupFailed(error.to_string().into()))?;
     Ok(server)
 }
 
-struct Sessions(Outlet<SessionEvent>);
+struct Sessions(EventCallback<SessionEvent>);
 
 /// Whose session it is; `None` for one that did not come over a stream of ours.
 fn whose(session: &NodeServerSessionInformation) -> Option<(NodeId, u64)> {

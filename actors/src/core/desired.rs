@@ -1,208 +1,220 @@
-//! What is to run, as every member knows it: without consensus, by last writer wins.
+//! The desired list: the deployments that are to run, as every member knows them. Last writer wins; there is no consensus.
 //!
-//! Each instance has an entry with a stamp; of two entries the one with the higher stamp holds, wherever and in whatever
-//! order they are heard of, so members that have heard the same hold the same. What is over stays for a while as a
-//! tombstone, so that a member that was away does not bring it back.
+//! Each instance has an entry with a stamp. Of two entries the one with the higher stamp is kept, in whatever order they
+//! arrive, so members that have received the same entries hold the same list. A stopped instance stays in the list for a
+//! while as a tombstone, so that a member that was disconnected does not bring it back.
 //!
-//! The stamp orders the lives of an instance, too: incarnations of a later stamp are later.
+//! The stamp also orders the incarnations of an instance: those of a later stamp are later.
 
 use super::plan::{Demand, Placement};
 use super::spec::{InstanceId, Model, ModelSpec};
-use crate::request::RequestError;
+use crate::core::request::RequestError;
 use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// How long what is over is remembered: longer than a member is away and comes back with old entries.
+/// How long a tombstone is kept: longer than a member is disconnected before it returns with old entries.
 const TOMBSTONES_KEPT: Duration = Duration::from_secs(24 * 3600);
-/// And how many: the oldest go first.
+/// Tombstones that are kept; the oldest are dropped first.
 const TOMBSTONES_MAX: usize = 1024;
-/// Instances at once.
+/// Instances that run at once.
 pub const INSTANCES_MAX: usize = 256;
-/// A stamp of a message is no later than this beyond what we know: counters grow by one, and nobody uses them up soon.
+/// How far a received stamp may be ahead of this member's clock: honest counters grow by one, and cannot be exhausted by a
+/// single hostile stamp.
 const LEAP_MAX: u64 = 1 << 20;
-/// And never later than this: an epoch is a stamp's counter and a life's number.
-const COUNTER_MAX: u64 = 1 << (63 - LIVES_BITS);
-/// What other members write into an entry, as bytes on their way: demands of the deepest models take a fifth.
+/// The largest counter of a stamp: an epoch holds the counter and the number of the incarnation.
+const COUNTER_MAX: u64 = 1 << (63 - INCARNATION_BITS);
+/// Encoded bytes of an entry, or of a placement request. The demand of the deepest model takes a fifth.
 const ENTRY_BYTES_MAX: usize = 160 << 10;
-/// An order to a shard's node may be there before the entry that it follows from, but not by more than this.
+/// How long an order to a shard's node may precede the entry that it follows from.
 const ENTRY_WITHIN: Duration = Duration::from_secs(30);
-/// Lives of an instance within one stamp.
-const LIVES_BITS: u32 = 20;
+/// Bits of an epoch that number the incarnations of one stamp.
+const INCARNATION_BITS: u32 = 20;
 
-/// When an entry was written: a Lamport clock, and who.
+/// When an entry was written, by a Lamport clock, and by which member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Stamp {
     pub counter: u64,
     pub by: NodeId,
 }
 
-/// How an instance comes to its places from those that it had.
+/// How an instance moves from its earlier placement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Change {
-    /// Its shards are loaded beside those that are there, which serve until all are up. `back`: where it returns to if that
-    /// fails, for it was well there.
-    Beside { back: Option<Placement> },
-    /// There is no room for both: what is there goes first, and requests wait.
+pub enum MoveStrategy {
+    /// The new shards load beside the old ones, which serve until all are loaded.
+    Beside {
+        /// The placement to return to if the new one does not come up.
+        rollback: Option<Placement>,
+    },
+    /// Memory does not suffice for both: the old shards stop first, and requests wait.
     InPlace,
 }
 
-/// An instance that is to run.
+/// An instance that is to run, and where.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Wanted {
+pub struct Deployment {
+    /// What was asked for.
     pub spec: ModelSpec,
+    /// What runs.
     pub model: Model,
+    /// Where it runs.
     pub placement: Placement,
-    /// What it needs, so that whoever plans next needs no file.
+    /// What it needs, so that the next leader needs no file of the model.
     pub demand: Demand,
-    pub change: Change,
-    /// Why it is where it is, for people.
+    /// How it moves there.
+    pub strategy: MoveStrategy,
+    /// Why it is placed there, for users.
     pub reason: String,
 }
 
-impl Wanted {
-    /// The node with the head: that of the first shard.
+impl Deployment {
+    /// The node of the head, which is that of the first shard.
     pub fn owner(&self) -> Option<NodeId> {
         self.placement.stages.first().map(|stage| stage.node)
     }
 }
 
-/// What is wanted of an instance.
+/// The target of an instance.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Want {
-    Run(Box<Wanted>),
-    /// It is over; why, where that was nobody's wish.
-    Gone {
+pub enum Target {
+    /// It is to run.
+    Run(Box<Deployment>),
+    /// It is to stop, or has stopped.
+    Stopped {
+        /// Why, if it failed.
         error: Option<RequestError>,
     },
 }
 
-/// One instance's entry.
+/// The entry of one instance.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct DesiredEntry {
+    /// When it was written, and by which member.
     pub stamp: Stamp,
-    pub want: Want,
+    /// What is to become of the instance.
+    pub target: Target,
 }
 
-impl Entry {
+impl DesiredEntry {
     /// Whether a member could have written it.
     pub fn is_plausible(&self) -> bool {
-        let is_placed = |placement: &Placement, wanted: &Wanted| placement.is_of(&wanted.demand);
-        let is_possible = |wanted: &Wanted| {
-            let back = match &wanted.change {
-                Change::Beside { back } => back.as_ref(),
-                Change::InPlace => None,
+        let is_placed = |placement: &Placement, deployment: &Deployment| placement.is_of(&deployment.demand);
+        let is_possible = |deployment: &Deployment| {
+            let rollback = match &deployment.strategy {
+                MoveStrategy::Beside { rollback } => rollback.as_ref(),
+                MoveStrategy::InPlace => None,
             };
-            let are_placed = is_placed(&wanted.placement, wanted) && back.is_none_or(|back| is_placed(back, wanted));
-            wanted.demand.is_plausible() && are_placed
+            let placements = std::iter::once(&deployment.placement).chain(rollback);
+            deployment.demand.is_plausible() && placements.into_iter().all(|placement| is_placed(placement, deployment))
         };
-        is_short(self) && self.wanted().is_none_or(is_possible)
+        fits_entry(self) && self.deployment().is_none_or(is_possible)
     }
 
-    /// What is to run, if it is.
-    pub fn wanted(&self) -> Option<&Wanted> {
-        match &self.want {
-            Want::Run(wanted) => Some(wanted),
-            Want::Gone { .. } => None,
+    /// The deployment, if the instance is to run.
+    pub fn deployment(&self) -> Option<&Deployment> {
+        match &self.target {
+            Target::Run(deployment) => Some(deployment),
+            Target::Stopped { .. } => None,
         }
     }
 }
 
-/// Whether something that a member tells is no longer than what is kept of it.
-pub fn is_short(told: &impl Serialize) -> bool {
-    exo_net::wire::encode(told).is_ok_and(|bytes| bytes.len() <= ENTRY_BYTES_MAX)
+/// Whether a received value is small enough to be kept.
+pub fn fits_entry(value: &impl Serialize) -> bool {
+    exo_net::wire::encode(value).is_ok_and(|bytes| bytes.len() <= ENTRY_BYTES_MAX)
 }
 
-/// What runs and what is over, as a member's list had it.
+/// The instances of a member's list that run, and those that have stopped.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Listed {
-    running: BTreeMap<InstanceId, Run>,
-    over: BTreeMap<InstanceId, Stamp>,
+pub struct DesiredSnapshot {
+    running: BTreeMap<InstanceId, RunningEntry>,
+    stopped: BTreeMap<InstanceId, Stamp>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Run {
+struct RunningEntry {
     stamp: Stamp,
     owner: Option<NodeId>,
-    /// Whether it has a shard on the member whose list it is.
+    /// Whether the list's member hosts a shard of it.
     is_placed_here: bool,
 }
 
-impl Listed {
+impl DesiredSnapshot {
     /// The stamp of an instance that is to run.
     pub fn stamp(&self, id: InstanceId) -> Option<Stamp> {
         self.running.get(&id).map(|run| run.stamp)
     }
 
-    /// Whether a shard of this member stays that was ordered with `stamp`, `age` ago. The entry that the order follows from
-    /// may still be on its way. What an earlier placement left behind is cleared by the instance's owner, as long as that
-    /// one can be reached (`is_here`).
-    pub fn keeps(&self, id: InstanceId, stamp: Stamp, age: Duration, is_here: impl Fn(NodeId) -> bool) -> bool {
+    /// Whether this member keeps a shard that was ordered with `stamp`, `age` ago. The entry that the order follows from may
+    /// still be on its way. Shards of an earlier placement are stopped by the instance's owner, as long as `is_reachable`
+    /// says that the owner's orders arrive.
+    pub fn keeps(&self, id: InstanceId, stamp: Stamp, age: Duration, is_reachable: impl Fn(NodeId) -> bool) -> bool {
         let is_young = age < ENTRY_WITHIN;
-        match (self.running.get(&id), self.over.get(&id)) {
+        match (self.running.get(&id), self.stopped.get(&id)) {
             (Some(run), _) if stamp > run.stamp => is_young,
-            (Some(run), _) => stamp == run.stamp || run.is_placed_here || run.owner.is_some_and(is_here),
+            (Some(run), _) => stamp == run.stamp || run.is_placed_here || run.owner.is_some_and(is_reachable),
             (None, Some(end)) => stamp > *end && is_young,
             (None, None) => is_young,
         }
     }
 }
 
-/// The incarnation of life `life` of an instance as `stamp` has it.
-pub fn incarnation(stamp: Stamp, life: u64, owner: NodeId) -> Incarnation {
-    let epoch = (stamp.counter << LIVES_BITS) | life.min((1 << LIVES_BITS) - 1);
+/// The incarnation with `number`, from 1, of a placement with `stamp`.
+pub fn incarnation(stamp: Stamp, number: u64, owner: NodeId) -> Incarnation {
+    let epoch = (stamp.counter << INCARNATION_BITS) | number.min((1 << INCARNATION_BITS) - 1);
     Incarnation { epoch, owner: *owner.as_bytes() }
 }
 
-/// A member's list.
+/// A member's copy of the desired list.
 #[derive(Debug)]
 pub struct Desired {
     own: NodeId,
     clock: u64,
-    entries: BTreeMap<InstanceId, Entry>,
-    /// When a tombstone came, since any fixed start.
-    over: BTreeMap<InstanceId, Duration>,
+    entries: BTreeMap<InstanceId, DesiredEntry>,
+    /// When each tombstone was received, counted from any fixed start.
+    stopped: BTreeMap<InstanceId, Duration>,
 }
 
 impl Desired {
     /// An empty list of the member `own`.
     pub fn new(own: NodeId) -> Self {
-        Self { own, clock: 0, entries: BTreeMap::new(), over: BTreeMap::new() }
+        Self { own, clock: 0, entries: BTreeMap::new(), stopped: BTreeMap::new() }
     }
 
-    pub fn get(&self, id: InstanceId) -> Option<&Entry> {
+    pub fn get(&self, id: InstanceId) -> Option<&DesiredEntry> {
         self.entries.get(&id)
     }
 
     /// All entries, tombstones included.
-    pub fn entries(&self) -> impl Iterator<Item = (InstanceId, &Entry)> {
+    pub fn entries(&self) -> impl Iterator<Item = (InstanceId, &DesiredEntry)> {
         self.entries.iter().map(|(&id, entry)| (id, entry))
     }
 
-    /// What is to run.
-    pub fn running(&self) -> impl Iterator<Item = (InstanceId, Stamp, &Wanted)> {
-        self.entries().filter_map(|(id, entry)| Some((id, entry.stamp, entry.wanted()?)))
+    /// The deployments that are to run.
+    pub fn running(&self) -> impl Iterator<Item = (InstanceId, Stamp, &Deployment)> {
+        self.entries().filter_map(|(id, entry)| Some((id, entry.stamp, entry.deployment()?)))
     }
 
-    /// What those who keep shards here need of it.
-    pub fn listed(&self) -> Listed {
-        let run = |(id, stamp, wanted): (InstanceId, Stamp, &Wanted)| {
-            let is_placed_here = wanted.placement.stages.iter().any(|stage| stage.node == self.own);
-            (id, Run { stamp, owner: wanted.owner(), is_placed_here })
+    /// The list as the worker of this member needs it.
+    pub fn snapshot(&self) -> DesiredSnapshot {
+        let run = |(id, stamp, deployment): (InstanceId, Stamp, &Deployment)| {
+            let is_placed_here = deployment.placement.stages.iter().any(|stage| stage.node == self.own);
+            (id, RunningEntry { stamp, owner: deployment.owner(), is_placed_here })
         };
-        let over = self.entries().filter(|(_, entry)| entry.wanted().is_none()).map(|(id, entry)| (id, entry.stamp));
-        Listed { running: self.running().map(run).collect(), over: over.collect() }
+        let stopped =
+            self.entries().filter(|(_, entry)| entry.deployment().is_none()).map(|(id, entry)| (id, entry.stamp));
+        DesiredSnapshot { running: self.running().map(run).collect(), stopped: stopped.collect() }
     }
 
-    /// The instance that is to run `spec`; of several, the one with the highest stamp.
-    pub fn find(&self, spec: &ModelSpec) -> Option<(InstanceId, Stamp, &Wanted)> {
-        self.running().filter(|(.., wanted)| wanted.spec == *spec).max_by_key(|(_, stamp, _)| *stamp)
+    /// The instance that is to run `spec`; of several, that with the highest stamp.
+    pub fn find(&self, spec: &ModelSpec) -> Option<(InstanceId, Stamp, &Deployment)> {
+        self.running().filter(|(.., deployment)| deployment.spec == *spec).max_by_key(|(_, stamp, _)| *stamp)
     }
 
-    /// The same where the same is to run: members that tell different ones have not heard the same, and tell each other
-    /// all they have. (FNV-1a over ids and stamps.)
+    /// A digest of the deployments that are to run: FNV-1a over ids and stamps. Members with different digests send each
+    /// other their whole lists.
     pub fn digest(&self) -> u64 {
         let mut digest = 0xcbf2_9ce4_8422_2325_u64;
         for (id, stamp, _) in self.running() {
@@ -214,24 +226,24 @@ impl Desired {
         digest
     }
 
-    /// Writes an entry; gives it, for others.
-    pub fn set(&mut self, id: InstanceId, want: Want, now: Duration) -> Entry {
+    /// Writes an entry. Returns it, for the other members.
+    pub fn set(&mut self, id: InstanceId, target: Target, now: Duration) -> DesiredEntry {
         self.clock += 1;
-        let entry = Entry { stamp: Stamp { counter: self.clock, by: self.own }, want };
+        let entry = DesiredEntry { stamp: Stamp { counter: self.clock, by: self.own }, target };
         self.insert(id, entry.clone(), now);
         entry
     }
 
-    /// Takes in what another member has; gives the instances whose entry changed.
-    pub fn merge(&mut self, entries: Vec<(InstanceId, Entry)>, now: Duration) -> Vec<InstanceId> {
+    /// Merges entries of another member. Returns the instances whose entry changed.
+    pub fn merge(&mut self, entries: Vec<(InstanceId, DesiredEntry)>, now: Duration) -> Vec<InstanceId> {
         let mut changed = Vec::new();
         let latest = self.clock.saturating_add(LEAP_MAX).min(COUNTER_MAX);
         for (id, entry) in entries {
             let is_later = self.entries.get(&id).is_none_or(|known| entry.stamp > known.stamp);
             let is_possible = entry.stamp.counter <= latest;
-            let is_fresh = !self.entries.contains_key(&id);
-            let is_crowded = || entry.wanted().is_some() && self.running().count() >= INSTANCES_MAX;
-            let is_full = is_fresh && (is_crowded() || self.entries.len() >= INSTANCES_MAX + TOMBSTONES_MAX);
+            let is_new = !self.entries.contains_key(&id);
+            let has_too_many = || entry.deployment().is_some() && self.running().count() >= INSTANCES_MAX;
+            let is_full = is_new && (has_too_many() || self.entries.len() >= INSTANCES_MAX + TOMBSTONES_MAX);
             if !is_later || !is_possible || is_full || !entry.is_plausible() {
                 continue;
             }
@@ -242,22 +254,22 @@ impl Desired {
         changed
     }
 
-    fn insert(&mut self, id: InstanceId, entry: Entry, now: Duration) {
-        match entry.want {
-            Want::Run(_) => drop(self.over.remove(&id)),
-            Want::Gone { .. } => drop(self.over.insert(id, now)),
+    fn insert(&mut self, id: InstanceId, entry: DesiredEntry, now: Duration) {
+        match entry.target {
+            Target::Run(_) => drop(self.stopped.remove(&id)),
+            Target::Stopped { .. } => drop(self.stopped.insert(id, now)),
         }
         self.entries.insert(id, entry);
         self.forget_old(now);
     }
 
     fn forget_old(&mut self, now: Duration) {
-        let mut by_age: Vec<(Duration, InstanceId)> = self.over.iter().map(|(&id, &at)| (at, id)).collect();
+        let mut by_age: Vec<(Duration, InstanceId)> = self.stopped.iter().map(|(&id, &at)| (at, id)).collect();
         by_age.sort_unstable();
         let surplus = by_age.len().saturating_sub(TOMBSTONES_MAX);
         for (index, (at, id)) in by_age.into_iter().enumerate() {
             if index < surplus || at + TOMBSTONES_KEPT < now {
-                self.over.remove(&id);
+                self.stopped.remove(&id);
                 self.entries.remove(&id);
             }
         }
@@ -265,7 +277,7 @@ impl Desired {
 }
 
 #[cfg(test)]
-impl Wanted {
+impl Deployment {
     /// A model of one layer, on `node`.
     pub(crate) fn of_one_layer(model: &str, node: NodeId) -> Self {
         let demand = Demand {
@@ -294,7 +306,7 @@ impl Wanted {
             model,
             placement: Placement { stages: vec![stage] },
             demand,
-            change: Change::Beside { back: None },
+            strategy: MoveStrategy::Beside { rollback: None },
             reason: String::new(),
         }
     }

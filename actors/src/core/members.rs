@@ -1,10 +1,9 @@
-//! What members tell each other of themselves, and what follows from it for the planner.
+//! What each member reports of itself, and what the planner derives from the reports.
 
-use super::circle::Pair;
 use super::desired::Stamp;
 use super::plan::{Link, Links, Offer};
 use super::spec::InstanceId;
-use super::state::{InstanceState, Machine};
+use super::status::{InstanceStatus, Machine};
 use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
@@ -17,6 +16,14 @@ const RESERVE_BYTES: u64 = 512 << 20;
 const SPEED_GUESS_BYTES_PER_S: f64 = 2e10;
 /// Devices, instances and links of one member: more are not believed.
 pub(super) const LISTED_MAX: usize = 256;
+
+/// Two nodes, the lower id first.
+pub type Pair = (NodeId, NodeId);
+
+/// The pair of two nodes.
+pub(super) fn pair(one: NodeId, other: NodeId) -> Pair {
+    (one.min(other), one.max(other))
+}
 
 /// A device, as the planner sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,7 +41,7 @@ pub struct OwnedInstance {
     pub is_ready: bool,
     /// Whether requests of anyone are on their way in it.
     pub is_in_use: bool,
-    pub state: Option<InstanceState>,
+    pub state: Option<InstanceStatus>,
 }
 
 /// What a member tells of itself, every second and when it changes.
@@ -49,8 +56,9 @@ pub struct MemberReport {
     pub machine: Machine,
     /// Memory of all models together, where its user bounds it.
     pub memory_limit_bytes: Option<u64>,
-    /// Memory of shards that are going and still have it.
-    pub leaving_bytes: u64,
+    /// Memory of shards that are stopping and have not released it yet.
+    #[serde(rename = "leaving_bytes")]
+    pub releasing_bytes: u64,
     /// Its user takes it out: nothing new is put on it.
     pub is_draining: bool,
     /// Those that it has the head of.
@@ -63,9 +71,10 @@ pub struct MemberReport {
     pub links: BTreeMap<NodeId, Link>,
     /// Where it sees them.
     pub peers: Vec<SocketAddr>,
-    /// Those of them that are of another circle: see [`Circle`](super::circle::Circle).
-    pub apart: Vec<NodeId>,
-    /// Pairs that do not reach each other, as far as it sees.
+    /// Peers that it excludes from its clique: see [`Clique`](super::clique::Clique).
+    #[serde(rename = "apart")]
+    pub outside: Vec<NodeId>,
+    /// Pairs that cannot connect, as far as it sees.
     pub cuts: Vec<Pair>,
 }
 
@@ -79,7 +88,7 @@ impl MemberReport {
             self.links.len(),
             self.peers.len(),
             self.addresses.len(),
-            self.apart.len(),
+            self.outside.len(),
             self.cuts.len(),
         ];
         let speeds =
@@ -102,7 +111,7 @@ impl MemberReport {
         device: Option<&DeviceId>,
         guess: Option<f64>,
     ) -> Vec<Offer> {
-        let promised = promised_bytes.saturating_add(self.leaving_bytes);
+        let promised = promised_bytes.saturating_add(self.releasing_bytes);
         let free = self.machine.memory_free_bytes.unwrap_or(u64::MAX).saturating_add(freed_bytes);
         let total = self.machine.memory_total_bytes.unwrap_or(u64::MAX);
         // What has been promised counts even where it has not been touched yet.
@@ -138,13 +147,13 @@ impl Members {
     /// Whether someone who is here sees `node`, and does not take it for apart: it is not gone, though it and we may not
     /// have met yet.
     pub fn is_seen(&self, node: NodeId) -> bool {
-        let sees = |report: &MemberReport| report.links.contains_key(&node) && !report.apart.contains(&node);
+        let sees = |report: &MemberReport| report.links.contains_key(&node) && !report.outside.contains(&node);
         self.0.contains_key(&node) || self.0.values().any(sees)
     }
 
     /// The member that someone calls `name`: by its name, or its id or the beginning of it. `None` where none or
     /// several are called so.
-    pub fn called(&self, name: &str) -> Option<NodeId> {
+    pub fn find_by_name(&self, name: &str) -> Option<NodeId> {
         let is_called = |(id, report): &(&NodeId, &MemberReport)| {
             report.name == name || name.len() >= 4 && id.to_string().starts_with(name)
         };
@@ -161,7 +170,7 @@ impl Members {
     }
 
     /// Whether anyone uses an instance.
-    pub fn use_instance(&self, id: InstanceId) -> bool {
+    pub fn is_in_use(&self, id: InstanceId) -> bool {
         let uses = |report: &MemberReport| {
             report.in_use.contains(&id) || report.owned.get(&id).is_some_and(|owned| owned.is_in_use)
         };
@@ -188,14 +197,14 @@ impl MemberReport {
             devices: vec![DeviceOffer { report, bytes_per_s: Some(bytes_per_s) }],
             machine: Machine { memory_total_bytes, memory_free_bytes, ..Machine::default() },
             memory_limit_bytes: None,
-            leaving_bytes: 0,
+            releasing_bytes: 0,
             is_draining: false,
             owned: BTreeMap::new(),
             in_use: Vec::new(),
             list: 0,
             links: BTreeMap::new(),
             peers: Vec::new(),
-            apart: Vec::new(),
+            outside: Vec::new(),
             cuts: Vec::new(),
         }
     }
@@ -229,9 +238,9 @@ mod tests {
     #[test]
     fn a_name_that_two_have_names_nobody() {
         let members = members(&["laptop", "desktop", "desktop"]);
-        assert!(members.called("laptop").is_some());
-        assert_eq!(members.called("desktop"), None);
+        assert!(members.find_by_name("laptop").is_some());
+        assert_eq!(members.find_by_name("desktop"), None);
         let id = *members.0.keys().next().expect("there");
-        assert_eq!(members.called(&id.to_string()[..20]), Some(id));
+        assert_eq!(members.find_by_name(&id.to_string()[..20]), Some(id));
     }
 }

@@ -3,14 +3,14 @@
 //! An exact search over contiguous ranges (`search.rs`): of all ways to give ranges to some of the devices, in any order
 //! where devices are few, the best one by the policy wins, under every device's free memory, KV cache and embeddings
 //! counted, and with what each hop between nodes costs. When a node is lost, its ranges go to others and the rest stays
-//! where it is ([`mend`]). All of it is a function of its arguments: a preview is the same call.
+//! where it is ([`repair`]). All of it is a function of its arguments: a preview is the same call.
 
-mod mend;
 mod preview;
+mod repair;
 mod search;
 
-pub use mend::{fits_beside, mend, why_move};
 pub use preview::{Preview, PreviewOutcome, preview, reason};
+pub use repair::{fits_beside, repair, why_move};
 
 use exo_engines::engine::DeviceId;
 use exo_engines::model::LAYERS_MAX;
@@ -195,6 +195,20 @@ pub enum PlanError {
     NoSuchNode { node: String },
     #[error("the node `{node}` is being taken out of the cluster")]
     Leaving { node: String },
+}
+
+impl PlanError {
+    /// What the caller can do about it.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::NoDevice => "name no device to use the best one",
+            Self::DoesNotFit { .. } => "close other programs, take a smaller quantisation, or a smaller context",
+            Self::TooManyShards { .. } => "ask for at least one shard, and at most one per layer",
+            Self::BadSplit { .. } => "give each layer to one node, in order",
+            Self::NoSuchNode { .. } => "name a member of the cluster",
+            Self::Leaving { .. } => "restart that node, or split the model over others",
+        }
+    }
 }
 
 impl Demand {

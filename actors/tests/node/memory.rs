@@ -2,14 +2,14 @@
 
 use crate::PROMPT;
 use crate::fake::{Script, World, answer};
-use exo_actors::core::state::Phase;
+use exo_actors::core::status::Phase;
 use exo_actors::{PlannerLimits, RequestError};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Models that run now.
 async fn running(world: &World) -> usize {
-    let state = world.node.state().await.expect("the node lives");
+    let state = world.node.status().await.expect("the node lives");
     state.instances.values().filter(|instance| instance.phase == Phase::Ready).count()
 }
 
@@ -40,7 +40,7 @@ async fn an_idle_model_leaves_and_comes_back() {
 async fn the_least_recently_used_makes_room() {
     let probe = World::limited(PlannerLimits::default()).await;
     let placed = probe.node.load(probe.spec(1)).await.expect("it runs");
-    let one: u64 = placed.placement.stages.iter().map(|stage| stage.memory_bytes).sum();
+    let one: u64 = placed.placement().stages.iter().map(|stage| stage.memory_bytes).sum();
     drop(placed);
     probe.node.shutdown().await;
 
@@ -49,7 +49,7 @@ async fn the_least_recently_used_makes_room() {
     for shards in [1, 2, 1, 3] {
         assert_eq!(world.ask(world.request(shards, &PROMPT, 5)).await, Ok(answer(&PROMPT, 5)));
     }
-    let state = world.node.state().await.expect("the node lives");
+    let state = world.node.status().await.expect("the node lives");
     let ready = state.instances.values().filter(|instance| instance.phase == Phase::Ready);
     let mut shards: Vec<usize> = ready.map(|instance| instance.placement.stages.len()).collect();
     shards.sort_unstable();
@@ -57,7 +57,7 @@ async fn the_least_recently_used_makes_room() {
     // In use, neither leaves: who comes is told so.
     let held = (world.node.load(world.spec(1)).await, world.node.load(world.spec(3)).await);
     let refused = world.ask(world.request(4, &PROMPT, 5)).await;
-    assert!(matches!(refused, Err(RequestError::Crowded { .. })), "{refused:?}");
+    assert!(matches!(refused, Err(RequestError::MemoryBusy { .. })), "{refused:?}");
     drop(held);
     assert_eq!(world.ask(world.request(4, &PROMPT, 5)).await, Ok(answer(&PROMPT, 5)));
     world.node.shutdown().await;

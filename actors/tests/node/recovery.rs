@@ -3,7 +3,7 @@
 use crate::PROMPT;
 use crate::fake::{How, Script, When, World, answer};
 use crate::sabotage::Sabotaged;
-use exo_actors::core::state::Phase;
+use exo_actors::core::status::Phase;
 use exo_actors::{GenerateRequest, RequestError};
 use exo_engines::engine::{DeviceId, DeviceKind};
 use exo_engines::sampler::SamplingParams;
@@ -71,10 +71,10 @@ async fn the_only_device_hangs_and_its_clients_are_told() {
     let world = World::impatient(failing(vec![(1, When::Decode, How::Hang, 9)]), &[("fake", DeviceKind::Cpu)]).await;
     let failed = world.ask(world.request(3, &PROMPT, 40)).await;
     let Err(RequestError::Engine { what, remedy }) = failed else { panic!("{failed:?}") };
-    assert!(what.contains("has not come back from a step of 1 rows") && !remedy.is_empty(), "{what}");
+    assert!(what.contains("has not returned from a step of 1 rows") && !remedy.is_empty(), "{what}");
     let failed = world.ask(world.request(1, &PROMPT, 40)).await;
     let Err(RequestError::Engine { what, .. }) = failed else { panic!("{failed:?}") };
-    assert!(what.contains("has not come back from what an earlier shard gave it"), "{what}");
+    assert!(what.contains("still hangs on the work of an earlier shard"), "{what}");
     assert_eq!(world.script.lock().expect("not poisoned").loads, 3, "nothing more was given to it");
     world.node.shutdown().await;
 }
@@ -88,7 +88,7 @@ async fn a_shard_beyond_help_is_told_to_its_clients() {
     assert!(what.contains("panicked") && !remedy.is_empty());
     let mut facts = world.node.subscribe().await.expect("the node lives");
     let is_stopped = |facts: &exo_actors::Subscription| {
-        facts.state().instances.values().any(|instance| matches!(instance.phase, Phase::Stopped { error: Some(_) }))
+        facts.status().instances.values().any(|instance| matches!(instance.phase, Phase::Stopped { error: Some(_) }))
     };
     while !is_stopped(&facts) {
         facts.next().await.expect("not too slow");

@@ -95,7 +95,7 @@ async fn a_dropped_stream_is_cancelled() {
     assert_eq!(other.await, Ok(answer(&PROMPT[..5], 10)));
     let mut facts = world.node.subscribe().await.expect("the node lives");
     let freed = async {
-        while facts.state().instances.values().any(|instance| instance.requests_running > 0) {
+        while facts.status().instances.values().any(|instance| instance.requests_running > 0) {
             facts.next().await.expect("not too slow");
         }
     };

@@ -5,7 +5,7 @@ use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use exo_actors::RequestError;
 use exo_actors::core::plan::PlanError;
-use exo_actors::core::schedule::AdmitError;
+use exo_actors::core::scheduler::AdmitError;
 use exo_actors::models::ModelError;
 use serde::{Deserialize, Serialize};
 
@@ -102,8 +102,8 @@ impl From<RequestError> for ApiError {
                 with(StatusCode::BAD_REQUEST, "context_length_exceeded").about("messages")
             }
             RequestError::Overloaded { .. } => with(StatusCode::TOO_MANY_REQUESTS, "overloaded"),
-            RequestError::Alone => with(StatusCode::CONFLICT, "no_cluster"),
-            RequestError::Crowded { .. } => with(StatusCode::SERVICE_UNAVAILABLE, "model_crowded_out"),
+            RequestError::NotClustered => with(StatusCode::CONFLICT, "no_cluster"),
+            RequestError::MemoryBusy { .. } => with(StatusCode::SERVICE_UNAVAILABLE, "model_crowded_out"),
             RequestError::NotReady | RequestError::ShuttingDown | RequestError::Moved => {
                 with(StatusCode::SERVICE_UNAVAILABLE, "not_ready")
             }

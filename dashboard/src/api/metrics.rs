@@ -1,15 +1,16 @@
 //! `/metrics`: the node's state in Prometheus' text format, version 0.0.4.
 
-use super::{Api, ApiError};
+use super::ApiError;
+use super::context::ApiContext;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use exo_actors::core::state::InstanceState;
-use exo_actors::core::view;
+use exo_actors::core::node_status::NodeStatus;
+use exo_actors::core::status::InstanceStatus;
 use std::fmt::Write as _;
 
-pub(super) async fn metrics(State(api): State<Api>) -> Result<Response, ApiError> {
-    let text = render(&api.node.state().await?);
+pub(super) async fn metrics(State(api): State<ApiContext>) -> Result<Response, ApiError> {
+    let text = render(&api.node.status().await?);
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
@@ -45,9 +46,9 @@ fn counter<'a>(name: &'a str, help: &'a str) -> Metric<'a> {
     Metric { name, kind: "counter", help }
 }
 
-fn render(state: &view::State) -> String {
+fn render(status: &NodeStatus) -> String {
     let mut out = String::new();
-    let machine = &state.machine;
+    let machine = &status.machine;
     let plain = |value: Option<f64>| value.map(|value| (String::new(), value));
     let bytes = |bytes: Option<u64>| plain(bytes.map(|bytes| bytes as f64));
     gauge("memory_total_bytes", "Memory of this machine.").write(&mut out, bytes(machine.memory_total_bytes));
@@ -55,17 +56,17 @@ fn render(state: &view::State) -> String {
     gauge("process_bytes", "Resident memory of this process.").write(&mut out, bytes(machine.process_bytes));
     let busy = machine.cpu_utilisation.map(f64::from);
     gauge("cpu_utilisation", "Share of all cores in use, 0 to 1.").write(&mut out, plain(busy));
-    let devices = state
+    let devices = status
         .devices
         .iter()
         .map(|device| (labels(&[("device", &device.id.0), ("engine", &device.engine), ("tier", &device.tier)]), 1.0));
     gauge("device_info", "Devices that engines can be opened on.").write(&mut out, devices);
-    instances(state, &mut out);
+    instances(status, &mut out);
     out
 }
 
-fn instances(state: &view::State, out: &mut String) {
-    type Read = fn(&InstanceState) -> f64;
+fn instances(status: &NodeStatus, out: &mut String) {
+    type Read = fn(&InstanceStatus) -> f64;
     let metrics: [(Metric<'_>, Read); 9] = [
         (gauge("requests_running", "Requests that decode or prefill."), |i| i.requests_running as f64),
         (gauge("requests_waiting", "Requests that wait for their turn."), |i| i.requests_waiting as f64),
@@ -75,12 +76,12 @@ fn instances(state: &view::State, out: &mut String) {
         (counter("requests_total", "Requests that have ended."), |i| i.totals.requests as f64),
         (counter("prompt_tokens_total", "Tokens of prompts."), |i| i.totals.prompt_tokens as f64),
         (counter("reused_tokens_total", "Tokens of prompts that were not computed again."), |i| {
-            i.totals.reused_tokens as f64
+            i.totals.cached_tokens as f64
         }),
         (counter("generated_tokens_total", "Tokens drawn."), |i| i.totals.generated_tokens as f64),
     ];
     for (metric, read) in metrics {
-        let values = state.live().map(|(id, instance)| {
+        let values = status.live().map(|(id, instance)| {
             (labels(&[("instance", &id.to_string()), ("model", &instance.model.name)]), read(instance))
         });
         metric.write(out, values);

@@ -1,8 +1,9 @@
-//! What the command line asks of a running node. `/generate`: requests and answers as the node itself has them, a JSON
-//! line for each event: token ids and log-probabilities come with nothing left out.
+//! The node's own endpoints, which the command line uses. `/generate` takes a request as the node has it, and answers with a
+//! JSON line per event: token ids and log-probabilities are complete.
 
 use super::body::{Body, FromBody, read_json};
-use super::{Api, ApiError, ErrorDetail, Reach};
+use super::context::ApiContext;
+use super::{ApiError, ErrorDetail};
 use axum::Json;
 use axum::body::{Body as Stream, Bytes};
 use axum::extract::State;
@@ -14,30 +15,30 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::convert::Infallible;
 
-/// What a node's socket is called in its data folder.
+/// The name of a node's socket in its data folder.
 pub const SOCKET_NAME: &str = "api.sock";
 
-/// One line of an answer.
+/// One line of the answer of `/generate`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Line {
+pub enum GenerateLine {
+    /// An event of the answer.
     Event(Generated),
-    /// The last line, where the answer broke off.
+    /// The last line of an answer that failed.
     Error(ErrorDetail),
 }
 
-/// Takes the node out of its cluster; answers when nothing runs on it any more. Its owner's to ask.
-pub(super) async fn drain(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
-    if api.reach == Reach::Network {
-        return Err(ApiError::owner_only());
-    }
+/// Takes the node out of its cluster. Answers when nothing runs on it any more. For the owner.
+pub(super) async fn drain(State(api): State<ApiContext>) -> Result<Json<Value>, ApiError> {
+    api.require_owner()?;
     api.node.drain().await?;
     Ok(Json(json!({ "status": "drained" })))
 }
 
-/// Which member is to go.
+/// The member to evict.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Eviction {
+    /// Its id.
     pub node: NodeId,
 }
 
@@ -47,11 +48,12 @@ impl FromBody for Eviction {
     }
 }
 
-/// Closes all members' doors to one of them. Its owner's to ask.
-pub(super) async fn evict(State(api): State<Api>, Body(eviction): Body<Eviction>) -> Result<Json<Value>, ApiError> {
-    if api.reach == Reach::Network {
-        return Err(ApiError::owner_only());
-    }
+/// Evicts a member. For the owner.
+pub(super) async fn evict(
+    State(api): State<ApiContext>,
+    Body(eviction): Body<Eviction>,
+) -> Result<Json<Value>, ApiError> {
+    api.require_owner()?;
     api.node.evict(eviction.node)?;
     Ok(Json(json!({ "status": "evicted" })))
 }
@@ -63,10 +65,11 @@ impl FromBody for ModelSpec {
 }
 
 /// Where a model would go, by each policy, and why.
-pub(super) async fn plan(State(api): State<Api>, Body(spec): Body<ModelSpec>) -> Result<Json<Vec<Preview>>, ApiError> {
-    if api.reach == Reach::Network {
-        api.spec(&spec.model)?;
-    }
+pub(super) async fn plan(
+    State(api): State<ApiContext>,
+    Body(spec): Body<ModelSpec>,
+) -> Result<Json<Vec<Preview>>, ApiError> {
+    api.check(&spec)?;
     Ok(Json(api.node.preview(spec).await?))
 }
 
@@ -77,23 +80,21 @@ impl FromBody for GenerateRequest {
 }
 
 pub(super) async fn generate(
-    State(api): State<Api>,
+    State(api): State<ApiContext>,
     Body(request): Body<GenerateRequest>,
 ) -> Result<Response, ApiError> {
-    if api.reach == Reach::Network {
-        api.spec(&request.model.model)?;
-    }
+    api.check(&request.model)?;
     let mut generation = api.node.generate(request)?;
-    // What fails before it begins has a status of its own.
+    // A request that fails before its first event has an HTTP status of its own.
     let first = match generation.next().await {
         Some(event) => event?,
         None => return Err(exo_actors::RequestError::ShuttingDown.into()),
     };
     let rest = generation.map(|event| match event {
-        Ok(event) => Line::Event(event),
-        Err(error) => Line::Error(ApiError::from(error).detail),
+        Ok(event) => GenerateLine::Event(event),
+        Err(error) => GenerateLine::Error(ApiError::from(error).detail),
     });
-    let lines = futures_util::stream::once(async { Line::Event(first) }).chain(rest);
+    let lines = futures_util::stream::once(async { GenerateLine::Event(first) }).chain(rest);
     let bytes = lines.map(|line| {
         let mut text = serde_json::to_vec(&line).unwrap_or_default();
         text.push(b'\n');

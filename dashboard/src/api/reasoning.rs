@@ -6,13 +6,13 @@ const CLOSE: &str = "</think>";
 /// Splits an answer as it comes.
 #[derive(Debug, Default)]
 pub(super) struct Splitter {
-    place: Place,
+    section: Section,
     /// What may be the start of a tag.
     held: String,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum Place {
+enum Section {
     /// Nothing but blanks came.
     #[default]
     Start,
@@ -34,7 +34,7 @@ pub(super) struct Parts {
 impl Splitter {
     /// A splitter of an answer whose prompt has opened the thought already.
     pub(super) fn within_thought() -> Self {
-        Self { place: Place::Opened, held: String::new() }
+        Self { section: Section::Opened, held: String::new() }
     }
 
     /// Takes the next piece; gives what can be told now.
@@ -42,23 +42,23 @@ impl Splitter {
         self.held.push_str(text);
         let mut parts = Parts::default();
         loop {
-            match self.place {
-                Place::Start => {
+            match self.section {
+                Section::Start => {
                     let rest = self.held.trim_start();
                     if let Some(behind) = rest.strip_prefix(OPEN) {
                         self.held = behind.to_owned();
-                        self.place = Place::Opened;
+                        self.section = Section::Opened;
                     } else if OPEN.starts_with(rest) {
                         return parts;
                     } else {
-                        self.place = Place::Words;
+                        self.section = Section::Words;
                     }
                 }
-                Place::Thought => match self.held.find(CLOSE) {
+                Section::Thought => match self.held.find(CLOSE) {
                     Some(at) => {
                         parts.thought.push_str(self.held[..at].trim_end_matches('\n'));
                         self.held.drain(..at + CLOSE.len());
-                        self.place = Place::Gap;
+                        self.section = Section::Gap;
                     }
                     None => {
                         let keep = held_back(&self.held);
@@ -66,14 +66,14 @@ impl Splitter {
                         return parts;
                     }
                 },
-                Place::Opened | Place::Gap => {
+                Section::Opened | Section::Gap => {
                     self.held = self.held.trim_start_matches('\n').to_owned();
                     if self.held.is_empty() {
                         return parts;
                     }
-                    self.place = if self.place == Place::Opened { Place::Thought } else { Place::Words };
+                    self.section = if self.section == Section::Opened { Section::Thought } else { Section::Words };
                 }
-                Place::Words => {
+                Section::Words => {
                     parts.words.push_str(&std::mem::take(&mut self.held));
                     return parts;
                 }
@@ -84,8 +84,8 @@ impl Splitter {
     /// What was held back, at the end.
     pub(super) fn finish(&mut self) -> Parts {
         let held = std::mem::take(&mut self.held);
-        match self.place {
-            Place::Opened | Place::Thought => Parts { thought: held, words: String::new() },
+        match self.section {
+            Section::Opened | Section::Thought => Parts { thought: held, words: String::new() },
             _ => Parts { thought: String::new(), words: held },
         }
     }

@@ -1,7 +1,8 @@
 //! Listening: on TCP, and on a Unix socket.
 
+use super::context::{ApiContext, Caller};
 use super::guard::{Guard, guard};
-use super::{Api, Reach, router};
+use super::router;
 use axum::middleware::from_fn_with_state;
 use exo_actors::NodeHandle;
 use std::collections::BTreeSet;
@@ -12,14 +13,14 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// Where to listen, and who may come in.
+/// Where the API listens, and which callers it admits.
 #[derive(Clone, Default)]
 pub struct ApiConfig {
-    /// `None`: not on TCP.
+    /// The TCP address; `None`: no TCP.
     pub listen: Option<SocketAddr>,
-    /// `None`: no Unix socket.
+    /// The path of the Unix socket; `None`: no Unix socket.
     pub socket: Option<PathBuf>,
-    /// Asked of whoever comes over TCP. Without one only loopback is served.
+    /// The key that callers over TCP must send. Without a key only loopback is served.
     pub api_key: Option<String>,
     /// Models that may be named by path over TCP.
     pub named_models: BTreeSet<String>,
@@ -34,22 +35,22 @@ impl std::fmt::Debug for ApiConfig {
 /// Why the API cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    #[error("{address} can be reached by others: give an API key (--api-key), or listen on 127.0.0.1")]
+    #[error("{address} can be reached from other machines: that needs an API key")]
     NeedsKey { address: SocketAddr },
-    #[error("the API key is empty, or has characters that no header takes")]
+    #[error("the API key is empty, or has characters that no header can carry")]
     BadKey,
     #[error("{address}: {reason}")]
     Listen { address: SocketAddr, reason: String },
-    #[error("{path}: another node is running in this folder")]
+    #[error("{path}: another node is running on this data folder")]
     AlreadyRunning { path: PathBuf },
     #[error("{path}: {reason}")]
     Socket { path: PathBuf, reason: String },
 }
 
-/// The API, being served.
+/// The API while it is served.
 #[derive(Debug)]
 pub struct Served {
-    /// Where TCP is served: the port is known where 0 was asked for.
+    /// The TCP address; its port is the actual one where 0 was asked for.
     pub address: Option<SocketAddr>,
     socket: Option<PathBuf>,
     stop: CancellationToken,
@@ -71,20 +72,20 @@ pub async fn serve(node: NodeHandle, config: ApiConfig) -> Result<Served, ServeE
         return Err(ServeError::NeedsKey { address });
     }
     let named = Arc::new(config.named_models);
-    let api = |reach| Api { node: node.clone(), reach, named: Arc::clone(&named) };
+    let api = |caller| ApiContext { node: node.clone(), caller, named: Arc::clone(&named) };
     let stop = CancellationToken::new();
     let mut served = Served { address: None, socket: None, stop: stop.clone(), tasks: Vec::new() };
     if let Some(path) = config.socket {
         let listener = bind_socket(&path).await?;
         served.socket = Some(path);
-        let service = router(api(Reach::Owner)).into_make_service();
+        let service = router(api(Caller::Owner)).into_make_service();
         served.run(axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned()).into_future());
     }
     if let Some(address) = config.listen {
         let failed = |error: std::io::Error| ServeError::Listen { address, reason: error.to_string() };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         served.address = Some(listener.local_addr().map_err(failed)?);
-        let routes = router(api(Reach::Network)).layer(from_fn_with_state(Guard { key }, guard));
+        let routes = router(api(Caller::Network)).layer(from_fn_with_state(Guard { key }, guard));
         let service = routes.into_make_service();
         served.run(axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).into_future());
     }
@@ -100,11 +101,11 @@ impl Served {
         }));
     }
 
-    /// Takes no more requests, and lets those that run come to their end: the node ends them.
+    /// Accepts no more requests. Running requests end with the node.
     pub fn stop(&self) {
         self.stop.cancel();
         if let Some(path) = &self.socket {
-            // Where it is gone already, it is gone.
+            // The socket may have been removed already.
             let _ = std::fs::remove_file(path);
         }
     }
@@ -117,7 +118,7 @@ impl Drop for Served {
     }
 }
 
-/// A socket that only its owner can open. One that a node left behind is taken over; one that answers is not.
+/// Binds a socket that only its owner can open. A stale socket is replaced; one on which a node answers is not.
 async fn bind_socket(path: &Path) -> Result<UnixListener, ServeError> {
     use std::os::unix::fs::PermissionsExt;
     let failed = |error: std::io::Error| ServeError::Socket { path: path.to_owned(), reason: error.to_string() };

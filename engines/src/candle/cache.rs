@@ -1,15 +1,15 @@
-//! Keys and values as tensors of slots, and attention over them.
+//! The KV cache as tensors of slots, and attention over it.
 
 use crate::backend::Span;
 use crate::engine::{KvElement, PAGE_TOKENS};
 use crate::model::Attention;
 use candle_core::{D, DType, Device, Result, Tensor};
 
-/// Keys that are scored at once: bounds the score matrix.
+/// Keys that are scored at once; bounds the size of the score matrix.
 const BLOCK_KEYS: usize = 512;
 const TOKENS: usize = PAGE_TOKENS as usize;
 
-/// For each layer, keys and values, each \[slots, key heads, head_dim]; a slot is a token of a page.
+/// Keys and values of each layer, each \[slots, key heads, head_dim]. A slot holds one token of a page.
 #[derive(Debug)]
 pub struct CandleCache {
     layers: Vec<(Tensor, Tensor)>,
@@ -53,7 +53,7 @@ impl CandleCache {
         Ok(())
     }
 
-    /// Attention of `queries`, \[rows, heads, head_dim], over their sequence's keys; gives \[rows, query width].
+    /// Returns the attention of `queries`, \[rows, heads, head_dim], over their sequence's keys: \[rows, query width].
     pub(super) fn attend(
         &self,
         layer: usize,
@@ -65,12 +65,12 @@ impl CandleCache {
         let (keys, values) = &self.layers[layer];
         let rows = queries.dim(0)?;
         let end = span.first_position + rows;
-        // [kv heads, group · rows, head_dim]: query heads that share keys lie side by side.
+        // [kv heads, group · rows, head_dim]: query heads that share keys are adjacent.
         let shape = (spec.kv_heads, spec.group() * rows, spec.head_dim);
         let queries = queries.transpose(0, 1)?.contiguous()?.reshape(shape)?;
         let mut running: Option<(Tensor, Tensor, Tensor)> = match sinks {
             None => None,
-            // A sink is as if its key had been seen before all others.
+            // A sink counts as a key before all others.
             Some(sinks) => {
                 let sinks = sinks.reshape((spec.kv_heads, spec.group(), 1))?.repeat((1, 1, rows))?;
                 let largest = sinks.reshape((spec.kv_heads, spec.group() * rows, 1))?;
@@ -122,8 +122,8 @@ fn scores(queries: &Tensor, keys: &Tensor, spec: &Attention) -> Result<Tensor> {
     }
 }
 
-/// 0 where a row sees a key, and a number below all scores where it does not (−∞ would give NaN for a block of
-/// which a row sees nothing).
+/// Returns a mask: 0 for a key that a row sees, else a number below all scores (−∞ would give NaN for a block without
+/// visible keys).
 fn mask(span: &Span, spec: &Attention, keys: std::ops::Range<usize>, device: &Device) -> Result<Tensor> {
     const UNSEEN: f32 = -1e30;
     let rows = span.rows.len();

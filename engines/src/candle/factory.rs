@@ -1,4 +1,4 @@
-//! Opens candle engines.
+//! The factory of candle engines.
 
 use super::CandleBackend;
 use crate::decoder::DecoderEngine;
@@ -6,12 +6,12 @@ use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory};
 use crate::error::EngineError;
 use candle_core::Device;
 
-/// candle on the processor.
+/// A factory of candle engines on the CPU.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CandleFactory;
 
 impl CandleFactory {
-    /// The one device of this factory.
+    /// The id of this factory's only device.
     pub const DEVICE: &'static str = "candle:cpu";
 }
 

@@ -1,8 +1,8 @@
-//! candle as a backend: the reference in tests, and the way to devices that candle knows.
+//! The candle backend: the reference in tests, and the path to devices that candle supports.
 //!
-//! Written for likeness to the formulas, not for speed: every product is in f32 of dequantised weights. Dense
-//! products go through candle's `gemm`, whose rounding depends on the number of rows: this backend makes no promise
-//! of row independence. A panic inside candle's thread pool poisons a lock of the process; an engine on it that
+//! The code follows the formulas and is not tuned for speed: every product is in f32, of dequantised weights. Candle's
+//! `gemm` computes dense products with a rounding that depends on the number of rows, so this backend does not
+//! guarantee row independence. A panic inside candle's thread pool poisons a process-wide lock, so a candle engine that
 //! panicked is not used again.
 
 mod cache;
@@ -24,13 +24,13 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{D, DType, Device, Tensor};
 use std::borrow::Cow;
 
-/// A candle device.
+/// A backend on a candle device.
 #[derive(Debug)]
 pub struct CandleBackend {
     device: Device,
 }
 
-/// A matrix, dense or quantised. Its rows' bytes are kept for looking rows up.
+/// A matrix, dense or quantised.
 #[derive(Debug)]
 pub struct Matrix {
     form: Form,
@@ -45,7 +45,7 @@ enum Form {
     Quantised(QTensor),
 }
 
-/// A step's rows, with cos and sin of every rope, each \[rows, pairs].
+/// The rows of a step, with the cosines and sines of every rope, each \[rows, pairs].
 #[derive(Debug)]
 pub struct CandleBatch {
     pub(super) batch: Batch,
@@ -101,7 +101,7 @@ impl CandleBackend {
         self.linear(&gated.down, &inner)
     }
 
-    /// Each expert's rows together; a row's sum is in the order of experts.
+    /// Computes the rows of each expert together; a row's sum is in the order of expert numbers.
     fn mixture(&self, activation: Activation, mixture: &Mixture<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
         let logits = self.linear(&mixture.router, x)?.to_vec2::<f32>()?;
         let choices: Vec<Vec<RoutedExpert>> =
@@ -124,7 +124,7 @@ impl CandleBackend {
         Ok(out)
     }
 
-    /// Norms (where the model does) and rotates queries or keys; gives \[rows, heads, head_dim].
+    /// Normalises (if the model does) and rotates queries or keys; returns \[rows, heads, head_dim].
     fn turn(
         x: &Tensor,
         spec: &Attention,
@@ -161,7 +161,7 @@ impl CandleBackend {
 fn ggml_type(element: ElementType) -> Option<GgmlDType> {
     Some(match element {
         ElementType::F32 | ElementType::F16 | ElementType::BF16 => return None,
-        // candle has none of these: they are f32 here.
+        // candle does not support these types: they are converted to f32.
         ElementType::IQ4_NL | ElementType::IQ4_XS | ElementType::MXFP4 => return None,
         ElementType::Q2_K => GgmlDType::Q2K,
         ElementType::Q3_K => GgmlDType::Q3K,

@@ -1,9 +1,9 @@
-//! Rows of activations, as the products take them.
+//! Rows of activations, in the forms that matrix products read.
 
 use crate::format::blocks::BLOCK;
 use crate::simd::math;
 
-/// Rows of f32, side by side.
+/// Rows of f32: \[row]\[width].
 #[derive(Debug, Clone, Default)]
 pub struct Rows {
     pub(super) width: usize,
@@ -24,27 +24,27 @@ impl Rows {
     }
 }
 
-/// Values of a block in its two planes of bytes.
+/// Bytes of a block's codes: one plane of upper bytes, one of lower bytes.
 pub(super) const BLOCK_CODES: usize = 2 * BLOCK;
 
-/// The largest code: 127 in the upper byte, 127 in the lower.
+/// The largest code: 256 · 127 + 127.
 const CODE_MAX: f32 = 32_639.0;
 
-/// Rows rounded to 16 bits, 32 values to a scale.
+/// Rows rounded to 16-bit codes, with one scale per 32 values.
 ///
-/// Eight bits, as llama.cpp and candle have, move the logits of a small model by tenths (measured on SmolLM2: 0.37
-/// for the second token of a plain question); sixteen move them by thousandths, and cost nothing where memory is the
-/// limit. A code is 256 · upper + lower, both signed bytes, so that the byte products of every tier serve.
+/// Eight bits, as in llama.cpp and candle, change the logits of a small model by tenths (measured on SmolLM2: 0.37
+/// for the second token of a plain question). Sixteen bits change them by thousandths, and cost no time where memory
+/// bandwidth is the limit. A code is 256 · upper + lower, both signed bytes, so every tier can use byte products.
 #[derive(Debug, Default)]
 pub(super) struct CodedRows {
     pub(super) width: usize,
-    /// For each block, 32 upper bytes, then 32 lower.
+    /// For each block, 32 upper bytes, then 32 lower bytes.
     pub(super) codes: Vec<i8>,
-    /// One for each block of 32.
+    /// One scale for each block of 32 values.
     pub(super) scales: Vec<f32>,
-    /// Sums of the codes of each half block.
+    /// The sum of the codes of each half block.
     pub(super) half_sums: Vec<i32>,
-    /// scale · (sum of the block's codes): what a block's minimum is multiplied by.
+    /// scale · (sum of the block's codes), the factor of a weight block's minimum.
     pub(super) weighted_sums: Vec<f32>,
 }
 
@@ -56,7 +56,7 @@ impl CodedRows {
         coded
     }
 
-    /// Room for `rows` rows. What was there before is not kept in order.
+    /// Resizes to `rows` rows. Earlier contents become meaningless.
     pub(super) fn resize(&mut self, rows: usize, width: usize) {
         let blocks = rows * width / BLOCK;
         self.width = width;
@@ -67,7 +67,7 @@ impl CodedRows {
     }
 }
 
-/// One row of [`CodedRows`], to be written.
+/// A writable row of [`CodedRows`].
 pub(super) struct CodedRowMut<'a> {
     pub(super) codes: &'a mut [i8],
     pub(super) scales: &'a mut [f32],

@@ -1,8 +1,8 @@
-//! Attention over the paged cache, without ever holding a row of scores longer than a page.
+//! Attention over the paged cache. Memory never holds more than one page of scores for a query.
 //!
-//! Running softmax (Milakov and Gimelshein 2018; Dao et al. 2022): for each page, in order of position, scores of 32
-//! keys, a new maximum, and the weighted values added to what is there, rescaled. Pages are aligned to positions, so
-//! a query's arithmetic depends on its own position alone: the same bits in any batch and in any chunking.
+//! Running softmax (Milakov and Gimelshein 2018; Dao et al. 2022): each page, in order of position, gives scores of 32
+//! keys and a new maximum; the sums so far are rescaled, and the page's weighted values added. Pages are aligned to
+//! positions, so a query's arithmetic depends on its position alone: the bits are the same in any batch and chunking.
 
 use super::activation::Rows;
 use super::cache::{LayerCache, TOKENS};
@@ -15,16 +15,16 @@ use crate::simd::Tier;
 use crate::simd::math;
 use crate::simd::{Kernel, LANES, Simd};
 
-/// Queries that meet a page together: what a page's loads are shared by.
+/// Queries that are computed together on a page and share its loads.
 const TILE: usize = 4;
-/// Rows of one task where a chunk of a prompt is computed.
+/// Most rows of one task.
 const TASK_ROWS: usize = 16;
 
-/// A layer's heads, and what they look at.
+/// The heads of a layer, with their sinks and cache.
 #[derive(Clone, Copy)]
 pub(super) struct Heads<'a> {
     pub(super) spec: &'a Attention,
-    /// For each head, the score of a key that has no value.
+    /// The score of each head's sink: a key without a value.
     pub(super) sinks: Option<&'a [f32]>,
     pub(super) cache: &'a LayerCache,
 }
@@ -47,7 +47,7 @@ pub(super) fn run(
     })
 }
 
-/// Some rows of one sequence, and some of the query heads that share a key head.
+/// Rows of one sequence, with query heads that share a key head.
 struct Task<'a> {
     span: &'a Span,
     rows: std::ops::Range<usize>,
@@ -55,7 +55,7 @@ struct Task<'a> {
     heads: std::ops::Range<usize>,
 }
 
-/// Cuts a batch into tasks. Heads that share keys stay together unless there is too little to do for all threads.
+/// Splits a batch into tasks. Heads that share keys stay in one task unless that leaves threads without work.
 fn tasks<'a>(spec: &Attention, batch: &'a Batch, threads: usize) -> Vec<Task<'a>> {
     let blocks: usize = batch.spans.iter().map(|span| span.rows.len().div_ceil(TASK_ROWS)).sum();
     let apart = blocks * spec.kv_heads < threads * 2;
@@ -89,13 +89,13 @@ struct Job<'a> {
     out_width: usize,
 }
 
-/// A row and head: where it lies, what it sees, and its running softmax.
+/// One query head of a row: its index, its visible positions, and its running softmax.
 #[derive(Clone, Copy)]
 struct Query<'a> {
     row: usize,
     head: usize,
     values: &'a [f32],
-    /// Positions that it sees.
+    /// The visible positions: `first_key..end_key`.
     first_key: usize,
     end_key: usize,
     largest: f32,
@@ -134,7 +134,7 @@ impl<'a> Job<'a> {
         let head = heads.start + number % heads.len();
         let position = self.task.span.first_position + row - self.task.span.rows.start;
         let window = self.spec.window.unwrap_or(usize::MAX);
-        // A sink is as if its key had been seen before all others.
+        // A sink counts as a key before all others.
         let (largest, sum) = self.sinks.map_or((f32::NEG_INFINITY, 0.0), |sinks| (sinks[head], 1.0));
         Query {
             row,
@@ -176,7 +176,7 @@ impl<'a> Job<'a> {
         }
         for (query, sums) in queries.iter().zip(sums.chunks(padded)) {
             let at = query.row * self.out_width + query.head * self.spec.head_dim;
-            // SAFETY: a row and head belongs to one task.
+            // SAFETY: each pair of row and head belongs to one task.
             let out = unsafe { self.out.take(at..at + self.spec.head_dim) };
             for (out, &sum) in out.iter_mut().zip(sums) {
                 *out = sum / query.sum;
@@ -187,7 +187,7 @@ impl<'a> Job<'a> {
 }
 
 impl Query<'_> {
-    /// The slots of page `index` that this query sees, as (first, end).
+    /// Returns the visible slots of page `index`, as (first, end).
     #[inline(always)]
     fn seen_of(&self, index: usize) -> (usize, usize) {
         let start = index * TOKENS;
@@ -196,7 +196,7 @@ impl Query<'_> {
         (first, end.max(first))
     }
 
-    /// Turns a page's scores into weights, and rescales what was summed before to the new maximum.
+    /// Turns a page's scores into weights, and rescales the sums so far to the new maximum.
     #[inline(always)]
     fn weigh<S: Simd>(
         &mut self,
@@ -235,7 +235,7 @@ impl Query<'_> {
     }
 }
 
-/// Scores of all 32 keys of a page, seen or not.
+/// Returns the scores of all 32 keys of a page, visible or not.
 #[inline(always)]
 fn page_scores<S: Simd, const HALF: bool, const N: usize>(queries: &[Query<'_>; N], keys: &[u8]) -> [[f32; TOKENS]; N] {
     let mut scores = [[0.0; TOKENS]; N];
@@ -294,6 +294,6 @@ fn add_values<S: Simd, const HALF: bool, const N: usize>(
 
 #[inline(always)]
 unsafe fn load<S: Simd, const HALF: bool>(from: *const u8) -> S::Floats {
-    // SAFETY: the caller's: sixteen elements lie there.
+    // SAFETY: the caller guarantees sixteen elements at `from`.
     unsafe { if HALF { S::load_f16(from.cast()) } else { S::load(from.cast()) } }
 }

@@ -1,14 +1,14 @@
-//! Buffers that one call has used, kept for the next.
+//! Reuse of activation buffers.
 //!
-//! A step makes a dozen buffers a layer, of the same few sizes over and over. Made anew they would come from, and go
-//! back to, the operating system, page by page.
+//! A step needs a dozen buffers per layer, in a few sizes that repeat. Fresh allocations would be mapped from, and
+//! returned to, the operating system page by page.
 
 use super::activation::{CodedRows, Rows};
 
-/// Buffers kept: more than any call has at once.
+/// Most buffers of a kind in the pool: more than any call uses at once.
 const BUFFERS_MAX: usize = 8;
 
-/// Buffers that nobody uses.
+/// Buffers that are not in use.
 #[derive(Debug, Default)]
 pub(super) struct BufferPool {
     floats: Vec<Vec<f32>>,
@@ -16,7 +16,7 @@ pub(super) struct BufferPool {
 }
 
 impl BufferPool {
-    /// Rows whose values are anything: whoever takes them writes all.
+    /// Returns rows with arbitrary values. The caller overwrites all of them.
     pub(super) fn rows(&mut self, count: usize, width: usize) -> Rows {
         let mut values = self.floats.pop().unwrap_or_default();
         values.resize(count * width, 0.0);
@@ -29,7 +29,7 @@ impl BufferPool {
         }
     }
 
-    /// As [`BufferPool::rows`].
+    /// Like [`BufferPool::rows`], for coded rows.
     pub(super) fn coded(&mut self, count: usize, width: usize) -> CodedRows {
         let mut rows = self.coded.pop().unwrap_or_default();
         rows.resize(count, width);

@@ -1,8 +1,8 @@
 //! Keys and values of a shard's layers, in pages.
 //!
-//! A page holds [`PAGE_TOKENS`] tokens of all key heads of one layer. Keys lie dimension by dimension, tokens side by
-//! side, so that a query meets sixteen keys at once; values lie token by token, so that sixteen dimensions of a value
-//! are weighted at once. Memory is reserved at once and touched as it is used.
+//! A page holds [`PAGE_TOKENS`] tokens of all key heads of one layer. Keys are stored by dimension, then token, so that
+//! one vector scores sixteen keys; values are stored by token, then dimension, so that one vector weights sixteen
+//! dimensions. All memory is reserved at the start, and becomes resident as pages are used.
 
 use crate::engine::{KvElement, PAGE_TOKENS};
 use crate::model::Attention;
@@ -27,7 +27,7 @@ pub(super) struct LayerCache {
 }
 
 impl KvCache {
-    /// Reserves `pages` pages for each layer; `None` where the number of bytes overflows.
+    /// Reserves `pages` pages for each layer; `None` if the number of bytes overflows.
     pub(super) fn new(layers: &[Attention], element: KvElement, pages: u32) -> Option<Self> {
         let layers = layers.iter().map(|spec| LayerCache::new(spec, element, pages));
         Some(Self { layers: layers.collect::<Option<_>>()? })
@@ -43,7 +43,7 @@ impl LayerCache {
         Some(cache)
     }
 
-    /// A head's values are padded to whole vectors.
+    /// The dimension of a head's values, padded to whole vectors.
     pub(super) fn padded_dim(&self) -> usize {
         self.head_dim.next_multiple_of(LANES)
     }
@@ -76,7 +76,7 @@ impl LayerCache {
         self.values.copy_within(start..start + values, to as usize * values);
     }
 
-    /// Writes one token's keys and values, all heads side by side, to `slot` of `page`.
+    /// Writes one token's keys and values, each \[head]\[dimension], to `slot` of `page`.
     #[inline(always)]
     pub(super) fn write<S: Simd>(&mut self, page: u32, slot: usize, keys: &[f32], values: &[f32]) {
         let (head_dim, padded, size) = (self.head_dim, self.padded_dim(), self.element.bytes());
@@ -103,15 +103,14 @@ impl LayerCache {
     }
 }
 
-/// Up to sixteen values in the cache's type.
+/// Encodes up to sixteen values in the cache's element type.
 #[inline(always)]
 fn encode<S: Simd>(element: KvElement, chunk: &[f32]) -> [u8; LANES * 4] {
     let mut padded = [0.0; LANES];
     padded[..chunk.len()].copy_from_slice(chunk);
     let mut out = [0; LANES * 4];
     match element {
-        // SAFETY: both buffers have room for sixteen lanes; stores need no alignment but the element's, which a
-        // local of u16 has.
+        // SAFETY: both buffers hold sixteen lanes, and loads and stores need no alignment.
         KvElement::F16 => unsafe {
             let mut halves = [0_u16; LANES];
             S::store_f16(halves.as_mut_ptr(), S::load(padded.as_ptr()));

@@ -1,10 +1,11 @@
-//! A mixture of experts: rows are sorted by expert, each expert meets its own, and nobody else's weights are read.
+//! A mixture of experts: rows are sorted by expert, each expert computes its own rows, and only the weights of chosen
+//! experts are read.
 //!
 //! ```text
 //! norm ─► router ─► routes, by expert ─► gate, up ─► activation ─► down ─► each row: Σ weight · its experts' outputs
 //! ```
-//! An expert computes a row as it would alone, and a row's sum is in the order of its own choices: what else is in the
-//! batch changes no bit.
+//! An expert computes each row independently, and a row's sum follows the order of its own choices, so the other rows
+//! of the batch change no bit.
 
 use super::activation::Rows;
 use super::kernels;
@@ -18,11 +19,11 @@ use std::ops::Range;
 
 /// Rows sorted by expert.
 struct Routes {
-    /// The row that each sorted one is.
+    /// The original index of each sorted row. A row occurs once for each of its experts.
     rows: Vec<usize>,
-    /// Experts that have rows, with their range of the sorted ones.
+    /// Each expert that has rows, with its range of sorted rows.
     groups: Vec<(usize, Range<usize>)>,
-    /// For each row, where its experts' outputs lie, and their weights.
+    /// For each original row, the sorted indices of its experts' outputs, and their weights.
     choices: Vec<Vec<(usize, f32)>>,
 }
 
@@ -74,7 +75,7 @@ impl CpuBackend {
         Ok(out)
     }
 
-    /// The products of each expert's rows with `linears` of that expert.
+    /// Returns the products of each expert's rows with the `linears` of that expert.
     fn experts<'m, const N: usize>(
         &mut self,
         mixture: &'m Mixture<Self>,
@@ -111,7 +112,7 @@ mod tests {
     const HIDDEN: usize = 32;
     const EXPERTS: usize = 8;
 
-    /// A mixture whose experts 5, 6 and 7 give nothing but values that are no numbers, wherever they are read.
+    /// A mixture whose experts 5, 6 and 7 return only non-finite values if they are read.
     fn mixture(backend: &mut CpuBackend) -> FeedForwardWeights<CpuBackend> {
         let mut linear = |rows: usize, value: &dyn Fn(usize) -> f32| {
             let bytes = (0..rows * HIDDEN).flat_map(|i| value(i).to_le_bytes()).collect();
@@ -119,7 +120,7 @@ mod tests {
             let data = TensorData { name: "test", element: ElementType::F32, rows, columns: HIDDEN, bytes };
             Linear { weight: backend.matrix(&data).expect("finite weights"), bias: None }
         };
-        // Row r of the input has a 1 at column r % 5: it goes to the experts r % 5 and r % 5 + 1, of those below 5.
+        // Row r of the input has a 1 at column r % 5, and so uses the experts r % 5 and (r % 5 + 1) % 5.
         let router = linear(EXPERTS, &|i| match (i / HIDDEN, i % HIDDEN) {
             (expert, column) if expert == column => 2.0,
             (expert, column) if expert < 5 && expert == (column + 1) % 5 => 1.0,
@@ -144,13 +145,13 @@ mod tests {
         Rows { width: HIDDEN, values: values.collect() }
     }
 
-    /// Experts that no row goes to are not read, and a row's bits do not depend on the others.
+    /// Experts that no row uses are not read, and a row's bits do not depend on the other rows.
     #[test]
-    fn rows_meet_their_own_experts_alone() {
+    fn each_row_uses_only_its_own_experts() {
         let mut backend = CpuBackend::new(2, Tier::best()).expect("threads");
         let weights = mixture(&mut backend);
         let together = backend.feed_forward(&weights, &input(0..23)).expect("no panic");
-        assert!(together.values.iter().all(|value| value.is_finite()), "an expert was read that no row goes to");
+        assert!(together.values.iter().all(|value| value.is_finite()), "an expert was read that no row uses");
         for row in 0..23 {
             let alone = backend.feed_forward(&weights, &input(row..row + 1)).expect("no panic");
             assert_eq!(alone.values, together.row(row), "row {row}");

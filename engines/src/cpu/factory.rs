@@ -1,11 +1,11 @@
-//! Opens CPU engines.
+//! The factory of CPU engines.
 
 use super::{CpuBackend, Tier};
 use crate::decoder::DecoderEngine;
 use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory};
 use crate::error::EngineError;
 
-/// The processor of this machine, as an engine's device.
+/// A factory of engines on this machine's CPU.
 #[derive(Debug, Clone)]
 pub struct CpuFactory {
     threads: usize,
@@ -13,15 +13,15 @@ pub struct CpuFactory {
 }
 
 impl CpuFactory {
-    /// The one device of this factory.
+    /// The id of this factory's only device.
     pub const DEVICE: &'static str = "cpu";
 
-    /// Engines of `threads` threads each, at the best tier of this machine.
+    /// Creates a factory of engines with `threads` threads each, at the best tier of this machine.
     pub fn new(threads: usize) -> Self {
         Self::with_tier(threads, Tier::best())
     }
 
-    /// Engines at a given tier, one of [`Tier::available`].
+    /// Creates a factory of engines with `threads` threads each, at `tier`, one of [`Tier::available`].
     pub fn with_tier(threads: usize, tier: Tier) -> Self {
         Self { threads: threads.max(1), tier }
     }

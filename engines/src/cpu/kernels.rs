@@ -1,4 +1,4 @@
-//! What lies between the products: norms, rounding, rotation, activation, sums. Rows are shared out to threads.
+//! Kernels between the matrix products: norms, rounding, rotation, activation, sums. Threads share the rows.
 
 use super::activation::{BLOCK_CODES, CodedRowMut, CodedRows, Rows};
 use super::buffer_pool::BufferPool;
@@ -14,7 +14,7 @@ use crate::simd::math;
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
-/// Rows of one task. A decode step of a few rows is one task, which the calling thread takes without waking anyone.
+/// Rows of one task. A decode step of a few rows is one task, which the calling thread runs without waking a helper.
 const TASK_ROWS: usize = 8;
 
 /// x / √(mean of x² + epsilon) · weight.
@@ -24,7 +24,7 @@ pub(super) struct RmsNorm<'a> {
     pub(super) epsilon: f32,
 }
 
-/// Runs `kernel` over runs of rows.
+/// Runs `kernel` on all rows, in ranges of [`TASK_ROWS`].
 fn over_rows<K: Kernel>(
     tier: Tier,
     pool: &mut ThreadPool,
@@ -37,7 +37,7 @@ fn over_rows<K: Kernel>(
     })
 }
 
-/// `input` after `norm`, where there is one, and its codes, where they are wanted.
+/// Returns `input` after `norm`, if there is a norm, and its codes, if `wants_codes`.
 pub(super) fn prepare(
     tier: Tier,
     pool: &mut ThreadPool,
@@ -82,11 +82,11 @@ impl<'a> CodedParts<'a> {
     }
 
     /// # Safety
-    /// A row is taken by one task only.
+    /// Only one task may take a row.
     unsafe fn row(&self, row: usize) -> CodedRowMut<'a> {
         let blocks = self.width / BLOCK;
         let (start, end) = (row * blocks, (row + 1) * blocks);
-        // SAFETY: rows are disjoint; the caller's promise for the row itself.
+        // SAFETY: rows are disjoint, and the caller guarantees that no other task takes this row.
         unsafe {
             CodedRowMut {
                 codes: self.codes.take(start * BLOCK_CODES..end * BLOCK_CODES),
@@ -126,16 +126,16 @@ impl Kernel for Prepare<'_> {
     }
 }
 
-/// What happens to queries and keys between their projection and their use.
+/// The norm and the rotation of projected queries or keys.
 pub(super) struct Turn<'a> {
     pub(super) norm: Option<RmsNorm<'a>>,
-    /// Values that one norm spans.
+    /// The number of values that one norm spans.
     pub(super) norm_width: usize,
     pub(super) head_dim: usize,
     pub(super) rotations: &'a Rotations,
 }
 
-/// Norms and rotates every head of every row, in place.
+/// Normalises and rotates every head of every row, in place.
 pub(super) fn turn_heads(tier: Tier, pool: &mut ThreadPool, turn: &Turn<'_>, rows: &mut Rows) -> Result<(), Panicked> {
     let (count, width) = (rows.count(), rows.width);
     let values = DisjointMut::new(&mut rows.values);
@@ -235,7 +235,7 @@ impl Kernel for Activate<'_> {
     }
 }
 
-/// hidden += norm(delta), or delta.
+/// Adds norm(delta) to `hidden`, or delta itself without a norm.
 pub(super) fn add(
     tier: Tier,
     pool: &mut ThreadPool,
@@ -273,7 +273,7 @@ impl Kernel for Add<'_> {
     }
 }
 
-/// Each row of `out` = Σ weight · row of `parts`, in the order of its choices.
+/// Sets each row of `out` to Σ weight · row of `parts`, in the order of the row's choices.
 pub(super) fn combine(
     tier: Tier,
     pool: &mut ThreadPool,

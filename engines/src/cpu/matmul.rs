@@ -1,8 +1,8 @@
 //! out = x · Wᵀ: rows of activations times panels of weights.
 //!
-//! A task is a run of panels for all rows. Within it each panel meets the rows in tiles, so that a panel's codes are
-//! unpacked once per tile; each row of a tile has accumulators of its own, filled in column order, so that a row's
-//! result is the same bits whatever tile, batch or thread it is computed in.
+//! A task is a range of panels, for all rows. Rows are processed in tiles, so that a panel's codes are unpacked once
+//! per tile. Each row of a tile has its own accumulators, filled in column order, so the bits of a row's result do not
+//! depend on its tile, batch or thread.
 
 use super::activation::{BLOCK_CODES, CodedRows, Rows};
 use super::packed::{Coded, Dense, Form, Packed};
@@ -16,20 +16,20 @@ use std::ops::Range;
 
 mod layout;
 
-/// Tasks for each thread: enough that one held-up thread does not hold up the step.
+/// Tasks per thread: several, so that one delayed thread does not delay the step.
 const TASKS_PER_THREAD: usize = 4;
 
-/// One product of a section. Products of one section share an operand, and run as one set of tasks.
+/// One product of a parallel section. The products of a section share an operand, and run as one set of tasks.
 pub(super) struct Product<'a> {
     pub(super) weights: &'a Packed,
     pub(super) bias: Option<&'a [f32]>,
-    /// The rows of the operand that it takes.
+    /// The operand's rows that are multiplied.
     pub(super) rows: Range<usize>,
-    /// Its rows' outputs, side by side.
+    /// The outputs: \[row]\[weight row].
     pub(super) out: &'a mut [f32],
 }
 
-/// Activations in the forms that the products of a section want.
+/// Activations in the forms that the products of a section read.
 pub(super) struct Operand<'a> {
     pub(super) floats: &'a Rows,
     pub(super) codes: Option<&'a CodedRows>,
@@ -39,12 +39,12 @@ struct Job<'a> {
     weights: &'a Packed,
     bias: Option<&'a [f32]>,
     rows: Range<usize>,
-    /// A matrix whose columns are shared out between tasks.
+    /// The output matrix; each task writes its own columns.
     out: *mut f32,
     first_panel: usize,
 }
 
-// SAFETY: tasks write disjoint columns of `out`, whose owner waits for the section's end.
+// SAFETY: tasks write disjoint columns of `out`, and the owner of `out` waits for the end of the section.
 unsafe impl Sync for Job<'_> {}
 
 /// Computes all `products` of `input`.
@@ -57,7 +57,7 @@ pub(super) fn run(
     let mut jobs = Vec::with_capacity(products.len());
     let mut panels = 0;
     for product in products.iter_mut() {
-        assert_eq!(product.out.len(), product.rows.len() * product.weights.rows, "as many outputs as the product has");
+        assert_eq!(product.out.len(), product.rows.len() * product.weights.rows, "the output has the wrong length");
         jobs.push(Job {
             weights: product.weights,
             bias: product.bias,
@@ -71,7 +71,7 @@ pub(super) fn run(
     pool.run(tasks, &|task| {
         let mut range = panels * task / tasks..panels * (task + 1) / tasks;
         while range.start < range.end {
-            // The last job that starts at or before the range: the first starts at 0.
+            // The last job that starts at or before the range; one exists, since the first job starts at 0.
             let index = jobs.partition_point(|job| job.first_panel <= range.start) - 1;
             let job = &jobs[index];
             let end = range.end.min(job.first_panel + job.weights.panels());
@@ -94,7 +94,7 @@ impl Kernel for Panels<'_, '_> {
             match (&self.job.weights.form, self.input.codes) {
                 (Form::Dense(dense), _) => self.dense::<S>(dense, panel),
                 (Form::Coded(coded), Some(codes)) => self.coded::<S>(coded, codes, panel),
-                (Form::Coded(_), None) => unreachable!("coded weights are given coded activations"),
+                (Form::Coded(_), None) => unreachable!("coded weights without coded activations"),
             }
         }
     }
@@ -110,7 +110,7 @@ impl Panels<'_, '_> {
         }
     }
 
-    /// `KIND`: 32 for f32, 16 for f16, 17 for bf16.
+    /// `KIND` is 32 for f32, 16 for f16, 17 for bf16.
     #[inline(always)]
     fn dense_rows<S: Simd, const KIND: u32>(&self, dense: &Dense, panel: usize) {
         let Range { start: mut row, end } = self.job.rows.clone();
@@ -135,7 +135,7 @@ impl Panels<'_, '_> {
         let start = panel * columns * LANES * size;
         let weights = dense.values.bytes()[start..start + columns * LANES * size].as_ptr();
         let inputs: [&[f32]; ROWS] = std::array::from_fn(|r| &self.input.floats.row(first + r)[..columns]);
-        // SAFETY: `weights` has `columns` vectors, every input `columns` values.
+        // SAFETY: `weights` has `columns` vectors, and every input has `columns` values.
         unsafe {
             let mut sums = [S::splat(0.0); ROWS];
             for column in 0..columns {
@@ -207,7 +207,7 @@ impl Panels<'_, '_> {
         let row_scales = &input.scales[row_start..][..ROWS * blocks];
         let half_sums = &input.half_sums[row_start * 2..][..ROWS * blocks * 2];
         let weighted_sums = &input.weighted_sums[row_start..][..ROWS * blocks];
-        // SAFETY: all slices above were cut to what the loops below read; vectors are sixteen wide, as they are.
+        // SAFETY: the slices above have exactly the lengths that the loops below read, in vectors of sixteen lanes.
         unsafe {
             let mut sums = [S::splat(0.0); ROWS];
             for block in 0..blocks {
@@ -252,14 +252,14 @@ impl Panels<'_, '_> {
         ROWS
     }
 
-    /// Writes the sixteen outputs of `panel`, or as many of them as there are.
+    /// Writes the outputs of `panel` for `row`: sixteen, or fewer in the last panel.
     #[inline(always)]
     unsafe fn write<S: Simd>(&self, panel: usize, row: usize, sum: S::Floats) {
         let Job { weights, bias, rows, out, .. } = self.job;
         let column = panel * LANES;
         let used = (weights.rows - column).min(LANES);
         let mut values = [0.0; LANES];
-        // SAFETY: `values` is sixteen wide; `row` and the `used` columns lie inside `out`, and no other task has them.
+        // SAFETY: `values` has sixteen lanes; `row` and the `used` columns are inside `out`, and belong to this task.
         unsafe {
             S::store(values.as_mut_ptr(), sum);
             if let Some(bias) = bias {
@@ -273,14 +273,14 @@ impl Panels<'_, '_> {
     }
 }
 
-/// Integer dot products of one block of sixteen weight rows with `ROWS` rows of codes, by halves where these have scales of their own.
-/// `four(r, plane, g)` is four successive bytes of row r.
+/// Returns the integer dot products of one block of sixteen weight rows with `ROWS` rows of codes, per half block if
+/// the halves have their own scales. `four(r, plane, g)` is the `g`-th group of four bytes of a plane of row r.
 #[inline(always)]
 unsafe fn block_dots<S: Simd, L: Layout, const ROWS: usize>(
     at: *const u8,
     four: impl Fn(usize, usize, usize) -> i32,
 ) -> [[S::Ints; 2]; ROWS] {
-    // SAFETY: the caller gives a whole block, and rows that have its 32 columns.
+    // SAFETY: the caller passes a whole block, and rows with its 32 columns.
     unsafe {
         let mut out = [[S::ints_zero(); 2]; ROWS];
         let mut planes = layout::Planes::<S>::of::<L>(at);

@@ -1,10 +1,9 @@
-//! The native CPU backend: any processor, vectors where there are any.
+//! The native CPU backend: runs on any CPU, and uses vector instructions where available.
 //!
 //! ```text
 //! rows ─norm, round to 16 bits─► matmul (packed panels) ─► rotary, cache ─► attention ─► matmul ─► …
 //! ```
-//! Every arithmetic step of a row is in an order fixed by the row alone. Threads share out panels and rows, never
-//! a sum.
+//! The row alone fixes the order of its arithmetic. Threads share panels and rows, but never split a sum.
 
 mod activation;
 mod attention;
@@ -41,7 +40,7 @@ use rotary::Rotations;
 use std::ops::Range;
 use thread_pool::{Panicked, ThreadPool};
 
-/// Kernels of this processor, and the threads that run them.
+/// The kernel tier of this CPU, and the threads that run the kernels.
 #[derive(Debug)]
 pub struct CpuBackend {
     tier: Tier,
@@ -49,20 +48,20 @@ pub struct CpuBackend {
     buffers: BufferPool,
 }
 
-/// A step's rows, with their rotations.
+/// The rows of a step, with their rotations.
 #[derive(Debug)]
 pub struct CpuBatch {
     batch: Batch,
-    /// One for each rope of the model.
+    /// One table for each rope of the model.
     rotations: Vec<Rotations>,
 }
 
-/// A norm as the kernels take it.
+/// Returns a norm in the kernels' form.
 fn rms_norm(norm: &Norm<CpuBackend>) -> RmsNorm<'_> {
     RmsNorm { weight: &norm.weight, epsilon: norm.epsilon }
 }
 
-/// The product of the operand's `rows` with `linear`.
+/// Describes the product of the operand's `rows` with `linear`.
 fn product<'a>(linear: &'a Linear<CpuBackend>, rows: Range<usize>, out: &'a mut [f32]) -> Product<'a> {
     Product { weights: &linear.weight, bias: linear.bias.as_deref(), rows, out }
 }
@@ -74,25 +73,25 @@ impl From<Panicked> for EngineError {
 }
 
 impl CpuBackend {
-    /// A backend on `threads` threads, the caller's counted, at `tier`.
+    /// Creates a backend at `tier` with `threads` threads, the caller's included.
     ///
     /// # Errors
-    /// [`EngineError::Device`] where the operating system gives no threads, or the processor has no such tier.
+    /// [`EngineError::Device`] if the operating system starts no threads, or the CPU does not support the tier.
     pub fn new(threads: usize, tier: Tier) -> Result<Self, EngineError> {
         if !Tier::available().contains(&tier) {
             return Err(EngineError::Device {
                 device: "cpu".to_owned(),
-                what: format!("this processor has no {}", tier.name()),
+                what: format!("this CPU does not support {}", tier.name()),
             });
         }
         let pool = ThreadPool::new(threads).map_err(|e| EngineError::Device {
             device: "cpu".to_owned(),
-            what: format!("{threads} threads could not be started: {e}"),
+            what: format!("cannot start {threads} threads: {e}"),
         })?;
         Ok(Self { tier, pool, buffers: BufferPool::default() })
     }
 
-    /// Products of `input` with each of `linears`, after `norm`.
+    /// Returns the products of norm(input) with each of `linears`.
     fn project<const N: usize>(
         &mut self,
         norm: Option<&Norm<Self>>,
@@ -109,7 +108,7 @@ impl CpuBackend {
         Ok(outs)
     }
 
-    /// Fills `products`, which share `input` after `norm`.
+    /// Computes `products`, which share the operand norm(input).
     fn multiply(
         &mut self,
         norm: Option<&Norm<Self>>,

@@ -1,7 +1,7 @@
-//! From the order of a file to the order of the kernels.
+//! Packing: converts weights from a file's order to the kernels' order.
 //!
-//! Runs of panels are shared out to the pool, which writes each into its own part of the target. The bytes of a large
-//! run are forgotten as soon as it is packed, so that no large matrix is twice in memory.
+//! The pool's threads share ranges of panels, and write each range to its own part of the target. The file pages of a
+//! large range are released as soon as it is packed, so that memory never holds a large matrix twice.
 
 use super::disjoint::DisjointMut;
 use super::packed::{Coded, Dense, Form, Lines, Packed, place, scale_bits};
@@ -13,29 +13,29 @@ use half::f16;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes of a file that one task packs, at least and at most: enough to be worth a task, little beside a large matrix.
+/// Least and most file bytes of one task: enough to be worth a task, little beside a large matrix.
 const TASK_BYTES: (usize, usize) = (128 << 10, 4 << 20);
-/// A task of fewer bytes does not forget them: to forget takes longer than to pack them, and whoever reads the file
-/// forgets what is packed.
+/// Tasks of fewer bytes do not release their file pages: that takes longer than packing, and the loader releases the
+/// pages of each packed matrix.
 const FORGET_BYTES: usize = 1 << 20;
-/// Tasks for each thread.
+/// Tasks per thread.
 const TASKS_PER_THREAD: usize = 4;
 
-/// A matrix as its file has it.
+/// A matrix as stored in a file.
 pub(super) struct Source<'a> {
     pub(super) element: ElementType,
     pub(super) rows: usize,
     pub(super) columns: usize,
-    /// Exactly its rows.
+    /// The bytes of exactly the matrix's rows.
     pub(super) bytes: &'a [u8],
-    /// Hears which of the bytes will not be read again.
+    /// Called with each range of bytes that will not be read again.
     pub(super) forget: &'a (dyn Fn(Range<usize>) + Sync),
 }
 
-/// Why a matrix cannot be packed.
+/// The reason why a matrix cannot be packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PackError {
-    /// A value or a scale in this row is no finite number.
+    /// A value, scale or minimum in this row is not a finite number.
     NotANumber {
         row: usize,
     },
@@ -68,8 +68,8 @@ impl Source<'_> {
         self.bytes.len() / self.rows.max(1)
     }
 
-    /// Calls `pack` with (row, its bytes) for every row, each panel's rows in one task; `pack` tells whether all of
-    /// the row's values are finite.
+    /// Calls `pack` with (row, its bytes) for every row. One task packs all rows of a panel. `pack` returns whether all
+    /// of the row's values are finite.
     fn for_rows(&self, pool: &mut ThreadPool, pack: &(dyn Fn(usize, &[u8]) -> bool + Sync)) -> Result<(), PackError> {
         let row_bytes = self.row_bytes();
         let task_bytes = (self.bytes.len() / (pool.threads() * TASKS_PER_THREAD)).clamp(TASK_BYTES.0, TASK_BYTES.1);
@@ -139,7 +139,7 @@ impl Source<'_> {
                 }
             };
             if lane == 0 {
-                // Codes are joined to what is there. Memory that is read before it is written is mapped twice.
+                // `put` ORs codes into memory. A write of zeros comes first: a page that is read first is mapped twice.
                 target.codes.fill(0);
             }
             (0..blocks_per_row).all(|index| {
@@ -173,7 +173,7 @@ impl Panel<'_> {
         }
         let size = Coded::block_bytes(coding);
         let bytes = &mut self.codes[index * size..][..size];
-        // Four successive columns are four successive bytes: see `place`.
+        // Four successive columns occupy four successive bytes: see `place`.
         for (group, four) in block.codes.as_chunks::<4>().0.iter().enumerate() {
             let four = u32::from_le_bytes(*four);
             let at = place(group * 4, lane);
@@ -204,7 +204,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// R4.3: packing keeps every value, to the half precision of its scale.
+        /// R4.3: packing preserves every value, to the half precision of its scale.
         #[test]
         fn packed_rows_read_back(
             element in prop::sample::select(ElementType::ALL.to_vec()),
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_matrix_is_forgotten_while_it_is_packed() {
+    fn the_file_pages_of_a_large_matrix_are_released_during_packing() {
         let (rows, columns) = (16_384, 256);
         let bytes = test_weights::bytes(ElementType::F32, rows, columns, 1);
         let forgotten = std::sync::Mutex::new(Vec::new());
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_is_no_number_is_found() {
+    fn a_value_that_is_not_finite_is_rejected() {
         let mut bytes = vec![0; 3 * 64 * 4];
         bytes[2 * 64 * 4..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
         let pack = |element, rows, columns, bytes: &[u8]| {

@@ -1,10 +1,14 @@
 //! Weights in the order in which the kernels read them.
 //!
-//! A matrix of `rows` × `columns` is cut into panels of sixteen rows. A panel of quantised blocks holds, for each
-//! 32 columns, the codes of its sixteen rows interleaved so that one vector has four successive columns of each row:
-//! low nibbles of the vectors 0–3 are columns 0–15, high nibbles columns 16–31; fifth and sixth bits lie in planes
-//! behind them. Codes of two and three bits are pairs of bits in two vectors, and a plane behind them. A panel of floats holds sixteen rows' values of one column side by side. Scales lie apart. The size
-//! stays the file's to within its rounding (Q8_0, Q4_0: equal; K-quants: their scales are spelt out).
+//! A matrix of `rows` × `columns` is split into panels of sixteen rows. A panel of floats holds the sixteen values of
+//! each column side by side. A panel of quantised blocks holds, for each 32 columns, the codes of its sixteen rows,
+//! interleaved so that one vector has four successive columns of each row:
+//! - 4 to 6 bits: low nibbles of the vectors 0–3 are columns 0–15, high nibbles columns 16–31; planes with the fifth
+//!   and sixth bits follow.
+//! - 2 and 3 bits: two vectors hold bit pairs; a plane with the third bits follows.
+//!
+//! Scales are stored separately. The size is that of the file, but for rounding (Q8_0, Q4_0: equal; K-quants: larger,
+//! since their scales are expanded).
 
 use crate::format::ElementType;
 use crate::format::blocks::{self, BLOCK, Coding, Levels};
@@ -13,17 +17,17 @@ use half::{bf16, f16};
 #[cfg(target_os = "linux")]
 use rustix::mm::{Advice, madvise};
 
-/// What vector loads are aligned to.
+/// The alignment of vector loads.
 const LINE_BYTES: usize = 64;
 
-/// What x86-64 and aarch64 back large memory with.
+/// The size of a huge page on x86-64 and aarch64.
 #[cfg(target_os = "linux")]
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Bytes aligned to a cache line. Zero, and not in memory before they are written.
+/// Bytes aligned to a cache line, initially zero. Pages become resident when they are written.
 #[derive(Debug)]
 pub(super) struct Lines {
-    /// With room to begin at a line.
+    /// One line longer than `length`, so that `start` can be aligned.
     bytes: Vec<u8>,
     start: usize,
     length: usize,
@@ -38,7 +42,7 @@ impl Lines {
         lines
     }
 
-    /// A large matrix is read from end to end for every token: fewer, larger pages are found faster.
+    /// Requests huge pages: every token reads a large matrix from end to end, and fewer pages need fewer translations.
     #[cfg(target_os = "linux")]
     fn ask_for_huge_pages(&mut self) {
         let bytes = self.bytes.as_mut_ptr();
@@ -47,8 +51,8 @@ impl Lines {
         if inside == 0 {
             return;
         }
-        // A hint: whether it is taken changes no result, so its error is of no use to anyone.
-        // SAFETY: the range is whole pages of this allocation; the advice changes how they are backed, not what is in them.
+        // A hint: it changes no result, so its error is ignored.
+        // SAFETY: the range is whole pages of this allocation; the advice changes their backing, not their contents.
         let _ = unsafe { madvise(bytes.add(before).cast(), inside, Advice::LinuxHugepage) };
     }
 
@@ -111,10 +115,10 @@ impl Coded {
     }
 }
 
-/// `scale` as a panel of `coding` keeps it.
+/// Encodes `scale` for a panel of `coding`.
 pub(super) fn scale_bits(coding: Coding, scale: f32) -> u16 {
     match coding.levels {
-        // A power of two, of any size: f16 has too few.
+        // The scale is a power of two with the exponent range of f32, which f16 cannot hold.
         Levels::Fp4 => bf16::from_f32(scale).to_bits(),
         Levels::Even | Levels::Iq4 => f16::from_f32(scale).to_bits(),
     }
@@ -128,17 +132,17 @@ fn scale_value(coding: Coding, bits: u16) -> f32 {
 }
 
 impl Packed {
-    /// Panels of sixteen rows.
+    /// Returns the number of panels of sixteen rows.
     pub(super) fn panels(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
 
-    /// Whether products want activations rounded to codes.
+    /// Returns whether products need activations rounded to codes.
     pub(super) fn is_coded(&self) -> bool {
         matches!(self.form, Form::Coded(_))
     }
 
-    /// Memory in use.
+    /// Returns the bytes in use.
     pub(super) fn memory_bytes(&self) -> u64 {
         let bytes = match &self.form {
             Form::Dense(dense) => dense.values.length,
@@ -210,7 +214,7 @@ impl Coded {
     }
 }
 
-/// Where a column's nibble lies in a block.
+/// The position of a column's nibble in a block.
 pub(super) struct Place {
     pub(super) vector: usize,
     pub(super) byte: usize,

@@ -1,4 +1,4 @@
-//! Rotary position embeddings, tabulated once per step.
+//! Rotary position embeddings, with tables computed once per step.
 
 use crate::backend::Batch;
 use crate::model::{Pairing, Rope};
@@ -30,7 +30,7 @@ impl Rotations {
         Self { pairing: rope.pairing, pairs, cosines, sines }
     }
 
-    /// Turns one head of row `row`.
+    /// Rotates one head of row `row`, in place.
     #[inline(always)]
     pub(super) fn turn(&self, row: usize, head: &mut [f32]) {
         let cosines = &self.cosines[row * self.pairs..][..self.pairs];

@@ -3,7 +3,7 @@
 use crate::format::ElementType;
 use half::f16;
 
-/// `rows` × `columns` random weights of a plausible size, as a file would store them.
+/// Returns `rows` × `columns` random weights of plausible magnitude, encoded as in a file.
 pub(crate) fn bytes(element: ElementType, rows: usize, columns: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut random = move || {

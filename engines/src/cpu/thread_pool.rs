@@ -1,30 +1,32 @@
 //! The threads of one CPU engine.
 //!
-//! A step is a few hundred short parallel sections, microseconds apart, so a helper that has finished one spins for
-//! the next for a moment before it sleeps. Tasks are claimed one by one from a counter: on a shared machine a
-//! helper that was scheduled away holds up one task, not its share of all.
+//! A step consists of a few hundred short parallel sections, microseconds apart, so a helper that has finished a
+//! section spins briefly before it sleeps. Threads claim tasks one by one from a counter: on a shared machine, a
+//! descheduled helper delays one task, not a fixed share of all tasks.
 
+use parking_lot::{Condvar, Mutex};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-/// Looks at the counter before a helper sleeps: some tens of microseconds, a few gaps between sections of a step.
+/// Checks of the counter before a helper sleeps: some tens of microseconds, or a few gaps between sections of a step.
 const SPINS_BEFORE_SLEEP: u32 = 20_000;
 
-/// A caller and its helper threads. Dropping it ends them.
+/// The calling thread and its helper threads. Dropping the pool stops the helpers.
 #[derive(Debug)]
 pub(crate) struct ThreadPool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
 }
 
-/// A section's work: called once for each task number.
+/// The work of a section: called once for each task number.
 type Work = dyn Fn(usize) + Sync;
 
 #[derive(Debug)]
 struct Shared {
-    /// Counts sections; a change is the signal to start. Written under `asleep` so that no sleeper misses it.
+    /// The number of sections started; a change is the signal to start. Written under `asleep`, so that no sleeping
+    /// helper misses it.
     section: AtomicU64,
     job: Mutex<Option<Job>>,
     next_task: AtomicUsize,
@@ -48,7 +50,7 @@ impl std::fmt::Debug for Job {
     }
 }
 
-// SAFETY: the pointee is `Sync`, and `ThreadPool::run` does not return before every helper has dropped the pointer.
+// SAFETY: the pointee is `Sync`, and `ThreadPool::run` does not return before every helper has finished with it.
 unsafe impl Send for Job {}
 
 /// A helper or the caller panicked inside a section.
@@ -57,10 +59,10 @@ unsafe impl Send for Job {}
 pub(crate) struct Panicked;
 
 impl ThreadPool {
-    /// A pool of `threads` threads, the caller counted.
+    /// Creates a pool of `threads` threads, the caller included.
     ///
     /// # Errors
-    /// The operating system's, where it gives no more threads.
+    /// The operating system's error if a thread cannot be started.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             section: AtomicU64::new(0),
@@ -81,7 +83,7 @@ impl ThreadPool {
         Ok(pool)
     }
 
-    /// Threads of the pool, the caller counted.
+    /// Returns the number of threads, the caller included.
     pub(crate) fn threads(&self) -> usize {
         self.helpers.len() + 1
     }
@@ -89,20 +91,20 @@ impl ThreadPool {
     /// Runs `work(0)` … `work(tasks − 1)`, each once, in any order, on any thread of the pool.
     ///
     /// # Errors
-    /// [`Panicked`] where a task panicked; the other tasks may or may not have run.
+    /// [`Panicked`] if a task panicked; the other tasks may or may not have run.
     pub(crate) fn run(&mut self, tasks: usize, work: &(dyn Fn(usize) + Sync)) -> Result<(), Panicked> {
         let shared = &*self.shared;
         if self.helpers.is_empty() || tasks <= 1 {
             return catch_unwind(AssertUnwindSafe(|| (0..tasks).for_each(work))).map_err(|_| Panicked);
         }
-        // SAFETY: only the lifetime changes; this function waits for all helpers before it returns.
+        // SAFETY: the cast changes only the lifetime, and this function waits for all helpers before it returns.
         let work = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static Work>(work) };
         let job = Job { work, tasks };
-        *lock(&shared.job) = Some(job);
+        *shared.job.lock() = Some(job);
         shared.next_task.store(0, Ordering::Relaxed);
         shared.busy.store(self.helpers.len(), Ordering::Relaxed);
         {
-            let _guard = lock(&shared.asleep);
+            let _guard = shared.asleep.lock();
             shared.section.fetch_add(1, Ordering::Release);
         }
         shared.wake.notify_all();
@@ -141,7 +143,7 @@ impl Shared {
         }
     }
 
-    /// Waits for a section after `seen`; `None` when the pool ends.
+    /// Waits for a section after `seen`; returns `None` when the pool stops.
     fn wait_for_section(&self, seen: u64) -> Option<u64> {
         for _ in 0..SPINS_BEFORE_SLEEP {
             let section = self.section.load(Ordering::Acquire);
@@ -150,13 +152,13 @@ impl Shared {
             }
             std::hint::spin_loop();
         }
-        let mut guard = lock(&self.asleep);
+        let mut guard = self.asleep.lock();
         loop {
             let section = self.section.load(Ordering::Acquire);
             if section != seen {
                 return self.unless_ending(section);
             }
-            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            self.wake.wait(&mut guard);
         }
     }
 
@@ -169,7 +171,7 @@ fn help(shared: &Shared) {
     let mut seen = 0;
     while let Some(section) = shared.wait_for_section(seen) {
         seen = section;
-        let job = *lock(&shared.job);
+        let job = *shared.job.lock();
         if let Some(job) = job {
             shared.take_tasks(job);
         }
@@ -177,21 +179,16 @@ fn help(shared: &Shared) {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // Nothing that holds these locks can panic half-way through a change.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::Release);
         {
-            let _guard = lock(&self.shared.asleep);
+            let _guard = self.shared.asleep.lock();
             self.shared.section.fetch_add(1, Ordering::Release);
         }
         self.shared.wake.notify_all();
         for helper in self.helpers.drain(..) {
-            // A helper's panic was caught inside its section and reported there.
+            // A panic in a helper has been caught and reported by its section.
             let _ = helper.join();
         }
     }
@@ -215,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_an_error_and_the_team_goes_on() {
+    fn a_panic_is_an_error_and_the_pool_stays_usable() {
         let mut pool = ThreadPool::new(2).expect("threads");
         let failed = pool.run(8, &|task| assert_ne!(task, 5, "a task that fails"));
         assert_eq!(failed, Err(Panicked));

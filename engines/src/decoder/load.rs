@@ -1,4 +1,4 @@
-//! A shard's weights: read role by role, checked against the architecture, handed to the backend.
+//! Loads a shard's weights: reads each role, checks it against the architecture, and passes it to the backend.
 
 use crate::backend::{
     AttentionWeights, Backend, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
@@ -13,7 +13,7 @@ use crate::model::{
 };
 use std::ops::ControlFlow;
 
-/// What a shard has of the model.
+/// The weights of a shard.
 pub(super) struct ShardWeights<B: Backend> {
     pub(super) embedding: Option<B::Matrix>,
     pub(super) layers: Vec<LayerWeights<B>>,
@@ -29,31 +29,31 @@ pub(super) struct LayerWeights<B: Backend> {
 }
 
 impl<B: Backend> ShardWeights<B> {
-    /// The language-model head: a matrix of its own, or the embedding where the two are tied and both are here.
+    /// Returns the matrix of the output head: its own, or the embedding if the shard has both and they are tied.
     pub(super) fn head(&self) -> Option<&B::Matrix> {
         self.output.as_ref().or(self.embedding.as_ref())
     }
 }
 
-/// Refuses a shard that the decoder cannot compute.
+/// Returns an error for a shard that the decoder cannot compute.
 pub(super) fn check_spec(shard: &ShardSpec) -> Result<(), EngineError> {
     if shard.tensor.of != 1 {
         return Err(EngineError::Unsupported {
             engine: "decoder".to_owned(),
-            what: format!("rank {} of {} of a layer", shard.tensor.rank, shard.tensor.of),
+            what: format!("tensor sharding (rank {} of {})", shard.tensor.rank, shard.tensor.of),
         });
     }
     let layers = shard.architecture.layers.len();
     if shard.layers.start >= shard.layers.end || shard.layers.end > layers {
-        return Err(EngineError::BadStep { what: format!("layers {:?} of a model of {layers}", shard.layers) });
+        return Err(EngineError::BadStep { what: format!("layers {:?} of a model of {layers} layers", shard.layers) });
     }
     if shard.kv_pages == 0 {
-        return Err(EngineError::BadStep { what: "a cache of no pages".to_owned() });
+        return Err(EngineError::BadStep { what: "the shard's cache has no pages".to_owned() });
     }
     Ok(())
 }
 
-/// Loads the weights of `shard`; gives them and the memory that they take.
+/// Loads the weights of `shard`; returns them and their size in memory, in bytes.
 pub(super) fn weights<B: Backend>(
     backend: &mut B,
     shard: &ShardSpec,
@@ -82,7 +82,7 @@ struct Loader<'a, 's, B: Backend> {
     reader: WeightReader,
     progress: LoadProgress,
     on: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
-    /// As the backend keeps what was loaded.
+    /// The size of the loaded weights in the backend's layout.
     memory_bytes: u64,
 }
 
@@ -270,7 +270,7 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         Ok(values)
     }
 
-    /// The tensor of `role`, if its shape is what the architecture says.
+    /// Returns the tensor of `role`, if its shape and size match the architecture.
     fn slice(&self, role: Role, rows: usize, columns: usize) -> Result<&'s TensorSlice, EngineError> {
         let source = self.source;
         let Some(slice) = source.tensors.get(&role) else {

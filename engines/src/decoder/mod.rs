@@ -1,9 +1,9 @@
-//! The one decoder: walks a shard's layers over any backend.
+//! The decoder: computes a shard's layers on any backend.
 //!
 //! ```text
 //! Step ─operations─► PageTable ─rows─► Batch ─► embed │ upload ─► layers ─► download │ logits ─► Output
 //! ```
-//! It checks what it is told before it changes anything: a step that is refused leaves no trace.
+//! The decoder checks a step before it computes: a refused step changes no sequence of its incarnation.
 
 mod load;
 mod pages;
@@ -22,7 +22,7 @@ use load::ShardWeights;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-/// An [`Engine`] over a backend.
+/// An [`Engine`] that runs the decoder on a backend.
 #[derive(Debug)]
 pub struct DecoderEngine<B: Backend> {
     backend: B,
@@ -49,7 +49,7 @@ impl<B: Backend> std::fmt::Debug for Loaded<B> {
 }
 
 impl<B: Backend> DecoderEngine<B> {
-    /// An engine with nothing loaded.
+    /// Creates an engine with nothing loaded.
     pub fn new(backend: B) -> Self {
         Self { backend, loaded: None }
     }
@@ -63,7 +63,7 @@ impl<B: Backend> Engine for DecoderEngine<B> {
         on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<LoadReport, EngineError> {
         let start = Instant::now();
-        // What was loaded before goes first, so that memory never holds two models.
+        // The previous model is dropped first, so that memory never holds two models.
         self.loaded = None;
         load::check_spec(shard)?;
         let (loaded_weights, weight_bytes) = load::weights(&mut self.backend, shard, weights, on)?;
@@ -92,14 +92,14 @@ impl<B: Backend> Engine for DecoderEngine<B> {
         let loaded = loaded.as_mut().ok_or(EngineError::NotLoaded)?;
         let (first, hidden) = (loaded.spec.is_first(), loaded.spec.architecture.hidden);
         let input = || if first { Input::Tokens(vec![0]) } else { Input::Hidden(vec![0.5; hidden]) };
-        // The first pass touches the weights' memory; the second is timed.
+        // The first pass makes the weights resident; the second pass is timed.
         loaded.probe(backend, input())?;
         let start = Instant::now();
         let rows = loaded.probe(backend, input())?;
         let row = start.elapsed();
         let (OutputRows::Hidden(values) | OutputRows::Logits(values)) = rows;
         if values.iter().any(|value| !value.is_finite()) {
-            return Err(EngineError::SelfTest { what: "the first row computed is not finite".to_owned() });
+            return Err(EngineError::SelfTest { what: "the warm-up row has values that are not finite".to_owned() });
         }
         Ok(WarmUpReport { row })
     }
@@ -115,7 +115,7 @@ fn bad_step(what: String) -> EngineError {
 }
 
 impl<B: Backend> Loaded<B> {
-    /// One row of a sequence of its own, which is forgotten again.
+    /// Computes one row of a temporary sequence, then empties the cache.
     fn probe(&mut self, backend: &mut B, input: Input) -> Result<OutputRows, EngineError> {
         let seq = SeqId(u64::MAX);
         let row = Row { seq, position: 0, wants_logits: true };
@@ -132,7 +132,7 @@ impl<B: Backend> Loaded<B> {
 
     fn forward(&mut self, backend: &mut B, step: &Step, input: Input) -> Result<Output, EngineError> {
         self.enter(step.incarnation)?;
-        // Tried on a copy: a refused step changes nothing.
+        // Operations run on a copy, so that a refused step changes nothing.
         let mut pages = self.pages.clone();
         for &operation in &step.operations {
             pages.apply(operation).map_err(|e| bad_step(e.to_string()))?;
@@ -156,7 +156,7 @@ impl<B: Backend> Loaded<B> {
         self.spec.kv_bytes() / pages * u64::from(self.pages.used())
     }
 
-    /// Refuses a past life, and empties the cache for a new one.
+    /// Refuses an older incarnation, and empties the cache for a newer one.
     fn enter(&mut self, incarnation: Incarnation) -> Result<(), EngineError> {
         match self.incarnation {
             Some(current) if incarnation < current => {
@@ -242,7 +242,7 @@ impl<B: Backend> Loaded<B> {
         }
     }
 
-    /// Makes room for the rows, and groups them by sequence.
+    /// Groups the rows by sequence and allocates their cache pages. Also returns the page copies to do, as (from, to).
     fn batch(&mut self, rows: &[Row]) -> Result<(Batch, Vec<(u32, u32)>), EngineError> {
         let mut spans: Vec<Span> = Vec::new();
         let mut copies = Vec::new();
@@ -252,7 +252,7 @@ impl<B: Backend> Loaded<B> {
             let first = self.pages.length_tokens(seq);
             let in_order = group.iter().zip(first..).all(|(row, position)| row.position == position);
             if !in_order {
-                return Err(bad_step(format!("rows of sequence {} do not go on at position {first}", seq.0)));
+                return Err(bad_step(format!("rows of sequence {} do not continue at position {first}", seq.0)));
             }
             let extended = self.pages.extend(seq, group.len() as u32);
             copies.extend(extended.map_err(|_| EngineError::CacheFull { pages: self.spec.kv_pages })?);
@@ -284,7 +284,7 @@ fn sum_ranks<B: Backend>(
     backend.upload(values, width)
 }
 
-/// Pages that `tokens` tokens of one sequence take.
+/// Returns the number of pages for `tokens` tokens of one sequence.
 pub fn pages_for(tokens: u32) -> u32 {
     tokens.div_ceil(PAGE_TOKENS)
 }

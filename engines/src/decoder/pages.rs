@@ -1,7 +1,7 @@
-//! Which pages of the cache hold which sequence. Pure: it moves numbers, a backend moves bytes.
+//! The assignment of cache pages to sequences. The table is pure bookkeeping; a backend moves the bytes.
 //!
-//! Pages are shared by forks and counted; a page that is written while shared is copied first. The head of a
-//! pipeline keeps the same table to know what fits, so all shards and the head agree without asking.
+//! Forks share pages, with reference counts; a shared page is copied before it is written. The pipeline head keeps the
+//! same table to know what fits, so the head and all shards agree without messages.
 
 use crate::engine::{Operation, PAGE_TOKENS, SeqId};
 use std::collections::BTreeMap;
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 /// The page table of one cache.
 #[derive(Debug, Clone)]
 pub struct PageTable {
-    /// For each page, how many sequences hold it.
+    /// For each page, the number of sequences that use it.
     holders: Vec<u32>,
     free: Vec<u32>,
     sequences: BTreeMap<SeqId, Sequence>,
@@ -21,64 +21,64 @@ struct Sequence {
     pages: Vec<u32>,
 }
 
-/// An operation or a row that the table cannot follow.
+/// The reason why the table cannot apply an operation or extend a sequence.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PageError {
-    #[error("sequence {} is not there", .0.0)]
+    #[error("sequence {} is not in the cache", .0.0)]
     Unknown(SeqId),
-    #[error("sequence {} is there already", .0.0)]
+    #[error("sequence {} is already in the cache", .0.0)]
     Exists(SeqId),
-    #[error("sequence {} has {has} tokens, and {wanted} were named", .seq.0)]
+    #[error("sequence {} has {has} tokens, but {wanted} are needed", .seq.0)]
     TooShort { seq: SeqId, has: u32, wanted: u32 },
-    #[error("no page is free")]
+    #[error("the cache has too few free pages")]
     Full,
 }
 
 impl PageTable {
-    /// A table of `pages` free pages.
+    /// Creates a table of `pages` free pages.
     pub fn new(pages: u32) -> Self {
         Self {
             holders: vec![0; pages as usize],
-            // Taken from the end: low pages first, so that a small load touches little memory.
+            // Pages are taken from the end, lowest first, so that a small load touches little memory.
             free: (0..pages).rev().collect(),
             sequences: BTreeMap::new(),
         }
     }
 
-    /// All pages, free or not.
+    /// Returns the number of all pages, free or used.
     pub fn capacity(&self) -> u32 {
         self.holders.len() as u32
     }
 
-    /// Pages that hold something.
+    /// Returns the number of pages in use.
     pub fn used(&self) -> u32 {
         self.capacity() - self.free.len() as u32
     }
 
-    /// Tokens of `seq` in the cache; 0 where it is not there.
+    /// Returns the number of tokens of `seq` in the cache; 0 for an unknown sequence.
     pub fn length_tokens(&self, seq: SeqId) -> u32 {
         self.sequences.get(&seq).map_or(0, |sequence| sequence.length_tokens)
     }
 
-    /// Pages of `seq`, in order of position.
+    /// Returns the pages of `seq`, in order of position.
     pub fn pages(&self, seq: SeqId) -> &[u32] {
         self.sequences.get(&seq).map_or(&[], |sequence| &sequence.pages)
     }
 
-    /// Sequences in the table.
+    /// Returns the sequences in the table.
     pub fn sequences(&self) -> impl Iterator<Item = SeqId> {
         self.sequences.keys().copied()
     }
 
-    /// Forgets everything.
+    /// Drops all sequences and frees all pages.
     pub fn clear(&mut self) {
         *self = Self::new(self.capacity());
     }
 
-    /// Applies one operation. Releasing a sequence that is not there is no error: a release may be repeated.
+    /// Applies one operation. The release of an unknown sequence is not an error, since a release may be repeated.
     ///
     /// # Errors
-    /// [`PageError`] where a sequence is missing, in the way, or shorter than named; the table is unchanged.
+    /// [`PageError`] if a sequence is unknown, exists already, or is too short; the table is unchanged.
     pub fn apply(&mut self, operation: Operation) -> Result<(), PageError> {
         match operation {
             Operation::Release { seq } => {
@@ -128,7 +128,7 @@ impl PageTable {
         }
     }
 
-    /// Free pages that [`Self::extend`] would take for `tokens` more tokens of `seq`.
+    /// Returns the number of free pages that [`Self::extend`] would take for `tokens` more tokens of `seq`.
     pub fn pages_needed(&self, seq: SeqId, tokens: u32) -> u32 {
         let length = self.length_tokens(seq);
         let pages = self.pages(seq);
@@ -136,22 +136,22 @@ impl PageTable {
         fresh + u32::from(tokens > 0 && self.last_is_shared(length, pages))
     }
 
-    /// Whether the next token goes into a page that another sequence holds, too.
+    /// Returns whether the next token belongs in a page that another sequence shares.
     fn last_is_shared(&self, length: u32, pages: &[u32]) -> bool {
         let partly_filled = !length.is_multiple_of(PAGE_TOKENS);
         partly_filled && pages.last().is_some_and(|&page| self.holders[page as usize] > 1)
     }
 
-    /// Free pages.
+    /// Returns the number of free pages.
     pub fn free(&self) -> u32 {
         self.free.len() as u32
     }
 
-    /// Makes room for `tokens` more tokens of `seq`, which need not be there yet. Gives the page copy, (from, to),
-    /// that must be done before they are written.
+    /// Allocates pages for `tokens` more tokens of `seq`, and adds `seq` if it is new. Returns the page copy, as
+    /// (from, to), that must be done before the tokens are written.
     ///
     /// # Errors
-    /// [`PageError::Full`] where the pages do not suffice; the table is unchanged.
+    /// [`PageError::Full`] if the free pages do not suffice; the table is unchanged.
     pub fn extend(&mut self, seq: SeqId, tokens: u32) -> Result<Option<(u32, u32)>, PageError> {
         let needed = self.pages_needed(seq, tokens);
         if needed > self.free() {
@@ -203,7 +203,7 @@ mod tests {
         ]
     }
 
-    /// A cache whose bytes are written through the table, beside plain vectors.
+    /// A simulated cache, written through the table, and plain vectors of the expected contents.
     #[derive(Default)]
     struct Model {
         written: BTreeMap<SeqId, Vec<u64>>,
@@ -217,7 +217,7 @@ mod tests {
             let needed = table.pages_needed(seq, tokens);
             match table.extend(seq, tokens) {
                 Err(_) => {
-                    assert!(needed > before.free(), "refused though there was room");
+                    assert!(needed > before.free(), "extend failed although enough pages were free");
                     assert_eq!(table.used(), before.used());
                 }
                 Ok(copy) => {
@@ -259,10 +259,10 @@ mod tests {
     }
 
     proptest! {
-        /// R6.4: whatever is done, every sequence reads back what was written to it, no page leaks, none is
-        /// written while two hold it.
+        /// R6.4: after any operations, every sequence reads back its own writes, no page leaks, and no page is
+        /// written while two sequences share it.
         #[test]
-        fn sequences_keep_their_own(acts in prop::collection::vec(act(), 1..60)) {
+        fn every_sequence_reads_back_its_own_writes(acts in prop::collection::vec(act(), 1..60)) {
             let mut table = PageTable::new(12);
             let mut model = Model::default();
             for act in acts {

@@ -1,6 +1,6 @@
-//! The quantised block formats, taken apart.
+//! Decoding of the quantised block formats.
 //!
-//! Every format becomes the same thing, 32 values at a time: value = scale · (level of code − zero) + min, with one
+//! Every format decodes to the same form, 32 values at a time: value = scale · (level of code − zero) + min, with one
 //! scale (and min) for each half of 16. Source of the layouts: `ggml-common.h` and `ggml-quants.c` of the ggml project.
 
 use super::ElementType;
@@ -12,43 +12,43 @@ pub const BLOCK: usize = 32;
 /// 32 values of a quantised row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Block {
-    /// Unsigned codes: 4, 5, 6 or 8 bits, as the format has.
+    /// Unsigned codes of 2, 3, 4, 5, 6 or 8 bits, as the format has.
     pub codes: [u8; BLOCK],
-    /// For values 0–15 and 16–31; equal where the format has one for all 32.
+    /// Scales of values 0–15 and 16–31; equal if the format has one scale for all 32.
     pub scales: [f32; 2],
-    /// Likewise; zero for a format without minima.
+    /// Minima of values 0–15 and 16–31; zero for a format without minima.
     pub mins: [f32; 2],
 }
 
-/// What all blocks of a format share.
+/// The properties that all blocks of a format share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Coding {
     /// Bits of a code.
     pub bits: u32,
-    /// What a code stands for.
+    /// The levels that codes stand for.
     pub levels: Levels,
-    /// The level that means nought, where the format has no minima; else 0.
+    /// The level of the value 0 in a format without minima; else 0.
     pub zero: i32,
-    /// Whether a block's minima differ from nought.
+    /// Whether blocks have minima.
     pub has_mins: bool,
-    /// Whether the halves of a block have scales (and minima) of their own.
+    /// Whether the halves of a block have separate scales (and minima).
     pub split: bool,
 }
 
-/// What codes stand for.
+/// The mapping from codes to levels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Levels {
-    /// Themselves.
+    /// Each code is its own level.
     Even,
-    /// The sixteen values of a four-bit float, doubled, and raised by 12 (OCP MX v1.0, §5.3.3). A block's scale is a
-    /// power of two, of any size that an f32 has.
+    /// The sixteen values of a four-bit float, doubled, plus 12 (OCP MX v1.0, §5.3.3). A block's scale is a power of
+    /// two, of any size that an f32 has.
     Fp4,
-    /// The sixteen values of ggml's IQ4 formats, raised by 127.
+    /// The sixteen values of ggml's IQ4 formats, plus 127.
     Iq4,
 }
 
 impl Levels {
-    /// The level of each code, where it is not the code itself.
+    /// The level of each code; `None` if each code is its own level.
     pub fn table(self) -> Option<&'static [u8; 16]> {
         match self {
             Self::Even => None,
@@ -82,17 +82,17 @@ impl Coding {
         Some(Self { bits, levels, zero, has_mins, split })
     }
 
-    /// The level of `code`, less that which means nought.
+    /// The level of `code` minus [`Coding::zero`].
     pub fn level(self, code: u8) -> i32 {
         let level = self.levels.table().map_or(code, |table| table[usize::from(code & 15)]);
         i32::from(level) - self.zero
     }
 }
 
-/// The `index`-th block of 32 values in `row`, a row stored as `element`.
+/// Decodes the `index`-th block of 32 values of `row`, which is stored as `element`.
 ///
 /// # Panics
-/// Where `element` is dense, or the row has no such block: both are checked when a tensor is opened.
+/// If `element` is dense, or the row has no such block. Both are checked when a tensor is opened.
 pub fn decode(element: ElementType, row: &[u8], index: usize) -> Block {
     let per_block = element.block_values() / BLOCK;
     let bytes = element.block_bytes();
@@ -119,10 +119,10 @@ pub fn decode(element: ElementType, row: &[u8], index: usize) -> Block {
     }
 }
 
-/// The values of `row`, in f32.
+/// Decodes `row` into f32 values.
 ///
 /// # Panics
-/// Where `row` is shorter than `out` asks for.
+/// If `row` is quantised and has fewer blocks than `out` needs.
 pub fn dequantise_row(element: ElementType, row: &[u8], out: &mut [f32]) {
     match element {
         ElementType::F32 => {
@@ -161,7 +161,7 @@ fn one_scale(codes: [u8; BLOCK], scale: f32, min: f32) -> Block {
     Block { codes, scales: [scale; 2], mins: [min; 2] }
 }
 
-/// Low nibbles are values 0–15, high nibbles 16–31.
+/// Unpacks nibbles: the low ones are values 0–15, the high ones values 16–31.
 fn nibbles(bytes: &[u8]) -> [u8; BLOCK] {
     std::array::from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 })
 }
@@ -179,7 +179,7 @@ fn q8_0(block: &[u8]) -> Block {
     one_scale(std::array::from_fn(|i| block[2 + i] ^ 0x80), float(block, 0), 0.0)
 }
 
-/// 2^(exponent − 128): half of what an E8M0 scale means, since the levels are doubled. 255 is no number.
+/// Half of an E8M0 scale, 2^(exponent − 128), because the levels are doubled. An exponent of 255 means NaN.
 fn half_power_of_two(exponent: u8) -> f32 {
     match exponent {
         255 => f32::NAN,
@@ -188,7 +188,7 @@ fn half_power_of_two(exponent: u8) -> f32 {
     }
 }
 
-/// The 2-bit codes of part `part` of 8: four parts share 32 bytes.
+/// Unpacks the 2-bit codes of part `part` of 8. Four parts share 32 bytes.
 fn k_pairs(bytes: &[u8], part: usize) -> [u8; BLOCK] {
     let four = &bytes[part / 4 * 32..][..32];
     std::array::from_fn(|i| four[i] >> (part % 4 * 2) & 3)
@@ -210,7 +210,7 @@ fn q3_k(block: &[u8], part: usize) -> Block {
     for (code, bits) in codes.iter_mut().zip(high) {
         *code |= (bits >> part & 1) << 2;
     }
-    // Sixteen scales of 6 bits: eight bytes with two low nibbles each, four with the upper two bits of four.
+    // Sixteen 6-bit scales: eight bytes hold two low nibbles each, four bytes hold the upper two bits of four scales.
     let scale = |index: usize| {
         let low = packed[index % 8] >> (index / 8 * 4) & 15;
         let upper = packed[8 + index % 4] >> (index / 4 * 2) & 3;
@@ -225,7 +225,7 @@ fn iq4_xs(block: &[u8], part: usize) -> Block {
     one_scale(nibbles(&block[8 + part * 16..][..16]), float(block, 0) * (f32::from(scale) - 32.0), 0.0)
 }
 
-/// The 6-bit scale and minimum of part `part` of 8: four whole ones, then four whose upper bits lie in the first four.
+/// The 6-bit scale and minimum of part `part` of 8. The upper bits of parts 4–7 lie in the bytes of parts 0–3.
 fn k_scale_min(packed: &[u8], part: usize) -> (f32, f32) {
     let (scale, min) = if part < 4 {
         (packed[part] & 63, packed[part + 4] & 63)
@@ -235,7 +235,7 @@ fn k_scale_min(packed: &[u8], part: usize) -> (f32, f32) {
     (f32::from(scale), f32::from(min))
 }
 
-/// Parts come in pairs that share 32 bytes: the even one has the low nibbles, the odd one the high.
+/// Unpacks the codes of `part`. Two parts share 32 bytes: the even part has the low nibbles, the odd part the high.
 fn k_nibbles(bytes: &[u8], part: usize) -> [u8; BLOCK] {
     let pair = &bytes[part / 2 * 32..][..32];
     std::array::from_fn(|i| pair[i] >> (part % 2 * 4) & 15)
@@ -282,20 +282,20 @@ mod tests {
 
     fn fixture(name: &str) -> Vec<u8> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/blocks").join(name);
-        std::fs::read(path).expect("make.c has made it")
+        std::fs::read(path).expect("the fixture that make.c writes")
     }
 
     fn floats(name: &str) -> Vec<f32> {
         fixture(name).as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
     }
 
-    /// Root of the mean square of `a` − `b`, in parts of that of `b`.
+    /// Root mean square of `a` − `b`, relative to that of `b`.
     fn relative_error(a: &[f32], b: &[f32]) -> f32 {
         let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
         (square(&mut a.iter().zip(b).map(|(a, b)| a - b)) / square(&mut b.iter().copied())).sqrt()
     }
 
-    /// R4.3: every quantised type reads, to the bit, as ggml reads its own blocks.
+    /// R4.3: every quantised type dequantises to the values that ggml reads from the same blocks, within f32 rounding.
     #[test]
     fn every_type_dequantises_as_ggml_does() {
         let source = floats("values.f32");
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scale_of_mxfp4_that_is_no_number_is_none() {
+    fn an_mxfp4_exponent_of_255_decodes_to_nan() {
         let block = decode(ElementType::MXFP4, &[255; 17], 0);
         assert!(block.scales[0].is_nan());
         assert_eq!(decode(ElementType::MXFP4, &[0; 17], 0).scales[0], 2_f32.powi(-128));

@@ -1,6 +1,6 @@
 //! How the numbers of a tensor are stored: dense floats, or blocks of small codes with their scales.
 //!
-//! Numbers and layouts of the GGUF types: `ggml.h` and `ggml-quants.h` of the ggml project.
+//! Source of GGUF's type numbers and layouts: `ggml.h` and `ggml-quants.h` of the ggml project.
 
 use serde::{Deserialize, Serialize};
 
@@ -81,7 +81,7 @@ impl ElementType {
         self.block_values() > 1
     }
 
-    /// Bytes of a row of `values` values; `None` where they are not a whole number of blocks, or overflow.
+    /// Bytes of a row of `values` values; `None` if they are not a whole number of blocks, or the result overflows.
     pub fn row_bytes(self, values: usize) -> Option<usize> {
         if !values.is_multiple_of(self.block_values()) {
             return None;
@@ -89,7 +89,7 @@ impl ElementType {
         (values / self.block_values()).checked_mul(self.block_bytes())
     }
 
-    /// The name that the field uses.
+    /// The type's common name.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "F32",
@@ -111,7 +111,7 @@ impl ElementType {
         }
     }
 
-    /// The type with this number in a GGUF header, or its name where we do not compute on it.
+    /// Returns the type with this number in a GGUF header; for an unsupported type, its name as the error.
     pub(crate) fn from_gguf(number: u32) -> Result<Self, String> {
         Ok(match number {
             0 => Self::F32,
@@ -134,7 +134,7 @@ impl ElementType {
         })
     }
 
-    /// The type with this name in a safetensors header, or `None` where we do not compute on it.
+    /// Returns the type with this name in a safetensors header; `None` for an unsupported type.
     pub(crate) fn from_safetensors(name: &str) -> Option<Self> {
         match name {
             "F32" => Some(Self::F32),
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_type_we_do_not_compute_on_is_named() {
+    fn an_unsupported_type_is_named() {
         assert_eq!(ElementType::from_gguf(21), Err("IQ3_S".to_owned()));
         assert_eq!(ElementType::from_gguf(77), Err("type number 77".to_owned()));
     }

@@ -17,16 +17,16 @@ pub use value::{List, Value};
 
 use cursor::{Cursor, RawInfo};
 
-/// More pairs than this is damage: real files have about fifty.
+/// Metadata pairs. A larger number means a damaged file: real files have about fifty.
 const PAIRS_MAX: u64 = 65_536;
-/// The largest published mixtures of experts, one tensor per expert, have under 60,000.
+/// Tensors. The largest published mixtures of experts, with one tensor per expert, have under 60,000.
 const TENSORS_MAX: u64 = 1 << 20;
 const ALIGNMENT_DEFAULT: u64 = 32;
 
-/// An opened GGUF file: where each metadata value and each tensor lies.
+/// An opened GGUF file: the positions of its metadata values and tensors.
 ///
-/// Values stay in the mapped file, and are read where they are asked for: a vocabulary of a quarter of a million
-/// tokens is not copied for a reader of the layer count.
+/// Values stay in the mapped file and are read on demand: reading the layer count does not copy a vocabulary of a
+/// quarter of a million tokens.
 #[derive(Debug, Clone)]
 pub struct Gguf {
     pub file: Mapped,
@@ -34,7 +34,7 @@ pub struct Gguf {
     pub tensors: BTreeMap<String, TensorInfo>,
 }
 
-/// Where a metadata value lies, and of which kind it is.
+/// The position and the type number of a metadata value.
 #[derive(Debug, Clone, Copy)]
 struct Place {
     kind: u32,
@@ -42,7 +42,7 @@ struct Place {
 }
 
 impl Gguf {
-    /// Whether the file at `path` starts as a GGUF file does.
+    /// Whether the file at `path` starts with GGUF's magic number.
     pub fn is_gguf(path: &Path) -> bool {
         use std::io::Read;
         let mut magic = [0; 4];
@@ -52,8 +52,8 @@ impl Gguf {
     /// Reads the header of `path`.
     ///
     /// # Errors
-    /// [`FormatError`] for a file that is not GGUF, is cut short, claims more than it has, has tensors
-    /// that overlap or lie outside it, or has a type that no engine computes on.
+    /// [`FormatError`] for a file that is not GGUF, is cut short, claims more data than it has, has tensors
+    /// that overlap or lie outside it, or has a type that no engine supports.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let file = Mapped::open(path)?;
         let mut cursor = Cursor { file: &file, at: 0 };
@@ -72,22 +72,22 @@ impl Gguf {
         let mut read = Self { file: file.clone(), metadata, tensors: BTreeMap::new() };
         let alignment = alignment(&read)?;
         read.tensors = place_tensors(&file, infos, header_end.next_multiple_of(alignment), alignment)?;
-        // A vocabulary is most of a header, and few read it again.
+        // The vocabulary is most of the header, and is rarely read again.
         file.forget(0..header_end);
         Ok(read)
     }
 
-    /// The metadata value at `key`; `None` where the key is missing.
+    /// The metadata value at `key`; `None` if the key is missing.
     pub fn value(&self, key: &str) -> Option<Value<'_>> {
         let place = self.metadata.get(key)?;
-        // It was read once, when the file was opened: it can be read again.
+        // Opening the file read and checked this value, so that it can be read again.
         Cursor { file: &self.file, at: place.at }.value(place.kind, key).ok()
     }
 
-    /// The metadata value at `key`, read by `read`; `None` where the key is missing.
+    /// The metadata value at `key`, converted by `read`; `None` if the key is missing.
     ///
     /// # Errors
-    /// [`FormatError::BadConfig`] where the value is there but of another kind.
+    /// [`FormatError::BadConfig`] if the value has another type.
     pub fn get<'a, T>(
         &'a self,
         key: &str,
@@ -103,7 +103,7 @@ impl Gguf {
         }
     }
 
-    /// The list at `key`, each element read by `read`; `None` where the key is missing.
+    /// The list at `key`, each element converted by `read`; `None` if the key is missing.
     ///
     /// # Errors
     /// As [`Gguf::get`].
@@ -144,7 +144,7 @@ fn place_tensors(
     let mut extents = Vec::with_capacity(infos.len());
     for info in infos {
         if info.offset_bytes % alignment != 0 {
-            return Err(bad(&info.name, format!("its offset is no multiple of {alignment}")));
+            return Err(bad(&info.name, format!("its offset is not a multiple of {alignment}")));
         }
         let start = data_start.checked_add(info.offset_bytes);
         let end = start.and_then(|start| start.checked_add(info.length_bytes));
@@ -154,7 +154,7 @@ fn place_tensors(
         if end > file.length_bytes() {
             return Err(bad(
                 &info.name,
-                format!("it ends at byte {end}, and the file has {}: the file is cut short", file.length_bytes()),
+                format!("it ends at byte {end} of a file of {} bytes: the file is cut short", file.length_bytes()),
             ));
         }
         extents.push((start, end, info.name.clone()));
@@ -165,7 +165,7 @@ fn place_tensors(
             length_bytes: info.length_bytes,
         };
         if tensors.insert(info.name.clone(), placed).is_some() {
-            return Err(bad(&info.name, "the name stands twice".to_owned()));
+            return Err(bad(&info.name, "the name occurs twice".to_owned()));
         }
     }
     check_disjoint(&mut extents).map_err(|(name, what)| bad(&name, what))?;

@@ -1,4 +1,4 @@
-//! Writes small GGUF files for tests: right ones, and wrong ones on purpose.
+//! Writes small GGUF files for tests: valid files, and deliberately invalid ones.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ pub(crate) enum Datum {
     Array(Vec<Datum>),
 }
 
-/// A file in the making.
+/// A GGUF file under construction.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct GgufWriter {
     pairs: Vec<(String, Datum)>,
@@ -23,14 +23,14 @@ pub(crate) struct GgufWriter {
 #[derive(Debug, Clone)]
 struct Tensor {
     name: String,
-    /// Rows first, as everywhere here.
+    /// Rows first, as in all shapes of this crate.
     shape: Vec<u64>,
-    /// The type's number in the format.
+    /// The type's number in a GGUF header.
     kind: u32,
     bytes: Vec<u8>,
 }
 
-/// What the format aligns tensors to where a file says nothing else.
+/// Bytes to which the format aligns tensors by default.
 const ALIGNMENT: usize = 32;
 
 impl GgufWriter {
@@ -51,13 +51,13 @@ impl GgufWriter {
         self.pair(key, Datum::Unsigned(count))
     }
 
-    /// A tensor with these bytes, whether they fit its shape or not.
+    /// Adds a tensor with these bytes, which need not fit its shape.
     pub(crate) fn tensor(mut self, name: &str, shape: &[u64], kind: u32, bytes: Vec<u8>) -> Self {
         self.tensors.push(Tensor { name: name.to_owned(), shape: shape.to_vec(), kind, bytes });
         self
     }
 
-    /// A tensor of f32 values.
+    /// Adds a tensor of f32 values.
     pub(crate) fn floats(self, name: &str, shape: &[u64], values: impl IntoIterator<Item = f32>) -> Self {
         self.tensor(name, shape, 0, values.into_iter().flat_map(f32::to_le_bytes).collect())
     }
@@ -72,7 +72,7 @@ impl GgufWriter {
         self.bytes_with_offsets(&offsets)
     }
 
-    /// The file, with what its header says of the tensors' offsets.
+    /// The bytes of the file, with `offsets` as the tensors' offsets in its header.
     pub(crate) fn bytes_with_offsets(&self, offsets: &[u64]) -> Vec<u8> {
         let mut out = self.header(offsets);
         for tensor in &self.tensors {
@@ -85,7 +85,7 @@ impl GgufWriter {
 
     pub(crate) fn write(&self, folder: &Path) -> PathBuf {
         let path = folder.join("test.gguf");
-        std::fs::write(&path, self.bytes()).expect("a temporary folder takes files");
+        std::fs::write(&path, self.bytes()).expect("the temporary folder can be written");
         path
     }
 

@@ -1,4 +1,4 @@
-//! A file mapped read-only, so that only the bytes that are looked at are read.
+//! A file mapped read-only: only the bytes that are accessed are read from the disk.
 
 use super::FormatError;
 use std::fs::File;
@@ -14,16 +14,16 @@ pub struct Mapped {
 }
 
 impl Mapped {
-    /// Maps `path`. An empty file is an error: no format here has one.
+    /// Maps `path`. An empty file is an error: no supported format allows one.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let file = File::open(path).map_err(|e| FormatError::io(path, &e))?;
         let length = file.metadata().map_err(|e| FormatError::io(path, &e))?.len();
         if length == 0 {
             return Err(FormatError::Truncated { path: path.to_owned(), what: "its header".to_owned() });
         }
-        // SAFETY: the mapping is read-only and private. A file that another process truncates meanwhile
-        // raises SIGBUS; models are written under a temporary name and renamed, never in place, and
-        // backends copy weights out while they load, so the window is the load itself.
+        // SAFETY: the mapping is read-only and private. If another process truncates the file, an access raises
+        // SIGBUS. Models are written under a temporary name and renamed, never changed in place, and backends copy
+        // weights out while they load, so the risk exists only during the load.
         let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| FormatError::io(path, &e))?;
         Ok(Self { path: path.to_owned(), bytes: Arc::new(bytes) })
     }
@@ -51,14 +51,14 @@ impl Mapped {
             .ok_or_else(|| FormatError::Truncated { path: self.path.clone(), what: what.to_owned() })
     }
 
-    /// As [`Mapped::slice`], with the way back to the file.
+    /// Like [`Mapped::slice`], but the result can also release its pages.
     pub fn part(&self, range: Range<u64>, what: &str) -> Result<MappedBytes<'_>, FormatError> {
         let bytes = self.slice(range.clone(), what)?;
         Ok(MappedBytes { file: self, start: range.start, bytes })
     }
 
-    /// Tells the kernel that `range` will not be read again, so that resident memory does not grow by a
-    /// file that has been copied into a backend's own layout.
+    /// Advises the kernel that `range` is not read again, so that a file copied into a backend's own layout does not
+    /// stay in resident memory.
     pub fn forget(&self, range: Range<u64>) {
         let page = rustix::param::page_size() as u64;
         let start = range.start.div_ceil(page) * page;
@@ -66,8 +66,8 @@ impl Mapped {
         if end <= start {
             return;
         }
-        // A hint: whether it is taken changes no result, so its error is of no use to anyone.
-        // SAFETY: a private read-only mapping of a file is filled again from the file when it is read.
+        // The advice is a hint and changes no result, so its error is ignored.
+        // SAFETY: the next access reads a private read-only mapping of a file from the file again.
         let _ = unsafe {
             self.bytes.unchecked_advise_range(
                 memmap2::UncheckedAdvice::DontNeed,
@@ -78,7 +78,7 @@ impl Mapped {
     }
 }
 
-/// Some bytes of a mapped file, which can be told to leave memory.
+/// A range of a mapped file's bytes. Its pages can be released from memory.
 #[derive(Debug, Clone, Copy)]
 pub struct MappedBytes<'a> {
     file: &'a Mapped,
@@ -91,7 +91,7 @@ impl<'a> MappedBytes<'a> {
         self.bytes
     }
 
-    /// Says that `part` of these bytes will not be read again: see [`Mapped::forget`].
+    /// Advises the kernel that `part` of these bytes is not read again: see [`Mapped::forget`].
     pub fn forget(&self, part: Range<usize>) {
         self.file.forget(self.start + part.start as u64..self.start + part.end as u64);
     }

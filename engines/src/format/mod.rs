@@ -1,10 +1,10 @@
-//! Files of models, read without trusting them.
+//! Readers of model files. They do not trust what the files say.
 //!
 //! ```text
 //! path ─► Mapped (read-only bytes) ─► Gguf / SafeTensors (names, types, shapes, byte ranges)
-//!                                  └► MappedBytes: one tensor's, while a backend takes them over
+//!                                  └► MappedBytes: one tensor's bytes, while a backend copies them
 //! ```
-//! Readers look at headers only: a tensor's bytes are touched when the shard that owns it loads.
+//! Readers parse headers only: a tensor's bytes are first read when the shard that owns the tensor loads.
 //! Every count and offset in a header is checked against the file's size before it is used.
 
 pub mod blocks;

@@ -1,24 +1,24 @@
-//! Dense rows made into quantised ones.
+//! Quantisation of dense rows.
 //!
-//! candle's quantisers do the rounding (they follow ggml's reference ones); here rows are shared out to threads, a few
-//! at a time, so that beside source and target there is never more than a little in memory.
+//! candle's quantisers do the rounding (they follow ggml's reference quantisers). This module hands the rows to threads
+//! a few at a time, so that little more than source and target is ever in memory.
 
 use super::ElementType;
 use super::blocks::dequantise_row;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use parking_lot::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 /// Values that a thread holds as f32 at once.
 const PIECE_VALUES: usize = 1 << 17;
 
-/// Why rows cannot be quantised.
+/// The reason why rows cannot be quantised.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum QuantiseError {
-    /// A value in this row is no finite number.
+    /// A value in this row is not finite.
     NotANumber { row: usize },
-    /// The quantiser's own words.
+    /// The quantiser's error message.
     Failed { what: String },
 }
 
@@ -33,10 +33,11 @@ fn target_type(element: ElementType) -> Option<GgmlDType> {
     })
 }
 
-/// Rows of `columns` values, stored as `from`, stored as `to`. `forget` hears which bytes will not be read again.
+/// Quantises rows of `columns` values from `from` to `to`. Calls `forget` with each range of `bytes` that is not read
+/// again.
 ///
 /// # Errors
-/// [`QuantiseError`] for a value that is no number, or a type that nothing quantises to.
+/// [`QuantiseError`] for a value that is not finite, a type without a quantiser, or rows that are not whole blocks.
 pub(crate) fn rows(
     (from, to): (ElementType, ElementType),
     bytes: &[u8],
@@ -44,7 +45,7 @@ pub(crate) fn rows(
     forget: &(dyn Fn(std::ops::Range<usize>) + Sync),
 ) -> Result<Vec<u8>, QuantiseError> {
     let failed = |what: &str| QuantiseError::Failed { what: what.to_owned() };
-    let kind = target_type(to).ok_or_else(|| failed(&format!("nothing is quantised to {to} here")))?;
+    let kind = target_type(to).ok_or_else(|| failed(&format!("quantisation to {to} is not supported")))?;
     let (Some(row_bytes), Some(target_row_bytes)) = (from.row_bytes(columns), to.row_bytes(columns)) else {
         return Err(failed(&format!("{columns} columns are not whole blocks of {to}")));
     };
@@ -57,27 +58,27 @@ pub(crate) fn rows(
     let work = || {
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(piece) = pieces.get(index).and_then(|piece| piece.lock().ok()?.take()) else { return };
+            let Some(piece) = pieces.get(index).and_then(|piece| piece.lock().take()) else { return };
             let start = index * rows_per_piece * row_bytes;
             let source = &bytes[start..bytes.len().min(start + rows_per_piece * row_bytes)];
             let done = quantise_piece((from, kind), source, columns, index * rows_per_piece, piece);
             forget(start..start + source.len());
             if let Err(error) = done {
-                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                failure.lock().get_or_insert(error);
                 return;
             }
         }
     };
     std::thread::scope(|scope| {
         let others = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(pieces.len()) - 1;
-        // Threads that cannot be had are not missed: this one does their work.
+        // If a thread cannot be started, this thread does its work.
         let started: Vec<_> =
             (0..others).map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok()).collect();
         work();
         drop(started);
     });
     drop(pieces);
-    match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+    match failure.into_inner() {
         Some(error) => Err(error),
         None => Ok(out),
     }
@@ -106,7 +107,7 @@ fn quantise_piece(
     let quantised = quantise().map_err(|error| QuantiseError::Failed { what: error.to_string() })?;
     match quantised.len() == out.len() {
         true => out.copy_from_slice(&quantised),
-        false => return Err(QuantiseError::Failed { what: format!("{} bytes for {}", quantised.len(), out.len()) }),
+        false => return Err(QuantiseError::Failed { what: format!("{} bytes, not {}", quantised.len(), out.len()) }),
     }
     Ok(())
 }
@@ -118,7 +119,7 @@ mod tests {
 
     fn fixture(name: &str) -> Vec<u8> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/blocks").join(name);
-        std::fs::read(path).expect("make.c has made it")
+        std::fs::read(path).expect("the fixture that make.c writes")
     }
 
     fn squared_error(element: ElementType, bytes: &[u8], columns: usize, source: &[f32]) -> f32 {
@@ -128,9 +129,9 @@ mod tests {
         read.iter().zip(source).map(|(a, b)| (a - b) * (a - b)).sum()
     }
 
-    /// R4.3: what is quantised on loading is as near to its source as what ggml quantises.
+    /// R4.3: the error of quantisation on loading is at most 1.15 times ggml's.
     #[test]
-    fn quantising_is_as_good_as_ggml_s() {
+    fn quantisation_is_as_accurate_as_ggml() {
         let columns = 512;
         let bytes = fixture("values.f32");
         let source: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
@@ -145,13 +146,13 @@ mod tests {
     }
 
     #[test]
-    fn many_pieces_are_the_same_as_rows_one_by_one() {
+    fn rows_quantised_in_pieces_equal_rows_quantised_alone() {
         let (count, columns) = (5000, 512);
         let bytes: Vec<u8> = (0..count * columns).flat_map(|i| ((i as f32 * 0.37).sin()).to_le_bytes()).collect();
         let forgotten = Mutex::new(0);
-        let forget = |part: std::ops::Range<usize>| *forgotten.lock().expect("not poisoned") += part.len();
+        let forget = |part: std::ops::Range<usize>| *forgotten.lock() += part.len();
         let all = rows((ElementType::F32, ElementType::Q8_0), &bytes, columns, &forget).expect("finite values");
-        assert_eq!(forgotten.into_inner().expect("not poisoned"), bytes.len());
+        assert_eq!(forgotten.into_inner(), bytes.len());
         let row = 4321;
         let one = rows((ElementType::F32, ElementType::Q8_0), &bytes[row * 2048..(row + 1) * 2048], columns, &|_| {});
         let row_bytes = all.len() / count;
@@ -159,10 +160,10 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_quantised_is_told() {
+    fn rows_that_cannot_be_quantised_are_reported() {
         let mut bytes = vec![0; 3 * 32 * 4];
         bytes[2 * 128..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
-        let of = |to| rows((ElementType::F32, to), &bytes, 32, &|_| {}).expect_err("cannot be done");
+        let of = |to| rows((ElementType::F32, to), &bytes, 32, &|_| {}).expect_err("an error");
         assert_eq!(of(ElementType::Q8_0), QuantiseError::NotANumber { row: 2 });
         assert!(matches!(of(ElementType::Q4_K), QuantiseError::Failed { .. }));
         assert!(matches!(of(ElementType::IQ4_NL), QuantiseError::Failed { .. }));

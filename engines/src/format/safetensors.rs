@@ -3,8 +3,8 @@
 //! ```text
 //! header length:u64 | JSON {name: {dtype, shape, data_offsets:[start, end)}, "__metadata__": …} | data
 //! ```
-//! Source of the format: the README of huggingface/safetensors. The header is read by us, so that every
-//! error names its file and tensor, and the data stays where it lies.
+//! Source of the format: the README of huggingface/safetensors. This module parses the header itself, so that every
+//! error names its file and tensor, and the data stays in the mapped file.
 
 use super::tensor::{check_disjoint, length_bytes};
 use super::{ElementType, FormatError, Mapped, TensorInfo};
@@ -13,24 +13,24 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// The format's own limit.
+/// The format's own limit of a header.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
 /// The largest published models have under 200 files.
 const FILES_MAX: usize = 4096;
-/// An index is a list of names; a larger one is damage.
+/// An index is a list of names; a larger file is damaged.
 const INDEX_BYTES_MAX: u64 = 100_000_000;
 
-/// The tensors of one model, over one file or more.
+/// The tensors of one model, from one file or several.
 #[derive(Debug, Clone)]
 pub struct SafeTensors {
     pub files: Vec<Mapped>,
-    /// By name: which of `files`, and where in it.
+    /// By name: index into `files`, and the location in that file.
     pub tensors: BTreeMap<String, (usize, TensorInfo)>,
-    /// Likewise, those of plain bytes (`U8`): what they mean is known to who named them.
+    /// The same for tensors of plain bytes (`U8`). Their names tell what the bytes mean.
     pub bytes: BTreeMap<String, (usize, BytesInfo)>,
 }
 
-/// Where a tensor of bytes lies in its file.
+/// The location of a tensor of bytes in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BytesInfo {
     /// Rows first.
@@ -38,7 +38,7 @@ pub struct BytesInfo {
     pub offset_bytes: u64,
 }
 
-/// What a header says of one tensor.
+/// One tensor as a header describes it.
 enum Described {
     Numbers(TensorInfo),
     Bytes(BytesInfo),
@@ -57,11 +57,11 @@ struct Entry {
 }
 
 impl SafeTensors {
-    /// Opens the tensors in `folder`: those of `model.safetensors.index.json` where there is one, else
-    /// those of every `*.safetensors` file.
+    /// Opens the tensors in `folder`: of the files that `model.safetensors.index.json` names, if it exists, else
+    /// of every `*.safetensors` file.
     ///
     /// # Errors
-    /// [`FormatError`] where a file is missing, damaged, or has a type that no engine computes on.
+    /// [`FormatError`] if a file is missing or damaged, or has a type that no engine supports.
     pub fn open_folder(folder: &Path) -> Result<Self, FormatError> {
         let paths = file_paths(folder)?;
         let mut all = Self { files: Vec::new(), tensors: BTreeMap::new(), bytes: BTreeMap::new() };
@@ -77,7 +77,7 @@ impl SafeTensors {
                     return Err(FormatError::BadTensor {
                         path,
                         tensor: name,
-                        what: "the name stands in two files".to_owned(),
+                        what: "the name occurs in two files".to_owned(),
                     });
                 }
             }
@@ -113,10 +113,10 @@ fn indexed_names(index: &Path) -> Result<Vec<String>, FormatError> {
     let text = read_text(index, INDEX_BYTES_MAX)?;
     let parsed: Index = serde_json::from_str(&text).map_err(|e| FormatError::Malformed {
         path: index.to_owned(),
-        what: format!("not an index of safetensors: {e}"),
+        what: format!("it is not a safetensors index: {e}"),
     })?;
     let names: Vec<String> = parsed.weight_map.into_values().collect();
-    // A name with a folder in it could point anywhere on the disk.
+    // A name with a folder in it could point to any file on the disk.
     match names.iter().find(|name| name.contains(['/', '\\']) || name.starts_with('.')) {
         Some(name) => {
             Err(FormatError::Malformed { path: index.to_owned(), what: format!("`{name}` is not a file name") })
@@ -125,7 +125,7 @@ fn indexed_names(index: &Path) -> Result<Vec<String>, FormatError> {
     }
 }
 
-/// The text of a file of at most `limit` bytes.
+/// Reads the text of a file of at most `limit` bytes.
 pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, FormatError> {
     let length = std::fs::metadata(path).map_err(|e| FormatError::io(path, &e))?.len();
     if length > limit {
@@ -200,7 +200,7 @@ fn place(file: &Mapped, name: &str, entry: Entry, data_start: u64) -> Result<(De
         return Err(bad(what));
     }
     if data_start.checked_add(end).is_none_or(|last| last > file.length_bytes()) {
-        return Err(bad("it ends behind the file's end: the file is cut short".to_owned()));
+        return Err(bad("it ends after the file's end: the file is cut short".to_owned()));
     }
     let (shape, offset_bytes) = (entry.shape, data_start + start);
     let described = match element {

@@ -1,14 +1,14 @@
-//! What a decoder-only transformer is made of, as data.
+//! The architecture of a decoder-only transformer, as data.
 //!
-//! A family ([`super::families`]) reads it from a file's metadata; the decoder walks it; a backend is handed the
+//! A family ([`super::families`]) builds it from a file's metadata, the decoder walks it, and a backend receives the
 //! parts of one layer at a time. Lengths are in elements, positions in tokens.
 
 use serde::{Deserialize, Serialize};
 
-/// A whole model's shape. Plain data: it crosses to worker processes and to other nodes.
+/// The architecture of a whole model. Plain data, which is sent to worker processes and to other nodes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Architecture {
-    /// The family's name, as files give it (`llama`, `gemma3`, …).
+    /// The family's name (`llama`, `gemma3`, …).
     pub family: String,
     /// Rows of the embedding table.
     pub vocabulary: usize,
@@ -16,17 +16,17 @@ pub struct Architecture {
     pub hidden: usize,
     /// Positions that the model was trained for.
     pub context_tokens: usize,
-    /// What embeddings are multiplied by: √hidden for Gemma, else 1.
+    /// The factor of embeddings: √hidden for Gemma, else 1.
     pub embedding_scale: f32,
-    /// Added to every norm weight on loading: 1 for Gemma's safetensors, else 0.
+    /// The number added to every norm weight on loading: 1 for Gemma's safetensors, else 0.
     pub norm_offset: f32,
     /// ε of every RMS norm.
     pub norm_epsilon: f32,
-    /// logits = cap · tanh(logits / cap).
+    /// The cap of logits: logits = cap · tanh(logits / cap).
     pub logit_softcap: Option<f32>,
-    /// The rotary tables that layers refer to.
+    /// The rotary tables, to which layers refer by index.
     pub ropes: Vec<Rope>,
-    /// Others in their place, where contexts are longer than so many tokens (LongRoPE).
+    /// The rotary tables that replace `ropes` in contexts above a number of tokens (LongRoPE).
     pub long_ropes: Option<LongRopes>,
     pub layers: Vec<Layer>,
 }
@@ -66,20 +66,20 @@ pub struct Attention {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    /// Scores are multiplied by it.
+    /// The factor of attention scores.
     pub scale: f32,
-    /// scores = cap · tanh(scores / cap), before the mask.
+    /// The cap of scores: scores = cap · tanh(scores / cap), before the mask.
     pub softcap: Option<f32>,
-    /// Keys that a query sees, its own counted: positions p − window + 1 … p. `None`: all up to p.
+    /// Keys that a query at position p sees, its own included: positions p − window + 1 … p. `None`: all up to p.
     pub window: Option<usize>,
     /// Index into [`Architecture::ropes`].
     pub rope: usize,
     pub query_key_norm: Option<QueryKeyNorm>,
     /// Whether the query, key and value projections have biases.
     pub input_bias: bool,
-    /// Whether the output projection has one.
+    /// Whether the output projection has a bias.
     pub output_bias: bool,
-    /// Whether each head has a sink: a score of its own that takes part in the softmax, and has no value.
+    /// Whether each head has a sink: an extra score that takes part in the softmax and has no value vector.
     pub sinks: bool,
 }
 
@@ -100,19 +100,19 @@ impl Attention {
     }
 }
 
-/// What an RMS norm of queries and keys, before their rotation, spans.
+/// The span of the RMS norm of queries and keys, which is applied before their rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum QueryKeyNorm {
-    /// Each head by itself (qwen3, gemma3).
+    /// Each head separately (qwen3, gemma3).
     PerHead,
     /// All heads of a row together (olmo2).
     Projection,
 }
 
-/// A gated feed-forward, down(activation(gate x, up x)), or experts that each are one.
+/// A gated feed-forward, down(activation(gate x, up x)), or experts, each of which is such a feed-forward.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FeedForward {
-    /// Of the inner row; an expert's where there are experts.
+    /// Width of the inner row; with experts, the inner width of one expert.
     pub width: usize,
     pub activation: Activation,
     pub bias: bool,
@@ -128,16 +128,16 @@ pub struct Experts {
     pub router_bias: bool,
 }
 
-/// What the outputs of the chosen experts are multiplied by.
+/// The weights of the outputs of the chosen experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Weighting {
-    /// A softmax over the chosen.
+    /// A softmax over the chosen experts.
     AmongChosen,
-    /// A softmax over all, of which the chosen keep their part.
+    /// A softmax over all experts, of which the chosen experts keep their shares.
     AmongAll,
 }
 
-/// How gate and up projections become the inner row.
+/// The function that turns gate and up projections into the inner row.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Activation {
     /// gate · σ(gate) · up.
@@ -148,39 +148,39 @@ pub enum Activation {
     ClampedSwish { slope: f32, limit: f32 },
 }
 
-/// A rotary position embedding. Pair i of a head is turned by position · `frequencies[i]`.
+/// A rotary position embedding. Pair i of a head is rotated by position · `frequencies[i]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Rope {
     pub pairing: Pairing,
-    /// Radians per position; half as many as rotated dimensions. Dimensions behind them pass through.
+    /// Radians per position; half as many as rotated dimensions. The dimensions after the rotated ones do not change.
     pub frequencies: Vec<f32>,
-    /// cos and sin are multiplied by it (YaRN's attention factor), else 1.
+    /// The factor of cos and sin: the attention factor of YaRN or LongRoPE, else 1.
     pub magnitude: f32,
 }
 
-/// Rotary tables of long contexts.
+/// Rotary tables for long contexts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LongRopes {
-    /// Contexts of more tokens have them.
+    /// The tables apply to contexts of more tokens than this.
     pub above_tokens: usize,
-    /// In the order of [`Architecture::ropes`].
+    /// Tables in the order of [`Architecture::ropes`].
     pub ropes: Vec<Rope>,
 }
 
-/// Which dimensions a rotation pairs.
+/// The dimensions that a rotation pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Pairing {
-    /// (i, i + half): Hugging Face's, and GGUF's for most families.
+    /// (i, i + half): in Hugging Face's files, and in GGUF for most families.
     Halves,
-    /// (2i, 2i + 1): GGUF's for llama.
+    /// (2i, 2i + 1): in GGUF for llama.
     Neighbours,
 }
 
 impl Architecture {
-    /// The architecture of a model that serves contexts of up to `context_tokens`.
+    /// Returns the architecture of a model that serves contexts of up to `context_tokens`.
     ///
-    /// LongRoPE has one table for short and one for long sequences. A sequence that grew from one into the other would
-    /// have keys of both; so which one it is depends on the longest sequence that there can be.
+    /// LongRoPE has one table for short and one for long sequences. A sequence that outgrew the short table would have
+    /// keys of both tables, so the longest possible sequence decides which table applies.
     pub fn for_context(&self, context_tokens: usize) -> Self {
         let mut architecture = self.clone();
         architecture.context_tokens = self.context_tokens.min(context_tokens);
@@ -191,7 +191,7 @@ impl Architecture {
         architecture
     }
 
-    /// Bytes of keys and values that one token takes in the layers `range`, at `element_bytes` each.
+    /// Bytes of one token's keys and values in the layers `range`, at `element_bytes` per element.
     pub fn kv_bytes_per_token(&self, range: std::ops::Range<usize>, element_bytes: usize) -> u64 {
         let widths = self.layers[range].iter().map(|layer| 2 * layer.attention.kv_width());
         widths.map(|width| (width * element_bytes) as u64).sum()

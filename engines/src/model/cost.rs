@@ -1,11 +1,11 @@
-//! What a row costs in a part of a model, before anything was measured.
+//! The estimated cost of a row in a part of a model, before any measurement.
 
 use super::{Layer, LayerRole, ModelFiles, Role, TensorSlice};
 
 impl ModelFiles {
-    /// What a decoded row goes through in each layer, in bytes of weights. Of experts the share that a row uses counts, and
-    /// each weight counts as a byte at least: on processors a weight of 4 bits costs what one of 8 does, as arithmetic and
-    /// not memory is what takes time.
+    /// Bytes of weights that a decoded row computes with, for each layer. Experts count by the share of them that a row
+    /// uses. Each weight counts as at least one byte: on CPUs a 4-bit weight costs as much as an 8-bit weight, because
+    /// arithmetic, not memory, limits the speed.
     pub fn layer_cost_bytes(&self) -> Vec<u64> {
         let layers = &self.architecture.layers;
         let mut work = vec![(0, 0); layers.len()];
@@ -24,7 +24,7 @@ impl ModelFiles {
         whole.map(|((of_all, of_experts), layer)| of_all + (of_experts as f64 * share(layer)) as u64).collect()
     }
 
-    /// The same for the language-model head.
+    /// The same cost for the language-model head.
     pub fn head_cost_bytes(&self) -> u64 {
         self.weights.tensors.get(&Role::Output).map_or(0, slice_cost_bytes)
     }
@@ -42,7 +42,7 @@ mod tests {
     use crate::format::ElementType;
 
     #[test]
-    fn a_weight_costs_a_byte_at_least_and_of_experts_those_in_use_count() {
+    fn a_weight_costs_at_least_a_byte_and_experts_count_by_their_used_share() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut model = ModelFiles::open(&tiny(|_, _, _| {}).write(folder.path())).expect("a model");
         let values = 4 * 32 * 32 + 3 * 64 * 32 + 2 * 32;
@@ -50,7 +50,7 @@ mod tests {
         for slice in model.weights.tensors.values_mut().filter(|slice| slice.rows > 1) {
             slice.kept_as = ElementType::Q4_0;
         }
-        assert_eq!(model.layer_cost_bytes()[0], values + 3 * 2 * 32, "the norms are vectors, which stay as they are");
+        assert_eq!(model.layer_cost_bytes()[0], values + 3 * 2 * 32, "the norms are vectors and stay unquantised");
         assert_eq!(model.head_cost_bytes(), 8 * 32);
         let gate = model.weights.tensors[&Role::Layer(0, LayerRole::Gated(Part::Gate))].clone();
         let without = model.layer_cost_bytes()[0];

@@ -1,105 +1,105 @@
-//! The families that can be run: one row of data each.
+//! The supported model families: one row of data each.
 //!
-//! A row says what a family's files leave unsaid. Sources: the modelling code of Hugging Face transformers 5.23
+//! A row supplies what a family's files do not say. Sources: the modelling code of Hugging Face transformers 5.23
 //! for safetensors, llama.cpp's loader and converter for GGUF.
 
 use super::{Activation, NormPlacement, Pairing, QueryKeyNorm, Weighting};
 
-/// What all models of a family share.
+/// The properties that all models of a family share.
 #[derive(Debug, Clone, Copy)]
 pub struct Family {
     /// The name that users see.
     pub name: &'static str,
-    /// `general.architecture` in GGUF; `None` for a family whose files carry another's.
+    /// `general.architecture` in GGUF; `None` for a family whose GGUF files name another family.
     pub gguf_name: Option<&'static str>,
     /// `model_type` in config.json.
     pub model_types: &'static [&'static str],
-    /// How GGUF files of the family pair rotated dimensions. Safetensors always have halves.
+    /// How GGUF files of the family pair rotated dimensions. Safetensors always pair halves.
     pub gguf_pairing: Pairing,
     pub norms: NormPlacement,
-    /// ε of the norms where files name none.
+    /// ε of the norms if files name none.
     pub norm_epsilon: f64,
     pub activation: Activation,
     pub query_key_norm: Option<QueryKeyNorm>,
     pub biases: Biases,
     /// Whether embeddings are multiplied by √hidden.
     pub scales_embedding: bool,
-    /// Whether safetensors hold norm weights less one.
+    /// Whether safetensors hold norm weights minus one.
     pub norms_less_one: bool,
-    /// Head dimension where config.json names none; `None`: hidden / heads.
+    /// Head dimension if config.json names none; `None`: hidden / heads.
     pub head_dim: Option<usize>,
-    /// Whether attention is scaled by `query_pre_attn_scalar`, and what GGUF leaves unsaid of it.
+    /// `Some` if `query_pre_attn_scalar` sets the attention scale; supplies what GGUF does not say about it.
     pub scalar: Option<Scalar>,
-    /// Caps of attention scores and of logits where files name none.
+    /// Caps of attention scores and of logits if files name none.
     pub softcaps: Softcaps,
-    /// Whether heads have sinks.
+    /// Whether attention heads have sinks.
     pub sinks: bool,
-    /// How experts are weighted, and whether the router has a bias; where files say that there are experts.
+    /// How experts are weighted, and whether the router has a bias, in models with experts.
     pub weighting: Weighting,
     pub router_bias: bool,
-    /// Whether YaRN's ramp ends at whole dimensions, which GGUF does not say.
+    /// Whether the ends of YaRN's ramp are rounded to whole dimensions, which GGUF does not say.
     pub truncates_yarn: bool,
-    /// Rotary base where files name none.
+    /// Rotary base if files name none.
     pub theta: f64,
-    /// Rotary base of sliding layers, where it is another.
+    /// Rotary base of sliding-window layers, if it differs.
     pub sliding_theta: Option<f64>,
     pub windows: Windows,
-    /// `tie_word_embeddings` where config.json does not say.
+    /// `tie_word_embeddings` if config.json does not say.
     pub ties_embeddings: bool,
     /// How safetensors name the tensors of a layer.
     pub naming: Naming,
 }
 
-/// Attention's scale of the Gemmas: 1/√head_dim in GGUF, but for one size of each, whose scalar is hidden / heads.
+/// Gemma's attention scale in GGUF: 1/√head_dim, but 1/√(hidden / heads) for one size of each Gemma family.
 #[derive(Debug, Clone, Copy)]
 pub struct Scalar {
-    /// Layers of that size.
+    /// Number of layers of that size.
     pub layers: usize,
 }
 
-/// Caps that a family has where config.json does not say.
+/// A family's caps if config.json does not say.
 #[derive(Debug, Clone, Copy)]
 pub struct Softcaps {
     pub attention: Option<f64>,
     pub logits: Option<f64>,
 }
 
-/// Tensor names that differ by more than the family's traits.
+/// Naming schemes of tensors, as far as they do not follow from a family's other properties.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Naming {
     /// `mlp.gate_proj`, `mlp.experts.0.gate_proj`, `mlp.gate`.
     Llama,
     /// `block_sparse_moe.experts.0.w1`.
     Mixtral,
-    /// `mlp.experts.gate_up_proj` of all experts, their transposes; or blocks and scales of MXFP4.
+    /// `mlp.experts.gate_up_proj`, the transposed matrices of all experts; or blocks and scales of MXFP4.
     GptOss,
 }
 
 /// Which projections have biases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Biases {
-    /// `attention_bias` (query, key, value and output) and `mlp_bias` in config.json; none in GGUF but for
-    /// tensors that are there.
+    /// As `attention_bias` (query, key, value and output) and `mlp_bias` in config.json say; in GGUF, as bias
+    /// tensors exist.
     AsConfigured,
-    /// Query, key and value, always.
+    /// Always for query, key and value.
     Inputs,
-    /// Query, key, value, output and the feed-forward's, always.
+    /// Always for query, key, value, output and the feed-forward.
     All,
 }
 
-/// Which layers see a window only.
+/// The layers that attend to a sliding window only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Windows {
     Never,
-    /// All, where `sliding_window` is a number; this many where config.json does not say.
+    /// All layers, if `sliding_window` is a number; `window` if config.json has no such key.
     Always {
         window: Option<usize>,
     },
-    /// Where `use_sliding_window` is set: layers from `max_window_layers` on.
+    /// The layers from `max_window_layers` on (`from_layer` by default), if `use_sliding_window` is set.
     Upper {
         from_layer: usize,
     },
-    /// All but each `period`-th.
+    /// All layers except each `period`-th.
     Alternating {
         period: usize,
         window: usize,
@@ -160,7 +160,7 @@ const GEMMA2: Family = Family {
     ..LLAMA
 };
 
-/// Every family, in the order in which they are listed to users.
+/// Every family, in the order in which users see them.
 pub const FAMILIES: &[Family] = &[
     LLAMA,
     Family {

@@ -1,13 +1,13 @@
-//! Tensors whose rows do not lie one behind the other, put in order.
+//! Copies tensors whose rows are not contiguous in their file into row order.
 
 use super::TensorSlice;
 use crate::format::{ElementType, FormatError, Mapped};
 use std::ops::Range;
 
-/// Values of one scale in MXFP4.
+/// Values that share one scale in MXFP4.
 const MXFP4_VALUES: usize = 32;
 
-/// A dense matrix of which neither rows nor columns need be neighbours.
+/// Copies a dense matrix of which neither rows nor columns need be contiguous.
 pub(super) fn strided(
     file: &Mapped,
     slice: &TensorSlice,
@@ -24,7 +24,7 @@ pub(super) fn strided(
     let source = file.slice(slice.offset_bytes..slice.offset_bytes.saturating_add(length), &slice.name)?;
     let mut out = vec![0; slice.rows * slice.columns * size];
     let (row_step, column_step) = (row_step as usize * size, column_step as usize * size);
-    // Column by column: what lies together in the file is read together.
+    // Column by column, because the values of a column are close together in the file.
     for column in 0..slice.columns {
         for row in 0..slice.rows {
             let from = row * row_step + column * column_step;
@@ -35,8 +35,8 @@ pub(super) fn strided(
     Ok(out)
 }
 
-/// Rows of MXFP4 in GGUF's order: each block its scale, then sixteen bytes with values 0–15 in the low nibbles and
-/// 16–31 in the high ones.
+/// Copies rows of MXFP4 into GGUF's order. Each block is its scale, then sixteen bytes with values 0–15 in the low
+/// nibbles and 16–31 in the high ones.
 pub(super) fn mxfp4(
     blocks: &Mapped,
     scales: &Mapped,
@@ -59,7 +59,7 @@ pub(super) fn mxfp4(
     Ok(out)
 }
 
-/// The bytes of the `number`-th of rows of `length` bytes from `start` on.
+/// The byte range of the `number`-th row of `length` bytes, counted from `start`.
 fn nth(start: u64, number: u64, length: usize) -> Range<u64> {
     let start = start.saturating_add(number.saturating_mul(length as u64));
     start..start.saturating_add(length as u64)

@@ -1,6 +1,6 @@
-//! A model out of a GGUF file's metadata.
+//! Reads a model from a GGUF file's metadata.
 //!
-//! Keys: `docs/gguf.md` of the ggml project; what they leave unsaid: the loader of llama.cpp.
+//! Sources: `docs/gguf.md` of the ggml project for the keys, the loader of llama.cpp for what the keys do not say.
 
 use super::families::{self, Biases, Family, Windows};
 use super::rope::{RopeParameters, Scaling};
@@ -78,7 +78,7 @@ impl Metadata<'_> {
         self.file.get(&self.key(key), Value::as_f64)
     }
 
-    /// A number for all layers, or one for each.
+    /// Reads one number for all layers, or a list with one number for each layer.
     fn per_layer(&self, key: &str, layers: usize, default: Option<usize>) -> Result<Vec<usize>, FormatError> {
         let full = self.key(key);
         let values = match self.file.value(&full) {
@@ -169,7 +169,7 @@ impl Metadata<'_> {
         };
         let own_width = self.optional("expert_feed_forward_length")?;
         let of = |layer: usize| {
-            // A layer with a gate of its own is dense.
+            // A layer with its own gate tensor is dense.
             let experts = experts.clone().filter(|_| !self.has(layer, "ffn_gate.weight"));
             FeedForward {
                 width: own_width.filter(|_| experts.is_some()).unwrap_or(widths[layer]),
@@ -181,7 +181,7 @@ impl Metadata<'_> {
         Ok((0..layers).map(of).collect())
     }
 
-    /// GGUF does not say it: see [`Scalar`](families::Scalar).
+    /// The attention scale, which GGUF does not store: see [`Scalar`](families::Scalar).
     fn scale(&self, hidden: usize, heads: usize, head_dim: usize, layers: usize) -> f32 {
         let is_other = self.family.scalar.is_some_and(|scalar| scalar.layers == layers);
         let by = if is_other { hidden / heads.max(1) } else { head_dim };
@@ -198,7 +198,7 @@ impl Metadata<'_> {
         always || fused || self.has(layer, &format!("{part}.bias"))
     }
 
-    /// The embedding's rows are the truth; `vocab_size` and the token list may be padded apart.
+    /// The number of rows of the embedding; `vocab_size` and the token list may be padded differently.
     fn vocabulary(&self) -> Result<usize, FormatError> {
         let embedding = self.file.tensors.get("token_embd.weight");
         embedding.and_then(|info| info.shape.first().copied()).ok_or_else(|| FormatError::BadTensor {
@@ -212,7 +212,7 @@ impl Metadata<'_> {
         let window = self.optional("attention.sliding_window")?.filter(|&window| window > 0);
         let period = match self.family.windows {
             Windows::Alternating { period, .. } => period,
-            // Files of other families that have the key mean all layers.
+            // In files of these families the key holds for all layers.
             Windows::Always { .. } => return Ok(vec![window; layers]),
             Windows::Never | Windows::Upper { .. } => return Ok(vec![None; layers]),
         };
@@ -232,11 +232,11 @@ impl Metadata<'_> {
         Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect())
     }
 
-    /// The table of all layers, and behind it that of sliding layers where the family has one.
+    /// The table of all layers, followed by the table of sliding layers if the family has one.
     fn ropes(&self, head_dim: usize) -> Result<Vec<super::Rope>, FormatError> {
         let dimensions = self.optional("rope.dimension_count")?.unwrap_or(head_dim);
         if dimensions > head_dim {
-            let what = format!("is {dimensions}, more than the head's {head_dim}");
+            let what = format!("is {dimensions}, more than the head dimension {head_dim}");
             return Err(self.bad(&self.key("rope.dimension_count"), &what));
         }
         let theta = self.float("rope.freq_base")?.unwrap_or(10_000.0);
@@ -254,11 +254,11 @@ impl Metadata<'_> {
     fn build(&self, rope: &RopeParameters) -> Result<super::Rope, FormatError> {
         match rope.is_complete() {
             true => Ok(rope.build(self.family.gguf_pairing)),
-            false => Err(self.bad("rope_freqs.weight", "has not one divisor for each pair of dimensions")),
+            false => Err(self.bad("rope_freqs.weight", "does not have one divisor for each pair of dimensions")),
         }
     }
 
-    /// LongRoPE's second table, where the file has one.
+    /// LongRoPE's table for long contexts, if the file has one.
     fn long_ropes(&self, head_dim: usize) -> Result<Option<LongRopes>, FormatError> {
         let Some(divisors) = self.divisors("rope_factors_long.weight")? else { return Ok(None) };
         let rope = RopeParameters {
@@ -317,7 +317,7 @@ impl Metadata<'_> {
     }
 }
 
-/// The name of the file's mixture of types (`llama_ftype` of llama.cpp), or the type with most bytes.
+/// The name of the file's mixture of types (`llama_ftype` of llama.cpp), or of the type with the most bytes.
 fn quantization(file: &Gguf) -> Result<String, FormatError> {
     let named = match file.get("general.file_type", Value::as_u64)? {
         Some(0) => "F32",

@@ -1,4 +1,4 @@
-//! A model out of a Hugging Face folder: config.json and safetensors.
+//! Reads a model from a Hugging Face folder: config.json and safetensors.
 
 use super::families::{self, Biases, Family, Naming, Windows};
 use super::hf_config::{Config, ScalingUse};
@@ -11,7 +11,7 @@ use crate::format::{ElementType, FormatError, SafeTensors};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Where a language model's tensors lie: by itself, or inside a multimodal one (new and old layout).
+/// Prefixes of a language model's tensors: by itself, or inside a multimodal model (new and old layout).
 const PREFIXES: [&str; 3] = ["model.", "model.language_model.", "language_model.model."];
 
 pub(super) fn open(folder: &Path) -> Result<ModelFiles, FormatError> {
@@ -79,7 +79,7 @@ fn weights(
     Ok(WeightSource { files: found.files.iter().map(|file| file.path().to_owned()).collect(), tensors })
 }
 
-/// The slice that `place` is, if its two tensors are there and have its values.
+/// The slice at `place`; `None` if its two tensors are missing or have too few values.
 fn mxfp4_slice(found: &SafeTensors, place: &names::Mxfp4Place) -> Option<TensorSlice> {
     let (file, blocks) = found.bytes.get(&place.blocks)?;
     let (scales_file, scales) = found.bytes.get(&place.scales)?;
@@ -148,7 +148,7 @@ impl Reader<'_> {
         })
     }
 
-    /// A family's own cap, unless the config says another, or `null`.
+    /// A family's own cap, unless the config gives another cap or `null`.
     fn softcap(&self, key: &str, own: Option<f64>) -> Result<Option<f32>, FormatError> {
         let own = own.filter(|_| !self.config.is_null(key));
         Ok(self.config.float(key)?.or(own).map(|cap| cap as f32))
@@ -171,7 +171,7 @@ impl Reader<'_> {
         let dense = FeedForward { width: config.required("intermediate_size")?, activation, bias, experts: None };
         let Some(experts) = self.experts()? else { return Ok(vec![dense; layers]) };
         let width = config.count("moe_intermediate_size")?.unwrap_or(dense.width);
-        // qwen3_moe: each so manieth layer has experts, but for some.
+        // qwen3_moe: each `decoder_sparse_step`-th layer has experts, except those of `mlp_only_layers`.
         let period = config.count("decoder_sparse_step")?.unwrap_or(1).max(1);
         let dense_layers = config.counts("mlp_only_layers")?.unwrap_or_default();
         let of = |layer: usize| match (layer + 1).is_multiple_of(period) && !dense_layers.contains(&layer) {
@@ -210,7 +210,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Attention as all layers have it, but for windows.
+    /// The attention that all layers share, without windows.
     fn attention(&self, hidden: usize) -> Result<Attention, FormatError> {
         let (config, family) = (self.config, self.family);
         if config.flag("use_bidirectional_attention")?.unwrap_or(false) {
@@ -282,7 +282,7 @@ impl Reader<'_> {
         if let Some(default) = self.family.sliding_theta {
             let theta = self.config.float("rope_local_base_freq")?.unwrap_or(default);
             let mut sliding = self.config.rope("sliding_attention", theta, head_dim, ScalingUse::IsForOtherLayers)?;
-            // In the old layout `rope_theta` is the full layers' alone.
+            // In the old layout `rope_theta` holds for layers with full attention only.
             if self.config.nested("rope_parameters").is_none() {
                 sliding.theta = theta;
             }
@@ -300,7 +300,7 @@ impl Reader<'_> {
     fn build(&self, rope: &RopeParameters) -> Result<super::Rope, FormatError> {
         match rope.is_complete() {
             true => Ok(rope.build(Pairing::Halves)),
-            false => Err(self.config.bad("rope_scaling", "has not one factor for each pair of dimensions")),
+            false => Err(self.config.bad("rope_scaling", "does not have one factor for each pair of dimensions")),
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::format::safetensors::read_text;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
-/// No config is larger.
+/// No real config is larger.
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
 /// A JSON object with typed access. `null` counts as missing.
@@ -28,7 +28,7 @@ impl Config {
         }
     }
 
-    /// The object at `key`, as a config of its own.
+    /// The object at `key`, as a separate config.
     pub(super) fn nested(&self, key: &str) -> Option<Self> {
         match self.fields.get(key) {
             Some(Value::Object(fields)) => Some(Self { path: self.path.clone(), fields: fields.clone() }),
@@ -52,7 +52,7 @@ impl Config {
         }
     }
 
-    /// Whether the key stands there with `null`, which some defaults tell from a missing key.
+    /// Whether the key is present with `null`, which some defaults distinguish from a missing key.
     pub(super) fn is_null(&self, key: &str) -> bool {
         matches!(self.fields.get(key), Some(Value::Null))
     }
@@ -93,7 +93,7 @@ impl Config {
 
     /// The rotary embedding of layers of `layer_type` (`full_attention` or `sliding_attention`).
     ///
-    /// New layout: `rope_parameters`, flat or by layer type. Old: `rope_theta` and `rope_scaling`.
+    /// New layout: `rope_parameters`, flat or by layer type. Old layout: `rope_theta` and `rope_scaling`.
     pub(super) fn rope(
         &self,
         layer_type: &str,
@@ -120,7 +120,7 @@ impl Config {
         Ok(RopeParameters { theta: own_theta.or(outer_theta).unwrap_or(theta), dimensions, scaling })
     }
 
-    /// The object that describes the rotary embedding, and whether it is one of several layer types'.
+    /// The object that describes the rotary embedding, and whether it holds for this layer type only.
     fn rope_section(&self, layer_type: &str, scales: ScalingUse) -> (Option<Self>, bool) {
         let new = self.nested("rope_parameters");
         let by_type = new.as_ref().and_then(|parameters| parameters.nested(layer_type));
@@ -129,7 +129,7 @@ impl Config {
         (by_type.or(new).or(old), nested)
     }
 
-    /// Where the model has LongRoPE: the context above which other divisors hold, and those divisors' scaling.
+    /// LongRoPE, if the model has it: the context length above which the long divisors apply, and their scaling.
     pub(super) fn long_rope(&self) -> Result<Option<(usize, Scaling)>, FormatError> {
         let (Some(section), _) = self.rope_section("full_attention", ScalingUse::Applies) else { return Ok(None) };
         if !section.is_long_rope()? {
@@ -199,7 +199,7 @@ impl Config {
     }
 }
 
-/// Whether the old layout's `rope_scaling` is meant for these layers.
+/// Whether the old layout's `rope_scaling` applies to these layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ScalingUse {
     Applies,

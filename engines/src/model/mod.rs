@@ -1,11 +1,11 @@
-//! A model on disk, understood: its architecture, where each weight lies, and what its tokenizer is made of.
+//! Opens a model on disk: its architecture, the location of each weight, and the source of its tokenizer.
 //!
 //! ```text
 //! .gguf  ─ gguf.rs ─┐  family (a row of a table)
 //!                   ├─────────────► Architecture + WeightSource + TokenizerSource
 //! folder ─ hf.rs  ──┘
 //! ```
-//! A new family is a row in [`families`], and whatever new data that row needs in [`Architecture`].
+//! A new family is a row in [`families`], plus the new data that this row needs in [`Architecture`].
 
 mod architecture;
 mod cost;
@@ -30,19 +30,19 @@ use crate::format::{FormatError, Gguf};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
-/// A model's files, read as far as headers go.
+/// A model's files, of which only the headers are read.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelFiles {
-    /// What the user named.
+    /// The path that the user gave.
     pub path: PathBuf,
     pub architecture: Architecture,
     pub weights: WeightSource,
     pub tokenizer: TokenizerSource,
-    /// How most of the weights are stored, as the field names it: `Q4_K_M`, `BF16`, …
+    /// The common name of the storage type of most weights: `Q4_K_M`, `BF16`, …
     pub quantization: String,
 }
 
-/// Where a model's tokenizer is.
+/// The location of a model's tokenizer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TokenizerSource {
     /// In the metadata of this GGUF file.
@@ -51,7 +51,8 @@ pub enum TokenizerSource {
     Folder(PathBuf),
 }
 
-/// Layers of a plausible model. This and the bounds below keep a damaged header from asking for absurd memory.
+/// The most layers that a model may have. This bound and the bounds below stop a damaged header from asking for absurd
+/// memory.
 pub const LAYERS_MAX: usize = 1024;
 const WIDTH_MAX: usize = 1 << 20;
 const VOCABULARY_MAX: usize = 1 << 22;
@@ -62,7 +63,7 @@ impl ModelFiles {
     /// Reads the model at `path`: a GGUF file, or a folder with `config.json` and safetensors.
     ///
     /// # Errors
-    /// [`FormatError`] with the file, the key or the tensor that is wrong.
+    /// [`FormatError`] that names the faulty file, key or tensor.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let metadata = std::fs::metadata(path).map_err(|e| FormatError::io(path, &e))?;
         if metadata.is_dir() {
@@ -74,10 +75,10 @@ impl ModelFiles {
         }
     }
 
-    /// The same model, with its dense matrices quantised while they are loaded.
+    /// Returns the same model, with its dense matrices quantised while they are loaded.
     ///
     /// # Errors
-    /// [`FormatError::AlreadyQuantised`] where no matrix is dense: what is quantised is not quantised again.
+    /// [`FormatError::AlreadyQuantised`] if no matrix is dense: a quantised matrix is not quantised again.
     pub fn quantised(mut self, recipe: Recipe) -> Result<Self, FormatError> {
         if !self.weights.quantise(recipe) {
             let Self { path, quantization, .. } = self;
@@ -95,7 +96,7 @@ impl ModelFiles {
 }
 
 impl Architecture {
-    /// The architecture of the model at `path`, if a model can have it. Nothing is sized by it before.
+    /// Checks the architecture of the model at `path`. Nothing is sized by the architecture before this check.
     fn checked(self, path: &Path) -> Result<Self, FormatError> {
         match self.check() {
             Ok(()) => Ok(self),
@@ -103,7 +104,7 @@ impl Architecture {
         }
     }
 
-    /// The first thing that no model can have, as (key, what is wrong with it).
+    /// Returns the first impossible value as an error: (key, what is wrong with it).
     fn check(&self) -> Result<(), (&'static str, String)> {
         within("vocabulary size", self.vocabulary, VOCABULARY_MAX)?;
         within("hidden size", self.hidden, WIDTH_MAX)?;
@@ -115,7 +116,7 @@ impl Architecture {
         self.layers.iter().try_for_each(Layer::check)?;
         let long = self.long_ropes.as_ref().map_or(&[][..], |long| &long.ropes);
         if long.len() > self.ropes.len() {
-            return Err(("rotary frequencies", "are more for long contexts than for short ones".to_owned()));
+            return Err(("rotary frequencies", "have more tables for long contexts than for short ones".to_owned()));
         }
         for layer in &self.layers {
             let index = layer.attention.rope;
@@ -126,11 +127,11 @@ impl Architecture {
     }
 }
 
-/// Refuses a count of 0, and one that no model has.
+/// Refuses a count of 0, and a count above `limit`.
 fn within(key: &'static str, value: usize, limit: usize) -> Result<(), (&'static str, String)> {
     match (1..=limit).contains(&value) {
         true => Ok(()),
-        false => Err((key, format!("is {value}; 1 to {limit} is possible"))),
+        false => Err((key, format!("is {value}; it must be from 1 to {limit}"))),
     }
 }
 
@@ -165,7 +166,7 @@ impl Layer {
 impl Rope {
     fn check(&self, head_dim: usize) -> Result<(), (&'static str, String)> {
         if self.frequencies.len() * 2 > head_dim {
-            let what = format!("is {}, more than the head's {head_dim}", self.frequencies.len() * 2);
+            let what = format!("is {}, more than the head dimension {head_dim}", self.frequencies.len() * 2);
             return Err(("rotary dimension", what));
         }
         if self.frequencies.iter().any(|f| !f.is_finite()) || !self.magnitude.is_finite() {

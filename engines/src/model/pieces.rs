@@ -1,11 +1,11 @@
-//! A model's files in pieces, so that a node that runs some layers can be given their bytes and no others.
+//! A model's files in pieces, so that a node that runs some layers receives only the bytes of those layers.
 //!
 //! ```text
-//! file  = outline (headers, whatever stands before the first tensor) | tensor | tensor | …
-//! piece = at most 8 MiB of one tensor, with what pads it
+//! file  = outline (headers, everything before the first tensor) | tensor | tensor | …
+//! piece = at most 8 MiB of one tensor, with its padding
 //! ```
-//! Pieces follow from the outlines alone: two nodes with equal outlines number them alike. A file with its outline, and
-//! holes where tensors would be, opens as the whole one does.
+//! Pieces follow from the outlines alone: two nodes with equal outlines number them alike. A file that has its outline,
+//! and holes in place of tensors, opens like the whole file.
 
 use super::{Layout, ModelFiles, TensorSlice, TokenizerSource, WeightSource};
 use crate::format::{FormatError, Gguf, SafeTensors};
@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// What a folder of safetensors is run from, beside these.
+/// The files of a model folder besides its safetensors.
 pub const FOLDER_FILES: [&str; 6] = [
     "config.json",
     "generation_config.json",
@@ -23,7 +23,7 @@ pub const FOLDER_FILES: [&str; 6] = [
     "model.safetensors.index.json",
 ];
 
-/// Pieces are no longer than this: one is held in memory while it is checked.
+/// The most bytes of a piece. A whole piece is held in memory while it is checked.
 const PIECE_BYTES_MAX: u64 = 8 << 20;
 
 /// One file of a model.
@@ -31,12 +31,12 @@ const PIECE_BYTES_MAX: u64 = 8 << 20;
 pub struct PartedFile {
     pub path: PathBuf,
     pub length_bytes: u64,
-    /// Where tensors begin, in order; each goes on to the next one, the last to the end.
+    /// Offsets of the tensors, in order. Each tensor extends to the next one, the last to the end of the file.
     tensors: Vec<u64>,
 }
 
 impl PartedFile {
-    /// What stands before the first tensor; all of a file without any.
+    /// Bytes before the first tensor; all bytes of a file without tensors.
     pub fn outline_bytes(&self) -> u64 {
         self.tensors.first().copied().unwrap_or(self.length_bytes)
     }
@@ -48,7 +48,7 @@ impl PartedFile {
     }
 }
 
-/// A place in a model's files.
+/// A byte range in a model's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Piece {
     /// Index into [`Pieces::files`].
@@ -60,17 +60,17 @@ pub struct Piece {
 /// All files of a model, and the pieces of their tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pieces {
-    /// By name.
+    /// Sorted by path.
     pub files: Vec<PartedFile>,
-    /// By file and place.
+    /// Sorted by file and offset.
     pub pieces: Vec<Piece>,
 }
 
 impl Pieces {
-    /// Reads the headers of `model` once more.
+    /// Divides the files of `model`, after reading their headers again.
     ///
     /// # Errors
-    /// [`FormatError`] where a file has changed, or is gone.
+    /// [`FormatError`] if a file has changed, or no longer exists.
     pub fn of(model: &ModelFiles) -> Result<Self, FormatError> {
         match &model.tokenizer {
             TokenizerSource::Gguf(_) => Ok(Self::in_files(vec![gguf(&model.path)?])),
@@ -78,10 +78,10 @@ impl Pieces {
         }
     }
 
-    /// Of a folder of safetensors, whatever model they are of.
+    /// Divides the files of a folder of safetensors, of any model.
     ///
     /// # Errors
-    /// [`FormatError`] where a header is damaged.
+    /// [`FormatError`] if a header is damaged.
     pub fn of_folder(folder: &Path) -> Result<Self, FormatError> {
         Ok(Self::in_files(parted_folder(folder)?))
     }
@@ -102,7 +102,7 @@ impl Pieces {
         Self { files, pieces }
     }
 
-    /// The numbers of the pieces that a shard of the layers `range`, out of `layer_count`, is loaded from.
+    /// The numbers of the pieces from which a shard of the layers `range`, out of `layer_count`, is loaded.
     pub fn of_shard(&self, weights: &WeightSource, range: Range<usize>, layer_count: usize) -> BTreeSet<u32> {
         let slices = weights.roles_of(range, layer_count).map(|(_, slice)| slice);
         let places = slices.flat_map(|slice| {
@@ -124,7 +124,7 @@ impl Pieces {
     }
 }
 
-/// Where the values of `slice` begin, as (file, offset): one place, or two where scales lie elsewhere.
+/// The offsets of the values of `slice`, as (file, offset): one, or two if the scales are stored separately.
 fn places(slice: &TensorSlice) -> Vec<(usize, u64)> {
     let values = (slice.file, slice.offset_bytes);
     match slice.layout {
@@ -160,7 +160,7 @@ fn parted_folder(folder: &Path) -> Result<Vec<PartedFile>, FormatError> {
 }
 
 fn parted(path: &Path, length_bytes: u64, starts: impl Iterator<Item = u64>) -> PartedFile {
-    // A tensor without values has no place of its own.
+    // A tensor without values at the end of a file has no bytes.
     let starts: BTreeSet<u64> = starts.filter(|&start| start < length_bytes).collect();
     PartedFile { path: path.to_owned(), length_bytes, tensors: starts.into_iter().collect() }
 }
@@ -186,12 +186,12 @@ mod tests {
         }
     }
 
-    /// A shard is given the pieces of its own layers, and of the ends of the model where it has them.
+    /// A shard needs the pieces of its own layers, and of the embedding or the head if it has that end of the model.
     #[test]
     fn a_shard_needs_the_pieces_of_its_layers() {
         let path = PathBuf::from("m");
         let long = PIECE_BYTES_MAX + 64;
-        // The embedding, two norms, and the head: the embedding again.
+        // The embedding, which is also the head, two layer norms, and the output norm.
         let files = vec![parted(&path, 100 + long + 128 + 60, [100, 100 + long, 164 + long, 228 + long].into_iter())];
         assert_eq!(files[0].outline_bytes(), 100);
         let mut pieces = Vec::new();

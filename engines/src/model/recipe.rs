@@ -1,13 +1,13 @@
-//! What weights are quantised to while they are loaded.
+//! Recipes for the quantisation of weights on loading.
 //!
-//! Like llama.cpp's mixes of the same names: matrices of layers have the type that gives the recipe its name,
-//! embedding and head, which a small error hurts most, more bits. Routers, norms and biases stay as they are.
+//! The recipes follow llama.cpp's mixes of the same names: the matrices of layers have the type that names the recipe.
+//! Embedding and head, which small errors hurt most, have more bits. Routers, norms and biases are not quantised.
 
 use super::{LayerRole, Part, Role, TensorSlice};
 use crate::format::ElementType;
 use serde::{Deserialize, Serialize};
 
-/// A recipe, as users name it.
+/// A recipe that users can choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(non_camel_case_types)]
 #[serde(rename_all = "lowercase")]
@@ -17,9 +17,9 @@ pub enum Recipe {
     Q8_0,
 }
 
-/// No recipe of this name.
+/// The error for a name of no recipe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{name}` is not something to quantise to: take q4_0, q4_k or q8_0")]
+#[error("the quantisation `{name}` is not supported: use q4_0, q4_k or q8_0")]
 pub struct UnknownRecipe {
     pub name: String,
 }
@@ -27,7 +27,7 @@ pub struct UnknownRecipe {
 impl Recipe {
     pub const ALL: [Self; 3] = [Self::Q4_0, Self::Q4_K, Self::Q8_0];
 
-    /// As users write it.
+    /// The recipe's name, as users write it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Q4_0 => "q4_0",
@@ -36,13 +36,13 @@ impl Recipe {
         }
     }
 
-    /// What `slice`, which plays `role`, is to be stored as.
+    /// The type in which `slice`, the tensor of `role`, is to be stored.
     pub(super) fn element_for(self, role: Role, slice: &TensorSlice) -> ElementType {
         let wanted: &[ElementType] = match (role, self) {
             (_, Self::Q8_0) => &[ElementType::Q8_0],
             (Role::TokenEmbedding | Role::Output, _) => &[ElementType::Q6_K, ElementType::Q8_0],
             (_, Self::Q4_0) => &[ElementType::Q4_0],
-            // Rows that are not whole blocks of 256 have the next better type with blocks of 32.
+            // Rows that are not whole blocks of 256 use the next better type with blocks of 32.
             (_, Self::Q4_K) => &[ElementType::Q4_K, ElementType::Q5_0],
         };
         let fits = |element: &&ElementType| element.row_bytes(slice.columns).is_some();

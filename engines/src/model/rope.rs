@@ -1,7 +1,7 @@
-//! Rotary frequencies from what files say of them.
+//! Rotary frequencies from the parameters in model files.
 //!
 //! Formulas: `modeling_rope_utils.py` of Hugging Face transformers 5.23. With base θ and d rotated dimensions,
-//! fᵢ = θ^(−2i/d); a scaling changes the slow ones.
+//! fᵢ = θ^(−2i/d); a scaling changes these frequencies.
 
 use super::{Pairing, Rope};
 use std::f64::consts::PI;
@@ -32,27 +32,27 @@ pub(super) enum Scaling {
         beta_fast: f64,
         beta_slow: f64,
         original_context: f64,
-        /// Whether the ramp's ends are whole dimensions.
+        /// Whether the ends of the ramp are rounded to whole dimensions.
         truncate: bool,
-        /// What cos and sin are multiplied by; `None`: 0.1 ln factor + 1.
+        /// The factor of cos and sin; `None`: 0.1 ln factor + 1.
         attention_factor: Option<f64>,
     },
-    /// Each frequency divided by its own number.
+    /// Each frequency is divided by its own divisor.
     Divisors {
         divisors: Vec<f32>,
-        /// What cos and sin are multiplied by.
+        /// The factor of cos and sin.
         magnitude: f64,
     },
 }
 
-/// What LongRoPE multiplies cos and sin by in a model whose context was stretched `factor`-fold from
+/// LongRoPE's factor of cos and sin, for a model whose context was stretched `factor`-fold from
 /// `original_context` (Ding et al. 2024).
 pub(super) fn long_magnitude(factor: f64, original_context: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original_context.ln()).sqrt() }
 }
 
 impl RopeParameters {
-    /// Whether there is a divisor for each frequency, where there are any.
+    /// Whether there is one divisor for each frequency; true for scalings without divisors.
     pub(super) fn is_complete(&self) -> bool {
         match &self.scaling {
             Scaling::Divisors { divisors, .. } => divisors.len() == self.dimensions / 2,
@@ -93,7 +93,7 @@ impl RopeParameters {
         Rope { pairing, frequencies: frequencies.into_iter().map(|f| f as f32).collect(), magnitude: magnitude as f32 }
     }
 
-    /// The dimensions between which YaRN goes over from keeping to stretching (Peng et al. 2023, §3.2).
+    /// The dimensions between which YaRN changes from kept to stretched frequencies (Peng et al. 2023, §3.2).
     fn yarn_ramp(&self) -> (f64, f64) {
         let Scaling::Yarn { beta_fast, beta_slow, original_context, truncate, .. } = self.scaling else {
             return (0.0, 1.0);

@@ -1,27 +1,27 @@
-//! Which tensor of a file a role is, or which part of one.
+//! The tensor of a file, or the part of one, that holds the values of a role.
 
 use super::{Layout, TensorSlice};
 use crate::format::{ElementType, TensorInfo};
 use std::ops::Range;
 
-/// Where a role's values may be.
+/// A possible location of a role's values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TensorSource {
     pub(super) tensor: String,
     pub(super) values: Values,
 }
 
-/// Which of a tensor's values.
+/// The values of a tensor that belong to a role.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Values {
     All,
-    /// Some rows, where all dimensions but the last are counted as one; of a vector, some values.
+    /// Some rows, with all dimensions but the last merged into one; of a vector, some values.
     Rows(Range<usize>),
     /// Row r, column c is the value `first` + r · `row_step` + c · `column_step` of a dense tensor.
     Strided(Strided),
 }
 
-/// A matrix strewn over a dense tensor. All counts are of values.
+/// A strided matrix in a dense tensor. All counts are in values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Strided {
     pub(super) rows: usize,
@@ -44,7 +44,7 @@ impl TensorSource {
         Self { tensor, values: Values::Strided(strided) }
     }
 
-    /// The slice of file number `file` that this place is, if the tensor has such values.
+    /// The slice of file number `file` at this location; `None` if the tensor does not have such values.
     pub(super) fn slice(&self, file: usize, info: &TensorInfo) -> Option<TensorSlice> {
         let whole = TensorSlice::whole(&self.tensor, file, info);
         match &self.values {
@@ -72,7 +72,7 @@ fn rows(whole: TensorSlice, is_vector: bool, range: Range<usize>) -> Option<Tens
 }
 
 impl Strided {
-    /// One past the last value.
+    /// The index after the last value.
     fn end(&self) -> Option<usize> {
         let last_row = self.rows.checked_sub(1)?.checked_mul(self.row_step)?;
         let last_column = self.columns.checked_sub(1)?.checked_mul(self.column_step)?;

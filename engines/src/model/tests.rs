@@ -1,4 +1,4 @@
-//! Models that are wrong, and what is said about them. Right ones are in `tests/conformance/`.
+//! Invalid models, and the errors that name their faults. Valid models are in `tests/conformance/`.
 
 use super::*;
 use crate::cpu::CpuFactory;
@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use std::ops::ControlFlow;
 
-/// A llama of one layer, after `edit` has had each tensor's shape and values.
+/// A llama of one layer. `edit` may change each tensor's shape and values; an empty shape removes the tensor.
 pub(super) fn tiny(edit: impl Fn(&str, &mut Vec<u64>, &mut Vec<f32>)) -> GgufWriter {
     let mut file = GgufWriter::default()
         .text("general.architecture", "llama")
@@ -46,7 +46,7 @@ fn load(file: &GgufWriter) -> Result<LoadReport, EngineError> {
     load_while(file, |_| true)
 }
 
-/// Goes on as long as `is_wanted`, which hears how many tensors are loaded.
+/// Loads `file` while `is_wanted`, called with the number of loaded tensors, returns true.
 fn load_while(file: &GgufWriter, is_wanted: impl Fn(usize) -> bool) -> Result<LoadReport, EngineError> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let model = ModelFiles::open(&file.write(folder.path()))?;
@@ -67,25 +67,25 @@ fn load_while(file: &GgufWriter, is_wanted: impl Fn(usize) -> bool) -> Result<Lo
 }
 
 fn refused(file: &GgufWriter) -> String {
-    load(file).expect_err("a wrong model").to_string()
+    load(file).expect_err("an invalid model").to_string()
 }
 
 #[test]
-fn the_tiny_model_is_right() {
-    load(&tiny(|_, _, _| {})).expect("a right model");
+fn the_tiny_model_loads() {
+    load(&tiny(|_, _, _| {})).expect("a valid model");
 }
 
 #[test]
-fn a_load_breaks_off_where_it_is_told_to() {
+fn a_load_stops_when_the_callback_breaks() {
     let file = tiny(|_, _, _| {});
     for last in [1, 4, 11] {
         assert_eq!(load_while(&file, |loaded| loaded < last), Err(EngineError::Interrupted), "{last}");
     }
-    load_while(&file, |loaded| loaded < 12).expect("there are 11");
+    load_while(&file, |loaded| loaded < 12).expect("the model has 11 tensors");
 }
 
 #[test]
-fn weights_that_are_no_numbers_are_named() {
+fn weights_that_are_not_finite_are_named() {
     for tensor in ["blk.0.ffn_up.weight", "blk.0.attn_norm.weight", "token_embd.weight"] {
         for value in [f32::NAN, f32::INFINITY] {
             let message = refused(&tiny(|name, _, values| {
@@ -99,7 +99,7 @@ fn weights_that_are_no_numbers_are_named() {
 }
 
 #[test]
-fn scales_that_are_no_numbers_are_named() {
+fn scales_that_are_nan_are_named() {
     let mut bytes = vec![0; 64 * 18];
     bytes[5 * 18..][..2].copy_from_slice(&half::f16::NAN.to_le_bytes());
     let without = tiny(|name, shape, _| {
@@ -133,7 +133,7 @@ fn missing_tensors_are_named() {
 }
 
 #[test]
-fn absurd_counts_of_experts_and_widths_are_named_before_anything_is_sized_by_them() {
+fn absurd_expert_counts_and_widths_are_refused_before_allocation() {
     let without_gate = || {
         tiny(|name, shape, _| {
             if name == "blk.0.ffn_gate.weight" {
@@ -150,15 +150,15 @@ fn absurd_counts_of_experts_and_widths_are_named_before_anything_is_sized_by_the
 }
 
 #[test]
-fn families_that_are_not_known_are_named() {
+fn unknown_families_are_named() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = GgufWriter::default().text("general.architecture", "mamba").write(folder.path());
     let error = ModelFiles::open(&path).expect_err("an unknown family");
-    assert!(error.to_string().contains("`mamba`") && error.remedy().contains("--families"), "{error}");
+    assert!(error.to_string().contains("`mamba`") && error.remedy().contains("families"), "{error}");
 }
 
 #[test]
-fn headers_that_no_model_can_have_are_refused() {
+fn impossible_headers_are_refused() {
     let cases: [(&str, Datum, &str); 6] = [
         ("llama.rope.scaling.type", Datum::Text("magic".to_owned()), "magic"),
         ("llama.attention.layer_norm_rms_epsilon", Datum::Float(f64::NAN), "epsilon"),
@@ -186,7 +186,7 @@ fn folder_with(change: impl FnOnce(&mut serde_json::Value)) -> tempfile::TempDir
 }
 
 #[test]
-fn configs_that_no_model_can_have_are_refused_by_their_keys() {
+fn impossible_configs_are_refused_by_key() {
     let cases = [
         ("model_type", json!("mamba"), "mamba"),
         ("hidden_size", json!("many"), "hidden_size"),
@@ -208,10 +208,10 @@ fn configs_that_no_model_can_have_are_refused_by_their_keys() {
 }
 
 #[test]
-fn a_folder_without_a_tokenizer_says_so() {
+fn a_missing_tokenizer_is_reported() {
     let folder = folder_with(|_| {});
-    let model = ModelFiles::open(folder.path()).expect("the weights are right");
-    let error = crate::tokenizer::Tokenizer::open(&model.tokenizer).expect_err("there is none");
+    let model = ModelFiles::open(folder.path()).expect("the weights are valid");
+    let error = crate::tokenizer::Tokenizer::open(&model.tokenizer).expect_err("no tokenizer");
     assert!(matches!(&error, FormatError::NoTokenizer { .. }) && error.remedy().contains("tokenizer.json"));
 }
 
@@ -235,7 +235,7 @@ fn any_json() -> impl Strategy<Value = serde_json::Value> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// Whatever stands in a config, it is read or refused.
+    /// A config with damaged values is read or refused, without a panic.
     #[test]
     fn damaged_configs_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any_json()), 1..4)) {
         let folder = folder_with(|config| {
@@ -248,7 +248,7 @@ proptest! {
         let _ = ModelFiles::open(folder.path());
     }
 
-    /// Whatever bytes of a model's header are wrong, it is loaded or refused.
+    /// A model whose header has damaged bytes is read or refused, without a panic.
     #[test]
     fn damaged_headers_never_panic(changes in prop::collection::vec((0_usize..900, any::<u8>()), 1..4)) {
         let folder = tempfile::tempdir().expect("a temporary folder");

@@ -1,7 +1,7 @@
-//! Which tensor plays which role, and the bytes it is stored in.
+//! The tensor of each role, and the bytes in which it is stored.
 //!
-//! Families name tensors; the decoder asks for roles. A role's tensor may be some rows of a fused tensor, or strewn
-//! over one: what the reader gives is always row behind row.
+//! Families name tensors; the decoder asks for roles. A role's tensor may be some rows of a fused tensor, or strided
+//! over one. The reader always returns contiguous rows.
 
 use super::{Recipe, gather};
 use crate::format::{ElementType, FormatError, Mapped, MappedBytes, TensorInfo};
@@ -9,17 +9,17 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// What a tensor is for.
+/// The purpose of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Role {
     TokenEmbedding,
     OutputNorm,
-    /// The language-model head; the same bytes as [`Role::TokenEmbedding`] where the two are tied.
+    /// The language-model head; the same bytes as [`Role::TokenEmbedding`] if the two are tied.
     Output,
     Layer(u32, LayerRole),
 }
 
-/// What a tensor of one layer is for.
+/// The purpose of a tensor of one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum LayerRole {
     AttentionNorm,
@@ -36,11 +36,11 @@ pub enum LayerRole {
     AttentionOutputBias,
     PostAttentionNorm,
     FeedForwardNorm,
-    /// Of a feed-forward without experts.
+    /// A tensor of a feed-forward without experts.
     Gated(Part),
     Router,
     RouterBias,
-    /// Of one expert.
+    /// A tensor of one expert.
     Expert(u32, Part),
     PostFeedForwardNorm,
 }
@@ -56,39 +56,39 @@ pub enum Part {
     DownBias,
 }
 
-/// A tensor's place: `rows` rows of `columns` values.
+/// The location of a tensor: `rows` rows of `columns` values.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorSlice {
-    /// Name in its file, for errors.
+    /// The tensor's name in its file, for errors.
     pub name: String,
     /// Index into [`WeightSource::files`].
     pub file: usize,
     pub element: ElementType,
     pub rows: usize,
     pub columns: usize,
-    /// Of its first value.
+    /// Offset of the first value in the file.
     pub offset_bytes: u64,
-    /// Of its values, wherever they lie.
+    /// Length of all values, contiguous or not.
     pub length_bytes: u64,
     pub layout: Layout,
-    /// What the engine is to keep it as: what it is in the file, or what it is quantised to while it is loaded.
+    /// The type in which the engine keeps the tensor: its type in the file, or the target of quantisation on loading.
     pub kept_as: ElementType,
 }
 
-/// How a tensor's rows lie in their file.
+/// The layout of a tensor's rows in their file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Layout {
-    /// Row behind row.
+    /// Contiguous rows.
     Rows,
-    /// The dense value of row r, column c lies r · `row_step` + c · `column_step` values behind the first.
+    /// The dense value of row r, column c lies r · `row_step` + c · `column_step` values after the first.
     Strided { row_step: u64, column_step: u64 },
-    /// MXFP4 as checkpoints of gpt_oss have it. Each row has sixteen bytes for 32 values, two successive ones in a
-    /// byte, and lies `row_step` such rows behind the one before; its scales lie likewise, elsewhere.
+    /// MXFP4 as in checkpoints of gpt_oss. A row has sixteen bytes for each 32 values, two successive values in a
+    /// byte, and starts `row_step` rows after the previous one. The scales have the same layout in another tensor.
     Mxfp4Apart { row_step: u64, scales_file: usize, scales_offset_bytes: u64 },
 }
 
 impl TensorSlice {
-    /// All of a tensor. Vectors count as one row.
+    /// All of a tensor. A vector counts as one row.
     pub fn whole(name: &str, file: usize, info: &TensorInfo) -> Self {
         let columns = info.shape.last().copied().unwrap_or(1);
         Self {
@@ -104,7 +104,7 @@ impl TensorSlice {
         }
     }
 
-    /// Bytes of its values as they are kept.
+    /// Bytes of the values in the type in which the engine keeps them.
     pub fn kept_bytes(&self) -> u64 {
         match self.kept_as == self.element {
             true => self.length_bytes,
@@ -113,11 +113,11 @@ impl TensorSlice {
     }
 }
 
-/// A tensor's rows, one behind the other, as its element type stores them.
+/// A tensor's rows, contiguous, as its element type stores them.
 #[derive(Debug)]
 pub enum TensorBytes<'a> {
     InFile(MappedBytes<'a>),
-    /// Put in order, or made anew.
+    /// Copied into row order, or newly quantised.
     Gathered(Vec<u8>),
 }
 
@@ -129,7 +129,7 @@ impl TensorBytes<'_> {
         }
     }
 
-    /// Says that `part` of these bytes will not be read again, and need not stay in memory.
+    /// Advises the kernel that `part` of these bytes is not read again, and need not stay in memory.
     pub fn forget(&self, part: std::ops::Range<usize>) {
         if let Self::InFile(bytes) = self {
             bytes.forget(part);
@@ -158,15 +158,15 @@ impl WeightSource {
         })
     }
 
-    /// Bytes in the files that a shard of the layers `range` takes. Tied embeddings count once for a shard that
-    /// has both ends, and once each where they fall to two shards.
+    /// Bytes in the files that a shard of the layers `range` loads. Tied embeddings count once for a shard that has
+    /// both ends of the model, and once for each of two shards that have one end each.
     pub fn shard_bytes(&self, range: std::ops::Range<usize>, layer_count: usize) -> u64 {
         let mut places = std::collections::BTreeSet::new();
         let slices = self.roles_of(range, layer_count).map(|(_, slice)| slice);
         slices.filter(|slice| places.insert((slice.file, slice.offset_bytes))).map(|slice| slice.length_bytes).sum()
     }
 
-    /// Has dense matrices quantised while they are loaded; tells whether there are any.
+    /// Marks dense matrices for quantisation on loading; returns whether there are any.
     #[must_use]
     pub(super) fn quantise(&mut self, recipe: Recipe) -> bool {
         let mut is_changed = false;
@@ -178,7 +178,7 @@ impl WeightSource {
     }
 }
 
-/// The files of a [`WeightSource`], opened to be read.
+/// The files of a [`WeightSource`], opened for reading.
 #[derive(Debug)]
 pub struct WeightReader {
     files: Vec<Mapped>,
@@ -209,15 +209,15 @@ impl WeightReader {
         }
     }
 
-    /// Says that `slice` has been copied and its pages need not stay resident.
+    /// Advises the kernel that `slice` has been copied and its pages need not stay resident.
     pub fn forget(&self, slice: &TensorSlice) {
         if let Ok(file) = self.file(slice, slice.file) {
             file.forget(slice.offset_bytes..slice.offset_bytes.saturating_add(slice.length_bytes));
         }
     }
 
-    /// Says that nothing of the files need stay resident. The kernel maps more than is read (with large folios, 2 MB
-    /// for a norm of some kilobytes), which [`WeightReader::forget`] leaves there.
+    /// Advises the kernel that no page of the files need stay resident. The kernel maps more than is read (with large
+    /// folios, 2 MB for a norm of some kilobytes), and [`WeightReader::forget`] does not release this excess.
     pub fn forget_all(&self) {
         self.files.iter().for_each(|file| file.forget(0..file.length_bytes()));
     }
@@ -231,7 +231,7 @@ impl WeightReader {
         self.files.get(number).ok_or_else(|| FormatError::BadTensor {
             path: PathBuf::new(),
             tensor: slice.name.clone(),
-            what: format!("file number {number} is not in the source"),
+            what: format!("the weight source has no file number {number}"),
         })
     }
 }

@@ -1,7 +1,7 @@
-//! What is done with every entry of a vocabulary row: some of the loops of this program that are long.
+//! Loops over all logits of a vocabulary row, which are among the longest loops of this program.
 //!
-//! The bodies are those of the portable tier, compiled for the best instruction set of the machine: what they give
-//! is the same to the bit on all of them.
+//! The loop bodies use the portable tier's arithmetic, compiled for the machine's best instruction set, so the results
+//! have the same bits on all tiers.
 
 use crate::simd::math::exp;
 use crate::simd::{Kernel, LANES, Portable, Simd, Tier};
@@ -12,12 +12,12 @@ static TIER: LazyLock<Tier> = LazyLock::new(Tier::best);
 
 /// Entries whose weights are summed in single precision before the sum goes into a double.
 const BLOCK: usize = 32 * LANES;
-/// Entries that are looked at together for one that is of interest.
+/// Entries that are checked together for an interesting one.
 const GLANCE: usize = 4 * LANES;
-/// Up to so many are kept in order while the rest is looked through; beyond, sorting is faster.
+/// The largest count for which [`likeliest`] keeps a sorted list during one pass; above it, sorting is faster.
 const KEPT_IN_ORDER: usize = 256;
 
-/// The largest logit and its id; of equals the lowest id. `None` where none is finite, or it is infinite.
+/// Returns the id and value of the largest logit; among equals, the lowest id. `None` if the largest is not finite.
 pub(super) fn largest(logits: &[f32]) -> Option<(u32, f32)> {
     let mut value = f32::NEG_INFINITY;
     TIER.run(Largest { logits, value: &mut value });
@@ -29,14 +29,14 @@ pub(super) fn largest(logits: &[f32]) -> Option<(u32, f32)> {
     found.map(|id| (id, value))
 }
 
-/// ln Σ e^logit.
+/// Returns ln Σ e^logit.
 pub(super) fn log_total(logits: &[f32], largest: f32) -> f64 {
     let mut total = 0.0;
     TIER.run(Total { logits, largest, total: &mut total });
     f64::from(largest) + total.ln()
 }
 
-/// e^((logit − largest) · `factor`) of each, and the sum.
+/// Returns e^((logit − largest) · `factor`) of each logit, and the sum.
 pub(super) fn weights(logits: &[f32], largest: f32, factor: f32) -> (Vec<f32>, f64) {
     let mut weights = vec![0.0; logits.len()];
     TIER.run(Weights { logits, largest, factor, weights: &mut weights });
@@ -44,8 +44,8 @@ pub(super) fn weights(logits: &[f32], largest: f32, factor: f32) -> (Vec<f32>, f
     (weights, total)
 }
 
-/// The entry behind which `left` is used up, where each takes its weight off it; the last with a weight where rounding
-/// left a crumb.
+/// Returns the first entry at which the running sum of weights exceeds `left`; the last entry of positive weight if
+/// rounding leaves a remainder.
 pub(super) fn entry_at(weights: &[f32], mut left: f64) -> Option<usize> {
     for (number, block) in weights.chunks(BLOCK).enumerate() {
         let of_block = sum(block);
@@ -56,7 +56,7 @@ pub(super) fn entry_at(weights: &[f32], mut left: f64) -> Option<usize> {
                     return Some(number * BLOCK + index);
                 }
             }
-            // The block's sum is of lanes, and this one is not: the crumb between them is the last entry's.
+            // The block's sum is added by lanes, this one in order. The difference belongs to the last weighted entry.
             return block.iter().rposition(|&weight| weight > 0.0).map(|index| number * BLOCK + index);
         }
         left -= of_block;
@@ -64,7 +64,7 @@ pub(super) fn entry_at(weights: &[f32], mut left: f64) -> Option<usize> {
     weights.iter().rposition(|&weight| weight > 0.0)
 }
 
-/// Entries of at least `floor`, with their ids.
+/// Returns the entries of at least `floor`, as (id, weight).
 pub(super) fn at_least(weights: &[f32], floor: f32) -> Vec<(u32, f32)> {
     let mut found = Vec::new();
     TIER.run(Above {
@@ -75,7 +75,7 @@ pub(super) fn at_least(weights: &[f32], floor: f32) -> Vec<(u32, f32)> {
     found
 }
 
-/// The `count` largest, best first; of equals the lower id first. What is not a number comes last.
+/// Returns the ids of the `count` largest logits, largest first; among equals, the lower id first. NaN counts as −∞.
 pub(super) fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
     let count = count.min(logits.len());
     if count == 0 {
@@ -83,7 +83,7 @@ pub(super) fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
     }
     if count > KEPT_IN_ORDER {
         let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-        // −0 and 0 are equals.
+        // The addition turns −0 into 0, so that they are equal.
         let key = |id: u32| if logits[id as usize].is_nan() { f32::NEG_INFINITY } else { logits[id as usize] + 0.0 };
         let better = |a: &u32, b: &u32| key(*b).total_cmp(&key(*a)).then(a.cmp(b));
         if count < ids.len() {
@@ -94,7 +94,7 @@ pub(super) fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
         return ids;
     }
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
-    // The last of those, once there are so many.
+    // The smallest of `best`, once `best` is full.
     let worst = Cell::new(None);
     TIER.run(Above {
         values: logits,
@@ -129,7 +129,7 @@ impl Kernel for Largest<'_> {
         let parts = whole.iter().map(<[f32; LANES]>::as_slice).chain([rest]);
         for part in parts {
             for (lane, &logit) in lanes.iter_mut().zip(part) {
-                // What is not a number is not larger.
+                // NaN never compares as larger.
                 *lane = if logit > *lane { logit } else { *lane };
             }
         }
@@ -137,7 +137,7 @@ impl Kernel for Largest<'_> {
     }
 }
 
-/// Calls `on` for each entry that `admits` does.
+/// Calls `on` with the id and value of each entry for which `admits` returns true.
 struct Above<'a, F: Fn(f32) -> bool, G: FnMut(u32, f32)> {
     values: &'a [f32],
     admits: F,
@@ -160,7 +160,7 @@ impl<F: Fn(f32) -> bool, G: FnMut(u32, f32)> Kernel for Above<'_, F, G> {
     }
 }
 
-/// The weight of one entry; nothing for what is not a number.
+/// The weight of one entry; 0 for NaN.
 #[inline(always)]
 fn weigh(logit: f32, largest: f32, factor: f32) -> f32 {
     let logit = if logit > f32::NEG_INFINITY { logit } else { f32::NEG_INFINITY };
@@ -183,7 +183,7 @@ impl Kernel for Weights<'_> {
     }
 }
 
-/// The sum of `of` over `values`, in an order that depends on nothing but their number.
+/// Returns the sum of `of` over `values`, in an order that depends only on their number.
 #[inline(always)]
 fn summed(values: &[f32], of: impl Fn(f32) -> f32) -> f64 {
     let mut total = 0.0;
@@ -235,7 +235,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn logits() -> impl Strategy<Value = Vec<f32>> {
-        // Coarse, so that there are equals; long enough for several blocks.
+        // Coarse values, so that some are equal; enough values for several blocks.
         prop::collection::vec(
             prop_oneof![9 => (-400_i32..400).prop_map(|n| n as f32 / 16.0), 1 => Just(f32::NAN)],
             1..2000,
@@ -251,7 +251,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_likeliest_are_those_that_sorting_finds(logits in logits(), count in prop_oneof![1_usize..40, 250_usize..300]) {
+        fn likeliest_agrees_with_sorting(logits in logits(), count in prop_oneof![1_usize..40, 250_usize..300]) {
             let sorted = plainly_sorted(&logits);
             prop_assert_eq!(likeliest(&logits, count), &sorted[..count.min(logits.len())]);
             let first = sorted[0];
@@ -260,7 +260,7 @@ mod tests {
         }
 
         #[test]
-        fn weights_are_probabilities(logits in logits(), factor in 0.3_f32..3.0) {
+        fn weights_and_their_sum_agree_with_f64(logits in logits(), factor in 0.3_f32..3.0) {
             let Some((_, best)) = largest(&logits) else { return Ok(()) };
             let (weights, total) = weights(&logits, best, factor);
             let plain: Vec<f64> = logits
@@ -279,11 +279,11 @@ mod tests {
         }
 
         #[test]
-        fn an_entry_is_found_where_the_sum_passes(
+        fn entry_at_finds_where_the_running_sum_exceeds_the_target(
             weights in prop::collection::vec(0_u8..4, 1..2000),
             share in 0.0_f64..1.0,
         ) {
-            // Whole numbers: sums are exact.
+            // The weights are whole numbers, so sums are exact.
             let weights: Vec<f32> = weights.into_iter().map(f32::from).collect();
             let target = share * weights.iter().map(|&w| f64::from(w)).sum::<f64>();
             let mut sum = 0.0;
@@ -297,7 +297,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_without_a_weight_is_drawn(
+        fn entry_at_never_returns_an_entry_of_weight_zero(
             weights in prop::collection::vec(prop_oneof![Just(0.0_f32), 1e-9_f32..1.0], 513..1500),
             share in 0.0_f64..1.0,
         ) {
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn the_logarithm_of_the_sum_is_exact_enough_over_a_large_vocabulary() {
+    fn log_total_is_accurate_over_a_large_vocabulary() {
         let logits: Vec<f32> =
             (0..262_144_u32).map(|id| (id.wrapping_mul(2_654_435_761) >> 16) as f32 / 4096.0).collect();
         let (_, best) = largest(&logits).expect("finite");
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_without_a_finite_largest_have_none() {
+    fn largest_is_none_if_not_finite_and_entry_at_skips_zero_weights() {
         assert_eq!(largest(&[f32::NAN, f32::NEG_INFINITY]), None);
         assert_eq!(largest(&[0.0, f32::INFINITY]), None);
         assert_eq!(entry_at(&[0.0, 1.0, 0.0], 1.0), Some(1));

@@ -1,10 +1,10 @@
-//! From a vocabulary row to a token.
+//! Sampling: turns a row of logits into a token.
 //!
 //! ```text
 //! logits ─► penalties, bias ─► temperature ─► top-k ─► top-p ─► min-p ─► one draw ─► token
-//!    └► log-probabilities, as the model gave them
+//!    └► log-probabilities of the unchanged logits
 //! ```
-//! A draw depends on (seed, position) alone, so that a replay of the same prefix draws the same tokens.
+//! The random number of a draw depends only on (seed, position), so a replay of the same prefix draws the same tokens.
 
 mod logits;
 mod params;
@@ -16,53 +16,53 @@ use crate::engine::SeqId;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// What a sampler needs to know of a sequence.
+/// The sampling state of a sequence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SamplerSpec {
     pub params: SamplingParams,
     /// Tokens of the prompt, for the repetition penalty.
     pub prompt: Vec<u32>,
-    /// Tokens generated before: not empty where a sequence is replayed.
+    /// Tokens generated so far; not empty if a sequence is replayed.
     pub generated: Vec<u32>,
 }
 
-/// One token, and how probable the model found it.
+/// A sampled token and its log-probability.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sampled {
     pub token: u32,
     /// Natural logarithm of the token's probability, before any penalty or temperature.
     pub logprob: f32,
-    /// The likeliest tokens with theirs, best first; as many as were asked for.
+    /// The likeliest tokens with their log-probabilities, best first; as many as requested.
     pub top_logprobs: Vec<(u32, f32)>,
 }
 
-/// Why no token could be drawn.
+/// The reason why no token could be drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum SampleError {
     #[error("sequence {} has no open sampler", .0.0)]
     NotOpen(SeqId),
-    #[error("the logits of sequence {} are not numbers", .0.0)]
+    #[error("the logits of sequence {} have no finite maximum", .0.0)]
     NotANumber(SeqId),
-    #[error("what was drawn for sequence {} is no token of the model: {token}", .seq.0)]
+    #[error("the token {token} sampled for sequence {} is not in the model's vocabulary", .seq.0)]
     NoSuchToken { seq: SeqId, token: u32 },
 }
 
-/// The port that stands beside the last shard.
+/// Draws tokens from the logits of the last shard.
 pub trait Sampler: Send {
-    /// Opens, or opens anew, the sampler of `seq`.
+    /// Opens the sampler of `seq`, or replaces an open one.
     fn open(&mut self, seq: SeqId, spec: SamplerSpec);
 
-    /// Forgets `seq`; no error where it is not open.
+    /// Closes the sampler of `seq`. Does nothing if none is open.
     fn close(&mut self, seq: SeqId);
 
     /// Draws the token that follows `position`, the position of the row that gave `logits`.
     ///
     /// # Errors
-    /// [`SampleError`] where `seq` is not open, or its logits hold no finite number.
+    /// [`SampleError`] if `seq` has no open sampler, or its logits have no finite maximum.
     fn sample(&mut self, seq: SeqId, position: u32, logits: &[f32]) -> Result<Sampled, SampleError>;
 }
 
-/// The sampler of this crate.
+/// The standard sampler.
 #[derive(Debug, Default)]
 pub struct TokenSampler {
     open: BTreeMap<SeqId, OpenSampler>,
@@ -71,9 +71,9 @@ pub struct TokenSampler {
 #[derive(Debug)]
 struct OpenSampler {
     params: SamplingParams,
-    /// How often each token was generated.
+    /// The number of times that each token was generated.
     generated: HashMap<u32, u32>,
-    /// Every token of prompt and answer.
+    /// All tokens of the prompt and the answer.
     seen: HashSet<u32>,
 }
 
@@ -123,10 +123,10 @@ impl OpenSampler {
         })
     }
 
-    /// The logits after penalties and bias.
+    /// Returns the logits after penalties and bias.
     ///
-    /// Repetition: Keskar et al. 2019 (CTRL), §4.1, over prompt and answer. Presence and frequency: as OpenAI
-    /// documents them, over the answer.
+    /// The repetition penalty covers prompt and answer (Keskar et al. 2019, CTRL, §4.1). Presence and frequency
+    /// penalties cover the answer, as OpenAI documents them.
     fn changed(&self, logits: &[f32]) -> Vec<f32> {
         let params = &self.params;
         let mut changed = logits.to_vec();
@@ -151,13 +151,13 @@ impl OpenSampler {
         changed
     }
 
-    /// The token that follows, where `best` is the likeliest, with its logit.
+    /// Chooses the next token. `best` is the likeliest token, and `largest` its logit.
     fn choose(&self, position: u32, logits: &[f32], (best, largest): (u32, f32)) -> Option<u32> {
         let params = &self.params;
         if params.temperature == 0.0 {
             return Some(best);
         }
-        // Not infinite: the likeliest would have no weight.
+        // An infinite factor would give the likeliest token no weight.
         let factor = params.temperature.recip().min(f32::MAX);
         let share = philox::uniform(params.seed, u64::from(position));
         if params.top_k == 0 {
@@ -174,10 +174,10 @@ impl OpenSampler {
         candidates.within(params.top_p, total).of_at_least(params.min_p).pick(share)
     }
 
-    /// What top-p and min-p leave of all entries, whose weights have this sum; the likeliest has the weight 1.
+    /// Applies top-p and min-p to all entries. `total` is the sum of the weights; the likeliest token has weight 1.
     fn cut(&self, weights: &[f32], total: f64) -> Candidates {
         let (top_p, min_p) = (f64::from(self.params.top_p), self.params.min_p);
-        // All entries below the floor together have less than what top-p leaves out.
+        // All entries below this floor together weigh less than the part that top-p drops.
         let left_out = (1.0 - top_p) * total / weights.len() as f64;
         let mut kept = logits::at_least(weights, min_p.max(0.5 * left_out as f32));
         kept.sort_unstable_by(|(a, x), (b, y)| y.total_cmp(x).then(a.cmp(b)));
@@ -186,14 +186,15 @@ impl OpenSampler {
     }
 }
 
-/// Tokens that may be drawn, likeliest first.
+/// The tokens that can be drawn, likeliest first.
 struct Candidates {
     ids: Vec<u32>,
     weights: Vec<f32>,
 }
 
 impl Candidates {
-    /// The first that together have the share `top_p` of `total`; all where that is 1, however sums round.
+    /// Keeps the first candidates that together have the share `top_p` of `total`; keeps all if `top_p` is 1, whatever
+    /// the rounding of the sums.
     fn within(mut self, top_p: f32, total: f64) -> Self {
         if top_p >= 1.0 {
             return self;
@@ -217,7 +218,7 @@ impl Candidates {
         self.weights.truncate(count);
     }
 
-    /// The one in which `share` of all weight lies.
+    /// Returns the candidate at which the running sum of weights exceeds `share` of their total.
     fn pick(&self, share: f64) -> Option<u32> {
         let total: f64 = self.weights.iter().map(|&weight| f64::from(weight)).sum();
         logits::entry_at(&self.weights, share * total).map(|index| self.ids[index])
@@ -244,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn greedy_takes_the_first_of_the_best() {
+    fn greedy_takes_the_lowest_id_of_equal_logits() {
         assert_eq!(draws(&SamplingParams::greedy(), &[0.5, 2.0, 2.0, -1.0], 1), [1]);
     }
 
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn cuts_keep_what_they_name() {
+    fn top_k_top_p_and_min_p_keep_only_their_tokens() {
         let logits = [0.0, 1.0, 2.0, 3.0];
         let base = SamplingParams { temperature: 1.0, ..SamplingParams::greedy() };
         let only = |params: SamplingParams| {
@@ -277,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn penalties_and_bias_change_the_choice_and_not_the_logprobs() {
+    fn penalties_and_bias_change_the_choice_but_not_the_logprobs() {
         let params = SamplingParams { repetition_penalty: 4.0, top_logprobs: 2, ..SamplingParams::greedy() };
         // Token 0 is in the prompt.
         let sampled = sampler(params).sample(SEQ, 0, &[2.0, 1.0]).expect("finite logits");
@@ -291,16 +292,16 @@ mod tests {
     }
 
     #[test]
-    fn logits_that_are_no_numbers_are_an_error() {
+    fn logits_without_a_finite_maximum_are_an_error() {
         let mut greedy = sampler(SamplingParams::greedy());
         assert_eq!(greedy.sample(SEQ, 0, &[f32::NAN, f32::NAN]), Err(SampleError::NotANumber(SEQ)));
         assert_eq!(greedy.sample(SeqId(2), 0, &[1.0]), Err(SampleError::NotOpen(SeqId(2))));
     }
 
     proptest! {
-        /// R6.2: a sampler that is opened anew with what it had drawn goes on as if nothing had happened.
+        /// R6.2: a sampler that is reopened with the tokens drawn so far continues with the same tokens.
         #[test]
-        fn a_replay_draws_the_same(
+        fn a_replay_draws_the_same_tokens(
             seed in any::<u64>(),
             temperature in 0.1_f32..2.0,
             cut in 1_usize..20,

@@ -1,35 +1,35 @@
-//! What a request asks of the sampler, and what may be asked.
+//! The sampling parameters of a request, and their valid ranges.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// More are of no use to anyone, and each costs time at every token.
+/// Most log-probabilities per token. More are useless, and each costs time at every token.
 const TOP_LOGPROBS_MAX: u32 = 100;
-/// As OpenAI bounds it.
+/// Most entries of a logit bias, as in OpenAI's API.
 const LOGIT_BIAS_MAX: usize = 1024;
 
-/// How tokens are drawn. [`SamplingParams::check`] says what is possible.
+/// The parameters of sampling. [`SamplingParams::check`] enforces their ranges.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SamplingParams {
-    /// 0: always the likeliest.
+    /// The divisor of the logits; 0 always takes the likeliest token.
     pub temperature: f32,
-    /// Keep the k likeliest; 0: all.
+    /// The number of likeliest tokens to keep; 0 keeps all.
     pub top_k: u32,
-    /// Keep the likeliest that together have this probability.
+    /// Keeps the likeliest tokens that together have this probability.
     pub top_p: f32,
-    /// Keep those with at least this share of the likeliest's probability.
+    /// Keeps tokens with at least this share of the likeliest token's probability.
     pub min_p: f32,
-    /// Logits of tokens seen before are divided by it (multiplied where negative); 1: none.
+    /// The divisor of positive logits, and factor of negative logits, of tokens seen before; 1 means no penalty.
     pub repetition_penalty: f32,
-    /// Taken off the logits of tokens generated before.
+    /// Subtracted from the logits of tokens generated before.
     pub presence_penalty: f32,
-    /// Taken off for each time that a token was generated.
+    /// Subtracted from a token's logit once for each time that the token was generated.
     pub frequency_penalty: f32,
-    /// Added to the logits of single tokens.
+    /// Added to the logits of individual tokens.
     pub logit_bias: BTreeMap<u32, f32>,
     pub seed: u64,
-    /// How many of the likeliest tokens are reported with each token.
+    /// The number of likeliest tokens to report with each token.
     pub top_logprobs: u32,
 }
 
@@ -39,9 +39,9 @@ impl Default for SamplingParams {
     }
 }
 
-/// A value that no sampler can follow.
+/// A parameter that is out of its range.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
-#[error("{field} is {value}; {range} is possible")]
+#[error("{field} is {value}; the valid range is {range}")]
 pub struct ParamsError {
     pub field: &'static str,
     pub value: String,
@@ -49,7 +49,7 @@ pub struct ParamsError {
 }
 
 impl SamplingParams {
-    /// Always the likeliest token.
+    /// Returns parameters that always take the likeliest token.
     pub fn greedy() -> Self {
         Self {
             temperature: 0.0,
@@ -65,20 +65,20 @@ impl SamplingParams {
         }
     }
 
-    /// Whether any value is out of its range.
+    /// Checks that all values are in their ranges.
     ///
     /// # Errors
-    /// [`ParamsError`] with the first one.
+    /// [`ParamsError`] with the first value out of its range.
     pub fn check(&self) -> Result<(), ParamsError> {
         let within = |field, value: f32, range: std::ops::RangeInclusive<f32>, text| {
-            // A value that is no number lies in no range.
+            // NaN is in no range.
             match range.contains(&value) {
                 true => Ok(()),
                 false => Err(ParamsError { field, value: value.to_string(), range: text }),
             }
         };
         within("temperature", self.temperature, 0.0..=100.0, "0 to 100")?;
-        within("top_p", self.top_p, f32::MIN_POSITIVE..=1.0, "more than 0, up to 1,")?;
+        within("top_p", self.top_p, f32::MIN_POSITIVE..=1.0, "more than 0, up to 1")?;
         within("min_p", self.min_p, 0.0..=1.0, "0 to 1")?;
         within("repetition_penalty", self.repetition_penalty, 0.01..=100.0, "0.01 to 100")?;
         within("presence_penalty", self.presence_penalty, -100.0..=100.0, "-100 to 100")?;
@@ -94,7 +94,7 @@ impl SamplingParams {
         count("top_logprobs", self.top_logprobs as usize, TOP_LOGPROBS_MAX as usize, "0 to 100")
     }
 
-    /// Whether logits must be copied before a token is chosen.
+    /// Returns whether penalties or bias change the logits, which must then be copied.
     pub(super) fn changes_logits(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.presence_penalty != 0.0
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn absurd_values_are_named() {
+    fn check_names_the_field_that_is_out_of_range() {
         let base = SamplingParams::greedy;
         let cases = [
             (SamplingParams { temperature: f32::NAN, ..base() }, "temperature"),

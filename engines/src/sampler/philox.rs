@@ -1,12 +1,12 @@
 //! Philox 4×32-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 //!
-//! No state: the n-th number of a seed is computed from (seed, n) alone.
+//! The generator has no state: the n-th number of a seed depends only on (seed, n).
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: u32 = 10;
 
-/// Four words from a counter and a key.
+/// Returns four random words for a counter and a key.
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..ROUNDS {
         let products =
@@ -18,7 +18,7 @@ fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// A number in 0 ≤ x < 1, of 53 random bits, for the `index`-th draw of `seed`.
+/// Returns a number x with 0 ≤ x < 1, of 53 random bits, for draw number `index` of `seed`.
 pub(super) fn uniform(seed: u64, index: u64) -> f64 {
     let counter = [index as u32, (index >> 32) as u32, 0, 0];
     let words = philox(counter, [seed as u32, (seed >> 32) as u32]);
@@ -30,9 +30,9 @@ pub(super) fn uniform(seed: u64, index: u64) -> f64 {
 mod tests {
     use super::philox;
 
-    /// The known answers of Random123, the authors' own code (`kat_vectors`).
+    /// Known answers from Random123, the authors' own code (`kat_vectors`).
     #[test]
-    fn known_answers() {
+    fn philox_gives_the_known_answers() {
         assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
         assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
     }

@@ -1,6 +1,6 @@
-//! The lanes in two 256-bit registers.
+//! The AVX2 tier: sixteen lanes in two 256-bit registers.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // One promise for all: the processor has the features (see `Simd`).
+#![allow(clippy::undocumented_unsafe_blocks)] // One condition holds for all: the CPU has the features (see `Simd`).
 
 use super::{Kernel, Simd};
 use std::arch::x86_64::*;
@@ -120,7 +120,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn dot(sum: [__m256i; 2], codes: [__m256i; 2], four: i32) -> [__m256i; 2] {
-        // A pair of products is at most 2 · 63 · 128, which 16 bits hold.
+        // The sum of two products has at most the magnitude 2 · 63 · 128, which fits in 16 bits.
         both(sum, codes, |sum, codes| unsafe {
             let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four));
             _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
@@ -128,7 +128,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn dot_wide(sum: [__m256i; 2], codes: [__m256i; 2], four: i32) -> [__m256i; 2] {
-        // 8-bit codes would overflow 16 bits: even and odd bytes apart, each widened first.
+        // Pairs of 8-bit codes would overflow 16 bits, so even and odd bytes are widened and multiplied separately.
         both(sum, codes, |sum, codes| unsafe {
             let four = _mm256_set1_epi32(four);
             let even = _mm256_and_si256(codes, _mm256_set1_epi16(0xff));

@@ -1,6 +1,6 @@
-//! The lanes in one 512-bit register.
+//! The AVX-512 tier: sixteen lanes in one 512-bit register.
 
-#![allow(clippy::undocumented_unsafe_blocks)] // One promise for all: the processor has the features (see `Simd`).
+#![allow(clippy::undocumented_unsafe_blocks)] // One condition holds for all: the CPU has the features (see `Simd`).
 
 use super::{Kernel, Simd};
 use std::arch::x86_64::*;

@@ -1,18 +1,18 @@
-//! Functions of one row. Branch-free, in fixed order, so that the compiler can use whole vectors and a row's
-//! result depends on nothing but the row.
+//! Functions of one row. They have no branches, so that the compiler can vectorise them, and a fixed order of
+//! operations, so that a result depends on the row alone.
 
 use super::{LANES, Simd};
 
-/// Nearest integer, ties to even, for |x| < 2²². (Adding and taking away 1.5 · 2²³ leaves no room for a fraction.)
+/// Rounds to the nearest integer, ties to even, for |x| < 2²². (x + 1.5 · 2²³ has no bits for a fraction.)
 #[inline(always)]
 pub(crate) fn round(x: f32) -> f32 {
     const SHIFT: f32 = 12_582_912.0;
     (x + SHIFT) - SHIFT
 }
 
-/// eˣ to within two units in the last place; 0 below −87, and e⁸⁸ above 88.
+/// Returns eˣ to within two units in the last place; 0 below −87, and e⁸⁸ above 88.
 ///
-/// x = n·ln 2 + r; eʳ by the minimax polynomial of degree 5 that Cephes' `expf` uses; n goes into the exponent.
+/// x = n·ln 2 + r. The minimax polynomial of degree 5 of Cephes' `expf` gives eʳ; n is added to the exponent.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(x: f32) -> f32 {
     let clamped = x.clamp(-87.0, 88.0);
@@ -47,7 +47,7 @@ pub(crate) fn gelu_tanh<S: Simd>(x: f32) -> f32 {
     0.5 * x * (1.0 + tanh::<S>(inner))
 }
 
-/// gpt_oss's: gate · σ(slope · gate) · (up + 1), with the gate at most `limit` and up within ±`limit`.
+/// The activation of gpt_oss: gate · σ(slope · gate) · (up + 1), with gate at most `limit` and up within ±`limit`.
 #[inline(always)]
 pub(crate) fn clamped_swish<S: Simd>(gate: f32, up: f32, slope: f32, limit: f32) -> f32 {
     let gate = if gate > limit { limit } else { gate };
@@ -66,7 +66,7 @@ pub(crate) fn largest_magnitude(values: &[f32; 32]) -> f32 {
     lanes.iter().fold(0.0, |a, &b| if b > a { b } else { a })
 }
 
-/// Σ x², by sixteen partial sums.
+/// Σ x², in sixteen partial sums.
 #[inline(always)]
 pub(crate) fn sum_of_squares<S: Simd>(values: &[f32]) -> f32 {
     let mut lanes = [0.0_f32; LANES];
@@ -98,7 +98,7 @@ mod tests {
     use crate::simd::Portable;
 
     #[test]
-    fn exp_is_close_to_the_library_s() {
+    fn exp_is_close_to_the_standard_library() {
         for i in -8700..8800 {
             let x = i as f32 / 100.0;
             let (got, expected) = (exp::<Portable>(x), x.exp());

@@ -1,7 +1,7 @@
-//! The vector operations that kernels are written in, sixteen lanes wide, and the instruction sets that implement them.
+//! Vector operations for kernels, sixteen lanes wide, and the instruction sets that implement them.
 //!
-//! A kernel is a value with a generic [`Kernel::run`]; [`Tier::run`] instantiates it for the instruction set found at
-//! start. All tiers share one kernel body: what a tier does faster, it does here and not in the kernels.
+//! A kernel is a value with a generic [`Kernel::run`]; [`Tier::run`] runs it on the instruction set found at start. All
+//! tiers share one kernel body: code for a single tier is in this module, not in the kernels.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -14,16 +14,16 @@ pub use tier::Tier;
 
 use half::{bf16, f16};
 
-/// Lanes of a vector, and outputs of a weight panel.
+/// Lanes of a vector, and weight rows (outputs) of a panel.
 pub(crate) const LANES: usize = 16;
 
-/// Work that is compiled once per tier. `run` and all it calls must be `#[inline(always)]`.
+/// Work that is compiled once per tier. `run` and every function that it calls must be `#[inline(always)]`.
 pub(crate) trait Kernel {
     fn run<S: Simd>(self);
 }
 
-/// Sixteen lanes. All methods are safe to call only inside [`Kernel::run`] (there the processor has them),
-/// and pointers, which need no alignment, must be valid for the sixteen (for codes, sixty-four) elements they name.
+/// Operations on sixteen lanes. All methods are safe to call only inside [`Kernel::run`], where the CPU has the
+/// instructions. Pointers need no alignment, and must be valid for sixteen elements (for codes, sixty-four).
 pub(crate) trait Simd: Copy {
     type Floats: Copy;
     type Ints: Copy;
@@ -37,7 +37,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn store(to: *mut f32, value: Self::Floats);
     unsafe fn store_f16(to: *mut u16, value: Self::Floats);
     unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats;
-    /// a · b + c, fused where the tier has it.
+    /// a · b + c, fused in tiers with the instruction.
     unsafe fn fma(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
     /// One lane of [`Self::fma`], for loops that the compiler vectorises.
     fn fma1(a: f32, b: f32, c: f32) -> f32;
@@ -45,20 +45,20 @@ pub(crate) trait Simd: Copy {
     unsafe fn codes(from: *const u8) -> Self::Codes;
     unsafe fn low_nibbles(codes: Self::Codes) -> Self::Codes;
     unsafe fn high_nibbles(codes: Self::Codes) -> Self::Codes;
-    /// Bits 0–1 of every byte, and `plane` with the next two at bit 0.
+    /// Returns bits 0–1 of every byte of `plane`, and `plane` shifted so that the next two bits are at bit 0.
     unsafe fn low_pairs(plane: Self::Codes) -> (Self::Codes, Self::Codes);
-    /// Bit 0 of every byte, moved to bit `TO` (2 or 4) and joined to `low`; and `plane` with the next bit at bit 0.
+    /// Joins bit 0 of every byte of `plane` to `low`, at bit `TO` (2 or 4); also returns `plane` shifted by one bit.
     unsafe fn join_bit<const TO: u32>(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes);
-    /// Bits 0–1 of every byte, moved to bits 4–5 and joined to `low`; and `plane` with the next two at bit 0.
+    /// Joins bits 0–1 of every byte of `plane` to `low`, at bits 4–5; also returns `plane` shifted by two bits.
     unsafe fn join_bits(low: Self::Codes, plane: Self::Codes) -> (Self::Codes, Self::Codes);
 
-    /// The entry of `table` for every code, which is below 16.
+    /// Returns the entry of `table` for every code. Codes are less than 16.
     unsafe fn look_up(codes: Self::Codes, table: &[u8; 16]) -> Self::Codes;
 
     unsafe fn ints_zero() -> Self::Ints;
     /// Per lane: sum + Σ codes[4] · four[4], with unsigned codes of at most 7 bits and the signed bytes of `four`.
     unsafe fn dot(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
-    /// As [`Self::dot`], with codes of 8 bits.
+    /// Like [`Self::dot`], with codes of 8 bits.
     unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
     /// 256 · upper + lower.
     unsafe fn join_planes(upper: Self::Ints, lower: Self::Ints) -> Self::Ints;
@@ -66,13 +66,13 @@ pub(crate) trait Simd: Copy {
     unsafe fn floats_less(ints: Self::Ints, less: i32) -> Self::Floats;
 }
 
-/// Plain arrays: any processor, and the yardstick of the other tiers.
+/// The portable tier, in plain arrays: runs on any CPU, and is the reference for the other tiers.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
 
 #[inline(always)]
 unsafe fn read<T: Copy, const N: usize>(from: *const T) -> [T; N] {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees that the pointer is valid.
     unsafe { from.cast::<[T; N]>().read_unaligned() }
 }
 
@@ -87,27 +87,27 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self::Floats {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { read(from) }
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> Self::Floats {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { read::<u16, LANES>(from) }.map(|bits| f16::from_bits(bits).to_f32())
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const u16) -> Self::Floats {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { read::<u16, LANES>(from) }.map(|bits| bf16::from_bits(bits).to_f32())
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: Self::Floats) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { to.cast::<Self::Floats>().write_unaligned(value) }
     }
     #[inline(always)]
     unsafe fn store_f16(to: *mut u16, value: Self::Floats) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { to.cast::<[u16; LANES]>().write_unaligned(value.map(|v| f16::from_f32(v).to_bits())) }
     }
     #[inline(always)]
@@ -124,7 +124,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn codes(from: *const u8) -> Self::Codes {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { read(from) }
     }
     #[inline(always)]
@@ -169,7 +169,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints {
-        // SAFETY: plain arithmetic.
+        // SAFETY: `dot` of this tier is plain arithmetic.
         unsafe { Self::dot(sum, codes, four) }
     }
     #[inline(always)]

@@ -1,4 +1,4 @@
-//! Which instruction set the kernels run on.
+//! The choice of an instruction set for the kernels.
 
 use super::{Kernel, Portable};
 #[cfg(target_arch = "x86_64")]
@@ -7,7 +7,7 @@ use super::{avx2, avx512};
 /// An instruction set, worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Tier {
-    /// Whatever the compiler's target has.
+    /// The baseline of the compiler's target.
     Portable,
     /// AVX2, FMA and F16C.
     Avx2,
@@ -16,7 +16,7 @@ pub enum Tier {
 }
 
 impl Tier {
-    /// The tiers of this machine, worst first.
+    /// Returns the tiers that this machine supports, worst first.
     pub fn available() -> Vec<Self> {
         #[allow(unused_mut)]
         let mut tiers = vec![Self::Portable];
@@ -32,12 +32,12 @@ impl Tier {
         tiers
     }
 
-    /// The best tier of this machine.
+    /// Returns the best tier that this machine supports.
     pub fn best() -> Self {
         Self::available().pop().unwrap_or(Self::Portable)
     }
 
-    /// The name in fingerprints and reports.
+    /// Returns the name for fingerprints and reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
@@ -50,7 +50,7 @@ impl Tier {
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self {
             Self::Portable => kernel.run::<Portable>(),
-            // SAFETY: a tier above portable comes from `available`, which asked the processor.
+            // SAFETY: a tier above portable comes from `available`, which checks the CPU's features.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { avx2::run(kernel) },
             // SAFETY: as above.

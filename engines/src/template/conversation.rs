@@ -1,11 +1,11 @@
-//! What a chat template is given: messages, tools, and arguments of its own.
+//! The input of a chat template: messages, tools, and the template's own arguments.
 //!
-//! Field names are those that templates read, which are OpenAI's.
+//! Field names are OpenAI's, which templates read.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// A conversation that is to be continued.
+/// A conversation that a model is to continue.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Conversation {
@@ -17,7 +17,7 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    /// Messages as templates read them: what was thought stands there by both its names.
+    /// Messages as templates read them. Reasoning appears under both its names.
     pub(super) fn values(&self) -> Vec<minijinja::Value> {
         let value = |message: &Message| match (&message.reasoning_content, serde_json::to_value(message)) {
             (Some(thought), Ok(Value::Object(fields))) => {
@@ -43,22 +43,22 @@ pub struct Message {
     pub role: Role,
     #[serde(default)]
     pub content: String,
-    /// What the model thought before it said this.
+    /// The model's reasoning before this message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
     /// Functions that the model called.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCall>,
-    /// Which call a tool's message answers.
+    /// The id of the call that a tool's message answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_call_id: Option<String>,
-    /// Of the tool, or the speaker.
+    /// The name of the tool or the speaker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
 
 impl Message {
-    /// Words, and nothing else.
+    /// Creates a message of text only.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
         Self {
             role,
@@ -71,7 +71,7 @@ impl Message {
     }
 }
 
-/// Who speaks.
+/// The author of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -82,7 +82,7 @@ pub enum Role {
     Tool,
 }
 
-/// A call of a function.
+/// A function call of the model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ToolCall {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -96,11 +96,11 @@ fn function() -> String {
     "function".to_owned()
 }
 
-/// What is called, with what.
+/// The name of the called function, and its arguments.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FunctionCall {
     pub name: String,
-    /// An object, as templates want it. OpenAI's clients send its text, which is read.
+    /// An object, as templates expect it. OpenAI's clients send JSON text, which is parsed.
     #[serde(deserialize_with = "object_or_text")]
     pub arguments: Value,
 }

@@ -1,4 +1,4 @@
-//! Values as Python writes them, since templates were tried with Python's Jinja only.
+//! Prints values as Python does, because templates were tested with Python's Jinja only.
 
 use super::{Bounded, OUTPUT_BYTES_MAX};
 use minijinja::value::{Kwargs, ValueKind};
@@ -7,11 +7,11 @@ use serde::Serialize;
 use std::fmt::Write as _;
 use std::io;
 
-/// Spaces of `tojson(indent=…)`.
+/// The most spaces of `tojson(indent=…)`.
 const INDENT_MAX: usize = 16;
-/// Lists in lists: more are made to overflow a stack, not to be read.
+/// Levels of nested lists. Deeper lists serve only to overflow a stack.
 const DEPTH_MAX: usize = 64;
-/// Elements of a value, those of its elements counted: a list that holds another twice doubles at each level.
+/// Elements of a value, nested ones included. A list that holds another list twice doubles them at each level.
 const ELEMENTS_MAX: usize = 1 << 20;
 
 /// Prints what `{{ value }}` prints: `str(value)`.
@@ -27,7 +27,7 @@ pub(super) fn print(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value) 
     }
 }
 
-/// Fails where a value is too deep or too large to be written. `elements` counts.
+/// Fails if a value is too deep or too large to be written. `elements` counts the elements so far.
 fn check_size(value: &Value, depth: usize, elements: &mut usize) -> Result<(), Error> {
     *elements += 1;
     if depth > DEPTH_MAX || *elements > ELEMENTS_MAX {
@@ -79,7 +79,7 @@ fn separate(index: usize, out: &mut String) {
     }
 }
 
-/// Python prefers single quotes, and escapes what cannot be seen.
+/// Appends `repr(text)`. Python prefers single quotes, and escapes invisible characters.
 fn represent_text(text: &str, out: &mut String) {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     out.push(quote);
@@ -101,7 +101,7 @@ pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let sort_keys: Option<bool> = options.get("sort_keys")?;
     let separators: Option<Vec<String>> = options.get("separators")?;
-    // Templates that ask for it mean what is the default here.
+    // Templates that set `ensure_ascii` ask for the default here.
     let _: Option<Value> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
     check_size(value, 0, &mut 0)?;
@@ -109,7 +109,7 @@ pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
         None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
         None => (", ".to_owned(), ": ".to_owned()),
         Some([item, key]) => (item.clone(), key.clone()),
-        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "`separators` are two")),
+        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "`separators` must be two strings")),
     };
     let indent = indent.map(|spaces| " ".repeat(spaces.min(INDENT_MAX)));
     let formatter = PythonFormatter { separators, indent, depth: 0, is_empty: true };
@@ -126,14 +126,14 @@ pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     Ok(Value::from(String::from_utf8_lossy(&bytes.0).into_owned()))
 }
 
-/// Python's layout of JSON: by default a space behind each comma and colon.
+/// Python's layout of JSON: by default a space after each comma and colon.
 struct PythonFormatter {
-    /// Behind an item, behind a key.
+    /// The texts after an item and after a key.
     separators: (String, String),
-    /// Of one level; `None`: all in one line.
+    /// The indentation of one level; `None`: all on one line.
     indent: Option<String>,
     depth: usize,
-    /// Whether the list or object that is open has nothing in it yet.
+    /// Whether the open list or object is still empty.
     is_empty: bool,
 }
 

@@ -1,4 +1,4 @@
-//! The tokenizer of a Hugging Face folder: tokenizer.json, and what stands beside it.
+//! The tokenizer of a Hugging Face folder: tokenizer.json, and the files beside it.
 
 use super::token_bytes::{Kind, Pieces, Spelling};
 use super::{Encoder, Tokenizer, ends_by_text};
@@ -14,7 +14,7 @@ use std::path::Path;
 /// The largest published tokenizer.json is about 35 MB.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 const CONFIG_BYTES_MAX: u64 = 16 << 20;
-/// The largest published vocabularies have under 300,000 tokens; an id far above is damage, and would be room asked for.
+/// The largest published vocabularies have under 300,000 tokens. A far larger id is damage, and would demand memory.
 const TOKENS_MAX: u32 = 1 << 22;
 
 pub(super) fn open(folder: &Path) -> Result<Tokenizer, FormatError> {
@@ -46,7 +46,7 @@ pub(super) fn open(folder: &Path) -> Result<Tokenizer, FormatError> {
     ends.extend(ends_by_text(added.iter().map(|(&id, token)| (id, token.content.as_str()))));
     let vocabulary = tokenizer.get_vocab(true);
     if let Some((text, id)) = vocabulary.iter().find(|&(_, &id)| id >= TOKENS_MAX) {
-        return Err(bad(format!("the token `{text}` has the id {id}; ids below {TOKENS_MAX} are possible")));
+        return Err(bad(format!("the token `{text}` has the id {id}; ids must be below {TOKENS_MAX}")));
     }
     let by_id: BTreeMap<u32, &str> = vocabulary.iter().map(|(text, &id)| (id, text.as_str())).collect();
     let tokens = by_id.into_iter().map(|(id, text)| {
@@ -75,7 +75,7 @@ fn optional_json(path: &Path) -> Result<Value, FormatError> {
         .map_err(|e| FormatError::Malformed { path: path.to_owned(), what: format!("it is not JSON: {e}") })
 }
 
-/// A token is written as its text, or as an object with it.
+/// The text of a token, which is stored as a string, or as an object with the string at `content`.
 fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
@@ -89,7 +89,7 @@ fn eos_ids(config: &Value) -> Vec<u32> {
     ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect()
 }
 
-/// Byte-level vocabularies name that decoder, by itself or in a sequence.
+/// The vocabulary's spelling. A byte-level vocabulary names the decoder `ByteLevel`, alone or in a sequence.
 fn spelling(json: &Value) -> Spelling {
     let decoder = &json["decoder"];
     let is_byte_level = |decoder: &Value| decoder["type"] == "ByteLevel";
@@ -100,7 +100,7 @@ fn spelling(json: &Value) -> Spelling {
     }
 }
 
-/// `chat_template.jinja`, or the template of tokenizer_config.json: a string, or a list with one named `default`.
+/// `chat_template.jinja`, or the template in tokenizer_config.json: a string, or the entry named `default` of a list.
 fn template(folder: &Path, config: &Value) -> Result<Option<String>, FormatError> {
     let file = folder.join("chat_template.jinja");
     if file.is_file() {

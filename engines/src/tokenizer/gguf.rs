@@ -1,7 +1,7 @@
-//! The tokenizer in a GGUF file's metadata.
+//! Reads the tokenizer from a GGUF file's metadata.
 //!
-//! Keys: `docs/gguf.md` of the ggml project. Pre-tokenizers by name, and the defaults of missing keys:
-//! `llama-vocab.cpp` of llama.cpp.
+//! Sources: `docs/gguf.md` of the ggml project for the keys; `llama-vocab.cpp` of llama.cpp for the pre-tokenizers by
+//! name, and for the defaults of missing keys.
 
 use super::spm::{Spm, SpmTokenizer};
 use super::token_bytes::{Kind, Pieces, Spelling};
@@ -19,7 +19,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
-/// Llama 3's pattern; Qwen's differs in single digits.
+/// Llama 3's pattern. Qwen's pattern differs in that each digit is a piece.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -37,7 +37,7 @@ pub(super) fn open(path: &Path) -> Result<Tokenizer, FormatError> {
     }
 }
 
-/// Texts and kinds by id.
+/// Texts and kinds of tokens, by id.
 struct Vocabulary<'a> {
     texts: Vec<&'a str>,
     kinds: Vec<Kind>,
@@ -108,14 +108,15 @@ impl Reader<'_> {
         self.finish(Encoder::Bpe(Box::new(tokenizer), affixes), Spelling::ByteLevel)
     }
 
-    /// Merges whose parts and whole are tokens, each once: others can never apply, and the builder refuses them.
+    /// The merges whose parts and result are tokens, without duplicates. Other merges can never apply, and the builder
+    /// refuses them.
     fn merges(&self, vocab: &Vocab) -> Result<Merges, FormatError> {
         let lines = self.file.list("tokenizer.ggml.merges", Value::as_text)?;
         let lines = lines.ok_or_else(|| self.bad("`tokenizer.ggml.merges` is missing"))?;
         let mut seen = HashSet::new();
         let mut merges = Merges::with_capacity(lines.len());
         for line in lines {
-            // A part may begin with a space of its own, but is never empty.
+            // A part may begin with a space but is never empty, so the separator is not the first character.
             let cut = line.char_indices().skip(1).find(|&(_, c)| c == ' ').map(|(at, _)| at);
             let Some((left, right)) = cut.map(|at| (&line[..at], &line[at + 1..])) else {
                 continue;
@@ -166,7 +167,7 @@ impl Reader<'_> {
     }
 }
 
-/// The pre-tokenizer that llama.cpp knows as `name`.
+/// The pre-tokenizer of this name in llama.cpp.
 fn pre_tokenizer(name: &str) -> tokenizers::Result<PreTokenizerWrapper> {
     let split = |pattern: &str| -> tokenizers::Result<PreTokenizerWrapper> {
         let pattern = SplitPattern::Regex(pattern.to_owned());

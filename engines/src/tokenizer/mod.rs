@@ -1,11 +1,11 @@
-//! Text to tokens and back.
+//! Converts text to tokens, and tokens to text.
 //!
 //! ```text
 //! text ─► special tokens cut out ─► normalised ─► BPE │ SentencePiece ─► ids
 //! id   ─► its bytes (pieces) ─► Utf8Stream ─► StopStream ─► text that may be shown
 //! ```
-//! Encoding is the `tokenizers` crate's, over tokenizer.json or the vocabulary of a GGUF file. Decoding is by each
-//! token's own bytes, so that a stream never waits for, or changes, what it has shown.
+//! The `tokenizers` crate encodes, with tokenizer.json or the vocabulary of a GGUF file. Decoding uses each token's own
+//! bytes, so that a stream never delays or changes the text that it has shown.
 
 mod folder;
 mod gguf;
@@ -25,10 +25,10 @@ use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use token_bytes::Pieces;
 
-/// The longest text that is encoded at once: a million tokens, and some.
+/// Bytes of the longest text that is encoded at once: slightly more than a million tokens.
 pub const TEXT_BYTES_MAX: usize = 8 << 20;
 
-/// Tokens with this text end a turn in every family that has them (llama.cpp's list of end-of-generation tokens).
+/// The texts of tokens that end a turn in every family (llama.cpp's list of end-of-generation tokens).
 const END_TEXTS: [&str; 9] = [
     "<|im_end|>",
     "<|eot_id|>",
@@ -54,45 +54,46 @@ pub struct Tokenizer {
 
 #[derive(Debug)]
 enum Encoder {
-    /// tokenizer.json: its post-processor adds the special tokens.
+    /// From tokenizer.json, whose post-processor adds the special tokens.
     Whole(Box<tokenizers::Tokenizer>),
-    /// GGUF, byte-level BPE.
+    /// From GGUF: byte-level BPE.
     Bpe(Box<tokenizers::Tokenizer>, Affixes),
-    /// GGUF, SentencePiece.
+    /// From GGUF: SentencePiece.
     Spm(Box<SpmTokenizer>, Affixes),
 }
 
-/// Tokens put around a text that is not a rendered template.
+/// Tokens around a text that is not a rendered template.
 #[derive(Debug, Clone, Default)]
 struct Affixes {
     before: Option<u32>,
     after: Option<u32>,
 }
 
-/// Whether the tokens that begin (and end) a text of the model are added.
+/// Whether encoding adds the tokens that begin (and end) a text of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpecialTokens {
-    /// For plain text.
+    /// Adds them, for plain text.
     Add,
-    /// For a rendered chat template, which has written them.
+    /// Adds none, for a rendered chat template, which contains them.
     AreThere,
 }
 
-/// Why a text could not be encoded.
+/// The reason why a text cannot be encoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
-    #[error("the text has {bytes} bytes; {TEXT_BYTES_MAX} are possible")]
+    #[error("the text has {bytes} bytes, more than the limit of {TEXT_BYTES_MAX}")]
     TooLong { bytes: usize },
     #[error("the tokenizer failed on the text: {what}")]
     Failed { what: String },
 }
 
 impl Drop for Tokenizer {
-    /// Hundreds of thousands of entries are freed one by one, for a good part of a second: nobody who serves waits for it.
+    /// Frees the encoder on another thread. Its hundreds of thousands of entries are freed one by one, which takes a
+    /// good part of a second and must not delay serving.
     fn drop(&mut self) {
-        // SAFETY: nothing uses the encoder after this.
+        // SAFETY: nothing uses the encoder after this line.
         let encoder = unsafe { ManuallyDrop::take(&mut self.encoder) };
-        // Where no thread can be had, it is freed here.
+        // If no thread can be started, the encoder is freed here.
         let _ = std::thread::Builder::new().name("free-tokenizer".to_owned()).spawn(move || drop(encoder));
     }
 }
@@ -101,7 +102,7 @@ impl Tokenizer {
     /// Reads the tokenizer of `source`.
     ///
     /// # Errors
-    /// [`FormatError`] where there is none, or it is malformed.
+    /// [`FormatError`] if the tokenizer is missing or malformed.
     pub fn open(source: &TokenizerSource) -> Result<Self, FormatError> {
         match source {
             TokenizerSource::Gguf(path) => gguf::open(path),
@@ -109,7 +110,7 @@ impl Tokenizer {
         }
     }
 
-    /// The ids of `text`. Texts of special tokens become these tokens.
+    /// Returns the ids of `text`. The texts of special tokens become these tokens.
     ///
     /// # Errors
     /// [`EncodeError`] for a text that is too long, or that the vocabulary cannot express.
@@ -117,11 +118,11 @@ impl Tokenizer {
         if text.len() > TEXT_BYTES_MAX {
             return Err(EncodeError::TooLong { bytes: text.len() });
         }
-        // The regex engine of the pre-tokenizers panics where a search fails.
+        // The regex engine of the pre-tokenizers panics if a search fails.
         let outcome = catch_unwind(AssertUnwindSafe(|| self.encode_within(text, special)));
         match outcome {
             Ok(ids) => ids,
-            Err(_) => Err(EncodeError::Failed { what: "its regular expression gave up".to_owned() }),
+            Err(_) => Err(EncodeError::Failed { what: "its regular expression failed".to_owned() }),
         }
     }
 
@@ -141,12 +142,12 @@ impl Tokenizer {
         Ok(affixes.before.into_iter().chain(ids).chain(affixes.after).collect())
     }
 
-    /// The bytes that `token` stands for in an answer: none for a control token or one outside the vocabulary.
+    /// The bytes of `token` in an answer: empty for a control token or an id outside the vocabulary.
     pub fn bytes(&self, token: u32) -> &[u8] {
         self.pieces.bytes(token)
     }
 
-    /// The token as a reader of log-probabilities sees it, control tokens by their names.
+    /// The text of `token` for log-probabilities. Control tokens appear by their names.
     pub fn name(&self, token: u32) -> String {
         self.pieces.name(token)
     }
@@ -161,12 +162,12 @@ impl Tokenizer {
         &self.ends
     }
 
-    /// The token that begins a text, where the model has one.
+    /// The token that begins a text, if the model has one.
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
 
-    /// Tokens in the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub fn vocabulary(&self) -> usize {
         self.pieces.len()
     }
@@ -177,7 +178,7 @@ impl Tokenizer {
     }
 }
 
-/// Ids of the control tokens whose text ends a turn.
+/// Ids of the control tokens whose texts end a turn.
 fn ends_by_text<'a>(control: impl Iterator<Item = (u32, &'a str)>) -> impl Iterator<Item = u32> {
     control.filter(|(_, text)| END_TEXTS.contains(text)).map(|(id, _)| id)
 }

@@ -1,8 +1,8 @@
 //! SentencePiece's unigram-scored BPE, as llama.cpp runs it on GGUF vocabularies.
 //!
-//! Neighbouring symbols whose joined text is a token are merged, highest score first, leftmost of equals; what is no
-//! token at the end is spelt in bytes (`llm_tokenizer_spm` of llama.cpp). It is a model for the `tokenizers` crate,
-//! which cuts out special tokens and normalises before it.
+//! Neighbouring symbols whose joined text is a token are merged, highest score first, leftmost among equals. A symbol
+//! that is not a token at the end is spelt in bytes (`llm_tokenizer_spm` of llama.cpp). [`Spm`] is a model for the
+//! `tokenizers` crate, which cuts out special tokens and normalises the text first.
 
 use super::string_table::StringTable;
 use super::token_bytes::byte_token;
@@ -20,11 +20,11 @@ use tokenizers::{
 pub(super) type SpmTokenizer =
     TokenizerImpl<Spm, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
-/// Tokens with scores.
+/// A vocabulary whose tokens have scores.
 #[derive(Debug, Clone)]
 pub(super) struct Spm {
     texts: StringTable,
-    /// Ids, found by the hash of their texts; of equal texts the first.
+    /// Ids by the hash of their texts. Equal texts have the first id.
     ids: HashTable<u32>,
     hasher: RandomState,
     scores: Vec<f32>,
@@ -66,7 +66,7 @@ impl Spm {
     }
 }
 
-/// A run of bytes of the text; runs are a linked list from left to right.
+/// A byte range of the text. Symbols are a linked list from left to right.
 struct Symbol {
     start: usize,
     end: usize,
@@ -74,12 +74,12 @@ struct Symbol {
     next: Option<usize>,
 }
 
-/// Two neighbours that make a token.
+/// Two neighbouring symbols whose joined text is a token.
 struct Pair {
     score: f32,
     left: usize,
     right: usize,
-    /// Length of the joined text: a pair whose symbols have changed since is stale.
+    /// Length of the joined text. A pair is stale if its symbols have changed since.
     length: usize,
 }
 
@@ -103,7 +103,7 @@ impl Ord for Pair {
     }
 }
 
-/// Symbols of one text, and the pairs that may be merged.
+/// The symbols of one text, and the pairs that may be merged.
 struct Merger<'a> {
     spm: &'a Spm,
     text: &'a str,
@@ -229,7 +229,7 @@ mod tests {
     }
 
     fn pieces(text: &str) -> Vec<String> {
-        spm().tokenize(text).expect("bytes are there").into_iter().map(|token| token.value).collect()
+        spm().tokenize(text).expect("the text can be tokenised").into_iter().map(|token| token.value).collect()
     }
 
     #[test]
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_token_is_spelt_in_bytes() {
+    fn text_without_a_token_is_spelt_in_bytes() {
         assert_eq!(pieces("aé"), ["a", "<0xC3>", "<0xA9>"]);
         let ids: Vec<u32> = spm().tokenize("z").expect("unknown is there").iter().map(|t| t.id).collect();
         assert_eq!(ids, [0]);

@@ -1,6 +1,6 @@
 //! The strings of a vocabulary in one buffer: one allocation instead of a quarter of a million.
 
-/// Byte strings by number.
+/// Byte strings by index.
 #[derive(Debug, Clone, Default)]
 pub(super) struct StringTable {
     bytes: Vec<u8>,
@@ -13,7 +13,7 @@ impl StringTable {
         self.ends.push(self.bytes.len());
     }
 
-    /// Text number `index`; nothing behind the last.
+    /// The bytes of string `index`; empty if there is no such string.
     pub(super) fn get(&self, index: usize) -> &[u8] {
         let start = index.checked_sub(1).map_or(Some(0), |before| self.ends.get(before).copied());
         match (start, self.ends.get(index)) {

@@ -1,14 +1,14 @@
-//! From tokens' bytes to text that may be shown: whole characters only, and nothing of a stop string.
+//! Turns the bytes of tokens into text that may be shown: whole characters only, and no part of a stop string.
 
-/// Collects bytes and gives whole characters.
+/// Collects bytes and returns whole characters.
 #[derive(Debug, Default, Clone)]
 pub struct Utf8Stream {
-    /// At most three bytes of a character that has not ended.
+    /// At most three bytes of an incomplete character.
     pending: Vec<u8>,
 }
 
 impl Utf8Stream {
-    /// The characters that `bytes` complete. A sequence that can never become a character becomes U+FFFD.
+    /// Returns the characters that `bytes` complete. A sequence that can never become a character becomes U+FFFD.
     pub fn push(&mut self, bytes: &[u8]) -> String {
         self.pending.extend_from_slice(bytes);
         let mut text = String::new();
@@ -33,7 +33,7 @@ impl Utf8Stream {
         }
     }
 
-    /// What is left when no more bytes come: U+FFFD for a character that was cut off.
+    /// Ends the stream. Returns U+FFFD if the last character is incomplete, else nothing.
     pub fn finish(&mut self) -> String {
         let cut_off = !std::mem::take(&mut self.pending).is_empty();
         if cut_off { char::REPLACEMENT_CHARACTER.to_string() } else { String::new() }
@@ -47,22 +47,22 @@ pub struct StopStream {
     held: String,
 }
 
-/// What a piece of text came to.
+/// The result of a pushed piece of text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stopped {
-    /// This much may be shown.
+    /// No stop string was found; this text may be shown.
     Not(String),
-    /// This much may be shown, and then a stop string began.
+    /// A stop string was found; the text before it may be shown.
     Here(String),
 }
 
 impl StopStream {
-    /// A stream that ends at the first of `stops`; empty ones are ignored.
+    /// Creates a stream that ends at the first of `stops`. Empty strings are ignored.
     pub fn new(stops: &[String]) -> Self {
         Self { stops: stops.iter().filter(|stop| !stop.is_empty()).cloned().collect(), held: String::new() }
     }
 
-    /// Takes `text`, gives what can no longer be part of a stop string.
+    /// Adds `text`, and returns the text that can no longer be part of a stop string.
     pub fn push(&mut self, text: &str) -> Stopped {
         self.held.push_str(text);
         let first = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
@@ -75,13 +75,13 @@ impl StopStream {
         Stopped::Not(self.held.drain(..shown).collect())
     }
 
-    /// What was held back, when no more text comes.
+    /// Ends the stream, and returns the text that was held back.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 }
 
-/// Bytes of the longest end of `text` that `stop` begins with.
+/// Bytes of the longest suffix of `text` that is a prefix of `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
     let longest = stop.len().min(text.len());
     (1..=longest)
@@ -129,7 +129,8 @@ mod tests {
             cuts.sort_unstable();
             let pieces: Vec<String> = cuts.windows(2).map(|pair| text[pair[0]..pair[1]].to_owned()).collect();
             let expected = stops.iter().filter_map(|stop| text.find(stop.as_str())).min();
-            // The earliest stop wins unless a later one completes first, which whole pieces may decide: feed bytes.
+            // The earliest stop string wins unless a later one is complete first. Longer pieces may decide this, so the
+            // expected result is compared with single characters.
             let chars: Vec<String> = text.chars().map(String::from).collect();
             let (shown, stopped) = streamed(&stops, &chars);
             prop_assert_eq!(stopped, expected.is_some());
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_replaced() {
+    fn invalid_bytes_are_replaced() {
         let mut stream = Utf8Stream::default();
         assert_eq!(stream.push(&[b'a', 0xff, b'b', 0xe2]), "a\u{fffd}b");
         assert_eq!(stream.finish(), "\u{fffd}");

@@ -3,26 +3,26 @@
 use super::string_table::StringTable;
 use std::collections::BTreeMap;
 
-/// How a vocabulary spells bytes.
+/// A vocabulary's spelling of bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Spelling {
-    /// GPT-2's: every byte is a printable character.
+    /// GPT-2's: every byte is spelt as a printable character.
     ByteLevel,
     /// SentencePiece's: `▁` is a space, `<0x0A>` a byte.
     SentencePiece,
 }
 
-/// What a token is for.
+/// The kind of a token, which decides its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Normal,
-    /// Stands for its text to the letter.
+    /// The token's bytes are its text, unchanged.
     Verbatim,
-    /// Shown to nobody.
+    /// The token has no bytes, and is never shown.
     Control,
 }
 
-/// Bytes and names by id.
+/// Bytes and names of tokens, by id.
 #[derive(Debug)]
 pub(super) struct Pieces {
     bytes: StringTable,
@@ -31,7 +31,7 @@ pub(super) struct Pieces {
 }
 
 impl Pieces {
-    /// Pieces of (id, text, kind), in the order of ids. Ids that are not named have no bytes.
+    /// Builds the pieces from (id, text, kind), in the order of ids. An id that is missing has no bytes.
     pub(super) fn new<'a>(spelling: Spelling, tokens: impl Iterator<Item = (u32, &'a str, Kind)>) -> Self {
         let alphabet = byte_level_alphabet();
         let mut bytes = StringTable::default();
@@ -71,8 +71,8 @@ impl Pieces {
     }
 }
 
-/// The byte of each character of GPT-2's alphabet (`bytes_to_unicode` of openai/gpt-2): printable Latin-1 bytes are
-/// themselves, the other 68 the characters from U+0100 on.
+/// The byte of each character of GPT-2's alphabet (`bytes_to_unicode` of openai/gpt-2): printable Latin-1 bytes stand
+/// for themselves, the other 68 bytes are the characters from U+0100 on.
 pub(super) fn byte_level_alphabet() -> BTreeMap<char, u8> {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let mut others = 0x100_u32..;
@@ -86,7 +86,7 @@ pub(super) fn byte_level_alphabet() -> BTreeMap<char, u8> {
 
 fn byte_level(text: &str, alphabet: &BTreeMap<char, u8>) -> Vec<u8> {
     let bytes: Option<Vec<u8>> = text.chars().map(|c| alphabet.get(&c).copied()).collect();
-    // A token with a character outside the alphabet is spelt as it is.
+    // A token with a character outside the alphabet keeps its text.
     bytes.unwrap_or_else(|| text.as_bytes().to_vec())
 }
 

@@ -1,7 +1,7 @@
-//! R4.2, R6.4: what is computed for a row depends on its sequence alone.
+//! R4.2, R6.4: the result of a row depends on its own sequence only.
 //!
-//! Random sequences are cut into random chunks, dealt into random steps over a random number of shards and threads;
-//! every row's logits must be, to the bit, those of its sequence computed alone, in one step, on one shard and thread.
+//! Random sequences are cut into random chunks, which are spread over random steps, shards and threads. The logits of
+//! each row must equal, to the bit, those of its sequence computed alone, in one step, on one shard and one thread.
 
 use crate::fixture;
 use crate::pipeline::{Pipeline, row};
@@ -14,7 +14,7 @@ use proptest::prelude::*;
 #[derive(Debug, Clone)]
 struct Plan {
     tokens: Vec<u32>,
-    /// Rows of its share of each step; what they do not cover comes one by one.
+    /// Rows of the sequence in each step. The rows after the last chunk come one per step.
     chunks: Vec<usize>,
 }
 
@@ -30,7 +30,7 @@ struct Setting {
     kv: KvElement,
     shards: usize,
     threads: usize,
-    /// The position at which the first sequence is forked, where it is.
+    /// The position at which the first sequence is forked, if it is that long.
     fork_at: usize,
 }
 
@@ -47,7 +47,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
-    fn rows_do_not_see_their_neighbours(setting in setting(), plans in prop::collection::vec(plan(), 1..4)) {
+    fn rows_do_not_affect_each_other(setting in setting(), plans in prop::collection::vec(plan(), 1..4)) {
         let model = fixture(setting.family).model;
         let one = CpuFactory::with_tier(1, setting.tier);
         let mut alone = Pipeline::with_cache(&model, &one, 1, setting.kv);
@@ -75,7 +75,7 @@ proptest! {
                 done[seq] += 1;
             }
         }
-        // A fork continues as its origin did, and leaves it as it is.
+        // A fork continues like its origin, even if the origin is truncated.
         let first = &plans[0].tokens;
         if setting.fork_at < first.len() {
             let (from, to) = (SeqId(0), SeqId(99));

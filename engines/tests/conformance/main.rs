@@ -1,8 +1,8 @@
-//! Families × backends against Hugging Face's float32 logits, whole and split (R3.1–R3.5, R4.1, R4.2).
+//! Compares families × backends with Hugging Face's float32 logits, whole and in shards (R3.1–R3.5, R4.1, R4.2).
 //!
 //! The fixtures are tiny random models; `fixtures/make.py` makes them.
 
-#![allow(clippy::expect_used)] // A test that cannot go on says why.
+#![allow(clippy::expect_used)] // A failing test names the reason.
 
 mod independence;
 mod pipeline;
@@ -21,7 +21,7 @@ struct Expected {
     prompt: Vec<u32>,
     last_logprobs: Vec<f64>,
     middle_logprobs: Vec<f64>,
-    /// Of the prompt's first so many tokens alone: as many as phi3's short table serves.
+    /// Tokens of the prompt's prefix that `short_logprobs` follow: as many as phi3's short table serves.
     short_tokens: usize,
     short_logprobs: Vec<f64>,
     greedy: Vec<u32>,
@@ -38,8 +38,8 @@ struct Fixture {
     expected: Expected,
 }
 
-/// Every family from safetensors and from GGUF (as llama.cpp's converter writes it), and gpt_oss with its experts in
-/// MXFP4 besides.
+/// Every family from safetensors and from GGUF (as llama.cpp's converter writes it), plus gpt_oss with its experts in
+/// MXFP4.
 fn all_fixtures() -> Vec<Fixture> {
     let names = FAMILIES.iter().map(|family| family.name).chain(["gpt_oss_mxfp4"]);
     names.flat_map(|name| [fixture(name), fixture(&format!("{name}/gguf"))]).collect()
@@ -76,8 +76,8 @@ fn factories() -> Vec<(String, Box<dyn EngineFactory>)> {
     factories
 }
 
-/// Log-probabilities within 1e-3 of float32, greedy continuations equal, for every family in both formats on every
-/// backend, whole and in three shards, over prompts longer than any sliding window.
+/// Log-probabilities are within 1e-3 of float32, and greedy continuations are equal, for every family in both formats
+/// on every backend, whole and in three shards, over prompts longer than any sliding window.
 #[test]
 fn families_agree_with_transformers_on_every_backend() {
     for Fixture { name, model, expected } in all_fixtures() {
@@ -100,9 +100,9 @@ fn families_agree_with_transformers_on_every_backend() {
     }
 }
 
-/// R4.3: quantised while it is loaded, a model of any layout of tensors says nearly the same.
+/// R4.3: a model quantised on loading has nearly the same log-probabilities, for every layout of tensors.
 #[test]
-fn quantising_while_loading_keeps_the_meaning() {
+fn quantising_on_loading_changes_logprobs_little() {
     for name in ["llama", "phi3", "mixtral/gguf", "gpt_oss"] {
         for recipe in Recipe::ALL {
             let Fixture { model, expected, .. } = fixture(name);
@@ -117,9 +117,9 @@ fn quantising_while_loading_keeps_the_meaning() {
     }
 }
 
-/// R4.1: config.json as transformers wrote it before version 5 means the same model.
+/// R4.1: config.json as transformers wrote it before version 5 gives the same architecture.
 #[test]
-fn the_old_layout_of_configs_means_the_same() {
+fn the_old_layout_of_configs_gives_the_same_architecture() {
     for family in FAMILIES {
         let new = fixture(family.name).model;
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -131,9 +131,9 @@ fn the_old_layout_of_configs_means_the_same() {
     }
 }
 
-/// LongRoPE: a node that serves no longer contexts than the model was first trained for has the short table.
+/// LongRoPE: a node that serves no contexts longer than the model's original context uses the short table.
 #[test]
-fn short_contexts_have_frequencies_of_their_own() {
+fn short_contexts_use_the_short_rotary_table() {
     for name in ["phi3", "phi3/gguf"] {
         let Fixture { mut model, expected, .. } = fixture(name);
         let prompt = &expected.prompt[..expected.short_tokens];

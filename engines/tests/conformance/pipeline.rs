@@ -1,4 +1,4 @@
-//! A model over engines in a row, driven by hand.
+//! A model over a pipeline of engines, which the test drives step by step.
 
 use exo_engines::engine::*;
 use exo_engines::model::ModelFiles;
@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 pub(crate) const SEQ: SeqId = SeqId(7);
 const LIFE: Incarnation = Incarnation { epoch: 1, owner: [0; 32] };
 
-/// A model over one engine or several in a row.
+/// A model on one engine, or on several engines in a pipeline.
 pub(crate) struct Pipeline {
     engines: Vec<Box<dyn Engine>>,
 }
@@ -51,10 +51,10 @@ impl Pipeline {
                 OutputRows::Logits(logits) => return logits,
             }
         }
-        panic!("the last shard gives logits");
+        panic!("the last shard returned no logits");
     }
 
-    /// Logits of every row of `tokens`, from `start` on, in chunks of `chunk`.
+    /// Logits of every row of `tokens`, computed from an empty sequence in chunks of `chunk` tokens.
     pub(crate) fn logits(&mut self, tokens: &[u32], chunk: usize) -> Vec<Vec<f32>> {
         let mut rows_out = Vec::new();
         let release = [Operation::Release { seq: SEQ }];

@@ -1,4 +1,4 @@
-//! R4.1: chat templates against Hugging Face's own rendering of them (`fixtures/templates/make.py`).
+//! R4.1: compares chat templates with Hugging Face's own rendering (`fixtures/templates/make.py`).
 
 use crate::fixtures;
 use exo_engines::template::{ChatTemplate, Conversation, TemplateError};
@@ -18,7 +18,7 @@ struct Case {
     #[serde(flatten)]
     given: Conversation,
     expected: Option<String>,
-    /// What the template raised in its place.
+    /// The text of the exception that the template raises instead.
     refusal: Option<String>,
 }
 

@@ -1,4 +1,5 @@
-//! The network's task: dials who is due, pairs connections, elects one pair of each member, tells who came and went.
+//! The network's task: dials the addresses that are due, pairs connections, elects one pair per member, and reports
+//! which peers connect and disconnect.
 
 use super::{CLOCK_EVERY, DriverEvent, HALVES_MAX, NetworkEvent, PEERS_MAX};
 use crate::certificate::is_stale;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 
-/// What became of a pair of connections.
+/// The result of electing a pair of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Elected {
     /// The member is connected, by this pair or by another one.
@@ -35,14 +36,15 @@ pub(super) struct Driver {
     pub(super) own: NodeId,
     pub(super) name: Arc<str>,
     pub(super) endpoint: Endpoint,
-    /// When its certificate was made.
+    /// When the endpoint's certificate was made.
     pub(super) certified: SystemTime,
     pub(super) policy: DialPolicy,
     pub(super) started: Instant,
     pub(super) driver_events: mpsc::Sender<DriverEvent>,
     pub(super) events: mpsc::Sender<NetworkEvent>,
-    /// Control connections without their data connection yet, oldest first; and the other way round.
+    /// Control connections that wait for their data connection, oldest first.
     pub(super) introduced: Vec<Introduced>,
+    /// Data connections that wait for their control connection, oldest first.
     pub(super) data: Vec<(NodeId, u64, quinn::Connection)>,
     pub(super) dials: DialRegistry,
     pub(super) peers: BTreeMap<NodeId, ConnectedPeer>,
@@ -65,7 +67,7 @@ impl Driver {
         loop {
             self.dial_due();
             let due = self.policy.next_due().map(|due| self.started + due);
-            // Nothing is due: any event changes that.
+            // Where nothing is due, only an event can change that.
             let due = due.unwrap_or_else(|| Instant::now() + CLOCK_EVERY);
             tokio::select! {
                 event = driver_events.recv() => match event {
@@ -105,13 +107,13 @@ impl Driver {
             let dials = self.dials.clone();
             tokio::spawn(async move {
                 let dialled = dial(&endpoint, address, own, &name, &dials).await;
-                // A driver that has ended dials nobody.
+                // An error means that the driver has ended.
                 let _ = driver_events.send(DriverEvent::Dialled(address, Box::new(dialled))).await;
             });
         }
     }
 
-    /// A connection that was accepted: it introduces itself, or says whose data connection it is.
+    /// Handles an accepted connection: exchanges hellos on a control connection, reads the nonce of a data connection.
     fn on_accepted(&self, Authenticated { id, purpose, connection }: Authenticated) {
         if self.evicted.contains(&id) || id == self.own {
             connection.close(quinn::VarInt::from_u32(3), b"not admitted");
@@ -129,10 +131,10 @@ impl Driver {
                 Purpose::Data => nonce_of(&connection).await.map(|nonce| DriverEvent::Data { id, nonce, connection }),
             };
             match told {
-                // A driver that has ended welcomes nobody.
+                // An error means that the driver has ended.
                 Ok(told) => drop(driver_events.send(told).await),
                 Err(error) => {
-                    tracing::info!(peer = %id, %error, "a connection was not introduced");
+                    tracing::info!(peer = %id, %error, "closed an accepted connection that did not introduce itself");
                     accepted.close(quinn::VarInt::from_u32(5), error.to_string().as_bytes());
                 }
             }
@@ -150,7 +152,7 @@ impl Driver {
                         self.policy.handle_failed(address, self.now());
                     }
                 }
-                // If the other connections end before the driver takes them, this address is dialled again after a wait.
+                // The address is dialled again after a wait, in case the peer's other connections fail.
                 Err(ConnectError::AlreadyConnected { id }) => {
                     self.policy.handle_dialled(address, id);
                     self.policy.handle_failed(address, self.now());
@@ -211,12 +213,12 @@ impl Driver {
                     peer.data.close("evicted");
                 }
             }
-            // Handled where the loop can end.
+            // `run` handles this event, since it ends the loop.
             DriverEvent::Stop(_) => {}
         }
     }
 
-    /// Takes a pair in, or keeps the one that is there.
+    /// Admits a pair, or closes it and keeps the existing one.
     async fn elect(&mut self, mut connections: PeerConnections) -> Elected {
         let (id, is_dialled) = (connections.id(), connections.is_dialled());
         // Held until this pair is elected or closed.
@@ -226,7 +228,7 @@ impl Driver {
             return Elected::Unwanted;
         }
         if let Some(peer) = self.peers.get(&id) {
-            // The lower id's dial wins; a second dial of the same side says that it has lost the first.
+            // The lower id's dial wins. A second dial by the same side means that this side has lost the first pair.
             let lower_dialled = is_dialled == (self.own < id);
             if peer.is_dialled != is_dialled && !lower_dialled {
                 connections.close("already connected");
@@ -236,7 +238,7 @@ impl Driver {
             self.on_closed(id, session, "the peer connected again".to_owned()).await;
         }
         if self.peers.len() >= PEERS_MAX {
-            connections.close("the node has as many peers as it takes");
+            connections.close("the node has its maximum of peers");
             return Elected::Unwanted;
         }
         let session = self.next_session;
@@ -253,12 +255,12 @@ impl Driver {
                 reason = control.closed() => reason,
                 reason = data.closed() => reason,
             };
-            // A driver that has ended takes no events.
+            // An error means that the driver has ended.
             let _ = driver_events.send(DriverEvent::Closed { id, session, reason: reason.to_string() }).await;
         });
         self.peers.insert(id, connected);
         self.dials.set_connected(id, true);
-        // Where nobody listens any more, the node stops.
+        // An error means that the node is stopping.
         let _ = self.events.send(NetworkEvent::PeerUp(Box::new(peer))).await;
         Elected::Kept
     }

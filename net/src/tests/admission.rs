@@ -1,4 +1,4 @@
-//! Who is let in, and who is not.
+//! Admission: which nodes may connect, and which may not.
 
 use super::loopback::{connected, loopback, network, network_at, resident_bytes, secret};
 use crate::certificate::tests::{client_trusting, impostor};
@@ -18,37 +18,37 @@ fn identity() -> Identity {
     Identity::ephemeral().expect("random bytes")
 }
 
-/// Both dial both: each sees the other, and one pair stays.
+/// Both nodes dial: each reports the other as connected, and reports when the other stops.
 #[tokio::test(flavor = "multi_thread")]
-async fn members_meet_and_part() {
+async fn members_connect_and_disconnect() {
     let (a, mut of_a, id_a) = network(1, Vec::new());
-    let (b, mut of_b, id_b) = network(1, vec![a.address().expect("it listens")]);
-    a.add_address(b.address().expect("it listens"));
+    let (b, mut of_b, id_b) = network(1, vec![a.address().expect("an address")]);
+    a.add_address(b.address().expect("an address"));
     let (seen_by_a, seen_by_b) = (connected(&mut of_a).await, connected(&mut of_b).await);
     assert_eq!((seen_by_a.id, seen_by_b.id), (id_b, id_a));
     b.stop().await;
     let gone = tokio::time::timeout(Duration::from_secs(10), async {
         while !matches!(of_a.recv().await, Some(NetworkEvent::PeerDown { id, .. }) if id == id_b) {}
     });
-    gone.await.expect("a hears that b has gone");
+    gone.await.expect("a reports that b is disconnected");
     tokio::task::spawn_blocking(move || drop((a, b))).await.expect("dropped");
 }
 
-/// Dials with a client of one's own making; whether the connection stands after a while.
+/// Dials with `client`; returns whether the connection is still open after 700 ms.
 async fn is_let_in(address: SocketAddr, client: quinn::ClientConfig) -> bool {
     let endpoint = quinn::Endpoint::client(loopback()).expect("a socket");
     let Ok(connection) = endpoint.connect_with(client, address, MEMBER_NAME).expect("a dial").await else {
         return false;
     };
-    // TLS 1.3 tells a client at once that it is done; that it is refused comes later.
+    // In TLS 1.3 the client finishes its handshake before it learns that the server refuses its certificate.
     tokio::time::timeout(Duration::from_millis(700), connection.closed()).await.is_err()
 }
 
-/// No certificate, another cluster's, one that is out of date, one that claims another node: none is let in. A member is.
+/// A member is admitted. A client is refused if its certificate is missing, expired, or of another cluster or node.
 #[tokio::test(flavor = "multi_thread")]
-async fn only_members_are_let_in() {
+async fn only_members_are_admitted() {
     let (network, mut events, _) = network(1, Vec::new());
-    let address = network.address().expect("it listens");
+    let address = network.address().expect("an address");
     let (ours, now) = (secret(1), SystemTime::now());
     let with = |secret: &ClusterSecret, validity| {
         let credentials = Credentials::make(&identity(), secret, validity).expect("a certificate");
@@ -57,11 +57,11 @@ async fn only_members_are_let_in() {
     assert!(is_let_in(address, with(&ours, Validity::from_now(now))).await, "a member");
     let day = Duration::from_secs(24 * 3600);
     let expired = Validity { from: now - 9 * day, to: now - day };
-    assert!(!is_let_in(address, with(&ours, expired)).await, "out of date");
+    assert!(!is_let_in(address, with(&ours, expired)).await, "expired");
     let other = identity().node_id();
     let forged = impostor(&identity(), &ours, other);
-    assert!(!is_let_in(address, quic_client(&forged, Purpose::Control).expect("a client")).await, "another's name");
-    // A stranger who does not even care whom it speaks to.
+    assert!(!is_let_in(address, quic_client(&forged, Purpose::Control).expect("a client")).await, "another name");
+    // A client that accepts this cluster's server, but shows other credentials or none.
     let careless = |credentials: Option<&Credentials>| {
         let theirs = Credentials::make(&identity(), &ours, Validity::from_now(now)).expect("a certificate");
         let tls = client_trusting(&theirs, credentials, b"exo-control/1");
@@ -74,8 +74,9 @@ async fn only_members_are_let_in() {
     tokio::task::spawn_blocking(move || drop(network)).await.expect("dropped");
 }
 
-/// A relay that lets a client begin a handshake and not end it: of what the client sends, the first two datagrams pass (the
-/// address it claims, and that it is there); all that the server answers does. How much that was is counted.
+/// Starts a relay that lets a client begin a handshake but not finish it, and returns the relay's address. The relay
+/// forwards the client's first two datagrams (its claimed address and the proof of it) and all of the server's, and
+/// counts the server's in `answers`.
 async fn half_open(server: SocketAddr, answers: Arc<AtomicUsize>) -> SocketAddr {
     let near = tokio::net::UdpSocket::bind(loopback()).await.expect("a socket");
     let far = tokio::net::UdpSocket::bind(loopback()).await.expect("a socket");
@@ -89,7 +90,7 @@ async fn half_open(server: SocketAddr, answers: Arc<AtomicUsize>) -> SocketAddr 
                     client = Some(from);
                     passed += 1;
                     if passed <= 2 {
-                        // What the kernel drops is not sent.
+                        // A datagram that the kernel drops is lost, as on any network.
                         let _ = far.send_to(&from_client[..length], server).await;
                     }
                 }
@@ -105,14 +106,14 @@ async fn half_open(server: SocketAddr, answers: Arc<AtomicUsize>) -> SocketAddr 
     address
 }
 
-/// Handshakes that are begun by the hundred and held open by someone who is where he says keep out nobody who is elsewhere,
-/// and whoever is at the same address no longer than their deadline; those who are in notice nothing.
+/// Hundreds of half-open handshakes from one validated address keep out no node at another address, and nodes at the
+/// same address only until the handshakes' deadline. Connected members stay connected.
 #[tokio::test(flavor = "multi_thread")]
 async fn half_open_handshakes_keep_nobody_out() {
     let (victim, mut events, _) = network(1, Vec::new());
-    let address = victim.address().expect("it listens");
+    let address = victim.address().expect("an address");
     let (inside, mut of_inside, id_inside) = network_at([127, 0, 0, 3].into(), 1, vec![address]);
-    // Whoever drops a peer ends its connections.
+    // Dropping a peer closes its connections.
     let inside_at_victim = connected(&mut events).await;
     let inside_peer = connected(&mut of_inside).await;
     assert_eq!(inside_at_victim.id, id_inside);
@@ -126,9 +127,9 @@ async fn half_open_handshakes_keep_nobody_out() {
         held.push(endpoint.connect_with(client.clone(), relay, MEMBER_NAME).expect("a dial"));
     }
     tokio::time::sleep(Duration::from_millis(500)).await;
-    // A Retry for each, and for those that are held, the server's half of the handshake.
-    assert!(answers.load(Ordering::Relaxed) > 300 + HANDSHAKES_OF_ADDRESS_MAX, "they are held");
-    // The attacker's half of them included.
+    // Each handshake gets a Retry, and each held one the server's half of the handshake, too.
+    assert!(answers.load(Ordering::Relaxed) > 300 + HANDSHAKES_OF_ADDRESS_MAX, "handshakes are held open");
+    // The memory of the attacker's half of the handshakes is included.
     let grown = resident_bytes().saturating_sub(before);
     println!("{grown} bytes more");
     assert!(grown < 64 << 20, "{grown} bytes more");
@@ -136,16 +137,16 @@ async fn half_open_handshakes_keep_nobody_out() {
     let (elsewhere, _of_elsewhere, id_elsewhere) = network_at([127, 0, 0, 2].into(), 1, vec![address]);
     let elsewhere_at_victim = connected(&mut events).await;
     assert_eq!(elsewhere_at_victim.id, id_elsewhere);
-    assert!(begun.elapsed() < HANDSHAKE_DEADLINE / 2, "{:?}: while they are held", begun.elapsed());
+    assert!(begun.elapsed() < HANDSHAKE_DEADLINE / 2, "connected after {:?}", begun.elapsed());
     let (same, _of_same, id_same) = network(1, vec![address]);
     assert_eq!(connected(&mut events).await.id, id_same);
-    inside_peer.data.open_link(&1_u8).await.expect("its connections are as they were");
+    inside_peer.data.open_link(&1_u8).await.expect("the inside member's connections are open");
     drop(held);
     tokio::task::spawn_blocking(move || drop((victim, inside, elsewhere, same))).await.expect("dropped");
 }
 
-/// Whoever answers a dial must be a member, too: a server of another cluster, one that is out of date and one that claims
-/// another's name are not spoken to.
+/// A dialled server must be a member, too: a dial fails if the server's certificate is expired, or of another cluster
+/// or node.
 #[tokio::test(flavor = "multi_thread")]
 async fn only_members_are_dialled() {
     let (ours, now, day) = (secret(1), SystemTime::now(), Duration::from_secs(24 * 3600));
@@ -162,20 +163,20 @@ async fn only_members_are_dialled() {
             }
         });
         let local = Local { identity: Arc::new(identity()), secret: secret(1) };
-        let (endpoint, _accepted) = Endpoint::open(local, loopback()).expect("it listens");
+        let (endpoint, _accepted) = Endpoint::open(local, loopback()).expect("started");
         let dialled = endpoint.dial(address, Purpose::Control).await.map(|authenticated| authenticated.id);
         accepting.abort();
         dialled
     };
     assert!(dial(with(&ours, Validity::from_now(now))).await.is_ok(), "a member");
     let expired = Validity { from: now - 9 * day, to: now - day };
-    assert!(dial(with(&ours, expired)).await.is_err(), "out of date");
+    assert!(dial(with(&ours, expired)).await.is_err(), "expired");
     assert!(dial(with(&secret(2), Validity::from_now(now))).await.is_err(), "another cluster's");
     let forged = impostor(&identity(), &ours, identity().node_id());
-    assert!(dial(forged).await.is_err(), "another's name");
+    assert!(dial(forged).await.is_err(), "another name");
 }
 
-/// What a network tells within `time`.
+/// The events that a network reports within `time`.
 async fn told(events: &mut mpsc::Receiver<NetworkEvent>, time: Duration) -> Vec<NetworkEvent> {
     let mut told = Vec::new();
     let _ = tokio::time::timeout(time, async {
@@ -187,12 +188,12 @@ async fn told(events: &mut mpsc::Receiver<NetworkEvent>, time: Duration) -> Vec<
     told
 }
 
-/// A second address of a peer that is here is no peer that comes anew: its connections stay.
+/// A dial to a second address of a connected peer does not replace the peer's connections.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_address_of_a_peer_changes_nothing() {
     let any = SocketAddr::from(([0, 0, 0, 0], 0));
     let (b, mut of_b, _) = network_at(any.ip(), 1, Vec::new());
-    let port = b.address().expect("it listens").port();
+    let port = b.address().expect("an address").port();
     let addresses = [1, 2, 3].map(|last| SocketAddr::from(([127, 0, 0, last], port)));
     let (a, mut of_a, _) = network_at(any.ip(), 1, addresses[..2].to_vec());
     let _peers = (connected(&mut of_a).await, connected(&mut of_b).await);
@@ -202,30 +203,30 @@ async fn a_second_address_of_a_peer_changes_nothing() {
     tokio::task::spawn_blocking(move || drop((a, b))).await.expect("dropped");
 }
 
-/// Whoever is evicted is not dialled again and again.
+/// An evicted member is not dialled again and again.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_evicted_member_is_left_in_peace() {
+async fn an_evicted_member_is_not_dialled_repeatedly() {
     let (b, mut of_b, id_b) = network(1, Vec::new());
-    let (a, mut of_a, _) = network(1, vec![b.address().expect("it listens")]);
+    let (a, mut of_a, _) = network(1, vec![b.address().expect("an address")]);
     let _peers = (connected(&mut of_a).await, connected(&mut of_b).await);
     a.evict(id_b);
     let at_b = told(&mut of_b, Duration::from_secs(4)).await;
     let met = at_b.iter().filter(|event| matches!(event, NetworkEvent::PeerUp(_))).count();
-    assert!(met <= 8, "it was dialled {met} times in four seconds");
+    assert!(met <= 8, "the evicted member was dialled {met} times in four seconds");
     let at_a = told(&mut of_a, Duration::ZERO).await;
     assert!(!at_a.iter().any(|event| matches!(event, NetworkEvent::PeerUp(_))), "{at_a:?}");
     tokio::task::spawn_blocking(move || drop((a, b))).await.expect("dropped");
 }
 
-/// A port that is taken is an error that says so, on whatever runtime.
+/// A port in use is an error that names the address, also when the caller runs on a tokio runtime.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_port_that_is_taken_is_named() {
+async fn a_port_in_use_is_reported() {
     let (network, _events, _) = network(1, Vec::new());
-    let address = network.address().expect("it listens");
+    let address = network.address().expect("an address");
     let config =
         NetworkConfig { listen: address, ..NetworkConfig::loopback(secret(1), Vec::new()).expect("random bytes") };
-    let refused = Network::start(config).map(drop).expect_err("it is taken").to_string();
-    assert!(refused.contains(&address.to_string()) && refused.contains("--listen"), "{refused}");
+    let refused = Network::start(config).map(drop).expect_err("the port is in use").to_string();
+    assert!(refused.contains(&address.to_string()) && refused.contains("choose another port"), "{refused}");
     tokio::task::spawn_blocking(move || drop(network)).await.expect("dropped");
 }
 
@@ -233,12 +234,12 @@ async fn a_port_that_is_taken_is_named() {
 #[tokio::test(flavor = "multi_thread")]
 async fn noise_keeps_nobody_out() {
     let (a, mut events, _) = network(1, Vec::new());
-    let address = a.address().expect("it listens");
+    let address = a.address().expect("an address");
     let noise = std::net::UdpSocket::bind(loopback()).expect("a socket");
     let mut random = fastrand::Rng::with_seed(7);
     for _ in 0..2000 {
         let bytes: Vec<u8> = (0..random.usize(1..1400)).map(|_| random.u8(..)).collect();
-        // What the kernel drops is no noise.
+        // The test does not need the datagrams that the kernel drops.
         let _ = noise.send_to(&bytes, address);
     }
     let (b, _of_b, id_b) = network(1, vec![address]);

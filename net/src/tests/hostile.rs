@@ -1,4 +1,4 @@
-//! A member that sends what no member sends, over connections that it was let in by: it loses them, and nobody else does.
+//! Hostile members: garbage on an admitted member's connections ends those connections, and no other member's.
 
 use super::loopback::{connected, network, resident_bytes, secret};
 use crate::Identity;
@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What ends the control connection: noise, a frame that is too long, one that is empty, half a frame and silence.
+/// Bytes that end the control connection: noise, too long a length, too long a frame, 0xff bytes, an empty frame.
 fn noises() -> Vec<Vec<u8>> {
     let noise: Vec<u8> = (0..65_536_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let too_long = u64::MAX.to_be_bytes().to_vec();
@@ -19,15 +19,15 @@ fn noises() -> Vec<Vec<u8>> {
     vec![noise, too_long, long, vec![0xff; 4096], 0_u64.to_be_bytes().to_vec()]
 }
 
-/// Takes what a peer sends as a node does: the first frame of each stream, or its end.
+/// Accepts a peer's streams as a node does: reads the first frame of each stream, or its end.
 async fn take_streams(data: DataConnection) {
     while let Ok(mut stream) = data.accept().await {
         tokio::spawn(async move {
             let first = stream.reader.receive::<(u64, String)>(|_, announced| match announced {
                 crate::Announced::Nothing => Ok(()),
-                _ => Err("a payload before it was said what for".to_owned()),
+                _ => Err("the first frame has a payload".to_owned()),
             });
-            // Whatever it was, the stream is over.
+            // Whatever the first frame is, the stream is given up.
             let _ = tokio::time::timeout(Duration::from_secs(5), first).await;
             stream.give_up();
         });
@@ -35,27 +35,27 @@ async fn take_streams(data: DataConnection) {
 }
 
 /// R7.3: noise on the control connection, and hundreds of streams of noise and of absurd sizes on the data connection, end
-/// what they came on; another member's connections stay, and memory does not grow.
+/// only the sender's connections; another member's connections stay open, and memory does not grow.
 #[tokio::test(flavor = "multi_thread")]
-async fn noise_of_a_member_harms_nobody_else() {
+async fn noise_of_a_member_harms_no_other_member() {
     let (victim, mut of_victim, _) = network(1, Vec::new());
-    let address = victim.address().expect("it listens");
+    let address = victim.address().expect("an address");
     let (honest, mut of_honest, _) = network(1, vec![address]);
     let (at_victim, at_honest) = (connected(&mut of_victim).await, connected(&mut of_honest).await);
     let before = resident_bytes();
     let local = Local { identity: Arc::new(Identity::ephemeral().expect("random bytes")), secret: secret(1) };
     let own = local.identity.node_id();
-    let (endpoint, _accepted) = Endpoint::open(local, SocketAddr::from(([127, 0, 0, 1], 0))).expect("it listens");
+    let (endpoint, _accepted) = Endpoint::open(local, SocketAddr::from(([127, 0, 0, 1], 0))).expect("started");
     for noise in noises() {
         let mut met =
-            dial(&endpoint, address, own, "hostile", &DialRegistry::default()).await.expect("a member is let in");
+            dial(&endpoint, address, own, "hostile", &DialRegistry::default()).await.expect("a member is admitted");
         let peer = loop {
             let peer = connected(&mut of_victim).await;
             if peer.id == own {
                 break peer;
             }
         };
-        // ractor_cluster's part is not here: what the filter lets through is read and dropped.
+        // ractor_cluster does not run here: the bytes that pass the filter are read and dropped.
         let mut control = peer.control.reader;
         tokio::spawn(async move { drop(tokio::io::copy(&mut control, &mut tokio::io::sink()).await) });
         tokio::spawn(take_streams(peer.data));
@@ -63,35 +63,35 @@ async fn noise_of_a_member_harms_nobody_else() {
             let (mut sender, _receiver) = met.data.open_bi().await.expect("a stream");
             let prelude = match round % 3 {
                 0 => [0xff; 16].to_vec(),
-                // A header and a payload of absurd lengths.
+                // A frame that announces a payload of absurd length.
                 1 => [16_u32.to_le_bytes().to_vec(), vec![4, 0, 0, 0], u64::MAX.to_le_bytes().to_vec()].concat(),
                 _ => noise.iter().copied().cycle().take(4096).collect(),
             };
-            // A stream that is given up already takes no more.
+            // Writing fails where the stream is given up already.
             let _ = sender.write_all(&prelude).await;
         }
         let _ = met.introduced.streams.0.write_all(&noise).await;
         let _ = met.introduced.streams.0.finish();
         let closed = tokio::time::timeout(Duration::from_secs(10), met.introduced.control.closed());
-        closed.await.expect("whoever sends noise is not kept");
+        closed.await.expect("a member that sends noise is disconnected");
     }
     let grown = resident_bytes().saturating_sub(before);
     println!("{grown} bytes more");
     assert!(grown < 64 << 20, "{grown} bytes more");
     let mut stream = at_honest.data.open(Priority::Normal).await.expect("a stream");
     stream.writer.send(&7_u64, Payload::Nothing).await.expect("sent");
-    let mut taken = at_victim.data.accept().await.expect("the honest one's connection is as it was");
+    let mut taken = at_victim.data.accept().await.expect("the honest member's connection is open");
     assert!(matches!(taken.reader.receive::<u64>(|_, _| Ok(())).await, Ok(Some((7, _)))));
     tokio::task::spawn_blocking(move || drop((victim, honest, endpoint))).await.expect("dropped");
 }
 
-/// Members of another protocol do not meet, and each is told why.
+/// A member of another protocol version does not connect, and is sent the reason.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_member_of_another_protocol_is_told_so() {
+async fn another_protocol_version_is_refused_with_the_reason() {
     let (victim, mut of_victim, _) = network(1, Vec::new());
     let local = Local { identity: Arc::new(Identity::ephemeral().expect("random bytes")), secret: secret(1) };
-    let (endpoint, _accepted) = Endpoint::open(local, SocketAddr::from(([127, 0, 0, 1], 0))).expect("it listens");
-    let address = victim.address().expect("it listens");
+    let (endpoint, _accepted) = Endpoint::open(local, SocketAddr::from(([127, 0, 0, 1], 0))).expect("started");
+    let address = victim.address().expect("an address");
     let control = endpoint.dial(address, Purpose::Control).await.expect("a member").connection;
     let (sender, _receiver) = control.open_bi().await.expect("a stream");
     let other = Hello { protocol: 99, ..hello("other").expect("random bytes") };

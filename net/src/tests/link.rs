@@ -1,4 +1,4 @@
-//! Links between two networks: what they carry, and what stops them.
+//! Links between two networks: flow control, closing, priorities.
 
 use super::loopback::{connected, network};
 use crate::frame::{Announced, FrameError, Payload, Received};
@@ -6,14 +6,14 @@ use crate::link::{CREDITS, LinkReceiver, Priority, RETURNED_AT_ONCE};
 use crate::{Network, Peer, WireType};
 use std::time::Duration;
 
-/// In which what must not come would have come.
+/// Long enough for an event that must not happen to be seen.
 const MOMENT: Duration = Duration::from_millis(300);
 const IN_TIME: Duration = Duration::from_secs(10);
 
-/// Two members, as each sees the other.
+/// Two connected members, each with the peer that it sees.
 async fn pair() -> ([Network; 2], [Box<Peer>; 2]) {
     let (near, mut of_near, _) = network(1, Vec::new());
-    let (far, mut of_far, _) = network(1, vec![near.address().expect("it listens")]);
+    let (far, mut of_far, _) = network(1, vec![near.address().expect("an address")]);
     let peers = [connected(&mut of_near).await, connected(&mut of_far).await];
     ([near, far], peers)
 }
@@ -29,12 +29,12 @@ fn numbers(_: &u64, announced: Announced) -> Result<(), String> {
     }
 }
 
-/// A sender has as many frames on their way as it has credits; those that are taken let others go.
+/// A sender has at most as many frames in flight as it has credits; consumed frames return credits.
 #[tokio::test(flavor = "multi_thread")]
-async fn credits_bound_what_is_on_its_way() {
+async fn credits_bound_the_frames_in_flight() {
     let (networks, [near, far]) = pair().await;
     let mut sender = near.data.open_link(&7_u8).await.expect("a link");
-    let mut stream = far.data.accept().await.expect("it came");
+    let mut stream = far.data.accept().await.expect("a stream");
     stream.reader.receive::<u8>(|_, _| Ok(())).await.expect("a greeting");
     let mut receiver = LinkReceiver::new(stream);
     let payload = Payload::Numbers(&[1.0, 2.0, 3.0, 4.0], WireType::F32);
@@ -44,33 +44,33 @@ async fn credits_bound_what_is_on_its_way() {
     let one_more = tokio::time::timeout(MOMENT, sender.send(&999_u64, payload)).await;
     assert!(one_more.is_err(), "no credit, no frame");
     for number in 0..CREDITS as u64 {
-        let (header, received) = receiver.receive::<u64>(numbers).await.expect("it came").expect("a frame");
+        let (header, received) = receiver.receive::<u64>(numbers).await.expect("a valid frame").expect("a frame");
         assert_eq!((header, received), (number, Received::Numbers(vec![1.0, 2.0, 3.0, 4.0])));
     }
     for _ in 0..RETURNED_AT_ONCE {
-        receiver.taken().await.expect("it is told");
+        receiver.taken().await.expect("credits returned");
     }
     tokio::time::timeout(IN_TIME, sender.send(&64_u64, payload)).await.expect("in time").expect("sent");
     drop(receiver);
     let given_up = tokio::time::timeout(IN_TIME, async { while sender.send(&0_u64, payload).await.is_ok() {} });
-    given_up.await.expect("a receiver that is gone is noticed");
+    given_up.await.expect("the sender notices that the receiver is dropped");
     drop_all(networks).await;
 }
 
-/// Who has sent all, and waits for what comes of it, hears that its peer is gone.
+/// A sender that has sent all its frames, and waits for their results, notices that the link is closed.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_link_that_is_idle_tells_that_it_is_closed() {
+async fn an_idle_link_reports_that_it_is_closed() {
     let (networks, [near, far]) = pair().await;
     for is_given_up in [true, false] {
         let mut sender = near.data.open_link(&7_u8).await.expect("a link");
         sender.send(&1_u64, Payload::Nothing).await.expect("sent");
-        let mut stream = far.data.accept().await.expect("it came");
+        let mut stream = far.data.accept().await.expect("a stream");
         stream.reader.receive::<u8>(|_, _| Ok(())).await.expect("a greeting");
         let open = tokio::time::timeout(MOMENT, sender.closed()).await;
-        assert!(open.is_err(), "nothing has happened");
+        assert!(open.is_err(), "the link is open");
         match is_given_up {
             true => stream.give_up(),
-            false => far.data.close("it goes"),
+            false => far.data.close("closed by the test"),
         }
         for _ in 0..2 {
             tokio::time::timeout(IN_TIME, sender.closed()).await.expect("in time");
@@ -79,9 +79,9 @@ async fn a_link_that_is_idle_tells_that_it_is_closed() {
     drop_all(networks).await;
 }
 
-/// Weights that nobody reads, more of them than a stream holds, stop no activations.
+/// Unread weights, more than a stream's window, do not block activations.
 #[tokio::test(flavor = "multi_thread")]
-async fn weights_that_are_not_read_stop_nothing_else() {
+async fn unread_weights_do_not_block_other_streams() {
     let (networks, [near, far]) = pair().await;
     let mut weights = near.data.open(Priority::Low).await.expect("a stream");
     let sending = tokio::spawn(async move {
@@ -91,15 +91,15 @@ async fn weights_that_are_not_read_stop_nothing_else() {
         }
         Ok::<_, FrameError>(())
     });
-    let unread = far.data.accept().await.expect("it came");
+    let unread = far.data.accept().await.expect("a stream");
     tokio::time::sleep(MOMENT).await;
-    assert!(!sending.is_finished(), "they wait for their reader");
+    assert!(!sending.is_finished(), "the weights wait for their reader");
     let mut activations = near.data.open(Priority::Normal).await.expect("a stream");
     let rows = vec![0.5; 1 << 20];
     let sent = activations.writer.send(&7_u64, Payload::Numbers(&rows, WireType::F32));
     let taken = async {
-        let mut stream = far.data.accept().await.expect("it came");
-        stream.reader.receive::<u64>(|_, _| Ok(())).await.expect("it came").expect("a frame")
+        let mut stream = far.data.accept().await.expect("a stream");
+        stream.reader.receive::<u64>(|_, _| Ok(())).await.expect("a valid frame").expect("a frame")
     };
     let (sent, (header, received)) =
         tokio::time::timeout(IN_TIME, async { tokio::join!(sent, taken) }).await.expect("in time");

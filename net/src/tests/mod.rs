@@ -1,5 +1,4 @@
-//! Networks of this process that meet over loopback: which peers are admitted, what hostile peers achieve, what links
-//! carry.
+//! Tests of networks in one process that connect over loopback: admission, hostile peers, links.
 
 mod admission;
 mod hostile;

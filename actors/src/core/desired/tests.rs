@@ -7,8 +7,8 @@ fn node() -> NodeId {
     exo_net::Identity::ephemeral().expect("random bytes").node_id()
 }
 
-fn run(model: &str) -> Want {
-    Want::Run(Box::new(Wanted::of_one_layer(model, node())))
+fn run(model: &str) -> Target {
+    Target::Run(Box::new(Deployment::of_one_layer(model, node())))
 }
 
 #[test]
@@ -17,7 +17,7 @@ fn of_two_instances_of_one_model_the_later_counts() {
     desired.set(InstanceId(7), run("a"), Duration::ZERO);
     desired.set(InstanceId(3), run("a"), Duration::ZERO);
     assert_eq!(desired.find(&ModelSpec::new("a")).map(|(id, ..)| id), Some(InstanceId(3)));
-    desired.set(InstanceId(3), Want::Gone { error: None }, Duration::ZERO);
+    desired.set(InstanceId(3), Target::Stopped { error: None }, Duration::ZERO);
     assert_eq!(desired.find(&ModelSpec::new("a")).map(|(id, ..)| id), Some(InstanceId(7)));
 }
 
@@ -26,15 +26,15 @@ fn a_shard_stays_until_its_instance_is_over_or_elsewhere() {
     let (mut desired, by, second) = (Desired::new(node()), node(), Duration::from_secs(1));
     let (id, stamp) = (InstanceId(1), |counter| Stamp { counter, by });
     let keeps = |desired: &Desired, counter, age, owner_is_here: bool| {
-        desired.listed().keeps(id, stamp(counter), age, |_| owner_is_here)
+        desired.snapshot().keeps(id, stamp(counter), age, |_| owner_is_here)
     };
     assert!(keeps(&desired, 1, second, true), "the order was faster than the entry");
     assert!(!keeps(&desired, 1, ENTRY_WITHIN, true), "there is no entry");
-    let hears = |desired: &mut Desired, counter, want| {
-        drop(desired.merge(vec![(id, Entry { stamp: stamp(counter), want })], second));
+    let hears = |desired: &mut Desired, counter, target| {
+        drop(desired.merge(vec![(id, DesiredEntry { stamp: stamp(counter), target })], second));
     };
     hears(&mut desired, 1, run("a"));
-    hears(&mut desired, 2, Want::Gone { error: None });
+    hears(&mut desired, 2, Target::Stopped { error: None });
     assert!(!keeps(&desired, 1, second, true));
     assert!(keeps(&desired, 3, second, true), "it runs again, as the entry on its way says");
     hears(&mut desired, 3, run("a"));
@@ -48,21 +48,21 @@ fn a_shard_stays_until_its_instance_is_over_or_elsewhere() {
 fn what_no_planner_places_is_not_taken_in() {
     let mut desired = Desired::new(node());
     let by = node();
-    let mut hears = |change: &dyn Fn(&mut Wanted)| {
-        let Want::Run(mut wanted) = run("a") else { unreachable!("it is to run") };
-        change(&mut wanted);
-        let entry = Entry { stamp: Stamp { counter: 1, by }, want: Want::Run(wanted) };
+    let mut hears = |change: &dyn Fn(&mut Deployment)| {
+        let Target::Run(mut deployment) = run("a") else { unreachable!("it is to run") };
+        change(&mut deployment);
+        let entry = DesiredEntry { stamp: Stamp { counter: 1, by }, target: Target::Run(deployment) };
         desired.merge(vec![(InstanceId(1), entry)], Duration::ZERO).len()
     };
-    assert_eq!(hears(&|wanted| wanted.demand.kv_bytes.clear()), 0);
-    assert_eq!(hears(&|wanted| wanted.demand.head_bytes = u64::MAX), 0);
-    assert_eq!(hears(&|wanted| wanted.demand.kv_pages = u32::MAX), 0);
-    assert_eq!(hears(&|wanted| wanted.placement.stages.clear()), 0);
-    let nowhere = Change::Beside { back: Some(Placement { stages: Vec::new() }) };
-    assert_eq!(hears(&|wanted| wanted.change = nowhere.clone()), 0);
-    assert_eq!(hears(&|wanted| wanted.reason = "x".repeat(1 << 20)), 0);
-    assert_eq!(hears(&|wanted| wanted.placement.stages[0].layers = 0..2), 0);
-    assert_eq!(hears(&|wanted| wanted.placement.stages[0].memory_bytes = u64::MAX), 0);
+    assert_eq!(hears(&|deployment| deployment.demand.kv_bytes.clear()), 0);
+    assert_eq!(hears(&|deployment| deployment.demand.head_bytes = u64::MAX), 0);
+    assert_eq!(hears(&|deployment| deployment.demand.kv_pages = u32::MAX), 0);
+    assert_eq!(hears(&|deployment| deployment.placement.stages.clear()), 0);
+    let nowhere = MoveStrategy::Beside { rollback: Some(Placement { stages: Vec::new() }) };
+    assert_eq!(hears(&|deployment| deployment.strategy = nowhere.clone()), 0);
+    assert_eq!(hears(&|deployment| deployment.reason = "x".repeat(1 << 20)), 0);
+    assert_eq!(hears(&|deployment| deployment.placement.stages[0].layers = 0..2), 0);
+    assert_eq!(hears(&|deployment| deployment.placement.stages[0].memory_bytes = u64::MAX), 0);
     assert_eq!(hears(&|_| {}), 1);
 }
 
@@ -71,28 +71,29 @@ fn what_is_over_does_not_come_back_and_is_forgotten_in_time() {
     let (mut here, mut away) = (Desired::new(node()), Desired::new(node()));
     let begun = here.set(InstanceId(1), run("a"), Duration::ZERO);
     away.merge(vec![(InstanceId(1), begun.clone())], Duration::ZERO);
-    here.set(InstanceId(1), Want::Gone { error: None }, Duration::ZERO);
+    here.set(InstanceId(1), Target::Stopped { error: None }, Duration::ZERO);
     assert!(here.merge(vec![(InstanceId(1), begun)], Duration::ZERO).is_empty());
     let known: Vec<_> = here.entries().map(|(id, entry)| (id, entry.clone())).collect();
     assert_eq!(away.merge(known, Duration::ZERO), [InstanceId(1)]);
     assert_eq!(away.running().count(), 0);
     for id in 2..5000 {
-        away.set(InstanceId(id), Want::Gone { error: None }, Duration::from_secs(id));
+        away.set(InstanceId(id), Target::Stopped { error: None }, Duration::from_secs(id));
     }
     assert_eq!(away.entries().count(), TOMBSTONES_MAX);
-    away.set(InstanceId(1), Want::Gone { error: None }, TOMBSTONES_KEPT * 3);
+    away.set(InstanceId(1), Target::Stopped { error: None }, TOMBSTONES_KEPT * 3);
     assert_eq!(away.entries().count(), 1);
 }
 
 #[test]
 fn nobody_can_use_up_the_stamps() {
     let mut desired = Desired::new(node());
-    let absurd = Entry { stamp: Stamp { counter: u64::MAX, by: node() }, want: run("a") };
+    let absurd = DesiredEntry { stamp: Stamp { counter: u64::MAX, by: node() }, target: run("a") };
     assert!(desired.merge(vec![(InstanceId(1), absurd)], Duration::ZERO).is_empty());
     assert!(desired.set(InstanceId(1), run("a"), Duration::ZERO).stamp.counter < 10);
     // Nor does it help to leap from one entry to the next.
     let by = node();
-    let leap = |at: u64| (InstanceId(1), Entry { stamp: Stamp { counter: at * LEAP_MAX, by }, want: run("a") });
+    let leap =
+        |at: u64| (InstanceId(1), DesiredEntry { stamp: Stamp { counter: at * LEAP_MAX, by }, target: run("a") });
     desired.merge((1..4096).map(leap).collect(), Duration::ZERO);
     assert!(desired.set(InstanceId(1), run("a"), Duration::ZERO).stamp.counter <= 2 * LEAP_MAX);
 }
@@ -109,7 +110,7 @@ proptest! {
         let mut writers = nodes.map(Desired::new);
         let mut log = Vec::new();
         for (id, writer, is_run) in writes {
-            let want = if is_run { run("a") } else { Want::Gone { error: None } };
+            let want = if is_run { run("a") } else { Target::Stopped { error: None } };
             log.push((InstanceId(id), writers[writer].set(InstanceId(id), want, Duration::ZERO)));
         }
         let mut shuffled = log.clone();

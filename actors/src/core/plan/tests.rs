@@ -172,15 +172,15 @@ proptest! {
             Offer { free_bytes: offer.free_bytes - taken(offer), ..offer.clone() }
         }).collect();
         let lost: Vec<&Stage> = current.stages.iter().filter(|stage| stage.node == gone).collect();
-        match mend(&demand, &current, &left, &links) {
-            Some(mended) => {
-                for (old, new) in current.stages.iter().zip(&mended.stages) {
+        match repair(&demand, &current, &left, &links) {
+            Some(repaired) => {
+                for (old, new) in current.stages.iter().zip(&repaired.stages) {
                     prop_assert_eq!(&old.layers, &new.layers);
                     let is_kept = old.node != gone;
                     prop_assert!(is_kept && old == new || !is_kept && new.node != gone);
                 }
                 for offer in &left {
-                    let new = mended.stages.iter().zip(&current.stages).filter(|(new, old)| new.node == offer.node && old.node == gone);
+                    let new = repaired.stages.iter().zip(&current.stages).filter(|(new, old)| new.node == offer.node && old.node == gone);
                     prop_assert!(new.map(|(new, _)| new.memory_bytes).sum::<u64>() <= offer.free_bytes);
                 }
             }

@@ -1,11 +1,12 @@
 //! Several answers on their way at once, and the two ways of telling them: whole, or as a stream.
 
 use super::now;
-use crate::api::{Api, ApiError};
+use crate::api::ApiError;
+use crate::api::context::ApiContext;
 use axum::Json;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use exo_actors::core::schedule::FinishReason;
+use exo_actors::core::scheduler::FinishReason;
 use exo_actors::{GenerateRequest, Generated, Generation, ModelSpec, RequestError, RunningModel, Sampled, fresh_seed};
 use futures_util::stream::{SelectAll, Stream, StreamExt, select_all};
 use serde_json::{Value, json};
@@ -13,9 +14,9 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 
-/// What is to be generated, and how it is told.
+/// The requests of one API call, and how their answers are sent.
 #[derive(Debug)]
-pub(super) struct Plan {
+pub(super) struct AnswerPlan {
     /// The model as the client named it.
     pub(super) name: String,
     pub(super) model: ModelSpec,
@@ -43,7 +44,7 @@ pub(super) trait Shape: Send + 'static {
     /// Takes a piece of an answer that is told whole.
     fn collect(&mut self, piece: &Piece, model: &RunningModel);
     /// A whole answer.
-    fn choice(&mut self, answer: &Answer) -> Value;
+    fn choice(&mut self, answer: &FinishedAnswer) -> Value;
 }
 
 /// A piece of one of the answers.
@@ -57,7 +58,7 @@ pub(super) struct Piece {
 
 /// An answer that has ended.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct FinishedAnswer {
     pub(super) index: usize,
     pub(super) finish: FinishReason,
 }
@@ -69,8 +70,8 @@ pub(super) struct Answers {
     model: RunningModel,
     events: Events,
     count: usize,
-    /// The first prompt's last tokens.
-    tail: Vec<u32>,
+    /// Whether the first prompt ends with an opened thought.
+    opens_thought: bool,
     usage: Usage,
 }
 
@@ -94,25 +95,23 @@ impl Usage {
     }
 }
 
-/// Tokens that tell how a prompt ends.
-const TAIL_TOKENS: usize = 8;
-
 impl Answers {
     /// Begins all answers of `plan`. What fails before any has begun has a status of its own.
-    async fn begin(api: &Api, plan: &mut Plan) -> Result<Self, ApiError> {
+    async fn begin(api: &ApiContext, plan: &mut AnswerPlan) -> Result<Self, ApiError> {
         let model = api.node.load(plan.model.clone()).await?;
         let requests = std::mem::take(&mut plan.requests);
         let generations: Result<Vec<Generation>, RequestError> =
-            requests.into_iter().map(|request| api.node.generate(request)).collect();
-        let mut answers = Self { model, events: select_all([]), count: 0, tail: Vec::new(), usage: Usage::default() };
+            requests.into_iter().map(|request| api.node.generate_with(&model, request)).collect();
+        let mut answers =
+            Self { model, events: select_all([]), count: 0, opens_thought: false, usage: Usage::default() };
         for (index, mut generation) in generations?.into_iter().enumerate() {
             let Some(event) = generation.next().await else { return Err(RequestError::ShuttingDown.into()) };
-            if let Generated::Started { prompt_tokens } = event?
+            if let Generated::Started { prompt_tokens, opens_thought } = event?
                 && index.is_multiple_of(plan.answers_per_prompt as usize)
             {
                 answers.usage.prompt_tokens += prompt_tokens.len();
                 if index == 0 {
-                    answers.tail = prompt_tokens[prompt_tokens.len().saturating_sub(TAIL_TOKENS)..].to_vec();
+                    answers.opens_thought = opens_thought;
                 }
             }
             answers.count += 1;
@@ -125,10 +124,9 @@ impl Answers {
         self.count
     }
 
-    /// Whether the prompt ends with `text`, blanks aside.
-    pub(super) fn ends_with(&self, text: &str) -> bool {
-        let bytes: Vec<u8> = self.tail.iter().flat_map(|&id| self.model.tokenizer.bytes(id)).copied().collect();
-        String::from_utf8_lossy(&bytes).trim_end().ends_with(text)
+    /// Whether the answers begin within a thought, which the prompt has opened.
+    pub(super) fn opens_thought(&self) -> bool {
+        self.opens_thought
     }
 
     /// The next piece of any answer; `None` when all have ended.
@@ -142,9 +140,9 @@ impl Answers {
                     self.usage.completion_tokens += 1;
                     Ok(Piece { index, text, sampled: Some(sampled), finish: None })
                 }
-                Ok(Generated::Finished { reason, text, reused_tokens }) => {
+                Ok(Generated::Finished { reason, text, cached_tokens }) => {
                     if index == 0 {
-                        self.usage.cached_tokens = reused_tokens;
+                        self.usage.cached_tokens = cached_tokens;
                     }
                     Ok(Piece { index, text, sampled: None, finish: Some(reason) })
                 }
@@ -154,7 +152,11 @@ impl Answers {
 }
 
 /// Carries a plan out, and tells it in `shape`.
-pub(super) async fn answer<S: Shape>(api: &Api, mut plan: Plan, mut shape: S) -> Result<Response, ApiError> {
+pub(super) async fn answer<S: Shape>(
+    api: &ApiContext,
+    mut plan: AnswerPlan,
+    mut shape: S,
+) -> Result<Response, ApiError> {
     let answers = Answers::begin(api, &mut plan).await?;
     shape.begin(&answers);
     let id = format!("{}-{:016x}{:08x}", S::ID, fresh_seed(), now());
@@ -164,12 +166,12 @@ pub(super) async fn answer<S: Shape>(api: &Api, mut plan: Plan, mut shape: S) ->
     }
 }
 
-async fn whole<S: Shape>(mut answers: Answers, plan: Plan, mut shape: S, id: String) -> Result<Value, ApiError> {
+async fn whole<S: Shape>(mut answers: Answers, plan: AnswerPlan, mut shape: S, id: String) -> Result<Value, ApiError> {
     let mut ended = Vec::new();
     while let Some(piece) = answers.next().await {
         let piece = piece?;
         shape.collect(&piece, &answers.model);
-        ended.extend(piece.finish.map(|finish| Answer { index: piece.index, finish }));
+        ended.extend(piece.finish.map(|finish| FinishedAnswer { index: piece.index, finish }));
     }
     ended.sort_by_key(|answer| answer.index);
     let choices: Vec<Value> = ended.iter().map(|answer| shape.choice(answer)).collect();
@@ -182,7 +184,7 @@ async fn whole<S: Shape>(mut answers: Answers, plan: Plan, mut shape: S, id: Str
 /// What a stream still has to say.
 struct Streaming<S> {
     answers: Answers,
-    plan: Plan,
+    plan: AnswerPlan,
     shape: S,
     id: String,
     created: u64,
@@ -192,7 +194,7 @@ struct Streaming<S> {
     is_over: bool,
 }
 
-fn stream<S: Shape>(answers: Answers, plan: Plan, mut shape: S, id: String) -> Response {
+fn stream<S: Shape>(answers: Answers, plan: AnswerPlan, mut shape: S, id: String) -> Response {
     let first: Vec<Value> = (0..answers.count()).filter_map(|index| shape.first_chunk(index)).collect();
     let mut streaming = Streaming { answers, plan, shape, id, created: now(), ready: VecDeque::new(), is_over: false };
     let first = first.into_iter().map(|choice| streaming.envelope(vec![choice]).to_string()).collect();

@@ -1,11 +1,12 @@
 //! `/v1/chat/completions`.
 
-use super::answers::{Answer, Answers, Piece, Plan, Shape};
+use super::answers::{AnswerPlan, Answers, FinishedAnswer, Piece, Shape};
 use super::sampling::Sampling;
 use super::tools;
+use crate::api::ApiError;
 use crate::api::body::{FromBody, read_json};
+use crate::api::context::ApiContext;
 use crate::api::reasoning::{Parts, Splitter};
-use crate::api::{Api, ApiError};
 use exo_actors::{Conversation, Message, Prompt, Role, RunningModel, ToolCall};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -101,7 +102,7 @@ impl Spoken {
 }
 
 impl ChatRequest {
-    pub(super) fn plan(self, api: &Api) -> Result<(Plan, Chat), ApiError> {
+    pub(super) fn plan(self, api: &ApiContext) -> Result<(AnswerPlan, Chat), ApiError> {
         let model = api.spec(&self.own.model)?;
         let top_logprobs = self.top_logprobs()?;
         let tools = self.tools()?;
@@ -127,7 +128,10 @@ impl ChatRequest {
         let requests = self.sampling.requests(&model, &[prompt], top_logprobs, None)?;
         let answers_per_prompt = self.sampling.choices()?;
         let (is_streamed, includes_usage) = (self.sampling.is_streamed(), self.sampling.includes_usage());
-        Ok((Plan { name: self.own.model, model, requests, answers_per_prompt, is_streamed, includes_usage }, chat))
+        Ok((
+            AnswerPlan { name: self.own.model, model, requests, answers_per_prompt, is_streamed, includes_usage },
+            chat,
+        ))
     }
 
     fn top_logprobs(&self) -> Result<u32, ApiError> {
@@ -180,7 +184,7 @@ impl Shape for Chat {
     const ID: &'static str = "chatcmpl";
 
     fn begin(&mut self, answers: &Answers) {
-        let splitter = || match answers.ends_with("<think>") {
+        let splitter = || match answers.opens_thought() {
             true => Splitter::within_thought(),
             false => Splitter::default(),
         };
@@ -232,7 +236,7 @@ impl Shape for Chat {
         choice.parts.words.push_str(&parts.words);
     }
 
-    fn choice(&mut self, answer: &Answer) -> Value {
+    fn choice(&mut self, answer: &FinishedAnswer) -> Value {
         let Choice { parts, logprobs, .. } = std::mem::take(&mut self.choices[answer.index]);
         let (words, calls) = if self.has_tools { tools::parse(&parts.words) } else { (parts.words, Vec::new()) };
         let content = if words.is_empty() && !calls.is_empty() { Value::Null } else { Value::from(words) };
@@ -255,7 +259,7 @@ impl Chat {
         let choice = &mut self.choices[piece.index];
         if let Some(sampled) = piece.sampled.as_ref().filter(|_| self.wants_logprobs) {
             let entry = |id: u32, logprob: f32| {
-                let bytes = model.tokenizer.bytes(id);
+                let bytes = model.token_bytes(id);
                 json!({ "token": String::from_utf8_lossy(bytes), "logprob": logprob, "bytes": bytes })
             };
             let mut own = entry(sampled.token, sampled.logprob);

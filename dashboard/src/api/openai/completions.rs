@@ -1,9 +1,10 @@
 //! `/v1/completions`: plain texts continued.
 
-use super::answers::{Answer, Answers, Piece, Plan, Shape};
+use super::answers::{AnswerPlan, Answers, FinishedAnswer, Piece, Shape};
 use super::sampling::Sampling;
+use crate::api::ApiError;
 use crate::api::body::{FromBody, read_json};
-use crate::api::{Api, ApiError};
+use crate::api::context::ApiContext;
 use exo_actors::{Prompt, RunningModel};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -61,7 +62,7 @@ impl Prompts {
 }
 
 impl CompletionRequest {
-    pub(super) fn plan(self, api: &Api) -> Result<(Plan, Completions), ApiError> {
+    pub(super) fn plan(self, api: &ApiContext) -> Result<(AnswerPlan, Completions), ApiError> {
         let model = api.spec(&self.own.model)?;
         let choices = self.sampling.choices()?;
         if self.own.echo == Some(true) {
@@ -86,7 +87,14 @@ impl CompletionRequest {
         let shape = Completions { wants_logprobs: self.own.logprobs.is_some(), choices: Vec::new() };
         let (is_streamed, includes_usage) = (self.sampling.is_streamed(), self.sampling.includes_usage());
         Ok((
-            Plan { name: self.own.model, model, requests, answers_per_prompt: choices, is_streamed, includes_usage },
+            AnswerPlan {
+                name: self.own.model,
+                model,
+                requests,
+                answers_per_prompt: choices,
+                is_streamed,
+                includes_usage,
+            },
             shape,
         ))
     }
@@ -144,7 +152,7 @@ impl Shape for Completions {
         self.choices[piece.index].text.push_str(&piece.text);
     }
 
-    fn choice(&mut self, answer: &Answer) -> Value {
+    fn choice(&mut self, answer: &FinishedAnswer) -> Value {
         let logprobs = self.logprobs(answer.index);
         let text = std::mem::take(&mut self.choices[answer.index].text);
         json!({
@@ -157,7 +165,7 @@ impl Completions {
     fn take(&mut self, piece: &Piece, model: &RunningModel) {
         let Some(sampled) = piece.sampled.as_ref().filter(|_| self.wants_logprobs) else { return };
         let Choice { logprobs, offset, .. } = &mut self.choices[piece.index];
-        let name = |id: u32| String::from_utf8_lossy(model.tokenizer.bytes(id)).into_owned();
+        let name = |id: u32| String::from_utf8_lossy(model.token_bytes(id)).into_owned();
         let token = name(sampled.token);
         logprobs.text_offset.push(*offset);
         *offset += token.chars().count();

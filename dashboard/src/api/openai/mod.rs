@@ -12,26 +12,30 @@ mod completions;
 mod sampling;
 mod tools;
 
+use super::ApiError;
 use super::body::Body;
-use super::{Api, ApiError};
+use super::context::ApiContext;
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::response::Response;
 use chat::ChatRequest;
 use completions::CompletionRequest;
-use exo_actors::core::schedule::FinishReason;
+use exo_actors::core::scheduler::FinishReason;
 use exo_actors::models::CATALOGUE;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-pub(super) async fn chat(State(api): State<Api>, Body(request): Body<ChatRequest>) -> Result<Response, ApiError> {
+pub(super) async fn chat(
+    State(api): State<ApiContext>,
+    Body(request): Body<ChatRequest>,
+) -> Result<Response, ApiError> {
     let (plan, shape) = request.plan(&api)?;
     answers::answer(&api, plan, shape).await
 }
 
 pub(super) async fn completions(
-    State(api): State<Api>,
+    State(api): State<ApiContext>,
     Body(request): Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
     let (plan, shape) = request.plan(&api)?;
@@ -39,21 +43,21 @@ pub(super) async fn completions(
 }
 
 /// Models that are known by name, and those that run.
-pub(super) async fn models(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn models(State(api): State<ApiContext>) -> Result<Json<Value>, ApiError> {
     let data: Vec<Value> = known(&api).await?.into_values().collect();
     Ok(Json(json!({ "object": "list", "data": data })))
 }
 
-pub(super) async fn model(State(api): State<Api>, Path(model): Path<String>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn model(State(api): State<ApiContext>, Path(model): Path<String>) -> Result<Json<Value>, ApiError> {
     let found = known(&api).await?.remove(&model);
     found.map(Json).ok_or_else(|| ApiError::unknown_model(&model))
 }
 
-async fn known(api: &Api) -> Result<BTreeMap<String, Value>, ApiError> {
+async fn known(api: &ApiContext) -> Result<BTreeMap<String, Value>, ApiError> {
     let entry = |id: &str, is_loaded: bool| json!({ "id": id, "object": "model", "created": 0, "owned_by": "exo", "loaded": is_loaded });
     let catalogue = CATALOGUE.iter().map(|known| (known.name.to_owned(), entry(known.name, false)));
     let mut all: BTreeMap<String, Value> = catalogue.collect();
-    let state = api.node.state().await?;
+    let state = api.node.status().await?;
     all.extend(state.live().map(|(_, instance)| (instance.model.name.clone(), entry(&instance.model.name, true))));
     Ok(all)
 }

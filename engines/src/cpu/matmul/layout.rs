@@ -1,4 +1,4 @@
-//! What the kernels must know of a coding while they are compiled.
+//! The properties of a coding that kernels need as compile-time constants.
 
 use crate::format::blocks::Levels;
 use crate::simd::Simd;
@@ -9,17 +9,17 @@ pub(super) trait Layout {
     const LEVELS: Levels;
     const MINS: bool;
     const SPLIT: bool;
-    /// Whether levels have eight bits.
+    /// Whether levels need eight bits.
     const WIDE: bool;
 
-    /// The scales of sixteen rows.
+    /// Loads the scales of sixteen rows.
     ///
     /// # Safety
-    /// Only inside a kernel of `S`; sixteen scales lie at `at`.
+    /// Call only inside a kernel of `S`, with sixteen scales at `at`.
     unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats;
 }
 
-/// Codes that stand for themselves.
+/// [`Levels::Even`]: each code is its own level.
 pub(super) struct Even<const BITS: u32, const MINS: bool, const SPLIT: bool>;
 
 impl<const BITS: u32, const MINS: bool, const SPLIT: bool> Layout for Even<BITS, MINS, SPLIT> {
@@ -31,7 +31,7 @@ impl<const BITS: u32, const MINS: bool, const SPLIT: bool> Layout for Even<BITS,
 
     #[inline(always)]
     unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe { S::load_f16(at) }
     }
 }
@@ -48,7 +48,7 @@ impl Layout for Fp4 {
 
     #[inline(always)]
     unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe { S::load_bf16(at) }
     }
 }
@@ -65,22 +65,22 @@ impl Layout for Iq4 {
 
     #[inline(always)]
     unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe { S::load_f16(at) }
     }
 }
 
-/// The bits of a block that are taken off vector by vector.
+/// The bit planes of a block, shifted as groups of codes are read.
 pub(super) struct Planes<S: Simd> {
-    /// The third bit of three, the fifth of five, the fifth and sixth of six.
+    /// The third bit of 3-bit codes, the fifth of 5-bit codes, the fifth and sixth of 6-bit codes.
     upper: S::Codes,
-    /// The pairs of two and three.
+    /// The low bit pairs of 2-bit and 3-bit codes.
     pairs: S::Codes,
 }
 
 impl<S: Simd> Planes<S> {
     /// # Safety
-    /// Only inside a kernel of `S`; a whole block of `L` lies at `at`.
+    /// Call only inside a kernel of `S`, with a whole block of `L` at `at`.
     #[inline(always)]
     pub(super) unsafe fn of<L: Layout>(at: *const u8) -> Self {
         let upper = match L::BITS {
@@ -88,17 +88,17 @@ impl<S: Simd> Planes<S> {
             5 | 6 => 256,
             _ => 0,
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe { Self { upper: S::codes(at.add(upper)), pairs: S::codes(at) } }
     }
 
-    /// The levels of columns 4 · `group` to 4 · `group` + 3 of each row; groups are taken in order.
+    /// Returns the levels of columns 4 · `group` to 4 · `group` + 3 of each row. Call for groups 0 to 7 in order.
     ///
     /// # Safety
-    /// As [`Planes::of`].
+    /// Like [`Planes::of`].
     #[inline(always)]
     pub(super) unsafe fn next<L: Layout>(&mut self, at: *const u8, group: usize) -> S::Codes {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe {
             let mut codes = match L::BITS {
                 8 => S::codes(at.add(group * 64)),

@@ -1,4 +1,4 @@
-//! Products against f64, and rows against themselves in other company.
+//! Products compared with f64, and rows computed alone compared with the same rows in a batch.
 
 use super::*;
 use crate::cpu::activation::CodedRowMut;
@@ -47,10 +47,10 @@ fn input(rows: usize, width: usize) -> Rows {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// R6.3: every weight type, on every tier, is close to the product in f64 of its dequantised values, and a
-    /// row's bits are the same alone and in a batch, on one thread and on three.
+    /// R6.3: for every weight type and tier, the product is close to the f64 product of the dequantised values, and a
+    /// row has the same bits alone on one thread as in a batch on three threads.
     #[test]
-    fn products_are_right_and_row_independent(
+    fn products_are_accurate_and_row_independent(
         element in prop::sample::select(ElementType::ALL.to_vec()),
         rows in 1_usize..20,
         outputs in 1_usize..70,

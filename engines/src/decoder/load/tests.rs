@@ -1,4 +1,4 @@
-//! Quantising while loading: how much memory it takes.
+//! Tests of quantising during a load, above all its peak memory.
 
 use crate::cpu::CpuFactory;
 use crate::engine::{EngineFactory, KvElement, ShardSpec, TensorRank};
@@ -10,7 +10,7 @@ const HIDDEN: u64 = 768;
 const WIDTH: u64 = 3072;
 const LAYERS: u64 = 8;
 
-/// 142 MB of BF16.
+/// A model with 142 MB of BF16 weights.
 fn large() -> GgufWriter {
     let mut state = 1_u32;
     let mut values = |count: u64| -> Vec<u8> {
@@ -47,21 +47,22 @@ fn large() -> GgufWriter {
     file
 }
 
-/// A number of `/proc/self/status`, in bytes.
+/// Returns a field of `/proc/self/status`, in bytes.
 #[cfg(target_os = "linux")]
 fn status_bytes(key: &str) -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").expect("Linux has it");
-    let line = status.lines().find(|line| line.starts_with(key)).expect("it has this line");
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux has /proc/self/status");
+    let line = status.lines().find(|line| line.starts_with(key)).expect("the status has the field");
     let number = line.split_whitespace().nth(1).and_then(|number| number.parse::<u64>().ok());
     number.expect("a number of kilobytes") * 1024
 }
 
-/// Memory is never above what is kept and one tensor of the file. A process has one peak: each recipe has a test.
+/// Checks that memory never exceeds the loaded weights and one tensor of the file. The peak counts for the whole
+/// process, so each recipe has its own test.
 #[cfg(target_os = "linux")]
 fn holds_one_tensor_besides_the_target(recipe: Recipe) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = large().write(folder.path());
-    let model = ModelFiles::open(&path).expect("a right model").quantised(recipe).expect("it is dense");
+    let model = ModelFiles::open(&path).expect("a valid model").quantised(recipe).expect("a dense model");
     let spec = ShardSpec {
         layers: 0..LAYERS as usize,
         architecture: model.architecture.clone(),
@@ -70,16 +71,16 @@ fn holds_one_tensor_besides_the_target(recipe: Recipe) {
         kv_pages: 2,
     };
     let factory = CpuFactory::new(2);
-    let mut engine = factory.open(&factory.probe()[0].id).expect("a processor");
-    // The file was made in memory: the peak begins anew.
-    std::fs::write("/proc/self/clear_refs", "5").expect("one's own peak can be reset");
+    let mut engine = factory.open(&factory.probe()[0].id).expect("a CPU engine");
+    // The test built the file in memory, so the peak is reset.
+    std::fs::write("/proc/self/clear_refs", "5").expect("a process can reset its own peak");
     let before = status_bytes("VmRSS");
     let report = engine.load(&spec, &model.weights, &mut |_| ControlFlow::Continue(())).expect("it loads");
     let peak = status_bytes("VmHWM") - before;
     println!("{recipe}: {} MB kept, peak {} MB", report.weight_bytes >> 20, peak >> 20);
-    // As the file has it, and as it is on its way to the backend.
+    // The tensor as stored in the file, and its quantised copy before the backend packs it.
     let largest_tensor = HIDDEN * WIDTH * 3;
-    // Pieces of f32, and what the allocator keeps of them.
+    // Pieces in f32, and the memory that the allocator retains after them.
     let pieces = 4 << 20;
     assert!(peak > report.weight_bytes / 2 && peak <= report.weight_bytes + largest_tensor + pieces, "{peak}");
     assert!(report.weight_bytes < model.weight_bytes() * 6 / 10, "{}", report.weight_bytes);
@@ -108,7 +109,7 @@ fn quantising_to_q8_0_holds_one_tensor_besides_the_target() {
 }
 
 #[test]
-fn what_is_quantised_is_not_quantised_again() {
+fn quantised_weights_are_not_quantised_again() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = GgufWriter::default()
         .text("general.architecture", "llama")
@@ -126,7 +127,7 @@ fn what_is_quantised_is_not_quantised_again() {
         .floats("output_norm.weight", &[32], vec![1.0; 32])
         .floats("blk.0.attn_norm.weight", &[32], vec![1.0; 32])
         .floats("blk.0.ffn_norm.weight", &[32], vec![1.0; 32]);
-    let model = ModelFiles::open(&file.write(folder.path())).expect("a right model");
+    let model = ModelFiles::open(&file.write(folder.path())).expect("a valid model");
     let error = model.quantised(Recipe::Q4_0).expect_err("Q8_0 is not dense");
     assert!(error.to_string().contains("Q8_0 already") && !error.remedy().is_empty(), "{error}");
 }

@@ -1,20 +1,20 @@
-//! Reading a header from front to back.
+//! Sequential reading of a GGUF header.
 
 use super::{List, Place, Value};
 use crate::format::tensor::length_bytes;
 use crate::format::{ElementType, FormatError, Mapped};
 use std::collections::BTreeMap;
 
-/// A key or a tensor's name; the format's own limit for names is 64.
+/// Bytes of a metadata key or a tensor's name. The format's own limit for names is 64.
 const NAME_BYTES_MAX: u64 = 65_535;
-/// Elements of an array: the longest in real files are lists of merges, under a million.
+/// Elements of an array. The longest arrays in real files are lists of merges, with under a million.
 const ARRAY_ELEMENTS_MAX: u64 = 1 << 24;
 /// GGUF tensors have at most four dimensions.
 const DIMENSIONS_MAX: u32 = 4;
-/// The kind of a list.
+/// The type number of an array.
 const LIST_KIND: u32 = 9;
 
-/// A tensor as its header entry says, offset still from the start of the data.
+/// A tensor's header entry. Its offset counts from the start of the data section.
 pub(super) struct RawInfo {
     pub(super) name: String,
     pub(super) shape: Vec<usize>,
@@ -72,11 +72,11 @@ impl<'a> Cursor<'a> {
     fn text(&mut self, what: &str, limit: u64) -> Result<&'a str, FormatError> {
         let length = self.count(what, limit)?;
         let bytes = self.take(length, what)?;
-        // Vocabularies hold pieces that are no UTF-8 of their own only in byte-level form, which is UTF-8.
+        // Pieces of a vocabulary that are not UTF-8 themselves are spelt in the byte-level alphabet, which is UTF-8.
         std::str::from_utf8(bytes).map_err(|_| self.malformed(&format!("{what} is not UTF-8")))
     }
 
-    /// Walks over `pairs` pairs, and checks each.
+    /// Records the position of each of `pairs` key-value pairs, and checks each value.
     pub(super) fn metadata(&mut self, pairs: u64) -> Result<BTreeMap<String, Place>, FormatError> {
         let mut metadata = BTreeMap::new();
         for _ in 0..pairs {
@@ -87,22 +87,22 @@ impl<'a> Cursor<'a> {
                 self.at = list.end();
             }
             if metadata.insert(key.to_owned(), place).is_some() {
-                return Err(self.malformed(&format!("the metadata key `{key}` stands twice")));
+                return Err(self.malformed(&format!("the metadata key `{key}` occurs twice")));
             }
         }
         Ok(metadata)
     }
 
-    /// A value of `kind`. A list's elements are not looked at.
+    /// Reads a value of type `kind`. The elements of a list are not read yet.
     pub(super) fn value(&mut self, kind: u32, key: &str) -> Result<Value<'a>, FormatError> {
         if kind != LIST_KIND {
             return self.scalar(kind, key);
         }
         let kind = self.u32(key)?;
         if kind == LIST_KIND {
-            return Err(self.malformed(&format!("`{key}` is an array of arrays, which no reader here uses")));
+            return Err(self.malformed(&format!("`{key}` is an array of arrays, which is not supported")));
         }
-        // An element takes at least one byte, so a count above the file's size is a lie.
+        // An element takes at least one byte, so a count above the file's size is wrong.
         let count = self.count(key, self.file.length_bytes().min(ARRAY_ELEMENTS_MAX))?;
         Ok(Value::List(List::new(self.clone(), kind, count)))
     }
@@ -119,7 +119,7 @@ impl<'a> Cursor<'a> {
             7 => match self.array::<1>(key)?[0] {
                 0 => Value::Bool(false),
                 1 => Value::Bool(true),
-                other => return Err(self.malformed(&format!("`{key}` is a boolean of value {other}"))),
+                other => return Err(self.malformed(&format!("`{key}` is a boolean with the value {other}"))),
             },
             8 => Value::Text(self.text(key, self.file.length_bytes())?),
             10 => Value::Unsigned(self.u64(key)?),
@@ -143,12 +143,12 @@ impl<'a> Cursor<'a> {
         let bad = |what: String| FormatError::BadTensor { path: path.clone(), tensor: name.clone(), what };
         let dimensions = self.u32(&name)?;
         if dimensions > DIMENSIONS_MAX {
-            return Err(bad(format!("{dimensions} dimensions, at most {DIMENSIONS_MAX} are allowed")));
+            return Err(bad(format!("{dimensions} dimensions; at most {DIMENSIONS_MAX} are allowed")));
         }
         let mut shape = Vec::new();
         for _ in 0..dimensions {
             let size = self.u64(&name)?;
-            shape.push(usize::try_from(size).map_err(|_| bad(format!("a dimension of {size}")))?);
+            shape.push(usize::try_from(size).map_err(|_| bad(format!("the dimension {size} is too large")))?);
         }
         shape.reverse();
         let kind = self.u32(&name)?;

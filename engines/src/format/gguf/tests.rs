@@ -1,4 +1,4 @@
-//! Right files are read, wrong ones are named.
+//! Valid files are read; the errors of invalid files name what is wrong.
 
 use super::super::gguf_writer::{Datum, GgufWriter};
 use super::*;
@@ -24,14 +24,14 @@ fn open(bytes: &[u8]) -> Result<Gguf, FormatError> {
 }
 
 fn refused(bytes: &[u8]) -> String {
-    let error = open(bytes).expect_err("a wrong file");
+    let error = open(bytes).expect_err("an invalid file");
     assert!(!error.remedy().is_empty());
     error.to_string()
 }
 
 #[test]
 fn metadata_and_tensors_are_read() {
-    let file = open(&sound().bytes()).expect("a right file");
+    let file = open(&sound().bytes()).expect("a valid file");
     assert_eq!(file.get("llama.block_count", Value::as_u64), Ok(Some(2)));
     assert_eq!(file.get("general.scale", Value::as_f64), Ok(Some(0.5)));
     assert_eq!(file.get("nowhere", Value::as_u64), Ok(None));
@@ -78,7 +78,7 @@ fn tensors_outside_the_file_are_named() {
 }
 
 #[test]
-fn shapes_that_cannot_be_are_named() {
+fn impossible_shapes_are_named() {
     let huge = GgufWriter::default().tensor("huge", &[1 << 40, 1 << 40], 0, vec![]);
     assert!(refused(&huge.bytes()).contains("huge"));
     let ragged = GgufWriter::default().tensor("ragged", &[1, 33], 2, vec![0; 36]);
@@ -88,7 +88,7 @@ fn shapes_that_cannot_be_are_named() {
 }
 
 #[test]
-fn names_that_stand_twice_are_refused() {
+fn duplicate_names_are_refused() {
     let twice = GgufWriter::default().floats("same", &[1], [0.0]).floats("same", &[1], [0.0]);
     assert!(refused(&twice.bytes()).contains("same"));
     let twice = GgufWriter::default().count("same", 1).count("same", 2);
@@ -96,14 +96,14 @@ fn names_that_stand_twice_are_refused() {
 }
 
 #[test]
-fn a_type_that_nothing_computes_on_is_named() {
+fn an_unsupported_type_is_named() {
     let file = GgufWriter::default().tensor("experts", &[1, 256], 16, vec![0; 66]);
     let message = refused(&file.bytes());
     assert!(message.contains("experts") && message.contains("IQ2_XXS"), "{message}");
 }
 
 #[test]
-fn other_files_and_versions_are_told_apart() {
+fn other_file_types_and_versions_are_refused() {
     assert!(refused(b"PK\x03\x04 and so on, for long enough").contains("does not start with `GGUF`"));
     let mut old = sound().bytes();
     old[4] = 1;
@@ -118,12 +118,12 @@ proptest! {
     #[test]
     fn a_file_cut_short_is_refused(share in 0.0..1.0_f64) {
         let bytes = sound().bytes();
-        // The padding behind the last tensor is nobody's.
+        // The padding after the last tensor belongs to no tensor, so its loss is no error.
         let length = ((bytes.len() - 16) as f64 * share) as usize;
         prop_assert!(open(&bytes[..length]).is_err());
     }
 
-    /// Whatever bytes are wrong, a file is read or refused; and every tensor of one that is read lies inside it.
+    /// A file with damaged bytes is read or refused, without a panic. Every tensor of a readable file lies inside it.
     #[test]
     fn damage_never_panics(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
         let mut bytes = sound().bytes();

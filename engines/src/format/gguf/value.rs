@@ -3,7 +3,7 @@
 use super::cursor::Cursor;
 use crate::format::FormatError;
 
-/// One value. Numbers keep their kind only as far as readers care.
+/// One metadata value. Integers are widened to 64 bits, floats to f64.
 #[derive(Debug, Clone)]
 pub enum Value<'a> {
     Unsigned(u64),
@@ -27,7 +27,7 @@ impl<'a> List<'a> {
         Self { cursor, kind, left }
     }
 
-    /// Reads all elements, and checks each.
+    /// Reads and checks all remaining elements.
     pub(super) fn walk(&mut self, key: &str) -> Result<(), FormatError> {
         while self.left > 0 {
             self.left -= 1;
@@ -36,7 +36,7 @@ impl<'a> List<'a> {
         Ok(())
     }
 
-    /// Where the elements that were read end.
+    /// The position after the elements read so far.
     pub(super) fn end(&self) -> u64 {
         self.cursor.at
     }
@@ -52,7 +52,7 @@ impl<'a> Iterator for List<'a> {
 }
 
 impl<'a> Value<'a> {
-    /// The value as a count, where it is a number without a sign or a fraction.
+    /// The value as a count, if it is an integer of at least 0.
     pub fn as_u64(self) -> Option<u64> {
         match self {
             Self::Unsigned(v) => Some(v),
@@ -61,7 +61,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    /// The value as a number.
+    /// The value as a number, if it is one.
     pub fn as_f64(self) -> Option<f64> {
         match self {
             Self::Float(v) => Some(v),

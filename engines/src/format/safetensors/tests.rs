@@ -1,4 +1,4 @@
-//! Right files are read, wrong ones are named.
+//! Valid files are read; the errors of invalid files name what is wrong.
 
 use super::*;
 use proptest::prelude::*;
@@ -30,14 +30,14 @@ fn open(files: &[(&str, &[u8])]) -> Result<SafeTensors, FormatError> {
 }
 
 fn refused(header: &serde_json::Value, data: &[u8]) -> String {
-    let error = open(&[("model.safetensors", &file(header, data))]).expect_err("a wrong file");
+    let error = open(&[("model.safetensors", &file(header, data))]).expect_err("an invalid file");
     assert!(!error.remedy().is_empty());
     error.to_string()
 }
 
 #[test]
 fn tensors_are_found_in_one_file_and_in_several() {
-    let one = open(&[("model.safetensors", &sound())]).expect("a right file");
+    let one = open(&[("model.safetensors", &sound())]).expect("a valid file");
     assert_eq!(one.tensors["a"].1.shape, [2, 2]);
     assert_eq!(one.tensors["b"].1.element, ElementType::BF16);
     let other = file(&json!({"c": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}), &[0; 2]);
@@ -48,7 +48,7 @@ fn tensors_are_found_in_one_file_and_in_several() {
         ("stray.safetensors", b"not in the index"),
         ("model.safetensors.index.json", index.as_bytes()),
     ];
-    let several = open(&files).expect("right files");
+    let several = open(&files).expect("valid files");
     assert_eq!(several.tensors["c"].0, 1);
     assert_eq!(several.tensors.len(), 3);
 }
@@ -57,7 +57,7 @@ fn tensors_are_found_in_one_file_and_in_several() {
 fn an_index_cannot_point_elsewhere() {
     for name in ["../x.safetensors", "/etc/passwd", ".hidden"] {
         let index = json!({"weight_map": {"a": name}}).to_string();
-        let error = open(&[("model.safetensors.index.json", index.as_bytes())]).expect_err("a wrong index");
+        let error = open(&[("model.safetensors.index.json", index.as_bytes())]).expect_err("an invalid index");
         assert!(error.to_string().contains(name), "{error}");
     }
     let index = json!({"weight_map": {"a": "missing.safetensors"}}).to_string();
@@ -65,7 +65,7 @@ fn an_index_cannot_point_elsewhere() {
 }
 
 #[test]
-fn what_a_header_claims_is_checked() {
+fn claims_of_a_header_are_checked() {
     let entry = |dtype: &str, shape: serde_json::Value, start: u64, end: u64| json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]});
     let cases = [
         (json!({"t": entry("F32", json!([2]), 0, 4)}), "do not fit"),
@@ -87,8 +87,8 @@ fn what_a_header_claims_is_checked() {
 }
 
 #[test]
-fn a_name_in_two_files_and_a_header_that_is_none_are_refused() {
-    let error = open(&[("x.safetensors", &sound()), ("y.safetensors", &sound())]).expect_err("two of each");
+fn duplicate_names_and_malformed_headers_are_refused() {
+    let error = open(&[("x.safetensors", &sound()), ("y.safetensors", &sound())]).expect_err("equal names");
     assert!(error.to_string().contains("two files"), "{error}");
     let mut huge = sound();
     huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
@@ -108,7 +108,7 @@ proptest! {
         prop_assert!(open(&[("model.safetensors", &bytes[..length])]).is_err());
     }
 
-    /// Whatever bytes are wrong, a file is read or refused; and every tensor of one that is read lies inside it.
+    /// A file with damaged bytes is read or refused, without a panic. Every tensor of a readable file lies inside it.
     #[test]
     fn damage_never_panics(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
         let mut bytes = sound();

@@ -1,16 +1,16 @@
-//! GGUF's names: the table `TENSOR_NAMES` of ggml's gguf-py.
+//! GGUF's tensor names. Source: the table `TENSOR_NAMES` of ggml's gguf-py.
 
 use super::super::tensor_source::TensorSource;
 use super::super::{Architecture, LayerRole, NormPlacement, Part, Role};
 use super::fused_rows;
 
-/// Where a role may be, the likeliest place first.
+/// The possible locations of a role's values, the likeliest first.
 pub(in crate::model) fn gguf(role: Role, architecture: &Architecture) -> Vec<TensorSource> {
     let at = |name: &str| TensorSource::all(name.to_owned());
     match role {
         Role::TokenEmbedding => vec![at("token_embd.weight")],
         Role::OutputNorm => vec![at("output_norm.weight")],
-        // No head of its own: the embedding is the head.
+        // A file without a separate head uses the embedding as the head.
         Role::Output => vec![at("output.weight"), at("token_embd.weight")],
         Role::Layer(index, part) => layer(index, part, architecture),
     }
@@ -25,7 +25,7 @@ fn layer(index: u32, role: LayerRole, architecture: &Architecture) -> Vec<Tensor
     let fused = |own: &str, fused: &str| {
         vec![TensorSource::all(name(own)), TensorSource::rows(name(fused), fused_rows(layer, role))]
     };
-    // Of all experts in one tensor, or of each in its own (files of before April 2024).
+    // All experts in one tensor, or each expert in its own (files from before April 2024).
     let expert = |expert: u32, part: &str, rows: usize| {
         let first = expert as usize * rows;
         let together = name(&part.replacen('.', "_exps.", 1));
@@ -48,7 +48,7 @@ fn layer(index: u32, role: LayerRole, architecture: &Architecture) -> Vec<Tensor
         AttentionOutput => all("attn_output.weight"),
         AttentionOutputBias => all("attn_output.bias"),
         PostAttentionNorm => all("post_attention_norm.weight"),
-        // gpt_oss: where there is no norm on attention's output, the name is free for the one behind it.
+        // gpt_oss has no norm on attention's output, and uses its name for the norm before the feed-forward.
         FeedForwardNorm if layer.norms == NormPlacement::Before => {
             vec![TensorSource::all(name("ffn_norm.weight")), TensorSource::all(name("post_attention_norm.weight"))]
         }
@@ -56,7 +56,7 @@ fn layer(index: u32, role: LayerRole, architecture: &Architecture) -> Vec<Tensor
         PostFeedForwardNorm => all("post_ffw_norm.weight"),
         Router => all("ffn_gate_inp.weight"),
         RouterBias => all("ffn_gate_inp.bias"),
-        // phi3: the gate's rows, then up's, in one tensor.
+        // phi3: one tensor holds the gate's rows, then the up projection's.
         Gated(Part::Gate) => {
             vec![TensorSource::all(name("ffn_gate.weight")), TensorSource::rows(name("ffn_up.weight"), 0..width)]
         }

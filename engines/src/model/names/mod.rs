@@ -1,4 +1,4 @@
-//! What files call the tensors of the roles.
+//! Tensor names of the roles in each file format.
 
 mod gguf;
 mod safetensors;
@@ -48,7 +48,7 @@ fn layer_roles(layer: &Layer) -> Vec<LayerRole> {
     roles
 }
 
-/// The rows of queries, keys or values in a projection that has them one after the other.
+/// The rows of queries, keys or values in a fused projection, which holds them in this order.
 fn fused_rows(layer: &Layer, role: LayerRole) -> Range<usize> {
     use LayerRole::*;
     let (query, kv) = (layer.attention.query_width(), layer.attention.kv_width());

@@ -1,4 +1,4 @@
-//! Hugging Face's names: the modelling code of transformers 5.23.
+//! Hugging Face's tensor names. Source: the modelling code of transformers 5.23.
 
 use super::super::families::Naming;
 use super::super::tensor_source::{Strided, TensorSource};
@@ -9,25 +9,25 @@ use super::fused_rows;
 #[derive(Debug, Clone, Copy)]
 pub(in crate::model) struct Safetensors<'a> {
     pub(in crate::model) naming: Naming,
-    /// What stands before all names: `model.`, or a multimodal wrapper's.
+    /// The prefix of all names: `model.`, or a multimodal wrapper's.
     pub(in crate::model) prefix: &'a str,
     pub(in crate::model) architecture: &'a Architecture,
 }
 
-/// MXFP4 with its blocks and its scales in tensors of their own.
+/// A matrix in MXFP4 whose blocks and scales are separate tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::model) struct Mxfp4Place {
     pub(in crate::model) blocks: String,
     pub(in crate::model) scales: String,
     pub(in crate::model) rows: usize,
     pub(in crate::model) columns: usize,
-    /// Of all rows of the tensor.
+    /// The matrix's first row among all rows of the tensor.
     pub(in crate::model) first_row: usize,
     pub(in crate::model) row_step: usize,
 }
 
 impl Safetensors<'_> {
-    /// Where a role may be, the likeliest place first.
+    /// The possible locations of a role's values, the likeliest first.
     pub(in crate::model) fn places(&self, role: Role) -> Vec<TensorSource> {
         match role {
             Role::TokenEmbedding => vec![self.embedding()],
@@ -42,7 +42,7 @@ impl Safetensors<'_> {
         TensorSource::all(format!("{}embed_tokens.weight", self.prefix))
     }
 
-    /// Where a role may be as MXFP4 in two tensors.
+    /// The location of a role's values as MXFP4 in two tensors, if the family stores them so.
     pub(in crate::model) fn mxfp4(&self, role: Role) -> Option<Mxfp4Place> {
         let (Naming::GptOss, Role::Layer(index, LayerRole::Expert(expert, part))) = (self.naming, role) else {
             return None;
@@ -89,7 +89,7 @@ impl Safetensors<'_> {
             AttentionOutput => all("self_attn.o_proj.weight"),
             AttentionOutputBias => all("self_attn.o_proj.bias"),
             PostAttentionNorm => all("post_attention_layernorm.weight"),
-            // Where there is no norm on attention's output, the name is free for the one before the feed-forward.
+            // Models without a norm on attention's output use this name for the norm before the feed-forward.
             FeedForwardNorm if layer.norms == NormPlacement::Before => all("post_attention_layernorm.weight"),
             FeedForwardNorm => all("pre_feedforward_layernorm.weight"),
             PostFeedForwardNorm => all("post_feedforward_layernorm.weight"),
@@ -108,7 +108,7 @@ impl Safetensors<'_> {
                     _ => vec![own],
                 }
             }
-            // `places` has taken it.
+            // `places` handles experts.
             Expert(..) => Vec::new(),
         }
     }
@@ -130,7 +130,7 @@ impl Safetensors<'_> {
             }
             Naming::GptOss => {
                 let tensor = |name: &str| self.name(index, &format!("mlp.experts.{name}"));
-                // The transposes; gates at even columns, ups at odd ones.
+                // The file's matrices are transposed, with gates in even columns and ups in odd ones.
                 let gate_up = |first: usize| {
                     let first = expert * hidden * 2 * width + first;
                     Strided { rows: width, columns: hidden, first, row_step: 2, column_step: 2 * width }

@@ -1,4 +1,4 @@
-//! Vocabularies small enough to be read by eye, whose merges cross the borders that a pre-tokenizer must draw.
+//! Tests with tiny vocabularies, whose merges cross the boundaries that a pre-tokenizer must keep.
 
 use crate::format::FormatError;
 use crate::format::gguf_writer::{Datum, GgufWriter};
@@ -11,7 +11,7 @@ fn open(file: &GgufWriter) -> Result<Tokenizer, FormatError> {
     Tokenizer::open(&TokenizerSource::Gguf(file.write(folder.path())))
 }
 
-/// All bytes, what `merges` make of them, and three control tokens.
+/// A vocabulary of all bytes, the results of `merges`, and three control tokens.
 fn byte_level(pre: &str, merges: &[(&str, &str)]) -> GgufWriter {
     let alphabet = byte_level_alphabet();
     let mut tokens: Vec<String> = alphabet.keys().map(|c| c.to_string()).collect();
@@ -31,19 +31,19 @@ fn byte_level(pre: &str, merges: &[(&str, &str)]) -> GgufWriter {
         .count("tokenizer.ggml.bos_token_id", normal as u64)
 }
 
-/// The pieces that `text` falls into, spelt as they are shown.
+/// The tokens of `text`, each as the text that is shown for it.
 fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
     let ids = tokenizer.encode(text, SpecialTokens::AreThere).expect("a text");
     ids.iter().map(|&id| tokenizer.name(id)).collect()
 }
 
-/// Merges that go as far as a pre-tokenizer lets them.
+/// Merges that join everything that a pre-tokenizer does not separate.
 const EAGER: [(&str, &str); 9] =
     [("1", "2"), ("12", "3"), ("123", "4"), ("Ġ", "a"), ("Ġ", "Ġ"), ("Ċ", "Ċ"), ("'", "s"), ("a", "'s"), ("Ġ", "1")];
 
-/// R4.1: each pre-tokenizer keeps apart what its own model's does.
+/// R4.1: each pre-tokenizer splits a text where the pre-tokenizer of its model does.
 #[test]
-fn pre_tokenizers_draw_their_borders() {
+fn pre_tokenizers_split_where_their_models_do() {
     let cases: [(&str, &str, &[&str]); 15] = [
         ("smollm", "1234", &["1", "2", "3", "4"]),
         ("qwen2", "1234", &["1", "2", "3", "4"]),
@@ -62,15 +62,15 @@ fn pre_tokenizers_draw_their_borders() {
         ("smollm", "a 1", &["a", " ", "1"]),
     ];
     for (pre, text, expected) in cases {
-        let tokenizer = open(&byte_level(pre, &EAGER)).expect("a right vocabulary");
+        let tokenizer = open(&byte_level(pre, &EAGER)).expect("a valid vocabulary");
         assert_eq!(pieces(&tokenizer, text), expected, "{pre}: {text:?}");
     }
 }
 
 #[test]
-fn control_tokens_are_cut_out_and_begin_a_text_where_they_should() {
+fn control_tokens_are_cut_out_and_bos_is_added_where_due() {
     for (pre, adds_bos) in [("llama-bpe", true), ("qwen2", false)] {
-        let tokenizer = open(&byte_level(pre, &EAGER)).expect("a right vocabulary");
+        let tokenizer = open(&byte_level(pre, &EAGER)).expect("a valid vocabulary");
         assert_eq!(pieces(&tokenizer, "a<|im_end|>a"), ["a", "<|im_end|>", "a"]);
         let with = tokenizer.encode("a", SpecialTokens::Add).expect("a text");
         assert_eq!(with.first() == tokenizer.bos().as_ref(), adds_bos, "{pre}");
@@ -80,13 +80,13 @@ fn control_tokens_are_cut_out_and_begin_a_text_where_they_should() {
         );
     }
     let told = byte_level("llama-bpe", &EAGER).pair("tokenizer.ggml.add_bos_token", Datum::Bool(false));
-    let tokenizer = open(&told).expect("a right vocabulary");
+    let tokenizer = open(&told).expect("a valid vocabulary");
     assert_ne!(tokenizer.encode("a", SpecialTokens::Add).expect("a text").first(), tokenizer.bos().as_ref());
 }
 
 #[test]
-fn every_text_comes_back() {
-    let tokenizer = open(&byte_level("llama-bpe", &EAGER)).expect("a right vocabulary");
+fn every_text_survives_a_round_trip() {
+    let tokenizer = open(&byte_level("llama-bpe", &EAGER)).expect("a valid vocabulary");
     for text in ["", "a'sé 12 \u{1f980}\n\n\t 日本", "\u{0}\u{7f}", "  a  "] {
         let ids = tokenizer.encode(text, SpecialTokens::AreThere).expect("a text");
         let bytes: Vec<u8> = ids.iter().flat_map(|&id| tokenizer.bytes(id)).copied().collect();
@@ -95,7 +95,7 @@ fn every_text_comes_back() {
 }
 
 #[test]
-fn vocabularies_that_cannot_serve_are_named() {
+fn unusable_vocabularies_are_reported() {
     let cases = [
         (byte_level("magic", &[]), "magic"),
         (byte_level("gpt-2", &[]).count("tokenizer.ggml.eos_token_id", 9999), "eos_token_id"),

@@ -1,0 +1,62 @@
+//! What members offer, with what is promised already and what has failed.
+
+use super::{EXCLUDED_FOR, Leader, RoundContext};
+use crate::core::desired::Deployment;
+use crate::core::members::Members;
+use crate::core::plan::Offer;
+use crate::core::spec::InstanceId;
+use exo_engines::engine::DeviceId;
+use exo_net::NodeId;
+use std::collections::{BTreeMap, BTreeSet};
+
+impl Leader {
+    /// What members offer to an instance, the asker's own node first. Memory of shards in `except` counts as free.
+    pub(super) fn offers(
+        &self,
+        round: &RoundContext<'_>,
+        for_instance: Option<InstanceId>,
+        device: Option<&DeviceId>,
+        near: NodeId,
+        except: &BTreeSet<InstanceId>,
+    ) -> Vec<Offer> {
+        let others = round.desired.running().filter(|(id, ..)| !except.contains(id));
+        let promised = memory_by_node(others.map(|(.., deployment)| deployment));
+        let freed = memory_by_node(except.iter().filter_map(|id| round.desired.get(*id)?.deployment()));
+        let guess = speed_guess(round.members);
+        let mut members: Vec<_> = round.members.0.iter().filter(|(_, report)| !report.is_draining).collect();
+        members.sort_by_key(|(node, _)| **node != near);
+        let mut offers = Vec::new();
+        for (node, report) in members {
+            let promised = promised.get(node).copied().unwrap_or(0);
+            let freed = freed.get(node).copied().unwrap_or(0);
+            offers.extend(report.offers(*node, promised, freed, device, guess));
+        }
+        offers.retain(|offer| !for_instance.is_some_and(|id| self.excludes(round, id, offer)));
+        offers
+    }
+
+    fn excludes(&self, round: &RoundContext<'_>, id: InstanceId, offer: &Offer) -> bool {
+        let of = self.excluded.get(&id).into_iter().flatten();
+        of.into_iter().any(|((node, device), since)| {
+            (*node, device) == (offer.node, &offer.device) && round.now.saturating_sub(*since) < EXCLUDED_FOR
+        })
+    }
+}
+
+/// What is promised to shards on each node.
+pub(super) fn memory_by_node<'a>(deployment: impl Iterator<Item = &'a Deployment>) -> BTreeMap<NodeId, u64> {
+    let mut promised = BTreeMap::new();
+    for stage in deployment.flat_map(|deployment| &deployment.placement.stages) {
+        let bytes: &mut u64 = promised.entry(stage.node).or_default();
+        *bytes = bytes.saturating_add(stage.memory_bytes);
+    }
+    promised
+}
+
+/// What a device that was not measured is taken for: the middle of those that were.
+fn speed_guess(members: &Members) -> Option<f64> {
+    let devices = members.0.values().flat_map(|report| &report.devices);
+    let mut known: Vec<f64> = devices.filter_map(|device| device.bytes_per_s).collect();
+    known.sort_by(f64::total_cmp);
+    known.get(known.len() / 2).copied()
+}

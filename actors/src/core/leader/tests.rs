@@ -1,0 +1,347 @@
+//! Single decisions of the leader; members that plan together are simulated (`core/simulation/cluster.rs`).
+
+use super::*;
+use crate::core::members::MemberReport;
+use crate::core::plan::{Link, Placement, Split};
+use crate::core::spec::FilesId;
+
+const GB: u64 = 1 << 30;
+const SECOND: Duration = Duration::from_secs(1);
+const LAYERS: u64 = 8;
+
+fn id(number: u64) -> NodeId {
+    format!("{number:064x}").parse().expect("an id")
+}
+
+fn cpu() -> DeviceId {
+    DeviceId("cpu".to_owned())
+}
+
+/// A member with `gigabytes` for models, that goes through so much in a second, and sees `links`.
+fn member(gigabytes: u64, bytes_per_s: f64, links: &[u64]) -> MemberReport {
+    MemberReport {
+        memory_limit_bytes: Some(gigabytes * GB),
+        links: links.iter().map(|&to| (id(to), Link { rtt_s: 1e-4, bytes_per_s: Some(1e9) })).collect(),
+        ..MemberReport::of_cpu((gigabytes + 1) * GB, bytes_per_s)
+    }
+}
+
+/// A model of eight layers of a gigabyte.
+fn ask(spec: ModelSpec) -> PlacementRequest {
+    let model = Model {
+        name: spec.model.clone(),
+        family: String::new(),
+        quantization: String::new(),
+        context_tokens: 4096,
+        vocabulary: 256,
+        files: FilesId([0; 32]),
+    };
+    let demand = Demand {
+        layer_bytes: vec![GB; LAYERS as usize],
+        layer_cost_bytes: vec![GB; LAYERS as usize],
+        head_cost_bytes: 0,
+        kv_pages: 1,
+        kv_bytes: vec![1 << 20; LAYERS as usize],
+        embedding_bytes: 0,
+        head_bytes: 0,
+        ties_embeddings: false,
+        row_bytes: 4096,
+    };
+    PlacementRequest { spec, model, demand }
+}
+
+/// A leader, number 1, and what it sees.
+struct Cluster {
+    leader: Leader,
+    members: Members,
+    desired: Desired,
+    now: Duration,
+}
+
+impl Cluster {
+    fn of(members: Vec<(u64, MemberReport)>) -> Self {
+        let members = Members(members.into_iter().map(|(number, report)| (id(number), report)).collect());
+        Self { leader: Leader::default(), members, desired: Desired::new(id(1)), now: SECOND }
+    }
+
+    fn decide(&mut self, decide: impl FnOnce(&mut Leader, &mut RoundContext<'_>)) -> Vec<Effect> {
+        let mut round = RoundContext {
+            own: id(1),
+            now: self.now,
+            members: &self.members,
+            desired: &mut self.desired,
+            idle: None,
+            seed: self.now.as_nanos() as u64,
+            effects: Vec::new(),
+        };
+        decide(&mut self.leader, &mut round);
+        round.effects
+    }
+
+    /// What is written and told in so many seconds of rounds.
+    fn rounds(&mut self, seconds: u64) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for _ in 0..seconds * 4 {
+            self.now += SECOND / 4;
+            effects.extend(self.decide(Leader::round));
+        }
+        effects
+    }
+
+    fn run(&mut self, spec: ModelSpec) -> InstanceId {
+        self.leader.handle_request(id(1), ask(spec));
+        self.rounds(1);
+        self.desired.running().next().expect("it is placed").0
+    }
+
+    /// Nobody sees that node any more.
+    fn lose_links(&mut self, number: u64) {
+        for report in self.members.0.values_mut() {
+            report.links.remove(&id(number));
+        }
+    }
+
+    fn placement(&self, instance: InstanceId) -> &Placement {
+        &self.desired.get(instance).and_then(DesiredEntry::deployment).expect("it runs").placement
+    }
+
+    /// Layers by the numbers of their nodes.
+    fn split(&self, instance: InstanceId) -> Vec<(u64, usize)> {
+        let number = |node: NodeId| u64::from(node.as_bytes()[31]);
+        let stages = &self.placement(instance).stages;
+        stages.iter().map(|stage| (number(stage.node), stage.layers.len())).collect()
+    }
+}
+
+/// R7.4: uneven machines get uneven layers: as fast as they are, and as far as memory goes.
+#[test]
+fn uneven_machines_get_uneven_layers() {
+    let throughput = ModelSpec { policy: Policy::Throughput, ..ModelSpec::new("m") };
+    let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[2])), (2, member(20, 3e10, &[1]))]);
+    let instance = cluster.run(throughput.clone());
+    let mut split = cluster.split(instance);
+    split.sort_unstable();
+    assert_eq!(split, [(1, 2), (2, 6)], "one to three");
+    let mut cluster = Cluster::of(vec![(1, member(7, 1e10, &[2])), (2, member(4, 3e10, &[1]))]);
+    let instance = cluster.run(throughput);
+    let mut split = cluster.split(instance);
+    split.sort_unstable();
+    assert_eq!(split, [(1, 5), (2, 3)], "the faster one has no room for more");
+}
+
+/// R7.2: a machine that comes back is used again, once, and not before all have stayed for a while; one that would gain
+/// little is not worth the move.
+#[test]
+fn what_comes_back_is_used_again_if_that_pays() {
+    for (speed, moves) in [(3e10, 1), (1.2e10, 0)] {
+        let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[2])), (2, member(20, speed, &[1]))]);
+        let instance = cluster.run(ModelSpec::new("m"));
+        assert_eq!(cluster.split(instance), [(2, 8)]);
+        let away = cluster.members.0.remove(&id(2)).expect("it was here");
+        cluster.members.0.get_mut(&id(1)).expect("here").links.clear();
+        cluster.rounds(5);
+        assert_eq!(cluster.split(instance), [(1, 8)]);
+        cluster.members.0.insert(id(2), away);
+        assert_eq!(cluster.rounds(9), [], "not at once");
+        assert_eq!(cluster.rounds(60).len(), moves, "{speed}");
+        assert_eq!(cluster.split(instance), [(1 + moves as u64, 8)]);
+    }
+}
+
+/// R7.2: likewise by throughput, and where someone split it by hand, or asked for so many shards: what a death moved goes
+/// back to where it is wanted.
+#[test]
+fn what_was_wanted_elsewhere_goes_back_there() {
+    let by_hand = Split(vec![("a".to_owned(), 0..3), ("b".to_owned(), 3..8)]);
+    let specs = [
+        ModelSpec { policy: Policy::Throughput, ..ModelSpec::new("m") },
+        ModelSpec { split: Some(by_hand), ..ModelSpec::new("m") },
+        ModelSpec { shards: Some(2), ..ModelSpec::new("m") },
+    ];
+    for spec in specs {
+        let named = |name: &str, report| MemberReport { name: name.to_owned(), ..report };
+        let a = named("a", member(20, 2e10, &[2]));
+        let b = named("b", member(20, 2e10, &[1]));
+        let mut cluster = Cluster::of(vec![(1, a), (2, b)]);
+        let instance = cluster.run(spec.clone());
+        let deployment = cluster.placement(instance).clone();
+        let away = cluster.members.0.remove(&id(2)).expect("it was here");
+        cluster.members.0.get_mut(&id(1)).expect("here").links.clear();
+        cluster.rounds(5);
+        assert!(cluster.placement(instance).stages.iter().all(|stage| stage.node == id(1)), "{spec:?}");
+        cluster.members.0.insert(id(2), away);
+        assert_eq!(cluster.rounds(60).len(), 1, "{spec:?}");
+        assert_eq!(*cluster.placement(instance), deployment, "{spec:?}");
+    }
+}
+
+/// R7.2: a leader that has just come, and has not met all whom the others see, touches nothing of those; whoever is gone for
+/// all is replaced at once.
+#[test]
+fn who_is_not_met_yet_is_not_gone() {
+    let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[2])), (2, member(9, 1e10, &[1, 3]))]);
+    let placed = Cluster::of(vec![(1, member(20, 1e10, &[])), (3, member(20, 9e10, &[]))]).leader_of_three();
+    cluster.desired.merge(vec![placed], cluster.now);
+    let instance = cluster.desired.running().next().expect("it runs").0;
+    // The list may have come before anyone's report.
+    let second = cluster.members.0.remove(&id(2)).expect("it was here");
+    assert_eq!(cluster.rounds(1), [], "others may come");
+    cluster.members.0.insert(id(2), second);
+    assert_eq!(cluster.rounds(5), [], "2 sees 3");
+    cluster.members.0.insert(id(3), member(20, 9e10, &[1, 2]));
+    assert_eq!(cluster.rounds(5), []);
+    cluster.members.0.remove(&id(3));
+    cluster.leader.handle_lost(id(3), cluster.now, 2);
+    cluster.lose_links(3);
+    assert_eq!(cluster.rounds(1).len(), 1, "nobody sees it any more");
+    assert_eq!(cluster.split(instance), [(1, 8)]);
+}
+
+impl Cluster {
+    /// The entry of a model that runs on number 3.
+    fn leader_of_three(mut self) -> (InstanceId, DesiredEntry) {
+        let instance = self.run(ModelSpec::new("m"));
+        assert_eq!(self.split(instance), [(3, 8)]);
+        (instance, self.desired.get(instance).expect("it runs").clone())
+    }
+}
+
+/// One that another member takes for apart is not about to be met: what is there is placed anew at once.
+#[test]
+fn who_is_apart_is_gone() {
+    let mut cluster = Cluster::of(vec![
+        (1, member(20, 1e10, &[2, 3])),
+        (2, member(20, 1e10, &[1, 3])),
+        (3, member(20, 4e10, &[1, 2])),
+    ]);
+    let instance = cluster.run(ModelSpec::new("m"));
+    assert_eq!(cluster.split(instance), [(3, 8)]);
+    cluster.rounds(5);
+    cluster.members.0.remove(&id(3));
+    cluster.leader.handle_lost(id(3), cluster.now, 2);
+    assert_eq!(cluster.rounds(5), [], "number 2 sees it");
+    for report in cluster.members.0.values_mut() {
+        report.outside.push(id(3));
+    }
+    cluster.rounds(1);
+    assert_ne!(cluster.split(instance), [(3, 8)]);
+}
+
+/// R8.4: where others have no room, a machine that drains keeps what it serves; where they have, it goes.
+#[test]
+fn a_machine_that_drains_keeps_what_has_no_other_place() {
+    let mut cluster = Cluster::of(vec![(1, member(9, 1e10, &[2])), (2, member(9, 1e10, &[1]))]);
+    cluster.members.0.get_mut(&id(2)).expect("here").memory_limit_bytes = Some(4 * GB);
+    let instance = cluster.run(ModelSpec::new("m"));
+    assert_eq!(cluster.split(instance), [(1, 8)]);
+    cluster.members.0.get_mut(&id(1)).expect("here").is_draining = true;
+    assert_eq!(cluster.rounds(60), []);
+    cluster.members.0.get_mut(&id(2)).expect("here").memory_limit_bytes = Some(9 * GB);
+    assert_eq!(cluster.rounds(1).len(), 1);
+    assert_eq!(cluster.split(instance), [(2, 8)]);
+    let there = id(1).to_string();
+    let split = Split(vec![(there.clone(), 0..8)]);
+    cluster.leader.handle_request(id(2), ask(ModelSpec { split: Some(split), ..ModelSpec::new("other") }));
+    let told = cluster.rounds(1);
+    let releasing = RequestError::Plan(PlanError::Leaving { node: there });
+    assert!(matches!(&told[..], [Effect::Refused { error, .. }] if *error == releasing), "{told:?}");
+}
+
+/// R8.4: a move that fails leads back to where the model was well; a device that fails later does not.
+#[test]
+fn a_move_that_fails_leads_back() {
+    for has_run in [false, true] {
+        let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[2]))]);
+        let instance = cluster.run(ModelSpec::new("m"));
+        cluster.members.0.insert(id(2), member(20, 9e10, &[1]));
+        cluster.members.0.insert(id(3), member(20, 8e10, &[1]));
+        assert_eq!(cluster.rounds(60).len(), 1);
+        assert_eq!(cluster.split(instance), [(2, 8)]);
+        let stamp = cluster.desired.get(instance).expect("it runs").stamp;
+        let (node, device, error) = (id(2), cpu(), RequestError::NotReady);
+        let broken = BrokenShard { instance, stamp, node, device, has_run, error };
+        cluster.decide(|leader, round| leader.handle_broken(round, id(2), broken));
+        assert_eq!(cluster.split(instance), [(if has_run { 3 } else { 1 }, 8)]);
+    }
+}
+
+/// R6.4: of two placements of an instance both have room while the one is loaded beside the other; where they have not, what
+/// is there goes first, and that is said.
+#[test]
+fn what_has_no_room_beside_itself_goes_first() {
+    let three = || vec![(1, member(5, 1e10, &[2, 3])), (2, member(5, 1e10, &[1, 3])), (3, member(5, 1e10, &[1, 2]))];
+    let spec = ModelSpec { shards: Some(3), ..ModelSpec::new("m") };
+    let mut cluster = Cluster::of(three());
+    let instance = cluster.run(spec);
+    cluster.members.0.remove(&id(3));
+    cluster.lose_links(3);
+    cluster.rounds(5);
+    let deployment = cluster.desired.get(instance).and_then(DesiredEntry::deployment).expect("it runs");
+    assert_eq!(deployment.strategy, MoveStrategy::InPlace, "{:?}", deployment.placement);
+    assert_eq!(deployment.placement.stages.len(), 2);
+    cluster.members.0.insert(id(3), member(5, 1e10, &[1, 2]));
+    let mut more_room = Cluster::of(three());
+    more_room.members.0.values_mut().for_each(|report| report.memory_limit_bytes = Some(9 * GB));
+    let instance = more_room.run(ModelSpec { shards: Some(3), ..ModelSpec::new("m") });
+    more_room.members.0.remove(&id(3));
+    more_room.lose_links(3);
+    more_room.rounds(5);
+    let deployment = more_room.desired.get(instance).and_then(DesiredEntry::deployment).expect("it runs");
+    assert_eq!(deployment.strategy, MoveStrategy::Beside { rollback: None }, "{:?}", deployment.placement);
+}
+
+/// R8.4: while memory of what has left is on its way, nobody is refused and nothing more is made to leave; but not for ever.
+#[test]
+fn room_that_is_on_its_way_is_waited_for() {
+    let mut cluster = Cluster::of(vec![(1, member(9, 1e10, &[]))]);
+    let first = cluster.run(ModelSpec::new("first"));
+    cluster.now += 10 * SECOND;
+    cluster.leader.handle_request(id(1), ask(ModelSpec::new("second")));
+    assert_eq!(cluster.rounds(1).len(), 2, "the first one is made to leave, and the second has its room");
+    assert!(cluster.desired.get(first).and_then(DesiredEntry::deployment).is_none());
+    // Its memory goes, and is measured a moment later.
+    let full = |cluster: &mut Cluster, leaving_gigabytes: u64, limit_gigabytes: u64| {
+        let report = cluster.members.0.get_mut(&id(1)).expect("here");
+        report.releasing_bytes = leaving_gigabytes * GB;
+        report.memory_limit_bytes = Some(limit_gigabytes * GB);
+    };
+    let placed: Vec<InstanceId> = cluster.desired.running().map(|(id, ..)| id).collect();
+    for instance in placed {
+        cluster.decide(|_, round| round.set(instance, Target::Stopped { error: None }));
+    }
+    cluster.leader.handle_request(id(1), ask(ModelSpec::new("third")));
+    full(&mut cluster, 8, 9);
+    assert_eq!(cluster.rounds(5), [], "it is waited for");
+    full(&mut cluster, 0, 1);
+    assert_eq!(cluster.rounds(2), [], "what has left is not measured yet");
+    full(&mut cluster, 0, 9);
+    assert_eq!(cluster.rounds(1).len(), 1, "it is placed");
+    cluster.leader.handle_request(id(1), ask(ModelSpec::new("fourth")));
+    full(&mut cluster, 5, 9);
+    let told = cluster.rounds(40);
+    assert!(
+        matches!(told[..], [Effect::Written { .. }] | [Effect::Refused { .. }] | [_, Effect::Refused { .. }]),
+        "{told:?}"
+    );
+}
+
+/// A split that names who has just gone waits a moment for its return, and is refused when that is over.
+#[test]
+fn who_is_named_and_has_just_gone_is_waited_for() {
+    for comes_back in [true, false] {
+        let b = MemberReport { name: "b".to_owned(), ..member(20, 1e10, &[1]) };
+        let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[]))]);
+        cluster.leader.handle_lost(id(2), cluster.now, 1);
+        let split = Split(vec![("b".to_owned(), 0..8)]);
+        cluster.leader.handle_request(id(1), ask(ModelSpec { split: Some(split), ..ModelSpec::new("m") }));
+        assert_eq!(cluster.rounds(2), []);
+        if comes_back {
+            cluster.members.0.insert(id(2), b);
+        }
+        let told = cluster.rounds(3);
+        match comes_back {
+            true => assert!(matches!(&told[..], [Effect::Written { .. }]), "{told:?}"),
+            false => assert!(matches!(&told[..], [Effect::Refused { .. }]), "{told:?}"),
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! The status of a node, as one value that facts change.
+//!
+//! A subscriber gets the status once and then the facts. Applying the facts gives it the same status that the node has.
+
+use super::clique::Outside;
+use super::members::MemberReport;
+use super::plan::Placement;
+use super::spec::{InstanceId, Model};
+use super::status::{InstanceStatus, Load, Machine, Phase, Totals};
+use exo_engines::engine::DeviceReport;
+use exo_net::NodeId;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+/// Something that happened on this node, or to its peers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Fact {
+    /// A factory found a device, at the node's start.
+    DeviceFound(DeviceReport),
+    /// The machine was measured. It is every second.
+    MachineMeasured(Machine),
+    /// An instance is to run here, or to move to another placement.
+    InstancePlaced {
+        /// The instance.
+        instance: InstanceId,
+        /// What it runs.
+        model: Model,
+        /// Where it runs.
+        placement: Placement,
+    },
+    /// A stage's node fetches the weights of its layers.
+    ShardFetching {
+        /// The instance.
+        instance: InstanceId,
+        /// The stage's position in the pipeline, from 0.
+        stage: usize,
+        /// Bytes fetched so far.
+        fetched_bytes: u64,
+        /// Bytes to fetch in all.
+        total_bytes: u64,
+    },
+    /// A stage's engine loads the weights of its layers.
+    ShardLoading {
+        /// The instance.
+        instance: InstanceId,
+        /// The stage's position in the pipeline, from 0.
+        stage: usize,
+        /// Bytes loaded so far.
+        loaded_bytes: u64,
+        /// Bytes to load in all.
+        total_bytes: u64,
+    },
+    /// All shards are loaded and connected: the instance serves.
+    InstanceReady {
+        /// The instance.
+        instance: InstanceId,
+        /// The epoch of its incarnation.
+        epoch: u64,
+    },
+    /// A shard failed: requests wait until it is restarted, or placed elsewhere.
+    ShardFailed {
+        /// The instance.
+        instance: InstanceId,
+        /// The stage's position in the pipeline, from 0.
+        stage: usize,
+        /// What failed.
+        error: String,
+    },
+    /// The head of an instance on this node ended.
+    InstanceStopped {
+        /// The instance.
+        instance: InstanceId,
+        /// Why, if it failed.
+        error: Option<String>,
+    },
+    /// The requests of an instance changed in number or progress.
+    RequestsChanged {
+        /// The instance.
+        instance: InstanceId,
+        /// What it works on now.
+        load: Load,
+        /// What it has done so far.
+        totals: Totals,
+    },
+    /// A member sent its report.
+    MemberReported {
+        /// The member.
+        node: NodeId,
+        /// Its report.
+        report: Box<MemberReport>,
+    },
+    /// A peer was lost.
+    MemberGone {
+        /// The peer.
+        node: NodeId,
+    },
+    /// A connected peer is outside this node's clique.
+    PeerOutside {
+        /// The peer.
+        node: NodeId,
+        /// Why.
+        outside: Outside,
+    },
+}
+
+impl Fact {
+    /// The instance that the fact is about.
+    pub fn instance(&self) -> Option<InstanceId> {
+        match self {
+            Self::InstancePlaced { instance, .. }
+            | Self::ShardFetching { instance, .. }
+            | Self::ShardLoading { instance, .. }
+            | Self::InstanceReady { instance, .. }
+            | Self::ShardFailed { instance, .. }
+            | Self::InstanceStopped { instance, .. }
+            | Self::RequestsChanged { instance, .. } => Some(*instance),
+            Self::DeviceFound(_)
+            | Self::MachineMeasured(_)
+            | Self::MemberReported { .. }
+            | Self::MemberGone { .. }
+            | Self::PeerOutside { .. } => None,
+        }
+    }
+}
+
+/// The status of a node, and of its cluster as the node sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// The node's id.
+    pub node: NodeId,
+    /// The node's name, as its user chose it.
+    pub name: String,
+    /// The addresses at which other nodes reach this one; none where it has no network.
+    pub addresses: Vec<SocketAddr>,
+    /// Its devices, best first.
+    pub devices: Vec<DeviceReport>,
+    /// The latest measurement of its machine.
+    pub machine: Machine,
+    /// The instances whose head is on this node, and the last of those that have stopped.
+    pub instances: BTreeMap<InstanceId, InstanceStatus>,
+    /// The other members of this node's clique, with the instances whose heads they have.
+    pub members: BTreeMap<NodeId, MemberReport>,
+    /// Connected peers outside this node's clique.
+    #[serde(rename = "apart")]
+    pub outside: BTreeMap<NodeId, Outside>,
+    /// The number of facts applied so far.
+    pub version: u64,
+}
+
+/// Stopped instances that stay visible.
+const STOPPED_KEPT: usize = 16;
+
+impl NodeStatus {
+    /// The status before any fact.
+    pub fn new(node: NodeId, name: String, addresses: Vec<SocketAddr>) -> Self {
+        let (devices, machine) = (Vec::new(), Machine::default());
+        Self {
+            node,
+            name,
+            addresses,
+            devices,
+            machine,
+            instances: BTreeMap::new(),
+            members: BTreeMap::new(),
+            outside: BTreeMap::new(),
+            version: 0,
+        }
+    }
+
+    /// The instances with a head on this node that have not stopped.
+    pub fn live(&self) -> impl Iterator<Item = (InstanceId, &InstanceStatus)> {
+        let instances = self.instances.iter().map(|(&id, instance)| (id, instance));
+        instances.filter(|(_, instance)| !matches!(instance.phase, Phase::Stopped { .. }))
+    }
+
+    /// The live instances of this node and of all other members. Those of other members are at most a second old.
+    pub fn everywhere(&self) -> impl Iterator<Item = (InstanceId, &InstanceStatus)> {
+        let owned = self.members.values().flat_map(|member| &member.owned);
+        self.live().chain(owned.filter_map(|(&id, owned)| Some((id, owned.state.as_ref()?))))
+    }
+
+    /// Applies a fact. A fact about an unknown instance changes nothing but the version.
+    pub fn apply(&mut self, fact: &Fact) {
+        self.version += 1;
+        match fact {
+            Fact::DeviceFound(report) => {
+                self.devices.retain(|device| device.id != report.id);
+                self.devices.push(report.clone());
+            }
+            Fact::MachineMeasured(machine) => self.machine = machine.clone(),
+            Fact::InstancePlaced { instance, model, placement } => {
+                let known = self.instances.get_mut(instance);
+                match known.filter(|status| !matches!(status.phase, Phase::Stopped { .. })) {
+                    Some(status) => status.apply(fact),
+                    None => {
+                        self.instances.insert(*instance, InstanceStatus::new(model.clone(), placement.clone()));
+                    }
+                }
+            }
+            Fact::ShardFetching { instance, .. }
+            | Fact::ShardLoading { instance, .. }
+            | Fact::InstanceReady { instance, .. }
+            | Fact::ShardFailed { instance, .. }
+            | Fact::InstanceStopped { instance, .. }
+            | Fact::RequestsChanged { instance, .. } => {
+                if let Some(status) = self.instances.get_mut(instance) {
+                    status.apply(fact);
+                }
+                if matches!(fact, Fact::InstanceStopped { .. }) {
+                    self.forget_old();
+                }
+            }
+            Fact::MemberReported { node, report } => {
+                self.outside.remove(node);
+                self.members.insert(*node, MemberReport::clone(report));
+            }
+            Fact::MemberGone { node } => {
+                self.outside.remove(node);
+                self.members.remove(node);
+            }
+            Fact::PeerOutside { node, outside } => {
+                self.members.remove(node);
+                self.outside.insert(*node, outside.clone());
+            }
+        }
+    }
+
+    /// Drops the stopped instances beyond [`STOPPED_KEPT`], those with the lowest ids first.
+    fn forget_old(&mut self) {
+        let stopped = self.instances.iter().filter(|(_, status)| matches!(status.phase, Phase::Stopped { .. }));
+        let stopped: Vec<InstanceId> = stopped.map(|(&id, _)| id).collect();
+        for id in stopped.iter().take(stopped.len().saturating_sub(STOPPED_KEPT)) {
+            self.instances.remove(id);
+        }
+    }
+}
+
+impl InstanceStatus {
+    /// Applies a fact about this instance. Other facts change nothing.
+    pub(crate) fn apply(&mut self, fact: &Fact) {
+        match fact {
+            Fact::InstancePlaced { placement, .. } => self.move_to(placement.clone()),
+            Fact::ShardLoading { stage, loaded_bytes, total_bytes, .. } => {
+                self.loading(*stage, *loaded_bytes, *total_bytes);
+            }
+            Fact::ShardFetching { stage, fetched_bytes, total_bytes, .. } => {
+                self.fetching(*stage, *fetched_bytes, *total_bytes);
+            }
+            Fact::InstanceReady { epoch, .. } => (self.phase, self.epoch) = (Phase::Ready, *epoch),
+            Fact::ShardFailed { error, .. } => self.phase = Phase::Recovering { error: error.clone() },
+            Fact::InstanceStopped { error, .. } => self.phase = Phase::Stopped { error: error.clone() },
+            Fact::RequestsChanged { load, totals, .. } => {
+                self.requests_running = load.running;
+                self.requests_waiting = load.waiting;
+                self.pages_used = load.pages_used;
+                self.pages_total = load.pages_total;
+                self.totals = *totals;
+            }
+            Fact::DeviceFound(_)
+            | Fact::MachineMeasured(_)
+            | Fact::MemberReported { .. }
+            | Fact::MemberGone { .. }
+            | Fact::PeerOutside { .. } => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::spec::FilesId;
+
+    #[test]
+    fn facts_change_an_instance_s_phase() {
+        let node = exo_net::Identity::ephemeral().expect("random bytes").node_id();
+        let mut state = NodeStatus::new(node, "here".to_owned(), Vec::new());
+        let instance = InstanceId(1);
+        let phase = |state: &NodeStatus| state.instances[&instance].phase.clone();
+        state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
+        assert!(state.instances.is_empty());
+        let model = Model {
+            name: "m".to_owned(),
+            family: String::new(),
+            quantization: String::new(),
+            context_tokens: 1,
+            vocabulary: 256,
+            files: FilesId([0; 32]),
+        };
+        let placement = Placement { stages: Vec::new() };
+        state.apply(&Fact::InstancePlaced { instance, model: model.clone(), placement });
+        state.apply(&Fact::ShardFetching { instance, stage: 0, fetched_bytes: 5, total_bytes: 9 });
+        assert_eq!(phase(&state), Phase::Fetching { fetched_bytes: 5, total_bytes: 9 });
+        state.apply(&Fact::ShardFetching { instance, stage: 0, fetched_bytes: 9, total_bytes: 9 });
+        state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
+        state.apply(&Fact::ShardLoading { instance, stage: 1, loaded_bytes: 3, total_bytes: 4 });
+        assert_eq!(phase(&state), Phase::Loading { loaded_bytes: 4, total_bytes: 6 });
+        state.apply(&Fact::InstanceReady { instance, epoch: 1 });
+        assert_eq!(phase(&state), Phase::Ready);
+        state.apply(&Fact::ShardFailed { instance, stage: 1, error: "gone".to_owned() });
+        assert_eq!(phase(&state), Phase::Recovering { error: "gone".to_owned() });
+        for id in 2..100 {
+            let instance = InstanceId(id);
+            state.apply(&Fact::InstancePlaced {
+                instance,
+                model: model.clone(),
+                placement: Placement { stages: Vec::new() },
+            });
+            state.apply(&Fact::InstanceStopped { instance, error: None });
+        }
+        assert_eq!(state.instances.len(), STOPPED_KEPT + 1);
+    }
+}

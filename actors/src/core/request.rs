@@ -1,0 +1,175 @@
+//! Requests to generate: what a caller asks for, the events of an answer, and the errors.
+
+use super::model_error::ModelError;
+use super::plan::PlanError;
+use super::scheduler::{AdmitError, FinishReason};
+pub use super::spec::ModelSpec;
+use exo_engines::sampler::{ParamsError, Sampled, SamplingParams};
+use exo_engines::template::Conversation;
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+
+/// The text that a model continues.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Prompt {
+    /// A conversation, rendered by the model's chat template. A model without a template continues the messages' texts.
+    Chat(Conversation),
+    /// Plain text, behind the model's first token (BOS) where it has one.
+    Text(String),
+    /// Token ids, as they are.
+    Tokens(Vec<u32>),
+}
+
+/// A request to generate one answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GenerateRequest {
+    /// Which model, and how it runs.
+    pub model: ModelSpec,
+    /// What it continues.
+    pub prompt: Prompt,
+    /// How tokens are sampled.
+    pub params: SamplingParams,
+    /// Tokens to generate at most; `None`: until the context is full.
+    pub max_tokens: Option<u32>,
+    /// Strings that end the answer. They are not part of it.
+    pub stop: Vec<String>,
+}
+
+/// An event of an answer's stream. In order: `Started`, tokens, `Finished`; an error can come at any point.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Generated {
+    /// The request was accepted by the model's head.
+    Started {
+        /// The prompt, encoded.
+        prompt_tokens: Vec<u32>,
+        /// Whether the prompt ends with `<think>`: the answer begins within a thought.
+        #[serde(default)]
+        opens_thought: bool,
+    },
+    /// The next token.
+    Token {
+        /// The token, and the log-probabilities that were asked for.
+        sampled: Sampled,
+        /// The names of the token and of the likeliest ones, in the order of `sampled`.
+        names: Vec<String>,
+        /// Text that can be shown now; empty while a character or a stop string may be incomplete.
+        text: String,
+    },
+    /// The answer is complete.
+    Finished {
+        /// Why it ended.
+        reason: FinishReason,
+        /// The text that was held back.
+        text: String,
+        /// Tokens of the prompt that were found in the prefix cache.
+        #[serde(rename = "reused_tokens")]
+        cached_tokens: usize,
+    },
+}
+
+/// Why a request failed.
+#[derive(Debug, Clone, PartialEq, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// The model's files cannot be had.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The model cannot be placed.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The request names a device that no member has.
+    #[error("no member has a device `{device}`")]
+    NoDevice {
+        /// The device's id.
+        device: String,
+    },
+    /// The prompt cannot be rendered or encoded.
+    #[error("the prompt cannot be used: {what}")]
+    BadPrompt {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The scheduler does not accept the request.
+    #[error(transparent)]
+    Admit(#[from] AdmitError),
+    /// Other models, in use now, hold the memory that the model needs.
+    #[error("`{model}` needs {needed_bytes} bytes, which other models use now")]
+    MemoryBusy {
+        /// The model's name.
+        model: String,
+        /// The memory that it needs.
+        needed_bytes: u64,
+    },
+    /// The node runs as many requests as it admits.
+    #[error("the node runs {requests} requests, and admits no more now")]
+    Overloaded {
+        /// The limit.
+        requests: usize,
+    },
+    /// The model's shards failed for good.
+    #[error("the model's shards failed: {what}")]
+    Engine {
+        /// What failed.
+        what: String,
+        /// What the user can do about it.
+        remedy: Cow<'static, str>,
+    },
+    /// The head has moved to another node.
+    #[error("the model has moved to another machine")]
+    Moved,
+    /// The tokenizer is not open yet.
+    #[error("the tokenizer is not ready")]
+    NotReady,
+    /// The node stops.
+    #[error("the node is shutting down")]
+    ShuttingDown,
+    /// The node has no cluster.
+    #[error("this node is a member of no cluster")]
+    NotClustered,
+    /// A sampling parameter is out of its range. Found before a request leaves its node, and never encoded for another node.
+    /// The last variant: a skipped one would shift the numbers of those behind it.
+    #[error(transparent)]
+    #[serde(skip)]
+    Params(#[from] ParamsError),
+}
+
+impl RequestError {
+    /// What the caller can do about it.
+    pub fn remedy(&self) -> &str {
+        match self {
+            Self::Model(error) => error.remedy(),
+            Self::Plan(error) => error.remedy(),
+            Self::NoDevice { .. } => "name no device to use the best one",
+            Self::Params(_) | Self::BadPrompt { .. } | Self::Admit(AdmitError::NoSuchToken { .. }) => {
+                "change the request"
+            }
+            Self::Admit(AdmitError::EmptyPrompt) => "give a prompt",
+            Self::Admit(AdmitError::TooLong { .. }) => "shorten the prompt, or start the model with a larger context",
+            Self::Overloaded { .. } | Self::NotReady | Self::MemoryBusy { .. } | Self::Moved => "try again in a moment",
+            Self::Engine { remedy, .. } => remedy,
+            Self::NotClustered => "start the node with a network",
+            Self::ShuttingDown => "start the node again",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use exo_net::wire;
+
+    /// An error that one node encodes is the error that another one decodes.
+    #[test]
+    fn errors_travel_as_they_are() {
+        let engine = RequestError::Engine { what: "w".to_owned(), remedy: "r".into() };
+        let plan = RequestError::Plan(PlanError::DoesNotFit { needed_bytes: 3, free_bytes: 2, missing_bytes: 1 });
+        let others = [RequestError::Moved, RequestError::NotReady, RequestError::ShuttingDown];
+        let model = RequestError::Model(ModelError::Unknown { model: "m".to_owned() });
+        for error in [engine, plan, model, RequestError::Overloaded { requests: 7 }].into_iter().chain(others) {
+            let bytes = wire::encode(&error).expect("it is written");
+            assert_eq!(wire::decode::<RequestError>(&bytes), Ok(error));
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Single decisions of the head; whole interleavings are simulated (`core/simulation/head.rs`).
+
+use super::*;
+
+fn request(seq: u64, prompt: usize, max_tokens: u32) -> Request {
+    let sampler = SamplerSpec { params: SamplingParams::greedy(), prompt: vec![1; prompt], generated: Vec::new() };
+    Request { seq: SeqId(seq), sampler, max_tokens, ends: BTreeSet::new() }
+}
+
+fn limits() -> Limits {
+    Limits {
+        pages: 64,
+        context_tokens: 1024,
+        vocabulary: 1000,
+        steps_in_flight: 1,
+        running: 8,
+        rows_alone: 256,
+        rows_shared: 64,
+    }
+}
+
+fn draw(scheduler: &mut Scheduler, plan: &StepPlan) {
+    let drawn = plan.rows.iter().filter(|row| row.wants_logits);
+    let sampled = Sampled { token: 5, logprob: 0.0, top_logprobs: Vec::new() };
+    scheduler.handle_step_done(drawn.map(|row| (row.seq, Ok(sampled.clone()))).collect());
+}
+
+/// A long prompt does not stall a running stream: every step while it is computed has the stream's row, and few more.
+#[test]
+fn a_long_prompt_leaves_room_for_running_streams() {
+    let mut scheduler = Scheduler::new(limits());
+    scheduler.handle_request(request(1, 4, 100)).expect("it fits");
+    let plan = scheduler.poll_step().expect("a step");
+    draw(&mut scheduler, &plan);
+    scheduler.handle_request(request(2, 900, 100)).expect("it fits");
+    for _ in 0..14 {
+        let plan = scheduler.poll_step().expect("a step");
+        assert!(plan.rows.iter().any(|row| row.seq == SeqId(1)), "the stream goes on");
+        assert!(plan.rows.len() <= 64);
+        draw(&mut scheduler, &plan);
+    }
+}
+
+/// A cancelled request computes nothing more, and its pages are there for whoever needs them.
+#[test]
+fn a_cancelled_request_gives_its_pages_to_the_next() {
+    let mut scheduler = Scheduler::new(Limits { pages: 12, ..limits() });
+    scheduler.handle_request(request(1, 300, 100)).expect("it fits");
+    let plan = scheduler.poll_step().expect("a step");
+    scheduler.handle_cancel(SeqId(1));
+    draw(&mut scheduler, &plan);
+    assert_eq!(scheduler.poll_step(), None);
+    let mut other = request(2, 350, 1);
+    other.sampler.prompt.fill(2);
+    scheduler.handle_request(other).expect("it fits");
+    let plan = scheduler.poll_step().expect("a step");
+    assert_eq!(plan.operations, [Operation::Release { seq: SeqId(1) }]);
+    assert!(plan.rows.iter().all(|row| row.seq == SeqId(2)));
+}
+
+fn events(scheduler: &mut Scheduler) -> Vec<Event> {
+    std::iter::from_fn(|| scheduler.poll_event()).collect()
+}
+
+/// R6.4: what was computed for a request that is over is not computed again for one that begins as it did.
+#[test]
+fn a_prompt_goes_on_from_a_kept_one() {
+    let mut scheduler = Scheduler::new(limits());
+    scheduler.handle_request(request(1, 200, 1)).expect("it fits");
+    let plan = scheduler.poll_step().expect("a step");
+    draw(&mut scheduler, &plan);
+    let mut longer = request(2, 210, 1);
+    longer.sampler.prompt[200..].fill(9);
+    scheduler.handle_request(longer).expect("it fits");
+    let plan = scheduler.poll_step().expect("a step");
+    assert_eq!(plan.operations, [Operation::Fork { from: SeqId(1), to: SeqId(2), length_tokens: 200 }]);
+    assert_eq!(plan.rows.len(), 10);
+    assert!(events(&mut scheduler).contains(&Event::Admitted { seq: SeqId(2), cached_tokens: 200 }));
+}
+
+/// Requests with one prompt, as n > 1 makes them, wait for the first, and then compute a row each.
+#[test]
+fn equal_prompts_are_computed_once() {
+    let mut scheduler = Scheduler::new(limits());
+    for seq in 1..=4 {
+        scheduler.handle_request(request(seq, 400, 10)).expect("it fits");
+    }
+    let mut rows = Vec::new();
+    for _ in 0..3 {
+        let plan = scheduler.poll_step().expect("a step");
+        rows.push(plan.rows.len());
+        draw(&mut scheduler, &plan);
+    }
+    assert_eq!(rows, [256, 144, 4], "the prompt in two chunks, then the first's token and three rows");
+}
+
+#[test]
+fn a_prompt_that_can_never_run_is_refused() {
+    let mut scheduler = Scheduler::new(limits());
+    assert!(scheduler.handle_request(request(1, 0, 1)).is_err());
+    assert!(scheduler.handle_request(request(1, 1024, 1)).is_err());
+    assert!(scheduler.handle_request(request(1, 1023, 1)).is_ok());
+}
+
+/// Streams that decode are shared out over the stages: four over two stages go in twos, whenever they began.
+#[test]
+fn streams_are_shared_out_over_the_stages() {
+    let mut scheduler = Scheduler::new(Limits { steps_in_flight: 2, ..limits() });
+    let mut in_flight: VecDeque<StepPlan> = VecDeque::new();
+    let mut sizes = Vec::new();
+    for round in 0..40_u32 {
+        if round % 3 == 0 && round < 12 {
+            let mut own = request(u64::from(round / 3), 10, 100);
+            own.sampler.prompt.fill(round);
+            scheduler.handle_request(own).expect("it fits");
+        }
+        while let Some(plan) = scheduler.poll_step() {
+            sizes.push(plan.rows.len());
+            in_flight.push_back(plan);
+        }
+        let oldest = in_flight.pop_front().expect("a step is in flight");
+        draw(&mut scheduler, &oldest);
+    }
+    assert!(sizes[20..].iter().all(|&rows| rows == 2), "{sizes:?}");
+}
+
+/// The chunks of a prompt follow each other without waiting: as many are on their way as there are stages.
+#[test]
+fn the_chunks_of_a_prompt_overlap_over_the_stages() {
+    let mut scheduler = Scheduler::new(Limits { steps_in_flight: 3, ..limits() });
+    scheduler.handle_request(request(1, 700, 10)).expect("it fits");
+    let chunks: Vec<StepPlan> = std::iter::from_fn(|| scheduler.poll_step()).collect();
+    assert_eq!(chunks.iter().map(|plan| plan.rows.len()).collect::<Vec<_>>(), [256, 256, 188]);
+    chunks.iter().for_each(|plan| draw(&mut scheduler, plan));
+    assert_eq!(scheduler.poll_step().map(|plan| plan.rows.len()), Some(1), "then it decodes");
+}
+
+/// A token that the model does not have never reaches its shards, whoever it comes from.
+#[test]
+fn what_is_no_token_is_refused() {
+    let mut scheduler = Scheduler::new(limits());
+    let mut strange = request(1, 4, 10);
+    strange.sampler.generated = vec![7, 1000];
+    let refused = scheduler.handle_request(strange);
+    assert_eq!(refused, Err(AdmitError::NoSuchToken { token: 1000, vocabulary: 1000 }));
+    for seq in [2, 3] {
+        let mut own = request(seq, 4, 10);
+        own.sampler.prompt.fill(seq as u32);
+        scheduler.handle_request(own).expect("it fits");
+    }
+    let plan = scheduler.poll_step().expect("a step");
+    let drawn = |row: &Row| {
+        let token = if row.seq == SeqId(2) { u32::MAX } else { 5 };
+        (row.seq, Ok(Sampled { token, logprob: 0.0, top_logprobs: Vec::new() }))
+    };
+    scheduler.handle_step_done(plan.rows.iter().filter(|row| row.wants_logits).map(drawn).collect());
+    let told = events(&mut scheduler);
+    assert!(told.iter().any(|event| matches!(event, Event::Failed { seq: SeqId(2), .. })), "{told:?}");
+    let plan = scheduler.poll_step().expect("the other goes on");
+    assert!(plan.rows.iter().all(|row| row.seq == SeqId(3)) && plan.tokens == [5]);
+}

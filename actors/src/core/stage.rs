@@ -1,0 +1,100 @@
+//! What an instance's owner and the nodes of its stages tell each other.
+
+use super::desired::Stamp;
+use super::plan::{KV_PAGES_MAX, SHARD_BYTES_MAX};
+use super::request::RequestError;
+use super::spec::{FilesId, InstanceId, ModelSpec};
+use exo_engines::EngineError;
+use exo_engines::engine::{DeviceId, Incarnation};
+use exo_engines::model::LAYERS_MAX;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// A shard that a stage's node is to load.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct StageTask {
+    pub instance: InstanceId,
+    pub stamp: Stamp,
+    pub stage: usize,
+    pub spec: ModelSpec,
+    /// The files that the model's name means: other files with that name are another model.
+    pub files: FilesId,
+    pub layers: Range<usize>,
+    pub device: DeviceId,
+    pub context_tokens: u32,
+    pub kv_pages: u32,
+    /// Memory of its weights and cache, as planned.
+    pub memory_bytes: u64,
+}
+
+impl StageTask {
+    /// Whether a leader could have placed it.
+    pub(crate) fn is_plausible(&self) -> bool {
+        !self.layers.is_empty()
+            && self.layers.end <= LAYERS_MAX
+            && self.stage < LAYERS_MAX
+            && self.kv_pages <= KV_PAGES_MAX
+            && self.memory_bytes <= SHARD_BYTES_MAX
+    }
+}
+
+/// What the node of a stage reports to the instance's owner.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum StageEvent {
+    /// Its weights are being fetched.
+    Fetching {
+        stage: usize,
+        fetched_bytes: u64,
+        total_bytes: u64,
+    },
+    Loading {
+        stage: usize,
+        loaded_bytes: u64,
+        total_bytes: u64,
+    },
+    /// It is loaded.
+    Up {
+        stage: usize,
+    },
+    /// It is connected for this incarnation.
+    Wired {
+        stage: usize,
+        incarnation: Incarnation,
+    },
+    /// It failed; its device restarts it, or moves it to the fallback.
+    Down {
+        stage: usize,
+        error: EngineError,
+    },
+    /// It failed for good on this node.
+    Lost {
+        stage: usize,
+        error: EngineError,
+    },
+    /// Its node cannot get the model's files.
+    NoModel {
+        stage: usize,
+        error: RequestError,
+    },
+    /// Its link to the next stage broke.
+    Cut {
+        stage: usize,
+        incarnation: Incarnation,
+        what: String,
+    },
+}
+
+impl StageEvent {
+    pub(crate) fn stage(&self) -> usize {
+        match self {
+            Self::Fetching { stage, .. }
+            | Self::Loading { stage, .. }
+            | Self::Up { stage }
+            | Self::Wired { stage, .. }
+            | Self::Down { stage, .. }
+            | Self::Lost { stage, .. }
+            | Self::NoModel { stage, .. }
+            | Self::Cut { stage, .. } => *stage,
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The status of a machine and of an instance, as users see it and members report it.
+
+use super::plan::Placement;
+use super::spec::Model;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// What an instance works on now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Load {
+    /// Requests that prefill or decode.
+    pub running: usize,
+    /// Requests that wait for pages, or for their turn.
+    pub waiting: usize,
+    /// Pages of each shard's cache in use, cached prefixes included.
+    pub pages_used: u32,
+    /// Pages of each shard's cache.
+    pub pages_total: u32,
+}
+
+/// What an instance has done since its head started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Requests that have ended, in whatever way.
+    pub requests: u64,
+    /// Tokens of all prompts.
+    pub prompt_tokens: u64,
+    /// Tokens of prompts that were found in the prefix cache.
+    #[serde(rename = "reused_tokens")]
+    pub cached_tokens: u64,
+    /// Tokens that were sampled.
+    pub generated_tokens: u64,
+}
+
+/// A measurement of a machine. A value that cannot be read is `None`, never 0.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// The machine's memory.
+    pub memory_total_bytes: Option<u64>,
+    /// Memory that programs can still take.
+    pub memory_free_bytes: Option<u64>,
+    /// Resident memory of this process.
+    pub process_bytes: Option<u64>,
+    /// The share of all cores in use, 0 to 1.
+    pub cpu_utilisation: Option<f32>,
+}
+
+/// What an instance is doing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    /// Its nodes fetch weights, from each other or from a source.
+    Fetching {
+        /// Bytes fetched by all stages.
+        fetched_bytes: u64,
+        /// Bytes that all stages fetch.
+        total_bytes: u64,
+    },
+    /// Its shards load weights.
+    Loading {
+        /// Bytes loaded by all stages.
+        loaded_bytes: u64,
+        /// Bytes that all stages load.
+        total_bytes: u64,
+    },
+    /// It serves.
+    Ready,
+    /// A shard failed and is being replaced; requests wait.
+    Recovering {
+        /// What failed.
+        error: String,
+    },
+    /// It has stopped.
+    Stopped {
+        /// Why, if it failed.
+        error: Option<String>,
+    },
+}
+
+impl Phase {
+    /// Whether weights are being fetched or loaded.
+    pub fn is_loading(&self) -> bool {
+        matches!(self, Self::Fetching { .. } | Self::Loading { .. })
+    }
+}
+
+/// The status of one instance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InstanceStatus {
+    /// What it runs.
+    pub model: Model,
+    /// Where it runs, or is to run.
+    pub placement: Placement,
+    /// What it is doing.
+    pub phase: Phase,
+    /// The epoch of its latest incarnation.
+    pub epoch: u64,
+    /// Bytes fetched for each stage, and to fetch.
+    fetching: BTreeMap<usize, (u64, u64)>,
+    /// Bytes loaded by each stage, and to load.
+    loading: BTreeMap<usize, (u64, u64)>,
+    /// Requests that prefill or decode.
+    pub requests_running: usize,
+    /// Requests that wait for pages, or for their turn.
+    pub requests_waiting: usize,
+    /// Pages of each shard's cache in use, cached prefixes included.
+    pub pages_used: u32,
+    /// Pages of each shard's cache.
+    pub pages_total: u32,
+    /// What it has done so far.
+    pub totals: Totals,
+}
+
+impl InstanceStatus {
+    /// An instance of which nothing is loaded yet.
+    pub(crate) fn new(model: Model, placement: Placement) -> Self {
+        Self {
+            model,
+            placement,
+            phase: Phase::Loading { loaded_bytes: 0, total_bytes: 0 },
+            epoch: 0,
+            fetching: BTreeMap::new(),
+            loading: BTreeMap::new(),
+            requests_running: 0,
+            requests_waiting: 0,
+            pages_used: 0,
+            pages_total: 0,
+            totals: Totals::default(),
+        }
+    }
+
+    /// The instance moves; it serves at its old placement until the new one is loaded.
+    pub(super) fn move_to(&mut self, placement: Placement) {
+        self.placement = placement;
+        self.loading.clear();
+        self.fetching.clear();
+    }
+
+    pub(super) fn fetching(&mut self, stage: usize, fetched: u64, total: u64) {
+        self.fetching.insert(stage, (fetched, total));
+        if matches!(self.phase, Phase::Loading { .. } | Phase::Fetching { .. }) {
+            let (fetched_bytes, total_bytes) = sum(&self.fetching);
+            self.phase = Phase::Fetching { fetched_bytes, total_bytes };
+        }
+    }
+
+    pub(super) fn loading(&mut self, stage: usize, loaded: u64, total: u64) {
+        self.loading.insert(stage, (loaded, total));
+        let is_fetched = self.fetching.values().all(|(fetched, total)| fetched >= total);
+        let is_loading =
+            matches!(self.phase, Phase::Loading { .. }) || is_fetched && matches!(self.phase, Phase::Fetching { .. });
+        if is_loading {
+            let (loaded_bytes, total_bytes) = sum(&self.loading);
+            self.phase = Phase::Loading { loaded_bytes, total_bytes };
+        }
+    }
+}
+
+fn sum(parts: &BTreeMap<usize, (u64, u64)>) -> (u64, u64) {
+    let add =
+        |(done, total): (u64, u64), part: &(u64, u64)| (done.saturating_add(part.0), total.saturating_add(part.1));
+    parts.values().fold((0, 0), add)
+}

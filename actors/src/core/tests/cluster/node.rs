@@ -1,0 +1,145 @@
+//! A simulated member, what it holds, and what members say.
+
+use super::GB;
+use crate::core::clique::Clique;
+use crate::core::desired::{Desired, DesiredEntry, DesiredSnapshot, Stamp};
+use crate::core::leader::{BrokenShard, Leader, PlacementRequest};
+use crate::core::members::{MemberReport, Members, OwnedInstance};
+use crate::core::pipeline::Pipeline;
+use crate::core::plan::{Demand, Link};
+use crate::core::request::RequestError;
+use crate::core::spec::{FilesId, InstanceId, Model, ModelSpec};
+use crate::core::stage::{StageEvent, StageTask};
+use exo_engines::engine::Incarnation;
+use exo_net::NodeId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+#[derive(Debug, Clone)]
+pub(super) enum Message {
+    Report(Box<MemberReport>),
+    Desired(Vec<(InstanceId, DesiredEntry)>),
+    Target(Box<PlacementRequest>),
+    Refused(ModelSpec, RequestError),
+    Broken(BrokenShard),
+    Start(Box<StageTask>),
+    Wire { id: InstanceId, stage: usize, incarnation: Incarnation },
+    Clear { id: InstanceId, below: Stamp },
+    News { id: InstanceId, stamp: Stamp, event: StageEvent },
+}
+
+/// A shard of a node.
+pub(super) struct Shard {
+    pub(super) owner: NodeId,
+    pub(super) task: StageTask,
+    pub(super) ordered: Duration,
+    pub(super) up: Duration,
+    pub(super) is_up: bool,
+    pub(super) seen: Option<Incarnation>,
+}
+
+/// The head of an instance.
+pub(super) struct Head {
+    pub(super) pipeline: Pipeline,
+    pub(super) rewire: Option<Duration>,
+}
+
+/// A member, while it lives.
+pub(super) struct Node {
+    pub(super) id: NodeId,
+    pub(super) memory_bytes: u64,
+    pub(super) bytes_per_s: f64,
+    pub(super) desired: Desired,
+    /// As the keeper of its shards last heard it.
+    pub(super) snapshot: DesiredSnapshot,
+    pub(super) members: Members,
+    pub(super) clique: Clique,
+    pub(super) leader: Leader,
+    pub(super) heads: BTreeMap<InstanceId, Head>,
+    pub(super) shards: BTreeMap<(InstanceId, usize), Shard>,
+    /// What its clients want, when it was last asked for, and what they were told.
+    pub(super) wants: BTreeMap<String, (PlacementRequest, Option<Duration>, Option<RequestError>)>,
+    /// Entries that it has written.
+    pub(super) written: u64,
+}
+
+pub(super) fn demand(layers: u64, layer_bytes: u64) -> Demand {
+    Demand {
+        layer_bytes: vec![layer_bytes; layers as usize],
+        layer_cost_bytes: vec![layer_bytes; layers as usize],
+        head_cost_bytes: layer_bytes / 4,
+        kv_pages: 16,
+        kv_bytes: vec![layer_bytes / 16; layers as usize],
+        embedding_bytes: layer_bytes / 4,
+        head_bytes: layer_bytes / 4,
+        ties_embeddings: true,
+        row_bytes: 4096,
+    }
+}
+
+pub(super) fn ask(number: u64) -> PlacementRequest {
+    let name = format!("model-{number}");
+    let model = Model {
+        name: name.clone(),
+        family: String::new(),
+        quantization: String::new(),
+        context_tokens: 4096,
+        vocabulary: 256,
+        files: FilesId([number as u8; 32]),
+    };
+    // The last one fits nobody, and not all together either.
+    let demand = if number == 3 { demand(8, 100 * GB) } else { demand(4 + number * 2, GB / 4 * (1 + number)) };
+    PlacementRequest { spec: ModelSpec::new(name), model, demand }
+}
+
+impl Node {
+    pub(super) fn new(id: NodeId, (memory_bytes, bytes_per_s): (u64, f64)) -> Self {
+        Self {
+            id,
+            memory_bytes,
+            bytes_per_s,
+            desired: Desired::new(id),
+            snapshot: DesiredSnapshot::default(),
+            members: Members::default(),
+            clique: Clique::default(),
+            leader: Leader::default(),
+            heads: BTreeMap::new(),
+            shards: BTreeMap::new(),
+            wants: BTreeMap::new(),
+            written: 0,
+        }
+    }
+
+    /// What it tells of itself, where it is connected with `seen`.
+    pub(super) fn report(&self, seen: &BTreeSet<NodeId>) -> MemberReport {
+        let held: u64 = self.shards.values().map(|shard| shard.task.memory_bytes).sum();
+        let owned = self.heads.iter().map(|(&id, head)| {
+            let (stamp, is_ready) = (head.pipeline.stamp(), head.pipeline.is_running());
+            (id, OwnedInstance { stamp, is_ready, is_in_use: false, state: None })
+        });
+        let used = self.wants.values().filter_map(|(ask, ..)| Some(self.desired.find(&ask.spec)?.0));
+        let mut report = MemberReport::of_cpu(self.memory_bytes, self.bytes_per_s);
+        report.machine.memory_free_bytes = Some(self.memory_bytes.saturating_sub(held));
+        MemberReport {
+            name: self.id.short(),
+            owned: owned.collect(),
+            in_use: used.collect(),
+            list: self.desired.digest(),
+            outside: self.clique.announced(),
+            cuts: self.clique.cuts(),
+            links: seen.iter().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
+            ..report
+        }
+    }
+
+    /// A member is one no more.
+    pub(super) fn part(&mut self, gone: NodeId, now: Duration) {
+        self.leader.handle_lost(gone, now, self.members.0.len());
+        for head in self.heads.values_mut() {
+            let _ = head.pipeline.on_node_lost(gone);
+        }
+        for (_, asked, _) in self.wants.values_mut() {
+            *asked = None;
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! How long work may show no progress before it counts as hung.
+
+use std::time::Duration;
+
+/// A check counts at most this much time since the last one: after a longer gap the whole process or machine was suspended,
+/// and not the work.
+const CHECK_MAX: Duration = Duration::from_secs(2);
+
+/// How long one device may work without progress before it counts as hung.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HangTimeouts {
+    /// Between two reports of a load: reading the largest tensor from a slow disk, or compiling all kernels.
+    pub load: Duration,
+    /// For a step of any size: a machine that swaps decodes a token in tens of seconds, and is of no use.
+    pub step: Duration,
+    /// For each row of a step, in addition.
+    pub row: Duration,
+}
+
+impl Default for HangTimeouts {
+    fn default() -> Self {
+        Self { load: Duration::from_secs(300), step: Duration::from_secs(60), row: Duration::from_secs(2) }
+    }
+}
+
+impl HangTimeouts {
+    /// The timeout for a step of `rows` rows on one device.
+    pub fn for_step(&self, rows: usize) -> Duration {
+        self.step.saturating_add(self.row.saturating_mul(u32::try_from(rows).unwrap_or(u32::MAX)))
+    }
+}
+
+/// Measures how long work has shown no progress.
+#[derive(Debug, Default)]
+pub(crate) struct Watchdog {
+    progress: u64,
+    silence: Duration,
+    checked: Duration,
+}
+
+impl Watchdog {
+    /// How long the counter `progress` has been the same. `now` counts from any fixed start.
+    pub(crate) fn check(&mut self, progress: u64, now: Duration) -> Duration {
+        let passed = now.saturating_sub(self.checked).min(CHECK_MAX);
+        self.silence = if progress == self.progress { self.silence + passed } else { Duration::ZERO };
+        (self.progress, self.checked) = (progress, now);
+        self.silence
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn silence_counts_from_the_last_progress() {
+        let mut watchdog = Watchdog::default();
+        let checks = [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5)];
+        let silences = checks.map(|(progress, now)| watchdog.check(progress, now * SECOND));
+        assert_eq!(silences, [0, 1, 2, 0, 1].map(|seconds| seconds * SECOND));
+    }
+
+    #[test]
+    fn a_suspended_process_takes_no_work_for_hung() {
+        let mut watchdog = Watchdog::default();
+        assert_eq!(watchdog.check(1, SECOND), Duration::ZERO);
+        assert_eq!(watchdog.check(1, 2 * SECOND), SECOND);
+        assert_eq!(watchdog.check(1, 3600 * SECOND), SECOND + CHECK_MAX);
+        assert_eq!(watchdog.check(1, 3601 * SECOND), 2 * SECOND + CHECK_MAX);
+    }
+
+    #[test]
+    fn more_rows_have_a_longer_timeout() {
+        let timeouts = HangTimeouts::default();
+        assert!(timeouts.for_step(1) < timeouts.for_step(256));
+        assert!(timeouts.for_step(usize::MAX) >= timeouts.for_step(1 << 20));
+    }
+}

@@ -1,0 +1,257 @@
+//! Head: the pipeline head of one instance.
+//!
+//! - owns: the scheduler, the event streams of its requests, the placements of its shards;
+//! - receives: requests, sampled tokens, events of its stages on whatever node, new placements;
+//! - emits: frames to the first shard, orders to the stages' nodes, events to requests, facts;
+//! - dies when: it is retired; its requests hear why;
+//! - supervised by: the planner.
+//!
+//! An incarnation begins when all shards are loaded and connected. When a shard, a link or a node fails, the epoch rises and
+//! everything in flight is void; when all shards are connected again, the sequences are replayed from their tokens. A client
+//! sees a pause. A new placement loads beside the one that serves, and takes over between two tokens; where memory does not
+//! suffice for both, the old shards stop first.
+
+mod pipeline;
+mod pump;
+
+use crate::core::desired::{Deployment, MoveStrategy, Stamp};
+use crate::core::pipeline::Pipeline;
+use crate::core::request::RequestError;
+use crate::core::scheduler::{Limits, Request, Scheduler};
+use crate::core::spec::InstanceId;
+use crate::core::stage::StageEvent;
+use crate::core::status::{Load, Totals};
+use crate::core::watchdog::{HangTimeouts, Watchdog};
+use crate::transport::callback::{EventCallback, Facts};
+use crate::transport::protocol::{HeadEvent, HeadRequest, LinkEnd};
+use crate::transport::router::Router;
+use crate::worker::engine_thread::StepResult;
+use crate::worker::links::LinkRegistry;
+use exo_engines::engine::SeqId;
+use exo_net::{InboxSlot, NodeId, WireType};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::RactorMessage;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+pub(crate) type HeadRef = ActorRef<HeadMsg>;
+
+/// Sequences that decode together. Further ones wait.
+const RUNNING_MAX: usize = 64;
+/// Rows of a prompt's step while no other sequence waits: enough to use each weight many times, few enough to be
+/// interrupted.
+const ROWS_ALONE: usize = 256;
+/// Rows of a step while other sequences decode: it bounds how long a long prompt delays each of their tokens.
+const ROWS_SHARED: usize = 64;
+/// How often the head checks its shards and steps, and repeats orders that had no effect.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// A request for this head.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub seq: SeqId,
+    pub request: HeadRequest,
+    /// Has capacity for every event of the request.
+    pub events: mpsc::Sender<HeadEvent>,
+    pub lease: Lease,
+}
+
+/// A request's admission. It ends when nobody works on the request any more.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub _permit: Arc<OwnedSemaphorePermit>,
+    /// Keeps the model in memory.
+    pub _in_use: Arc<()>,
+}
+
+/// An event of a stage, from the node that hosts it.
+#[derive(Debug)]
+pub(crate) struct StageUpdate {
+    pub from: NodeId,
+    pub stamp: Stamp,
+    pub event: StageEvent,
+    /// The inbox slot of the message that carried it.
+    pub slot: Option<InboxSlot>,
+}
+
+#[derive(Debug, RactorMessage)]
+pub(crate) enum HeadMsg {
+    Submit(Submission),
+    Cancel(SeqId),
+    StepDone(StepResult),
+    StageUpdate(StageUpdate),
+    /// The instance has another placement from now on.
+    Replan {
+        stamp: Stamp,
+        deployment: Arc<Deployment>,
+    },
+    NodeLost(NodeId),
+    /// A node has joined: earlier orders may not have reached it.
+    NodeJoined(NodeId),
+    Rewire,
+    Watch,
+    /// The head ends; its requests hear this error.
+    Retire(RequestError),
+}
+
+/// What a head reports to the planner.
+#[derive(Debug)]
+pub(crate) enum HeadReport {
+    /// An incarnation has begun.
+    Ready { instance: InstanceId },
+    /// A shard is not loaded or not connected: requests wait.
+    Waiting { instance: InstanceId },
+    /// A stage needs another device. `has_run`: whether its placement has ever served.
+    Broken { instance: InstanceId, stamp: Stamp, stage: usize, has_run: bool, error: RequestError },
+}
+
+#[derive(Debug)]
+pub(crate) struct HeadArgs {
+    pub id: InstanceId,
+    pub stamp: Stamp,
+    pub deployment: Arc<Deployment>,
+    pub wire_type: WireType,
+    pub hang_timeouts: HangTimeouts,
+    pub router: Router,
+    pub link_registry: LinkRegistry,
+    pub planner: EventCallback<HeadReport>,
+    pub facts: Facts,
+}
+
+#[derive(Debug)]
+pub(crate) struct HeadState {
+    args: HeadArgs,
+    scheduler: Scheduler,
+    requests: HashMap<SeqId, (mpsc::Sender<HeadEvent>, Lease)>,
+    /// The placement that serves, or is being brought up.
+    pipeline: Pipeline,
+    /// The placement that takes over when it is loaded.
+    incoming: Option<Pipeline>,
+    started: Instant,
+    next_step: u64,
+    /// When shards of earlier placements were last ordered to stop.
+    cleared: Duration,
+    /// Counts results of the pipeline, and steps that it was sent while idle. The watchdog compares it.
+    progress: u64,
+    watchdog: Watchdog,
+    totals: Totals,
+    reported: Option<Load>,
+    ending: RequestError,
+}
+
+#[derive(Debug)]
+pub(crate) struct Head;
+
+impl Actor for Head {
+    type Msg = HeadMsg;
+    type State = HeadState;
+    type Arguments = HeadArgs;
+
+    async fn pre_start(&self, myself: HeadRef, args: HeadArgs) -> Result<HeadState, ActorProcessingErr> {
+        myself.send_interval(WATCH_EVERY, || HeadMsg::Watch);
+        let pipeline = Pipeline::new(args.stamp, Arc::clone(&args.deployment), Duration::ZERO);
+        let limits = Limits {
+            pages: args.deployment.demand.kv_pages,
+            context_tokens: args.deployment.model.context_tokens,
+            vocabulary: args.deployment.model.vocabulary,
+            steps_in_flight: args.deployment.placement.stages.len(),
+            running: RUNNING_MAX,
+            rows_alone: ROWS_ALONE,
+            rows_shared: ROWS_SHARED,
+        };
+        let mut state = HeadState {
+            scheduler: Scheduler::new(limits),
+            requests: HashMap::new(),
+            pipeline,
+            incoming: None,
+            started: Instant::now(),
+            next_step: 0,
+            cleared: Duration::ZERO,
+            progress: 0,
+            watchdog: Watchdog::default(),
+            totals: Totals::default(),
+            reported: None,
+            ending: RequestError::ShuttingDown,
+            args,
+        };
+        state.order(state.pipeline.tasks(state.args.id));
+        if state.args.deployment.strategy == MoveStrategy::InPlace {
+            state.clear_below(state.args.stamp);
+        }
+        Ok(state)
+    }
+
+    async fn post_stop(&self, _: HeadRef, state: &mut HeadState) -> Result<(), ActorProcessingErr> {
+        state.fail_all();
+        state.args.link_registry.remove(state.args.id, LinkEnd::Head, Some(state.pipeline.incarnation()));
+        Ok(())
+    }
+
+    async fn handle(&self, myself: HeadRef, message: HeadMsg, state: &mut HeadState) -> Result<(), ActorProcessingErr> {
+        match message {
+            HeadMsg::Submit(submission) => state.submit(submission),
+            HeadMsg::Cancel(seq) => state.cancel(seq),
+            HeadMsg::StepDone(result) => state.on_step_done(result),
+            HeadMsg::StageUpdate(update) => state.on_stage_update(&myself, update),
+            HeadMsg::Replan { stamp, deployment } => state.replan(&myself, stamp, deployment),
+            HeadMsg::NodeLost(node) => state.on_node_lost(node),
+            HeadMsg::NodeJoined(node) => state.order_again(node),
+            HeadMsg::Rewire => state.begin_incarnation(&myself),
+            HeadMsg::Watch => state.watch(&myself),
+            HeadMsg::Retire(error) => {
+                state.ending = error;
+                // Before the messages that still wait: the requests are to find the next head at once.
+                state.fail_all();
+                myself.stop(None);
+            }
+        }
+        state.pump();
+        Ok(())
+    }
+}
+
+impl HeadState {
+    /// The time since the head started.
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { seq, request, events, lease } = submission;
+        let HeadRequest { sampler, max_tokens, ends } = request;
+        self.totals.prompt_tokens += sampler.prompt.len() as u64;
+        match self.scheduler.handle_request(Request { seq, sampler, max_tokens, ends }) {
+            // The channel has capacity; the caller may have gone.
+            Err(error) => drop(events.try_send(HeadEvent::Failed(RequestError::Admit(error)))),
+            Ok(()) => {
+                let _ = events.try_send(HeadEvent::Accepted);
+                self.requests.insert(seq, (events, lease));
+            }
+        }
+    }
+
+    fn cancel(&mut self, seq: SeqId) {
+        if self.requests.remove(&seq).is_some() {
+            self.totals.requests += 1;
+        }
+        self.scheduler.handle_cancel(seq);
+    }
+
+    fn on_step_done(&mut self, result: StepResult) {
+        if !self.pipeline.is_running() || result.incarnation != self.pipeline.incarnation() {
+            return;
+        }
+        self.progress += 1;
+        self.scheduler.handle_step_done(result.tokens);
+    }
+
+    fn fail_all(&mut self) {
+        self.scheduler.handle_stop();
+        for (_, (events, _lease)) in self.requests.drain() {
+            // The channel has capacity; the caller may have gone.
+            let _ = events.try_send(HeadEvent::Failed(self.ending.clone()));
+        }
+    }
+}

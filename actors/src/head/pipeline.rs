@@ -1,0 +1,276 @@
+//! The placements of an instance and their incarnations: orders to stages, events of stages, and what follows from them.
+
+use super::{HeadMsg, HeadRef, HeadReport, HeadState, StageUpdate};
+use crate::core::desired::{Deployment, MoveStrategy, Stamp};
+use crate::core::node_status::Fact;
+use crate::core::pipeline::{Pipeline, PipelineEvent};
+use crate::core::request::RequestError;
+use crate::core::stage::{StageEvent, StageTask};
+use crate::transport::protocol::{ControlMessage, LinkEnd, StageOrder};
+use crate::worker::links::{ExpectedLink, LinkTarget};
+use exo_net::NodeId;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often shards of earlier placements are ordered to stop: they hold memory and serve nobody.
+const CLEAR_EVERY: Duration = Duration::from_secs(5);
+
+impl HeadState {
+    /// Orders nodes to load shards.
+    pub(super) fn order(&self, tasks: Vec<(NodeId, StageTask)>) {
+        for (node, task) in tasks {
+            self.args.router.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
+        }
+    }
+
+    /// Repeats to a node that has joined what it may not have received: shards to load, and shards of earlier placements to
+    /// stop. A shard that is loaded already stays as it is.
+    pub(super) fn order_again(&self, joined: NodeId) {
+        if self.pipeline.is_running() {
+            let clear = StageOrder::Clear { instance: self.args.id, below: self.pipeline.stamp() };
+            self.args.router.tell(joined, ControlMessage::Stage(clear));
+        }
+        let pipelines = [Some(&self.pipeline), self.incoming.as_ref()].into_iter().flatten();
+        for pipeline in pipelines.filter(|pipeline| !pipeline.is_loaded()) {
+            self.order(pipeline.tasks(self.args.id).into_iter().filter(|(node, _)| *node == joined).collect());
+        }
+    }
+
+    pub(super) fn on_stage_update(&mut self, myself: &HeadRef, update: StageUpdate) {
+        // The slot is held until the event has been handled.
+        let StageUpdate { from, stamp, event, slot: _slot } = update;
+        let now = self.now();
+        self.publish_progress(&event);
+        if let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.stamp() == stamp) {
+            let is_shared = incoming.shares_stage(&self.pipeline, &event);
+            if let PipelineEvent::Lost(stage, error) = incoming.on_stage_event(from, &event, now) {
+                self.report_broken(stamp, stage, error);
+            }
+            if self.incoming.as_ref().is_some_and(Pipeline::is_loaded) {
+                return self.switch(myself);
+            }
+            // A shard that both placements have reports with the later stamp, and serves the earlier placement.
+            if !is_shared {
+                return;
+            }
+        } else if self.pipeline.stamp() != stamp {
+            return;
+        }
+        let event = self.pipeline.on_stage_event(from, &event, now);
+        self.on_pipeline_event(myself, event);
+    }
+
+    fn publish_progress(&self, event: &StageEvent) {
+        let instance = self.args.id;
+        match *event {
+            StageEvent::Fetching { stage, fetched_bytes, total_bytes } => {
+                self.args.facts.tell(Fact::ShardFetching { instance, stage, fetched_bytes, total_bytes });
+            }
+            StageEvent::Loading { stage, loaded_bytes, total_bytes } => {
+                self.args.facts.tell(Fact::ShardLoading { instance, stage, loaded_bytes, total_bytes });
+            }
+            _ => {}
+        }
+    }
+
+    /// Acts on an event of the serving placement.
+    fn on_pipeline_event(&mut self, myself: &HeadRef, event: PipelineEvent) {
+        match event {
+            PipelineEvent::Nothing => {}
+            PipelineEvent::Loaded => self.begin_incarnation(myself),
+            PipelineEvent::Running => self.on_running(),
+            PipelineEvent::Down(stage, error) => {
+                tracing::warn!(instance = %self.args.id, stage, error, "a shard failed: requests wait for its restart");
+                self.pause(stage, &error);
+            }
+            PipelineEvent::Lost(stage, error) => {
+                tracing::warn!(instance = %self.args.id, stage, %error, "a shard is lost: requests wait for another device");
+                self.pause(stage, &error.to_string());
+                self.report_broken(self.pipeline.stamp(), stage, error);
+            }
+            PipelineEvent::Cut(stage, what, wait) => {
+                tracing::warn!(instance = %self.args.id, stage, what, "a link between shards broke: connecting again");
+                self.pause(stage, &what);
+                myself.send_after(wait, || HeadMsg::Rewire);
+            }
+        }
+    }
+
+    pub(super) fn on_node_lost(&mut self, node: NodeId) {
+        if let Some(incoming) = &mut self.incoming {
+            incoming.on_node_lost(node);
+        }
+        if let Some(stage) = self.pipeline.on_node_lost(node) {
+            let what = format!("node {} is lost", node.short());
+            tracing::warn!(instance = %self.args.id, stage, what, "requests wait for other devices for its shards");
+            self.pause(stage, &what);
+            self.report_all_lost();
+        }
+    }
+
+    /// The pipeline does not work: everything in flight is void.
+    fn pause(&mut self, stage: usize, error: &str) {
+        self.args.link_registry.remove(self.args.id, LinkEnd::Head, Some(self.pipeline.incarnation()));
+        self.scheduler.handle_pipeline_lost();
+        let (instance, error) = (self.args.id, error.to_owned());
+        self.args.facts.tell(Fact::ShardFailed { instance, stage, error });
+        self.args.planner.tell(HeadReport::Waiting { instance });
+    }
+
+    fn report_broken(&self, stamp: Stamp, stage: usize, error: RequestError) {
+        let has_run = self.pipeline.stamp() == stamp && self.pipeline.has_run();
+        self.args.planner.tell(HeadReport::Broken { instance: self.args.id, stamp, stage, has_run, error });
+    }
+
+    fn report_all_lost(&self) {
+        for (stage, error) in self.pipeline.lost() {
+            self.report_broken(self.pipeline.stamp(), stage, error);
+        }
+    }
+
+    pub(super) fn replan(&mut self, myself: &HeadRef, stamp: Stamp, deployment: Arc<Deployment>) {
+        if stamp <= self.pipeline.stamp() || self.incoming.as_ref().is_some_and(|incoming| stamp <= incoming.stamp()) {
+            return;
+        }
+        let (instance, placement) = (self.args.id, deployment.placement.clone());
+        self.args.facts.tell(Fact::InstancePlaced { instance, model: deployment.model.clone(), placement });
+        let is_in_place = deployment.strategy == MoveStrategy::InPlace;
+        let pipeline = Pipeline::new(stamp, deployment, self.now());
+        self.order(pipeline.tasks(instance));
+        self.incoming = Some(pipeline);
+        if is_in_place {
+            self.clear_below(stamp);
+        }
+        if is_in_place || !self.pipeline.is_loaded() {
+            self.switch(myself);
+        }
+    }
+
+    /// Orders the shards of placements below `stamp` to stop. A placement that still loads has a later stamp.
+    pub(super) fn clear_below(&mut self, stamp: Stamp) {
+        self.cleared = self.now();
+        let clear = StageOrder::Clear { instance: self.args.id, below: stamp };
+        self.args.router.tell(self.args.router.own(), ControlMessage::Stage(clear.clone()));
+        self.args.router.tell_others(&ControlMessage::Stage(clear));
+    }
+
+    /// The incoming placement takes over.
+    fn switch(&mut self, myself: &HeadRef) {
+        let Some(incoming) = self.incoming.take() else { return };
+        self.pipeline = incoming;
+        self.scheduler.handle_pipeline_lost();
+        self.scheduler.set_steps_in_flight(self.pipeline.deployment().placement.stages.len());
+        if self.pipeline.is_loaded() {
+            self.begin_incarnation(myself);
+        } else {
+            self.args.planner.tell(HeadReport::Waiting { instance: self.args.id });
+        }
+    }
+
+    /// Orders all stages to connect their shards, if all shards are loaded.
+    pub(super) fn begin_incarnation(&mut self, myself: &HeadRef) {
+        if !self.pipeline.is_loaded() || self.pipeline.is_running() {
+            return;
+        }
+        let own = self.args.router.own();
+        let incarnation = self.pipeline.next_incarnation(own, self.now());
+        let head = myself.clone();
+        let target = LinkTarget::Head(Arc::new(move |result| {
+            // A head that has ended takes no results.
+            let _ = head.send_message(HeadMsg::StepDone(result));
+        }));
+        let stages = &self.pipeline.deployment().placement.stages;
+        let Some(last) = stages.last() else { return };
+        let expected = ExpectedLink { incarnation, from: last.node, target };
+        self.args.link_registry.expect(self.args.id, LinkEnd::Head, expected);
+        for (stage, placed) in stages.iter().enumerate() {
+            let (next, to) = match stages.get(stage + 1) {
+                Some(next) => (next.node, LinkEnd::Stage(stage + 1)),
+                None => (own, LinkEnd::Head),
+            };
+            let from = stage.checked_sub(1).map_or(own, |before| stages[before].node);
+            let (instance, wire_type) = (self.args.id, self.args.wire_type);
+            let layers = placed.layers.clone();
+            let order = StageOrder::Wire { instance, stage, layers, incarnation, from, next, to, wire_type };
+            self.args.router.tell(placed.node, ControlMessage::Stage(order));
+        }
+    }
+
+    fn on_running(&mut self) {
+        self.progress += 1;
+        let first = self.args.link_registry.find(self.args.id, LinkEnd::Stage(0), self.pipeline.incarnation());
+        if let Some(LinkTarget::Shard { vocabulary, .. }) = first.map(|first| first.target) {
+            self.scheduler.set_vocabulary(vocabulary);
+        }
+        let (instance, stamp, epoch) = (self.args.id, self.pipeline.stamp(), self.pipeline.incarnation().epoch);
+        tracing::info!(%instance, epoch, stages = self.pipeline.deployment().placement.stages.len(), "instance ready");
+        self.args.facts.tell(Fact::InstanceReady { instance, epoch });
+        self.args.planner.tell(HeadReport::Ready { instance });
+        self.clear_below(stamp);
+    }
+
+    /// Reports the stages of the incoming placement that cannot load, until another placement comes.
+    fn watch_incoming(&mut self, now: Duration) {
+        let router = self.args.router.clone();
+        let Some(incoming) = &mut self.incoming else { return };
+        for node in incoming.unreachable(now, |node| router.is_reachable(node)) {
+            incoming.on_node_lost(node);
+        }
+        let (stamp, lost) = (incoming.stamp(), incoming.lost());
+        for (stage, error) in lost {
+            self.report_broken(stamp, stage, error);
+        }
+    }
+
+    /// Repeats orders and reports that had no effect yet.
+    pub(super) fn watch(&mut self, myself: &HeadRef) {
+        let now = self.now();
+        let pipelines = [Some(&mut self.pipeline), self.incoming.as_mut()].into_iter().flatten();
+        let silent = pipelines.flat_map(|pipeline| pipeline.silent(self.args.id, now)).collect();
+        self.order(silent);
+        self.pipeline.lose_stalled(now);
+        if let Some(incoming) = &mut self.incoming {
+            incoming.lose_stalled(now);
+        }
+        let may_clear = self.pipeline.is_running() || self.pipeline.deployment().strategy == MoveStrategy::InPlace;
+        if may_clear && now.saturating_sub(self.cleared) >= CLEAR_EVERY {
+            // A node that was disconnected or outside the clique at the last order has kept its shards.
+            self.clear_below(self.pipeline.stamp());
+        }
+        self.watch_incoming(now);
+        if self.pipeline.is_running() {
+            return self.watch_steps(myself, now);
+        }
+        let router = self.args.router.clone();
+        if !self.pipeline.lost().is_empty() {
+            // Once another placement is decided, the leader ignores reports about this one.
+            self.switch(myself);
+        }
+        for node in self.pipeline.unreachable(now, |node| router.is_reachable(node)) {
+            self.on_node_lost(node);
+        }
+        self.report_all_lost();
+        if let Some(stage) = self.pipeline.overdue(self.now()) {
+            let event = self.pipeline.cut(stage, "a stage did not answer in time".to_owned(), self.now());
+            self.on_pipeline_event(myself, event);
+        }
+    }
+
+    /// A step that does not come back was lost on a link: a shard that hangs reports that itself, and sooner.
+    fn watch_steps(&mut self, myself: &HeadRef, now: Duration) {
+        let silence = self.watchdog.check(self.progress, now);
+        let stages = self.pipeline.deployment().placement.stages.len();
+        let per_stage = self.args.hang_timeouts.for_step(self.scheduler.rows_in_flight_max());
+        // One more, for the links between them.
+        let timeout = per_stage.saturating_mul(u32::try_from(stages + 1).unwrap_or(u32::MAX));
+        if self.scheduler.steps_in_flight() == 0 || silence <= timeout {
+            return;
+        }
+        if self.incoming.is_some() {
+            return self.switch(myself);
+        }
+        let what = format!("no step came back for {} s", silence.as_secs());
+        let event = self.pipeline.stall(what, now);
+        self.on_pipeline_event(myself, event);
+    }
+}

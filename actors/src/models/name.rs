@@ -1,0 +1,135 @@
+//! Model names: what the text that names a model refers to.
+
+use super::catalogue::{self, CatalogueEntry};
+use std::path::{Path, PathBuf};
+
+/// What a model's name refers to. Sources are tried in this order: catalogue, models folders, hub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelName {
+    /// An entry of the catalogue.
+    Catalogue(&'static CatalogueEntry),
+    /// A file or folder of a models folder, by its plain name; the ending `.gguf` may be left out.
+    Plain(String),
+    /// A repository of the Hugging Face hub: `owner/name`, or `owner/name:file.gguf`.
+    Hub(HubName),
+    /// A path on this machine.
+    Path(PathBuf),
+}
+
+/// A model of the Hugging Face hub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HubName {
+    /// `owner/name`.
+    pub repository: String,
+    /// One GGUF file; `None`: the repository's folder of safetensors.
+    pub file: Option<String>,
+}
+
+impl ModelName {
+    /// What `text` refers to. It is a path if it starts with `/`, `./`, `../` or `~`, ends with `.gguf` and has no `:`, has
+    /// more than one slash, or is `.` or `..`.
+    pub fn parse(text: &str) -> Self {
+        if let Some(entry) = catalogue::find(text) {
+            return Self::Catalogue(entry);
+        }
+        if is_path(text) {
+            return Self::Path(PathBuf::from(text));
+        }
+        match HubName::parse(text) {
+            Some(name) => Self::Hub(name),
+            None => Self::Plain(text.to_owned()),
+        }
+    }
+
+    /// Whether the name is a path on this machine: a path reveals what is on its disk, so only its owner may use one.
+    pub fn is_path(&self) -> bool {
+        matches!(self, Self::Path(_))
+    }
+
+    /// The file or folder that the name refers to, where it is on this machine outside the hub client's cache.
+    pub(super) fn find(&self, folders: &[PathBuf]) -> Option<PathBuf> {
+        match self {
+            Self::Catalogue(entry) => in_folders(folders, entry.file),
+            Self::Plain(name) => in_folders(folders, name).or_else(|| in_folders(folders, &format!("{name}.gguf"))),
+            Self::Hub(_) => None,
+            Self::Path(path) => Some(path.clone()).filter(|path| path.exists()).or_else(|| {
+                // A bare file name that is not in the working directory may be in a models folder.
+                path.to_str().and_then(|name| in_folders(folders, name))
+            }),
+        }
+    }
+}
+
+impl HubName {
+    /// Parses `owner/name` or `owner/name:file.gguf`.
+    fn parse(text: &str) -> Option<Self> {
+        let (repository, file) = match text.split_once(':') {
+            Some((repository, file)) => (repository, Some(file)),
+            None => (text, None),
+        };
+        let (owner, model) = repository.split_once('/')?;
+        let is_plain = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        };
+        let all_plain = is_plain(owner) && is_plain(model) && file.is_none_or(is_plain);
+        all_plain.then(|| Self { repository: repository.to_owned(), file: file.map(str::to_owned) })
+    }
+}
+
+fn is_path(text: &str) -> bool {
+    let starts = ["/", "./", "../", "~"].iter().any(|start| text.starts_with(start));
+    let is_file = text.ends_with(".gguf") && !text.contains(':');
+    starts || is_file || matches!(text, "." | "..") || text.matches('/').count() > 1
+}
+
+fn in_folders(folders: &[PathBuf], name: &str) -> Option<PathBuf> {
+    let is_plain = Path::new(name).components().count() == 1 && !name.starts_with('.') && !name.contains(['/', '\\']);
+    let found = || folders.iter().map(|folder| folder.join(name)).find(|path| path.exists());
+    if is_plain { found() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_refer_to_one_thing_each() {
+        let hub = |repository: &str, file: Option<&str>| {
+            ModelName::Hub(HubName { repository: repository.to_owned(), file: file.map(str::to_owned) })
+        };
+        assert!(matches!(ModelName::parse("smollm2"), ModelName::Catalogue(entry) if entry.name == "smollm2"));
+        assert!(matches!(ModelName::parse("llama3.2-1b:q8_0"), ModelName::Catalogue(_)));
+        assert_eq!(ModelName::parse("a/b-1.5"), hub("a/b-1.5", None));
+        assert_eq!(ModelName::parse("a/b:c.gguf"), hub("a/b", Some("c.gguf")));
+        for path in ["/x", "./x", "../x", "~/x", "~", "m.gguf", "sub/m.gguf", "a/b/c", "./smollm2", ".", "..", "a//b"] {
+            assert!(ModelName::parse(path).is_path(), "{path}");
+        }
+        for plain in ["tiny", "tiny-v2.1", "a", "x:y", "a/", "a/..", "C:\\x"] {
+            assert_eq!(ModelName::parse(plain), ModelName::Plain(plain.to_owned()), "{plain}");
+        }
+        for bad in ["../b", "a/b:../c", "a/b:", "/b", "a/.b"] {
+            assert!(!matches!(ModelName::parse(bad), ModelName::Hub(_)), "{bad}");
+        }
+    }
+
+    /// A name never leads out of the models folders, and a file of the working directory never hides a name.
+    #[test]
+    fn names_are_found_in_models_folders_alone() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let models = folder.path().join("models");
+        std::fs::create_dir_all(models.join("tiny")).expect("a folder");
+        std::fs::write(models.join("small.gguf"), "").expect("a file");
+        std::fs::write(folder.path().join("secret"), "").expect("a file");
+        let folders = [models.clone()];
+        let find = |name: &str| ModelName::parse(name).find(&folders);
+        assert_eq!(find("tiny"), Some(models.join("tiny")));
+        assert_eq!(find("small"), Some(models.join("small.gguf")));
+        assert_eq!(find("small.gguf"), Some(models.join("small.gguf")));
+        for name in ["smollm2", "secret", "models/../secret", "..", ".", "tiny/..", "a/b"] {
+            let found = find(name).filter(|found| !Path::new(name).exists() || found.starts_with(&models));
+            assert_eq!(found, None, "{name}");
+        }
+    }
+}

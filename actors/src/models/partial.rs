@@ -1,0 +1,249 @@
+//! Parts of a model's files, got from other nodes piece by piece.
+//!
+//! ```text
+//! models folder/shared/<files' id>/model/…   files of their full length, with holes where pieces are missing
+//!                                 /hashes    of every piece
+//!                                 /have      numbers of the pieces that were verified, as they came
+//! ```
+//! A number stands in `have` when its bytes are on the disk: what was interrupted goes on from there.
+
+use super::ModelError;
+use crate::core::spec::FilesId;
+use exo_engines::model::{ModelFiles, Piece, Pieces};
+use parking_lot::{Mutex, MutexGuard};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub(super) type Hash = [u8; 32];
+
+const HASH_BYTES: usize = size_of::<Hash>();
+
+/// Where copies of models lie in a models folder.
+pub(super) fn folder(models: &Path, id: FilesId) -> PathBuf {
+    models.join("shared").join(id.to_string())
+}
+
+/// The model's own path in the folder of its copy; `name` is that of its one file, `None` where it is a folder.
+pub(super) fn model_path(folder: &Path, name: Option<&str>) -> PathBuf {
+    let model = folder.join("model");
+    name.map_or(model.clone(), |name| model.join(name))
+}
+
+/// The model in the folder of a copy, as far as it goes.
+pub(super) fn open_model(folder: &Path) -> Result<ModelFiles, ModelError> {
+    let model = model_path(folder, None);
+    let entries = std::fs::read_dir(&model).map_err(|e| ModelError::disk(&model, &e))?;
+    let mut ggufs = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "gguf"));
+    Ok(ModelFiles::open(&ggufs.next().unwrap_or(model))?)
+}
+
+/// What is there of a model's pieces.
+#[derive(Debug)]
+pub(super) struct PartialCopy {
+    folder: PathBuf,
+    pieces: Arc<Pieces>,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Empty until a node has told them.
+    hashes: Vec<Hash>,
+    have: BTreeSet<u32>,
+    /// Written, and perhaps not on the disk yet.
+    fresh: Vec<u32>,
+}
+
+impl PartialCopy {
+    /// The copy in `folder`, whose model has `pieces`.
+    pub(super) fn open(folder: &Path, pieces: Arc<Pieces>) -> Result<Self, ModelError> {
+        let copy = Self { folder: folder.to_owned(), pieces, known: Mutex::default() };
+        copy.look_again()?;
+        Ok(copy)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock()
+    }
+
+    /// Reads what this or another process has written.
+    pub(super) fn look_again(&self) -> Result<(), ModelError> {
+        let (hashes, have) = (read(&self.folder.join("hashes"))?, read(&self.folder.join("have"))?);
+        let count = self.pieces.pieces.len();
+        let mut known = self.known();
+        if hashes.len() == count * HASH_BYTES {
+            known.hashes = hashes.chunks_exact(HASH_BYTES).filter_map(|hash| hash.try_into().ok()).collect();
+        }
+        let numbers = have.chunks_exact(4).filter_map(|number| Some(!u32::from_le_bytes(number.try_into().ok()?)));
+        known.have.extend(numbers.filter(|&number| (number as usize) < count));
+        Ok(())
+    }
+
+    pub(super) fn hashes(&self) -> Vec<Hash> {
+        self.known().hashes.clone()
+    }
+
+    /// Takes the hashes of all pieces, which are kept from now on.
+    pub(super) fn set_hashes(&self, hashes: Vec<Hash>) -> Result<(), ModelError> {
+        let path = self.folder.join("hashes");
+        let fresh = self.folder.join("hashes.part");
+        let disk = |e: std::io::Error| ModelError::disk(&path, &e);
+        std::fs::write(&fresh, hashes.concat()).map_err(disk)?;
+        std::fs::rename(&fresh, &path).map_err(disk)?;
+        self.known().hashes = hashes;
+        Ok(())
+    }
+
+    /// Whether no piece is here.
+    pub(super) fn is_empty(&self) -> bool {
+        self.known().have.is_empty()
+    }
+
+    pub(super) fn has(&self, number: u32) -> bool {
+        self.known().have.contains(&number)
+    }
+
+    /// Those of `needed` that are not here.
+    pub(super) fn missing(&self, needed: &BTreeSet<u32>) -> BTreeSet<u32> {
+        needed.difference(&self.known().have).copied().collect()
+    }
+
+    /// Puts a piece into its place, if it is what its hash says.
+    pub(super) fn write(&self, number: u32, bytes: &[u8]) -> Result<(), ModelError> {
+        let piece = self.pieces.pieces[number as usize];
+        let path = &self.pieces.files[piece.file].path;
+        let expected = self.known().hashes.get(number as usize).copied().unwrap_or_default();
+        let got: Hash = Sha256::digest(bytes).into();
+        if got != expected || bytes.len() as u64 != piece.length_bytes {
+            let what = format!("piece {number} of {}", path.display());
+            return Err(ModelError::WrongHash {
+                what,
+                got: FilesId(got).to_string(),
+                expected: FilesId(expected).to_string(),
+            });
+        }
+        let file = OpenOptions::new().write(true).open(path).map_err(|e| ModelError::disk(path, &e))?;
+        file.write_all_at(bytes, piece.offset_bytes).map_err(|e| ModelError::disk(path, &e))?;
+        let mut known = self.known();
+        known.have.insert(number);
+        known.fresh.push(number);
+        Ok(())
+    }
+
+    /// Notes on the disk what was written, behind the bytes themselves.
+    pub(super) fn keep(&self) -> Result<(), ModelError> {
+        let fresh = std::mem::take(&mut self.known().fresh);
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let files: BTreeSet<usize> = fresh.iter().map(|&number| self.pieces.pieces[number as usize].file).collect();
+        for file in files {
+            let path = &self.pieces.files[file].path;
+            let synced = File::open(path).and_then(|file| file.sync_data());
+            synced.map_err(|e| ModelError::disk(path, &e))?;
+        }
+        let path = self.folder.join("have");
+        // Inverted: zeros, as a power cut may leave them, are no piece's number.
+        let numbers: Vec<u8> = fresh.iter().flat_map(|number| (!number).to_le_bytes()).collect();
+        let append = || {
+            let mut file = OpenOptions::new().create(true).append(true).open(&path)?;
+            let torn = file.metadata()?.len() % 4;
+            if torn > 0 {
+                file.set_len(file.metadata()?.len() - torn)?;
+            }
+            file.write_all(&numbers)?;
+            file.sync_data()
+        };
+        append().map_err(|e| ModelError::disk(&path, &e))
+    }
+}
+
+/// A file's bytes; none where it is not there.
+fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
+    match std::fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.map_err(|e| ModelError::disk(path, &e)),
+    }
+}
+
+/// The bytes of a piece.
+pub(super) fn read_piece(pieces: &Pieces, piece: Piece) -> Result<Vec<u8>, ModelError> {
+    let path = &pieces.files[piece.file].path;
+    read_at(path, piece.offset_bytes, piece.length_bytes as usize)
+}
+
+/// `length` bytes of a file.
+pub(super) fn read_at(path: &Path, offset_bytes: u64, length: usize) -> Result<Vec<u8>, ModelError> {
+    let mut bytes = vec![0; length];
+    let read = File::open(path).and_then(|file| file.read_exact_at(&mut bytes, offset_bytes));
+    read.map_err(|e| ModelError::disk(path, &e))?;
+    Ok(bytes)
+}
+
+/// See [`FilesId`].
+pub(super) fn id_of(pieces: &Pieces) -> Result<FilesId, ModelError> {
+    let mut hasher = Sha256::new();
+    for file in &pieces.files {
+        hasher.update(file.length_bytes.to_le_bytes());
+        hasher.update(file.outline_bytes().to_le_bytes());
+        let disk = |e: std::io::Error| ModelError::disk(&file.path, &e);
+        let mut outline = File::open(&file.path).map_err(disk)?.take(file.outline_bytes());
+        super::files::update(&mut hasher, &mut outline).map_err(disk)?;
+    }
+    Ok(FilesId(hasher.finalize().into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder of a copy as its headers leave it: a tiny model's config and tokenizer, and a hole for its tensors.
+    fn outlined() -> (tempfile::TempDir, Arc<Pieces>, Vec<u8>) {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let model = model_path(folder.path(), None);
+        std::fs::create_dir_all(&model).expect("a folder");
+        let header = br#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[2],"data_offsets":[16,24]}}"#;
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header);
+        let file = File::create(model.join("model.safetensors")).expect("a file");
+        file.write_all_at(&bytes, 0).and_then(|()| file.set_len(bytes.len() as u64 + 24)).expect("written");
+        let pieces = Pieces::of_folder(&model).expect("headers");
+        (folder, Arc::new(pieces), (0..24).collect())
+    }
+
+    /// R7.2: what came and was right is there when the node starts again; what was wrong, or not yet on the disk, is not.
+    #[test]
+    fn a_copy_goes_on_where_it_was_interrupted() {
+        let (folder, pieces, weights) = outlined();
+        let copy = PartialCopy::open(folder.path(), Arc::clone(&pieces)).expect("a copy");
+        let needed = BTreeSet::from([0, 1]);
+        assert_eq!(copy.missing(&needed), needed);
+        let parts = [&weights[..16], &weights[16..]];
+        copy.set_hashes(parts.map(|part| Sha256::digest(part).into()).to_vec()).expect("kept");
+        assert!(matches!(copy.write(1, parts[0]), Err(ModelError::WrongHash { .. })));
+        assert_eq!(copy.missing(&needed), needed);
+        copy.write(1, parts[1]).and_then(|()| copy.keep()).expect("written");
+        copy.write(0, parts[0]).expect("written");
+        assert!(copy.missing(&needed).is_empty());
+        let again = PartialCopy::open(folder.path(), Arc::clone(&pieces)).expect("a copy");
+        assert_eq!(again.missing(&needed), BTreeSet::from([0]));
+        assert_eq!(read_piece(&pieces, pieces.pieces[1]).expect("read"), parts[1]);
+        assert_eq!(again.hashes(), copy.hashes());
+        // A power cut in the middle of a note: what stands before it holds, what was torn or empty says nothing.
+        let have = folder.path().join("have");
+        let whole = std::fs::read(&have).expect("it is there");
+        std::fs::write(&have, [&whole[..], &[0; 6]].concat()).expect("written");
+        let torn = PartialCopy::open(folder.path(), Arc::clone(&pieces)).expect("a copy");
+        assert_eq!(torn.missing(&needed), BTreeSet::from([0]));
+        torn.write(0, parts[0]).and_then(|()| torn.keep()).expect("written");
+        let mended = PartialCopy::open(folder.path(), pieces).expect("a copy");
+        assert!(mended.missing(&needed).is_empty());
+    }
+}

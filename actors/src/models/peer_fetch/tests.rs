@@ -1,0 +1,183 @@
+//! Nodes that give a model's bytes, honest and other ones: what comes is checked, what was right stays, and what is missing
+//! is asked of the next.
+
+use super::*;
+use crate::models::{ModelRegistry, ModelRequest, ModelsConfig, serve};
+use crate::transport::callback::EventCallback;
+use exo_engines::model::ModelFiles;
+use exo_net::{ClusterSecret, Network, NetworkConfig, NetworkEvent, Peer};
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use tokio::sync::mpsc;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Giver {
+    Honest,
+    /// Of each piece a byte is another.
+    WrongPieces,
+    /// Hashes that no piece has.
+    WrongHashes,
+    /// It gives two pieces, and goes.
+    GoesAway,
+    /// It says that it has none of the model.
+    HasNothing,
+    /// It gives something else.
+    Nonsense,
+}
+
+/// What each giver was asked for, in order.
+type Asked = Arc<Mutex<Vec<(Giver, WeightsQuery)>>>;
+
+fn network(secret: &ClusterSecret, peers: Vec<SocketAddr>) -> (Network, mpsc::Receiver<NetworkEvent>) {
+    let config = NetworkConfig::loopback(secret.clone(), peers).expect("random bytes");
+    Network::start(config).expect("it listens")
+}
+
+async fn up(events: &mut mpsc::Receiver<NetworkEvent>) -> Box<Peer> {
+    loop {
+        let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await.expect("in time");
+        if let NetworkEvent::PeerUp(peer) = event.expect("the network lives") {
+            return peer;
+        }
+    }
+}
+
+/// A models folder with the model `tiny`.
+fn with_model() -> tempfile::TempDir {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engines/tests/fixtures/llama");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let model = folder.path().join("tiny");
+    std::fs::create_dir(&model).expect("a folder");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture.join(file), model.join(file)).expect("copied");
+    }
+    std::fs::write(model.join("tokenizer.json"), "{}").expect("written");
+    folder
+}
+
+async fn answer_all(giver: Giver, peer: Box<Peer>, models: Arc<ModelsConfig>, asked: Asked) {
+    let registry = ModelRegistry::default();
+    while let Ok(mut stream) = peer.data.accept().await {
+        let hello = stream.reader.receive::<DataHello>(|_, _| Ok(())).await;
+        let Ok(Some((DataHello::Weights(ask), _))) = hello else { continue };
+        asked.lock().expect("not poisoned").push((giver, ask.query.clone()));
+        let (models, registry) = (Arc::clone(&models), registry.clone());
+        tokio::spawn(async move { give(giver, models, registry, ask, stream).await });
+    }
+}
+
+async fn give(
+    giver: Giver,
+    models: Arc<ModelsConfig>,
+    registry: ModelRegistry,
+    ask: WeightsRequest,
+    mut stream: DataStream,
+) {
+    let shared = RegisteredModel::whole(ModelFiles::open(&models.folders[0].join("tiny")).expect("a model"));
+    let pieces = Arc::clone(&shared.expect("headers").pieces);
+    let count = pieces.pieces.len();
+    let writer = &mut stream.writer;
+    // Whoever asked may have had enough.
+    let _ = match (giver, &ask.query) {
+        (Giver::HasNothing, _) => writer.send(&WeightsResponse::Nothing, Payload::Nothing).await,
+        (Giver::Nonsense, _) => writer.send(&WeightsResponse::Piece { number: 7 }, Payload::Bytes(&[7; 7])).await,
+        (Giver::WrongHashes, WeightsQuery::Hashes) => {
+            let told = [vec![7; count * size_of::<Hash>()], vec![1; count]].concat();
+            writer.send(&WeightsResponse::Hashes { count: count as u32 }, Payload::Bytes(&told)).await
+        }
+        (Giver::WrongPieces | Giver::GoesAway, WeightsQuery::Pieces(numbers)) => {
+            let given = if giver == Giver::GoesAway { 2 } else { numbers.len() };
+            for &number in numbers.iter().take(given) {
+                let mut bytes = partial::read_piece(&pieces, pieces.pieces[number as usize]).expect("read");
+                if giver == Giver::WrongPieces {
+                    bytes[0] ^= 1;
+                }
+                if writer.send(&WeightsResponse::Piece { number }, Payload::Bytes(&bytes)).await.is_err() {
+                    return;
+                }
+            }
+            return;
+        }
+        _ => return serve::serve(models, registry, ask, stream).await,
+    };
+}
+
+/// Asks the givers, one after the other, for all layers; gives what came of it, and what each was asked for.
+async fn fetch(
+    givers: &[Giver],
+    into: &Path,
+) -> (Result<Option<Arc<RegisteredModel>>, ModelError>, Vec<(Giver, WeightsQuery)>) {
+    let (secret, source) = (ClusterSecret::random().expect("random bytes"), with_model());
+    let (getter, mut events) = network(&secret, Vec::new());
+    let address = getter.address().expect("it listens");
+    let asked = Asked::default();
+    let (mut peers, mut held) = (Vec::new(), Vec::new());
+    for &giver in givers {
+        let (network, mut of_giver) = network(&secret, vec![address]);
+        let seen = up(&mut events).await;
+        peers.push((seen.id, seen.data.clone()));
+        let answering = answer_all(
+            giver,
+            up(&mut of_giver).await,
+            Arc::new(ModelsConfig::of_folder(source.path())),
+            Arc::clone(&asked),
+        );
+        held.push((network, of_giver, seen, tokio::spawn(answering)));
+    }
+    let layers = ModelFiles::open(&source.path().join("tiny")).expect("a model").architecture.layers.len();
+    let request = ModelRequest { model: "tiny".to_owned(), files: None, extent: Extent::Layers(0..layers) };
+    let (config, registry, progress) =
+        (Arc::new(ModelsConfig::of_folder(into)), ModelRegistry::default(), EventCallback::new(drop));
+    let job = FetchJob { config, registry, request, progress, number: 1 };
+    let got = job.fetch_from_peers(&peers).await;
+    tokio::task::spawn_blocking(move || drop((getter, held))).await.expect("dropped");
+    let asked = asked.lock().expect("not poisoned").clone();
+    (got, asked)
+}
+
+/// Pieces that a giver was asked for.
+fn pieces_of(giver: Giver, asked: &[(Giver, WeightsQuery)]) -> Vec<u32> {
+    let wanted = asked.iter().filter(|(of, _)| *of == giver).filter_map(|(_, wanted)| match wanted {
+        WeightsQuery::Pieces(numbers) => Some(numbers.clone()),
+        _ => None,
+    });
+    wanted.flatten().collect()
+}
+
+/// R7.2: whatever the first giver does, the model comes whole from the next, to the byte; and what was right of the first is
+/// not asked for again.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_honest_giver_makes_good_what_others_did() {
+    let source = with_model();
+    let original = std::fs::read(source.path().join("tiny/model.safetensors")).expect("read");
+    let firsts = [Giver::WrongPieces, Giver::WrongHashes, Giver::GoesAway, Giver::HasNothing, Giver::Nonsense];
+    for first in firsts {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (got, asked) = fetch(&[first, Giver::Honest], folder.path()).await;
+        let shared = got.expect("no error of ours").unwrap_or_else(|| panic!("{first:?}: it came"));
+        let copied = std::fs::read(shared.files.path.join("model.safetensors")).expect("read");
+        assert!(copied == original, "{first:?}");
+        let (of_first, of_honest) = (pieces_of(first, &asked), pieces_of(Giver::Honest, &asked));
+        let all = shared.pieces.pieces.len();
+        let kept = if first == Giver::GoesAway { 2 } else { 0 };
+        assert_eq!(of_honest.len(), all - kept, "{first:?}: {of_first:?}, then {of_honest:?}");
+    }
+}
+
+/// R7.2, R8.3: where no giver has all, what came stays, and a later try asks for the rest alone; a copy that was damaged is
+/// brought anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_interrupted_goes_on() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (got, _) = fetch(&[Giver::GoesAway], folder.path()).await;
+    assert!(got.expect("no error of ours").is_none(), "not all of it came");
+    let (got, asked) = fetch(&[Giver::Honest], folder.path()).await;
+    let shared = got.expect("no error of ours").expect("it came");
+    assert_eq!(pieces_of(Giver::Honest, &asked).len(), shared.pieces.pieces.len() - 2);
+    let (got, asked) = fetch(&[Giver::Honest], folder.path()).await;
+    assert!(got.is_ok_and(|got| got.is_some()) && pieces_of(Giver::Honest, &asked).is_empty(), "all of it is here");
+    std::fs::write(shared.files.path.join("config.json"), "nothing of use").expect("written");
+    let (got, asked) = fetch(&[Giver::Honest], folder.path()).await;
+    assert!(got.is_ok_and(|got| got.is_some()), "it is brought anew");
+    assert_eq!(pieces_of(Giver::Honest, &asked).len(), shared.pieces.pieces.len());
+}

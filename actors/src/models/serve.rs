@@ -1,0 +1,141 @@
+//! Serving a model's bytes to other nodes: headers, hashes of pieces, pieces.
+
+use super::ModelError;
+use super::config::ModelsConfig;
+use super::files::blocking;
+use super::partial::{Hash, read_at, read_piece};
+use super::registry::{Content, ModelRegistry, RegisteredModel};
+use crate::transport::protocol::{OutlinedFile, WeightsQuery, WeightsRequest, WeightsResponse};
+use exo_engines::model::TokenizerSource;
+use exo_net::{DataStream, FrameError, Payload, Priority};
+use sha2::{Digest, Sha256};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How often a peer that waits for hashes hears of their progress.
+const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+/// The time that a peer has to read a frame: a piece at half a megabit a second. A slower peer would hold up others.
+const TAKEN_WITHIN: Duration = Duration::from_secs(120);
+/// Bytes of headers in one frame.
+const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Answers a peer's request for a model's bytes.
+pub(super) async fn serve(
+    config: Arc<ModelsConfig>,
+    registry: ModelRegistry,
+    request: WeightsRequest,
+    mut stream: DataStream,
+) {
+    stream.set_priority(Priority::Low);
+    let (model, query) = (request.model.clone(), request.query.clone());
+    let served = match blocking(move || Ok(registry.look_up(&config, &request))).await {
+        Ok(Some(found)) => match query {
+            WeightsQuery::Outline => send_outline(&found, &mut stream).await,
+            WeightsQuery::Hashes => send_hashes(&found, &mut stream).await,
+            WeightsQuery::Pieces(numbers) => send_pieces(&found, &numbers, &mut stream).await,
+        },
+        _ => send_nothing(&mut stream).await,
+    };
+    if let Err(error) = served {
+        tracing::info!(model, %error, "a peer did not get a model's bytes");
+    }
+}
+
+/// Why a peer did not get a model's bytes.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("the peer did not read a frame in {} s", TAKEN_WITHIN.as_secs())]
+    NotTaken,
+}
+
+/// Sends a frame, within [`TAKEN_WITHIN`].
+async fn send(stream: &mut DataStream, response: &WeightsResponse, payload: Payload<'_>) -> Result<(), ServeError> {
+    let sending = stream.writer.send(response, payload);
+    Ok(tokio::time::timeout(TAKEN_WITHIN, sending).await.map_err(|_| ServeError::NotTaken)??)
+}
+
+async fn send_nothing(stream: &mut DataStream) -> Result<(), ServeError> {
+    send(stream, &WeightsResponse::Nothing, Payload::Nothing).await
+}
+
+async fn send_outline(model: &Arc<RegisteredModel>, stream: &mut DataStream) -> Result<(), ServeError> {
+    let files = model.pieces.files.iter().map(|file| OutlinedFile {
+        name: file.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+        length_bytes: file.length_bytes,
+        outline_bytes: file.outline_bytes(),
+    });
+    let is_folder = matches!(model.files.tokenizer, TokenizerSource::Folder(_));
+    let outline = WeightsResponse::Outline { id: model.id, is_folder, files: files.collect() };
+    send(stream, &outline, Payload::Nothing).await?;
+    for (number, file) in model.pieces.files.iter().enumerate() {
+        for offset_bytes in (0..file.outline_bytes()).step_by(CHUNK_BYTES as usize) {
+            let length = CHUNK_BYTES.min(file.outline_bytes() - offset_bytes) as usize;
+            let path = file.path.clone();
+            let bytes = blocking(move || read_at(&path, offset_bytes, length)).await?;
+            let header = WeightsResponse::OutlineBytes { file: number as u32, offset_bytes };
+            send(stream, &header, Payload::Bytes(&bytes)).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn send_hashes(model: &Arc<RegisteredModel>, stream: &mut DataStream) -> Result<(), ServeError> {
+    let hashes = match &model.content {
+        Content::Part(copy) => copy.hashes(),
+        Content::Whole(hashes) => {
+            let total_bytes = model.pieces.pieces.iter().map(|piece| piece.length_bytes).sum();
+            // The computation goes on for the next peer if this one disconnects.
+            let mut computing = tokio::spawn(compute(Arc::clone(model)));
+            loop {
+                tokio::select! {
+                    computed = &mut computing => break computed.map_err(|_| ModelError::Interrupted)??,
+                    () = tokio::time::sleep(PROGRESS_EVERY) => {
+                        let done_bytes = hashes.done_bytes.load(Ordering::Relaxed);
+                        let preparing = WeightsResponse::Preparing { done_bytes, total_bytes };
+                        send(stream, &preparing, Payload::Nothing).await?;
+                    }
+                }
+            }
+        }
+    };
+    // Without its hashes, a part of a model cannot be verified by the peer.
+    if hashes.is_empty() {
+        return send_nothing(stream).await;
+    }
+    let have: Vec<u8> = (0..hashes.len() as u32).map(|number| u8::from(model.has(number))).collect();
+    let count = hashes.len() as u32;
+    send(stream, &WeightsResponse::Hashes { count }, Payload::Bytes(&[hashes.concat(), have].concat())).await
+}
+
+/// The hashes of a whole model, computed once for all peers.
+async fn compute(model: Arc<RegisteredModel>) -> Result<Vec<Hash>, ModelError> {
+    let Content::Whole(hashes) = &model.content else { return Ok(Vec::new()) };
+    let computing = || {
+        let model = Arc::clone(&model);
+        blocking(move || {
+            let hash = |&piece| {
+                let bytes = read_piece(&model.pieces, piece)?;
+                if let Content::Whole(hashes) = &model.content {
+                    hashes.done_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                }
+                Ok(Sha256::digest(&bytes).into())
+            };
+            model.pieces.pieces.iter().map(hash).collect()
+        })
+    };
+    hashes.computed.get_or_try_init(computing).await.cloned()
+}
+
+async fn send_pieces(model: &Arc<RegisteredModel>, numbers: &[u32], stream: &mut DataStream) -> Result<(), ServeError> {
+    for &number in numbers.iter().filter(|&&number| model.has(number)) {
+        let (pieces, piece) = (Arc::clone(&model.pieces), model.pieces.pieces[number as usize]);
+        let bytes = blocking(move || read_piece(&pieces, piece)).await?;
+        send(stream, &WeightsResponse::Piece { number }, Payload::Bytes(&bytes)).await?;
+    }
+    Ok(())
+}

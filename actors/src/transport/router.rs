@@ -1,0 +1,130 @@
+//! Router: sends messages to nodes, this one included, so that a sender need not know where the receiver is.
+
+use super::callback::EventCallback;
+use super::control::{ControlMsg, seal};
+use super::protocol::ControlMessage;
+use exo_net::{DataConnection, NodeId, Outbox, SenderToken};
+use parking_lot::RwLock;
+use ractor::ActorRef;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, OnceLock};
+
+/// The connections with one peer.
+#[derive(Debug, Clone)]
+pub(crate) struct PeerChannel {
+    pub(crate) control: ActorRef<ControlMsg>,
+    /// The token that the peer knows this node by.
+    pub(crate) token: SenderToken,
+    pub(crate) data: DataConnection,
+    /// Counts the bytes that the peer has not taken yet.
+    pub(crate) outbox: Outbox,
+}
+
+/// Sends messages to all nodes. Clones share one table.
+#[derive(Debug, Clone)]
+pub(crate) struct Router {
+    own: NodeId,
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    channels: RwLock<BTreeMap<NodeId, PeerChannel>>,
+    /// Connected peers outside this node's clique.
+    excluded: RwLock<BTreeSet<NodeId>>,
+    local: OnceLock<EventCallback<ControlMessage>>,
+}
+
+impl Router {
+    pub(crate) fn new(own: NodeId) -> Self {
+        Self { own, inner: Arc::default() }
+    }
+
+    pub(crate) fn own(&self) -> NodeId {
+        self.own
+    }
+
+    /// Sets where messages to this node itself go. Called once, when all receivers have started.
+    pub(crate) fn deliver_locally(&self, local: EventCallback<ControlMessage>) {
+        let first = self.inner.local.set(local);
+        debug_assert!(first.is_ok(), "set once");
+    }
+
+    pub(crate) fn connect(&self, node: NodeId, channel: PeerChannel) {
+        self.inner.channels.write().insert(node, channel);
+    }
+
+    pub(crate) fn disconnect(&self, node: NodeId) {
+        self.inner.channels.write().remove(&node);
+    }
+
+    /// From now on `node` is sent only what every peer is sent.
+    pub(crate) fn exclude(&self, node: NodeId) {
+        self.inner.excluded.write().insert(node);
+    }
+
+    /// From now on `node` is sent everything again.
+    pub(crate) fn include(&self, node: NodeId) {
+        self.inner.excluded.write().remove(&node);
+    }
+
+    /// Whether `node` is outside this node's clique.
+    pub(crate) fn is_excluded(&self, node: NodeId) -> bool {
+        self.inner.excluded.read().contains(&node)
+    }
+
+    fn may_send(&self, node: NodeId, message: &ControlMessage) -> bool {
+        message.is_for_all_peers() || !self.is_excluded(node)
+    }
+
+    fn channel(&self, node: NodeId) -> Option<PeerChannel> {
+        self.inner.channels.read().get(&node).cloned()
+    }
+
+    /// The data connection with `node`, where it is a member that is connected.
+    pub(crate) fn data(&self, node: NodeId) -> Option<DataConnection> {
+        self.channel(node).filter(|_| !self.is_excluded(node)).map(|channel| channel.data)
+    }
+
+    /// Whether messages to `node` arrive.
+    pub(crate) fn is_reachable(&self, node: NodeId) -> bool {
+        node == self.own || self.data(node).is_some()
+    }
+
+    /// The data connections with all peers.
+    pub(crate) fn peers(&self) -> Vec<(NodeId, DataConnection)> {
+        let channels = self.inner.channels.read();
+        channels.iter().map(|(&id, channel)| (id, channel.data.clone())).collect()
+    }
+
+    /// Sends a message. To a node that is not connected it is lost: the sender hears of the loss from the planner.
+    pub(crate) fn tell(&self, to: NodeId, message: ControlMessage) {
+        if to == self.own {
+            if let Some(local) = self.inner.local.get() {
+                local.tell(message);
+            }
+            return;
+        }
+        let Some(channel) = self.channel(to).filter(|_| self.may_send(to, &message)) else {
+            return tracing::debug!(peer = %to, "dropped a message to a node that is not connected");
+        };
+        send(to, &channel, &message);
+    }
+
+    /// Sends a message to all peers.
+    pub(crate) fn tell_others(&self, message: &ControlMessage) {
+        let channels = self.inner.channels.read().clone();
+        for (to, channel) in channels.iter().filter(|(to, _)| self.may_send(**to, message)) {
+            send(*to, channel, message);
+        }
+    }
+}
+
+fn send(to: NodeId, channel: &PeerChannel, message: &ControlMessage) {
+    match seal(channel.token, message) {
+        Ok(bytes) if !channel.outbox.put(bytes.len()) => channel.data.close("the peer does not read its messages"),
+        // A peer that disconnects now is reported by the network.
+        Ok(bytes) => drop(channel.control.cast(ControlMsg::Tell(bytes))),
+        Err(error) => tracing::error!(peer = %to, %error, "a message could not be encoded"),
+    }
+}

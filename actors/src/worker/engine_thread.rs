@@ -1,0 +1,345 @@
+//! An engine on a thread of its own, and the frames that pass from shard to shard.
+//!
+//! ```text
+//! head ─Frame─► thread of stage 0 ─Frame─► … ─► thread of the last stage, with the sampler ─StepResult─► head
+//! ```
+//! Frames for another node leave by a link (`links.rs`). The engine is made, used and dropped on its thread. A step crosses no
+//! actor: each thread hands its output to the next. An engine's error or panic ends its thread, and is reported once.
+
+use super::memory_guard::MemoryGuard;
+use crate::core::scheduler::SamplerOperation;
+use crate::transport::callback::EventCallback;
+use exo_engines::engine::{
+    DeviceId, EngineFactory, Incarnation, Input, LoadProgress, LoadReport, OutputRows, Row, SeqId, ShardSpec, Step,
+    StepId, WarmUpReport,
+};
+use exo_engines::model::WeightSource;
+use exo_engines::sampler::{SampleError, Sampled, Sampler, TokenSampler};
+use exo_engines::{Engine, EngineError};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// Commands that wait for a thread. The head keeps at most one frame per stage in flight, and connects once per incarnation,
+/// so the queue is never full while the thread works.
+const COMMANDS_MAX: usize = 64;
+/// How often a load reports its progress, for people.
+const PROGRESS_EVERY: Duration = Duration::from_millis(50);
+
+/// A step on its way through the shards.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Frame {
+    pub step: Step,
+    pub input: Input,
+    /// For the sampler beside the last shard.
+    pub samplers: Vec<SamplerOperation>,
+}
+
+/// The tokens of a step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct StepResult {
+    pub incarnation: Incarnation,
+    pub id: StepId,
+    /// One for each row that wants logits.
+    pub tokens: Vec<(SeqId, Result<Sampled, SampleError>)>,
+}
+
+/// Where a shard's output goes.
+#[derive(Clone)]
+pub(crate) enum Next {
+    Shard(EngineHandle),
+    /// The head. The callback never blocks.
+    Head(Arc<dyn Fn(StepResult) + Send + Sync>),
+    /// A shard, or the head, on another node.
+    Link(LinkQueue),
+}
+
+/// What an engine's thread sends over a link.
+#[derive(Debug)]
+pub(crate) enum EngineOutput {
+    Frame(Frame),
+    Result(StepResult),
+}
+
+/// The queue before a link to another node. Sending never blocks.
+#[derive(Debug, Clone)]
+pub(crate) struct LinkQueue {
+    queue: mpsc::Sender<EngineOutput>,
+    cut: EventCallback<String>,
+}
+
+impl LinkQueue {
+    /// Sends into `queue`; `cut` is told where the queue is full.
+    pub(crate) fn new(queue: mpsc::Sender<EngineOutput>, cut: EventCallback<String>) -> Self {
+        Self { queue, cut }
+    }
+
+    fn send(&self, output: EngineOutput) {
+        // A link's task that has ended has reported why.
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.queue.try_send(output) {
+            self.cut.tell("more steps are in flight than the pipeline has stages".to_owned());
+        }
+    }
+}
+
+impl std::fmt::Debug for Next {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Shard(_) => "Shard",
+            Self::Head(_) => "Head",
+            Self::Link(_) => "Link",
+        })
+    }
+}
+
+enum Command {
+    Wire { incarnation: Incarnation, next: Next },
+    Frame(Box<Frame>),
+    Stop,
+}
+
+/// What an engine's thread does now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum EngineActivity {
+    #[default]
+    Loading,
+    Waiting,
+    Step {
+        rows: usize,
+    },
+}
+
+/// The activity of an engine's thread, and a count of its changes, for its shard's watchdog.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Heartbeat(Arc<Mutex<(u64, EngineActivity)>>);
+
+impl Heartbeat {
+    fn beat(&self, activity: EngineActivity) {
+        let mut heartbeat = self.0.lock();
+        *heartbeat = (heartbeat.0 + 1, activity);
+    }
+
+    pub(crate) fn read(&self) -> (u64, EngineActivity) {
+        *self.0.lock()
+    }
+}
+
+/// Tells whether an engine's thread has ended, for the device that has given the thread up.
+#[derive(Debug, Clone)]
+pub(crate) struct ThreadEnd(Weak<()>);
+
+impl ThreadEnd {
+    pub(crate) fn has_ended(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
+/// The handle of an engine's thread.
+#[derive(Clone)]
+pub(crate) struct EngineHandle {
+    commands: SyncSender<Command>,
+    /// Read between two tensors of a load, while commands wait.
+    is_stopped: Arc<AtomicBool>,
+    heartbeat: Heartbeat,
+    end: ThreadEnd,
+}
+
+impl std::fmt::Debug for EngineHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("EngineHandle")
+    }
+}
+
+/// The thread takes no commands: it has ended, or hangs with a full queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the engine's thread does not answer")]
+pub(crate) struct EngineUnresponsive;
+
+impl EngineHandle {
+    /// Begins an incarnation: frames of any other one are dropped from now on.
+    pub(crate) fn wire(&self, incarnation: Incarnation, next: Next) -> Result<(), EngineUnresponsive> {
+        self.command(Command::Wire { incarnation, next })
+    }
+
+    /// Sends a frame. Never blocks.
+    pub(crate) fn send(&self, frame: Frame) -> Result<(), EngineUnresponsive> {
+        self.command(Command::Frame(Box::new(frame)))
+    }
+
+    pub(crate) fn heartbeat(&self) -> &Heartbeat {
+        &self.heartbeat
+    }
+
+    pub(crate) fn end(&self) -> ThreadEnd {
+        self.end.clone()
+    }
+
+    /// Ends the thread after its current step; a load is interrupted.
+    pub(crate) fn stop(&self) {
+        self.is_stopped.store(true, Ordering::Relaxed);
+        // A thread that takes no commands has ended, or hangs for good.
+        let _ = self.command(Command::Stop);
+    }
+
+    fn command(&self, command: Command) -> Result<(), EngineUnresponsive> {
+        self.commands.try_send(command).map_err(|error| match error {
+            TrySendError::Full(_) | TrySendError::Disconnected(_) => EngineUnresponsive,
+        })
+    }
+}
+
+/// What an engine's thread reports to its shard.
+#[derive(Debug, Clone)]
+pub(crate) enum EngineEvent {
+    Progress(LoadProgress),
+    Loaded {
+        report: LoadReport,
+        warm_up: WarmUpReport,
+    },
+    /// The thread has ended.
+    Failed(EngineError),
+}
+
+/// What a thread loads and serves.
+#[derive(Debug, Clone)]
+pub(crate) struct EngineTask {
+    pub factory: Arc<dyn EngineFactory>,
+    pub device: DeviceId,
+    pub spec: ShardSpec,
+    pub weights: Arc<WeightSource>,
+    /// Held until the engine is dropped.
+    pub _memory: Arc<MemoryGuard>,
+}
+
+/// Starts a thread that loads a shard and then serves it.
+///
+/// # Errors
+/// The operating system's, where no thread can be started.
+pub(crate) fn start(task: EngineTask, on: impl Fn(EngineEvent) + Send + 'static) -> std::io::Result<EngineHandle> {
+    let (commands, receiver) = sync_channel(COMMANDS_MAX);
+    let is_stopped = Arc::new(AtomicBool::new(false));
+    let heartbeat = Heartbeat::default();
+    let alive = Arc::new(());
+    let end = ThreadEnd(Arc::downgrade(&alive));
+    let engine = EngineHandle { commands, is_stopped: Arc::clone(&is_stopped), heartbeat: heartbeat.clone(), end };
+    let name = format!("shard-{}-{}", task.spec.layers.start, task.spec.layers.end);
+    std::thread::Builder::new().name(name).spawn(move || {
+        let _alive = alive;
+        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&task, &receiver, &is_stopped, &heartbeat, &on)));
+        let error = match outcome {
+            Ok(Ok(()) | Err(EngineError::Interrupted)) => return,
+            Ok(Err(error)) => error,
+            Err(panic) => EngineError::Panicked { what: panic_text(&*panic) },
+        };
+        on(EngineEvent::Failed(error));
+    })?;
+    Ok(engine)
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}
+
+fn serve(
+    task: &EngineTask,
+    commands: &Receiver<Command>,
+    is_stopped: &AtomicBool,
+    heartbeat: &Heartbeat,
+    on: &impl Fn(EngineEvent),
+) -> Result<(), EngineError> {
+    let mut engine = task.factory.open(&task.device)?;
+    let mut told: Option<Instant> = None;
+    let report = engine.load(&task.spec, &task.weights, &mut |progress| {
+        heartbeat.beat(EngineActivity::Loading);
+        let is_last = progress.loaded_bytes >= progress.total_bytes;
+        if is_last || told.is_none_or(|at| at.elapsed() >= PROGRESS_EVERY) {
+            told = Some(Instant::now());
+            on(EngineEvent::Progress(progress));
+        }
+        if is_stopped.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    let warm_up = engine.warm_up()?;
+    heartbeat.beat(EngineActivity::Waiting);
+    on(EngineEvent::Loaded { report, warm_up });
+    let mut wired: Option<(Incarnation, Next)> = None;
+    let mut sampler = TokenSampler::default();
+    let vocabulary = task.spec.architecture.vocabulary;
+    while let Ok(command) = commands.recv() {
+        match command {
+            Command::Stop => break,
+            Command::Wire { incarnation, .. } if wired.as_ref().is_some_and(|(known, _)| *known > incarnation) => {
+                tracing::debug!(epoch = incarnation.epoch, "not connected for an earlier incarnation");
+            }
+            Command::Wire { incarnation, next } => {
+                sampler = TokenSampler::default();
+                wired = Some((incarnation, next));
+            }
+            Command::Frame(frame) => match &wired {
+                Some((incarnation, next)) if *incarnation == frame.step.incarnation => {
+                    heartbeat.beat(EngineActivity::Step { rows: frame.step.rows.len() });
+                    run_step(&mut *engine, &mut sampler, vocabulary, *frame, next)?;
+                    heartbeat.beat(EngineActivity::Waiting);
+                }
+                _ => tracing::debug!(epoch = frame.step.incarnation.epoch, "dropped a frame of another incarnation"),
+            },
+        }
+    }
+    Ok(())
+}
+
+/// Runs a frame through the engine, and hands the output on.
+fn run_step(
+    engine: &mut dyn Engine,
+    sampler: &mut dyn Sampler,
+    vocabulary: usize,
+    frame: Frame,
+    next: &Next,
+) -> Result<(), EngineError> {
+    let Frame { step, input, samplers } = frame;
+    let output = engine.forward(&step, input)?;
+    match output.rows {
+        OutputRows::Hidden(hidden) => {
+            let frame = Frame { step, input: Input::Hidden(hidden), samplers };
+            match next {
+                // A next shard that has stopped is reported by its own device.
+                Next::Shard(engine) => drop(engine.send(frame)),
+                Next::Link(link) => link.send(EngineOutput::Frame(frame)),
+                Next::Head(_) => return Err(EngineError::BadStep { what: "the head takes no hidden rows".to_owned() }),
+            }
+        }
+        OutputRows::Logits(logits) => {
+            for operation in samplers {
+                match operation {
+                    SamplerOperation::Open { seq, spec } => sampler.open(seq, spec),
+                    SamplerOperation::Close { seq } => sampler.close(seq),
+                }
+            }
+            let tokens = draw(sampler, &step.rows, &logits, vocabulary);
+            let result = StepResult { incarnation: step.incarnation, id: step.id, tokens };
+            match next {
+                Next::Head(head) => head(result),
+                Next::Link(link) => link.send(EngineOutput::Result(result)),
+                Next::Shard(_) => return Err(EngineError::BadStep { what: "a shard takes no tokens".to_owned() }),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn draw(
+    sampler: &mut dyn Sampler,
+    rows: &[Row],
+    logits: &[f32],
+    vocabulary: usize,
+) -> Vec<(SeqId, Result<Sampled, SampleError>)> {
+    let with_logits = rows.iter().filter(|row| row.wants_logits);
+    let draws = with_logits.zip(logits.chunks_exact(vocabulary));
+    draws.map(|(row, logits)| (row.seq, sampler.sample(row.seq, row.position, logits))).collect()
+}

@@ -1,0 +1,17 @@
+//! The shards that this node hosts, the devices that they run on, and the engines' threads.
+//!
+//! ```text
+//! owner's order ─► Worker (shards.rs) ─► Device ─► Shard ─► engine's thread ─rows─► next shard, or a link to another node
+//! ```
+
+pub(crate) mod device;
+pub(crate) mod engine_thread;
+pub(crate) mod links;
+pub(crate) mod machine;
+mod memory_guard;
+mod shard;
+mod shards;
+
+#[cfg(test)]
+pub(crate) use shard::Shard;
+pub(crate) use shards::{LocalDevice, Worker, WorkerArgs, WorkerFact, WorkerMsg, WorkerRef};

@@ -1,0 +1,164 @@
+//! Shard: one engine with layers [a, b) of one instance.
+//!
+//! - owns: the engine's thread;
+//! - receives: the thread's events; ticks, at which it checks the thread's heartbeat;
+//! - emits: load progress, and the engine's handle once it is loaded, to the worker;
+//! - dies when: its engine fails (with the engine's error) or hangs, or it is stopped;
+//! - supervised by: its device.
+
+use super::engine_thread::{self, EngineActivity, EngineEvent, EngineHandle, EngineTask, ThreadEnd};
+use crate::core::spec::InstanceId;
+use crate::core::watchdog::{HangTimeouts, Watchdog};
+use crate::transport::callback::EventCallback;
+use exo_engines::EngineError;
+use exo_engines::engine::{DeviceId, LoadProgress};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::RactorMessage;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+/// How often the engine's heartbeat is checked.
+const TICK_EVERY: Duration = Duration::from_secs(1);
+
+/// A shard to be started.
+#[derive(Debug, Clone)]
+pub(crate) struct ShardTask {
+    pub instance: InstanceId,
+    pub stage: usize,
+    pub engine: EngineTask,
+    /// Numbers of a hidden row.
+    pub hidden: usize,
+    pub reports: EventCallback<ShardReport>,
+    /// Cancelled when the shard is to stop.
+    pub is_over: CancellationToken,
+}
+
+/// What a shard and its device report to the worker.
+#[derive(Debug)]
+pub(crate) enum ShardReport {
+    Loading(LoadProgress),
+    /// The shard is loaded.
+    Up {
+        engine: EngineHandle,
+        device: DeviceId,
+        /// The time of one row, as the warm-up measured it.
+        row: Duration,
+        /// Numbers of a hidden row.
+        hidden: usize,
+        /// Tokens of the model.
+        vocabulary: u32,
+    },
+    /// The shard failed; its device restarts it, or moves it to the fallback.
+    Down(EngineError),
+    /// The shard failed for good on this node.
+    Lost(EngineError),
+}
+
+#[derive(Debug, RactorMessage)]
+pub(crate) enum ShardMsg {
+    Engine(EngineEvent),
+    Tick,
+}
+
+#[derive(Debug)]
+pub(crate) struct ShardArgs {
+    pub task: ShardTask,
+    pub hang_timeouts: HangTimeouts,
+}
+
+#[derive(Debug)]
+pub(crate) struct ShardState {
+    args: ShardArgs,
+    engine: EngineHandle,
+    started: Instant,
+    watchdog: Watchdog,
+}
+
+/// Why a shard's actor ended.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("shard of layers {layers:?}: {error}")]
+pub(crate) struct ShardFailure {
+    pub layers: std::ops::Range<usize>,
+    pub error: EngineError,
+    /// The end of the engine's thread, which a hung engine never reaches.
+    pub end: ThreadEnd,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shard;
+
+impl Actor for Shard {
+    type Msg = ShardMsg;
+    type State = ShardState;
+    type Arguments = ShardArgs;
+
+    async fn pre_start(&self, myself: ActorRef<ShardMsg>, args: ShardArgs) -> Result<ShardState, ActorProcessingErr> {
+        myself.send_interval(TICK_EVERY, || ShardMsg::Tick);
+        let engine = engine_thread::start(args.task.engine.clone(), move |event| {
+            // A shard that has stopped needs no events.
+            let _ = myself.send_message(ShardMsg::Engine(event));
+        })?;
+        Ok(ShardState { args, engine, started: Instant::now(), watchdog: Watchdog::default() })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<ShardMsg>,
+        message: ShardMsg,
+        state: &mut ShardState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            ShardMsg::Engine(event) => state.on_event(event),
+            ShardMsg::Tick => state.check(),
+        }
+    }
+}
+
+/// Stops the engine however the actor ends, even when it is killed with its device.
+impl Drop for ShardState {
+    fn drop(&mut self) {
+        self.engine.stop();
+    }
+}
+
+impl ShardState {
+    fn on_event(&self, event: EngineEvent) -> Result<(), ActorProcessingErr> {
+        let ShardTask { instance, stage, engine: task, hidden, reports, .. } = &self.args.task;
+        match event {
+            EngineEvent::Progress(progress) => reports.tell(ShardReport::Loading(progress)),
+            EngineEvent::Loaded { report, warm_up } => {
+                tracing::info!(
+                    %instance, stage, layers = ?task.spec.layers, device = %task.device, fingerprint = report.fingerprint,
+                    weight_bytes = report.weight_bytes, load_ms = report.elapsed.as_millis(), row_us = warm_up.row.as_micros(),
+                    "shard loaded"
+                );
+                let (engine, device) = (self.engine.clone(), task.device.clone());
+                let vocabulary = u32::try_from(task.spec.architecture.vocabulary).unwrap_or(u32::MAX);
+                reports.tell(ShardReport::Up { engine, device, row: warm_up.row, hidden: *hidden, vocabulary });
+            }
+            EngineEvent::Failed(error) => return self.fail(error),
+        }
+        Ok(())
+    }
+
+    /// Ends the shard if its engine hangs.
+    fn check(&mut self) -> Result<(), ActorProcessingErr> {
+        let (beats, activity) = self.engine.heartbeat().read();
+        let silence = self.watchdog.check(beats, self.started.elapsed());
+        let timeouts = &self.args.hang_timeouts;
+        let (from, timeout) = match activity {
+            EngineActivity::Waiting => return Ok(()),
+            EngineActivity::Loading => ("loading".to_owned(), timeouts.load),
+            EngineActivity::Step { rows } => (format!("a step of {rows} rows"), timeouts.for_step(rows)),
+        };
+        if silence <= timeout {
+            return Ok(());
+        }
+        self.fail(EngineError::Hung { from, seconds: silence.as_secs() })
+    }
+
+    fn fail(&self, error: EngineError) -> Result<(), ActorProcessingErr> {
+        let layers = self.args.task.engine.spec.layers.clone();
+        Err(Box::new(ShardFailure { layers, error, end: self.engine.end() }))
+    }
+}

@@ -1,0 +1,387 @@
+//! Worker: the shards that this node hosts, whoever owns their instances.
+//!
+//! - owns: which shard of which instance runs on which device of this node, and for which owner;
+//! - receives: orders of the instances' owners, on this node or another; events of shards;
+//! - emits: shards to devices; events of shards to their owners; the memory that shards hold;
+//! - dies when: the node stops;
+//! - supervised by: the node.
+//!
+//! An order with an earlier stamp than the latest is dropped. A shard that a later stamp wants unchanged stays loaded; a
+//! shard that is to have other layers loads beside the one that serves.
+
+mod release;
+mod wiring;
+
+use super::device::{DeviceMsg, DeviceRef};
+use super::engine_thread::{EngineHandle, EngineTask, LinkQueue};
+use super::links::LinkRegistry;
+use super::memory_guard::MemoryGuard;
+use super::shard::{ShardReport, ShardTask};
+use crate::core::desired::{DesiredSnapshot, Stamp};
+use crate::core::plan::PlanError;
+use crate::core::request::RequestError;
+use crate::core::spec::InstanceId;
+use crate::core::stage::{StageEvent, StageTask};
+use crate::models::{Extent, Fetched, ModelsRef, ResolvedModel};
+use crate::transport::callback::EventCallback;
+use crate::transport::protocol::{ControlMessage, LinkEnd, StageOrder};
+use crate::transport::router::Router;
+use exo_engines::EngineError;
+use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, Incarnation, KvElement, ShardSpec, TensorRank};
+use exo_engines::model::ModelFiles;
+use exo_net::{InboxSlot, NodeId};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use ractor_cluster::RactorMessage;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+use wiring::Wiring;
+
+pub(crate) type WorkerRef = ActorRef<WorkerMsg>;
+
+/// Shards that this node hosts at once.
+const SHARDS_MAX: usize = 256;
+
+/// Names a shard. A stage has two shards while its instance moves to other layers.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct ShardKey {
+    instance: InstanceId,
+    stage: usize,
+    layers: Range<usize>,
+}
+
+impl ShardKey {
+    fn of(task: &StageTask) -> Self {
+        Self { instance: task.instance, stage: task.stage, layers: task.layers.clone() }
+    }
+}
+
+#[derive(Debug, RactorMessage)]
+pub(crate) enum WorkerMsg {
+    Order {
+        from: NodeId,
+        order: StageOrder,
+        /// The inbox slot of the message that carried the order.
+        slot: Option<InboxSlot>,
+    },
+    /// The instances that are to run: shards of other instances stop.
+    Reconcile(DesiredSnapshot),
+    /// The files of a shard's layers are on this machine, or cannot be had.
+    Resolved {
+        key: ShardKey,
+        serial: u64,
+        outcome: Result<Arc<ResolvedModel>, RequestError>,
+    },
+    /// Weights of a shard's layers arrive.
+    Fetched {
+        key: ShardKey,
+        serial: u64,
+        fetched: Fetched,
+    },
+    Shard {
+        key: ShardKey,
+        serial: u64,
+        report: ShardReport,
+    },
+    /// The link to a shard's successor is open, or not.
+    Linked {
+        key: ShardKey,
+        wiring: Box<Wiring>,
+        outcome: Result<LinkQueue, String>,
+    },
+    /// A shard's link broke.
+    Cut {
+        key: ShardKey,
+        incarnation: Incarnation,
+        what: String,
+    },
+    MemoryReleased {
+        instance: InstanceId,
+        bytes: u64,
+    },
+}
+
+/// A device of this node.
+#[derive(Debug, Clone)]
+pub(crate) struct LocalDevice {
+    pub report: DeviceReport,
+    pub device: DeviceRef,
+    pub factory: Arc<dyn EngineFactory>,
+}
+
+/// What the worker reports to the planner.
+#[derive(Debug, Clone)]
+pub(crate) enum WorkerFact {
+    /// Memory that shards hold, by instance, in bytes; and the number of hosted shards. Memory of shards that are not hosted
+    /// any more is being released, or belongs to a hung engine.
+    MemoryChanged { memory: BTreeMap<InstanceId, u64>, shards: usize },
+    /// The speed of a device: bytes of weights that it computes in a second of decoding.
+    Measured { device: DeviceId, bytes_per_s: f64 },
+}
+
+#[derive(Debug)]
+pub(crate) struct WorkerArgs {
+    pub devices: Vec<LocalDevice>,
+    pub models: ModelsRef,
+    pub router: Router,
+    pub link_registry: LinkRegistry,
+    pub facts: EventCallback<WorkerFact>,
+}
+
+#[derive(Debug)]
+pub(crate) struct WorkerState {
+    args: WorkerArgs,
+    shards: HashMap<ShardKey, HostedShard>,
+    /// The latest stamp of each instance.
+    stamps: HashMap<InstanceId, Stamp>,
+    memory: BTreeMap<InstanceId, u64>,
+    next_serial: u64,
+}
+
+/// A shard that runs, or is being brought up.
+#[derive(Debug)]
+struct HostedShard {
+    /// Tells it from earlier shards with the same key.
+    serial: u64,
+    owner: NodeId,
+    task: StageTask,
+    /// When its owner last ordered it.
+    ordered: Instant,
+    /// What a row costs, in bytes of weights; 0 until the model's headers are read.
+    cost_bytes: u64,
+    loaded: Option<Loaded>,
+    /// The incarnation that it was connected for.
+    wired: Option<Incarnation>,
+    is_over: CancellationToken,
+}
+
+#[derive(Debug, Clone)]
+struct Loaded {
+    engine: EngineHandle,
+    hidden: usize,
+    vocabulary: u32,
+}
+
+#[derive(Debug)]
+pub(crate) struct Worker;
+
+impl Actor for Worker {
+    type Msg = WorkerMsg;
+    type State = WorkerState;
+    type Arguments = WorkerArgs;
+
+    async fn pre_start(&self, _: WorkerRef, args: WorkerArgs) -> Result<WorkerState, ActorProcessingErr> {
+        Ok(WorkerState {
+            args,
+            shards: HashMap::new(),
+            stamps: HashMap::new(),
+            memory: BTreeMap::new(),
+            next_serial: 0,
+        })
+    }
+
+    async fn handle(
+        &self,
+        myself: WorkerRef,
+        message: WorkerMsg,
+        state: &mut WorkerState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            // The slot is held until the order has been handled.
+            WorkerMsg::Order { from, order, slot: _slot } => state.on_order(&myself, from, order),
+            WorkerMsg::Reconcile(snapshot) => state.reconcile(&snapshot),
+            WorkerMsg::Resolved { key, serial, outcome } => state.on_resolved(&myself, key, serial, outcome),
+            WorkerMsg::Fetched { key, serial, fetched } => state.on_fetched(key, serial, fetched),
+            WorkerMsg::Shard { key, serial, report } => state.on_report(key, serial, report),
+            WorkerMsg::Linked { key, wiring, outcome } => state.on_linked(&key, &wiring, outcome),
+            WorkerMsg::Cut { key, incarnation, what } => state.on_cut(&key, incarnation, what),
+            WorkerMsg::MemoryReleased { instance, bytes } => state.on_memory_released(instance, bytes),
+        }
+        Ok(())
+    }
+}
+
+impl WorkerState {
+    fn on_order(&mut self, myself: &WorkerRef, from: NodeId, order: StageOrder) {
+        if self.args.router.is_excluded(from) {
+            // The peer has not left the clique yet as it sees it.
+            return tracing::debug!(peer = %from, "ignored an order of a peer outside the clique");
+        }
+        match order {
+            StageOrder::Start(task) => self.start(myself, from, *task),
+            StageOrder::Clear { instance, below } => self.clear(instance, below),
+            StageOrder::Wire { instance, stage, layers, incarnation, from: before, next, to, wire_type } => {
+                let wiring = Wiring { incarnation, from: before, next, to, wire_type };
+                self.wire(myself, from, ShardKey { instance, stage, layers }, wiring);
+            }
+        }
+    }
+
+    fn start(&mut self, myself: &WorkerRef, owner: NodeId, task: StageTask) {
+        let key = ShardKey::of(&task);
+        if !task.is_plausible() {
+            return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard with impossible values");
+        }
+        let latest = self.stamps.get(&task.instance).copied();
+        if latest.is_some_and(|latest| task.stamp < latest) {
+            return tracing::warn!(peer = %owner, instance = %task.instance, "refused a shard of an earlier placement");
+        }
+        if self.shards.len() >= SHARDS_MAX && !self.shards.contains_key(&key) {
+            let error = RequestError::MemoryBusy { model: task.spec.model, needed_bytes: task.memory_bytes };
+            let (stamp, event) = (task.stamp, StageEvent::NoModel { stage: task.stage, error });
+            let message = ControlMessage::StageEvent { instance: task.instance, stamp, event };
+            return self.args.router.tell(owner, message);
+        }
+        self.stamps.insert(task.instance, task.stamp);
+        if let Some(shard) = self.shards.get_mut(&key) {
+            let is_unchanged = StageTask { stamp: task.stamp, ..shard.task.clone() } == task;
+            if is_unchanged {
+                (shard.owner, shard.task, shard.ordered) = (owner, task, Instant::now());
+                if shard.loaded.is_some() {
+                    self.tell(&key, StageEvent::Up { stage: key.stage });
+                }
+                return;
+            }
+            self.stop(&key);
+        }
+        self.stop_unused(&key);
+        self.next_serial += 1;
+        let serial = self.next_serial;
+        let (models, spec, worker) = (self.args.models.clone(), task.spec.clone(), myself.clone());
+        let (files, extent) = (Some(task.files), Extent::Layers(task.layers.clone()));
+        let of = key.clone();
+        let progress =
+            EventCallback::to(myself, move |fetched| WorkerMsg::Fetched { key: of.clone(), serial, fetched });
+        let shard = HostedShard {
+            serial,
+            owner,
+            task,
+            ordered: Instant::now(),
+            cost_bytes: 0,
+            loaded: None,
+            wired: None,
+            is_over: CancellationToken::new(),
+        };
+        self.shards.insert(key.clone(), shard);
+        tokio::spawn(async move {
+            let outcome = crate::models::get_spec(&models, &spec, files, extent, progress).await;
+            // Without a worker the node stops.
+            let _ = worker.send_message(WorkerMsg::Resolved { key, serial, outcome: outcome.map_err(Into::into) });
+        });
+    }
+
+    fn on_resolved(
+        &mut self,
+        myself: &WorkerRef,
+        key: ShardKey,
+        serial: u64,
+        outcome: Result<Arc<ResolvedModel>, RequestError>,
+    ) {
+        let Some(shard) = self.shards.get_mut(&key).filter(|shard| shard.serial == serial) else { return };
+        let layers = shard.task.layers.clone();
+        let fitting = outcome.and_then(|model| match model.files.architecture.layers.len() {
+            count if layers.is_empty() || layers.end > count => Err(PlanError::BadSplit { layers: count }.into()),
+            _ => Ok(model),
+        });
+        let model = match fitting {
+            Ok(model) => model,
+            Err(error) => {
+                self.tell(&key, StageEvent::NoModel { stage: key.stage, error });
+                return self.stop(&key);
+            }
+        };
+        let task = shard.task.clone();
+        let Some(local) = self.args.devices.iter().find(|local| local.report.id == task.device) else {
+            let error = EngineError::NoDevice { engine: "exo".to_owned(), device: task.device.to_string() };
+            self.tell(&key, StageEvent::Lost { stage: key.stage, error });
+            return self.stop(&key);
+        };
+        let spec = ShardSpec {
+            architecture: model.files.architecture.for_context(task.context_tokens as usize),
+            layers: task.layers.clone(),
+            tensor: TensorRank::WHOLE,
+            kv_element: KvElement::F16,
+            kv_pages: task.kv_pages,
+        };
+        let hidden = spec.architecture.hidden;
+        let on_release = EventCallback::to(myself, |(instance, bytes)| WorkerMsg::MemoryReleased { instance, bytes });
+        let instance = key.instance;
+        let memory = MemoryGuard { instance, bytes: task.memory_bytes, on_release };
+        let engine = EngineTask {
+            factory: Arc::clone(&local.factory),
+            device: task.device.clone(),
+            spec,
+            weights: Arc::new(model.files.weights.clone()),
+            _memory: Arc::new(memory),
+        };
+        let of = key.clone();
+        let reports = EventCallback::to(myself, move |report| WorkerMsg::Shard { key: of.clone(), serial, report });
+        let held_bytes: &mut u64 = self.memory.entry(instance).or_default();
+        *held_bytes = held_bytes.saturating_add(task.memory_bytes);
+        shard.cost_bytes = cost_bytes(&model.files, &task.layers);
+        let is_over = shard.is_over.clone();
+        let start = ShardTask { instance, stage: key.stage, engine, reports, hidden, is_over };
+        // A device that has stopped takes the node with it.
+        let _ = local.device.send_message(DeviceMsg::Start(Box::new(start)));
+        self.tell_memory();
+    }
+
+    fn on_fetched(&self, key: ShardKey, serial: u64, fetched: Fetched) {
+        let Fetched { fetched_bytes, total_bytes } = fetched;
+        if self.shards.get(&key).is_some_and(|shard| shard.serial == serial) {
+            self.tell(&key, StageEvent::Fetching { stage: key.stage, fetched_bytes, total_bytes });
+        }
+    }
+
+    fn on_report(&mut self, key: ShardKey, serial: u64, report: ShardReport) {
+        let Some(shard) = self.shards.get_mut(&key).filter(|shard| shard.serial == serial) else { return };
+        let stage = key.stage;
+        let event = match report {
+            ShardReport::Loading(progress) => {
+                let (loaded_bytes, total_bytes) = (progress.loaded_bytes, progress.total_bytes);
+                StageEvent::Loading { stage, loaded_bytes, total_bytes }
+            }
+            ShardReport::Up { engine, hidden, vocabulary, device, row } => {
+                shard.loaded = Some(Loaded { engine, hidden, vocabulary });
+                if row > Duration::ZERO {
+                    let bytes_per_s = shard.cost_bytes as f64 / row.as_secs_f64();
+                    self.args.facts.tell(WorkerFact::Measured { device, bytes_per_s });
+                }
+                StageEvent::Up { stage }
+            }
+            ShardReport::Down(error) => {
+                shard.loaded = None;
+                let wired = shard.wired.take();
+                self.args.link_registry.remove(key.instance, LinkEnd::Stage(stage), wired);
+                StageEvent::Down { stage, error }
+            }
+            ShardReport::Lost(error) => {
+                self.tell(&key, StageEvent::Lost { stage, error });
+                return self.stop(&key);
+            }
+        };
+        self.tell(&key, event);
+    }
+
+    fn on_cut(&self, key: &ShardKey, incarnation: Incarnation, what: String) {
+        self.tell(key, StageEvent::Cut { stage: key.stage, incarnation, what });
+    }
+
+    fn tell_memory(&self) {
+        self.args.facts.tell(WorkerFact::MemoryChanged { memory: self.memory.clone(), shards: self.shards.len() });
+    }
+
+    fn tell(&self, key: &ShardKey, event: StageEvent) {
+        let Some(shard) = self.shards.get(key) else { return };
+        let message = ControlMessage::StageEvent { instance: key.instance, stamp: shard.task.stamp, event };
+        self.args.router.tell(shard.owner, message);
+    }
+}
+
+/// What a row costs in a shard of `layers`, in bytes of weights.
+fn cost_bytes(files: &ModelFiles, layers: &Range<usize>) -> u64 {
+    let head = if layers.end == files.architecture.layers.len() { files.head_cost_bytes() } else { 0 };
+    head + files.layer_cost_bytes()[layers.clone()].iter().sum::<u64>()
+}

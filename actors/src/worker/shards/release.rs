@@ -1,0 +1,71 @@
+//! Stopping shards: those of no placement any more, and what earlier placements left.
+
+use super::{HostedShard, ShardKey, WorkerState};
+use crate::core::desired::{DesiredSnapshot, Stamp};
+use crate::core::spec::InstanceId;
+use crate::transport::protocol::LinkEnd;
+use crate::worker::device::DeviceMsg;
+
+impl WorkerState {
+    /// A stage has the shard that serves and the one that loads: a shard that loaded for an earlier order stops.
+    pub(super) fn stop_unused(&mut self, loading: &ShardKey) {
+        let is_unused = |(key, shard): &(&ShardKey, &HostedShard)| {
+            (key.instance, key.stage) == (loading.instance, loading.stage) && *key != loading && shard.wired.is_none()
+        };
+        let unused = self.shards.iter().filter(is_unused).map(|(key, _)| key.clone());
+        for key in unused.collect::<Vec<_>>() {
+            self.stop(&key);
+        }
+    }
+
+    pub(super) fn clear(&mut self, instance: InstanceId, below: Stamp) {
+        let is_over = |shard: &HostedShard| shard.task.instance == instance && shard.task.stamp < below;
+        let over = self.shards.iter().filter(|(_, shard)| is_over(shard)).map(|(key, _)| key.clone());
+        for key in over.collect::<Vec<_>>() {
+            self.stop(&key);
+        }
+    }
+
+    /// Stops the shards whose instances are not to run.
+    pub(super) fn reconcile(&mut self, desired: &DesiredSnapshot) {
+        let is_reachable = |node| self.args.router.is_reachable(node);
+        let is_over = |(key, shard): &(&ShardKey, &HostedShard)| {
+            !desired.keeps(key.instance, shard.task.stamp, shard.ordered.elapsed(), is_reachable)
+        };
+        let over = self.shards.iter().filter(is_over).map(|(key, _)| key.clone());
+        for key in over.collect::<Vec<_>>() {
+            self.stop(&key);
+        }
+        // The stamp of an order whose entry reached no member lasts as long as its shard.
+        let shards = &self.shards;
+        self.stamps.retain(|&instance, latest| {
+            let of_shards =
+                shards.iter().filter(|(key, _)| key.instance == instance).map(|(_, shard)| shard.task.stamp).max();
+            let known = of_shards.max(desired.stamp(instance));
+            *latest = known.unwrap_or(*latest);
+            known.is_some()
+        });
+    }
+
+    pub(super) fn stop(&mut self, key: &ShardKey) {
+        let Some(shard) = self.shards.remove(key) else { return };
+        shard.is_over.cancel();
+        self.args.link_registry.remove(key.instance, LinkEnd::Stage(key.stage), shard.wired);
+        tracing::info!(instance = %key.instance, stage = key.stage, layers = ?key.layers, "stopping a shard");
+        self.tell_memory();
+        // The shard may have fallen back to any device.
+        for local in &self.args.devices {
+            let _ = local.device.send_message(DeviceMsg::Sweep);
+        }
+    }
+
+    pub(super) fn on_memory_released(&mut self, instance: InstanceId, bytes: u64) {
+        if let Some(held) = self.memory.get_mut(&instance) {
+            *held = held.saturating_sub(bytes);
+            if *held == 0 {
+                self.memory.remove(&instance);
+            }
+        }
+        self.tell_memory();
+    }
+}

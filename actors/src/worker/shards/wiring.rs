@@ -1,0 +1,107 @@
+//! Connecting a shard with its predecessor and its successor, for one incarnation of its instance.
+
+use super::{HostedShard, Loaded, ShardKey, WorkerMsg, WorkerRef, WorkerState};
+use crate::core::stage::StageEvent;
+use crate::transport::callback::EventCallback;
+use crate::transport::protocol::{LinkEnd, LinkHello};
+use crate::worker::engine_thread::{LinkQueue, Next};
+use crate::worker::links::{ExpectedLink, LinkTarget, open};
+use exo_engines::engine::Incarnation;
+use exo_net::{NodeId, WireType};
+use std::time::Duration;
+
+/// The time that a link has to open.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Where rows come from and go to.
+#[derive(Debug, Clone)]
+pub(crate) struct Wiring {
+    pub(super) incarnation: Incarnation,
+    pub(super) from: NodeId,
+    pub(super) next: NodeId,
+    pub(super) to: LinkEnd,
+    pub(super) wire_type: WireType,
+}
+
+impl WorkerState {
+    /// Connects a shard: at once where its successor is on this node, else when the link to it is open.
+    pub(super) fn wire(&mut self, myself: &WorkerRef, owner: NodeId, key: ShardKey, wiring: Wiring) {
+        let shard = self.shards.get(&key).filter(|shard| shard.owner == owner);
+        let is_due = |shard: &&HostedShard| shard.wired.is_none_or(|wired| wired <= wiring.incarnation);
+        let Some(shard) = shard.filter(is_due) else { return };
+        // A failed shard is reported to its owner, which connects it again.
+        if shard.loaded.is_none() {
+            return;
+        }
+        if wiring.next == self.args.router.own() {
+            match self.next_here(&key, &wiring) {
+                Some(next) => self.connect(&key, &wiring, next),
+                None => self.on_cut(&key, wiring.incarnation, "the next shard has stopped".to_owned()),
+            }
+            return;
+        }
+        let Some(data) = self.args.router.data(wiring.next) else {
+            return self.on_cut(&key, wiring.incarnation, format!("no connection with {}", wiring.next));
+        };
+        let hello = LinkHello { instance: key.instance, incarnation: wiring.incarnation, to: wiring.to };
+        let (worker, incarnation) = (myself.clone(), wiring.incarnation);
+        let of = key.clone();
+        let cut = EventCallback::to(myself, move |what| WorkerMsg::Cut { key: of.clone(), incarnation, what });
+        tokio::spawn(async move {
+            let opening = open(&data, hello, wiring.wire_type, cut);
+            let outcome = match tokio::time::timeout(OPEN_TIMEOUT, opening).await {
+                Ok(outcome) => outcome.map_err(|error| error.to_string()),
+                Err(_) => Err("the link did not open in time".to_owned()),
+            };
+            // Without a worker the node stops.
+            let _ = worker.send_message(WorkerMsg::Linked { key, wiring: Box::new(wiring), outcome });
+        });
+    }
+
+    fn next_here(&self, key: &ShardKey, wiring: &Wiring) -> Option<Next> {
+        match wiring.to {
+            LinkEnd::Stage(stage) => {
+                let follows = |other: &ShardKey| {
+                    (other.instance, other.stage, other.layers.start) == (key.instance, stage, key.layers.end)
+                };
+                let mut next = self
+                    .shards
+                    .iter()
+                    .filter(|(other, _)| follows(other))
+                    .filter_map(|(_, shard)| shard.loaded.as_ref());
+                Some(Next::Shard(next.next()?.engine.clone()))
+            }
+            LinkEnd::Head => {
+                match self.args.link_registry.find(key.instance, LinkEnd::Head, wiring.incarnation)?.target {
+                    LinkTarget::Head(head) => Some(Next::Head(head)),
+                    LinkTarget::Shard { .. } => None,
+                }
+            }
+        }
+    }
+
+    pub(super) fn on_linked(&mut self, key: &ShardKey, wiring: &Wiring, outcome: Result<LinkQueue, String>) {
+        match outcome {
+            Ok(link) => self.connect(key, wiring, Next::Link(link)),
+            Err(what) => self.on_cut(key, wiring.incarnation, what),
+        }
+    }
+
+    fn connect(&mut self, key: &ShardKey, wiring: &Wiring, next: Next) {
+        let Some(shard) = self.shards.get_mut(key) else { return };
+        // The link opened late, for an incarnation that is over.
+        if shard.wired.is_some_and(|wired| wired > wiring.incarnation) {
+            return;
+        }
+        let Some(Loaded { engine, hidden, vocabulary }) = shard.loaded.clone() else { return };
+        if engine.wire(wiring.incarnation, next).is_err() {
+            // The engine's thread has ended: the report of that is on its way.
+            return;
+        }
+        shard.wired = Some(wiring.incarnation);
+        let target = LinkTarget::Shard { engine, hidden, vocabulary };
+        let expected = ExpectedLink { incarnation: wiring.incarnation, from: wiring.from, target };
+        self.args.link_registry.expect(key.instance, LinkEnd::Stage(key.stage), expected);
+        self.tell(key, StageEvent::Wired { stage: key.stage, incarnation: wiring.incarnation });
+    }
+}

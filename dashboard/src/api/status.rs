@@ -1,0 +1,20 @@
+//! `/health` and `/state`.
+
+use super::ApiError;
+use super::context::ApiContext;
+use axum::Json;
+use axum::extract::State;
+use serde_json::{Value, json};
+
+/// Whether the node answers.
+pub(super) async fn health(State(api): State<ApiContext>) -> Result<Json<Value>, ApiError> {
+    let status = api.node.status().await?;
+    Ok(Json(json!({ "status": "ok", "node": status.node, "version": env!("CARGO_PKG_VERSION") })))
+}
+
+/// The status of the node and its cluster.
+pub(super) async fn status(
+    State(api): State<ApiContext>,
+) -> Result<Json<exo_actors::core::node_status::NodeStatus>, ApiError> {
+    Ok(Json(api.node.status().await?))
+}
