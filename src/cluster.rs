@@ -1,7 +1,7 @@
 //! A node's place in its user's cluster: the secret, the members it knows, and where it listens.
 
 use crate::error::StartError;
-use exo_actors::{Evicted, Joined, WireType};
+use exo_actors::{Evicted, ClusterConfig, WireType};
 use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, SecretError, reachable};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -49,7 +49,7 @@ pub(crate) fn join(
     identity: Arc<Identity>,
     name: String,
     settings: ClusterSettings,
-) -> Result<Joined, StartError> {
+) -> Result<ClusterConfig, StartError> {
     let mut peers = settings.peers;
     match settings.join {
         // A service that is started with its first token for ever would undo a renewal.
@@ -71,7 +71,7 @@ pub(crate) fn join(
     let config = NetworkConfig { identity, secret, name, listen, peers, discover, evicted: not_let_in };
     let (network, events) = Network::start(config)?;
     let addresses = network.address().map(reachable).unwrap_or_default();
-    Ok(Joined { network, events, cookie, addresses, evicted })
+    Ok(ClusterConfig { network, events, cookie, addresses, evicted })
 }
 
 /// The node of `data_dir` belongs to the cluster of `secret` from its next start on.

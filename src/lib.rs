@@ -41,7 +41,7 @@ pub use config::{ConfigError, Directories};
 pub use error::StartError;
 pub use exo_actors::core::clique::Outside;
 pub use exo_actors::core::members::{DeviceOffer, MemberReport, OwnedInstance};
-pub use exo_actors::core::node_status::{Fact, State};
+pub use exo_actors::core::node_status::{Fact, NodeStatus};
 pub use exo_actors::core::plan::{Link, Placement, PlanError, Policy, Preview, PreviewOutcome, Split, Stage};
 pub use exo_actors::core::scheduler::FinishReason;
 pub use exo_actors::core::spec::{InstanceId, Model};
@@ -50,7 +50,7 @@ pub use exo_actors::core::watchdog::HangTimeouts;
 pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};
 pub use exo_actors::{
     Conversation, FunctionCall, GenerateRequest, Generated, Generation, Lagged, Message, ModelSpec, NodeHandle, Prompt,
-    RequestError, Role, Sampled, SamplingParams, Subscription, ToolCall, fresh_seed,
+    RequestError, Role, RunningModel, Sampled, SamplingParams, Subscription, ToolCall, fresh_seed,
 };
 pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory};
 pub use exo_engines::model::Recipe;

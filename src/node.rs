@@ -130,7 +130,7 @@ impl NodeBuilder {
         let identity = Arc::new(Identity::load_or_create(&data_dir)?);
         let name = exo_net::shown_name(&self.name.unwrap_or_else(exo_actors::host_name));
         let wire_type = self.cluster.as_ref().map(|settings| settings.wire_type).unwrap_or_default();
-        let joined = match self.cluster {
+        let cluster = match self.cluster {
             Some(settings) => Some(cluster::join(&data_dir, Arc::clone(&identity), name.clone(), settings)?),
             None => None,
         };
@@ -148,7 +148,7 @@ impl NodeBuilder {
             progress: self.progress,
         };
         let (id, limits, hang_timeouts) = (identity.node_id(), self.limits, self.hang_timeouts);
-        let config = NodeConfig { id, name, factories, models, limits, hang_timeouts, wire_type, joined };
+        let config = NodeConfig { id, name, factories, models, limits, hang_timeouts, wire_type, cluster };
         exo_actors::start(config).await.map_err(|error| StartError::Actor(error.to_string()))
     }
 }

@@ -1,9 +1,11 @@
 //! `exo-node bench`: medians of a model's speed, through the whole pipeline.
 
-use super::Outcome;
+use super::outcome::Outcome;
 use super::progress::Display;
-use super::session::{ModelArguments, StageReport, load, milliseconds, rate, stages};
-use crate::{GenerateRequest, Generated, NodeHandle, Prompt, RequestError, SamplingParams};
+use super::model_args::ModelArguments;
+use super::report::{StageReport, milliseconds, rate, stages};
+use super::session::load;
+use crate::{GenerateRequest, Generated, NodeHandle, Prompt, RequestError, RunningModel, SamplingParams};
 use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -64,18 +66,18 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     let node = model.start_node(&display).await?;
     let loaded = load(&node, &model, &display).await?;
     // An answer that ends at once measures nothing.
-    let endless = loaded.model.tokenizer.ends().iter().map(|&id| (id, NEVER)).collect();
+    let endless = loaded.model.end_tokens().iter().map(|&id| (id, NEVER)).collect();
     let mut rounds = Vec::new();
     for number in 0..arguments.repeat {
-        let ids = prompt(number, arguments.prompt_tokens, loaded.model.tokenizer.vocabulary());
+        let ids = prompt(number, arguments.prompt_tokens, loaded.model.vocabulary());
         rounds.push(tokio::select! {
-            round = one_round(&node, &arguments, &model, ids, &endless) => round?,
+            round = one_round(&node, &arguments, &loaded.model, ids, &endless) => round?,
             _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
         });
     }
     let report = Report {
         model: model.model.clone(),
-        quantization: loaded.model.model.files.quantization.clone(),
+        quantization: loaded.model.quantization().to_owned(),
         prompt_tokens: arguments.prompt_tokens,
         generate_tokens: arguments.generate_tokens,
         repeat: arguments.repeat,
@@ -83,9 +85,9 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
         prefill_tokens_per_s: median(rounds.iter().map(|round| round.prefill)),
         decode_tokens_per_s: median(rounds.iter().map(|round| round.decode)),
         load_ms: milliseconds(loaded.load),
-        file_bytes: loaded.model.model.files.weight_bytes(),
+        file_bytes: loaded.model.file_bytes(),
         peak_memory_bytes: peak_memory_bytes(),
-        stages: stages(&node.state().await?, &loaded.model.placement),
+        stages: stages(&node.status().await?, loaded.model.placement()),
     };
     print(&report, arguments.json)?;
     node.shutdown().await;
@@ -116,18 +118,18 @@ fn prompt(round: u32, tokens: u32, vocabulary: usize) -> Vec<u32> {
 async fn one_round(
     node: &NodeHandle,
     arguments: &BenchArguments,
-    model: &ModelArguments,
+    model: &RunningModel,
     ids: Vec<u32>,
     endless: &BTreeMap<u32, f32>,
 ) -> anyhow::Result<Round> {
     let request = GenerateRequest {
-        model: model.spec(),
+        model: arguments.model.spec(),
         prompt: Prompt::Tokens(ids),
         params: SamplingParams { logit_bias: endless.clone(), ..SamplingParams::greedy() },
         max_tokens: Some(arguments.generate_tokens),
         stop: Vec::new(),
     };
-    let mut generation = node.generate(request)?;
+    let mut generation = node.generate_with(model, request)?;
     let mut started = Instant::now();
     let mut times: Vec<Duration> = Vec::new();
     while let Some(event) = generation.next().await {

@@ -1,8 +1,9 @@
 //! `exo-node chat`: a conversation, turn by turn.
 
-use super::Outcome;
+use super::outcome::Outcome;
 use super::progress::Display;
-use super::session::{ModelArguments, Session};
+use super::model_args::ModelArguments;
+use super::session::Session;
 use crate::config::data_folder;
 use crate::{
     FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams, fresh_seed,
@@ -53,9 +54,9 @@ struct Conversation {
     messages: Vec<Message>,
 }
 
-/// What a line asks for.
+/// What a line of input asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Line<'a> {
+enum Input<'a> {
     Say(&'a str),
     System(&'a str),
     Save(&'a str),
@@ -74,7 +75,7 @@ const HELP: &str = "/system [TEXT]  tell the model who it is, or show what it wa
 /load FILE      go on with a saved one
 /exit           leave (Ctrl-D, too)";
 
-impl<'a> Line<'a> {
+impl<'a> Input<'a> {
     fn parse(line: &'a str) -> Self {
         let line = line.trim();
         let Some(command) = line.strip_prefix('/') else { return Self::Say(line) };
@@ -227,36 +228,36 @@ impl Chat {
     /// Does what a line asks for; tells whether the conversation goes on.
     async fn take(&mut self, line: &str) -> anyhow::Result<bool> {
         let conversation = &mut self.conversation;
-        let done = match Line::parse(line) {
-            Line::Say("") => Ok(()),
-            Line::Say(text) => return self.say(text).await.map(|()| true),
-            Line::System("") => {
+        let done = match Input::parse(line) {
+            Input::Say("") => Ok(()),
+            Input::Say(text) => return self.say(text).await.map(|()| true),
+            Input::System("") => {
                 println!("{}", conversation.system().unwrap_or("(nothing)"));
                 Ok(())
             }
-            Line::System(text) => {
+            Input::System(text) => {
                 conversation.set_system(text);
                 Ok(())
             }
-            Line::Save(path) => conversation.save(path),
-            Line::Load(path) => Conversation::load(Path::new(path)).map(|loaded| {
+            Input::Save(path) => conversation.save(path),
+            Input::Load(path) => Conversation::load(Path::new(path)).map(|loaded| {
                 let model = std::mem::take(&mut conversation.model);
                 *conversation = Conversation { model, ..loaded };
             }),
-            Line::Clear => {
+            Input::Clear => {
                 conversation.clear();
                 Ok(())
             }
-            Line::History => {
+            Input::History => {
                 conversation.show();
                 Ok(())
             }
-            Line::Help => {
+            Input::Help => {
                 println!("{HELP}");
                 Ok(())
             }
-            Line::Exit => return Ok(false),
-            Line::Unknown(name) => {
+            Input::Exit => return Ok(false),
+            Input::Unknown(name) => {
                 eprintln!("/{name} is no command: /help lists them");
                 Ok(())
             }
@@ -325,11 +326,11 @@ mod tests {
 
     #[test]
     fn lines_are_words_or_commands() {
-        assert_eq!(Line::parse(" Hello there "), Line::Say("Hello there"));
-        assert_eq!(Line::parse("/system  You are brief. "), Line::System("You are brief."));
-        assert_eq!(Line::parse("/save a b.json"), Line::Save("a b.json"));
-        assert_eq!(Line::parse("/exit"), Line::Exit);
-        assert_eq!(Line::parse("/nonsense x"), Line::Unknown("nonsense"));
+        assert_eq!(Input::parse(" Hello there "), Input::Say("Hello there"));
+        assert_eq!(Input::parse("/system  You are brief. "), Input::System("You are brief."));
+        assert_eq!(Input::parse("/save a b.json"), Input::Save("a b.json"));
+        assert_eq!(Input::parse("/exit"), Input::Exit);
+        assert_eq!(Input::parse("/nonsense x"), Input::Unknown("nonsense"));
     }
 
     #[test]

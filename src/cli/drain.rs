@@ -1,8 +1,8 @@
 //! `exo-node drain`: the running node's work moves to others, so that it can be stopped.
 
-use super::Outcome;
-use super::remote::Remote;
-use crate::State;
+use super::outcome::Outcome;
+use super::client::NodeClient;
+use crate::NodeStatus;
 use crate::config::data_folder;
 use clap::Args;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ pub(super) struct DrainArguments {
 
 pub(super) async fn run(arguments: DrainArguments) -> anyhow::Result<Outcome> {
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
-    let Some(node) = Remote::find(&data_dir).await else {
+    let Some(node) = NodeClient::find(&data_dir).await else {
         anyhow::bail!("no node is running on {}", data_dir.display());
     };
     tokio::select! {
@@ -34,11 +34,11 @@ pub(super) async fn run(arguments: DrainArguments) -> anyhow::Result<Outcome> {
 }
 
 /// Says what is not gone yet, whenever that changes. Ends with an error alone.
-async fn tell_what_is_here(node: &Remote) -> anyhow::Result<()> {
+async fn tell_what_is_here(node: &NodeClient) -> anyhow::Result<()> {
     let mut told = Vec::new();
     loop {
         tokio::time::sleep(TELL_EVERY).await;
-        let mut here = what_is_here(&node.state().await?);
+        let mut here = what_is_here(&node.status().await?);
         if here.is_empty() {
             here.push("what has a place elsewhere is served here until it is loaded there".to_owned());
         }
@@ -49,9 +49,9 @@ async fn tell_what_is_here(node: &Remote) -> anyhow::Result<()> {
     }
 }
 
-fn what_is_here(state: &State) -> Vec<String> {
-    let stages = state.everywhere().flat_map(|(_, instance)| {
-        let here = instance.placement.stages.iter().filter(|stage| stage.node == state.node);
+fn what_is_here(status: &NodeStatus) -> Vec<String> {
+    let stages = status.everywhere().flat_map(|(_, instance)| {
+        let here = instance.placement.stages.iter().filter(|stage| stage.node == status.node);
         here.map(|stage| {
             let (first, last) = (stage.layers.start, stage.layers.end - 1);
             format!(

@@ -1,9 +1,9 @@
 //! `exo-node evict`: a member that is one no more.
 
-use super::Outcome;
-use super::remote::Remote;
+use super::outcome::Outcome;
+use super::client::NodeClient;
 use crate::config::data_folder;
-use crate::{NodeId, State};
+use crate::{NodeId, NodeStatus};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -22,23 +22,23 @@ pub(super) struct EvictArguments {
 
 pub(super) async fn run(arguments: EvictArguments) -> anyhow::Result<Outcome> {
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
-    let Some(node) = Remote::find(&data_dir).await else {
+    let Some(node) = NodeClient::find(&data_dir).await else {
         anyhow::bail!("no node is running on {}", data_dir.display());
     };
-    let member = find(&node.state().await?, &arguments.member)?;
+    let member = find(&node.status().await?, &arguments.member)?;
     node.evict(member).await?;
     eprintln!("{member} is not let in any more");
     Ok(Outcome::Done)
 }
 
 /// The member that is meant; one that is away is named by its whole id.
-fn find(state: &State, wanted: &str) -> anyhow::Result<NodeId> {
+fn find(status: &NodeStatus, wanted: &str) -> anyhow::Result<NodeId> {
     if let Ok(id) = wanted.parse() {
         return Ok(id);
     }
     let is_meant =
         |(id, name): &(NodeId, &str)| *name == wanted || wanted.len() >= 4 && id.to_string().starts_with(wanted);
-    let members = state.members.iter().map(|(id, member)| (*id, member.name.as_str()));
+    let members = status.members.iter().map(|(id, member)| (*id, member.name.as_str()));
     let meant: Vec<NodeId> = members.filter(is_meant).map(|(id, _)| id).collect();
     match meant[..] {
         [one] => Ok(one),

@@ -5,14 +5,18 @@
 
 mod bench;
 mod chat;
+mod client;
 mod drain;
 mod evict;
+mod hint;
+mod model_args;
 mod models;
+mod outcome;
 mod perplexity;
 mod plan;
 mod progress;
 mod pull;
-mod remote;
+mod report;
 mod run;
 mod session;
 mod status;
@@ -20,7 +24,7 @@ mod token;
 mod up;
 
 use clap::{Parser, Subcommand};
-use exo_engines::format::FormatError;
+use outcome::Outcome;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
@@ -59,12 +63,6 @@ enum Command {
     Bench(bench::BenchArguments),
     /// Measure how well a model predicts a text
     Perplexity(perplexity::PerplexityArguments),
-}
-
-/// What a command came to.
-enum Outcome {
-    Done,
-    Interrupted,
 }
 
 /// Parses the arguments of this process, and does what they say.
@@ -110,12 +108,8 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     for cause in error.chain().skip(1) {
         eprintln!("  because: {cause}");
     }
-    let remedy = error.downcast_ref::<exo_actors::RequestError>().map(exo_actors::RequestError::remedy);
-    let remedy =
-        remedy.or_else(|| error.downcast_ref::<exo_engines::EngineError>().map(exo_engines::EngineError::remedy));
-    let remedy = remedy.or_else(|| error.downcast_ref::<FormatError>().map(FormatError::remedy));
-    if let Some(remedy) = remedy {
-        eprintln!("  remedy: {remedy}");
+    if let Some(hint) = hint::hint(error) {
+        eprintln!("  remedy: {hint}");
     }
     ExitCode::FAILURE
 }

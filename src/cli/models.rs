@@ -1,6 +1,6 @@
 //! `exo-node models`: what is known by name, and what is here.
 
-use super::Outcome;
+use super::outcome::Outcome;
 use crate::{CATALOGUE, Directories};
 use clap::Args;
 use exo_engines::model::families::FAMILIES;

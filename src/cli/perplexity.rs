@@ -3,9 +3,9 @@
 //! llama-perplexity's convention: the text is cut into chunks of the context's length; of each, only the second half
 //! is scored, so that every token scored has at least half a context before it.
 
-use super::Outcome;
+use super::outcome::Outcome;
 use super::progress::Display;
-use super::session::pull;
+use super::model_args::pull;
 use anyhow::Context;
 use clap::Args;
 use exo_engines::cpu::CpuFactory;

@@ -1,10 +1,10 @@
 //! `exo-node plan`: where a model would go, and why. Nothing is loaded.
 
-use super::Outcome;
+use super::outcome::Outcome;
 use super::progress::Display;
-use super::remote::Remote;
-use super::session::ModelArguments;
-use crate::{NodeId, Placement, Policy, Preview, PreviewOutcome, State};
+use super::client::NodeClient;
+use super::model_args::ModelArguments;
+use crate::{NodeId, Placement, Policy, Preview, PreviewOutcome, NodeStatus};
 use clap::Args;
 use std::sync::Arc;
 
@@ -22,11 +22,11 @@ pub(super) struct PlanArguments {
 
 pub(super) async fn run(arguments: PlanArguments) -> anyhow::Result<Outcome> {
     let spec = arguments.model.spec();
-    let (state, previews) = match arguments.model.running_node().await? {
+    let (status, previews) = match arguments.model.running_node().await? {
         Some(node) => ask(&node, &spec).await?,
         None => {
             let node = arguments.model.start_node(&Arc::new(Display::quiet())).await?;
-            let asked = (node.state().await?, node.preview(spec).await?);
+            let asked = (node.status().await?, node.preview(spec).await?);
             node.shutdown().await;
             asked
         }
@@ -36,16 +36,16 @@ pub(super) async fn run(arguments: PlanArguments) -> anyhow::Result<Outcome> {
         return Ok(Outcome::Done);
     }
     for preview in &previews {
-        print!("{}", draw(&state, preview));
+        print!("{}", draw(&status, preview));
     }
     Ok(Outcome::Done)
 }
 
-async fn ask(node: &Remote, spec: &crate::ModelSpec) -> anyhow::Result<(State, Vec<Preview>)> {
-    Ok((node.state().await?, node.plan(spec).await?))
+async fn ask(node: &NodeClient, spec: &crate::ModelSpec) -> anyhow::Result<(NodeStatus, Vec<Preview>)> {
+    Ok((node.status().await?, node.plan(spec).await?))
 }
 
-fn draw(state: &State, preview: &Preview) -> String {
+fn draw(status: &NodeStatus, preview: &Preview) -> String {
     let policy = match preview.policy {
         Policy::Latency => "latency",
         Policy::Throughput => "throughput",
@@ -53,16 +53,16 @@ fn draw(state: &State, preview: &Preview) -> String {
     };
     match &preview.outcome {
         PreviewOutcome::Placed { placement, reason, stages_s, .. } => {
-            format!("{policy:13} {reason}\n{}", stages(state, placement, stages_s))
+            format!("{policy:13} {reason}\n{}", stages(status, placement, stages_s))
         }
         PreviewOutcome::Refused { error, remedy } => format!("{policy:13} not possible: {error}\n{:13} {remedy}\n", ""),
     }
 }
 
-fn stages(state: &State, placement: &Placement, stages_s: &[f64]) -> String {
+fn stages(status: &NodeStatus, placement: &Placement, stages_s: &[f64]) -> String {
     let line = |(stage, seconds): (&crate::Stage, &f64)| {
         let (first, last) = (stage.layers.start, stage.layers.end - 1);
-        let (node, gigabytes) = (name_of(state, stage.node), stage.memory_bytes as f64 / 1e9);
+        let (node, gigabytes) = (name_of(status, stage.node), stage.memory_bytes as f64 / 1e9);
         let (device, milliseconds) = (&stage.device, seconds * 1e3);
         format!("{:13} layers {first}–{last} on {device} of {node}, {gigabytes:.1} GB, {milliseconds:.1} ms\n", "")
     };
@@ -70,10 +70,10 @@ fn stages(state: &State, placement: &Placement, stages_s: &[f64]) -> String {
 }
 
 /// As its user calls a node.
-pub(super) fn name_of(state: &State, node: NodeId) -> String {
-    match state.members.get(&node) {
+pub(super) fn name_of(status: &NodeStatus, node: NodeId) -> String {
+    match status.members.get(&node) {
         Some(member) => member.name.clone(),
-        None if node == state.node => state.name.clone(),
-        None => state.outside.get(&node).map_or(node.short(), |outside| outside.name.clone()),
+        None if node == status.node => status.name.clone(),
+        None => status.outside.get(&node).map_or(node.short(), |outside| outside.name.clone()),
     }
 }

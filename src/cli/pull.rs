@@ -1,8 +1,8 @@
 //! `exo-node pull`: a model's files, brought and checked.
 
-use super::Outcome;
+use super::outcome::Outcome;
 use super::progress::Display;
-use super::session::pull;
+use super::model_args::pull;
 use crate::Origin;
 use clap::Args;
 use serde::Serialize;

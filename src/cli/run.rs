@@ -1,8 +1,10 @@
 //! `exo-node run`: one prompt, one answer.
 
-use super::Outcome;
+use super::outcome::Outcome;
 use super::progress::Display;
-use super::session::{Answered, Answering, ModelArguments, Session, StageReport, milliseconds, rate};
+use super::model_args::ModelArguments;
+use super::report::{StageReport, milliseconds, rate};
+use super::session::{Answered, Answering, Session};
 use crate::{
     FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams, fresh_seed,
 };
@@ -99,7 +101,7 @@ struct TopReport {
 
 /// An answer, as far as it came.
 #[derive(Debug, Default)]
-struct Answer {
+struct CollectedAnswer {
     text: String,
     prompt_tokens: Vec<u32>,
     tokens: Vec<TokenReport>,
@@ -123,7 +125,7 @@ pub(super) async fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         eprintln!("{} is a base model without a chat template: it continues the prompt plainly", arguments.model.model);
     }
     let started = Instant::now();
-    let mut answer = Answer::default();
+    let mut answer = CollectedAnswer::default();
     let answering = async {
         let generation = session.generate(arguments.request(prompt, params)).await?;
         answer.collect(generation, started, !arguments.json).await
@@ -192,11 +194,11 @@ impl RunArguments {
     }
 }
 
-impl Answer {
+impl CollectedAnswer {
     async fn collect(&mut self, mut generation: Answering, started: Instant, shows: bool) -> anyhow::Result<()> {
         while let Some(event) = generation.next().await {
             match event? {
-                Generated::Started { prompt_tokens } => self.prompt_tokens = prompt_tokens,
+                Generated::Started { prompt_tokens, .. } => self.prompt_tokens = prompt_tokens,
                 Generated::Token { sampled, names, text } => {
                     let now = started.elapsed();
                     self.first_token.get_or_insert(now);

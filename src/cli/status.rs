@@ -1,10 +1,10 @@
 //! `exo-node status`: what the running node is at.
 
-use super::Outcome;
+use super::outcome::Outcome;
 use super::plan::name_of;
-use super::remote::Remote;
+use super::client::NodeClient;
 use crate::config::data_folder;
-use crate::{InstanceId, InstanceStatus, Machine, MemberReport, NodeId, Outside, Phase, State};
+use crate::{InstanceId, InstanceStatus, Machine, MemberReport, NodeId, Outside, Phase, NodeStatus};
 use clap::Args;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -24,37 +24,37 @@ pub(super) struct StatusArguments {
 
 pub(super) async fn run(arguments: StatusArguments) -> anyhow::Result<Outcome> {
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
-    let Some(node) = Remote::find(&data_dir).await else {
+    let Some(node) = NodeClient::find(&data_dir).await else {
         anyhow::bail!("no node is running on {}: `exo-node up` starts one", data_dir.display());
     };
-    let state = node.state().await?;
+    let status = node.status().await?;
     match arguments.json {
-        true => println!("{}", serde_json::to_string(&state)?),
-        false => print!("{}", draw(&state)),
+        true => println!("{}", serde_json::to_string(&status)?),
+        false => print!("{}", draw(&status)),
     }
     Ok(Outcome::Done)
 }
 
-fn draw(state: &State) -> String {
+fn draw(status: &NodeStatus) -> String {
     let mut out = String::new();
     // Writing to a string does not fail.
-    let _ = writeln!(out, "node     {} ({})", state.name, state.node);
-    draw_machine(&mut out, &state.machine);
-    for device in &state.devices {
+    let _ = writeln!(out, "node     {} ({})", status.name, status.node);
+    draw_machine(&mut out, &status.machine);
+    for device in &status.devices {
         let _ = writeln!(out, "device   {:12} {} {}, {}", device.id, device.engine, device.tier, device.name);
     }
-    for (id, member) in &state.members {
-        draw_member(&mut out, state, *id, member);
+    for (id, member) in &status.members {
+        draw_member(&mut out, status, *id, member);
     }
-    for (id, outside) in &state.outside {
-        draw_apart(&mut out, state, *id, outside);
+    for (id, outside) in &status.outside {
+        draw_apart(&mut out, status, *id, outside);
     }
-    let mut live = state.everywhere().peekable();
+    let mut live = status.everywhere().peekable();
     if live.peek().is_none() {
         let _ = writeln!(out, "models   none in memory");
     }
     for (id, instance) in live {
-        draw_instance(&mut out, state, id, instance);
+        draw_instance(&mut out, status, id, instance);
     }
     out
 }
@@ -70,8 +70,8 @@ fn draw_machine(out: &mut String, machine: &Machine) {
     let _ = writeln!(out, "cores    {busy} busy");
 }
 
-fn draw_member(out: &mut String, state: &State, id: NodeId, member: &MemberReport) {
-    let link = member.links.get(&state.node);
+fn draw_member(out: &mut String, status: &NodeStatus, id: NodeId, member: &MemberReport) {
+    let link = member.links.get(&status.node);
     let rtt = link.map_or("?".to_owned(), |link| format!("{:.1} ms", link.rtt_s * 1e3));
     let carries = link.and_then(|link| link.bytes_per_s);
     let carries = carries.map_or(String::new(), |bytes| format!(" over {:.0} MB/s", bytes / 1e6));
@@ -83,9 +83,9 @@ fn draw_member(out: &mut String, state: &State, id: NodeId, member: &MemberRepor
         member.name,
         id.short()
     );
-    for (to, link) in member.links.iter().filter(|(to, _)| **to != state.node) {
+    for (to, link) in member.links.iter().filter(|(to, _)| **to != status.node) {
         let carries = link.bytes_per_s.map_or(String::new(), |bytes| format!(" over {:.0} MB/s", bytes / 1e6));
-        let _ = writeln!(out, "         to {:9} {:.1} ms away{carries}", name_of(state, *to), link.rtt_s * 1e3);
+        let _ = writeln!(out, "         to {:9} {:.1} ms away{carries}", name_of(status, *to), link.rtt_s * 1e3);
     }
     for device in &member.devices {
         let speed = device.bytes_per_s.map_or(String::new(), |speed| format!(", {:.1} GB/s", speed / 1e9));
@@ -94,22 +94,22 @@ fn draw_member(out: &mut String, state: &State, id: NodeId, member: &MemberRepor
     }
 }
 
-fn draw_apart(out: &mut String, state: &State, id: NodeId, outside: &Outside) {
+fn draw_apart(out: &mut String, status: &NodeStatus, id: NodeId, outside: &Outside) {
     let why = match outside.between {
-        Some((one, other)) => format!("{} and {} do not reach each other", name_of(state, one), name_of(state, other)),
+        Some((one, other)) => format!("{} and {} do not reach each other", name_of(status, one), name_of(status, other)),
         None => "it reaches others that this node does not".to_owned(),
     };
     let _ = writeln!(out, "outside    {:12} {} works without this node: {why}", outside.name, id.short());
     let _ = writeln!(out, "         open UDP port 52416, or what --listen says, between the two");
 }
 
-fn draw_instance(out: &mut String, state: &State, id: InstanceId, instance: &InstanceStatus) {
+fn draw_instance(out: &mut String, status: &NodeStatus, id: InstanceId, instance: &InstanceStatus) {
     let (name, quantization) = (&instance.model.name, &instance.model.quantization);
     let _ = writeln!(out, "model    {name} ({quantization})  instance {id}, {}", phase(instance));
     for stage in &instance.placement.stages {
         let bytes = gigabytes(Some(stage.memory_bytes));
         let (first, last) = (stage.layers.start, stage.layers.end - 1);
-        let on = format!("{} of {}", stage.device, name_of(state, stage.node));
+        let on = format!("{} of {}", stage.device, name_of(status, stage.node));
         let _ = writeln!(out, "         layers {first}–{last} on {on}, {bytes} GB");
     }
     let totals = &instance.totals;

@@ -1,7 +1,7 @@
 //! `exo-node token`: what another machine needs to join.
 
-use super::Outcome;
-use super::remote::Remote;
+use super::outcome::Outcome;
+use super::client::NodeClient;
 use crate::config::data_folder;
 use crate::{ClusterSecret, JoinToken};
 use clap::Args;
@@ -31,8 +31,8 @@ pub(super) async fn run(arguments: TokenArguments) -> anyhow::Result<Outcome> {
     }
     let secret = ClusterSecret::load_or_create(&data_dir)?;
     // Where no node runs, whoever joins has to find it by discovery.
-    let addresses = match Remote::find(&data_dir).await {
-        Some(node) => node.state().await?.addresses,
+    let addresses = match NodeClient::find(&data_dir).await {
+        Some(node) => node.status().await?.addresses,
         None => Vec::new(),
     };
     if std::io::stdout().is_terminal() && !arguments.renew {

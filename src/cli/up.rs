@@ -1,6 +1,6 @@
 //! `exo-node up`: a node that stays, and serves.
 
-use super::Outcome;
+use super::outcome::Outcome;
 use crate::api::{ApiConfig, SOCKET_NAME, serve};
 use crate::config::data_folder;
 use crate::{
@@ -95,9 +95,9 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     let node = arguments.start(builder.data_dir(&data_dir)).await?;
     let served = serve(node.clone(), config).await?;
     eprintln!("exo-node {}, node {}", env!("CARGO_PKG_VERSION"), node.id());
-    let state = node.state().await?;
-    for address in &state.addresses {
-        eprintln!("`{}` listens for members on {address}", state.name);
+    let status = node.status().await?;
+    for address in &status.addresses {
+        eprintln!("`{}` listens for members on {address}", status.name);
     }
     if let Some(address) = served.address {
         eprintln!("API on http://{address}/v1");

@@ -1,0 +1,98 @@
+//! The client of the node that runs on a data folder, over its Unix socket.
+
+use crate::api::{ErrorBody, Eviction, GenerateLine, SOCKET_NAME};
+use crate::{GenerateRequest, Generated, ModelSpec, NodeId, NodeStatus, Preview};
+use anyhow::{Context, bail};
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use reqwest::{Client, Method, RequestBuilder, Response};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use tokio::net::UnixStream;
+use tokio_util::codec::{FramedRead, LinesCodec};
+use tokio_util::io::StreamReader;
+
+/// Bytes of one line of an answer: an event with the log-probabilities of 20 tokens has a few thousand, and the first event
+/// has the whole prompt.
+const LINE_BYTES_MAX: usize = 256 << 20;
+
+/// A running node.
+#[derive(Debug)]
+pub(super) struct NodeClient {
+    client: Client,
+    socket: PathBuf,
+}
+
+impl NodeClient {
+    /// The node that runs on `data_dir`, if one does.
+    pub(super) async fn find(data_dir: &Path) -> Option<Self> {
+        let socket = data_dir.join(SOCKET_NAME);
+        UnixStream::connect(&socket).await.ok()?;
+        let client = Client::builder().unix_socket(socket.as_path()).build().ok()?;
+        Some(Self { client, socket })
+    }
+
+    /// The status of the node and its cluster.
+    pub(super) async fn status(&self) -> anyhow::Result<NodeStatus> {
+        Ok(self.send(self.request(Method::GET, "/state")).await?.json().await?)
+    }
+
+    /// Takes the node out of its cluster. Returns when nothing runs on it any more.
+    pub(super) async fn drain(&self) -> anyhow::Result<()> {
+        self.send(self.request(Method::POST, "/drain")).await.map(drop)
+    }
+
+    /// Evicts a member.
+    pub(super) async fn evict(&self, node: NodeId) -> anyhow::Result<()> {
+        self.send(self.request(Method::POST, "/evict").json(&Eviction { node })).await.map(drop)
+    }
+
+    /// Where a model would be placed by each policy, and why.
+    pub(super) async fn plan(&self, spec: &ModelSpec) -> anyhow::Result<Vec<Preview>> {
+        Ok(self.send(self.request(Method::POST, "/plan").json(spec)).await?.json().await?)
+    }
+
+    /// Starts an answer. Dropping it cancels the request.
+    pub(super) async fn generate(&self, request: &GenerateRequest) -> anyhow::Result<ClientAnswer> {
+        let response = self.send(self.request(Method::POST, "/generate").json(request)).await?;
+        let bytes = StreamReader::new(response.bytes_stream().map_err(std::io::Error::other));
+        let lines = FramedRead::new(bytes, LinesCodec::new_with_max_length(LINE_BYTES_MAX));
+        Ok(ClientAnswer { lines: lines.map_err(anyhow::Error::from).boxed() })
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("http://localhost{path}"))
+    }
+
+    async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
+        let response = request.send().await;
+        let response = response.with_context(|| format!("{}: the node does not answer", self.socket.display()))?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        match response.json::<ErrorBody>().await {
+            Ok(body) => bail!("{}", body.error.message),
+            Err(_) => bail!("the node answers {status}"),
+        }
+    }
+}
+
+/// An answer of a running node.
+pub(super) struct ClientAnswer {
+    lines: Pin<Box<dyn Stream<Item = anyhow::Result<String>> + Send>>,
+}
+
+impl ClientAnswer {
+    /// The next event; `None` behind the last.
+    pub(super) async fn next(&mut self) -> Option<anyhow::Result<Generated>> {
+        let line = match self.lines.next().await? {
+            Ok(line) => line,
+            Err(error) => return Some(Err(error.context("the node has stopped"))),
+        };
+        Some(match serde_json::from_str(&line) {
+            Ok(GenerateLine::Event(event)) => Ok(event),
+            Ok(GenerateLine::Error(error)) => Err(anyhow::anyhow!(error.message)),
+            Err(error) => Err(anyhow::anyhow!("the node's answer cannot be read: {error}")),
+        })
+    }
+}

@@ -1,0 +1,94 @@
+//! What the user of the command line can do about an error.
+//!
+//! The libraries' remedies name no flag, command or variable, since embedders have none. Here each error gets those that help.
+
+use crate::api::ServeError;
+use crate::{ModelError, PlanError, RequestError, StartError};
+use exo_engines::EngineError;
+use exo_engines::format::FormatError;
+
+/// The remedy of an error, with the flags and commands that help; `None` where nothing is known.
+pub(super) fn hint(error: &anyhow::Error) -> Option<String> {
+    if let Some(error) = error.downcast_ref::<RequestError>() {
+        return Some(with_flags(error.remedy(), request_flags(error)));
+    }
+    if let Some(error) = error.downcast_ref::<EngineError>() {
+        return Some(error.remedy().to_owned());
+    }
+    if let Some(error) = error.downcast_ref::<FormatError>() {
+        return Some(error.remedy().to_owned());
+    }
+    if let Some(StartError::Network(_)) = error.downcast_ref::<StartError>() {
+        return Some("`--listen ADDR:PORT` chooses another address".to_owned());
+    }
+    match error.downcast_ref::<ServeError>()? {
+        ServeError::NeedsKey { .. } => Some("`--api-key KEY` sets the key; `--api 127.0.0.1:52415` needs none".to_owned()),
+        ServeError::BadKey => Some("choose another `--api-key`".to_owned()),
+        ServeError::Listen { .. } => Some("`--api ADDR:PORT` chooses another address, `--api none` none".to_owned()),
+        ServeError::AlreadyRunning { .. } => {
+            Some("`exo-node status` shows the running node; `--data-dir FOLDER` runs another one".to_owned())
+        }
+        ServeError::Socket { .. } => None,
+    }
+}
+
+fn with_flags(remedy: &str, flags: Option<&str>) -> String {
+    match flags {
+        Some(flags) => format!("{remedy} ({flags})"),
+        None => remedy.to_owned(),
+    }
+}
+
+/// The flags, commands and variables that the remedy of an error means.
+fn request_flags(error: &RequestError) -> Option<&'static str> {
+    match error {
+        RequestError::Model(error) => model_flags(error),
+        RequestError::Plan(PlanError::DoesNotFit { .. }) => Some("--context N, --quantize q4_k"),
+        RequestError::Plan(PlanError::TooManyShards { .. }) => Some("--shards N"),
+        RequestError::Plan(PlanError::BadSplit { .. }) => Some("--split laptop:0-11,desktop:12-29"),
+        RequestError::Plan(PlanError::NoSuchNode { .. }) => Some("`exo-node status` lists the members"),
+        RequestError::Plan(PlanError::NoDevice) | RequestError::NoDevice { .. } => {
+            Some("leave --device out; `exo-node status` lists the devices")
+        }
+        RequestError::Admit(_) => Some("--context N"),
+        RequestError::NotClustered => Some("start it without `--listen none`"),
+        _ => None,
+    }
+}
+
+fn model_flags(error: &ModelError) -> Option<&'static str> {
+    match error {
+        ModelError::Unknown { .. } => Some("`exo-node models` lists the names"),
+        ModelError::NoSource { .. } | ModelError::Network { .. } => Some("HF_ENDPOINT, HF_TOKEN, EXO_MODELS_DIR"),
+        ModelError::Forbidden { .. } | ModelError::NotOnHub { .. } => Some("HF_TOKEN"),
+        ModelError::Disk { .. } => Some("EXO_MODELS_DIR"),
+        ModelError::Offline { .. } => Some("HF_HUB_OFFLINE"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the user reads behind an error, for each kind that has flags.
+    #[test]
+    fn errors_name_the_flags_that_help() {
+        let errors = [
+            RequestError::Plan(PlanError::DoesNotFit { needed_bytes: 3, free_bytes: 2, missing_bytes: 1 }),
+            RequestError::Plan(PlanError::BadSplit { layers: 30 }),
+            RequestError::Plan(PlanError::NoSuchNode { node: "laptop".to_owned() }),
+            RequestError::NoDevice { device: "gpu:7".to_owned() },
+            RequestError::Model(ModelError::Unknown { model: "smolm2".to_owned() }),
+            RequestError::Model(ModelError::Forbidden { url: "https://hub/a/b".to_owned() }),
+            RequestError::MemoryBusy { model: "big".to_owned(), needed_bytes: 7 },
+            RequestError::Overloaded { requests: 256 },
+            RequestError::NotClustered,
+        ];
+        let lines = errors.map(|error| {
+            let text = error.to_string();
+            format!("error: {text}\n  remedy: {}", hint(&error.into()).unwrap_or_default())
+        });
+        insta::assert_snapshot!(lines.join("\n"), @"");
+    }
+}

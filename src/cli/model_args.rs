@@ -1,0 +1,106 @@
+//! The arguments that name a model and how it runs, and the nodes that run it.
+
+use super::client::NodeClient;
+use super::progress::Display;
+use crate::config::data_folder;
+use crate::{DeviceId, ModelSpec, Node, NodeBuilder, NodeHandle, Policy, Recipe, Split};
+use clap::Args;
+use exo_actors::models::ResolvedModel;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Which model, and how it runs.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ModelArguments {
+    /// Name, path to a .gguf file or to a folder with safetensors, or hub name (owner/name, owner/name:file.gguf)
+    pub(super) model: String,
+    /// Split the model over this many shards
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) shards: Option<u32>,
+    /// Split the model by hand: nodes' names or ids, and the layers of each, first to last
+    #[arg(long, value_name = "NODE:FIRST-LAST,…", conflicts_with = "shards")]
+    pub(super) split: Option<Split>,
+    /// What the placement is to be good at: latency, throughput or fewest-nodes
+    #[arg(long, value_name = "POLICY", default_value = "latency")]
+    pub(super) policy: Policy,
+    /// Threads of each engine of this process [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(super) threads: Option<u32>,
+    /// Device to run on, such as cpu or candle:cpu [default: the best there is]
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<String>,
+    /// Tokens of prompt and answer together [default: the model's, at most 4096]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) context: Option<u32>,
+    /// Quantise dense weights while they are loaded: q4_0, q4_k or q8_0
+    #[arg(long, value_name = "TYPE")]
+    pub(super) quantize: Option<Recipe>,
+    /// Folder of this node's identity and settings; models lie in the shared cache
+    #[arg(long, value_name = "FOLDER")]
+    pub(super) data_dir: Option<PathBuf>,
+    /// Load the model in this process, even where a node is running on the data folder
+    #[arg(long)]
+    pub(super) standalone: bool,
+}
+
+impl ModelArguments {
+    pub(super) fn spec(&self) -> ModelSpec {
+        let named = ModelSpec::new(self.model.clone());
+        ModelSpec {
+            shards: self.shards.map(|shards| shards as usize),
+            device: self.device.clone().map(DeviceId),
+            context_tokens: self.context,
+            quantize: self.quantize.or(named.quantize),
+            split: self.split.clone(),
+            policy: self.policy,
+            model: named.model,
+        }
+    }
+
+    /// The node that is running on the data folder, where there is one and it is to be used.
+    pub(super) async fn running_node(&self) -> anyhow::Result<Option<NodeClient>> {
+        if self.standalone {
+            return Ok(None);
+        }
+        let running = NodeClient::find(&data_folder(self.data_dir.as_deref())?).await;
+        if running.is_some() && self.threads.is_some() {
+            anyhow::bail!("--threads is the running node's to choose: stop it, or add --standalone");
+        }
+        Ok(running)
+    }
+
+    /// A node for this command.
+    pub(super) async fn start_node(&self, display: &Arc<Display>) -> anyhow::Result<NodeHandle> {
+        let mut builder = builder(self.data_dir.as_deref(), display);
+        if let Some(threads) = self.threads {
+            builder = builder.threads(threads as usize);
+        }
+        Ok(builder.start().await?)
+    }
+}
+
+/// A node in `data_dir`, whose downloads are shown.
+fn builder(data_dir: Option<&Path>, display: &Arc<Display>) -> NodeBuilder {
+    let display = Arc::clone(display);
+    let builder = Node::builder().on_fetch(move |progress| display.fetch(progress));
+    match data_dir {
+        Some(folder) => builder.data_dir(folder),
+        None => builder,
+    }
+}
+
+/// Brings a model's files to this machine; `None` after Ctrl-C.
+pub(super) async fn pull(
+    model: &str,
+    data_dir: Option<&Path>,
+    display: &Arc<Display>,
+) -> anyhow::Result<Option<Arc<ResolvedModel>>> {
+    let node = builder(data_dir, display).start().await?;
+    let pulled = tokio::select! {
+        pulled = node.pull(model) => Some(pulled?),
+        _ = tokio::signal::ctrl_c() => None,
+    };
+    display.clear();
+    node.shutdown().await;
+    Ok(pulled)
+}
