@@ -14,7 +14,7 @@
 //! connect later; nothing but the list of peers that it sees counts. A peer that was outside, disconnects and comes back is
 //! outside until it is seen to reach every member: whatever kept the pair apart has probably not changed.
 
-use super::members::{LISTED_MAX, MemberReport, Members, Pair, pair};
+use crate::core::members::{LISTED_MAX, MemberReport, Members, Pair, pair};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};

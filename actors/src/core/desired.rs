@@ -6,8 +6,8 @@
 //!
 //! The stamp also orders the incarnations of an instance: those of a later stamp are later.
 
-use super::plan::{Demand, Placement};
-use super::spec::{InstanceId, Model, ModelSpec};
+use crate::core::plan::{Demand, Placement};
+use crate::core::spec::{InstanceId, Model, ModelSpec};
 use crate::core::request::RequestError;
 use exo_engines::engine::Incarnation;
 use exo_net::NodeId;

@@ -12,11 +12,11 @@ mod capacity;
 mod churn;
 mod repair;
 
-use super::clique::OUTSIDE_AFTER;
-use super::desired::{Deployment, Desired, DesiredEntry, MoveStrategy, Stamp, Target};
-use super::members::Members;
-use super::plan::{Demand, Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason};
-use super::spec::{InstanceId, Model, ModelSpec};
+use crate::core::clique::OUTSIDE_AFTER;
+use crate::core::desired::{Deployment, Desired, DesiredEntry, MoveStrategy, Stamp, Target};
+use crate::core::members::Members;
+use crate::core::plan::{Demand, Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason};
+use crate::core::spec::{InstanceId, Model, ModelSpec};
 use crate::core::request::RequestError;
 use churn::Churn;
 use exo_engines::engine::DeviceId;

@@ -1,9 +1,9 @@
 //! What each member reports of itself, and what the planner derives from the reports.
 
-use super::desired::Stamp;
-use super::plan::{Link, Links, Offer};
-use super::spec::InstanceId;
-use super::status::{InstanceStatus, Machine};
+use crate::core::desired::Stamp;
+use crate::core::plan::{Link, Links, Offer};
+use crate::core::spec::InstanceId;
+use crate::core::status::{InstanceStatus, Machine};
 use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};

@@ -40,19 +40,19 @@ impl ModelError {
     /// What the user can do about it.
     pub fn remedy(&self) -> &'static str {
         match self {
-            Self::Unknown { .. } => "`exo-node models` lists the names; a path to a .gguf file or a folder works too",
+            Self::Unknown { .. } => "take a name from the catalogue, or a path to a .gguf file or a model's folder",
             Self::Format(error) => error.remedy(),
             Self::NoSource { .. } | Self::Network { .. } => {
-                "check the connection (HF_ENDPOINT, HF_TOKEN), or put the files into a models folder"
+                "check the connection to the hub, or put the files into a models folder"
             }
-            Self::Forbidden { .. } => "accept the model's licence on the hub, and set HF_TOKEN",
-            Self::NotOnHub { .. } => "look the repository and the file up on the hub; a private one needs HF_TOKEN",
+            Self::Forbidden { .. } => "accept the model's licence on the hub, and give the account's token",
+            Self::NotOnHub { .. } => "look the repository and the file up on the hub; a private one needs the account's token",
             Self::OtherFiles { .. } => "give one of the two another name, or ask for it by its path",
             Self::WrongHash { .. } => "the download was thrown away: try again, or take another source",
-            Self::Disk { .. } => "make room, or choose another folder with EXO_MODELS_DIR",
+            Self::Disk { .. } => "free space on the disk, or choose another models folder",
             Self::Command { .. } => "install Python 3 with pip, or put the files into a models folder",
-            Self::Offline { .. } => "unset HF_HUB_OFFLINE, or put the files into a models folder",
-            Self::Interrupted => "start it again: it goes on where it stopped",
+            Self::Offline { .. } => "end offline mode, or put the files into a models folder",
+            Self::Interrupted => "start it again: it continues where it stopped",
         }
     }
 }

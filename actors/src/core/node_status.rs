@@ -2,11 +2,11 @@
 //!
 //! A subscriber gets the status once and then the facts. Applying the facts gives it the same status that the node has.
 
-use super::clique::Outside;
-use super::members::MemberReport;
-use super::plan::Placement;
-use super::spec::{InstanceId, Model};
-use super::status::{InstanceStatus, Load, Machine, Phase, Totals};
+use crate::core::clique::Outside;
+use crate::core::members::MemberReport;
+use crate::core::plan::Placement;
+use crate::core::spec::{InstanceId, Model};
+use crate::core::status::{InstanceStatus, Load, Machine, Phase, Totals};
 use exo_engines::engine::DeviceReport;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};

@@ -3,10 +3,10 @@
 //! A state machine without I/O. Events of stages go in, and what they mean for the pipeline comes out. Times count from any
 //! fixed start.
 
-use super::desired::{Deployment, Stamp, incarnation};
-use super::request::RequestError;
-use super::spec::InstanceId;
-use super::stage::{StageEvent, StageTask};
+use crate::core::desired::{Deployment, Stamp, incarnation};
+use crate::core::request::RequestError;
+use crate::core::spec::InstanceId;
+use crate::core::stage::{StageEvent, StageTask};
 use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
 use std::sync::Arc;

@@ -1,9 +1,9 @@
 //! Requests to generate: what a caller asks for, the events of an answer, and the errors.
 
-use super::model_error::ModelError;
-use super::plan::PlanError;
-use super::scheduler::{AdmitError, FinishReason};
-pub use super::spec::ModelSpec;
+use crate::core::model_error::ModelError;
+use crate::core::plan::PlanError;
+use crate::core::scheduler::{AdmitError, FinishReason};
+pub use crate::core::spec::ModelSpec;
 use exo_engines::sampler::{ParamsError, Sampled, SamplingParams};
 use exo_engines::template::Conversation;
 use serde::{Deserialize, Serialize};

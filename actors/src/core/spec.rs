@@ -1,6 +1,6 @@
 //! Which model is asked for, how it is to be run, and what it is called while it runs.
 
-use super::plan::{Policy, Split};
+use crate::core::plan::{Policy, Split};
 use exo_engines::engine::DeviceId;
 use exo_engines::model::Recipe;
 use serde::{Deserialize, Serialize};

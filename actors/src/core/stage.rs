@@ -1,9 +1,9 @@
 //! What an instance's owner and the nodes of its stages tell each other.
 
-use super::desired::Stamp;
-use super::plan::{KV_PAGES_MAX, SHARD_BYTES_MAX};
-use super::request::RequestError;
-use super::spec::{FilesId, InstanceId, ModelSpec};
+use crate::core::desired::Stamp;
+use crate::core::plan::{KV_PAGES_MAX, SHARD_BYTES_MAX};
+use crate::core::request::RequestError;
+use crate::core::spec::{FilesId, InstanceId, ModelSpec};
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, Incarnation};
 use exo_engines::model::LAYERS_MAX;

@@ -1,7 +1,7 @@
 //! The status of a machine and of an instance, as users see it and members report it.
 
-use super::plan::Placement;
-use super::spec::Model;
+use crate::core::plan::Placement;
+use crate::core::spec::Model;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
