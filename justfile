@@ -12,9 +12,9 @@ test *ARGS:
 bench *ARGS:
     cargo run --release --locked -p exo-benches --bin exo-benches -- {{ARGS}}
 
-# A cluster of N processes on this machine, from start to measured answer.
+# A cluster of N nodes on this machine, until Ctrl-C: their APIs on ports 52601 and up, their data in target/cluster.
 cluster N="3":
-    cargo run --release --locked -p exo-benches --bin exo-cluster-benches -- pipeline --nodes {{N}}
+    T="$(cargo run -q --release --locked -- token --data-dir target/cluster/1)" && trap 'kill 0' EXIT && for n in $(seq {{N}}); do cargo run -q --release --locked -- up --name node$n --data-dir target/cluster/$n --listen 127.0.0.1:$((52500 + n)) --peer 127.0.0.1:52501 --join "$T" --no-discovery --api 127.0.0.1:$((52600 + n)) & done; wait
 
 # One seeded simulation of the cluster, as a failing test prints it.
 sim SEED:

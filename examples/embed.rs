@@ -2,13 +2,13 @@
 //!
 //! `cargo run --release --example embed -- MODEL "one question" "another"`
 //!
-//! The actor, a scribe, takes questions, asks the node, and keeps the minutes. It shows what an embedder does: start a
-//! node, hold its handle inside an actor, stream answers, and shut down.
+//! The actor, a scribe, receives questions, asks the node, and keeps minutes of the answers. The example shows how an
+//! embedder starts a node, holds its handle inside an actor, streams answers, and shuts the node down.
 
 use exo::{GenerateRequest, Generated, ModelSpec, Node, NodeHandle, Prompt, SamplingParams};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 
-/// Answers questions and remembers them.
+/// An actor that answers questions and keeps them with their answers.
 struct Scribe;
 
 enum ScribeMsg {
@@ -17,7 +17,7 @@ enum ScribeMsg {
     Answered { question: String, answer: String },
 }
 
-// ractor knows remote messages, too; these stay in this process.
+// ractor also supports remote messages; these stay in this process.
 impl ractor::Message for ScribeMsg {}
 
 struct ScribeState {
@@ -47,7 +47,7 @@ impl Actor for Scribe {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             ScribeMsg::Ask { question, reply } => {
-                // The answer takes its time: a task waits for it, and the actor goes on.
+                // An answer takes time: a task waits for it, so that the actor can handle other messages.
                 let (node, model) = (state.node.clone(), state.model.clone());
                 tokio::spawn(async move {
                     let answer =

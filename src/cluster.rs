@@ -1,33 +1,36 @@
-//! A node's place in its user's cluster: the secret, the members it knows, and where it listens.
+//! A node's membership of its user's cluster: the secret, known members' addresses, and evicted nodes.
 
 use crate::error::StartError;
-use exo_actors::{Evicted, ClusterConfig, WireType};
+use exo_actors::{ClusterConfig, Evicted, WireType};
 use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, SecretError, reachable};
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use tempfile::NamedTempFile;
 
-/// Addresses of members that were named once, a line each.
+/// The file with the members' addresses from the last join token, one a line.
 const MEMBERS_FILE: &str = "cluster.members";
-/// Fingerprints of secrets that were renewed, a line each.
+/// The file with the fingerprints of renewed secrets, one a line.
 const RENOUNCED_FILE: &str = "cluster.renounced";
-/// Ids of members that are not let in any more, a line each.
+/// The file with the ids of evicted members, one a line.
 const EVICTED_FILE: &str = "cluster.evicted";
-/// The port of exo's own network, beside that of its API.
+/// The default UDP port of the cluster's network; the API's default port is 52415.
 pub const PORT_DEFAULT: u16 = 52416;
 
-/// How a node is a member of a cluster.
+/// The settings of a cluster's member.
 #[derive(Debug, Clone)]
 pub struct ClusterSettings {
-    /// Where it listens (UDP); port 0 takes any.
+    /// The UDP address to listen on; with port 0 the system chooses a port.
     pub listen: SocketAddr,
-    /// The cluster to change to; kept, so that it is said once.
+    /// The token of the cluster to change to. It is stored: later starts need none.
     pub join: Option<JoinToken>,
     /// Addresses of members; discovery finds others.
     pub peers: Vec<SocketAddr>,
+    /// Whether the node looks for members on the local network.
     pub discover: Discover,
-    /// How activations travel: as they are, or halved at the price of accuracy.
+    /// The number type in which activations are sent: exact, or half the bytes at the price of accuracy.
     pub wire_type: WireType,
 }
 
@@ -43,7 +46,7 @@ impl Default for ClusterSettings {
     }
 }
 
-/// Opens the network of the cluster that `data_dir` belongs to.
+/// Opens the network of the cluster in `data_dir`, after a change to the cluster of `settings.join`.
 pub(crate) fn join(
     data_dir: &Path,
     identity: Arc<Identity>,
@@ -52,9 +55,9 @@ pub(crate) fn join(
 ) -> Result<ClusterConfig, StartError> {
     let mut peers = settings.peers;
     match settings.join {
-        // A service that is started with its first token for ever would undo a renewal.
+        // A service that always starts with its first token must not undo a renewal of the secret.
         Some(token) if is_renounced(data_dir, &token.secret) => tracing::warn!(
-            "the token is not used: its secret was renewed here; `exo-node token` on a member prints the new one"
+            "ignored the join token: its secret was renewed here; `exo-node token` on a member prints the new one"
         ),
         Some(token) => {
             change_to(data_dir, &token.secret)?;
@@ -74,12 +77,12 @@ pub(crate) fn join(
     Ok(ClusterConfig { network, events, cookie, addresses, evicted })
 }
 
-/// The node of `data_dir` belongs to the cluster of `secret` from its next start on.
+/// Stores `secret` in `data_dir`, and removes the old cluster's lists. Does nothing where `secret` is stored already.
 fn change_to(data_dir: &Path, secret: &ClusterSecret) -> Result<(), SecretError> {
     let is_another = ClusterSecret::load_or_create(data_dir)?.fingerprint() != secret.fingerprint();
     if is_another {
         secret.keep(data_dir)?;
-        // Those of the cluster that is left; where there are none, there is no file.
+        // The lists belong to the old cluster. A file that does not exist is fine.
         for file in [MEMBERS_FILE, EVICTED_FILE] {
             let _ = std::fs::remove_file(data_dir.join(file));
         }
@@ -87,11 +90,10 @@ fn change_to(data_dir: &Path, secret: &ClusterSecret) -> Result<(), SecretError>
     Ok(())
 }
 
-/// Makes a new secret for `data_dir`: whoever has only the old one is not let in from the next start on. Who was evicted stays
-/// outside, should the new secret reach it.
+/// Creates a new secret for `data_dir`. From its next start on, the node no longer admits nodes with the old secret.
+/// Evicted nodes stay evicted, even if they get the new secret.
 #[cfg(feature = "cli")]
 pub(crate) fn renew_secret(data_dir: &Path) -> Result<(), StartError> {
-    use std::io::Write;
     let path = data_dir.join(RENOUNCED_FILE);
     let old = ClusterSecret::load_or_create(data_dir)?.fingerprint();
     let renounced = std::fs::OpenOptions::new().create(true).append(true).open(&path);
@@ -100,36 +102,38 @@ pub(crate) fn renew_secret(data_dir: &Path) -> Result<(), StartError> {
     Ok(ClusterSecret::random()?.keep(data_dir)?)
 }
 
-/// Where there is no file, nothing was renewed.
+/// Whether `secret` was renewed on this node. Without a readable file, no secret was.
 fn is_renounced(data_dir: &Path, secret: &ClusterSecret) -> bool {
     let lines = std::fs::read_to_string(data_dir.join(RENOUNCED_FILE)).unwrap_or_default();
     lines.lines().any(|line| line == secret.fingerprint())
 }
 
-/// A list that is there and cannot be read lets nobody in.
+/// Loads the evicted nodes. A list that exists but cannot be read stops the start: without it, evicted nodes would be
+/// admitted.
 fn evicted(data_dir: &Path) -> Result<Evicted, StartError> {
     let path = data_dir.join(EVICTED_FILE);
     let lines = match std::fs::read_to_string(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
         read => read.map_err(|source| StartError::Members { path: path.clone(), source })?,
     };
-    // Lines that are no ids are nobody's.
+    // Lines that are not ids are ignored.
     let nodes: BTreeSet<NodeId> = lines.lines().filter_map(|line| line.parse().ok()).collect();
     Ok(Evicted::new(nodes, move |nodes| {
         let lines: String = nodes.iter().map(|node| format!("{node}\n")).collect();
-        let draft = path.with_extension("draft");
-        std::fs::write(&draft, lines)?;
-        std::fs::rename(&draft, &path)
+        let mut draft = NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
+        draft.write_all(lines.as_bytes())?;
+        draft.persist(&path).map(drop).map_err(|error| error.error)
     }))
 }
 
+/// Stores the members' addresses of a join token.
 fn remember(data_dir: &Path, addresses: &[SocketAddr]) -> Result<(), StartError> {
     let path = data_dir.join(MEMBERS_FILE);
     let lines: String = addresses.iter().map(|address| format!("{address}\n")).collect();
     std::fs::write(&path, lines).map_err(|source| StartError::Members { path, source })
 }
 
-/// Lines that are no addresses are nobody's.
+/// The stored members' addresses. Lines that are not addresses are ignored.
 fn remembered(data_dir: &Path) -> Vec<SocketAddr> {
     let lines = std::fs::read_to_string(data_dir.join(MEMBERS_FILE)).unwrap_or_default();
     lines.lines().filter_map(|line| line.parse().ok()).collect()

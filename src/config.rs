@@ -1,35 +1,35 @@
-//! Where things are. Read once, here: nothing below looks at the environment.
+//! Folders and settings from the environment. No other module or crate reads the environment for them.
 
 #[cfg(feature = "cli")]
 use std::path::Path;
 use std::path::PathBuf;
 
-/// Folders and settings of a user on this machine.
+/// The user's folders and settings on this machine.
 #[derive(Debug, Clone)]
 pub struct Directories {
-    /// Identity and settings (`EXO_DATA_DIR`, else XDG's data home).
+    /// The folder of the identity and settings (`EXO_DATA_DIR`, else XDG's data home).
     pub data: PathBuf,
-    /// Models folders, the first for downloads (`EXO_MODELS_DIR`, else XDG's cache home; several with `:`).
+    /// The models folders; downloads go to the first (`EXO_MODELS_DIR`, separated by `:`, else XDG's cache home).
     pub models: Vec<PathBuf>,
     /// The Hugging Face client's cache (`HF_HUB_CACHE`, `HF_HOME`, else its own default).
     pub hub_cache: PathBuf,
-    /// `HF_ENDPOINT`.
+    /// The Hugging Face hub's address (`HF_ENDPOINT`).
     pub hub_endpoint: Option<String>,
-    /// `HF_TOKEN`, else the token that the hub's own tools have kept.
+    /// The hub's access token (`HF_TOKEN`, else the token that the hub's own tools have stored).
     pub hub_token: Option<String>,
-    /// `HF_HUB_OFFLINE`.
+    /// Whether the hub must not be contacted (`HF_HUB_OFFLINE`).
     pub is_offline: bool,
 }
 
-/// Why the environment tells no folders.
+/// The environment names neither the folders nor a home folder.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("no home folder is known: set HOME, or EXO_DATA_DIR and EXO_MODELS_DIR")]
 pub struct ConfigError;
 
-/// `given`, or the folder of identity and settings that the environment names.
+/// Returns `given`, or the environment's folder of the identity and settings.
 ///
 /// # Errors
-/// [`ConfigError`] where neither is there.
+/// [`ConfigError`] where neither is known.
 #[cfg(feature = "cli")]
 pub(crate) fn data_folder(given: Option<&Path>) -> Result<PathBuf, ConfigError> {
     match given {
@@ -39,10 +39,10 @@ pub(crate) fn data_folder(given: Option<&Path>) -> Result<PathBuf, ConfigError> 
 }
 
 impl Directories {
-    /// As the environment has it.
+    /// Reads the folders and settings from the environment.
     ///
     /// # Errors
-    /// [`ConfigError`] where there is neither a home nor a variable instead.
+    /// [`ConfigError`] where a folder has neither a variable nor a home folder.
     pub fn from_environment() -> Result<Self, ConfigError> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let project = directories::ProjectDirs::from("", "", "exo");

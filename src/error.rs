@@ -1,4 +1,4 @@
-//! Why a node could not be started.
+//! The errors of a node's start.
 
 use crate::config::ConfigError;
 use exo_net::{IdentityError, NetworkError, SecretError};
@@ -7,16 +7,27 @@ use std::path::PathBuf;
 /// Why a node could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// The folders are unknown.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The node's identity cannot be loaded or created.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// The cluster's secret cannot be loaded or stored.
     #[error(transparent)]
     Secret(#[from] SecretError),
+    /// A list of members or secrets in the data folder cannot be read or written.
     #[error("{path}: {source}")]
-    Members { path: PathBuf, source: std::io::Error },
+    Members {
+        /// The list's file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// The cluster's network did not start.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// An actor did not start; the text says why.
     #[error("an actor could not be started: {0}")]
     Actor(String),
 }

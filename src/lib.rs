@@ -1,4 +1,4 @@
-//! exo as a library: a node inside a program of your own.
+//! exo as a library: embeds a node in another program.
 //!
 //! ```no_run
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -21,8 +21,8 @@
 //! # Ok(())
 //! # }
 //! ```
-//! A [`NodeHandle`] generates, tells its state and the facts that change it, and shuts down. Dropping a
-//! [`Generation`] cancels it. `examples/embed.rs` is a small service with an actor of its own beside these.
+//! A [`NodeHandle`] generates answers, reports the node's status and the facts that change it, and shuts the node down.
+//! Dropping a [`Generation`] cancels it. `examples/embed.rs` is a small service that adds its own actor.
 
 /// The HTTP API, for embedders that serve it.
 #[cfg(feature = "http")]
@@ -57,7 +57,7 @@ pub use exo_engines::model::Recipe;
 pub use exo_net::{ClusterSecret, Discover, Identity, JoinToken, NodeId, WireType};
 pub use node::{Node, NodeBuilder};
 
-/// The engine port, for embedders that bring an engine of their own.
+/// The engine port, for embedders that add their own engine.
 pub mod engine {
     pub use exo_engines::engine::*;
     pub use exo_engines::model::WeightSource;

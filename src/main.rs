@@ -1,4 +1,4 @@
-//! `exo-node`: the command line.
+//! The `exo-node` command.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! Building a node.
+//! The builder of a node.
 
 use crate::cluster::{self, ClusterSettings};
 use crate::config::Directories;
@@ -14,12 +14,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A node that is to be started.
+/// The entry point to a node's builder.
 #[derive(Debug)]
 pub struct Node;
 
 impl Node {
-    /// A builder with the defaults of this user and machine.
+    /// Returns a builder with the defaults of this user and machine.
     pub fn builder() -> NodeBuilder {
         NodeBuilder {
             data_dir: None,
@@ -35,7 +35,7 @@ impl Node {
     }
 }
 
-/// Settings of a node; what is not set is as the environment has it.
+/// The settings of a node to start. Unset ones come from the environment, or have a default.
 #[derive(Clone)]
 pub struct NodeBuilder {
     data_dir: Option<PathBuf>,
@@ -60,61 +60,61 @@ impl std::fmt::Debug for NodeBuilder {
 }
 
 impl NodeBuilder {
-    /// Where the node's identity lies.
+    /// Sets the folder of the node's identity and settings.
     pub fn data_dir(mut self, folder: impl Into<PathBuf>) -> Self {
         self.data_dir = Some(folder.into());
         self
     }
 
-    /// Where models are looked for; downloads go to the first.
+    /// Sets the folders where models are searched for; downloads go to the first.
     pub fn models_dirs(mut self, folders: Vec<PathBuf>) -> Self {
         self.models_dirs = Some(folders);
         self
     }
 
-    /// Threads of each CPU engine; all cores where it is not set.
+    /// Sets the threads of each built-in CPU engine; default: the available cores.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
         self
     }
 
-    /// Engines to choose from, best first, in place of the built-in ones.
+    /// Sets the engine factories, best first, in place of the built-in ones.
     pub fn factories(mut self, factories: Vec<Arc<dyn EngineFactory>>) -> Self {
         self.factories = Some(factories);
         self
     }
 
-    /// A model that nobody has used for so long leaves memory; it stays where this is not set.
+    /// Sets how long a model stays in memory while nobody uses it; default: for ever.
     pub fn unload_after(mut self, idle: Duration) -> Self {
         self.limits.idle = Some(idle);
         self
     }
 
-    /// Memory of all models together; what the machine has where it is not set.
+    /// Sets the most memory that all models together use, in bytes; default: what the machine has.
     pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
         self.limits.memory_bytes = Some(bytes);
         self
     }
 
-    /// When a device counts as hung, and what it was at goes elsewhere.
+    /// Sets when a device counts as hung, so that its work moves to others.
     pub fn hang_timeouts(mut self, hang_timeouts: HangTimeouts) -> Self {
         self.hang_timeouts = hang_timeouts;
         self
     }
 
-    /// What others call this node; the machine's name where it is not set.
+    /// Sets the name that other members show; default: the machine's name.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Makes the node a member of its user's cluster; without this it is alone.
+    /// Makes the node a member of its user's cluster; default: the node has no network.
     pub fn cluster(mut self, settings: ClusterSettings) -> Self {
         self.cluster = Some(settings);
         self
     }
 
-    /// Hears how models are fetched. Called from any thread; must not block.
+    /// Sets the callback that receives the progress of downloads. It is called from any thread, and must not block.
     pub fn on_fetch(mut self, progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
         self.progress = Arc::new(progress);
         self
@@ -123,7 +123,8 @@ impl NodeBuilder {
     /// Starts the node on the current tokio runtime.
     ///
     /// # Errors
-    /// [`StartError`] where the environment tells no folders, or the identity cannot be read.
+    /// [`StartError`] where the folders are unknown, a file in the data folder cannot be used, or the network or an
+    /// actor does not start.
     pub async fn start(self) -> Result<NodeHandle, StartError> {
         let directories = Directories::from_environment()?;
         let data_dir = self.data_dir.unwrap_or(directories.data);

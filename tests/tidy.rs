@@ -128,6 +128,15 @@ fn the_core_is_pure() {
     );
 }
 
+/// rustls is built with two crypto providers: a configuration that names none would fail or take either. The clients of
+/// reqwest take ring where no default is installed.
+#[test]
+fn tls_configurations_name_their_provider() {
+    for folder in ["src", "actors/src", "benches/src", "dashboard/src", "engines/src", "net/src"] {
+        forbid(folder, &["Config::builder()", "install_default", "aws_lc_rs"]);
+    }
+}
+
 #[test]
 fn the_environment_is_read_in_one_place() {
     for folder in ["engines/src", "net/src", "actors/src", "dashboard/src"] {

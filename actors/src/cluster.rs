@@ -15,8 +15,6 @@
 mod evicted;
 mod probe;
 mod sessions;
-#[cfg(test)]
-mod tests;
 
 pub use evicted::Evicted;
 
@@ -41,18 +39,20 @@ use tokio::sync::mpsc;
 
 pub(crate) type ClusterRef = ActorRef<ClusterMsg>;
 
-/// How often round-trip times are read, and a probe is considered.
+/// How often round-trip times are reported to the planner, and a due measurement of bandwidth is started.
 const TICK_EVERY: Duration = Duration::from_secs(1);
-/// The time from a peer's connection to the first measurement of its link, which would compete with the first messages.
+/// The time from a peer's connection to the first measurement of its link: an earlier one would compete with the first
+/// messages.
 const PROBE_AFTER: Duration = Duration::from_secs(2);
+/// The time between two measurements of one link.
 const PROBE_EVERY: Duration = Duration::from_secs(600);
-/// Whatever disturbs a measurement lowers it, so the known bandwidth fades by this factor with each measurement.
+/// A disturbed measurement is too low, so one measurement lowers the known bandwidth to no less than this factor of it.
 const DISTURBED: f64 = 0.7;
 /// The time from a peer's connection to its session.
 const SESSION_DEADLINE: Duration = Duration::from_secs(5);
-/// Addresses of other nodes in one report; further ones are ignored.
+/// The most addresses of other nodes that are read from one report; further ones are ignored.
 const TOLD_MAX: usize = 256;
-/// The time from a stream to its first frame.
+/// The time from the opening of a stream to its first frame.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, RactorMessage)]
@@ -66,7 +66,7 @@ pub(crate) enum ClusterMsg {
         session: u64,
         bytes_per_s: f64,
     },
-    /// Members that are no longer admitted.
+    /// This node's user evicts members.
     Evict(BTreeSet<NodeId>),
     Tick,
 }
@@ -102,8 +102,9 @@ pub(crate) struct ClusterState {
     senders: Senders,
     server: ActorRef<NodeServerMessage>,
     peers: BTreeMap<NodeId, ConnectedPeer>,
-    /// Sessions of ractor_cluster that have not ended; and peers that wait for their earlier session to end.
+    /// The sessions of ractor_cluster that have not ended, by peer.
     sessions: BTreeMap<NodeId, Vec<(u64, SessionRef)>>,
+    /// Connected peers whose session can begin only when their earlier session has ended.
     waiting: BTreeMap<NodeId, Box<Peer>>,
 }
 
@@ -119,9 +120,9 @@ struct ConnectedPeer {
     since: Instant,
     is_ready: bool,
     bytes_per_s: Option<f64>,
-    /// When the last measurement began.
+    /// When the last measurement of bandwidth began.
     probed: Option<Instant>,
-    /// The addresses of other nodes in its last report.
+    /// The addresses of other nodes in the peer's last report.
     told: BTreeSet<SocketAddr>,
 }
 
@@ -212,7 +213,7 @@ impl Actor for Cluster {
         _: &mut ClusterState,
     ) -> Result<(), ActorProcessingErr> {
         match event {
-            // Without these actors no peer could connect any more, so the node stops.
+            // Without its children the cluster actor can connect no peer, so the node stops.
             SupervisionEvent::ActorFailed(_, error) => Err(error),
             SupervisionEvent::ActorTerminated(..) => Err("a child of the cluster actor has stopped".into()),
             _ => Ok(()),
@@ -251,7 +252,7 @@ impl ClusterState {
         };
         self.peers.insert(id, peer);
         let opened = NodeServerMessage::ConnectionOpenedExternal { stream: Box::new(control), is_server: !is_dialled };
-        // A server that has stopped takes the node with it.
+        // If the server has stopped, the node stops, too.
         let _ = self.server.cast(opened);
     }
 
@@ -277,7 +278,7 @@ impl ClusterState {
                 tracing::warn!(peer = %id, reason, "peer lost");
                 PlannerMsg::NodeDown(id)
             }
-            // Its reports have been received, though its session was never ready.
+            // The session was never ready, but the planner may have received reports of the peer.
             false => PlannerMsg::NodeMissed(id),
         };
         let _ = self.planner.send_message(told);
@@ -297,7 +298,7 @@ impl ClusterState {
                         }
                     }
                 }
-                // A peer without a session cannot be sent messages: it is to connect again.
+                // Messages need a session, so the connection is closed, and the peer connects again.
                 if let Some(peer) = self.peers.get(&id).filter(|peer| peer.session == session) {
                     peer.data.close("the control session ended");
                 }
@@ -332,7 +333,7 @@ impl ClusterState {
         let _ = self.planner.send_message(PlannerMsg::NodeUp(id));
     }
 
-    /// Disconnects evicted members, and tells the other members of the eviction.
+    /// Disconnects evicted members, and reports the eviction to the other members.
     fn evict(&self, new: Vec<NodeId>) {
         if new.is_empty() {
             return;
@@ -359,7 +360,7 @@ impl ClusterState {
         self.deliver.tell(received);
     }
 
-    /// Dials the nodes that a peer reports: they are members of the same cluster.
+    /// Dials the nodes that a peer reports, since they are members of the same cluster; newly reported ones at once.
     fn hear_of_others(&mut self, from: NodeId, report: &MemberReport) {
         let Some(peer) = self.peers.get_mut(&from) else { return };
         let peers: BTreeSet<SocketAddr> = report.peers.iter().copied().take(TOLD_MAX).collect();
@@ -382,7 +383,7 @@ impl ClusterState {
         }
     }
 
-    /// Measures the bandwidth of the link that has waited longest, if one is due.
+    /// Measures the bandwidth of the link whose last measurement is the oldest, if it is due.
     fn probe(&mut self, myself: &ClusterRef) {
         let is_due = |peer: &ConnectedPeer| match peer.probed {
             None => peer.since.elapsed() > PROBE_AFTER,
@@ -394,7 +395,7 @@ impl ClusterState {
         let (data, session, cluster) = (peer.data.clone(), peer.session, myself.clone());
         peer.data.spawn(async move {
             if let Some(bytes_per_s) = probe::measure(&data).await {
-                // A cluster actor that has stopped measures no links.
+                // The cluster actor may have stopped.
                 let _ = cluster.send_message(ClusterMsg::Probed { id, session, bytes_per_s });
             }
         });
@@ -424,16 +425,16 @@ struct StreamHandlers {
     models: ModelsRef,
 }
 
-/// Reads what a peer's stream is for, and passes the stream on.
+/// Reads the purpose of a peer's stream from its first frame, and passes the stream to the actor that handles it.
 async fn serve(from: NodeId, mut stream: DataStream, handlers: StreamHandlers) {
     let first = stream.reader.receive::<DataHello>(|_, announced| match announced {
         exo_net::Announced::Nothing => Ok(()),
-        _ => Err("a payload with the first frame".to_owned()),
+        _ => Err("the first frame of the stream has a payload".to_owned()),
     });
     match tokio::time::timeout(HELLO_DEADLINE, first).await {
         Ok(Ok(Some((DataHello::Link(hello), _)))) => links::serve(handlers.link_registry, from, hello, stream).await,
         Ok(Ok(Some((DataHello::Request { instance, request }, _)))) => {
-            // Without a gateway the node stops.
+            // If the gateway has stopped, the node stops, too.
             let _ = handlers
                 .gateway
                 .send_message(GatewayMsg::Serve { request: RemoteRequest { from, instance, request }, stream });
@@ -444,7 +445,7 @@ async fn serve(from: NodeId, mut stream: DataStream, handlers: StreamHandlers) {
         Ok(Ok(Some((DataHello::Probe, _)))) => probe::serve(stream).await,
         Ok(Ok(None)) => {}
         Ok(Err(error)) => {
-            tracing::info!(peer = %from, %error, "refused a stream of a peer");
+            tracing::info!(peer = %from, %error, "refused a peer's stream");
             stream.give_up();
         }
         Err(_) => stream.give_up(),

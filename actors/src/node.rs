@@ -8,6 +8,8 @@
 
 mod handle;
 mod subscription;
+#[cfg(test)]
+mod tests;
 
 pub use handle::{NodeHandle, start};
 pub use subscription::{Lagged, Subscription};
@@ -38,10 +40,10 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 pub(crate) type NodeRef = ActorRef<NodeMsg>;
 
-/// Facts that a slow subscriber may lag behind before it must subscribe anew: minutes of a quiet node, seconds of a busy
-/// one.
+/// The number of facts that a subscriber may lag behind before it must subscribe anew: minutes of a quiet node, seconds
+/// of a busy one.
 const FACTS_BEHIND_MAX: usize = 4096;
-/// The time that children have to stop.
+/// The time in which the node's actors must stop.
 const CHILDREN_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, RactorMessage)]
@@ -61,7 +63,7 @@ pub struct NodeConfig {
     pub name: String,
     /// The engines' factories, best first, those of the CPU last.
     pub factories: Vec<Arc<dyn EngineFactory>>,
-    /// Where models are, and how others are fetched.
+    /// The folders of models, and the sources of models that are in none of them.
     pub models: ModelsConfig,
     /// Bounds that the user sets.
     pub limits: PlannerLimits,
@@ -84,7 +86,7 @@ pub struct ClusterConfig {
     pub cookie: String,
     /// The addresses at which other nodes reach this one.
     pub addresses: Vec<SocketAddr>,
-    /// The members that are not admitted.
+    /// The nodes that are not admitted.
     pub evicted: Evicted,
 }
 
@@ -147,11 +149,11 @@ impl Actor for Node {
                 // There may be no subscribers.
                 let _ = state.subscribers.send((state.status.version, fact));
             }
-            // A planner that fails takes the node with it.
+            // If the planner has stopped, the node stops, too.
             NodeMsg::Worker(fact) => drop(state.planner.send_message(PlannerMsg::Worker(fact))),
             NodeMsg::Subscribe(reply) => {
                 let subscription = Subscription::new(state.status.clone(), state.subscribers.subscribe());
-                // The caller may have gone.
+                // The caller may no longer wait.
                 let _ = reply.send(subscription);
             }
         }
@@ -165,7 +167,7 @@ impl Actor for Node {
         _: &mut NodeState,
     ) -> Result<(), ActorProcessingErr> {
         match event {
-            // These actors hold state that cannot be rebuilt beside running requests, so the node stops.
+            // These actors hold state that cannot be rebuilt while requests run, so the node stops.
             SupervisionEvent::ActorFailed(who, error) => {
                 tracing::error!(actor = %who.get_id(), %error, "an actor failed: the node stops");
                 Err(error)
@@ -252,7 +254,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
 /// Passes each message to the actor that handles it.
 fn deliver(worker: WorkerRef, planner: PlannerRef) -> EventCallback<ReceivedMessage> {
     EventCallback::new(move |ReceivedMessage { from, message, slot }| match message {
-        // An actor that has stopped takes the node with it.
+        // If the receiver has stopped, the node stops, too.
         ControlMessage::Stage(order) => drop(worker.send_message(WorkerMsg::Order { from, order, slot })),
         message => {
             let received = Box::new(ReceivedMessage { from, message, slot });
@@ -261,7 +263,7 @@ fn deliver(worker: WorkerRef, planner: PlannerRef) -> EventCallback<ReceivedMess
     })
 }
 
-/// Starts an actor for each device that a factory finds. The CPU's starts first, since the others fall back to it.
+/// Starts an actor for each device that a factory finds. The CPU's actor starts first: the others fall back to it.
 async fn start_devices(
     myself: &NodeRef,
     factories: &[Arc<dyn EngineFactory>],
@@ -274,7 +276,7 @@ async fn start_devices(
     }
     let mut devices: Vec<Option<LocalDevice>> = vec![None; found.len()];
     let mut fallback: Option<DeviceRef> = None;
-    // From the last to the first: a GPU falls back to the best CPU engine behind it.
+    // From the last device to the first: a GPU falls back to the best CPU engine behind it.
     for (index, (report, factory)) in found.into_iter().enumerate().rev() {
         let is_cpu = report.kind == DeviceKind::Cpu;
         let args = DeviceArgs {

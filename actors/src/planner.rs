@@ -1,8 +1,8 @@
-//! Planner: which models run, and where.
+//! Planner: decides which models run, and where.
 //!
 //! - owns: this node's copy of the desired deployments, the members' reports, the heads of this node, and the tokenizers of
 //!   the models that requests of this node use;
-//! - receives: models that requests need, members' messages, the events of its heads, measurements of this machine;
+//! - receives: model requests, members' messages, reports of its heads, measurements of this machine and of links;
 //! - emits: placements, as entries of the desired list that every member receives; heads; facts;
 //! - dies when: the node stops;
 //! - supervised by: the node.
@@ -10,8 +10,9 @@
 //! ```text
 //! Ensure ─► pending (headers, tokenizer) ─Want─► core/leader (on the leader: place, repair, unload) ─► Desired ─► owned (heads)
 //! ```
-//! The member with the lowest id leads: it alone writes the desired list, every member receives it, and the next leader
-//! goes on from its own copy. A model that nobody has used for a while is unloaded. When another model needs its memory, the
+//! The member with the lowest id leads, among those that are not draining. The leader writes the desired list; only the
+//! failure of a head is written by the head's own node. Every member receives the list, and the next leader continues
+//! from its own copy. A model that no request has used for a while is unloaded. When another model needs memory, the
 //! idle model that was used longest ago is unloaded first.
 
 mod demand;
@@ -63,32 +64,32 @@ use tokenizer::Opened;
 
 pub(crate) type PlannerRef = ActorRef<PlannerMsg>;
 
-/// How often the planner checks everything, and reports to the other members.
+/// How often the planner reconciles, and reports to the other members.
 const TICK_EVERY: Duration = Duration::from_secs(1);
 
 pub(crate) type EnsureReply = RpcReplyPort<Result<RunningModel, RequestError>>;
-/// A head of this node, and the count that marks it as in use while it is held.
+/// A head of this node, and a reference that marks the head as in use while it is held.
 pub(crate) type ActiveHead = (HeadRef, Arc<()>);
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum PlannerMsg {
-    /// A model is to run. The reply comes when it does.
+    /// Asks for a model to run. The reply comes when the model serves, or cannot be run.
     Ensure {
         spec: ModelSpec,
         reply: EnsureReply,
     },
-    /// Asks for the head of an instance; `None` where it is not on this node.
+    /// Asks for the head of an instance; `None` where no head on this node takes its requests.
     FindHead {
         instance: InstanceId,
         reply: RpcReplyPort<Option<ActiveHead>>,
     },
-    /// The headers of a pending model were found, or not.
+    /// The headers of a pending model, or why they could not be found.
     Resolved {
         spec: ModelSpec,
         number: u64,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     },
-    /// The tokenizer of a pending model was opened, or not.
+    /// The tokenizer of a pending model, or why it could not be opened.
     Tokenizer {
         spec: ModelSpec,
         number: u64,
@@ -97,7 +98,7 @@ pub(crate) enum PlannerMsg {
     HeadReport(HeadReport),
     /// A head of this node reports a fact about its instance.
     HeadFact(Fact),
-    /// The actor of a head has ended, whatever it reported before.
+    /// The actor of a head has ended. Sent by this actor to itself, behind the head's last messages.
     HeadEnded {
         instance: InstanceId,
         what: String,
@@ -114,7 +115,7 @@ pub(crate) enum PlannerMsg {
         links: BTreeMap<NodeId, Link>,
         peers: Vec<SocketAddr>,
     },
-    /// Asks where a model would be placed now.
+    /// Asks where each policy would place a model now.
     Preview {
         spec: ModelSpec,
         model: Arc<ResolvedModel>,
@@ -128,9 +129,9 @@ pub(crate) enum PlannerMsg {
 /// Bounds that the user sets.
 #[derive(Debug, Clone, Default)]
 pub struct PlannerLimits {
-    /// A model that nobody has used for this long is unloaded; `None`: never.
+    /// The time after which an unused model is unloaded; `None`: never.
     pub idle: Option<Duration>,
-    /// Memory of all models together, in bytes; `None`: what the machine has.
+    /// The most memory of all models together, in bytes; `None`: as much as the machine has.
     pub memory_bytes: Option<u64>,
 }
 
@@ -140,7 +141,7 @@ pub(crate) struct PlannerArgs {
     pub name: String,
     /// The addresses at which other nodes reach this one.
     pub addresses: Vec<SocketAddr>,
-    /// Best first.
+    /// The devices of this node, best first.
     pub devices: Vec<DeviceReport>,
     pub machine: Machine,
     pub limits: PlannerLimits,
@@ -150,7 +151,7 @@ pub(crate) struct PlannerArgs {
     pub worker: WorkerRef,
     pub router: Router,
     pub link_registry: LinkRegistry,
-    /// The thread that heads run on: the results of steps arrive there. `None`: the node has no network.
+    /// The network's thread. Heads run on it, since the results of steps arrive there. `None`: the node has no network.
     pub head_thread: Option<NetworkThread>,
     pub facts: Facts,
 }
@@ -174,7 +175,7 @@ pub(crate) struct PlannerState {
     speeds: HashMap<DeviceId, f64>,
     links: BTreeMap<NodeId, Link>,
     peers: Vec<SocketAddr>,
-    /// When each member was last sent the whole desired list because its own differed.
+    /// When each member was last sent the whole desired list because its own copy differed.
     list_sent: BTreeMap<NodeId, Duration>,
     draining: Option<Drain>,
     last_tick: Instant,
@@ -222,7 +223,7 @@ impl Actor for Planner {
         let needs_reconcile = match message {
             PlannerMsg::Ensure { spec, reply } => state.ensure(&myself, spec, reply),
             PlannerMsg::FindHead { instance, reply } => {
-                // The caller may have gone.
+                // The caller may no longer wait.
                 let _ = reply.send(state.active_head(instance));
                 Reconcile::No
             }
@@ -245,7 +246,7 @@ impl Actor for Planner {
                 Reconcile::No
             }
             PlannerMsg::Preview { spec, model, reply } => {
-                // The caller may have gone.
+                // The caller may no longer wait.
                 let _ = reply.send(state.preview(&spec, &model));
                 Reconcile::No
             }
@@ -266,18 +267,18 @@ impl Actor for Planner {
     ) -> Result<(), ActorProcessingErr> {
         let (who, what) = match event {
             SupervisionEvent::ActorFailed(who, error) => (who, error.to_string()),
-            SupervisionEvent::ActorTerminated(who, _, _) => (who, "it has stopped".to_owned()),
+            SupervisionEvent::ActorTerminated(who, _, _) => (who, "its actor stopped".to_owned()),
             _ => return Ok(()),
         };
         if let Some(instance) = state.instance_of(who.get_id()) {
-            // Supervision events overtake messages: the head's last messages are to be handled first.
+            // Supervision events overtake messages, but the head's last messages must be handled first.
             let _ = myself.send_message(PlannerMsg::HeadEnded { instance, what });
         }
         Ok(())
     }
 }
 
-/// Whether a message may have changed what this node has to do.
+/// Whether this node must reconcile after a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reconcile {
     Yes,
@@ -294,7 +295,7 @@ impl PlannerState {
         self.members.leader() == Some(self.args.node)
     }
 
-    /// Lets the leader change the desired list, and tells members and requests what changed.
+    /// Lets the leader change the desired list, and sends the changes to the members and to the requests of this node.
     fn lead(&mut self, act: impl FnOnce(&mut Leader, &mut RoundContext<'_>)) {
         let mut round = RoundContext {
             own: self.args.node,
@@ -328,8 +329,8 @@ impl PlannerState {
         previews
     }
 
-    /// Brings this node closer to the desired list: leads where it is the leader, starts and stops heads, answers requests
-    /// whose model runs.
+    /// Brings this node closer to the desired list: runs a round of the leader if this node leads, starts and retires
+    /// heads, and answers requests whose model runs.
     async fn reconcile(&mut self, myself: &PlannerRef) {
         self.renew_report();
         if self.is_leader() {
@@ -341,7 +342,7 @@ impl PlannerState {
 
     fn on_tick(&mut self) -> Reconcile {
         let now = Instant::now();
-        // After a suspension (SIGSTOP, a sleeping laptop) every peer looks lost, though none is.
+        // After a suspension (SIGSTOP, a sleeping laptop) every peer looks lost, though it is probably not.
         if now.duration_since(self.last_tick) > 3 * TICK_EVERY {
             self.leader.handle_suspended(self.now());
         }
@@ -349,7 +350,7 @@ impl PlannerState {
         self.forget_unused();
         self.renew_report();
         self.update_clique();
-        // The report is sent to peers that have just left the clique, too: they are to exclude this node as well.
+        // Peers that have just left the clique receive the renewed report, too, and so exclude this node as well.
         self.renew_report();
         self.tell_report();
         self.answer_drain();
@@ -371,7 +372,7 @@ impl PlannerState {
                 }
             }
             WorkerFact::Measured { device, bytes_per_s } => {
-                // Whatever disturbs a measurement lowers it, so the highest one is kept.
+                // A disturbed measurement is too low, so the highest one is kept.
                 let known = self.speeds.entry(device).or_insert(bytes_per_s);
                 *known = known.max(bytes_per_s);
             }

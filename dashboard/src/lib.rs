@@ -1,8 +1,8 @@
-//! What clients see of a node.
+//! The HTTP interface between clients and a node.
 //!
 //! ```text
-//! TCP, Unix socket ─► api (guard ─► router ─► OpenAI's shapes) ─► NodeHandle
+//! TCP, Unix socket ─► api (guard ─► router ─► OpenAI's schemas) ─► NodeHandle
 //! ```
-//! Nothing here knows an actor or an engine: all goes through the handle.
+//! This crate knows no actors and no engines: it calls the node only through the handle.
 
 pub mod api;

@@ -226,6 +226,20 @@ pub(crate) mod tests {
         ClusterSecret::from_bytes([byte; 32])
     }
 
+    /// ractor_cluster builds rustls with aws-lc-rs, too, so each configuration has to choose.
+    #[test]
+    fn every_configuration_uses_ring() {
+        let identity = Identity::ephemeral().expect("a key");
+        let validity = Validity::from_now(SystemTime::now());
+        let credentials = Credentials::make(&identity, &secret(1), validity).expect("a certificate");
+        let server = credentials.server(&[b"test"]).expect("a configuration");
+        let client = credentials.client(b"test").expect("a configuration");
+        for provider in [server.crypto_provider(), client.crypto_provider()] {
+            let names = [format!("{:?}", provider.secure_random), format!("{:?}", provider.key_provider)];
+            assert_eq!(names, ["Ring", "Ring"]);
+        }
+    }
+
     #[test]
     fn members_agree_on_the_authority_and_keep_their_own_ids() {
         let (a, b) = (Identity::ephemeral().expect("a key"), Identity::ephemeral().expect("a key"));

@@ -40,15 +40,23 @@ impl WireType {
     }
 }
 
-impl std::str::FromStr for WireType {
-    type Err = String;
+/// The error of a text that names no wire type.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{name}` is not one of f32, f16, bf16")]
+pub struct UnknownWireType {
+    /// The text.
+    pub name: String,
+}
 
-    fn from_str(text: &str) -> Result<Self, String> {
+impl std::str::FromStr for WireType {
+    type Err = UnknownWireType;
+
+    fn from_str(text: &str) -> Result<Self, UnknownWireType> {
         match text {
             "f32" => Ok(Self::F32),
             "f16" => Ok(Self::F16),
             "bf16" => Ok(Self::Bf16),
-            other => Err(format!("`{other}` is not one of f32, f16, bf16")),
+            other => Err(UnknownWireType { name: other.to_owned() }),
         }
     }
 }

@@ -34,7 +34,9 @@ pub use certificate::{CertificateError, PeerIdError};
 pub use control::{CONTROL_FRAME_BYTES_MAX, ControlStream, cluster_name, session_label};
 pub use dial::{DialPolicy, Source};
 pub use endpoint::BindError;
-pub use frame::{Announced, FrameError, FrameReader, FrameWriter, PAYLOAD_BYTES_MAX, Payload, Received, WireType};
+pub use frame::{
+    Announced, FrameError, FrameReader, FrameWriter, PAYLOAD_BYTES_MAX, Payload, Received, UnknownWireType, WireType,
+};
 pub use identity::{Identity, IdentityError, NodeId, NodeIdError};
 pub use link::{CREDITS, DataStream, LinkReceiver, LinkSender, Priority};
 pub use network::{Discover, Network, NetworkConfig, NetworkError, NetworkEvent, NetworkThread};

@@ -2,8 +2,9 @@
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 
 /// The most bytes that are read of a private file: an Ed25519 key has 83 bytes, a cluster's secret 65.
 const BYTES_MAX: u64 = 1024;
@@ -50,31 +51,27 @@ pub(crate) fn read_or_create<E: From<PrivateFileError>>(
 /// Creates `path` with `bytes`; an existing file stays as it is. If two processes do so at once, one wins, and its file
 /// is complete from the first moment.
 pub(crate) fn create(path: &Path, bytes: &[u8]) -> Result<(), PrivateFileError> {
-    let draft = draft(path, bytes)?;
-    let linked = std::fs::hard_link(&draft, path);
-    let io = |source| PrivateFileError::Io { path: path.to_owned(), source };
-    std::fs::remove_file(&draft).map_err(io)?;
-    match linked {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(io(error)),
+    match draft(path, bytes)?.persist_noclobber(path) {
+        Err(error) if error.error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(PrivateFileError::Io { path: path.to_owned(), source: error.error })
+        }
         _ => Ok(()),
     }
 }
 
 /// Replaces the file at `path` with one that holds `bytes`.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), PrivateFileError> {
-    let draft = draft(path, bytes)?;
-    std::fs::rename(&draft, path).map_err(|source| PrivateFileError::Io { path: path.to_owned(), source })
+    let replaced = draft(path, bytes)?.persist(path);
+    replaced.map(drop).map_err(|error| PrivateFileError::Io { path: path.to_owned(), source: error.error })
 }
 
-/// Writes `bytes` to a file beside `path`, under another name, and returns its path.
-fn draft(path: &Path, bytes: &[u8]) -> Result<PathBuf, PrivateFileError> {
+/// Writes `bytes` to a temporary file in the folder of `path`, which only the owner may read.
+fn draft(path: &Path, bytes: &[u8]) -> Result<NamedTempFile, PrivateFileError> {
     let io = |source| PrivateFileError::Io { path: path.to_owned(), source };
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(io)?;
-        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).map_err(io)?;
-    }
-    let draft = path.with_extension(format!("{}.draft", std::process::id()));
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft).map_err(io)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io)?;
-    Ok(draft)
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(io)?;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).map_err(io)?;
+    let mut file = NamedTempFile::new_in(folder).map_err(io)?;
+    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(io)?;
+    Ok(file)
 }

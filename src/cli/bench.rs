@@ -1,8 +1,8 @@
-//! `exo-node bench`: medians of a model's speed, through the whole pipeline.
+//! `exo-node bench`: measures the median speed of a model through the whole pipeline.
 
+use super::model_args::ModelArguments;
 use super::outcome::Outcome;
 use super::progress::Display;
-use super::model_args::ModelArguments;
 use super::report::{StageReport, milliseconds, rate, stages};
 use super::session::load;
 use crate::{GenerateRequest, Generated, NodeHandle, Prompt, RequestError, RunningModel, SamplingParams};
@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A bias that keeps a token from being drawn.
+/// A logit bias that keeps a token from being sampled.
 const NEVER: f32 = -100.0;
 
 #[derive(Debug, Args)]
@@ -22,13 +22,13 @@ const NEVER: f32 = -100.0;
 pub(super) struct BenchArguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// Tokens of the prompt
+    /// Tokens in the prompt
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     prompt_tokens: u32,
-    /// Tokens to generate behind it
+    /// Tokens to generate after the prompt
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
     generate_tokens: u32,
-    /// Rounds, of which the medians are taken
+    /// Rounds to measure; the report has their medians
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeat: u32,
     /// Print one JSON object on stdout
@@ -47,7 +47,7 @@ struct Report {
     prefill_tokens_per_s: f64,
     decode_tokens_per_s: f64,
     load_ms: f64,
-    /// Weights in the model's files.
+    /// Bytes of weights in the model's files.
     file_bytes: u64,
     peak_memory_bytes: Option<u64>,
     stages: Vec<StageReport>,
@@ -65,7 +65,7 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     model.context = Some(model.context.unwrap_or(0).max(wanted));
     let node = model.start_node(&display).await?;
     let loaded = load(&node, &model, &display).await?;
-    // An answer that ends at once measures nothing.
+    // An answer that ends early would measure nothing.
     let endless = loaded.model.end_tokens().iter().map(|&id| (id, NEVER)).collect();
     let mut rounds = Vec::new();
     for number in 0..arguments.repeat {
@@ -105,12 +105,12 @@ fn print(report: &Report, json: bool) -> anyhow::Result<()> {
     println!("load     {:10.0} ms", report.load_ms);
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     let peak = report.peak_memory_bytes.map_or("unknown".to_owned(), |bytes| format!("{:.0} MB", megabytes(bytes)));
-    println!("memory   {peak} at its peak, for {:.0} MB of weights in the file", megabytes(report.file_bytes));
+    println!("memory   {peak} at peak, for {:.0} MB of weights in the files", megabytes(report.file_bytes));
     Ok(())
 }
 
-/// Scattered ids: what the text says has no bearing on the speed. Each round's are others from the first on, or the
-/// prompt would not be computed again.
+/// A prompt of scattered token ids: its content does not affect the speed. Rounds differ from the first token on;
+/// otherwise the prefix cache would save the prefill.
 fn prompt(round: u32, tokens: u32, vocabulary: usize) -> Vec<u32> {
     (0..tokens).map(|i| (i.wrapping_mul(7919).wrapping_add(11 + round * 31)) % vocabulary as u32).collect()
 }
@@ -156,7 +156,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     }
 }
 
-/// The largest resident memory of this process so far, where the system tells it (Linux: `VmHWM`).
+/// The peak resident memory of this process in bytes, where the system reports it (Linux: `VmHWM`).
 fn peak_memory_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

@@ -1,8 +1,8 @@
-//! `exo-node chat`: a conversation, turn by turn.
+//! `exo-node chat`: an interactive conversation with a model.
 
+use super::model_args::ModelArguments;
 use super::outcome::Outcome;
 use super::progress::Display;
-use super::model_args::ModelArguments;
 use super::session::Session;
 use crate::config::data_folder;
 use crate::{
@@ -22,39 +22,39 @@ use std::sync::Arc;
   exo-node chat smollm2
   exo-node chat qwen3-4b --system \"You are a pirate.\" --temperature 0.7
 
-In the conversation: /help lists the commands; a line that ends with \\ goes on in the next; Ctrl-C stops the
-answer, Ctrl-D leaves.")]
+In the conversation: /help lists the commands; a line that ends with \\ continues on the next line; Ctrl-C stops
+the answer, Ctrl-D leaves.")]
 pub(super) struct ChatArguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// What the model is told before the conversation
+    /// System prompt, before the conversation
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Tokens of an answer at most [default: until the model ends, or the context is full]
+    /// Most tokens of an answer [default: until the model ends it, or the context is full]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: Option<u32>,
-    /// 0 takes the likeliest token every time; higher is more varied
+    /// Sampling temperature: 0 always takes the likeliest token; higher values vary more
     #[arg(long, value_name = "T", default_value_t = 0.7, allow_negative_numbers = true)]
     temperature: f32,
-    /// Draw from the likeliest tokens that together have this probability
+    /// Sample from the likeliest tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
     top_p: f32,
-    /// Draws the same tokens again for the same seed [default: another each time]
+    /// Seed of the sampling: the same seed gives the same tokens [default: random]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Go on with a conversation that was saved
+    /// Continue a saved conversation
     #[arg(long, value_name = "FILE")]
     load: Option<PathBuf>,
 }
 
-/// A conversation, as it is saved.
+/// A conversation, in the format of its file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Conversation {
     model: String,
     messages: Vec<Message>,
 }
 
-/// What a line of input asks for.
+/// A line of input: a message or a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Input<'a> {
     Say(&'a str),
@@ -68,12 +68,12 @@ enum Input<'a> {
     Unknown(&'a str),
 }
 
-const HELP: &str = "/system [TEXT]  tell the model who it is, or show what it was told
+const HELP: &str = "/system [TEXT]  set the system prompt, or show it
 /history        show the conversation so far
-/clear          begin a new one
-/save FILE      save it
-/load FILE      go on with a saved one
-/exit           leave (Ctrl-D, too)";
+/clear          start a new conversation
+/save FILE      save the conversation
+/load FILE      continue a saved conversation
+/exit           leave (also Ctrl-D)";
 
 impl<'a> Input<'a> {
     fn parse(line: &'a str) -> Self {
@@ -112,14 +112,14 @@ impl Conversation {
     }
 
     fn save(&self, path: &str) -> anyhow::Result<()> {
-        anyhow::ensure!(!path.is_empty(), "/save needs a file's name");
+        anyhow::ensure!(!path.is_empty(), "/save needs a file name");
         let text = serde_json::to_string_pretty(self)?;
         std::fs::write(path, text + "\n").with_context(|| format!("{path} cannot be written"))
     }
 
     fn load(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))?;
-        serde_json::from_str(&text).with_context(|| format!("{} is no saved conversation", path.display()))
+        serde_json::from_str(&text).with_context(|| format!("{} is not a saved conversation", path.display()))
     }
 
     fn show(&self) {
@@ -158,7 +158,7 @@ pub(super) async fn run(arguments: ChatArguments) -> anyhow::Result<Outcome> {
         return Ok(Outcome::Interrupted);
     };
     if session.is_base_model() {
-        eprintln!("{} is a base model without a chat template: it continues texts plainly", arguments.model.model);
+        eprintln!("{} is a base model without a chat template: it continues plain text", arguments.model.model);
     }
     if std::io::stdin().is_terminal() {
         eprintln!("{}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", conversation.model);
@@ -173,17 +173,17 @@ pub(super) async fn run(arguments: ChatArguments) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// The next line, joined with those that it goes on in; `None` where the user leaves.
+/// The next input, joined from lines that end with `\`; `None` when the user leaves.
 async fn read(history: &Path) -> anyhow::Result<Option<String>> {
     let mut text = String::new();
     loop {
         let prompt = if text.is_empty() { "> " } else { "… " };
         let history = history.to_owned();
-        // Reading blocks: it has a thread of its own.
+        // Reading blocks, so it runs in its own thread.
         let reading = tokio::task::spawn_blocking(move || read_line(prompt, &history));
         let line = tokio::select! {
             line = reading => line?,
-            // Only where stdin is no terminal: there Ctrl-C is a key.
+            // Only where stdin is not a terminal: on a terminal the editor reads Ctrl-C as a key.
             _ = tokio::signal::ctrl_c() => return Ok(None),
         };
         match line {
@@ -201,14 +201,14 @@ async fn read(history: &Path) -> anyhow::Result<Option<String>> {
     }
 }
 
-/// One line of a terminal, or of a file. The editor takes SIGINT as long as it lives, so it lives for a line only:
-/// between lines Ctrl-C is ours.
+/// Reads one line of a terminal or a file. The editor catches SIGINT while it exists, so it exists for one line only:
+/// between lines this process handles Ctrl-C.
 fn read_line(prompt: &str, history: &Path) -> Result<String, ReadlineError> {
     let mut editor = DefaultEditor::new()?;
-    // There is none before the first conversation.
+    // Before the first conversation there is no history file.
     let _ = editor.load_history(history);
     let line = editor.readline(prompt)?;
-    // A line that cannot be remembered can be said all the same.
+    // A line that cannot be added to the history is still sent.
     let _ = editor.add_history_entry(&line).and_then(|_| editor.append_history(history));
     Ok(line)
 }
@@ -225,7 +225,7 @@ impl ChatArguments {
 }
 
 impl Chat {
-    /// Does what a line asks for; tells whether the conversation goes on.
+    /// Executes a line of input. Returns whether the conversation continues.
     async fn take(&mut self, line: &str) -> anyhow::Result<bool> {
         let conversation = &mut self.conversation;
         let done = match Input::parse(line) {
@@ -258,11 +258,11 @@ impl Chat {
             }
             Input::Exit => return Ok(false),
             Input::Unknown(name) => {
-                eprintln!("/{name} is no command: /help lists them");
+                eprintln!("/{name} is not a command: /help lists the commands");
                 Ok(())
             }
         };
-        // A file that is not there ends nothing.
+        // A file error does not end the conversation.
         if let Err(error) = done {
             eprintln!("error: {error:#}");
         }
@@ -279,7 +279,7 @@ impl Chat {
         println!();
         match outcome {
             Some(Err(error)) => {
-                // What was not answered was not said.
+                // A message without an answer does not stay in the conversation.
                 self.conversation.messages.pop();
                 eprintln!("error: {error:#}");
                 return Ok(());
@@ -292,7 +292,7 @@ impl Chat {
         Ok(())
     }
 
-    /// Prints the answer as it comes.
+    /// Prints the answer while it is generated, and appends it to `answer`.
     async fn answer(&self, answer: &mut String) -> anyhow::Result<FinishReason> {
         let request = GenerateRequest {
             model: self.arguments.model.spec(),
@@ -325,7 +325,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_words_or_commands() {
+    fn lines_are_messages_or_commands() {
         assert_eq!(Input::parse(" Hello there "), Input::Say("Hello there"));
         assert_eq!(Input::parse("/system  You are brief. "), Input::System("You are brief."));
         assert_eq!(Input::parse("/save a b.json"), Input::Save("a b.json"));
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn the_system_message_stands_first_and_once() {
+    fn the_one_system_message_comes_first() {
         let mut conversation = Conversation::default();
         conversation.messages.push(Message::new(Role::User, "Hi"));
         conversation.set_system("A");

@@ -1,4 +1,4 @@
-//! The client of the node that runs on a data folder, over its Unix socket.
+//! A client of a running node, over the Unix socket in its data folder.
 
 use crate::api::{ErrorBody, Eviction, GenerateLine, SOCKET_NAME};
 use crate::{GenerateRequest, Generated, ModelSpec, NodeId, NodeStatus, Preview};
@@ -11,11 +11,11 @@ use tokio::net::UnixStream;
 use tokio_util::codec::{FramedRead, LinesCodec};
 use tokio_util::io::StreamReader;
 
-/// Bytes of one line of an answer: an event with the log-probabilities of 20 tokens has a few thousand, and the first event
-/// has the whole prompt.
+/// The most bytes of one line of an answer: an event with the log-probabilities of 20 tokens has a few thousand, and
+/// the first event has the whole prompt.
 const LINE_BYTES_MAX: usize = 256 << 20;
 
-/// A running node.
+/// A connection to a running node.
 #[derive(Debug)]
 pub(super) struct NodeClient {
     client: Client,
@@ -23,7 +23,7 @@ pub(super) struct NodeClient {
 }
 
 impl NodeClient {
-    /// The node that runs on `data_dir`, if one does.
+    /// Returns a client of the node that runs on `data_dir`, if there is one.
     pub(super) async fn find(data_dir: &Path) -> Option<Self> {
         let socket = data_dir.join(SOCKET_NAME);
         UnixStream::connect(&socket).await.ok()?;
@@ -31,12 +31,12 @@ impl NodeClient {
         Some(Self { client, socket })
     }
 
-    /// The status of the node and its cluster.
+    /// Returns the status of the node and its cluster.
     pub(super) async fn status(&self) -> anyhow::Result<NodeStatus> {
         Ok(self.send(self.request(Method::GET, "/state")).await?.json().await?)
     }
 
-    /// Takes the node out of its cluster. Returns when nothing runs on it any more.
+    /// Takes the node out of its cluster. Returns when no instance runs on the node any more.
     pub(super) async fn drain(&self) -> anyhow::Result<()> {
         self.send(self.request(Method::POST, "/drain")).await.map(drop)
     }
@@ -46,12 +46,12 @@ impl NodeClient {
         self.send(self.request(Method::POST, "/evict").json(&Eviction { node })).await.map(drop)
     }
 
-    /// Where a model would be placed by each policy, and why.
+    /// Returns where each policy would place a model, and why.
     pub(super) async fn plan(&self, spec: &ModelSpec) -> anyhow::Result<Vec<Preview>> {
         Ok(self.send(self.request(Method::POST, "/plan").json(spec)).await?.json().await?)
     }
 
-    /// Starts an answer. Dropping it cancels the request.
+    /// Starts an answer. Dropping the answer cancels the request.
     pub(super) async fn generate(&self, request: &GenerateRequest) -> anyhow::Result<ClientAnswer> {
         let response = self.send(self.request(Method::POST, "/generate").json(request)).await?;
         let bytes = StreamReader::new(response.bytes_stream().map_err(std::io::Error::other));
@@ -72,7 +72,7 @@ impl NodeClient {
         }
         match response.json::<ErrorBody>().await {
             Ok(body) => bail!("{}", body.error.message),
-            Err(_) => bail!("the node answers {status}"),
+            Err(_) => bail!("the node answers with status {status}"),
         }
     }
 }
@@ -83,16 +83,16 @@ pub(super) struct ClientAnswer {
 }
 
 impl ClientAnswer {
-    /// The next event; `None` behind the last.
+    /// The next event; `None` after the last.
     pub(super) async fn next(&mut self) -> Option<anyhow::Result<Generated>> {
         let line = match self.lines.next().await? {
             Ok(line) => line,
-            Err(error) => return Some(Err(error.context("the node has stopped"))),
+            Err(error) => return Some(Err(error.context("the node stopped during the answer"))),
         };
         Some(match serde_json::from_str(&line) {
             Ok(GenerateLine::Event(event)) => Ok(event),
             Ok(GenerateLine::Error(error)) => Err(anyhow::anyhow!(error.message)),
-            Err(error) => Err(anyhow::anyhow!("the node's answer cannot be read: {error}")),
+            Err(error) => Err(anyhow::anyhow!("the node's answer cannot be decoded: {error}")),
         })
     }
 }

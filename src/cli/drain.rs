@@ -1,18 +1,18 @@
-//! `exo-node drain`: the running node's work moves to others, so that it can be stopped.
+//! `exo-node drain`: moves the running node's work to other members, so that the node can be stopped.
 
-use super::outcome::Outcome;
 use super::client::NodeClient;
+use super::outcome::Outcome;
 use crate::NodeStatus;
 use crate::config::data_folder;
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// A move takes its model's load, which is most often shorter: before this, there is nothing to say.
+/// The interval between progress messages. Most moves take less: just one load of the model.
 const TELL_EVERY: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Args)]
-#[command(after_help = "Requests that run lose nothing. Nothing new is put on the node until it is started anew.")]
+#[command(after_help = "Running requests lose nothing. The node gets no new work until it is started again.")]
 pub(super) struct DrainArguments {
     /// Folder of the node's identity and settings
     #[arg(long, value_name = "FOLDER")]
@@ -29,18 +29,18 @@ pub(super) async fn run(arguments: DrainArguments) -> anyhow::Result<Outcome> {
         told = tell_what_is_here(&node) => told?,
         _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
     }
-    eprintln!("nothing runs on this node any more: it can be stopped");
+    eprintln!("no work is left on this node: it can be stopped");
     Ok(Outcome::Done)
 }
 
-/// Says what is not gone yet, whenever that changes. Ends with an error alone.
+/// Prints what is still on this node, whenever that changes. Returns only on an error.
 async fn tell_what_is_here(node: &NodeClient) -> anyhow::Result<()> {
     let mut told = Vec::new();
     loop {
         tokio::time::sleep(TELL_EVERY).await;
         let mut here = what_is_here(&node.status().await?);
         if here.is_empty() {
-            here.push("what has a place elsewhere is served here until it is loaded there".to_owned());
+            here.push("models that move to other machines are served here until they are loaded there".to_owned());
         }
         if here != told {
             here.iter().for_each(|line| eprintln!("{line}"));
@@ -55,8 +55,8 @@ fn what_is_here(status: &NodeStatus) -> Vec<String> {
         here.map(|stage| {
             let (first, last) = (stage.layers.start, stage.layers.end - 1);
             format!(
-                "{}: layers {first}–{last} are still here, until another machine has loaded them; where none has {:.1} GB \
-                 free for them, free it there, or stop this node all the same",
+                "{}: layers {first}–{last} are still here until another machine has loaded them; if no machine has \
+                 {:.1} GB free for them, free memory there, or stop this node anyway",
                 instance.model.name,
                 stage.memory_bytes as f64 / 1e9
             )

@@ -1,7 +1,7 @@
-//! `exo-node evict`: a member that is one no more.
+//! `exo-node evict`: removes a member from the cluster.
 
-use super::outcome::Outcome;
 use super::client::NodeClient;
+use super::outcome::Outcome;
 use crate::config::data_folder;
 use crate::{NodeId, NodeStatus};
 use clap::Args;
@@ -9,11 +9,11 @@ use std::path::PathBuf;
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A machine that keeps the secret can come back under a new identity. To be rid of it for good, make a new
-secret (`exo-node token --renew`) and join the others again."
+    after_help = "A machine that keeps the secret can come back under a new identity. To exclude it for good, make a new
+secret (`exo-node token --renew`), and join the other machines again."
 )]
 pub(super) struct EvictArguments {
-    /// Name of the member, its id, or the beginning of its id
+    /// Name of the member, its id, or the first four or more digits of its id
     member: String,
     /// Folder of this node's identity and settings
     #[arg(long, value_name = "FOLDER")]
@@ -27,11 +27,11 @@ pub(super) async fn run(arguments: EvictArguments) -> anyhow::Result<Outcome> {
     };
     let member = find(&node.status().await?, &arguments.member)?;
     node.evict(member).await?;
-    eprintln!("{member} is not let in any more");
+    eprintln!("{member} is evicted: no member admits it any more");
     Ok(Outcome::Done)
 }
 
-/// The member that is meant; one that is away is named by its whole id.
+/// Finds a connected member by name or by a prefix of its id. A whole id may also name a node that is not connected.
 fn find(status: &NodeStatus, wanted: &str) -> anyhow::Result<NodeId> {
     if let Ok(id) = wanted.parse() {
         return Ok(id);
@@ -43,6 +43,6 @@ fn find(status: &NodeStatus, wanted: &str) -> anyhow::Result<NodeId> {
     match meant[..] {
         [one] => Ok(one),
         [] => anyhow::bail!("no member is called `{wanted}`: `exo-node status` lists them"),
-        _ => anyhow::bail!("`{wanted}` is the name of {} members: give an id", meant.len()),
+        _ => anyhow::bail!("`{wanted}` matches {} members: give a whole id", meant.len()),
     }
 }

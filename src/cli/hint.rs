@@ -1,13 +1,13 @@
-//! What the user of the command line can do about an error.
+//! Remedies for errors on the command line.
 //!
-//! The libraries' remedies name no flag, command or variable, since embedders have none. Here each error gets those that help.
+//! The libraries' remedies name no flags, commands or variables, since embedders have none. This module adds them.
 
 use crate::api::ServeError;
 use crate::{ModelError, PlanError, RequestError, StartError};
 use exo_engines::EngineError;
 use exo_engines::format::FormatError;
 
-/// The remedy of an error, with the flags and commands that help; `None` where nothing is known.
+/// The remedy for an error, with the flags and commands that help; `None` where no remedy is known.
 pub(super) fn hint(error: &anyhow::Error) -> Option<String> {
     if let Some(error) = error.downcast_ref::<RequestError>() {
         return Some(with_flags(error.remedy(), request_flags(error)));
@@ -22,11 +22,15 @@ pub(super) fn hint(error: &anyhow::Error) -> Option<String> {
         return Some("`--listen ADDR:PORT` chooses another address".to_owned());
     }
     match error.downcast_ref::<ServeError>()? {
-        ServeError::NeedsKey { .. } => Some("`--api-key KEY` sets the key; `--api 127.0.0.1:52415` needs none".to_owned()),
+        ServeError::NeedsKey { .. } => {
+            Some("`--api-key KEY` sets the key; `--api 127.0.0.1:52415` needs no key".to_owned())
+        }
         ServeError::BadKey => Some("choose another `--api-key`".to_owned()),
-        ServeError::Listen { .. } => Some("`--api ADDR:PORT` chooses another address, `--api none` none".to_owned()),
+        ServeError::Listen { .. } => {
+            Some("`--api ADDR:PORT` chooses another address; `--api none` turns TCP off".to_owned())
+        }
         ServeError::AlreadyRunning { .. } => {
-            Some("`exo-node status` shows the running node; `--data-dir FOLDER` runs another one".to_owned())
+            Some("`exo-node status` shows the running node; `--data-dir FOLDER` starts another one".to_owned())
         }
         ServeError::Socket { .. } => None,
     }
@@ -39,7 +43,7 @@ fn with_flags(remedy: &str, flags: Option<&str>) -> String {
     }
 }
 
-/// The flags, commands and variables that the remedy of an error means.
+/// The flags, commands and variables that put an error's remedy into practice.
 fn request_flags(error: &RequestError) -> Option<&'static str> {
     match error {
         RequestError::Model(error) => model_flags(error),
@@ -51,7 +55,7 @@ fn request_flags(error: &RequestError) -> Option<&'static str> {
             Some("leave --device out; `exo-node status` lists the devices")
         }
         RequestError::Admit(_) => Some("--context N"),
-        RequestError::NotClustered => Some("start it without `--listen none`"),
+        RequestError::NotClustered => Some("start the node without `--listen none`"),
         _ => None,
     }
 }
@@ -71,7 +75,7 @@ fn model_flags(error: &ModelError) -> Option<&'static str> {
 mod tests {
     use super::*;
 
-    /// What the user reads behind an error, for each kind that has flags.
+    /// The error and remedy that the user reads, for errors with and without flags.
     #[test]
     fn errors_name_the_flags_that_help() {
         let errors = [

@@ -1,7 +1,7 @@
-//! The command line: arguments in, a node asked, people or scripts told.
+//! The command line: parses arguments, calls a node, and prints results for people or scripts.
 //!
-//! stdout has the answer (or, with `--json`, one object) and nothing else; progress, summaries and errors go to
-//! stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+//! stdout has only the answer (or, with `--json`, one JSON value); progress, summaries and errors go to stderr. Exit
+//! codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod bench;
 mod chat;
@@ -39,25 +39,25 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Start a node that stays, and serves the HTTP API
+    /// Start a node that keeps running and serves the HTTP API
     Up(up::UpArguments),
     /// Answer a prompt with a model
     Run(Box<run::RunArguments>),
-    /// Talk with a model, turn by turn
+    /// Chat with a model interactively
     Chat(Box<chat::ChatArguments>),
-    /// Show what the running node is at
+    /// Show the status of the running node and its cluster
     Status(status::StatusArguments),
-    /// Print what another machine needs to join this one's cluster
+    /// Print the token with which another machine joins this one's cluster
     Token(token::TokenArguments),
-    /// Move the running node's work to others, so that it can be stopped
+    /// Move the running node's work to other members, so that it can be stopped
     Drain(drain::DrainArguments),
-    /// Close all members' doors to one of them
+    /// Remove a member from the cluster: no member admits it any more
     Evict(evict::EvictArguments),
-    /// Show where a model would go, and why
+    /// Show where a model would be placed, and why
     Plan(Box<plan::PlanArguments>),
-    /// Bring a model's files to this machine
+    /// Fetch a model's files to this machine
     Pull(pull::PullArguments),
-    /// List the models that are known by name
+    /// List the models of the catalogue
     Models(models::ModelsArguments),
     /// Measure a model's speed on this machine
     Bench(bench::BenchArguments),
@@ -65,18 +65,18 @@ enum Command {
     Perplexity(perplexity::PerplexityArguments),
 }
 
-/// Parses the arguments of this process, and does what they say.
+/// Parses the arguments of this process, and runs their command. Returns the exit code.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let command = arguments.command.unwrap_or_else(|| Command::Up(up::UpArguments::parse_from(["up"])));
     start_logging(match command {
         Command::Up(_) => "info",
-        // Commands speak for themselves.
+        // Other commands print their own messages.
         _ => "off",
     });
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&anyhow::anyhow!("no runtime could be started: {error}")),
+        Err(error) => return fail(&anyhow::anyhow!("the async runtime could not be started: {error}")),
     };
     let outcome = runtime.block_on(async {
         match command {
@@ -94,7 +94,7 @@ pub fn main() -> ExitCode {
             Command::Perplexity(arguments) => perplexity::run(arguments).await,
         }
     });
-    // A download or an engine that is at work does not hold up the end.
+    // The process exits without waiting for downloads and engines.
     runtime.shutdown_background();
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
@@ -114,11 +114,11 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Logs go to stderr, as `EXO_LOG` filters them (`default` where it is not set), and as JSON with `EXO_LOG_FORMAT=json`.
+/// Sends logs to stderr, filtered by `EXO_LOG` (else by `default`), and as JSON with `EXO_LOG_FORMAT=json`.
 fn start_logging(default: &str) {
     use tracing_subscriber::EnvFilter;
     let filter = std::env::var("EXO_LOG").unwrap_or_else(|_| default.to_owned());
-    // ractor_cluster warns of each session that ends; what that means is told where it matters. Who asks for it gets it.
+    // ractor_cluster warns of every closed session; exo logs lost peers itself. `EXO_LOG` can turn the warnings on.
     let filter = EnvFilter::try_new(format!("ractor_cluster=error,{filter}"));
     let filter = filter.unwrap_or_else(|_| EnvFilter::new("ractor_cluster=error,info"));
     let colours = std::io::stderr().is_terminal();

@@ -1,41 +1,41 @@
-//! The arguments that name a model and how it runs, and the nodes that run it.
+//! The arguments that choose a model and how it runs, and the node that runs it.
 
 use super::client::NodeClient;
 use super::progress::Display;
 use crate::config::data_folder;
 use crate::{DeviceId, ModelSpec, Node, NodeBuilder, NodeHandle, Policy, Recipe, Split};
 use clap::Args;
-use exo_actors::models::ResolvedModel;
+use exo_actors::models::{ModelName, ResolvedModel};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Which model, and how it runs.
+/// The model, and how it runs.
 #[derive(Debug, Clone, Args)]
 pub(super) struct ModelArguments {
-    /// Name, path to a .gguf file or to a folder with safetensors, or hub name (owner/name, owner/name:file.gguf)
+    /// Catalogue name, path of a .gguf file or safetensors folder, or hub name (owner/name, owner/name:file.gguf)
     pub(super) model: String,
     /// Split the model over this many shards
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) shards: Option<u32>,
-    /// Split the model by hand: nodes' names or ids, and the layers of each, first to last
+    /// Split the model by hand: a node's name or id and its layers, from the first layers to the last
     #[arg(long, value_name = "NODE:FIRST-LAST,…", conflicts_with = "shards")]
     pub(super) split: Option<Split>,
-    /// What the placement is to be good at: latency, throughput or fewest-nodes
+    /// What the placement optimises: latency, throughput or fewest-nodes
     #[arg(long, value_name = "POLICY", default_value = "latency")]
     pub(super) policy: Policy,
     /// Threads of each engine of this process [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(super) threads: Option<u32>,
-    /// Device to run on, such as cpu or candle:cpu [default: the best there is]
+    /// Device to run on, such as cpu or candle:cpu [default: the best one]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
-    /// Tokens of prompt and answer together [default: the model's, at most 4096]
+    /// Context length: tokens of prompt and answer together [default: the model's, at most 4096]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) context: Option<u32>,
     /// Quantise dense weights while they are loaded: q4_0, q4_k or q8_0
     #[arg(long, value_name = "TYPE")]
     pub(super) quantize: Option<Recipe>,
-    /// Folder of this node's identity and settings; models lie in the shared cache
+    /// Folder of this node's identity and settings; models are in the shared cache
     #[arg(long, value_name = "FOLDER")]
     pub(super) data_dir: Option<PathBuf>,
     /// Load the model in this process, even where a node is running on the data folder
@@ -45,7 +45,7 @@ pub(super) struct ModelArguments {
 
 impl ModelArguments {
     pub(super) fn spec(&self) -> ModelSpec {
-        let named = ModelSpec::new(self.model.clone());
+        let named = ModelSpec::new(absolute(&self.model));
         ModelSpec {
             shards: self.shards.map(|shards| shards as usize),
             device: self.device.clone().map(DeviceId),
@@ -57,19 +57,19 @@ impl ModelArguments {
         }
     }
 
-    /// The node that is running on the data folder, where there is one and it is to be used.
+    /// A client of the node that runs on the data folder; `None` where no node runs, or with `--standalone`.
     pub(super) async fn running_node(&self) -> anyhow::Result<Option<NodeClient>> {
         if self.standalone {
             return Ok(None);
         }
         let running = NodeClient::find(&data_folder(self.data_dir.as_deref())?).await;
         if running.is_some() && self.threads.is_some() {
-            anyhow::bail!("--threads is the running node's to choose: stop it, or add --standalone");
+            anyhow::bail!("--threads has no effect on the running node: stop that node, or add --standalone");
         }
         Ok(running)
     }
 
-    /// A node for this command.
+    /// Starts a node in this process.
     pub(super) async fn start_node(&self, display: &Arc<Display>) -> anyhow::Result<NodeHandle> {
         let mut builder = builder(self.data_dir.as_deref(), display);
         if let Some(threads) = self.threads {
@@ -79,7 +79,20 @@ impl ModelArguments {
     }
 }
 
-/// A node in `data_dir`, whose downloads are shown.
+/// The name with a path made absolute, since a running node has a working directory of its own. A file name that is not in
+/// this working directory stays as it is: it may be in a models folder.
+fn absolute(name: &str) -> String {
+    if !ModelName::parse(&ModelSpec::new(name).model).is_path() {
+        return name.to_owned();
+    }
+    if let (Some(rest), Some(folders)) = (name.strip_prefix("~/"), directories::BaseDirs::new()) {
+        return folders.home_dir().join(rest).display().to_string();
+    }
+    let path = Path::new(&ModelSpec::new(name).model).exists().then(|| std::path::absolute(name));
+    path.and_then(Result::ok).map_or(name.to_owned(), |path| path.display().to_string())
+}
+
+/// A builder of a node on `data_dir` that shows downloads on `display`.
 fn builder(data_dir: Option<&Path>, display: &Arc<Display>) -> NodeBuilder {
     let display = Arc::clone(display);
     let builder = Node::builder().on_fetch(move |progress| display.fetch(progress));
@@ -89,7 +102,7 @@ fn builder(data_dir: Option<&Path>, display: &Arc<Display>) -> NodeBuilder {
     }
 }
 
-/// Brings a model's files to this machine; `None` after Ctrl-C.
+/// Fetches a model's files to this machine; returns `None` after Ctrl-C.
 pub(super) async fn pull(
     model: &str,
     data_dir: Option<&Path>,

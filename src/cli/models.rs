@@ -1,4 +1,4 @@
-//! `exo-node models`: what is known by name, and what is here.
+//! `exo-node models`: lists the catalogue, and which of its models are on this machine.
 
 use super::outcome::Outcome;
 use crate::{CATALOGUE, Directories};
@@ -12,7 +12,7 @@ use serde::Serialize;
   exo-node models --families
   exo-node models --json | jq -r '.[] | select(.is_here) | .name'")]
 pub(super) struct ModelsArguments {
-    /// List the families whose models can be run, by any name or path
+    /// List the supported model families; their models run from any hub name or path
     #[arg(long)]
     families: bool,
     /// Print one JSON array on stdout

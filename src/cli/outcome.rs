@@ -1,8 +1,8 @@
-//! How a command ends.
+//! The outcome of a command.
 
-/// How a command ended, where it did not fail.
+/// How a command ended that did not fail.
 pub(super) enum Outcome {
     Done,
-    /// By Ctrl-C.
+    /// Ended by Ctrl-C.
     Interrupted,
 }

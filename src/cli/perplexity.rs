@@ -1,11 +1,11 @@
-//! `exo-node perplexity`: e to the mean negative log-probability of a text's tokens.
+//! `exo-node perplexity`: e to the power of the mean negative log-probability of a text's tokens.
 //!
-//! llama-perplexity's convention: the text is cut into chunks of the context's length; of each, only the second half
-//! is scored, so that every token scored has at least half a context before it.
+//! It follows llama-perplexity's convention: the text is cut into chunks of the context's length, and only the second
+//! half of each chunk is scored, so that at least half a context precedes every scored token.
 
+use super::model_args::pull;
 use super::outcome::Outcome;
 use super::progress::Display;
-use super::model_args::pull;
 use anyhow::Context;
 use clap::Args;
 use exo_engines::cpu::CpuFactory;
@@ -24,17 +24,17 @@ use std::sync::Arc;
 #[command(after_help = "Example:
   exo-node perplexity smollm2 /usr/share/common-licenses/GPL-3")]
 pub(super) struct PerplexityArguments {
-    /// Name, path to a .gguf file or to a folder with safetensors, or hub name
+    /// Catalogue name, path of a .gguf file or safetensors folder, or hub name
     model: String,
     /// Text file
     file: PathBuf,
-    /// Tokens of a chunk
+    /// Tokens in a chunk
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = clap::value_parser!(u32).range(8..=65536))]
     context: u32,
-    /// Chunks to score at most
+    /// Most chunks to score [default: all]
     #[arg(long, value_name = "N")]
     chunks: Option<usize>,
-    /// Take the first bytes of the file only
+    /// Use only the first N bytes of the file
     #[arg(long, value_name = "N")]
     bytes: Option<usize>,
     /// Threads [default: all cores]
@@ -54,12 +54,12 @@ struct Report {
     context: u32,
 }
 
-/// Rows that are computed, and whose logits are held, at once.
+/// Rows per step. It bounds the logits in memory.
 const ROWS: usize = 64;
 
 pub(super) async fn run(arguments: PerplexityArguments) -> anyhow::Result<Outcome> {
     let display = Arc::new(if arguments.json { Display::quiet() } else { Display::new() });
-    // Before a download: a text that is not there is known at once.
+    // Read before the download, so that a missing file fails at once.
     let text = std::fs::read(&arguments.file).with_context(|| arguments.file.display().to_string())?;
     let Some(model) = pull(&arguments.model, None, &display).await? else { return Ok(Outcome::Interrupted) };
     let measured = tokio::task::spawn_blocking(move || measure(&arguments, &text, &model.files));
@@ -81,7 +81,7 @@ fn measure(arguments: &PerplexityArguments, text: &[u8], model: &ModelFiles) -> 
     let (mut sum, mut scored) = (0.0, 0);
     for (number, chunk) in chunks.iter().enumerate() {
         let mut chunk = chunk.to_vec();
-        // A model that begins texts with a token of their own sees it at the start of every chunk.
+        // Where the tokenizer starts texts with a BOS token, every chunk starts with it.
         if let Some(bos) = bos {
             chunk[0] = bos;
         }
@@ -122,7 +122,7 @@ fn open(arguments: &PerplexityArguments, model: &ModelFiles) -> anyhow::Result<B
     Ok(engine)
 }
 
-/// The sum of negative log-probabilities of the chunk's second half, and how many tokens it has.
+/// The sum of the negative log-probabilities of the tokens in the chunk's second half, and their number.
 fn score(engine: &mut dyn Engine, seq: SeqId, chunk: &[u32]) -> anyhow::Result<(f64, usize)> {
     let half = chunk.len() / 2;
     let (mut sum, mut scored) = (0.0, 0);
@@ -155,7 +155,7 @@ fn forward(
     let step = Step { incarnation, id: StepId(0), operations, rows };
     match engine.forward(&step, Input::Tokens(tokens))?.rows {
         OutputRows::Logits(logits) => Ok(logits),
-        OutputRows::Hidden(_) => anyhow::bail!("the engine has no last layer"),
+        OutputRows::Hidden(_) => anyhow::bail!("the engine gave hidden states instead of logits"),
     }
 }
 

@@ -1,10 +1,10 @@
-//! `exo-node plan`: where a model would go, and why. Nothing is loaded.
+//! `exo-node plan`: shows where a model would be placed, and why, without loading it.
 
-use super::outcome::Outcome;
-use super::progress::Display;
 use super::client::NodeClient;
 use super::model_args::ModelArguments;
-use crate::{NodeId, Placement, Policy, Preview, PreviewOutcome, NodeStatus};
+use super::outcome::Outcome;
+use super::progress::Display;
+use crate::{NodeId, NodeStatus, Placement, Policy, Preview, PreviewOutcome};
 use clap::Args;
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use std::sync::Arc;
 pub(super) struct PlanArguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// Print the previews as one JSON list on stdout
+    /// Print the previews as one JSON array on stdout
     #[arg(long)]
     json: bool,
 }
@@ -69,7 +69,7 @@ fn stages(status: &NodeStatus, placement: &Placement, stages_s: &[f64]) -> Strin
     placement.stages.iter().zip(stages_s).map(line).collect()
 }
 
-/// As its user calls a node.
+/// The name of a node, or its short id where the name is unknown.
 pub(super) fn name_of(status: &NodeStatus, node: NodeId) -> String {
     match status.members.get(&node) {
         Some(member) => member.name.clone(),

@@ -1,4 +1,4 @@
-//! Bars and notes on stderr; nothing where it is no terminal, but for what a reader of a log wants to know.
+//! Progress on stderr: bars on a terminal only, and one-line notes for logs, too.
 
 use crate::Progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-/// What a command shows while it works.
+/// The progress display of a command.
 #[derive(Debug)]
 pub(super) struct Display {
     bar: Mutex<ProgressBar>,
@@ -18,7 +18,7 @@ impl Display {
         Self::with(false)
     }
 
-    /// Shows nothing but errors.
+    /// A display that shows nothing.
     pub(super) fn quiet() -> Self {
         Self::with(true)
     }
@@ -34,7 +34,7 @@ impl Display {
         }
     }
 
-    /// Shows how a model is fetched.
+    /// Shows the progress of a model's download.
     pub(super) fn fetch(&self, progress: Progress) {
         match progress {
             Progress::Trying { model, source } => self.note(&format!("fetching {model} from {source}")),
@@ -47,14 +47,14 @@ impl Display {
         }
     }
 
-    /// Shows how far a load is.
+    /// Shows the progress of a load, in bytes.
     pub(super) fn load(&self, loaded_bytes: u64, total_bytes: u64) {
         if total_bytes > 0 {
             self.bytes("loading", loaded_bytes, Some(total_bytes));
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub(super) fn clear(&self) {
         let mut bar = self.bar.lock();
         bar.finish_and_clear();
@@ -81,7 +81,7 @@ fn new_bar(total: Option<u64>) -> ProgressBar {
     };
     bar.set_draw_target(ProgressDrawTarget::stderr());
     bar.enable_steady_tick(Duration::from_millis(100));
-    // The templates are constants; the default style would do, too.
+    // The templates are constants and valid; the default style is a harmless fallback.
     match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,

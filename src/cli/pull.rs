@@ -1,8 +1,8 @@
-//! `exo-node pull`: a model's files, brought and checked.
+//! `exo-node pull`: fetches and checks a model's files.
 
+use super::model_args::pull;
 use super::outcome::Outcome;
 use super::progress::Display;
-use super::model_args::pull;
 use crate::Origin;
 use clap::Args;
 use serde::Serialize;
@@ -13,9 +13,9 @@ use std::sync::Arc;
 #[command(after_help = "Examples:
   exo-node pull smollm2
   exo-node pull Qwen/Qwen3-0.6B-GGUF:Qwen3-0.6B-Q8_0.gguf
-An interrupted pull goes on where it stopped. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.")]
+An interrupted pull continues where it stopped. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.")]
 pub(super) struct PullArguments {
-    /// Name, path, or hub name (owner/name, owner/name:file.gguf)
+    /// Catalogue name, path, or hub name (owner/name, owner/name:file.gguf)
     model: String,
     /// Folder of this node's identity and settings
     #[arg(long, value_name = "FOLDER")]

@@ -1,4 +1,4 @@
-//! What commands report of a model's run.
+//! Parts of the reports of commands that run a model.
 
 use crate::{DeviceId, NodeStatus, Placement};
 use serde::Serialize;
@@ -10,7 +10,7 @@ pub(super) struct StageReport {
     node: String,
     pub(super) device: String,
     engine: String,
-    /// The first layer, and the one behind the last.
+    /// The first layer, and the last layer plus one.
     layers: [usize; 2],
 }
 
@@ -34,7 +34,7 @@ pub(super) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
-/// A count per second; 0 for no time.
+/// A count per second; 0 where `duration` is zero.
 pub(super) fn rate(count: usize, duration: Duration) -> f64 {
     let seconds = duration.as_secs_f64();
     if seconds > 0.0 { count as f64 / seconds } else { 0.0 }

@@ -1,8 +1,8 @@
-//! `exo-node run`: one prompt, one answer.
+//! `exo-node run`: answers one prompt.
 
+use super::model_args::ModelArguments;
 use super::outcome::Outcome;
 use super::progress::Display;
-use super::model_args::ModelArguments;
 use super::report::{StageReport, milliseconds, rate};
 use super::session::{Answered, Answering, Session};
 use crate::{
@@ -23,47 +23,47 @@ use std::time::{Duration, Instant};
 pub(super) struct RunArguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// The prompt; `-`, or none where stdin is no terminal, reads it from stdin
+    /// Prompt; `-`, or no prompt where stdin is not a terminal, reads it from stdin
     prompt: Option<String>,
     /// Continue the prompt as it is, without the model's chat template
     #[arg(long)]
     raw: bool,
-    /// What the model is told before the prompt
+    /// System prompt, before the prompt
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
-    /// Tokens to generate at most [default: until the model ends, or the context is full]
+    /// Most tokens to generate [default: until the model ends the answer, or the context is full]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: Option<u32>,
-    /// 0 takes the likeliest token every time; higher is more varied
+    /// Sampling temperature: 0 always takes the likeliest token; higher values vary more
     #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
-    /// Draw from the K likeliest tokens only; 0: from all
+    /// Sample from the K likeliest tokens; 0: from all
     #[arg(long, value_name = "K", default_value_t = 0)]
     top_k: u32,
-    /// Draw from the likeliest tokens that together have this probability
+    /// Sample from the likeliest tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f32,
-    /// Draw from tokens with at least this share of the likeliest's probability
+    /// Sample from tokens with at least this share of the likeliest token's probability
     #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
     min_p: f32,
-    /// Make tokens that were there before less likely; 1: no change
+    /// Penalty on earlier tokens: above 1 makes them less likely; 1: no change
     #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
     repeat_penalty: f32,
-    /// End the answer at this text; may be given several times
+    /// Text that ends the answer; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Draws the same tokens again for the same seed [default: another each time]
+    /// Seed of the sampling: the same seed gives the same tokens [default: random]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Report each token's log-probability, and those of the N likeliest (with --json)
+    /// Report the log-probabilities of each token and of the N likeliest tokens (with --json)
     #[arg(long, value_name = "N")]
     logprobs: Option<u32>,
-    /// Print one JSON object, and nothing else, on stdout
+    /// Print only one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
 
-/// What `--json` prints.
+/// The JSON object of `--json`.
 #[derive(Debug, Serialize)]
 struct Report {
     text: String,
@@ -73,13 +73,13 @@ struct Report {
     finish_reason: FinishReason,
     prompt_tokens: usize,
     generated_tokens: usize,
-    /// `None` where a running node had the model.
+    /// Milliseconds to load the model; `None` where a running node answered.
     load_ms: Option<f64>,
     ttft_ms: f64,
     prefill_tokens_per_s: f64,
     decode_tokens_per_s: f64,
     model: String,
-    /// `None`: the model has left meanwhile.
+    /// The type of the weights; `None` where the running node has unloaded the model meanwhile.
     quantization: Option<String>,
     stages: Vec<StageReport>,
 }
@@ -99,7 +99,7 @@ struct TopReport {
     logprob: f32,
 }
 
-/// An answer, as far as it came.
+/// An answer, as received so far. Times count from the request.
 #[derive(Debug, Default)]
 struct CollectedAnswer {
     text: String,
@@ -122,7 +122,7 @@ pub(super) async fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         return Ok(Outcome::Interrupted);
     };
     if session.is_base_model() && !arguments.raw && !arguments.json {
-        eprintln!("{} is a base model without a chat template: it continues the prompt plainly", arguments.model.model);
+        eprintln!("{} is a base model without a chat template: it continues the raw prompt", arguments.model.model);
     }
     let started = Instant::now();
     let mut answer = CollectedAnswer::default();
@@ -152,7 +152,7 @@ fn read_prompt(argument: Option<&str>) -> anyhow::Result<String> {
         Some("-") => {}
         Some(prompt) => return Ok(prompt.to_owned()),
         None if std::io::stdin().is_terminal() => {
-            return Err(RequestError::BadPrompt { what: "there is none".to_owned() }.into());
+            return Err(RequestError::BadPrompt { what: "no prompt is given".to_owned() }.into());
         }
         None => {}
     }
@@ -267,10 +267,10 @@ impl CollectedAnswer {
         devices.dedup();
         let loaded = match answered.load {
             Some(load) => format!("loaded in {:.0} ms", milliseconds(load)),
-            None => "by the running node".to_owned(),
+            None => "answered by the running node".to_owned(),
         };
         let on = match shards {
-            // Another node has the head, and has not told of it yet.
+            // The head is on another node, whose report has not arrived yet.
             0 => String::new(),
             1 => format!(", on {} in 1 shard", devices.join(", ")),
             _ => format!(", on {} in {shards} shards", devices.join(", ")),

@@ -1,4 +1,4 @@
-//! A session with a model: of a node of this process, or of the running one.
+//! A session with a model, on a node in this process or on the running node.
 
 use super::client::{ClientAnswer, NodeClient};
 use super::model_args::ModelArguments;
@@ -8,18 +8,18 @@ use crate::{Fact, GenerateRequest, Generated, Generation, ModelSpec, NodeHandle,
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A loaded model, and how long the load took.
+/// A loaded model, and the time that the load took.
 pub(super) struct Loaded {
     pub(super) model: RunningModel,
     pub(super) load: Duration,
 }
 
-/// Loads the model, and shows the progress.
+/// Loads a model, and shows the progress.
 pub(super) async fn load(node: &NodeHandle, arguments: &ModelArguments, display: &Display) -> anyhow::Result<Loaded> {
     let mut facts = node.subscribe().await?;
     let loading = node.load(arguments.spec());
     tokio::pin!(loading);
-    // Measured from the placement: the load does not include a download.
+    // The load is measured from the placement, so that it does not include a download.
     let mut placed = Instant::now();
     let model = loop {
         tokio::select! {
@@ -40,30 +40,30 @@ pub(super) async fn load(node: &NodeHandle, arguments: &ModelArguments, display:
     Ok(Loaded { model, load: placed.elapsed() })
 }
 
-/// Answers with a node of this process, or with the running one.
+/// A session with a node in this process, or with the running node.
 pub(super) enum Session {
     Own { node: NodeHandle, loaded: Box<Loaded> },
     Running(NodeClient),
 }
 
-/// An answer on its way. Dropping it cancels the request.
+/// A running answer. Dropping it cancels the request.
 pub(super) enum Answering {
     Own(Generation),
     Running(ClientAnswer),
 }
 
-/// What has answered a request.
+/// The model and placement that answered a request.
 pub(super) struct Answered {
     pub(super) model: String,
-    /// `None`: the model was unloaded meanwhile.
+    /// The type of the weights; `None` where the model has been unloaded meanwhile.
     pub(super) quantization: Option<String>,
     pub(super) stages: Vec<StageReport>,
-    /// `None` where the running node had it loaded.
+    /// The time that the load took; `None` where the running node answered.
     pub(super) load: Option<Duration>,
 }
 
 impl Session {
-    /// Opens a session with the running node, or with one that is started for `arguments`; `None` after Ctrl-C.
+    /// Opens a session with the running node, or with a new node in this process; `None` after Ctrl-C.
     pub(super) async fn open(arguments: &ModelArguments, display: &Arc<Display>) -> anyhow::Result<Option<Self>> {
         if let Some(client) = arguments.running_node().await? {
             return Ok(Some(Self::Running(client)));
@@ -96,7 +96,7 @@ impl Session {
         }
     }
 
-    /// What has answered a request for `spec`.
+    /// Returns the model and placement that answered a request for `spec`.
     pub(super) async fn answered(&self, spec: &ModelSpec) -> anyhow::Result<Answered> {
         match self {
             Self::Own { node, loaded } => {
@@ -111,7 +111,8 @@ impl Session {
             Self::Running(client) => {
                 let status = client.status().await?;
                 let name = spec.to_string();
-                // The newest instance, where the model runs with several specs. It may have been unloaded by now.
+                // A model may run with several specs: prefer a ready instance, then the highest epoch. The model may
+                // have been unloaded by now.
                 let found = status.everywhere().map(|(_, instance)| instance);
                 let found = found.filter(|instance| instance.model.name == name);
                 let instance = found.max_by_key(|instance| (instance.phase == Phase::Ready, instance.epoch));
@@ -134,7 +135,7 @@ impl Session {
 }
 
 impl Answering {
-    /// The next event; `None` behind the last.
+    /// The next event; `None` after the last.
     pub(super) async fn next(&mut self) -> Option<anyhow::Result<Generated>> {
         match self {
             Self::Own(generation) => generation.next().await.map(|event| event.map_err(Into::into)),

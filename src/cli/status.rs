@@ -1,10 +1,10 @@
-//! `exo-node status`: what the running node is at.
+//! `exo-node status`: shows the status of the running node and its cluster.
 
+use super::client::NodeClient;
 use super::outcome::Outcome;
 use super::plan::name_of;
-use super::client::NodeClient;
 use crate::config::data_folder;
-use crate::{InstanceId, InstanceStatus, Machine, MemberReport, NodeId, Outside, Phase, NodeStatus};
+use crate::{InstanceId, InstanceStatus, Machine, MemberReport, NodeId, NodeStatus, Outside, Phase};
 use clap::Args;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use std::path::PathBuf;
   exo-node status
   exo-node status --json | jq '.instances[].model.name'")]
 pub(super) struct StatusArguments {
-    /// Print the state as one JSON object on stdout
+    /// Print the status as one JSON object on stdout
     #[arg(long)]
     json: bool,
     /// Folder of the node's identity and settings
@@ -96,11 +96,13 @@ fn draw_member(out: &mut String, status: &NodeStatus, id: NodeId, member: &Membe
 
 fn draw_apart(out: &mut String, status: &NodeStatus, id: NodeId, outside: &Outside) {
     let why = match outside.between {
-        Some((one, other)) => format!("{} and {} do not reach each other", name_of(status, one), name_of(status, other)),
-        None => "it reaches others that this node does not".to_owned(),
+        Some((one, other)) => {
+            format!("{} and {} do not reach each other", name_of(status, one), name_of(status, other))
+        }
+        None => "only that node knows which two nodes do not reach each other".to_owned(),
     };
-    let _ = writeln!(out, "outside    {:12} {} works without this node: {why}", outside.name, id.short());
-    let _ = writeln!(out, "         open UDP port 52416, or what --listen says, between the two");
+    let _ = writeln!(out, "outside  {:12} {} works without this node: {why}", outside.name, id.short());
+    let _ = writeln!(out, "         open UDP port 52416, or the port of --listen, between the two");
 }
 
 fn draw_instance(out: &mut String, status: &NodeStatus, id: InstanceId, instance: &InstanceStatus) {
@@ -115,7 +117,7 @@ fn draw_instance(out: &mut String, status: &NodeStatus, id: InstanceId, instance
     let totals = &instance.totals;
     let _ = writeln!(
         out,
-        "         {} running, {} waiting, {} of {} pages; {} answered, {} + {} tokens, {} not computed again",
+        "         {} running, {} waiting, {} of {} pages; {} answered, {} prompt + {} generated tokens, {} cached",
         instance.requests_running,
         instance.requests_waiting,
         instance.pages_used,

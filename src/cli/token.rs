@@ -1,7 +1,7 @@
-//! `exo-node token`: what another machine needs to join.
+//! `exo-node token`: prints the token with which another machine joins the cluster.
 
-use super::outcome::Outcome;
 use super::client::NodeClient;
+use super::outcome::Outcome;
 use crate::config::data_folder;
 use crate::{ClusterSecret, JoinToken};
 use clap::Args;
@@ -9,13 +9,13 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 #[derive(Debug, Args)]
-#[command(after_help = "Whoever has the token can join, and use every machine of the cluster: it is a secret.
+#[command(after_help = "The token is a secret: anyone who has it can join, and use every machine of the cluster.
 
 Examples:
   exo-node token
   exo-node up --join \"$(ssh desktop exo-node token)\"")]
 pub(super) struct TokenArguments {
-    /// Make a new secret first: from its next start on, this node lets in only who has the new token
+    /// Create a new secret first: from its next start on, this node admits only nodes with the new token
     #[arg(long)]
     renew: bool,
     /// Folder of this node's identity and settings
@@ -27,10 +27,10 @@ pub(super) async fn run(arguments: TokenArguments) -> anyhow::Result<Outcome> {
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
     if arguments.renew {
         crate::cluster::renew_secret(&data_dir)?;
-        eprintln!("Start this node anew, and then the others with `exo-node up --join` and this token:");
+        eprintln!("Restart this node, then start the others with `exo-node up --join` and this token:");
     }
     let secret = ClusterSecret::load_or_create(&data_dir)?;
-    // Where no node runs, whoever joins has to find it by discovery.
+    // Without a running node the token has no addresses: a joining node finds members by discovery.
     let addresses = match NodeClient::find(&data_dir).await {
         Some(node) => node.status().await?.addresses,
         None => Vec::new(),

@@ -1,4 +1,4 @@
-//! `exo-node up`: a node that stays, and serves.
+//! `exo-node up`: starts a node that keeps running and serves the HTTP API.
 
 use super::outcome::Outcome;
 use crate::api::{ApiConfig, SOCKET_NAME, serve};
@@ -13,12 +13,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// exo's own port.
+/// The default address of the HTTP API.
 const API_DEFAULT: &str = "127.0.0.1:52415";
-/// Long enough for a pause in a conversation, short enough that a model of yesterday does not fill the memory.
+/// Longer than a pause in a conversation; short enough that yesterday's models do not fill the memory.
 const UNLOAD_AFTER_DEFAULT: &str = "30m";
 
-/// A parser of its own, too: without a command, its defaults are what is run.
+/// The arguments of `up`. They derive `Parser`, since a call without a command runs `up` with the defaults.
 #[derive(Debug, Parser)]
 #[command(after_help = "Examples:
   exo-node up
@@ -28,43 +28,43 @@ const UNLOAD_AFTER_DEFAULT: &str = "30m";
   curl http://127.0.0.1:52415/v1/chat/completions -d \\
     '{\"model\": \"smollm2\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")]
 pub(super) struct UpArguments {
-    /// Models to load at once; others are loaded when they are asked for
+    /// Models to load at the start; others are loaded when a request names them
     models: Vec<String>,
-    /// Where the HTTP API listens, or `none`
+    /// TCP address of the HTTP API, or `none` for no TCP
     #[arg(long, value_name = "ADDR:PORT", default_value = API_DEFAULT)]
     api: String,
-    /// Asked of all who come over TCP; needed where others than this machine can come
+    /// Key that all TCP clients must send; required unless the API listens on loopback
     #[arg(long, value_name = "KEY", env = "EXO_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
-    /// How long a model that nobody uses stays in memory: 90s, 30m, 2h, or `never` to leave
+    /// How long an unused model stays in memory: 90s, 30m, 2h, or `never` to keep it for ever
     #[arg(long, value_name = "TIME", default_value = UNLOAD_AFTER_DEFAULT)]
     unload_after: String,
-    /// Memory of all models together, in gigabytes [default: what is free]
+    /// Most memory of all models together, in gigabytes [default: what is free]
     #[arg(long, value_name = "GB")]
     memory: Option<f64>,
-    /// Where other members reach this node (UDP), or `none` to be alone [default: 0.0.0.0:52416, or any port where
-    /// that is taken]
+    /// UDP address for other members, or `none` for no network [default: 0.0.0.0:52416, or any port where
+    /// that one is taken]
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<String>,
-    /// Join the cluster of this token, which `exo-node token` prints on a member; kept for later starts
+    /// Join the cluster of this token, which `exo-node token` prints on a member; stored for later starts
     #[arg(long, value_name = "TOKEN", env = "EXO_JOIN", hide_env_values = true)]
     join: Option<JoinToken>,
-    /// Address of a member, where discovery does not find it
+    /// Address of a member that discovery does not find
     #[arg(long = "peer", value_name = "ADDR:PORT")]
     peers: Vec<SocketAddr>,
-    /// Do not look for members on the local network, and do not tell it of this node
+    /// Do not look for members on the local network, and do not announce this node
     #[arg(long)]
     no_discovery: bool,
-    /// What others call this node [default: the machine's name]
+    /// Name that other members show for this node [default: the machine's name]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// How activations travel to other machines: f32, or f16 or bf16 for half the bytes and less accuracy
+    /// Number type of activations sent to other machines: f32, or f16 or bf16 for half the bytes and less accuracy
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     wire_dtype: WireType,
     /// Threads of each engine [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
-    /// Folder of this node's identity and settings; models lie in the shared cache
+    /// Folder of this node's identity and settings; models are in the shared cache
     #[arg(long, value_name = "FOLDER")]
     data_dir: Option<PathBuf>,
 }
@@ -88,9 +88,9 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
         listen: arguments.listen()?,
         socket: Some(data_dir.join(SOCKET_NAME)),
         api_key: arguments.api_key.clone(),
-        named_models: arguments.models.iter().cloned().collect(),
+        named_models: arguments.models.iter().map(|name| ModelSpec::new(name).model).collect(),
     };
-    // From here on a signal is the node's to take.
+    // From here on SIGTERM shuts the node down cleanly.
     let mut terminated = signal(SignalKind::terminate())?;
     let node = arguments.start(builder.data_dir(&data_dir)).await?;
     let served = serve(node.clone(), config).await?;
@@ -106,7 +106,7 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
         for model in &arguments.models {
             match node.load(ModelSpec::new(model)).await {
                 Ok(_) => eprintln!("{model} is loaded"),
-                // The others are still of use.
+                // The node can still serve other models.
                 Err(error) => eprintln!("error: {model}: {error}\n  remedy: {}", error.remedy()),
             }
         }
@@ -124,7 +124,7 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
 }
 
 impl UpArguments {
-    /// Starts the node, as a member of its cluster where it is to be one.
+    /// Starts the node, as a member of its cluster unless `--listen` is `none`.
     async fn start(&self, builder: NodeBuilder) -> anyhow::Result<NodeHandle> {
         let settings = |listen| ClusterSettings {
             listen,
@@ -138,11 +138,11 @@ impl UpArguments {
             Some("none") => Ok(builder.start().await?),
             Some(address) => {
                 let address =
-                    address.parse().with_context(|| format!("--listen {address}: not ADDR:PORT, nor `none`"))?;
+                    address.parse().with_context(|| format!("--listen {address}: neither ADDR:PORT nor `none`"))?;
                 Ok(builder.cluster(settings(address)).start().await?)
             }
             None => match builder.clone().cluster(settings(any)).start().await {
-                // Another node of this machine has it; members find this one by discovery, or tell each other.
+                // Another node of this machine has the port; members find this one by discovery, or from each other.
                 Err(StartError::Network(_)) => {
                     let free = SocketAddr::from(([0, 0, 0, 0], 0));
                     Ok(builder.cluster(settings(free)).start().await?)
@@ -156,7 +156,7 @@ impl UpArguments {
         match self.api.as_str() {
             "none" => Ok(None),
             address => {
-                Ok(Some(address.parse().with_context(|| format!("--api {address}: not ADDR:PORT, nor `none`"))?))
+                Ok(Some(address.parse().with_context(|| format!("--api {address}: neither ADDR:PORT nor `none`"))?))
             }
         }
     }
@@ -164,7 +164,10 @@ impl UpArguments {
     fn unload_after(&self) -> anyhow::Result<Option<Duration>> {
         match self.unload_after.as_str() {
             "never" => Ok(None),
-            time => Ok(Some(humantime::parse_duration(time).with_context(|| format!("--unload-after {time}"))?)),
+            time => {
+                let idle = humantime::parse_duration(time);
+                Ok(Some(idle.with_context(|| format!("--unload-after {time}: neither a time nor `never`"))?))
+            }
         }
     }
 
@@ -172,7 +175,7 @@ impl UpArguments {
         match self.memory {
             None => Ok(None),
             Some(gigabytes) if gigabytes > 0.0 && gigabytes < 1e6 => Ok(Some((gigabytes * 1e9) as u64)),
-            Some(gigabytes) => anyhow::bail!("--memory {gigabytes}: not a number of gigabytes"),
+            Some(gigabytes) => anyhow::bail!("--memory {gigabytes}: not between 0 and 1000000 gigabytes"),
         }
     }
 }

@@ -1,19 +1,20 @@
-//! Members that are not let in any more.
+//! Evicted members: nodes that this cluster no longer admits.
 
 use exo_net::NodeId;
 use parking_lot::Mutex;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// More is damage, or malice: it takes a new secret anyway to be rid of so many.
+/// The number of evicted nodes from which on other members can add none: more are the work of a defect or an attack,
+/// and the cluster needs a new secret anyway to exclude so many.
 const EVICTED_MAX: usize = 4096;
 
-/// Who is not let in, and where that is written down.
+/// The evicted nodes, and the function that stores them.
 #[derive(Clone)]
 pub struct Evicted {
     nodes: BTreeSet<NodeId>,
     keep: Keep,
-    /// As they are now, for whoever writes them down; held while that is done, so that the last one writes all.
+    /// The nodes to store. Locked while they are stored, so that the last of concurrent stores writes all of them.
     latest: Arc<Mutex<BTreeSet<NodeId>>>,
 }
 
@@ -26,7 +27,8 @@ impl std::fmt::Debug for Evicted {
 }
 
 impl Evicted {
-    /// `keep` is called beside the threads that messages travel on, with all of them.
+    /// The list with the evicted nodes `nodes`. When nodes are added, `keep` is called with all evicted nodes, to store
+    /// them, on a thread for blocking work.
     pub fn new(
         nodes: BTreeSet<NodeId>,
         keep: impl Fn(&BTreeSet<NodeId>) -> std::io::Result<()> + Send + Sync + 'static,
@@ -34,29 +36,30 @@ impl Evicted {
         Self { nodes, keep: Arc::new(keep), latest: Arc::default() }
     }
 
+    /// The evicted nodes.
     pub fn nodes(&self) -> &BTreeSet<NodeId> {
         &self.nodes
     }
 
-    /// Takes those of this node's user; gives those that are new.
+    /// Adds the nodes that this node's user evicts. Returns the new ones.
     pub(super) fn add(&mut self, nodes: impl IntoIterator<Item = NodeId>) -> Vec<NodeId> {
         let new: Vec<NodeId> = nodes.into_iter().filter(|node| !self.nodes.contains(node)).collect();
         self.nodes.extend(&new);
         if !new.is_empty() {
             let (nodes, keep, latest) = (self.nodes.clone(), Arc::clone(&self.keep), Arc::clone(&self.latest));
             tokio::task::spawn_blocking(move || {
-                // It only grows, whatever panicked.
+                // A panic of an earlier store does no harm: the set only grows.
                 let mut latest = latest.lock();
                 latest.extend(nodes);
                 if let Err(error) = keep(&latest) {
-                    tracing::error!(%error, "who is evicted could not be written down: it holds until the node stops");
+                    tracing::error!(%error, "the evictions could not be stored: they hold until the node stops");
                 }
             });
         }
         new
     }
 
-    /// Takes those of another member, as long as there is room; gives those that are new.
+    /// Adds the nodes that another member reports as evicted, up to [`EVICTED_MAX`] in all. Returns the new ones.
     pub(super) fn add_heard(&mut self, nodes: impl IntoIterator<Item = NodeId>) -> Vec<NodeId> {
         let room = EVICTED_MAX.saturating_sub(self.nodes.len());
         let new: Vec<NodeId> = nodes.into_iter().filter(|node| !self.nodes.contains(node)).take(room).collect();
@@ -73,9 +76,9 @@ mod tests {
         (0..count).map(|_| exo_net::Identity::ephemeral().expect("random bytes").node_id())
     }
 
-    /// However many another member tells of, this node's user can evict; and all of them are written down.
+    /// However many evictions another member reports, this node's user can still evict, and these evictions are stored.
     #[tokio::test]
-    async fn nobody_can_fill_the_list_against_its_user() {
+    async fn a_list_filled_by_a_member_still_takes_the_user_s_evictions() {
         let written = Arc::new(Mutex::new(BTreeSet::new()));
         let file = Arc::clone(&written);
         let mut evicted = Evicted::new(BTreeSet::new(), move |nodes| {
@@ -90,7 +93,7 @@ mod tests {
         }
         let begun = Instant::now();
         while !by_hand.iter().all(|node| written.lock().contains(node)) {
-            assert!(begun.elapsed() < Duration::from_secs(10), "they are not written down");
+            assert!(begun.elapsed() < Duration::from_secs(10), "the user's evictions are not stored");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }

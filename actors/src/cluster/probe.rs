@@ -1,20 +1,23 @@
-//! How many bytes a link carries in a second, measured with few of them.
+//! Probe: measures the bandwidth of a link, in bytes per second, with little traffic.
 //!
-//! A peer is asked for some frames, at low priority, seldom, and one peer at a time. The first frames open the
-//! congestion window, and are not counted.
+//! A measurement asks the peer for a few frames at low priority. Each link is measured seldom, and measurements of
+//! several links begin one after the other. The first frames open the congestion window, and are not counted.
 
 use crate::transport::protocol::DataHello;
 use exo_net::{Announced, DataConnection, DataStream, FrameError, Payload, Priority};
 use std::time::{Duration, Instant};
 
-/// 2 MiB: a fiftieth of a second on a home's network, and less than half a second on a slow one.
+/// Frames of a measurement, 2 MiB in all: 1/50 s on a home network, and less than 1/2 s on a slow one.
 const FRAMES: u32 = 8;
 const FRAME_BYTES: usize = 256 << 10;
+/// The first frames, which open the congestion window.
 const NOT_COUNTED: u32 = 3;
-/// Slower links count as that slow.
+/// The time limit of a measurement, and of the sending of one frame. A slower link is measured by the bytes that arrive
+/// in this time.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Measures the way from a peer to here; `None` where it goes meanwhile.
+/// Measures the bandwidth from a peer to this node, in bytes per second; `None` if the stream breaks, or no counted
+/// frame arrives in time.
 pub(super) async fn measure(data: &DataConnection) -> Option<f64> {
     let (mut counted, mut begun) = (0, Instant::now());
     let receiving = async {
@@ -23,7 +26,7 @@ pub(super) async fn measure(data: &DataConnection) -> Option<f64> {
         for frame in 0..FRAMES {
             let fits = |_: &(), announced| match announced {
                 Announced::Bytes { count: FRAME_BYTES } => Ok(()),
-                _ => Err("a probe of another size".to_owned()),
+                _ => Err("a probe frame of another size".to_owned()),
             };
             if stream.reader.receive(fits).await?.is_none() {
                 break;
@@ -43,12 +46,12 @@ pub(super) async fn measure(data: &DataConnection) -> Option<f64> {
     }
 }
 
-/// Gives a peer what it measures with.
+/// Sends a peer the frames of its measurement.
 pub(super) async fn serve(mut stream: DataStream) {
     stream.set_priority(Priority::Low);
     let bytes = vec![0; FRAME_BYTES];
     for _ in 0..FRAMES {
-        // A peer that goes, or does not take it, measures nothing.
+        // A peer that disconnects or does not read ends its measurement.
         let sending = tokio::time::timeout(DEADLINE, stream.writer.send(&(), Payload::Bytes(&bytes)));
         if !matches!(sending.await, Ok(Ok(()))) {
             return stream.give_up();

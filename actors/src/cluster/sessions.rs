@@ -1,7 +1,7 @@
-//! ractor_cluster's sessions: started over our own streams only, and told of by whose they are.
+//! Sessions of ractor_cluster: they run over this node's control streams only, and their events name the peer.
 //!
-//! Its server also opens a TCP listener, which cannot be switched off: it listens on loopback, and whoever comes that way
-//! is turned away before a word is said.
+//! ractor_cluster's server also opens a TCP listener, which cannot be switched off. The listener is bound to loopback,
+//! and a session over it is ended before any message is exchanged.
 
 use super::{ClusterMsg, ClusterRef};
 use crate::transport::callback::EventCallback;
@@ -12,7 +12,7 @@ use ractor_cluster::node::{NodeConnectionMode, NodeServerSessionInformation};
 use ractor_cluster::{NodeEventSubscription, NodeServer, NodeServerMessage, NodeSessionMessage};
 use std::net::Ipv4Addr;
 
-/// One session, to be ended.
+/// The actor of one session, by which the session can be ended.
 #[derive(Debug, Clone)]
 pub(crate) struct SessionRef(ActorRef<NodeSessionMessage>);
 
@@ -22,7 +22,7 @@ impl SessionRef {
     }
 }
 
-/// What became of a session.
+/// An event of a session.
 #[derive(Debug)]
 pub(crate) enum SessionEvent {
     Opened {
@@ -30,7 +30,7 @@ pub(crate) enum SessionEvent {
         session: u64,
         actor: SessionRef,
     },
-    /// The peer's control actor can be spoken to.
+    /// The peer's control actor can receive messages.
     Ready {
         id: NodeId,
         session: u64,
@@ -61,7 +61,8 @@ pub(super) async fn start(
 
 struct Sessions(EventCallback<SessionEvent>);
 
-/// Whose session it is; `None` for one that did not come over a stream of ours.
+/// The peer of a session and the number of its connection; `None` if the session does not run over a control stream of
+/// this node's network.
 fn whose(session: &NodeServerSessionInformation) -> Option<(NodeId, u64)> {
     let label = session.peer_addr.strip_prefix("quic/")?;
     let (id, number) = label.split_once('/')?;
@@ -76,7 +77,7 @@ impl NodeEventSubscription for Sessions {
                 self.0.tell(SessionEvent::Opened { id, session: number, actor });
             }
             None => {
-                tracing::warn!(peer = session.peer_addr, "turned away a connection that is not ours");
+                tracing::warn!(peer = session.peer_addr, "refused a session outside this node's network");
                 session.actor.kill();
             }
         }
@@ -97,7 +98,7 @@ impl NodeEventSubscription for Sessions {
             (Some(control), None) => {
                 self.0.tell(SessionEvent::Ready { id, session: number, control: control.into() });
             }
-            // No member has more than its control actor, or none.
+            // A member exposes exactly one actor: its control actor.
             _ => session.actor.kill(),
         }
     }

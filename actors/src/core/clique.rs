@@ -1,18 +1,19 @@
 //! Cliques: groups of members that all reach each other, and so plan together.
 //!
 //! ```text
-//! reports (which peers each node sees) ─► disconnected pairs ─► cliques, from the lowest id up ─► who leaves, who joins
+//! reports (which peers each node sees) ─► disconnected pairs ─► cliques, lowest id first ─► nodes that leave or join
 //! ```
-//! Firewalls and routes can keep two nodes apart that both reach a third. If such a pair planned together, each would take
-//! the other for lost, and two leaders would write one list of deployments. So the cluster divides into cliques.
+//! Firewalls and routes can keep two nodes disconnected that both reach a third. If such a pair planned together, each
+//! would count the other as lost, and two leaders would write one desired list. So the cluster divides into cliques.
 //!
-//! Every node computes the same cliques: the first has the lowest id and, in the order of ids, each node that reaches all
-//! members before it; the remaining nodes form the next clique in the same way.
+//! Every node computes the same cliques: the first has the lowest id and, in the order of ids, each node that reaches
+//! all members before it; the remaining nodes form the next clique in the same way.
 //!
-//! A distant node may compute different cliques at first, since it sees other reports. So each node announces which peers
-//! it excludes, and an announced pair counts as disconnected. A peer outside the clique is still heard, since the pair may
-//! connect later; nothing but the list of peers that it sees counts. A peer that was outside, disconnects and comes back is
-//! outside until it is seen to reach every member: whatever kept the pair apart has probably not changed.
+//! A distant node may compute different cliques at first, since it sees other reports. So each node announces which
+//! peers it excludes, and an announced pair counts as disconnected. Reports of a peer outside the clique are still
+//! read, since the pair may connect later; its other messages are ignored. A peer that disconnects while it is outside,
+//! and returns, stays outside until it is seen to reach every member: the cause of the disconnected pair has probably
+//! not changed.
 
 use crate::core::members::{LISTED_MAX, MemberReport, Members, Pair, pair};
 use exo_net::NodeId;
@@ -23,12 +24,12 @@ use std::time::Duration;
 /// A pair that has been disconnected for this long counts as unable to connect: two nodes of one network connect within
 /// seconds of learning each other's address.
 pub const OUTSIDE_AFTER: Duration = Duration::from_secs(10);
-/// How long the clique remembers the disconnected pairs of lost nodes, and which lost nodes were outside: longer than the
-/// longest wait between two dials.
+/// How long the clique remembers the disconnected pairs of lost nodes, and which lost nodes were outside: longer than
+/// the longest wait between two dials.
 const REMEMBERED_FOR: Duration = Duration::from_secs(60);
-/// Disconnected pairs of lost nodes that are remembered.
+/// The most disconnected pairs of lost nodes that are remembered.
 const REMEMBERED_MAX: usize = 4096;
-/// Nodes that one member may report and this node does not see; further ones are ignored.
+/// The most nodes that one member may report and this node does not see; further ones are ignored.
 const UNSEEN_MAX: usize = 16;
 
 /// Why a connected peer is outside this node's clique.
@@ -80,10 +81,10 @@ impl Disconnected {
 pub struct Clique {
     /// Connected peers that are outside.
     outside: BTreeMap<NodeId, OutsidePeer>,
-    /// Peers that were outside when they were lost, and when that was.
+    /// Peers that were outside when they were lost, with the time of the loss.
     lost: BTreeMap<NodeId, (OutsidePeer, Duration)>,
     disconnected: BTreeMap<Pair, Disconnected>,
-    /// Peers that this node excludes by what it sees itself.
+    /// Peers that this node excludes by the disconnected pairs that it knows.
     announced: BTreeSet<NodeId>,
 }
 
@@ -104,7 +105,7 @@ impl Clique {
         cut.map(|(&pair, _)| pair).take(LISTED_MAX).collect()
     }
 
-    /// A peer sent its report.
+    /// Stores the latest report of a peer.
     pub fn handle_report(&mut self, members: &mut Members, from: NodeId, report: MemberReport) {
         let peer = self.outside.get_mut(&from).or_else(|| self.lost.get_mut(&from).map(|(peer, _)| peer));
         match peer {
@@ -113,7 +114,7 @@ impl Clique {
         }
     }
 
-    /// A peer was lost. Returns whether it was outside, so that no member was lost.
+    /// Removes a lost peer. Returns whether the peer was outside, so that no member was lost.
     pub fn handle_lost(&mut self, members: &mut Members, node: NodeId, now: Duration) -> bool {
         members.0.remove(&node);
         let Some(peer) = self.outside.remove(&node) else { return self.lost.contains_key(&node) };
@@ -121,8 +122,8 @@ impl Clique {
         true
     }
 
-    /// A peer connected. `Some` where it was outside when it was lost: it stays outside until it is seen to reach every
-    /// member.
+    /// Notes that a peer connected. Returns `Some` if the peer was outside when it was lost: it stays outside until it
+    /// is seen to reach every member.
     pub fn handle_return(&mut self, node: NodeId) -> Option<Outside> {
         let (peer, _) = self.lost.remove(&node)?;
         self.announced.insert(node);
@@ -131,8 +132,8 @@ impl Clique {
         Some(why)
     }
 
-    /// Computes the clique anew from all reports, that of `own` included. Nodes that leave it are removed from `members`,
-    /// nodes that join are added.
+    /// Computes the clique anew from all reports, that of `own` included. Nodes that leave it are removed from
+    /// `members`, nodes that join are added.
     pub fn update(&mut self, own: NodeId, members: &mut Members, now: Duration) -> CliqueChange {
         let is_past =
             |_: &NodeId, (_, since): &mut (OutsidePeer, Duration)| now.saturating_sub(*since) >= REMEMBERED_FOR;
@@ -169,7 +170,7 @@ impl Clique {
         members.0.iter().map(|(&id, report)| (id, report)).chain(outside).collect()
     }
 
-    /// Pairs of which one node announces that it excludes the other.
+    /// The pairs in which one node announces that it excludes the other.
     fn announced_by_all(&self, own: NodeId, members: &Members) -> BTreeSet<Pair> {
         let reports = self.reports(members);
         let of_peers = reports.iter().filter(|(peer, _)| **peer != own);

@@ -1,34 +1,35 @@
-//! The desired list: the deployments that are to run, as every member knows them. Last writer wins; there is no consensus.
+//! The desired list: the deployments that are to run, as every member knows them. Last writer wins; there is no
+//! consensus.
 //!
-//! Each instance has an entry with a stamp. Of two entries the one with the higher stamp is kept, in whatever order they
-//! arrive, so members that have received the same entries hold the same list. A stopped instance stays in the list for a
-//! while as a tombstone, so that a member that was disconnected does not bring it back.
+//! Each instance has an entry with a stamp. The entry with the higher stamp wins, in whatever order entries arrive, so
+//! members that have received the same entries hold the same list. A stopped instance stays in the list for a while as
+//! a tombstone, so that a member that was disconnected does not bring the instance back.
 //!
-//! The stamp also orders the incarnations of an instance: those of a later stamp are later.
+//! The stamp also orders the incarnations of an instance: an incarnation of a later stamp is later.
 
 use crate::core::plan::{Demand, Placement};
-use crate::core::spec::{InstanceId, Model, ModelSpec};
 use crate::core::request::RequestError;
+use crate::core::spec::{InstanceId, Model, ModelSpec};
 use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// How long a tombstone is kept: longer than a member is disconnected before it returns with old entries.
+/// How long a tombstone is kept: longer than a disconnected member takes to return with old entries.
 const TOMBSTONES_KEPT: Duration = Duration::from_secs(24 * 3600);
-/// Tombstones that are kept; the oldest are dropped first.
+/// The most tombstones that are kept; the oldest are dropped first.
 const TOMBSTONES_MAX: usize = 1024;
-/// Instances that run at once.
+/// The most instances that run at once.
 pub const INSTANCES_MAX: usize = 256;
-/// How far a received stamp may be ahead of this member's clock: honest counters grow by one, and cannot be exhausted by a
-/// single hostile stamp.
+/// How far a received stamp may be ahead of this member's clock: honest counters grow by one, and a single hostile
+/// stamp must not exhaust them.
 const LEAP_MAX: u64 = 1 << 20;
 /// The largest counter of a stamp: an epoch holds the counter and the number of the incarnation.
 const COUNTER_MAX: u64 = 1 << (63 - INCARNATION_BITS);
-/// Encoded bytes of an entry, or of a placement request. The demand of the deepest model takes a fifth.
+/// The most encoded bytes of an entry or of a placement request. The demand of the deepest model takes a fifth.
 const ENTRY_BYTES_MAX: usize = 160 << 10;
-/// How long an order to a shard's node may precede the entry that it follows from.
+/// How long an order to a shard's node may arrive before the entry that caused it.
 const ENTRY_WITHIN: Duration = Duration::from_secs(30);
 /// Bits of an epoch that number the incarnations of one stamp.
 const INCARNATION_BITS: u32 = 20;
@@ -36,7 +37,9 @@ const INCARNATION_BITS: u32 = 20;
 /// When an entry was written, by a Lamport clock, and by which member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Stamp {
+    /// The writer's Lamport clock at the write.
     pub counter: u64,
+    /// The member that wrote the entry.
     pub by: NodeId,
 }
 
@@ -55,22 +58,22 @@ pub enum MoveStrategy {
 /// An instance that is to run, and where.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Deployment {
-    /// What was asked for.
+    /// The requested spec.
     pub spec: ModelSpec,
-    /// What runs.
+    /// The model that the spec resolves to.
     pub model: Model,
-    /// Where it runs.
+    /// The node, device and layers of each shard.
     pub placement: Placement,
-    /// What it needs, so that the next leader needs no file of the model.
+    /// The memory and work that the model needs, so that the next leader needs no file of the model.
     pub demand: Demand,
-    /// How it moves there.
+    /// How the instance moves to `placement`.
     pub strategy: MoveStrategy,
-    /// Why it is placed there, for users.
+    /// Why the leader chose `placement`, for users.
     pub reason: String,
 }
 
 impl Deployment {
-    /// The node of the head, which is that of the first shard.
+    /// The node of the head, which is the node of the first shard.
     pub fn owner(&self) -> Option<NodeId> {
         self.placement.stages.first().map(|stage| stage.node)
     }
@@ -79,11 +82,11 @@ impl Deployment {
 /// The target of an instance.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Target {
-    /// It is to run.
+    /// The instance is to run.
     Run(Box<Deployment>),
-    /// It is to stop, or has stopped.
+    /// The instance is to stop, or has stopped.
     Stopped {
-        /// Why, if it failed.
+        /// Why the instance stopped, if it failed.
         error: Option<RequestError>,
     },
 }
@@ -91,14 +94,14 @@ pub enum Target {
 /// The entry of one instance.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DesiredEntry {
-    /// When it was written, and by which member.
+    /// When the entry was written, and by which member.
     pub stamp: Stamp,
-    /// What is to become of the instance.
+    /// Whether, and how, the instance is to run.
     pub target: Target,
 }
 
 impl DesiredEntry {
-    /// Whether a member could have written it.
+    /// Whether the entry's size and values are possible.
     pub fn is_plausible(&self) -> bool {
         let is_placed = |placement: &Placement, deployment: &Deployment| placement.is_of(&deployment.demand);
         let is_possible = |deployment: &Deployment| {
@@ -121,7 +124,7 @@ impl DesiredEntry {
     }
 }
 
-/// Whether a received value is small enough to be kept.
+/// Whether a received value is small enough to store.
 pub fn fits_entry(value: &impl Serialize) -> bool {
     exo_net::wire::encode(value).is_ok_and(|bytes| bytes.len() <= ENTRY_BYTES_MAX)
 }
@@ -137,7 +140,7 @@ pub struct DesiredSnapshot {
 struct RunningEntry {
     stamp: Stamp,
     owner: Option<NodeId>,
-    /// Whether the list's member hosts a shard of it.
+    /// Whether the list's member hosts a shard of the instance.
     is_placed_here: bool,
 }
 
@@ -147,8 +150,8 @@ impl DesiredSnapshot {
         self.running.get(&id).map(|run| run.stamp)
     }
 
-    /// Whether this member keeps a shard that was ordered with `stamp`, `age` ago. The entry that the order follows from may
-    /// still be on its way. Shards of an earlier placement are stopped by the instance's owner, as long as `is_reachable`
+    /// Whether this member keeps a shard that was ordered with `stamp`, `age` ago. The entry that caused the order may
+    /// still be on its way. The instance's owner stops the shards of an earlier placement, as long as `is_reachable`
     /// says that the owner's orders arrive.
     pub fn keeps(&self, id: InstanceId, stamp: Stamp, age: Duration, is_reachable: impl Fn(NodeId) -> bool) -> bool {
         let is_young = age < ENTRY_WITHIN;
@@ -173,7 +176,7 @@ pub struct Desired {
     own: NodeId,
     clock: u64,
     entries: BTreeMap<InstanceId, DesiredEntry>,
-    /// When each tombstone was received, counted from any fixed start.
+    /// When each tombstone was written here or received, counted from any fixed start.
     stopped: BTreeMap<InstanceId, Duration>,
 }
 
@@ -183,6 +186,7 @@ impl Desired {
         Self { own, clock: 0, entries: BTreeMap::new(), stopped: BTreeMap::new() }
     }
 
+    /// The entry of an instance, tombstones included.
     pub fn get(&self, id: InstanceId) -> Option<&DesiredEntry> {
         self.entries.get(&id)
     }
@@ -197,7 +201,7 @@ impl Desired {
         self.entries().filter_map(|(id, entry)| Some((id, entry.stamp, entry.deployment()?)))
     }
 
-    /// The list as the worker of this member needs it.
+    /// The part of the list that this member's worker needs.
     pub fn snapshot(&self) -> DesiredSnapshot {
         let run = |(id, stamp, deployment): (InstanceId, Stamp, &Deployment)| {
             let is_placed_here = deployment.placement.stages.iter().any(|stage| stage.node == self.own);
@@ -208,13 +212,13 @@ impl Desired {
         DesiredSnapshot { running: self.running().map(run).collect(), stopped: stopped.collect() }
     }
 
-    /// The instance that is to run `spec`; of several, that with the highest stamp.
+    /// The instance that is to run `spec`; of several, the instance with the highest stamp.
     pub fn find(&self, spec: &ModelSpec) -> Option<(InstanceId, Stamp, &Deployment)> {
         self.running().filter(|(.., deployment)| deployment.spec == *spec).max_by_key(|(_, stamp, _)| *stamp)
     }
 
-    /// A digest of the deployments that are to run: FNV-1a over ids and stamps. Members with different digests send each
-    /// other their whole lists.
+    /// A digest of the deployments that are to run: FNV-1a over ids and stamps. Members with different digests send
+    /// each other their whole lists.
     pub fn digest(&self) -> u64 {
         let mut digest = 0xcbf2_9ce4_8422_2325_u64;
         for (id, stamp, _) in self.running() {
@@ -226,7 +230,7 @@ impl Desired {
         digest
     }
 
-    /// Writes an entry. Returns it, for the other members.
+    /// Writes an entry. Returns the entry, for the other members.
     pub fn set(&mut self, id: InstanceId, target: Target, now: Duration) -> DesiredEntry {
         self.clock += 1;
         let entry = DesiredEntry { stamp: Stamp { counter: self.clock, by: self.own }, target };
@@ -278,7 +282,7 @@ impl Desired {
 
 #[cfg(test)]
 impl Deployment {
-    /// A model of one layer, on `node`.
+    /// A deployment of a one-layer model on `node`.
     pub(crate) fn of_one_layer(model: &str, node: NodeId) -> Self {
         let demand = Demand {
             layer_bytes: vec![1],

@@ -1,12 +1,12 @@
-//! What the leader does: places what is asked for, mends what is broken, lets go of what nobody uses.
+//! The leader's decisions: it places requested models, repairs and rebalances deployments, and stops idle ones.
 //!
 //! ```text
-//! asks, losses, failures ─► Leader ─round(World)─► entries of the list, refusals
+//! placement requests, losses, failures ─► Leader ─round(RoundContext)─► entries of the desired list, refusals
 //! ```
 //! A state machine without I/O. Its methods:
-//! - `handle_*`: something happened;
-//! - [`Leader::round`]: everything that is to be looked after, once; effects gather in the [`RoundContext`];
-//! - [`Leader::preview`]: what a round would do, without doing it.
+//! - `handle_*`: record an event;
+//! - [`Leader::round`]: makes all decisions that are due; the effects gather in the [`RoundContext`];
+//! - [`Leader::preview`]: where a round would place a model, without placing it.
 
 mod capacity;
 mod churn;
@@ -15,9 +15,11 @@ mod repair;
 use crate::core::clique::OUTSIDE_AFTER;
 use crate::core::desired::{Deployment, Desired, DesiredEntry, MoveStrategy, Stamp, Target};
 use crate::core::members::Members;
-use crate::core::plan::{Demand, Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason};
-use crate::core::spec::{InstanceId, Model, ModelSpec};
+use crate::core::plan::{
+    Demand, Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason,
+};
 use crate::core::request::RequestError;
+use crate::core::spec::{InstanceId, Model, ModelSpec};
 use churn::Churn;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
@@ -26,56 +28,77 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Duration;
 
-/// A device that has failed an instance is not tried again for so long.
+/// How long a device that failed an instance is not tried again for it.
 const EXCLUDED_FOR: Duration = Duration::from_secs(60);
-/// Members tell what they use every second.
+/// How long members may take to report what they use, and what they release: they report every second.
 const REPORT_GRACE: Duration = Duration::from_secs(3);
-/// Who has lost most of the others at once is probably the one who was away.
+/// A node that loses most members within this time was probably disconnected itself, and repairs nothing for as long.
 const PARTITION_GRACE: Duration = Duration::from_secs(3);
-/// One that others see and we still have not met after this is no more use than one that is gone. By then it is apart from all
-/// of us, if its and our network are such that it is to be: looks, and reports of them, are a second apart each.
+/// A node that other members see counts as lost after this long without a connection to the leader. By then the clique
+/// excludes the node if the two cannot connect: clique checks, and the reports of them, run every second.
 const UNREACHABLE_GRACE: Duration = OUTSIDE_AFTER.saturating_add(Duration::from_secs(5));
-/// Two members meet within this, once one has heard where the other is.
+/// Two members connect within this time, once one of them knows the other's address.
 const CONNECT_GRACE: Duration = Duration::from_secs(3);
-/// Memory that goes is gone within this of the last that went: what holds on to it longer hangs.
+/// The longest wait for the next release of memory, after the last one: a shard that holds its memory longer hangs.
 pub const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Models that are waited for at once.
+/// The most models that wait for a placement at once.
 const REQUESTS_MAX: usize = 256;
 
-/// A model that is needed, with what a planner must know of it.
+/// A request for an instance of a model, with the facts that the planner needs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlacementRequest {
+    /// The requested spec.
     pub spec: ModelSpec,
+    /// The model that the spec resolves to.
     pub model: Model,
+    /// The memory and work that the model needs.
     pub demand: Demand,
 }
 
-/// What a round is a function of, and what it gives.
+/// The inputs and the effects of a round.
 #[derive(Debug)]
 pub struct RoundContext<'a> {
+    /// This node.
     pub own: NodeId,
-    /// Since any fixed start.
+    /// The time since any fixed start.
     pub now: Duration,
+    /// The latest report of each member.
     pub members: &'a Members,
+    /// The desired list, which a round writes.
     pub desired: &'a mut Desired,
-    /// A model that nobody has used for so long leaves; `None`: it stays.
+    /// How long an unused model stays loaded; `None`: for ever.
     pub idle: Option<Duration>,
-    /// Numbers new instances: of no meaning, and seldom the same twice.
+    /// The seed of new instances' ids: any number that seldom repeats.
     pub seed: u64,
+    /// What the round did, in order, for the other members.
     pub effects: Vec<Effect>,
 }
 
-/// What is to be told.
+/// A decision that other members must learn of.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
-    /// An entry was written. `was`: what had run until then.
-    Written { id: InstanceId, entry: DesiredEntry, was: Option<ModelSpec> },
-    /// Whoever asked does not get the model.
-    Refused { to: NodeId, spec: ModelSpec, error: RequestError },
+    /// An entry of the desired list was written.
+    Written {
+        /// The entry's instance.
+        id: InstanceId,
+        /// The new entry.
+        entry: DesiredEntry,
+        /// The spec that the instance ran until then, if it ran.
+        was: Option<ModelSpec>,
+    },
+    /// A placement request was refused.
+    Refused {
+        /// The node that requested the model.
+        to: NodeId,
+        /// The requested spec.
+        spec: ModelSpec,
+        /// Why the model cannot be placed.
+        error: RequestError,
+    },
 }
 
 impl RoundContext<'_> {
-    /// Writes an entry.
+    /// Writes an entry of the desired list.
     pub fn set(&mut self, id: InstanceId, target: Target) {
         let was = self.desired.get(id).and_then(DesiredEntry::deployment).map(|deployment| deployment.spec.clone());
         let entry = self.desired.set(id, target, self.now);
@@ -83,7 +106,7 @@ impl RoundContext<'_> {
     }
 
     fn fresh_id(&mut self) -> InstanceId {
-        // splitmix64; short enough to be read aloud.
+        // splitmix64, cut to 32 bits: an id must be short enough to read aloud.
         self.seed = self.seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = (self.seed ^ (self.seed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -91,53 +114,59 @@ impl RoundContext<'_> {
     }
 }
 
-/// A device that has failed, and when.
+/// A device that failed, and the time of the failure.
 type Excluded = ((NodeId, DeviceId), Duration);
 
-/// What the leader remembers beside what all know.
+/// The leader's own state: everything that neither the desired list nor the members' reports hold.
 #[derive(Debug, Default)]
 pub struct Leader {
-    /// In the order of their names: which goes first does not depend on who asked.
+    /// Requests and the nodes that sent them, by [`key`]: the order of placement does not depend on the senders.
     requests: BTreeMap<String, (PlacementRequest, BTreeSet<NodeId>)>,
-    /// Devices that have failed an instance, since when.
+    /// Devices that failed an instance, and when.
     excluded: BTreeMap<InstanceId, Vec<Excluded>>,
+    /// When each instance was last used.
     used: BTreeMap<InstanceId, Duration>,
-    /// When those were placed that nobody has been seen to use yet.
+    /// Placement times of instances that no member has reported to use yet.
     fresh: BTreeMap<InstanceId, Duration>,
-    /// Nothing is mended before.
+    /// No instance is repaired before this time.
     until: Option<Duration>,
-    /// When members were lost, of late.
+    /// When members were lost, within [`PARTITION_GRACE`].
     losses: Vec<Duration>,
+    /// The members at the last round.
     members: Vec<NodeId>,
-    /// Whether members have just come or gone: others may follow.
+    /// Recent joins and losses of members: others may follow.
     churn: Churn,
-    /// Nodes with shards that are not here, since when.
+    /// Nodes that have shards and are no members, and since when.
     absent: BTreeMap<NodeId, Duration>,
-    /// Those of them that were.
+    /// Nodes among `absent` that were members.
     lost: BTreeSet<NodeId>,
     releasing: PendingRelease,
-    /// Since when the members are the same, or when it was last looked for better places.
+    /// When the members last changed, or better placements were last searched for.
     settled: Option<Duration>,
 }
 
-/// A device has failed an instance for good, as the instance's owner says.
+/// A report of an instance's owner that a shard cannot run on its device any more.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BrokenShard {
+    /// The shard's instance.
     pub instance: InstanceId,
-    /// Of the placement that the device has its place in.
+    /// The stamp of the placement that the shard belongs to.
     pub stamp: Stamp,
+    /// The shard's node.
     pub node: NodeId,
+    /// The shard's device.
     pub device: DeviceId,
     /// Whether that placement has ever served.
     pub has_run: bool,
+    /// Why the shard cannot run.
     pub error: RequestError,
 }
 
-/// Memory that members still hold, and are letting go of.
+/// Memory that stopped shards of all members have yet to release.
 #[derive(Debug, Default)]
 struct PendingRelease {
     bytes: u64,
-    /// When it last changed, or something was made to leave.
+    /// When `bytes` last changed, or a model was last stopped to free memory.
     changed: Option<Duration>,
 }
 
@@ -149,47 +178,48 @@ impl PendingRelease {
         }
     }
 
-    /// Whether it is worth waiting for. What has left is seen when its machine has been measured again.
+    /// Whether free memory is about to grow. Released memory shows only when the machine is measured again.
     fn is_coming(&self, now: Duration) -> bool {
         let within = if self.bytes > 0 { RELEASE_TIMEOUT } else { REPORT_GRACE };
         self.changed.is_some_and(|changed| now.saturating_sub(changed) < within)
     }
 }
 
-/// Specs in an order of their own.
+/// The sort key of a spec.
 fn key(spec: &ModelSpec) -> String {
     format!("{spec:?}")
 }
 
 impl Leader {
-    /// Somebody needs a model.
+    /// Records that the node `from` needs a model.
     pub fn handle_request(&mut self, from: NodeId, ask: PlacementRequest) {
         let key = key(&ask.spec);
         if self.requests.len() >= REQUESTS_MAX && !self.requests.contains_key(&key) {
-            // Whoever waits asks again.
+            // A node that waits for a model repeats its request.
             return;
         }
         let known = self.requests.entry(key).or_insert_with(|| (ask, BTreeSet::new()));
         known.1.insert(from);
     }
 
-    /// A request of this node uses an instance. What others use is seen in their reports.
+    /// Records that a request of this node uses an instance. Use by other nodes shows in their reports.
     pub fn handle_use(&mut self, id: InstanceId, now: Duration) {
         self.used.insert(id, now);
         self.fresh.remove(&id);
     }
 
-    /// A member is here, and may have others to tell of.
+    /// Records that a member joined. It may know nodes that join next.
     pub fn handle_joined(&mut self, now: Duration) {
         self.churn.note(now);
     }
 
-    /// This node was away: who it misses is probably not gone.
+    /// Delays repairs, because this node was suspended or disconnected: the nodes that it misses are probably not lost.
     pub fn handle_suspended(&mut self, now: Duration) {
         self.until = Some(now + PARTITION_GRACE);
     }
 
-    /// A member is gone, and `left` are here, this one included. What its devices failed at counts no more when it returns.
+    /// Records that a member was lost and `left` members remain, this one included. Failures of the lost member's
+    /// devices no longer count when it returns.
     pub fn handle_lost(&mut self, gone: NodeId, now: Duration, left: usize) {
         for excluded in self.excluded.values_mut() {
             excluded.retain(|((node, _), _)| *node != gone);
@@ -203,14 +233,14 @@ impl Leader {
         }
     }
 
-    /// An instance has other places: what failed long ago may be tried again.
+    /// Records that an entry of an instance arrived: devices that failed the instance long ago may be tried again.
     pub fn handle_placed(&mut self, id: InstanceId, now: Duration) {
         if let Some(excluded) = self.excluded.get_mut(&id) {
             excluded.retain(|(_, since)| now.saturating_sub(*since) < EXCLUDED_FOR);
         }
     }
 
-    /// One round of everything that the leader looks after.
+    /// Makes all decisions that are due, once.
     pub fn round(&mut self, round: &mut RoundContext<'_>) {
         self.note_members(round);
         self.releasing.note(round);
@@ -238,8 +268,8 @@ impl Leader {
         }
     }
 
-    /// Whether a node is no member any more. One that others see is about to be met; so may be one that has never been here,
-    /// for what runs is heard of before all others are met.
+    /// Whether a node is lost. A node that other members see is about to connect. So may be a node that was never a
+    /// member, since the desired list can arrive before all other members connect.
     fn is_gone(&self, round: &RoundContext<'_>, node: NodeId) -> bool {
         let waited = self.absent.get(&node).map_or(Duration::ZERO, |&since| round.now.saturating_sub(since));
         let is_near = waited < UNREACHABLE_GRACE && round.members.is_seen(node);
@@ -247,7 +277,7 @@ impl Leader {
         !is_near && !is_new && !round.members.0.contains_key(&node)
     }
 
-    /// Two parts of a cluster that meet again may both run a model: the later one stays.
+    /// Stops the earlier instances of a spec: two parts of a cluster that reconnect may each run one.
     fn stop_duplicates(&self, round: &mut RoundContext<'_>) {
         let desired = &*round.desired;
         let is_earlier = |(id, _, deployment): &(InstanceId, Stamp, &Deployment)| {
@@ -275,8 +305,8 @@ impl Leader {
                     tracing::info!(instance = %id, model = deployment.model.name, why = deployment.reason, "placed a model");
                     round.set(id, Target::Run(Box::new(deployment)));
                 }
-                // When others have left, it is tried again.
-                // Whoever is named may be about to come, or to come back.
+                // The next round tries again: a named node or device may be about to connect, and memory to become
+                // free.
                 Err(RequestError::Plan(PlanError::NoSuchNode { .. }) | RequestError::NoDevice { .. })
                     if self.churn.is_recent(round.now) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { .. }))
@@ -316,7 +346,7 @@ impl Leader {
         }
     }
 
-    /// What would become of a model that was asked for now, by each policy.
+    /// The outcome of a placement request now, under each policy.
     pub fn preview(&self, round: &RoundContext<'_>, ask: &PlacementRequest) -> Vec<Preview> {
         let links = round.members.links();
         let of = |policy| {
@@ -332,7 +362,7 @@ impl Leader {
         policies.map(|policy| of(policy).unwrap_or_else(|error| refused(policy, error))).to_vec()
     }
 
-    /// Nobody gets the model; whoever asked is told.
+    /// Refuses a request to all nodes that sent it.
     fn refuse(&mut self, round: &mut RoundContext<'_>, key: &str, error: &RequestError) {
         let Some((ask, by)) = self.requests.remove(key) else { return };
         for to in by {
@@ -340,8 +370,8 @@ impl Leader {
         }
     }
 
-    /// Whether a model is made to leave: the one of those that nobody uses that was used longest ago. None does where
-    /// all of them together would not make room enough. Memory of the instance `own`, which the room is for, is free.
+    /// Stops the idle model that was used longest ago, unless the memory of all idle models together would not suffice.
+    /// Returns whether it stopped one. Memory of the instance `own`, which needs the space, counts as free.
     fn unload_for(
         &mut self,
         round: &mut RoundContext<'_>,
@@ -350,7 +380,7 @@ impl Leader {
         own: Option<InstanceId>,
     ) -> bool {
         let used = |id: &InstanceId| self.used.get(id).copied();
-        // Whoever asked for it has not yet told that it uses it.
+        // The node that requested a new instance has not reported yet that it uses the instance.
         let placed = |id: &InstanceId| self.fresh.get(id).copied();
         let is_new = |id: &InstanceId| placed(id).is_some_and(|placed| round.now.saturating_sub(placed) < REPORT_GRACE);
         let running = round.desired.running().map(|(id, ..)| id);
@@ -362,7 +392,7 @@ impl Leader {
         let fits =
             shards.and_then(|shards| place(&ask.demand, &offers, &round.members.links(), &shards, ask.spec.policy));
         let Some(id) = idle.into_iter().min_by_key(used).filter(|_| fits.is_ok()) else { return false };
-        tracing::info!(instance = %id, "unloading a model: another one needs its room");
+        tracing::info!(instance = %id, "unloading an idle model: another model needs its memory");
         self.releasing.changed = Some(round.now);
         round.set(id, Target::Stopped { error: None });
         true
@@ -386,7 +416,7 @@ impl Leader {
             }
         }
         for id in over {
-            tracing::info!(instance = %id, "unloading a model: nobody uses it");
+            tracing::info!(instance = %id, "unloading a model: no request has used it for too long");
             round.set(id, Target::Stopped { error: None });
         }
     }

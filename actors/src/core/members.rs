@@ -1,4 +1,4 @@
-//! What each member reports of itself, and what the planner derives from the reports.
+//! Each member's report, and what the planner derives from all reports.
 
 use crate::core::desired::Stamp;
 use crate::core::plan::{Link, Links, Offer};
@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-/// Memory that is left to everything else on a machine.
+/// Memory of a machine that no shard may take, for all other programs.
 const RESERVE_BYTES: u64 = 512 << 20;
-/// A processor's guess until one is measured: what a desktop's memory delivers in a second.
+/// The assumed speed of a CPU until a device is measured: what a desktop's memory delivers per second.
 const SPEED_GUESS_BYTES_PER_S: f64 = 2e10;
-/// Devices, instances and links of one member: more are not believed.
+/// The most items of each list of a report, and bytes of its name: a larger report is ignored.
 pub(super) const LISTED_MAX: usize = 256;
 
 /// Two nodes, the lower id first.
@@ -25,61 +25,65 @@ pub(super) fn pair(one: NodeId, other: NodeId) -> Pair {
     (one.min(other), one.max(other))
 }
 
-/// A device, as the planner sees it.
+/// A device, as its node reports it to the planner.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeviceOffer {
+    /// The device's description.
     pub report: DeviceReport,
-    /// Work, in bytes, that it goes through in a second of decoding; `None`: it has not been measured.
+    /// Bytes of work that the device computes per second of decoding; `None`: not measured yet.
     pub bytes_per_s: Option<f64>,
 }
 
-/// An instance that a member has the head of.
+/// A member's report of an instance whose head it runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct OwnedInstance {
+    /// The stamp of the placement that the head runs.
     pub stamp: Stamp,
-    /// Whether requests can be sent to it.
+    /// Whether the head accepts requests.
     pub is_ready: bool,
-    /// Whether requests of anyone are on their way in it.
+    /// Whether the head has requests, of any node.
     pub is_in_use: bool,
+    /// The status of the instance, for users.
     pub state: Option<InstanceStatus>,
 }
 
-/// What a member tells of itself, every second and when it changes.
+/// A member's report of itself, sent every second and on changes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MemberReport {
-    /// As its user calls it.
+    /// The member's name, as its user chose it.
     pub name: String,
-    /// Where it can be reached.
+    /// The addresses at which the member can be reached.
     pub addresses: Vec<SocketAddr>,
-    /// Best first.
+    /// The member's devices, best first.
     pub devices: Vec<DeviceOffer>,
+    /// The latest measurement of the member's machine.
     pub machine: Machine,
-    /// Memory of all models together, where its user bounds it.
+    /// The user's limit on the memory of all models together; `None`: no limit.
     pub memory_limit_bytes: Option<u64>,
-    /// Memory of shards that are stopping and have not released it yet.
+    /// Memory that stopped instances and earlier placements have not released yet.
     #[serde(rename = "leaving_bytes")]
     pub releasing_bytes: u64,
-    /// Its user takes it out: nothing new is put on it.
+    /// Whether the member drains: no new shard is placed on it.
     pub is_draining: bool,
-    /// Those that it has the head of.
+    /// Instances whose head the member runs.
     pub owned: BTreeMap<InstanceId, OwnedInstance>,
-    /// Those that are used through it.
+    /// Instances that requests of the member use.
     pub in_use: Vec<InstanceId>,
-    /// Of its list: see [`Desired::digest`](super::desired::Desired::digest).
+    /// The digest of the member's desired list: see [`Desired::digest`](super::desired::Desired::digest).
     pub list: u64,
-    /// How it sees the others.
+    /// The member's links to the peers that it sees.
     pub links: BTreeMap<NodeId, Link>,
-    /// Where it sees them.
+    /// The addresses at which the member sees its peers.
     pub peers: Vec<SocketAddr>,
-    /// Peers that it excludes from its clique: see [`Clique`](super::clique::Clique).
+    /// Peers that the member excludes from its clique: see [`Clique`](super::clique::Clique).
     #[serde(rename = "apart")]
     pub outside: Vec<NodeId>,
-    /// Pairs that cannot connect, as far as it sees.
+    /// Pairs that cannot connect, as far as the member knows.
     pub cuts: Vec<Pair>,
 }
 
 impl MemberReport {
-    /// Whether a member could have said that.
+    /// Whether the report's sizes, speeds and times are possible.
     pub fn is_plausible(&self) -> bool {
         let counts = [
             self.devices.len(),
@@ -100,9 +104,9 @@ impl MemberReport {
         speeds && links && counts.iter().all(|&count| count <= LISTED_MAX) && self.name.len() <= LISTED_MAX
     }
 
-    /// What its devices can still take, where `promised_bytes` of its memory are promised, and `freed_bytes` of what is
-    /// used now would be free. A device that was not measured is taken for as fast as `guess`. All share the machine's
-    /// memory as long as all are processors.
+    /// The member's offers of `device` alone, or of all devices of its best engine. `promised_bytes` of its memory are
+    /// promised to shards; `freed_bytes` of the memory in use count as free. A device that was not measured counts as
+    /// `guess` bytes per second fast. Each offer has all free memory of the machine, which its CPU devices share.
     pub fn offers(
         &self,
         node: NodeId,
@@ -114,7 +118,7 @@ impl MemberReport {
         let promised = promised_bytes.saturating_add(self.releasing_bytes);
         let free = self.machine.memory_free_bytes.unwrap_or(u64::MAX).saturating_add(freed_bytes);
         let total = self.machine.memory_total_bytes.unwrap_or(u64::MAX);
-        // What has been promised counts even where it has not been touched yet.
+        // Promised memory counts as used before a shard touches it.
         let free_bytes = free.min(total.saturating_sub(promised)).saturating_sub(RESERVE_BYTES);
         let limit = self.memory_limit_bytes.unwrap_or(u64::MAX);
         let free_bytes = free_bytes.min(limit.saturating_sub(promised));
@@ -133,26 +137,26 @@ impl MemberReport {
     }
 }
 
-/// The members that are here, this one included.
+/// The latest report of each connected member, this one included.
 #[derive(Debug, Clone, Default)]
 pub struct Members(pub BTreeMap<NodeId, MemberReport>);
 
 impl Members {
-    /// Who plans: of those that stay, the one with the lowest id.
+    /// The member that plans: the lowest id among members that do not drain, or among all if all drain.
     pub fn leader(&self) -> Option<NodeId> {
         let stays = self.0.iter().find(|(_, report)| !report.is_draining);
         stays.or_else(|| self.0.iter().next()).map(|(&id, _)| id)
     }
 
-    /// Whether someone who is here sees `node`, and does not take it for apart: it is not gone, though it and we may not
-    /// have met yet.
+    /// Whether `node` is a member, or a member sees it and does not exclude it: then it is not lost, although this node
+    /// may not be connected to it yet.
     pub fn is_seen(&self, node: NodeId) -> bool {
         let sees = |report: &MemberReport| report.links.contains_key(&node) && !report.outside.contains(&node);
         self.0.contains_key(&node) || self.0.values().any(sees)
     }
 
-    /// The member that someone calls `name`: by its name, or its id or the beginning of it. `None` where none or
-    /// several are called so.
+    /// The member whose name is `name`, or whose id begins with `name`, of at least 4 characters. `None` if no member
+    /// or several match.
     pub fn find_by_name(&self, name: &str) -> Option<NodeId> {
         let is_called = |(id, report): &(&NodeId, &MemberReport)| {
             report.name == name || name.len() >= 4 && id.to_string().starts_with(name)
@@ -161,7 +165,7 @@ impl Members {
         found.next().filter(|_| found.next().is_none())
     }
 
-    /// The ways between all pairs.
+    /// The links of all members.
     pub fn links(&self) -> Links {
         let of_one = |(&from, report): (&NodeId, &MemberReport)| {
             report.links.iter().map(move |(&to, &link)| ((from, to), link)).collect::<Vec<_>>()
@@ -169,7 +173,7 @@ impl Members {
         Links(self.0.iter().flat_map(of_one).collect())
     }
 
-    /// Whether anyone uses an instance.
+    /// Whether any member reports requests in an instance.
     pub fn is_in_use(&self, id: InstanceId) -> bool {
         let uses = |report: &MemberReport| {
             report.in_use.contains(&id) || report.owned.get(&id).is_some_and(|owned| owned.is_in_use)
@@ -180,7 +184,7 @@ impl Members {
 
 #[cfg(test)]
 impl MemberReport {
-    /// A member with one processor, and nothing on it.
+    /// The report of a member with one CPU and no shards.
     pub(crate) fn of_cpu(memory_bytes: u64, bytes_per_s: f64) -> Self {
         let report = DeviceReport {
             id: DeviceId("cpu".to_owned()),
@@ -224,23 +228,23 @@ mod tests {
     }
 
     #[test]
-    fn the_lowest_id_that_stays_leads() {
+    fn the_lowest_id_that_does_not_drain_leads() {
         let mut members = members(&["a", "b", "c"]);
         let ids: Vec<NodeId> = members.0.keys().copied().collect();
         assert_eq!(members.leader(), Some(ids[0]));
         for (index, id) in ids.iter().enumerate() {
-            members.0.get_mut(id).expect("there").is_draining = true;
+            members.0.get_mut(id).expect("a member").is_draining = true;
             let next = ids.get(index + 1).unwrap_or(&ids[0]);
             assert_eq!(members.leader(), Some(*next));
         }
     }
 
     #[test]
-    fn a_name_that_two_have_names_nobody() {
+    fn a_name_of_two_members_finds_neither() {
         let members = members(&["laptop", "desktop", "desktop"]);
         assert!(members.find_by_name("laptop").is_some());
         assert_eq!(members.find_by_name("desktop"), None);
-        let id = *members.0.keys().next().expect("there");
+        let id = *members.0.keys().next().expect("a member");
         assert_eq!(members.find_by_name(&id.to_string()[..20]), Some(id));
     }
 }

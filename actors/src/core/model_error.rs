@@ -46,7 +46,9 @@ impl ModelError {
                 "check the connection to the hub, or put the files into a models folder"
             }
             Self::Forbidden { .. } => "accept the model's licence on the hub, and give the account's token",
-            Self::NotOnHub { .. } => "look the repository and the file up on the hub; a private one needs the account's token",
+            Self::NotOnHub { .. } => {
+                "look the repository and the file up on the hub; a private one needs the account's token"
+            }
             Self::OtherFiles { .. } => "give one of the two another name, or ask for it by its path",
             Self::WrongHash { .. } => "the download was thrown away: try again, or take another source",
             Self::Disk { .. } => "free space on the disk, or choose another models folder",

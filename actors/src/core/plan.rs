@@ -72,15 +72,23 @@ pub enum Policy {
     FewestNodes,
 }
 
-impl std::str::FromStr for Policy {
-    type Err = String;
+/// The error of a text that names no policy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{name}` is not one of latency, throughput, fewest-nodes")]
+pub struct UnknownPolicy {
+    /// The text.
+    pub name: String,
+}
 
-    fn from_str(text: &str) -> Result<Self, String> {
+impl std::str::FromStr for Policy {
+    type Err = UnknownPolicy;
+
+    fn from_str(text: &str) -> Result<Self, UnknownPolicy> {
         match text {
             "latency" => Ok(Self::Latency),
             "throughput" => Ok(Self::Throughput),
             "fewest-nodes" => Ok(Self::FewestNodes),
-            other => Err(format!("`{other}`: one of latency, throughput, fewest-nodes")),
+            other => Err(UnknownPolicy { name: other.to_owned() }),
         }
     }
 }
@@ -89,11 +97,19 @@ impl std::str::FromStr for Policy {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Split(pub Vec<(String, Range<usize>)>);
 
+/// The error of a text that is not a split.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is not of the form NODE:FIRST-LAST,NODE:FIRST-LAST")]
+pub struct SplitError {
+    /// The text.
+    pub text: String,
+}
+
 /// `laptop:0-11,desktop:12-29`: names or ids of nodes, first and last layer.
 impl std::str::FromStr for Split {
-    type Err = String;
+    type Err = SplitError;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, SplitError> {
         let part = |part: &str| {
             let (node, layers) = part.rsplit_once(':')?;
             let (first, last) = layers.split_once('-').unwrap_or((layers, layers));
@@ -102,7 +118,7 @@ impl std::str::FromStr for Split {
             is_range.then(|| (node.to_owned(), first..last + 1))
         };
         let parts: Option<Vec<_>> = text.split(',').map(|text| part(text.trim())).collect();
-        parts.map(Self).ok_or_else(|| format!("`{text}`: not NODE:FIRST-LAST,NODE:FIRST-LAST"))
+        parts.map(Self).ok_or_else(|| SplitError { text: text.to_owned() })
     }
 }
 

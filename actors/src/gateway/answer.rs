@@ -1,4 +1,4 @@
-//! One answer: tokens become text for the client, and a journal that another head can continue from.
+//! One answer: turns tokens into text for the client, and keeps a journal from which another head can continue.
 
 use super::Events;
 use crate::core::request::Generated;
@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 /// The tag that opens a reasoning model's thoughts.
 const THINK_TAG: &str = "<think>";
-/// Tokens at a prompt's end that can hold the tag and the blanks behind it.
+/// Tokens at a prompt's end that are searched: enough for the tag and the blanks behind it.
 const THINK_TAG_TOKENS: usize = 8;
 
-/// Whether a client's stream takes more events.
+/// Whether a client's stream accepts more events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StreamState {
     Open,
@@ -26,9 +26,9 @@ pub(super) struct Answer {
     utf8: Utf8Stream,
     stop: StopStream,
     prompt: Vec<u32>,
-    /// All tokens that the client has been given.
+    /// All tokens that were sent to the client.
     journal: Vec<u32>,
-    /// Tokens that the first head found in its prefix cache. Later heads' numbers are not the client's concern.
+    /// Tokens that the first head found in its prefix cache. The counts of later heads are ignored.
     cached_tokens: Option<usize>,
     is_started: bool,
     events: Events,
@@ -48,7 +48,7 @@ impl Answer {
         }
     }
 
-    /// The tokens that the client has been given.
+    /// The tokens that were sent to the client.
     pub(super) fn journal(&self) -> &[u32] {
         &self.journal
     }
@@ -79,12 +79,12 @@ impl Answer {
                 };
                 self.finish(reason, text)
             }
-            // The request's task handles failures.
+            // The task of the request handles failures.
             HeadEvent::Failed(_) => StreamState::Closed,
         }
     }
 
-    /// Whether the prompt ends with an opened thought, as some chat templates end it.
+    /// Whether the prompt ends with the tag that opens a thought, as some chat templates do.
     fn opens_thought(&self) -> bool {
         let last = &self.prompt[self.prompt.len().saturating_sub(THINK_TAG_TOKENS)..];
         let bytes: Vec<u8> = last.iter().flat_map(|&id| self.tokenizer.bytes(id)).copied().collect();
@@ -110,7 +110,8 @@ impl Answer {
         StreamState::Closed
     }
 
-    /// Sends an event. The channel has capacity for all events of a request; it is closed where the client has gone.
+    /// Sends an event. The channel has capacity for all events of a request, and closes when the client drops the
+    /// stream.
     fn send(&mut self, event: Generated) -> StreamState {
         match self.events.try_send(Ok(event)) {
             Ok(()) => StreamState::Open,

@@ -1,4 +1,4 @@
-//! The stream of an answer, as the caller holds it.
+//! The stream of an answer, for the caller.
 
 use crate::core::request::{Generated, RequestError};
 use futures_core::Stream;
@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use tokio::sync::mpsc;
 use tokio_util::sync::DropGuard;
 
-/// An answer on its way. Dropping it cancels the request within one step.
+/// The stream of an answer's events. Dropping it cancels the request within one step.
 #[derive(Debug)]
 pub struct Generation {
     events: mpsc::Receiver<Result<Generated, RequestError>>,
@@ -20,7 +20,7 @@ impl Generation {
         Self { events, is_over: false, _cancel: cancel }
     }
 
-    /// The next event; `None` behind the last one, which is [`Generated::Finished`] or an error.
+    /// The next event; `None` after the last one, which is [`Generated::Finished`] or an error.
     pub async fn next(&mut self) -> Option<Result<Generated, RequestError>> {
         std::future::poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
     }

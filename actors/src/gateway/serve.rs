@@ -12,9 +12,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
-/// The planner replies from memory.
+/// The time limit for the planner to find a head, which it does from memory.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// Tokens of a peer's answer: as many as any model's context.
+/// The most tokens of a peer's answer for which a channel has capacity: the context of the largest models.
 const TOKENS_MAX: u32 = 1 << 20;
 
 /// Another node's request for a head of this node.
@@ -26,7 +26,7 @@ pub(crate) struct RemoteRequest {
 }
 
 impl GatewayHandle {
-    /// Serves a request in a task of its own.
+    /// Serves another node's request in a task of its own.
     pub(super) fn serve(&self, request: RemoteRequest, mut stream: DataStream) {
         let permit = Arc::clone(&self.permits).try_acquire_owned();
         let gateway = self.clone();
@@ -63,13 +63,13 @@ impl GatewayHandle {
         if head.send_message(HeadMsg::Submit(Submission { seq, request: *request, events, lease })).is_err() {
             return fail(stream, RequestError::Moved).await;
         }
-        // The peer keeps its half of the stream open; its end means that the peer needs no more.
+        // The peer keeps its half of the stream open until it needs no more events.
         let (writer, reader) = (&mut stream.writer, &mut stream.reader);
         let closed = reader.receive::<()>(|(), _| Err("a frame behind the request".to_owned()));
         let sending = async {
             loop {
                 let event = match receiver.recv().await {
-                    // A head that ends without an event has been replaced, or will be.
+                    // A head that ends without a last event is replaced by another one.
                     None => HeadEvent::Failed(RequestError::Moved),
                     // The peer's clique may have the memory that this one lacks.
                     Some(HeadEvent::Failed(_)) if !self.router.is_reachable(from) => {
@@ -88,7 +88,7 @@ impl GatewayHandle {
             sent = sending => sent,
             _ = closed => Ok(()),
         };
-        // A head that has ended the request knows it no longer.
+        // The head may have stopped, or have ended the request.
         let _ = head.send_message(HeadMsg::Cancel(seq));
         sent
     }

@@ -1,4 +1,4 @@
-//! The placements of an instance and their incarnations: orders to stages, events of stages, and what follows from them.
+//! The placements of an instance and their incarnations: orders to stages, and reactions to their events.
 
 use super::{HeadMsg, HeadRef, HeadReport, HeadState, StageUpdate};
 use crate::core::desired::{Deployment, MoveStrategy, Stamp};
@@ -12,19 +12,19 @@ use exo_net::NodeId;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often shards of earlier placements are ordered to stop: they hold memory and serve nobody.
+/// How often shards of earlier placements are ordered to stop, because they hold memory and serve no request.
 const CLEAR_EVERY: Duration = Duration::from_secs(5);
 
 impl HeadState {
-    /// Orders nodes to load shards.
+    /// Orders the nodes of `tasks` to load their shards.
     pub(super) fn order(&self, tasks: Vec<(NodeId, StageTask)>) {
         for (node, task) in tasks {
             self.args.router.tell(node, ControlMessage::Stage(StageOrder::Start(Box::new(task))));
         }
     }
 
-    /// Repeats to a node that has joined what it may not have received: shards to load, and shards of earlier placements to
-    /// stop. A shard that is loaded already stays as it is.
+    /// Repeats the orders that a newly joined node may not have received: to stop shards of earlier placements, and to
+    /// load shards. A shard that is already loaded stays loaded.
     pub(super) fn order_again(&self, joined: NodeId) {
         if self.pipeline.is_running() {
             let clear = StageOrder::Clear { instance: self.args.id, below: self.pipeline.stamp() };
@@ -49,7 +49,7 @@ impl HeadState {
             if self.incoming.as_ref().is_some_and(Pipeline::is_loaded) {
                 return self.switch(myself);
             }
-            // A shard that both placements have reports with the later stamp, and serves the earlier placement.
+            // A shard in both placements reports with the later stamp, and still serves the earlier placement.
             if !is_shared {
                 return;
             }
@@ -73,7 +73,7 @@ impl HeadState {
         }
     }
 
-    /// Acts on an event of the serving placement.
+    /// Acts on an event of the current placement.
     fn on_pipeline_event(&mut self, myself: &HeadRef, event: PipelineEvent) {
         match event {
             PipelineEvent::Nothing => {}
@@ -89,7 +89,7 @@ impl HeadState {
                 self.report_broken(self.pipeline.stamp(), stage, error);
             }
             PipelineEvent::Cut(stage, what, wait) => {
-                tracing::warn!(instance = %self.args.id, stage, what, "a link between shards broke: connecting again");
+                tracing::warn!(instance = %self.args.id, stage, what, "the pipeline broke: connecting shards again");
                 self.pause(stage, &what);
                 myself.send_after(wait, || HeadMsg::Rewire);
             }
@@ -102,13 +102,13 @@ impl HeadState {
         }
         if let Some(stage) = self.pipeline.on_node_lost(node) {
             let what = format!("node {} is lost", node.short());
-            tracing::warn!(instance = %self.args.id, stage, what, "requests wait for other devices for its shards");
+            tracing::warn!(instance = %self.args.id, stage, what, "requests wait for devices for the lost shards");
             self.pause(stage, &what);
             self.report_all_lost();
         }
     }
 
-    /// The pipeline does not work: everything in flight is void.
+    /// Makes requests wait because a stage does not work. The steps in flight are void.
     fn pause(&mut self, stage: usize, error: &str) {
         self.args.link_registry.remove(self.args.id, LinkEnd::Head, Some(self.pipeline.incarnation()));
         self.scheduler.handle_pipeline_lost();
@@ -146,7 +146,8 @@ impl HeadState {
         }
     }
 
-    /// Orders the shards of placements below `stamp` to stop. A placement that still loads has a later stamp.
+    /// Orders all nodes to stop the instance's shards with stamps below `stamp`. A placement that still loads has a
+    /// later stamp.
     pub(super) fn clear_below(&mut self, stamp: Stamp) {
         self.cleared = self.now();
         let clear = StageOrder::Clear { instance: self.args.id, below: stamp };
@@ -154,7 +155,7 @@ impl HeadState {
         self.args.router.tell_others(&ControlMessage::Stage(clear));
     }
 
-    /// The incoming placement takes over.
+    /// Replaces the current placement by the incoming one.
     fn switch(&mut self, myself: &HeadRef) {
         let Some(incoming) = self.incoming.take() else { return };
         self.pipeline = incoming;
@@ -176,7 +177,7 @@ impl HeadState {
         let incarnation = self.pipeline.next_incarnation(own, self.now());
         let head = myself.clone();
         let target = LinkTarget::Head(Arc::new(move |result| {
-            // A head that has ended takes no results.
+            // Sending fails only if the head has ended; it needs no results then.
             let _ = head.send_message(HeadMsg::StepDone(result));
         }));
         let stages = &self.pipeline.deployment().placement.stages;
@@ -209,7 +210,8 @@ impl HeadState {
         self.clear_below(stamp);
     }
 
-    /// Reports the stages of the incoming placement that cannot load, until another placement comes.
+    /// Reports the stages of the incoming placement that cannot load. Each check repeats the report, until another
+    /// placement arrives.
     fn watch_incoming(&mut self, now: Duration) {
         let router = self.args.router.clone();
         let Some(incoming) = &mut self.incoming else { return };
@@ -222,7 +224,7 @@ impl HeadState {
         }
     }
 
-    /// Repeats orders and reports that had no effect yet.
+    /// Checks the placements. Repeats orders and reports that had no effect, and gives up stages without progress.
     pub(super) fn watch(&mut self, myself: &HeadRef) {
         let now = self.now();
         let pipelines = [Some(&mut self.pipeline), self.incoming.as_mut()].into_iter().flatten();
@@ -234,7 +236,7 @@ impl HeadState {
         }
         let may_clear = self.pipeline.is_running() || self.pipeline.deployment().strategy == MoveStrategy::InPlace;
         if may_clear && now.saturating_sub(self.cleared) >= CLEAR_EVERY {
-            // A node that was disconnected or outside the clique at the last order has kept its shards.
+            // A node that was disconnected or outside the clique at the last order may still host its shards.
             self.clear_below(self.pipeline.stamp());
         }
         self.watch_incoming(now);
@@ -243,7 +245,7 @@ impl HeadState {
         }
         let router = self.args.router.clone();
         if !self.pipeline.lost().is_empty() {
-            // Once another placement is decided, the leader ignores reports about this one.
+            // The leader ignores reports about a placement after it has decided the next one.
             self.switch(myself);
         }
         for node in self.pipeline.unreachable(now, |node| router.is_reachable(node)) {
@@ -251,17 +253,17 @@ impl HeadState {
         }
         self.report_all_lost();
         if let Some(stage) = self.pipeline.overdue(self.now()) {
-            let event = self.pipeline.cut(stage, "a stage did not answer in time".to_owned(), self.now());
+            let event = self.pipeline.cut(stage, "the stage did not connect in time".to_owned(), self.now());
             self.on_pipeline_event(myself, event);
         }
     }
 
-    /// A step that does not come back was lost on a link: a shard that hangs reports that itself, and sooner.
+    /// Checks for a step without a result. Such a step was lost on a link, because a hung shard is reported sooner.
     fn watch_steps(&mut self, myself: &HeadRef, now: Duration) {
         let silence = self.watchdog.check(self.progress, now);
         let stages = self.pipeline.deployment().placement.stages.len();
         let per_stage = self.args.hang_timeouts.for_step(self.scheduler.rows_in_flight_max());
-        // One more, for the links between them.
+        // One more, for the links between the stages.
         let timeout = per_stage.saturating_mul(u32::try_from(stages + 1).unwrap_or(u32::MAX));
         if self.scheduler.steps_in_flight() == 0 || silence <= timeout {
             return;
@@ -269,7 +271,7 @@ impl HeadState {
         if self.incoming.is_some() {
             return self.switch(myself);
         }
-        let what = format!("no step came back for {} s", silence.as_secs());
+        let what = format!("the pipeline returned no step for {} s", silence.as_secs());
         let event = self.pipeline.stall(what, now);
         self.on_pipeline_event(myself, event);
     }

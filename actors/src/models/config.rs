@@ -1,22 +1,24 @@
-//! Where models come from and go to, and who hears of it.
+//! The settings for finding and fetching models, and the progress of fetches.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Where models are, and how others are fetched.
+/// The models folders of this node, and the settings for fetching other models.
 #[derive(Clone)]
 pub struct ModelsConfig {
-    /// Looked through in order; downloads go to the first.
+    /// The models folders, searched in order. Downloads go to the first.
     pub folders: Vec<PathBuf>,
-    /// The hub's address; `None`: the hub's own.
+    /// The hub's address; `None`: the public hub.
     pub hub_endpoint: Option<String>,
+    /// The access token of the user's hub account.
     pub hub_token: Option<String>,
-    /// The hub client's cache.
+    /// The folder of the hub client's cache.
     pub hub_cache: PathBuf,
-    /// Fetch nothing.
+    /// Whether downloads from the models' sources are forbidden.
     pub is_offline: bool,
-    /// The Python to call pip with.
+    /// The command of the Python interpreter that runs pip.
     pub python: String,
+    /// Receives the progress of fetches.
     pub progress: ProgressSink,
 }
 
@@ -26,27 +28,47 @@ impl std::fmt::Debug for ModelsConfig {
     }
 }
 
-/// Hears how fetching goes. Called from any thread; must not block.
+/// A callback that receives the progress of fetches. It is called from any thread, and must not block.
 pub type ProgressSink = Arc<dyn Fn(Progress) + Send + Sync>;
 
-/// How fetching goes.
+/// The progress of a fetch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Progress {
-    /// A source is tried.
-    Trying { model: String, source: String },
-    /// A source failed; the next one is tried.
-    Failed { source: String, reason: String },
-    /// Bytes fetched so far; the total where it is known.
-    Fetching { fetched_bytes: u64, total_bytes: Option<u64> },
-    /// The SHA-256 is computed.
+    /// The fetch tries a source.
+    Trying {
+        /// The model's name.
+        model: String,
+        /// The source's name.
+        source: String,
+    },
+    /// A source failed; the fetch tries the next one.
+    Failed {
+        /// The source's name.
+        source: String,
+        /// The error of the source.
+        reason: String,
+    },
+    /// Bytes have arrived.
+    Fetching {
+        /// Bytes fetched so far.
+        fetched_bytes: u64,
+        /// Bytes to fetch in all, if known.
+        total_bytes: Option<u64>,
+    },
+    /// The SHA-256 is being computed.
     Verifying,
-    /// The model is there.
-    Fetched { path: PathBuf, source: String },
+    /// The model is on this machine.
+    Fetched {
+        /// The model's file or folder.
+        path: PathBuf,
+        /// The source's name.
+        source: String,
+    },
 }
 
 #[cfg(test)]
 impl ModelsConfig {
-    /// One models folder, and no source.
+    /// Returns settings with one models folder, and without sources.
     pub(crate) fn of_folder(models: &std::path::Path) -> Self {
         Self {
             folders: vec![models.to_owned()],

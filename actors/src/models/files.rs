@@ -1,4 +1,4 @@
-//! Files that several processes may fetch: names beside them, locks, hashes.
+//! Helpers for files that several processes may fetch: paths beside them, locks, hashes.
 
 use super::ModelError;
 use sha2::{Digest, Sha256};
@@ -25,7 +25,7 @@ pub(super) async fn lock(target: &Path) -> Result<std::fs::File, ModelError> {
     .await
 }
 
-/// Reads or writes files on the pool of blocking threads, so that no message waits for the disk.
+/// Runs work with files on the pool of blocking threads, so that no message waits for the disk.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ModelError> + Send + 'static,
 ) -> Result<T, ModelError> {

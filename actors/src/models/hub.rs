@@ -1,7 +1,7 @@
-//! The Hugging Face hub, through its own client.
+//! Downloads from the Hugging Face hub, by the hub's own client.
 //!
-//! The client resumes what was interrupted, chunk by chunk, in its own cache. It verifies nothing: the SHA-256 of a
-//! large file is its ETag on the hub, and is compared here.
+//! The client resumes interrupted downloads, chunk by chunk, in its own cache, but verifies nothing. The ETag of a
+//! large file on the hub is its SHA-256, which this module compares.
 
 use super::config::{ModelsConfig, Progress, ProgressSink};
 use super::files::{lock, sha256};
@@ -13,13 +13,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A file's part that stands still this long is given up.
+/// A download without progress for this long is given up.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
-/// The client does not try again by itself; a try goes on where the last one stopped.
+/// The most tries of a download. The client does not retry by itself; each try continues where the last one stopped.
 const TRIES: u32 = 4;
-/// The wait before the second try; doubled for each further one.
+/// The wait before the second try. It doubles before each further try.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
-/// A digest of this many hexadecimal digits is a SHA-256; smaller files have git's SHA-1 instead.
+/// The length of a SHA-256 in hexadecimal digits. The ETag of a small file is git's SHA-1 instead.
 const SHA256_DIGITS: usize = 64;
 
 fn api(config: &ModelsConfig) -> Result<Api, ModelError> {
@@ -44,7 +44,7 @@ fn failed(config: &ModelsConfig, url: &str, error: &ApiError) -> ModelError {
     }
 }
 
-/// An error and its causes: the client's own text leaves out what went wrong.
+/// The text of an error and its causes, because the client's own text leaves out the causes.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -55,7 +55,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Fetches one file of a repository to `target`; gives its SHA-256, where the hub tells it.
+/// Fetches one file of a repository to `target`. Returns its SHA-256 in hexadecimal, if the hub sends it.
 pub(super) async fn fetch_file(
     config: &ModelsConfig,
     repository: &str,
@@ -66,7 +66,7 @@ pub(super) async fn fetch_file(
     let cached = cached(config, &repo, file).await?;
     let blob = std::fs::canonicalize(&cached).map_err(|e| ModelError::disk(&cached, &e))?;
     let expected = digest_of(&blob);
-    // The bytes move to the models folder: nothing is kept twice.
+    // The bytes move to the models folder, so that the disk does not hold them twice.
     let (from, to) = (blob.clone(), target.to_owned());
     let moved = tokio::task::spawn_blocking(move || {
         std::fs::rename(&from, &to).or_else(|_| std::fs::copy(&from, &to).and_then(|_| std::fs::remove_file(&from)))
@@ -77,20 +77,20 @@ pub(super) async fn fetch_file(
     Ok(expected)
 }
 
-/// A blob of the client's cache is called by its ETag.
+/// The SHA-256 of a blob in the client's cache, which is named by its ETag; `None` if the ETag is no SHA-256.
 fn digest_of(blob: &Path) -> Option<String> {
     let name = blob.file_name()?.to_str()?;
     let is_digest = name.len() == SHA256_DIGITS && name.bytes().all(|b| b.is_ascii_hexdigit());
     is_digest.then(|| name.to_ascii_lowercase())
 }
 
-/// Fetches a model that is named as the hub names it: one GGUF file, or all that a folder of safetensors needs.
+/// Fetches a model by its hub name: one GGUF file, or the files of a folder of safetensors.
 pub(super) async fn fetch_named(config: &ModelsConfig, wanted: &HubName) -> Result<PathBuf, ModelError> {
     let folder = config.hub_cache.clone();
     if config.is_offline {
         return offline(config, wanted);
     }
-    // The client's own lock gives up after some seconds: another process may download for hours.
+    // The client's own lock times out after some seconds, but another process may download for hours.
     let _lock = lock(&config.hub_cache.join(format!("exo--{}", wanted.repository.replace('/', "--")))).await?;
     let repo = api(config)?.model(wanted.repository.clone());
     let source = format!("the hub ({})", wanted.repository);
@@ -115,7 +115,7 @@ pub(super) async fn fetch_named(config: &ModelsConfig, wanted: &HubName) -> Resu
     Ok(path)
 }
 
-/// Whether the client's cache has a model, or some of it.
+/// Whether the client's cache has a model, or a part of it.
 pub(super) fn is_cached(config: &ModelsConfig, wanted: &HubName) -> bool {
     in_cache(config, wanted).is_some()
 }
@@ -133,18 +133,19 @@ fn offline(config: &ModelsConfig, wanted: &HubName) -> Result<PathBuf, ModelErro
     })
 }
 
-/// Files that a folder of safetensors is run from. A name with a folder in it is none of them.
+/// Whether a folder of safetensors needs the file. A name that contains a folder is rejected.
 fn is_part_of_a_model(name: &str) -> bool {
     let is_plain = !name.contains(['/', '\\']) && !name.starts_with('.');
     is_plain && (FOLDER_FILES.contains(&name) || name.ends_with(".safetensors"))
 }
 
-/// A file of the client's cache, fetched if it is not there, and of the right hash.
+/// The path of a file in the client's cache, fetched if it is missing, and verified if its SHA-256 is known.
 async fn verified(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<PathBuf, ModelError> {
     let path = cached(config, repo, file).await?;
     let blob = std::fs::canonicalize(&path).map_err(|e| ModelError::disk(&path, &e))?;
     let Some(expected) = digest_of(&blob) else { return Ok(path) };
-    // A mark beside the blob says that it was verified once: a file of many gigabytes is not hashed at every start.
+    // A marker file beside a blob records its verification, so that a file of many gigabytes is not hashed at every
+    // start.
     let mark = blob.with_extension("verified");
     if mark.exists() {
         return Ok(path);
@@ -173,12 +174,14 @@ async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<Pat
         }
         let outcome = tokio::select! {
             outcome = repo.download_with_progress(file, meter) => outcome.map_err(|e| failed(config, &url, &e)),
-            () = stalled(&fetched) => Err(ModelError::Network { url: url.clone(), reason: "nothing came any more".to_owned() }),
+            () = stalled(&fetched) => {
+                Err(ModelError::Network { url: url.clone(), reason: "the download has stalled".to_owned() })
+            }
         };
         match outcome {
             Ok(path) => return Ok(path),
             Err(error) if attempt >= TRIES || is_final(&error) => return Err(error),
-            Err(error) => tracing::warn!(%error, attempt, "a download is tried again"),
+            Err(error) => tracing::warn!(%error, attempt, "retrying a download"),
         }
         tokio::time::sleep(wait).await;
         wait *= 2;
@@ -186,7 +189,7 @@ async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<Pat
     Err(ModelError::Interrupted)
 }
 
-/// The repository's name, out of the address of any of its files.
+/// The repository's name, taken from the URL of any of its files.
 fn repository_of(repo: &ApiRepo) -> String {
     let url = repo.url("x");
     let before = url.split("/resolve/").next().unwrap_or_default();
@@ -195,7 +198,7 @@ fn repository_of(repo: &ApiRepo) -> String {
     parts.join("/")
 }
 
-/// Whether the next try would end as this one did.
+/// Whether another try would fail with the same error.
 fn is_final(error: &ModelError) -> bool {
     matches!(error, ModelError::Forbidden { .. } | ModelError::NotOnHub { .. } | ModelError::Disk { .. })
 }
@@ -212,7 +215,7 @@ async fn stalled(fetched: &AtomicU64) {
     }
 }
 
-/// Counts the bytes of one file. The client clones it for each chunk.
+/// The counter of one file's fetched bytes. The client clones it for each chunk.
 #[derive(Clone)]
 struct Meter {
     fetched: Arc<AtomicU64>,

@@ -1,14 +1,14 @@
-//! Model names: what the text that names a model refers to.
+//! Model names: the parsing of the text by which users name a model.
 
 use super::catalogue::{self, CatalogueEntry};
 use std::path::{Path, PathBuf};
 
-/// What a model's name refers to. Sources are tried in this order: catalogue, models folders, hub.
+/// A parsed model name. A name of the catalogue takes precedence over the other kinds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelName {
     /// An entry of the catalogue.
     Catalogue(&'static CatalogueEntry),
-    /// A file or folder of a models folder, by its plain name; the ending `.gguf` may be left out.
+    /// A file or folder in a models folder, by its plain name. The ending `.gguf` may be left out.
     Plain(String),
     /// A repository of the Hugging Face hub: `owner/name`, or `owner/name:file.gguf`.
     Hub(HubName),
@@ -26,8 +26,8 @@ pub struct HubName {
 }
 
 impl ModelName {
-    /// What `text` refers to. It is a path if it starts with `/`, `./`, `../` or `~`, ends with `.gguf` and has no `:`, has
-    /// more than one slash, or is `.` or `..`.
+    /// Parses a name. A text that is not in the catalogue is a path if it starts with `/`, `./`, `../` or `~`, ends
+    /// with `.gguf` and has no `:`, has more than one slash, or is `.` or `..`.
     pub fn parse(text: &str) -> Self {
         if let Some(entry) = catalogue::find(text) {
             return Self::Catalogue(entry);
@@ -41,12 +41,13 @@ impl ModelName {
         }
     }
 
-    /// Whether the name is a path on this machine: a path reveals what is on its disk, so only its owner may use one.
+    /// Whether the name is a path on this machine. A path reveals the disk's contents, so only the machine's owner may
+    /// use one.
     pub fn is_path(&self) -> bool {
         matches!(self, Self::Path(_))
     }
 
-    /// The file or folder that the name refers to, where it is on this machine outside the hub client's cache.
+    /// Finds the file or folder of the model, if it is on this machine outside the hub client's cache.
     pub(super) fn find(&self, folders: &[PathBuf]) -> Option<PathBuf> {
         match self {
             Self::Catalogue(entry) => in_folders(folders, entry.file),
@@ -95,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_refer_to_one_thing_each() {
+    fn each_name_parses_to_one_kind() {
         let hub = |repository: &str, file: Option<&str>| {
             ModelName::Hub(HubName { repository: repository.to_owned(), file: file.map(str::to_owned) })
         };
@@ -114,9 +115,9 @@ mod tests {
         }
     }
 
-    /// A name never leads out of the models folders, and a file of the working directory never hides a name.
+    /// A plain name never leads out of the models folders, and a file in the working directory never hides it.
     #[test]
-    fn names_are_found_in_models_folders_alone() {
+    fn plain_names_are_found_only_in_models_folders() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let models = folder.path().join("models");
         std::fs::create_dir_all(models.join("tiny")).expect("a folder");

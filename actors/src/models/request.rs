@@ -1,4 +1,4 @@
-//! What callers ask of the models actor.
+//! The requests to the models actor.
 
 use super::ModelName;
 use crate::core::spec::FilesId;
@@ -9,7 +9,7 @@ use std::ops::Range;
 pub(crate) struct ModelRequest {
     /// The model's name, as the user wrote it: see [`ModelName`].
     pub(crate) model: String,
-    /// `None`: any files with that name.
+    /// The requested files; `None`: any files with that name.
     pub(crate) files: Option<FilesId>,
     pub(crate) extent: Extent,
 }
@@ -20,13 +20,13 @@ impl ModelRequest {
     }
 }
 
-/// How much of a model's files a caller needs.
+/// The part of a model's files that a caller needs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Extent {
-    /// The headers: what the architecture and the tokenizer are read from.
+    /// The headers, from which the architecture and the tokenizer are read.
     Outline,
-    /// The headers and the weights of these layers, with the embedding or the head where the range has the first or last
-    /// layer.
+    /// The headers and the weights of these layers, with the embedding or the head if the range includes the first or
+    /// last layer.
     Layers(Range<usize>),
     /// All files, from this machine or the model's sources.
     Whole,

@@ -1,7 +1,7 @@
-//! Resolving a model's name: its files are found on this machine, or fetched.
+//! Resolving a model's name to files, which are found on this machine or fetched.
 //!
-//! A file gets its name in the models folder only when it is whole and its SHA-256 is verified; until then it is a `.part`
-//! beside it.
+//! A catalogue model is fetched into a `.part` file. The file gets its final name in the models folder only when it is
+//! complete and its SHA-256 is verified.
 
 use super::catalogue::{CatalogueEntry, Source};
 use super::config::{ModelsConfig, Progress};
@@ -12,7 +12,7 @@ use exo_engines::model::ModelFiles;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Where the files of a resolved model came from.
+/// The origin of a resolved model's files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
     /// The path that the user gave.
@@ -33,26 +33,26 @@ pub enum Origin {
 pub struct ResolvedModel {
     /// The model's name, as the user wrote it.
     pub name: String,
-    /// Its files' headers, and where their tensors lie.
+    /// The headers of the files, and the locations of their tensors.
     pub files: Arc<ModelFiles>,
-    /// Where the files came from.
+    /// The origin of the files.
     pub origin: Origin,
-    /// Tells the files from other files with the same name.
+    /// Distinguishes the files from other files with the same name.
     pub id: FilesId,
 }
 
-/// The file or folder of a model that is on this machine, outside the hub client's cache. Blocks on the disk.
+/// Finds a model's file or folder on this machine, outside the hub client's cache. Blocks on the disk.
 pub(super) fn find_here(config: &ModelsConfig, name: &ModelName) -> Option<(PathBuf, Origin)> {
     let origin = if name.is_path() { Origin::Path } else { Origin::Folder };
     name.find(&config.folders).map(|path| (path, origin))
 }
 
-/// Whether the hub client's cache has a model, or some of it. Blocks on the disk.
+/// Whether the hub client's cache has a model, or a part of it. Blocks on the disk.
 pub(super) fn is_cached(config: &ModelsConfig, name: &ModelName) -> bool {
     matches!(name, ModelName::Hub(hub_name) if hub::is_cached(config, hub_name))
 }
 
-/// Finds the model that the user calls `model`, and fetches it where it is not on this machine.
+/// Finds the model with the name `model`, and fetches it if it is not on this machine.
 pub(super) async fn locate(config: &Arc<ModelsConfig>, model: &str) -> Result<(PathBuf, Origin), ModelError> {
     let name = ModelName::parse(model);
     let (here, wanted) = (Arc::clone(config), name.clone());
@@ -94,10 +94,10 @@ async fn fetch_catalogued(
                 (config.progress)(Progress::Fetched { path: target.clone(), source: name.clone() });
                 return Ok((target, Origin::Fetched { source: name }));
             }
-            // No other source helps where the disk is full or damaged.
+            // No other source helps if the disk is full or damaged.
             Err(error @ ModelError::Disk { .. }) => return Err(error),
             Err(error) => {
-                tracing::warn!(model = entry.name, source = name, %error, "a source failed");
+                tracing::warn!(model = entry.name, source = name, %error, "a source of a model failed");
                 (config.progress)(Progress::Failed { source: name.clone(), reason: error.to_string() });
                 tried.push(format!("{name}: {error}"));
             }
@@ -134,7 +134,7 @@ async fn fetch(
     keep(config, part, target.to_owned(), expected).await
 }
 
-/// Renames `part` to `target` if its hash is the expected one; else removes it.
+/// Renames `part` to `target` if its hash is the expected one, or none is known; else removes `part`.
 async fn keep(
     config: &ModelsConfig,
     part: PathBuf,
@@ -146,7 +146,7 @@ async fn keep(
         if let Some(expected) = expected {
             let got = sha256(&part)?;
             if got != expected {
-                // A wrong file must not be resumed.
+                // The next fetch must not resume a wrong file.
                 let _ = std::fs::remove_file(&part);
                 return Err(ModelError::WrongHash { what: target.display().to_string(), got, expected });
             }

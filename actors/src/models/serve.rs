@@ -13,11 +13,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// How often a peer that waits for hashes hears of their progress.
+/// How often a peer that waits for hashes receives a progress report.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
-/// The time that a peer has to read a frame: a piece at half a megabit a second. A slower peer would hold up others.
+/// The most time that a peer may take to read a frame: a piece at half a megabit a second. A slower peer would delay
+/// others.
 const TAKEN_WITHIN: Duration = Duration::from_secs(120);
-/// Bytes of headers in one frame.
+/// The most bytes of headers in one frame.
 const CHUNK_BYTES: u64 = 1 << 20;
 
 /// Answers a peer's request for a model's bytes.
@@ -38,11 +39,11 @@ pub(super) async fn serve(
         _ => send_nothing(&mut stream).await,
     };
     if let Err(error) = served {
-        tracing::info!(model, %error, "a peer did not get a model's bytes");
+        tracing::info!(model, %error, "a model's bytes could not be sent to a peer");
     }
 }
 
-/// Why a peer did not get a model's bytes.
+/// The reason why a model's bytes could not be sent to a peer.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
     #[error(transparent)]
@@ -89,7 +90,7 @@ async fn send_hashes(model: &Arc<RegisteredModel>, stream: &mut DataStream) -> R
         Content::Part(copy) => copy.hashes(),
         Content::Whole(hashes) => {
             let total_bytes = model.pieces.pieces.iter().map(|piece| piece.length_bytes).sum();
-            // The computation goes on for the next peer if this one disconnects.
+            // If this peer disconnects, the computation continues for the next one.
             let mut computing = tokio::spawn(compute(Arc::clone(model)));
             loop {
                 tokio::select! {
@@ -103,7 +104,7 @@ async fn send_hashes(model: &Arc<RegisteredModel>, stream: &mut DataStream) -> R
             }
         }
     };
-    // Without its hashes, a part of a model cannot be verified by the peer.
+    // A peer cannot verify pieces without their hashes.
     if hashes.is_empty() {
         return send_nothing(stream).await;
     }
@@ -112,7 +113,7 @@ async fn send_hashes(model: &Arc<RegisteredModel>, stream: &mut DataStream) -> R
     send(stream, &WeightsResponse::Hashes { count }, Payload::Bytes(&[hashes.concat(), have].concat())).await
 }
 
-/// The hashes of a whole model, computed once for all peers.
+/// Computes the hashes of a whole model's pieces, once for all peers.
 async fn compute(model: Arc<RegisteredModel>) -> Result<Vec<Hash>, ModelError> {
     let Content::Whole(hashes) = &model.content else { return Ok(Vec::new()) };
     let computing = || {

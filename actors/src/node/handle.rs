@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 /// Starts a node on the current tokio runtime.
 ///
 /// # Errors
-/// ractor's, where an actor cannot be started.
+/// [`SpawnErr`] if an actor cannot be started.
 pub async fn start(config: NodeConfig) -> Result<NodeHandle, SpawnErr> {
     let id = config.id;
     let (started, parts) = oneshot::channel();
@@ -30,7 +30,7 @@ pub async fn start(config: NodeConfig) -> Result<NodeHandle, SpawnErr> {
     Ok(NodeHandle { id, node, gateway, planner, models, cluster })
 }
 
-/// A running node. Clones are handles of the same node.
+/// A handle of a running node. Clones are handles of the same node.
 #[derive(Debug, Clone)]
 pub struct NodeHandle {
     id: NodeId,
@@ -41,9 +41,9 @@ pub struct NodeHandle {
     cluster: Option<ClusterRef>,
 }
 
-/// Queries are answered from memory: only a node that hangs takes longer.
+/// The time limit of a query: queries are answered from memory, so only a node that hangs takes longer.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Engines finish their current step.
+/// The time limit of a shutdown: engines finish their current step first.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl NodeHandle {
@@ -52,7 +52,7 @@ impl NodeHandle {
         self.id
     }
 
-    /// Starts an answer. The model is loaded first where it does not run.
+    /// Starts an answer. Loads the model first if it does not run.
     ///
     /// # Errors
     /// [`RequestError::Params`] and [`RequestError::Overloaded`] at once; other errors come with the stream.
@@ -60,8 +60,8 @@ impl NodeHandle {
         self.gateway.generate(request, None)
     }
 
-    /// Starts an answer of a model that [`load`](Self::load) has returned, without resolving it again. The request's own
-    /// model is replaced by it.
+    /// Starts an answer of a model that [`load`](Self::load) returned, without resolving the model again. The model
+    /// that the request names is ignored.
     ///
     /// # Errors
     /// As [`generate`](Self::generate).
@@ -70,27 +70,27 @@ impl NodeHandle {
         self.gateway.generate(request, Some(model.clone()))
     }
 
-    /// Waits until a model runs.
+    /// Loads a model if it does not run, and waits until it runs.
     ///
     /// # Errors
-    /// [`RequestError`] where it cannot be found, placed or loaded.
+    /// [`RequestError`] if the model cannot be found, placed or loaded.
     pub async fn load(&self, spec: ModelSpec) -> Result<RunningModel, RequestError> {
         self.gateway.ensure(spec).await
     }
 
-    /// Brings a model's files to this machine, where they are not there yet.
+    /// Fetches those of a model's files that this machine does not have.
     ///
     /// # Errors
-    /// [`RequestError::Model`] where no source has them.
+    /// [`RequestError::Model`] if no source has them.
     pub async fn pull(&self, model: impl Into<String>) -> Result<Arc<ResolvedModel>, RequestError> {
         let request = ModelRequest { model: model.into(), files: None, extent: Extent::Whole };
         Ok(crate::models::get(&self.models, request, EventCallback::ignore()).await?)
     }
 
-    /// Where a model would be placed now by each policy, and why. Its headers are fetched; nothing is loaded.
+    /// The placement that each policy would choose now, and why. Fetches the model's headers; loads nothing.
     ///
     /// # Errors
-    /// [`RequestError::Model`] where it cannot be found.
+    /// [`RequestError::Model`] if the model cannot be found; [`RequestError::ShuttingDown`].
     pub async fn preview(&self, spec: ModelSpec) -> Result<Vec<Preview>, RequestError> {
         let ignore = EventCallback::ignore();
         let model = crate::models::get_spec(&self.models, &spec, None, Extent::Outline, ignore).await?;
@@ -120,24 +120,24 @@ impl NodeHandle {
         }
     }
 
-    /// Takes this node out of its cluster: its work moves to other members first. Returns when nothing runs on the node any
-    /// more; at once where it is the only member.
+    /// Takes this node out of its cluster: its work moves to other members first. Returns when nothing runs on the node
+    /// any more; at once if the node is the only member.
     ///
     /// # Errors
     /// [`RequestError::ShuttingDown`].
     pub async fn drain(&self) -> Result<(), RequestError> {
-        // No timeout: the other members load what moves to them.
+        // No timeout: the other members first load the models that move to them.
         match self.planner.call(PlannerMsg::Drain, None).await {
             Ok(CallResult::Success(())) => Ok(()),
             _ => Err(RequestError::ShuttingDown),
         }
     }
 
-    /// Stops all members from admitting one of them, now and later. The evicted machine still has the cluster's secret:
-    /// under a new identity it is admitted, until the secret is renewed.
+    /// Evicts a member: all members disconnect it, and admit it no more. The evicted machine still has the cluster's
+    /// secret: under a new identity it is admitted, until the secret is renewed.
     ///
     /// # Errors
-    /// [`RequestError::NotClustered`] where this node has no cluster.
+    /// [`RequestError::NotClustered`] if this node has no cluster; [`RequestError::ShuttingDown`].
     pub fn evict(&self, member: NodeId) -> Result<(), RequestError> {
         let cluster = self.cluster.as_ref().ok_or(RequestError::NotClustered)?;
         cluster.send_message(ClusterMsg::Evict([member].into())).map_err(|_| RequestError::ShuttingDown)

@@ -10,7 +10,7 @@ pub struct Subscription {
     facts: broadcast::Receiver<(u64, Fact)>,
 }
 
-/// A subscriber was too slow, so that facts are missing. It subscribes anew.
+/// The error of a subscriber that was too slow: facts are missing, and it must subscribe anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{missed} facts were missed: subscribe anew")]
 pub struct Lagged {
@@ -28,7 +28,7 @@ impl Subscription {
         &self.status
     }
 
-    /// The status alone.
+    /// Ends the subscription, and returns the status.
     pub fn into_status(self) -> NodeStatus {
         self.status
     }
@@ -36,11 +36,11 @@ impl Subscription {
     /// The next fact, applied to the status; `None` when the node has stopped.
     ///
     /// # Errors
-    /// [`Lagged`] where this subscriber was too slow.
+    /// [`Lagged`] if this subscriber was too slow.
     pub async fn next(&mut self) -> Result<Option<Fact>, Lagged> {
         loop {
             match self.facts.recv().await {
-                // The status had this fact when the subscription began.
+                // The status included this fact already when the subscription began.
                 Ok((version, _)) if version <= self.status.version => {}
                 Ok((_, fact)) => {
                     self.status.apply(&fact);

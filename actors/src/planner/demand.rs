@@ -1,10 +1,10 @@
-//! What a model asks of the devices that it is placed on.
+//! The demand of a model: the memory and the work of each layer, from the headers of its files.
 
 use crate::core::plan::Demand;
 use exo_engines::engine::{KvElement, PAGE_TOKENS};
 use exo_engines::model::{ModelFiles, Role};
 
-/// What a model needs in memory, with caches of `kv_pages` pages.
+/// The memory and the work that a model needs, with KV caches of `kv_pages` pages.
 pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
     let architecture = &files.architecture;
     let layers = architecture.layers.len();

@@ -5,7 +5,7 @@ use crate::core::leader::RELEASE_TIMEOUT;
 use ractor::RpcReplyPort;
 use std::time::Duration;
 
-/// A drain of this node, and who waits for its end.
+/// A drain of this node, and the callers that wait for its end.
 #[derive(Debug, Default)]
 pub(super) struct Drain {
     waiting: Vec<RpcReplyPort<()>>,
@@ -13,7 +13,7 @@ pub(super) struct Drain {
     unused: Option<Duration>,
 }
 
-/// What still keeps a node in its cluster.
+/// What still keeps this node in its cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kept {
     /// A running instance has a shard here, or one is placed here.
@@ -44,7 +44,7 @@ impl PlannerState {
         Reconcile::Yes
     }
 
-    /// Replies to those who wait for the drain, once it is complete.
+    /// Replies to the callers that wait for the drain, once the drain is complete.
     pub(super) fn answer_drain(&mut self) {
         let (own, now) = (self.args.node, self.now());
         let is_only_member = self.members.0.len() == 1;
@@ -60,7 +60,7 @@ impl PlannerState {
         let Some(drain) = &mut self.draining else { return };
         if drain.is_complete(kept, now) || is_only_member {
             for reply in drain.waiting.drain(..) {
-                // The caller may have gone.
+                // The caller may no longer wait.
                 let _ = reply.send(());
             }
         }
@@ -74,7 +74,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn a_drain_ends_when_nothing_runs_and_does_not_wait_for_what_hangs() {
+    fn a_drain_ends_when_nothing_runs_and_does_not_wait_for_a_hung_engine() {
         let mut drain = Drain::default();
         assert!(!drain.is_complete(Kept::InUse, SECOND));
         assert!(!drain.is_complete(Kept::MemoryHeld, 2 * SECOND), "memory is being released");

@@ -1,4 +1,4 @@
-//! The other members: what they report and ask for, and what this node tells them.
+//! The other members: their reports and requests, changes of the clique, and what this node sends to them.
 
 use super::{PlannerState, Reconcile, StageUpdate};
 use crate::core::desired::{DesiredEntry, Target, fits_entry};
@@ -11,21 +11,21 @@ use crate::transport::protocol::ControlMessage;
 use exo_net::NodeId;
 use std::time::Duration;
 
-/// Entries of one message: each takes at most a twenty-fifth of the largest message.
+/// Entries in one message: an entry takes at most a twenty-fifth of the largest message.
 const ENTRIES_PER_MESSAGE: usize = 24;
-/// A member is sent the whole list at most this often. Members report every second.
+/// The least time between two copies of the whole desired list for one member. Members report every second.
 const LIST_EVERY: Duration = Duration::from_millis(900);
 
 impl PlannerState {
     pub(super) fn on_received(&mut self, received: ReceivedMessage) -> Reconcile {
-        // The slot is held until the message has been handled.
+        // The inbox slot is held until the message has been handled.
         let ReceivedMessage { from, message, slot } = received;
         match message {
             ControlMessage::Report(report) if report.is_plausible() => self.on_report(from, *report),
             ControlMessage::Report(_) => tracing::warn!(peer = %from, "ignored a report with impossible values"),
-            // Of a peer outside the clique, only its report counts.
+            // Nothing but the reports of a peer outside the clique counts.
             _ if self.clique.is_outside(from) => return Reconcile::No,
-            // A stage reports often while it loads, and only its head acts on that.
+            // A stage sends many events while it loads, and only its head acts on them.
             ControlMessage::StageEvent { instance, stamp, event } => {
                 self.on_stage_update(instance, StageUpdate { from, stamp, event, slot });
                 return Reconcile::No;
@@ -35,14 +35,14 @@ impl PlannerState {
             ControlMessage::Refused { spec, error } if self.members.leader() == Some(from) => {
                 self.refuse_here(&spec, &error)
             }
-            // A refusal of a former leader: the model is asked for again.
+            // A former leader refuses the model: this node asks the present leader.
             ControlMessage::Refused { .. } => {}
             ControlMessage::Broken(broken) if self.is_leader() => {
                 self.lead(|leader, round| leader.handle_broken(round, from, *broken));
             }
-            // The sender repeats it to the node that leads then.
+            // This node does not lead: the sender repeats the report to the leader.
             ControlMessage::Broken(_) => {}
-            // The worker handles stage orders, the cluster evictions.
+            // The worker handles stage orders, and the cluster actor handles evictions.
             ControlMessage::Stage(_) | ControlMessage::Evicted(_) => {}
         }
         Reconcile::Yes
@@ -51,7 +51,7 @@ impl PlannerState {
     fn on_report(&mut self, from: NodeId, report: MemberReport) {
         if !self.clique.is_outside(from) {
             self.args.facts.tell(Fact::MemberReported { node: from, report: Box::new(report.clone()) });
-            // An entry that was written while a connection was down may not have reached every member.
+            // Entries that were written while a connection was down may not have reached every member.
             if report.list != self.desired.digest() && self.may_send_list(from) {
                 self.send_list(from);
             }
@@ -59,7 +59,7 @@ impl PlannerState {
         self.clique.handle_report(&mut self.members, from, report);
     }
 
-    /// Computes the clique anew, and acts on what changed.
+    /// Computes the clique anew, and handles the members that left and joined.
     pub(super) fn update_clique(&mut self) {
         let now = self.now();
         let change = self.clique.update(self.args.node, &mut self.members, now);
@@ -124,7 +124,7 @@ impl PlannerState {
         }
     }
 
-    /// Whether `to` may be sent the list now. A member that reports often is not sent it more often.
+    /// Whether the list may be sent to `to` now; if so, notes the time. Frequent reports do not cause frequent lists.
     fn may_send_list(&mut self, to: NodeId) -> bool {
         let now = self.now();
         let is_due = self.list_sent.get(&to).is_none_or(|&sent| now.saturating_sub(sent) >= LIST_EVERY);
@@ -136,7 +136,7 @@ impl PlannerState {
 
     pub(super) fn on_node_down(&mut self, node: NodeId) -> Reconcile {
         let was_outside = self.forget(node);
-        // Without this the other members would take the lost node for one that only they have yet to connect with.
+        // The other members wait for a node that some member still sees, so this report must not name the lost one.
         self.links.remove(&node);
         self.renew_report();
         self.tell_report();
@@ -151,7 +151,7 @@ impl PlannerState {
         Reconcile::Yes
     }
 
-    /// Drops the report of a peer that is lost. Returns whether it was outside the clique.
+    /// Drops the report of a lost peer. Returns whether the peer was outside the clique.
     fn forget(&mut self, node: NodeId) -> bool {
         self.list_sent.remove(&node);
         self.args.facts.tell(Fact::MemberGone { node });
@@ -162,11 +162,11 @@ impl PlannerState {
     fn on_member_lost(&mut self, node: NodeId) {
         self.leader.handle_lost(node, self.now(), self.members.0.len());
         self.tell_heads_of_lost(node);
-        // The lost member may have been the leader, with this node's requests.
+        // The lost member may have been the leader, which knew this node's placement requests.
         self.pending.values_mut().for_each(super::PendingModel::ask_again);
     }
 
-    /// If an instance stopped because it failed, its requests on this node are refused with the reason.
+    /// Refuses this node's requests for an instance that stopped because it failed, with the reason.
     fn refuse_failed(&mut self, id: InstanceId, target: &Target) {
         let Target::Stopped { error: Some(error) } = target else { return };
         let spec = self.desired.get(id).and_then(DesiredEntry::deployment).map(|deployment| deployment.spec.clone());
@@ -182,7 +182,7 @@ impl PlannerState {
     }
 
     fn on_placement_request(&mut self, from: NodeId, request: PlacementRequest) {
-        // A node that asks another one than the leader asks again.
+        // A node that asked a member other than the leader asks again.
         if self.is_leader() && fits_entry(&request) {
             self.leader.handle_request(from, request);
         }

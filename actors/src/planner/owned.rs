@@ -17,7 +17,8 @@ use ractor::{Actor, ActorId, SpawnErr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A head whose instance is deployed elsewhere serves until the new head does: as long as that one loads, or else this long.
+/// How long a head serves after its instance was deployed elsewhere. It serves longer while the new head loads, and
+/// ends early when the new head serves.
 const HANDOVER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A head of this node.
@@ -27,12 +28,12 @@ pub(super) struct OwnedHead {
     stamp: Stamp,
     deployment: Arc<Deployment>,
     status: InstanceStatus,
-    /// Whether it has ever served: requests wait in it since.
+    /// Whether the head has ever served. From then on it accepts requests, which wait while it does not serve.
     is_ready: bool,
-    /// Whether it serves now.
+    /// Whether the head serves now.
     is_running: bool,
     in_use: Arc<()>,
-    /// Since when its instance has been deployed elsewhere.
+    /// When the instance was found to be deployed elsewhere.
     moved: Option<Instant>,
     is_retired: bool,
 }
@@ -42,7 +43,7 @@ impl OwnedHead {
         self.is_retired
     }
 
-    /// What this node reports of the instance.
+    /// The instance, as this node reports it to the other members.
     pub(super) fn report(&self) -> OwnedInstance {
         OwnedInstance {
             stamp: self.stamp,
@@ -53,7 +54,7 @@ impl OwnedHead {
     }
 
     fn send(&self, message: HeadMsg) {
-        // A head that has ended is reported by supervision.
+        // Supervision reports a head that has ended.
         let _ = self.actor.send_message(message);
     }
 }
@@ -83,7 +84,7 @@ impl PlannerState {
         self.owned.values().for_each(|head| head.send(HeadMsg::NodeLost(node)));
     }
 
-    /// Starts, replans and retires this node's heads as the desired list says. The worker learns which instances run at all.
+    /// Starts, replans and retires this node's heads as the desired list says, and sends the list to the worker.
     pub(super) async fn reconcile_owned(&mut self, myself: &PlannerRef) {
         let own = self.args.node;
         let here: Vec<(InstanceId, Stamp, Deployment)> = self
@@ -105,7 +106,7 @@ impl PlannerState {
             }
         }
         self.retire_others();
-        // Without a worker the node stops.
+        // If the worker has stopped, the node stops, too.
         let _ = self.args.worker.send_message(WorkerMsg::Reconcile(self.desired.snapshot()));
     }
 
@@ -127,7 +128,7 @@ impl PlannerState {
         };
         let spawning = Head::spawn_linked(None, Head, args, myself.get_cell());
         let spawned = match &self.args.head_thread {
-            // A head waits for nobody on that thread.
+            // A head never blocks, so it does not delay the network on that thread.
             Some(thread) => match thread.spawn(spawning) {
                 Some(spawned) => spawned.await.unwrap_or_else(|error| Err(SpawnErr::StartupFailed(error.into()))),
                 None => Err(SpawnErr::StartupFailed("the network has stopped".into())),
@@ -159,14 +160,14 @@ impl PlannerState {
             let Some(reason) = self.why_retire(id) else { continue };
             let Some(head) = self.owned.get_mut(&id).filter(|head| !head.is_retired) else { continue };
             head.is_retired = true;
-            tracing::info!(instance = %id, why = %reason, "a head is retired");
+            tracing::info!(instance = %id, why = %reason, "retired a head");
             let error = Some(reason.to_string()).filter(|_| reason != RequestError::Moved);
             self.args.facts.tell(Fact::InstanceStopped { instance: id, error });
             head.send(HeadMsg::Retire(reason));
         }
     }
 
-    /// Why the head of an instance is to end, as its requests hear it; `None` where it stays.
+    /// The error with which the head of an instance and its requests must end; `None` where the head stays.
     fn why_retire(&mut self, id: InstanceId) -> Option<RequestError> {
         let entry = self.desired.get(id);
         let deployment = entry.and_then(|entry| entry.deployment());
@@ -190,7 +191,7 @@ impl PlannerState {
         (!serves_on).then_some(RequestError::Moved)
     }
 
-    /// A head reports a fact about its instance: it is kept for this node's report, and passed on to subscribers.
+    /// Applies a head's fact to the status in this node's report, and passes the fact on to subscribers.
     pub(super) fn on_head_fact(&mut self, fact: Fact) -> Reconcile {
         if let Some(head) = fact.instance().and_then(|id| self.owned.get_mut(&id)) {
             head.status.apply(&fact);
@@ -228,7 +229,7 @@ impl PlannerState {
         Reconcile::Yes
     }
 
-    /// The actor of a head has ended. If the instance is still deployed here, it has failed.
+    /// Handles the end of a head's actor. An instance that is still deployed here has failed.
     pub(super) fn on_head_ended(&mut self, id: InstanceId, what: &str) -> Reconcile {
         let Some(head) = self.owned.remove(&id) else { return Reconcile::Yes };
         let deployment = self.desired.get(id).and_then(|entry| entry.deployment());
@@ -239,7 +240,7 @@ impl PlannerState {
         tracing::error!(instance = %id, what);
         let error = RequestError::Engine { what: what.clone(), remedy: "report it, with the log".into() };
         self.args.facts.tell(Fact::InstanceStopped { instance: id, error: Some(what) });
-        // The leader learns of the failure by the entry.
+        // The entry reports the failure to the leader.
         self.lead(|_, round| round.set(id, Target::Stopped { error: Some(error) }));
         Reconcile::Yes
     }

@@ -20,21 +20,21 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Context of a model where the request names none: its cache is reserved, and more is seldom used.
+/// The context of a model whose spec names none: cache for the whole context is reserved, and more is seldom used.
 const CONTEXT_DEFAULT_TOKENS: u32 = 4096;
-/// Sequences of full context that the cache holds at once. Shorter sequences are more.
+/// Sequences of full context that the cache holds at once. More shorter ones fit.
 const FULL_SEQUENCES: u32 = 4;
-/// How often the leader is asked for a model again: a leader that was lost, or did not get the request, does not place it.
+/// How often the leader is asked for a model again: a leader may be lost, or may not have received the request.
 const ASK_EVERY: Duration = Duration::from_secs(2);
 
-/// Where the head of a running model is.
+/// The node of a running model's head.
 #[derive(Debug, Clone)]
 pub(crate) enum HeadLocation {
     Local(HeadRef),
     Remote(NodeId),
 }
 
-/// A running model. It stays in memory as long as anyone holds this.
+/// A running model. The model stays in memory as long as this value or a clone of it exists.
 #[derive(Debug, Clone)]
 pub struct RunningModel {
     pub(crate) id: InstanceId,
@@ -64,7 +64,7 @@ impl RunningModel {
         &self.model.files.quantization
     }
 
-    /// Weights in the model's files, in bytes.
+    /// The weights in the model's files, in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.model.files.weight_bytes()
     }
@@ -74,12 +74,12 @@ impl RunningModel {
         &self.placement
     }
 
-    /// Tokens of a prompt and its answer, at most.
+    /// The most tokens of a prompt and its answer together.
     pub fn context_tokens(&self) -> u32 {
         self.context_tokens
     }
 
-    /// The number of tokens in its vocabulary: ids are below it.
+    /// The number of tokens in the model's vocabulary. Token ids are less than this number.
     pub fn vocabulary(&self) -> usize {
         self.tokenizer.vocabulary()
     }
@@ -89,12 +89,12 @@ impl RunningModel {
         self.tokenizer.ends()
     }
 
-    /// The bytes of a token; none for a control token, or an id beyond the vocabulary.
+    /// The bytes of a token; empty for a control token, and for an id beyond the vocabulary.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
         self.tokenizer.bytes(id)
     }
 
-    /// Whether the model has a chat template. A model without one continues texts.
+    /// Whether the model has a chat template. A model without one continues the messages' texts.
     pub fn has_chat_template(&self) -> bool {
         self.tokenizer.template().is_some()
     }
@@ -103,7 +103,7 @@ impl RunningModel {
 /// A model that requests of this node use or wait for.
 #[derive(Debug)]
 pub(super) struct PendingModel {
-    /// Tells it from earlier ones of the same spec, whose messages may still arrive.
+    /// Distinguishes this value from earlier ones of the same spec, whose messages may still arrive.
     number: u64,
     waiting: Vec<EnsureReply>,
     model: Option<Arc<ResolvedModel>>,
@@ -119,20 +119,20 @@ impl PendingModel {
         Self { number, waiting: Vec::new(), model: None, tokenizer_ref: None, tokenizer: None, in_use, asked: None }
     }
 
-    /// Whether a request of this node, or an embedder, uses it or waits for it.
+    /// Whether a request of this node or an embedder uses the model or waits for it.
     pub(super) fn is_in_use(&self) -> bool {
-        // The planner holds one reference itself.
+        // This value holds one reference itself.
         Arc::strong_count(&self.in_use) > 1 || !self.waiting.is_empty()
     }
 
-    /// The leader is asked anew with the next reconcile.
+    /// Has the next reconcile ask the leader again.
     pub(super) fn ask_again(&mut self) {
         self.asked = None;
     }
 
     fn reply(&mut self, outcome: &Result<RunningModel, RequestError>) {
         for reply in self.waiting.drain(..) {
-            // The caller may have gone.
+            // The caller may no longer wait.
             let _ = reply.send(outcome.clone());
         }
     }
@@ -147,10 +147,10 @@ impl Drop for PendingModel {
 }
 
 impl PlannerState {
-    /// Replies at once where the model runs; else when it does.
+    /// Replies at once if the model runs, and otherwise when it runs or cannot be run.
     pub(super) fn ensure(&mut self, myself: &PlannerRef, spec: ModelSpec, reply: EnsureReply) -> Reconcile {
         if let Some(running) = self.running_model(&spec) {
-            // The caller may have gone.
+            // The caller may no longer wait.
             let _ = reply.send(Ok(running));
             return Reconcile::No;
         }
@@ -167,7 +167,7 @@ impl PlannerState {
         tokio::spawn(async move {
             // The head needs no weights: shards fetch their own.
             let outcome = crate::models::get_spec(&models, &spec, None, Extent::Outline, EventCallback::ignore()).await;
-            // A planner that has stopped plans nothing.
+            // The planner may have stopped.
             let _ = planner.send_message(PlannerMsg::Resolved { spec, number, outcome: outcome.map_err(Into::into) });
         });
         Reconcile::Yes
@@ -242,7 +242,7 @@ impl PlannerState {
                 let error = ModelError::OtherFiles { model: spec.model.clone() };
                 self.refuse_here(spec, &error.into());
             }
-            // It is being loaded.
+            // The instance is loading.
             Some(_) => {}
             None if pending.asked.is_some_and(|asked| asked.elapsed() < ASK_EVERY) => {}
             None => {
@@ -253,7 +253,7 @@ impl PlannerState {
         }
     }
 
-    /// The model of `spec`, where it runs and this node has its headers and tokenizer. Marks it as used now.
+    /// The model of `spec`, if it runs and this node has its headers and tokenizer. Marks the instance as used now.
     fn running_model(&mut self, spec: &ModelSpec) -> Option<RunningModel> {
         let pending = self.pending.get(spec)?;
         let (model, tokenizer) = (pending.model.clone()?, pending.tokenizer.clone()?);
@@ -270,7 +270,7 @@ impl PlannerState {
         Some(RunningModel { id, head, tokenizer_ref, tokenizer, spec, context_tokens, in_use, model, placement })
     }
 
-    /// Where the head of an instance takes requests; `None` where it does not yet.
+    /// The location of an instance's head; `None` while the head accepts no requests.
     fn head_location(&self, id: InstanceId, owner: NodeId) -> Option<HeadLocation> {
         if owner == self.args.node {
             return self.active_head(id).map(|(head, _)| HeadLocation::Local(head));
@@ -279,7 +279,7 @@ impl PlannerState {
         report.owned.get(&id).filter(|owned| owned.is_ready).map(|_| HeadLocation::Remote(owner))
     }
 
-    /// Drops models that neither run nor are used or waited for on this node.
+    /// Drops models that are not deployed, and that no request of this node uses or waits for.
     pub(super) fn forget_unused(&mut self) {
         let desired = &self.desired;
         self.pending.retain(|spec, pending| pending.is_in_use() || desired.find(spec).is_some());
@@ -292,7 +292,7 @@ impl PlannerState {
     }
 }
 
-/// What the leader needs to place a model.
+/// The request with which the leader can place a model.
 pub(super) fn placement_request(spec: &ModelSpec, model: &ResolvedModel) -> PlacementRequest {
     let files = &model.files;
     let trained = u32::try_from(files.architecture.context_tokens).unwrap_or(u32::MAX);

@@ -1,4 +1,4 @@
-//! What this node reports of itself to the other members.
+//! This node's report to the other members.
 
 use super::{PlannerMsg, PlannerRef, PlannerState};
 use crate::core::members::{DeviceOffer, MemberReport};
@@ -7,17 +7,17 @@ use crate::transport::protocol::ControlMessage;
 use crate::worker::machine::measure_once;
 use exo_engines::engine::DeviceReport;
 
-/// Measures free memory now: some was released, and the leader may wait for it.
+/// Measures free memory at once: shards released some, and the leader may wait for it.
 pub(super) fn measure_machine(planner: &PlannerRef) {
     let planner = planner.clone();
     tokio::task::spawn_blocking(move || {
-        // A planner that has stopped plans nothing.
+        // The planner may have stopped.
         let _ = planner.send_message(PlannerMsg::MachineMeasured(measure_once()));
     });
 }
 
 impl PlannerState {
-    /// Writes this node's report anew, among those of the members.
+    /// Renews this node's own report among those of the members.
     pub(super) fn renew_report(&mut self) {
         let device = |report: &DeviceReport| DeviceOffer {
             report: report.clone(),
@@ -43,7 +43,7 @@ impl PlannerState {
         self.members.0.insert(self.args.node, report);
     }
 
-    /// Memory that shards hold here beyond what is deployed here: of stopped instances, and of earlier placements.
+    /// Bytes that shards hold here beyond what is deployed here: those of stopped instances and of earlier placements.
     fn releasing_bytes(&self) -> u64 {
         let deployed_bytes = |id: InstanceId| -> u64 {
             let deployment = self.desired.get(id).and_then(|entry| entry.deployment());
@@ -55,7 +55,7 @@ impl PlannerState {
         releasing.fold(0, u64::saturating_add)
     }
 
-    /// Sends this node's report to all peers, as it was last renewed.
+    /// Sends this node's last renewed report to all peers.
     pub(super) fn tell_report(&self) {
         if let Some(report) = self.members.0.get(&self.args.node) {
             self.args.router.tell_others(&ControlMessage::Report(Box::new(report.clone())));

@@ -1,6 +1,6 @@
 //! Randomness for ids and seeds.
 
-/// A number that no other call gives, on this node or another one. It is not a secret.
+/// A random number, different for each call on all nodes. It is not suited as a secret.
 pub fn fresh_seed() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     // The operating system's random bytes key each of std's hashers.

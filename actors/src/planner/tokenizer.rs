@@ -25,7 +25,7 @@ pub(crate) type Opened = Result<Arc<Tokenizer>, FormatError>;
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum TokenizerMsg {
-    /// The tokenizer was opened, or not.
+    /// The tokenizer, or why it could not be opened; sent by the thread that opens it.
     Opened(Opened),
     Encode {
         prompt: Prompt,
@@ -57,7 +57,7 @@ impl Actor for TokenizerActor {
         let source = args.files.tokenizer.clone();
         tokio::task::spawn_blocking(move || {
             let opened = Tokenizer::open(&source).map(Arc::new);
-            // An actor that has stopped needs no tokenizer.
+            // The actor may have stopped.
             let _ = myself.send_message(TokenizerMsg::Opened(opened));
         });
         Ok(TokenizerState { args, tokenizer: None })
@@ -89,7 +89,7 @@ impl TokenizerState {
             return;
         };
         tokio::task::spawn_blocking(move || {
-            // The caller may have gone.
+            // The caller may no longer wait.
             let _ = reply.send(ids(&tokenizer, &prompt));
         });
     }
@@ -113,7 +113,7 @@ fn ids(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>, RequestError>
                     .map_err(|e| bad(e.to_string()))?;
                 tokenizer.encode(&text, SpecialTokens::AreThere).map_err(|e| bad(e.to_string()))
             }
-            // A base model continues what it is given.
+            // A base model has no template, and continues the messages' texts.
             None => tokenizer.encode(&plain(conversation), SpecialTokens::Add).map_err(|e| bad(e.to_string())),
         },
     }

@@ -1,30 +1,30 @@
-//! Callbacks: how an actor reports events to its creator, without knowing it.
+//! Callbacks, by which an actor reports events to its creator without a dependency on the creator's type.
 //!
-//! Actors know the actors that they start or ask. Events go the other way, through callbacks.
+//! An actor has references to the actors that it starts or asks. Events go the opposite way, through callbacks.
 
 use crate::core::node_status::Fact;
 use ractor::ActorRef;
 use std::sync::Arc;
 
-/// Takes events of one kind. Never blocks; if the receiver has stopped, the event is dropped.
+/// A callback for events of one kind. It never blocks; if the receiver has stopped, the event is dropped.
 pub(crate) struct EventCallback<T>(Arc<dyn Fn(T) + Send + Sync>);
 
-/// Takes facts: they go to the node, and from there to subscribers.
+/// A callback for facts, which go to the node, and from there to subscribers.
 pub(crate) type Facts = EventCallback<Fact>;
 
 impl<T: 'static> EventCallback<T> {
-    /// Sends each event to `actor`, as the message that `wrap` makes of it.
+    /// Returns a callback that wraps each event by `wrap`, and sends the result to `actor`.
     pub(crate) fn to<M: ractor::Message>(actor: &ActorRef<M>, wrap: impl Fn(T) -> M + Send + Sync + 'static) -> Self {
         let actor = actor.clone();
         Self(Arc::new(move |event| drop(actor.send_message(wrap(event)))))
     }
 
-    /// Calls `handle` with each event.
+    /// Returns a callback that calls `handle` with each event.
     pub(crate) fn new(handle: impl Fn(T) + Send + Sync + 'static) -> Self {
         Self(Arc::new(handle))
     }
 
-    /// Drops every event.
+    /// Returns a callback that drops every event.
     pub(crate) fn ignore() -> Self {
         Self(Arc::new(drop))
     }

@@ -1,4 +1,4 @@
-//! Control: the one actor of this node that other nodes can reach.
+//! Control: the only actor of this node that other nodes can reach.
 //!
 //! - owns: the table of sender tokens;
 //! - receives: bytes from members;
@@ -6,8 +6,9 @@
 //! - dies when: the node stops;
 //! - supervised by: the cluster.
 //!
-//! ractor_cluster does not tell who sent a message. So each message carries the token that this node gave to its sender when
-//! the two connected; a message without a valid token is dropped. A test checks that no other actor is remotable.
+//! ractor_cluster does not identify the sender of a message. So each message carries the token that this node gave to
+//! the sender when the two connected. Control drops a message without a valid token. A test checks that no other actor
+//! is remotable.
 
 use super::callback::EventCallback;
 use super::protocol::ControlMessage;
@@ -25,19 +26,19 @@ pub(crate) enum ControlMsg {
     Tell(Vec<u8>),
 }
 
-/// A message, and the token that names its sender.
+/// A message, with the token that identifies its sender.
 #[derive(Debug, Serialize, Deserialize)]
 struct Envelope {
     token: SenderToken,
     message: Vec<u8>,
 }
 
-/// The bytes of `message`, with the token that its receiver gave to this node.
+/// Encodes `message`, with the token that its receiver gave to this node.
 pub(crate) fn seal(token: SenderToken, message: &ControlMessage) -> Result<Vec<u8>, wire::WireError> {
     wire::encode(&Envelope { token, message: wire::encode(message)? })
 }
 
-/// The peers that may send messages now, by the token that each was given.
+/// The peers whose messages are accepted now, by the token that each peer received.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Senders(Arc<Mutex<HashMap<SenderToken, (NodeId, Inbox)>>>);
 
@@ -60,7 +61,8 @@ impl Senders {
 pub(crate) struct ReceivedMessage {
     pub(crate) from: NodeId,
     pub(crate) message: ControlMessage,
-    /// Held until the message has been handled: it bounds the unhandled messages of a member. `None`: a message of this node.
+    /// The slot, held until the message has been handled. Slots bound a member's unhandled messages. `None` for a
+    /// message of this node.
     pub(crate) slot: Option<InboxSlot>,
 }
 

@@ -3,10 +3,10 @@
 //! ```text
 //! Router ─ControlMessage─► peer's Control ─ReceivedMessage─► the actor that handles it
 //! ```
-//! - [`protocol`]: what nodes say to each other;
-//! - [`router`]: where a message to a node goes;
-//! - [`control`]: the one actor that other nodes can reach;
-//! - [`callback`]: how an actor reports to its creator.
+//! - [`protocol`]: the messages that nodes exchange;
+//! - [`router`]: the sender of messages to nodes;
+//! - [`control`]: the only actor that other nodes can reach;
+//! - [`callback`]: the way in which an actor reports to its creator.
 
 pub(crate) mod callback;
 pub(crate) mod control;

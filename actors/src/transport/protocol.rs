@@ -1,9 +1,9 @@
-//! The messages that nodes exchange over the control connection. The handshake compares the protocol's version: members with
-//! different versions do not connect.
+//! The messages that nodes exchange over the control connection, and the headers of data streams. The handshake
+//! compares the protocol's version: members with different versions do not connect.
 //!
 //! ```text
-//! every member ─Report, Desired─► every member           its status; the deployments that are to run
-//! any member   ─Want─► leader     ─Refused─► the member  a model is needed; why it cannot run
+//! every member ─Report, Desired─► every member           the sender's status; entries of the desired list
+//! any member   ─Want─► leader     ─Refused─► the member  a request to place a model; the reason of a refusal
 //! owner        ─StageOrder─► stage's node ─StageEvent─► owner
 //! owner        ─Broken─► leader                          a shard needs another placement
 //! ```
@@ -25,104 +25,105 @@ use std::ops::Range;
 /// A message from node to node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum ControlMessage {
-    /// The sender's report of itself.
+    /// The sender's report about itself.
     Report(Box<MemberReport>),
     /// Entries of the desired list.
     Desired(Vec<(InstanceId, DesiredEntry)>),
-    /// Requests of the sender need a model to run.
+    /// The sender has requests for a model that the leader is to place.
     Want(Box<PlacementRequest>),
     /// The leader cannot place a model.
     Refused { spec: ModelSpec, error: RequestError },
     /// An owner's order to the node of a stage.
     Stage(StageOrder),
-    /// What became of a stage, for its owner.
+    /// An event of a stage, for its owner.
     StageEvent { instance: InstanceId, stamp: Stamp, event: StageEvent },
-    /// A device has failed a shard for good.
+    /// A shard cannot run on its device.
     Broken(Box<BrokenShard>),
     /// The members that are no longer admitted.
     Evicted(BTreeSet<NodeId>),
 }
 
 impl ControlMessage {
-    /// Whether peers outside the clique are sent it, too.
+    /// Whether peers outside the clique receive the message, too.
     pub(crate) fn is_for_all_peers(&self) -> bool {
         matches!(self, Self::Report(_) | Self::Evicted(_))
     }
 }
 
-/// One end of a link between shards.
+/// The receiving end of a link: the shard of a stage, or the head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub(crate) enum LinkEnd {
     Stage(usize),
     Head,
 }
 
-/// The first frame of a data stream: what it is for.
+/// The first frame of a data stream, which names the stream's purpose.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum DataHello {
     Link(LinkHello),
-    /// A request for the head of an instance; its events come back.
+    /// A request for the head of an instance. The head answers with its events.
     Request {
         instance: InstanceId,
         request: Box<HeadRequest>,
     },
-    /// Bytes of a model; they come back.
+    /// A request for bytes of a model. The peer answers with the bytes.
     Weights(WeightsRequest),
-    /// Bytes of no meaning come back, to measure the link with.
+    /// A measurement of the link. The peer answers with meaningless bytes.
     Probe,
 }
 
-/// What a node wants of a model that others may have.
+/// A request for parts of a model that the peer may have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct WeightsRequest {
-    /// As the user named it.
+    /// The model's name, as the user wrote it.
     pub model: String,
-    /// `None`: whichever files have that name.
+    /// The requested files; `None`: any files with that name.
     pub files: Option<FilesId>,
     pub query: WeightsQuery,
 }
 
-/// See `engines::model::Pieces`.
+/// The requested parts of a model. See `exo_engines::model::Pieces`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum WeightsQuery {
-    /// Files, and what stands in them before their tensors.
+    /// The list of files, and the bytes of each before its first tensor.
     Outline,
-    /// Of every piece; and which of them are there.
+    /// The hashes of all pieces, and which pieces the peer has.
     Hashes,
+    /// The bytes of the pieces with these numbers.
     Pieces(Vec<u32>),
 }
 
-/// What comes back, frame by frame.
+/// A frame of the answer to a [`WeightsRequest`]. An `Outline` lists the files; `OutlineBytes` frames follow it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum WeightsResponse {
-    /// That node has no such model.
+    /// The peer has no such model, or no hashes of its pieces.
     Nothing,
     Outline {
         id: FilesId,
         is_folder: bool,
         files: Vec<OutlinedFile>,
     },
-    /// With bytes.
+    /// A part of a file's outline, with its bytes as payload.
     OutlineBytes {
         file: u32,
         offset_bytes: u64,
     },
-    /// Hashes are being computed.
+    /// The peer is computing the hashes.
     Preparing {
         done_bytes: u64,
         total_bytes: u64,
     },
-    /// With 32 bytes for each piece, and then for each a byte that says whether it is there.
+    /// The payload has a hash of 32 bytes for each piece, then a byte for each piece: 1 if the peer has it, else 0.
     Hashes {
         count: u32,
     },
-    /// With its bytes.
+    /// A piece, with its bytes as payload.
     Piece {
         number: u32,
     },
 }
 
-/// A file of a model.
+/// A file of a model, with the length of the file and of its outline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct OutlinedFile {
     pub name: String,
@@ -130,7 +131,7 @@ pub(crate) struct OutlinedFile {
     pub outline_bytes: u64,
 }
 
-/// Which link a stream is.
+/// The identity of a link.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LinkHello {
     pub instance: InstanceId,
@@ -138,22 +139,22 @@ pub(crate) struct LinkHello {
     pub to: LinkEnd,
 }
 
-/// A request as a head takes it: encoded, and with what was generated before where it is resumed.
+/// A request for a head: tokenised, and with the tokens generated so far if the request is resumed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct HeadRequest {
     pub sampler: SamplerSpec,
-    /// Tokens to generate at most, those generated before included.
+    /// The most tokens to generate, the tokens generated so far included.
     pub max_tokens: u32,
     /// Tokens that end the answer.
     pub ends: BTreeSet<u32>,
 }
 
-/// What a head tells of a request.
+/// An event of a request, from its head.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) enum HeadEvent {
-    /// It will be answered.
+    /// The request will be answered.
     Accepted,
-    /// Its prompt is being computed, but for the first tokens, which had been computed for others.
+    /// The prompt is being computed, except its first `cached_tokens` tokens, which the prefix cache holds.
     Admitted {
         cached_tokens: usize,
     },
@@ -162,16 +163,16 @@ pub(crate) enum HeadEvent {
     Failed(RequestError),
 }
 
-/// What an owner asks of the node of a stage.
+/// An order of an owner to the node of a stage.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum StageOrder {
-    /// Has the shard loaded; one that is there already stays.
+    /// Loads the shard. An equal shard that is already loaded stays.
     Start(Box<StageTask>),
-    /// Begins a life: rows come from `from`, and go to `to` on `next`.
+    /// Connects the shard for an incarnation: rows come from node `from`, and output goes to `to` on node `next`.
     Wire {
         instance: InstanceId,
         stage: usize,
-        /// Of the stage's two shards while an instance moves.
+        /// Selects one of the stage's two shards while an instance moves.
         layers: Range<usize>,
         incarnation: Incarnation,
         from: NodeId,
@@ -179,6 +180,6 @@ pub(crate) enum StageOrder {
         to: LinkEnd,
         wire_type: WireType,
     },
-    /// Lets go of all shards of the instance that are of an earlier stamp.
+    /// Stops all shards of the instance with stamps below `below`.
     Clear { instance: InstanceId, below: Stamp },
 }

@@ -1,4 +1,4 @@
-//! Router: sends messages to nodes, this one included, so that a sender need not know where the receiver is.
+//! Router: sends messages to nodes, this one included, so that senders treat local and remote receivers alike.
 
 use super::callback::EventCallback;
 use super::control::{ControlMsg, seal};
@@ -13,10 +13,10 @@ use std::sync::{Arc, OnceLock};
 #[derive(Debug, Clone)]
 pub(crate) struct PeerChannel {
     pub(crate) control: ActorRef<ControlMsg>,
-    /// The token that the peer knows this node by.
+    /// The token by which the peer identifies this node.
     pub(crate) token: SenderToken,
     pub(crate) data: DataConnection,
-    /// Counts the bytes that the peer has not taken yet.
+    /// The count of bytes that are queued for the peer.
     pub(crate) outbox: Outbox,
 }
 
@@ -44,10 +44,10 @@ impl Router {
         self.own
     }
 
-    /// Sets where messages to this node itself go. Called once, when all receivers have started.
+    /// Sets the receiver of messages to this node itself. Called once, when all receivers have started.
     pub(crate) fn deliver_locally(&self, local: EventCallback<ControlMessage>) {
         let first = self.inner.local.set(local);
-        debug_assert!(first.is_ok(), "set once");
+        debug_assert!(first.is_ok(), "the local receiver is set only once");
     }
 
     pub(crate) fn connect(&self, node: NodeId, channel: PeerChannel) {
@@ -58,12 +58,12 @@ impl Router {
         self.inner.channels.write().remove(&node);
     }
 
-    /// From now on `node` is sent only what every peer is sent.
+    /// Marks `node` as outside the clique: from now on it receives only messages for all peers.
     pub(crate) fn exclude(&self, node: NodeId) {
         self.inner.excluded.write().insert(node);
     }
 
-    /// From now on `node` is sent everything again.
+    /// Marks `node` as inside the clique: from now on it receives all messages again.
     pub(crate) fn include(&self, node: NodeId) {
         self.inner.excluded.write().remove(&node);
     }
@@ -81,23 +81,23 @@ impl Router {
         self.inner.channels.read().get(&node).cloned()
     }
 
-    /// The data connection with `node`, where it is a member that is connected.
+    /// The data connection with `node`, if the node is connected and inside the clique.
     pub(crate) fn data(&self, node: NodeId) -> Option<DataConnection> {
         self.channel(node).filter(|_| !self.is_excluded(node)).map(|channel| channel.data)
     }
 
-    /// Whether messages to `node` arrive.
+    /// Whether messages to `node` arrive: it is this node, or a connected one inside the clique.
     pub(crate) fn is_reachable(&self, node: NodeId) -> bool {
         node == self.own || self.data(node).is_some()
     }
 
-    /// The data connections with all peers.
+    /// The data connections with all peers, those outside the clique included.
     pub(crate) fn peers(&self) -> Vec<(NodeId, DataConnection)> {
         let channels = self.inner.channels.read();
         channels.iter().map(|(&id, channel)| (id, channel.data.clone())).collect()
     }
 
-    /// Sends a message. To a node that is not connected it is lost: the sender hears of the loss from the planner.
+    /// Sends a message to a node. If the node is not connected, the message is dropped; the planner reports lost nodes.
     pub(crate) fn tell(&self, to: NodeId, message: ControlMessage) {
         if to == self.own {
             if let Some(local) = self.inner.local.get() {
@@ -106,12 +106,12 @@ impl Router {
             return;
         }
         let Some(channel) = self.channel(to).filter(|_| self.may_send(to, &message)) else {
-            return tracing::debug!(peer = %to, "dropped a message to a node that is not connected");
+            return tracing::debug!(peer = %to, "dropped a message to an unreachable node");
         };
         send(to, &channel, &message);
     }
 
-    /// Sends a message to all peers.
+    /// Sends a message to all peers that may receive it.
     pub(crate) fn tell_others(&self, message: &ControlMessage) {
         let channels = self.inner.channels.read().clone();
         for (to, channel) in channels.iter().filter(|(to, _)| self.may_send(**to, message)) {
@@ -123,7 +123,7 @@ impl Router {
 fn send(to: NodeId, channel: &PeerChannel, message: &ControlMessage) {
     match seal(channel.token, message) {
         Ok(bytes) if !channel.outbox.put(bytes.len()) => channel.data.close("the peer does not read its messages"),
-        // A peer that disconnects now is reported by the network.
+        // If the peer disconnects now, the network reports that.
         Ok(bytes) => drop(channel.control.cast(ControlMsg::Tell(bytes))),
         Err(error) => tracing::error!(peer = %to, %error, "a message could not be encoded"),
     }

@@ -1,8 +1,8 @@
 //! Device: one compute device of this node.
 //!
-//! - owns: the shards on it, the recent failures of each, and the engine threads that hang;
+//! - owns: the shards on the device, the recent failures of each, and the engine threads that hang;
 //! - receives: shards to start and to stop;
-//! - emits: the loss of a shard, to the worker;
+//! - emits: failures and losses of shards, to the worker; the device's description, as a fact;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
@@ -25,7 +25,7 @@ pub(crate) type DeviceRef = ActorRef<DeviceMsg>;
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum DeviceMsg {
-    /// Starts a shard on this device, whatever device the task names.
+    /// Starts a shard on this device, even if the task names another device.
     Start(Box<ShardTask>),
     /// Stops the shards whose tasks are cancelled.
     Sweep,
@@ -35,7 +35,7 @@ pub(crate) enum DeviceMsg {
 pub(crate) struct DeviceArgs {
     pub report: DeviceReport,
     pub factory: Arc<dyn EngineFactory>,
-    /// The device that takes the shards when this one is lost.
+    /// The device that receives the shards which cannot run on this one.
     pub fallback: Option<DeviceRef>,
     pub hang_timeouts: HangTimeouts,
     pub facts: Facts,
@@ -47,7 +47,7 @@ pub(crate) struct DeviceState {
     started: Instant,
     shards: HashMap<ActorId, (ActorCell, ShardTask)>,
     histories: HashMap<(InstanceId, usize), FailureHistory>,
-    /// Threads of hung engines: another shard on this device would hang, too.
+    /// Threads of hung engines. No shard starts until they end, because it would hang, too.
     hung: Vec<ThreadEnd>,
 }
 
@@ -104,7 +104,7 @@ impl Actor for Device {
 
 impl DeviceState {
     async fn start(&mut self, myself: &DeviceRef, mut task: ShardTask) {
-        // The task may have been cancelled while it waited for a restart, or came from another device.
+        // The task may have been cancelled while it waited for a restart or moved here from another device.
         if task.is_over.is_cancelled() {
             self.histories.remove(&(task.instance, task.stage));
             return;
@@ -154,7 +154,7 @@ impl DeviceState {
         }
         tracing::warn!(
             instance = %task.instance, stage = task.stage, device = %self.args.report.id, class = ?error.class(),
-            %error, remedy = error.remedy(), ?verdict, "shard failed"
+            %error, remedy = error.remedy(), ?verdict, "a shard failed"
         );
         match (verdict, &self.args.fallback) {
             (Verdict::Restart { after }, _) => drop(myself.send_after(after, move || DeviceMsg::Start(Box::new(task)))),

@@ -1,10 +1,11 @@
-//! An engine on a thread of its own, and the frames that pass from shard to shard.
+//! The thread of an engine, and the frames that shards pass on.
 //!
 //! ```text
 //! head ─Frame─► thread of stage 0 ─Frame─► … ─► thread of the last stage, with the sampler ─StepResult─► head
 //! ```
-//! Frames for another node leave by a link (`links.rs`). The engine is made, used and dropped on its thread. A step crosses no
-//! actor: each thread hands its output to the next. An engine's error or panic ends its thread, and is reported once.
+//! Frames for another node leave over a link (`links.rs`). The engine is created, used and dropped on its thread. A
+//! step passes no actor: each thread hands its output to the next. An engine's error or panic ends its thread, and is
+//! reported once.
 
 use super::memory_guard::MemoryGuard;
 use crate::core::scheduler::SamplerOperation;
@@ -26,48 +27,48 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
-/// Commands that wait for a thread. The head keeps at most one frame per stage in flight, and connects once per incarnation,
-/// so the queue is never full while the thread works.
+/// The most commands that wait for a thread. The head keeps at most one frame per stage in flight, and connects the
+/// shards once per incarnation, so the queue is never full while the thread works.
 const COMMANDS_MAX: usize = 64;
-/// How often a load reports its progress, for people.
+/// How often a load reports its progress to users.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 
-/// A step on its way through the shards.
+/// A step with its input, on its way through the pipeline.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Frame {
     pub step: Step,
     pub input: Input,
-    /// For the sampler beside the last shard.
+    /// Operations of the sampler, which runs beside the last shard.
     pub samplers: Vec<SamplerOperation>,
 }
 
-/// The tokens of a step.
+/// The sampled tokens of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StepResult {
     pub incarnation: Incarnation,
     pub id: StepId,
-    /// One for each row that wants logits.
+    /// A token or an error for each row that wants logits.
     pub tokens: Vec<(SeqId, Result<Sampled, SampleError>)>,
 }
 
-/// Where a shard's output goes.
+/// The receiver of a shard's output.
 #[derive(Clone)]
 pub(crate) enum Next {
     Shard(EngineHandle),
     /// The head. The callback never blocks.
     Head(Arc<dyn Fn(StepResult) + Send + Sync>),
-    /// A shard, or the head, on another node.
+    /// A link to a shard or the head on another node.
     Link(LinkQueue),
 }
 
-/// What an engine's thread sends over a link.
+/// The output that an engine's thread sends over a link.
 #[derive(Debug)]
 pub(crate) enum EngineOutput {
     Frame(Frame),
     Result(StepResult),
 }
 
-/// The queue before a link to another node. Sending never blocks.
+/// The queue of a link to another node. Sending never blocks.
 #[derive(Debug, Clone)]
 pub(crate) struct LinkQueue {
     queue: mpsc::Sender<EngineOutput>,
@@ -75,15 +76,15 @@ pub(crate) struct LinkQueue {
 }
 
 impl LinkQueue {
-    /// Sends into `queue`; `cut` is told where the queue is full.
+    /// Creates a handle that sends into `queue`, and calls `cut` if the queue is full.
     pub(crate) fn new(queue: mpsc::Sender<EngineOutput>, cut: EventCallback<String>) -> Self {
         Self { queue, cut }
     }
 
     fn send(&self, output: EngineOutput) {
-        // A link's task that has ended has reported why.
+        // If the channel is closed, the link's task has ended and has reported why.
         if let Err(mpsc::error::TrySendError::Full(_)) = self.queue.try_send(output) {
-            self.cut.tell("more steps are in flight than the pipeline has stages".to_owned());
+            self.cut.tell("the link's queue is full: more steps are in flight than the pipeline has stages".to_owned());
         }
     }
 }
@@ -104,7 +105,7 @@ enum Command {
     Stop,
 }
 
-/// What an engine's thread does now.
+/// The current activity of an engine's thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum EngineActivity {
     #[default]
@@ -130,7 +131,7 @@ impl Heartbeat {
     }
 }
 
-/// Tells whether an engine's thread has ended, for the device that has given the thread up.
+/// Shows whether an engine's thread has ended, for the device that has given up the thread.
 #[derive(Debug, Clone)]
 pub(crate) struct ThreadEnd(Weak<()>);
 
@@ -144,7 +145,7 @@ impl ThreadEnd {
 #[derive(Clone)]
 pub(crate) struct EngineHandle {
     commands: SyncSender<Command>,
-    /// Read between two tensors of a load, while commands wait.
+    /// Checked between two tensors of a load, during which the thread reads no commands.
     is_stopped: Arc<AtomicBool>,
     heartbeat: Heartbeat,
     end: ThreadEnd,
@@ -156,13 +157,13 @@ impl std::fmt::Debug for EngineHandle {
     }
 }
 
-/// The thread takes no commands: it has ended, or hangs with a full queue.
+/// The error of a thread that accepts no commands, because it has ended, or hangs with a full queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the engine's thread does not answer")]
+#[error("the engine's thread accepts no commands")]
 pub(crate) struct EngineUnresponsive;
 
 impl EngineHandle {
-    /// Begins an incarnation: frames of any other one are dropped from now on.
+    /// Begins an incarnation. The thread drops frames of other incarnations from now on.
     pub(crate) fn wire(&self, incarnation: Incarnation, next: Next) -> Result<(), EngineUnresponsive> {
         self.command(Command::Wire { incarnation, next })
     }
@@ -183,7 +184,7 @@ impl EngineHandle {
     /// Ends the thread after its current step; a load is interrupted.
     pub(crate) fn stop(&self) {
         self.is_stopped.store(true, Ordering::Relaxed);
-        // A thread that takes no commands has ended, or hangs for good.
+        // A thread that accepts no commands has ended, or hangs for good.
         let _ = self.command(Command::Stop);
     }
 
@@ -194,7 +195,7 @@ impl EngineHandle {
     }
 }
 
-/// What an engine's thread reports to its shard.
+/// A report of an engine's thread to its shard.
 #[derive(Debug, Clone)]
 pub(crate) enum EngineEvent {
     Progress(LoadProgress),
@@ -206,7 +207,7 @@ pub(crate) enum EngineEvent {
     Failed(EngineError),
 }
 
-/// What a thread loads and serves.
+/// The shard that a thread loads and serves.
 #[derive(Debug, Clone)]
 pub(crate) struct EngineTask {
     pub factory: Arc<dyn EngineFactory>,
@@ -220,7 +221,7 @@ pub(crate) struct EngineTask {
 /// Starts a thread that loads a shard and then serves it.
 ///
 /// # Errors
-/// The operating system's, where no thread can be started.
+/// The operating system's error if it cannot start a thread.
 pub(crate) fn start(task: EngineTask, on: impl Fn(EngineEvent) + Send + 'static) -> std::io::Result<EngineHandle> {
     let (commands, receiver) = sync_channel(COMMANDS_MAX);
     let is_stopped = Arc::new(AtomicBool::new(false));
@@ -275,7 +276,7 @@ fn serve(
         match command {
             Command::Stop => break,
             Command::Wire { incarnation, .. } if wired.as_ref().is_some_and(|(known, _)| *known > incarnation) => {
-                tracing::debug!(epoch = incarnation.epoch, "not connected for an earlier incarnation");
+                tracing::debug!(epoch = incarnation.epoch, "ignored an order to connect for an earlier incarnation");
             }
             Command::Wire { incarnation, next } => {
                 sampler = TokenSampler::default();
@@ -294,7 +295,7 @@ fn serve(
     Ok(())
 }
 
-/// Runs a frame through the engine, and hands the output on.
+/// Computes a frame, and sends the output to `next`.
 fn run_step(
     engine: &mut dyn Engine,
     sampler: &mut dyn Sampler,
@@ -308,10 +309,10 @@ fn run_step(
         OutputRows::Hidden(hidden) => {
             let frame = Frame { step, input: Input::Hidden(hidden), samplers };
             match next {
-                // A next shard that has stopped is reported by its own device.
+                // If the next shard has stopped, its own device reports that.
                 Next::Shard(engine) => drop(engine.send(frame)),
                 Next::Link(link) => link.send(EngineOutput::Frame(frame)),
-                Next::Head(_) => return Err(EngineError::BadStep { what: "the head takes no hidden rows".to_owned() }),
+                Next::Head(_) => return Err(EngineError::BadStep { what: "the head got hidden rows".to_owned() }),
             }
         }
         OutputRows::Logits(logits) => {
@@ -326,7 +327,7 @@ fn run_step(
             match next {
                 Next::Head(head) => head(result),
                 Next::Link(link) => link.send(EngineOutput::Result(result)),
-                Next::Shard(_) => return Err(EngineError::BadStep { what: "a shard takes no tokens".to_owned() }),
+                Next::Shard(_) => return Err(EngineError::BadStep { what: "a shard got sampled tokens".to_owned() }),
             }
         }
     }

@@ -22,9 +22,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 
-/// The time that a link waits for its receiver: a link may arrive before the receiver learns of the incarnation.
+/// How long a new link waits for its receiver to register, because it may arrive before the receiver knows the
+/// incarnation.
 const EXPECTED_WITHIN: Duration = Duration::from_secs(5);
-/// Rows of one step. The head sends far fewer.
+/// The most rows of one step. The head sends far fewer.
 const ROWS_MAX: usize = 4096;
 
 /// The header of a frame on a link. The hidden rows of a step are the frame's payload.
@@ -34,7 +35,7 @@ enum LinkMessage {
     Result(StepResult),
 }
 
-/// Opens a link. `cut` is told once, if the link breaks.
+/// Opens a link. Calls `cut` if the link breaks, or if its queue is full.
 pub(crate) async fn open(
     data: &DataConnection,
     hello: LinkHello,
@@ -48,7 +49,7 @@ pub(crate) async fn open(
         loop {
             let next = tokio::select! {
                 next = outputs.recv() => next,
-                // The rows in flight are lost, and the head sends no more until it hears of that.
+                // The rows in flight are lost, and the head sends no more rows until this report arrives.
                 () = link.closed() => return broken.tell("the link broke".to_owned()),
             };
             let Some(next) = next else { return };
@@ -57,7 +58,7 @@ pub(crate) async fn open(
                 EngineOutput::Frame(Frame { step, input: Input::Hidden(hidden), samplers }) => {
                     link.send(&LinkMessage::Step { step, samplers }, Payload::Numbers(&hidden, wire_type)).await
                 }
-                // The first shard is on the head's node, so tokens cross no link.
+                // The first shard is on the head's node, so input tokens cross no link.
                 EngineOutput::Frame(_) => Ok(()),
             };
             if let Err(error) = sent {
@@ -74,9 +75,9 @@ pub(crate) async fn open(
 pub(crate) enum LinkTarget {
     Shard {
         engine: EngineHandle,
-        /// Numbers of a hidden row.
+        /// The length of a hidden row, in numbers.
         hidden: usize,
-        /// Tokens of the model.
+        /// The size of the model's vocabulary, in tokens.
         vocabulary: u32,
     },
     Head(Arc<dyn Fn(StepResult) + Send + Sync>),
@@ -98,7 +99,7 @@ pub(crate) struct LinkRegistry {
 
 #[derive(Default)]
 struct Inner {
-    /// One for each shard and head of this node, so bounded by these.
+    /// One link for each shard and head of this node, whose count bounds the map.
     expected: Mutex<HashMap<(InstanceId, LinkEnd), ExpectedLink>>,
     changed: Notify,
 }
@@ -109,7 +110,7 @@ impl std::fmt::Debug for LinkRegistry {
     }
 }
 
-/// Why a link was refused.
+/// The reason why a link is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum LinkRefused {
     #[error("no shard or head expects the link")]
@@ -119,13 +120,13 @@ pub(crate) enum LinkRefused {
 }
 
 impl LinkRegistry {
-    /// From now on a link to `to` is accepted.
+    /// Registers the link that `to` expects, in place of an earlier one.
     pub(crate) fn expect(&self, instance: InstanceId, to: LinkEnd, expected: ExpectedLink) {
         self.inner.expected.lock().insert((instance, to), expected);
         self.inner.changed.notify_waiters();
     }
 
-    /// Removes the link to `to` that is expected for this incarnation. One of another incarnation stays.
+    /// Removes the link to `to` that is expected for this incarnation. A link of another incarnation stays.
     pub(crate) fn remove(&self, instance: InstanceId, to: LinkEnd, incarnation: Option<Incarnation>) {
         let mut expected = self.inner.expected.lock();
         if expected.get(&(instance, to)).is_some_and(|expected| Some(expected.incarnation) == incarnation) {
@@ -139,7 +140,7 @@ impl LinkRegistry {
         expected.get(&(instance, to)).filter(|expected| expected.incarnation == incarnation).cloned()
     }
 
-    /// Waits until the link that `hello` announces is expected from `from`.
+    /// Waits up to [`EXPECTED_WITHIN`] until the receiver that `hello` names expects the link, and checks its sender.
     async fn wait_for(&self, from: NodeId, hello: &LinkHello) -> Result<ExpectedLink, LinkRefused> {
         let deadline = tokio::time::Instant::now() + EXPECTED_WITHIN;
         loop {
@@ -157,7 +158,7 @@ impl LinkRegistry {
     }
 }
 
-/// Serves a link that a peer has opened, until it ends.
+/// Passes the frames of a link that a peer has opened to the link's receiver, until the link ends.
 pub(crate) async fn serve(link_registry: LinkRegistry, from: NodeId, hello: LinkHello, stream: DataStream) {
     let expected = match link_registry.wait_for(from, &hello).await {
         Ok(expected) => expected,
@@ -177,16 +178,16 @@ pub(crate) async fn serve(link_registry: LinkRegistry, from: NodeId, hello: Link
                 return;
             }
             Err(error) => {
-                tracing::warn!(peer = %from, instance = %hello.instance, %error, "a link sent an invalid frame");
+                tracing::warn!(peer = %from, instance = %hello.instance, %error, "a link's frame is invalid");
                 return;
             }
         };
         match (message, payload, &expected.target) {
             (LinkMessage::Step { step, samplers }, Received::Numbers(hidden), LinkTarget::Shard { engine, .. }) => {
-                // A shard that has stopped is reported by its device.
+                // If the shard has stopped, its device reports that.
                 let _ = engine.send(Frame { step, input: Input::Hidden(hidden), samplers });
             }
-            // A step that changes sequences and computes no row has no payload.
+            // A step that only changes sequences has no rows, and so no payload.
             (LinkMessage::Step { step, samplers }, Received::Nothing, LinkTarget::Shard { engine, .. }) => {
                 let _ = engine.send(Frame { step, input: Input::Hidden(Vec::new()), samplers });
             }
@@ -200,7 +201,7 @@ pub(crate) async fn serve(link_registry: LinkRegistry, from: NodeId, hello: Link
     }
 }
 
-/// Checks that a frame is of the link's incarnation, and that its payload has the shape of its rows.
+/// Checks that a frame belongs to the link's incarnation, and that its payload has the shape of its rows.
 fn check(message: &LinkMessage, announced: Announced, expected: &ExpectedLink) -> Result<(), String> {
     let incarnation = match message {
         LinkMessage::Step { step, .. } => step.incarnation,
@@ -218,14 +219,14 @@ fn check(message: &LinkMessage, announced: Announced, expected: &ExpectedLink) -
             let count = match announced {
                 Announced::Numbers { count } => count,
                 Announced::Nothing => 0,
-                Announced::Bytes { .. } => return Err("bytes where rows should be".to_owned()),
+                Announced::Bytes { .. } => return Err("a step has bytes instead of hidden rows".to_owned()),
             };
             match rows <= ROWS_MAX && count == rows * hidden {
                 true => Ok(()),
-                false => Err(format!("{count} numbers for {rows} rows of {hidden}")),
+                false => Err(format!("{count} numbers for {rows} rows of {hidden} numbers each")),
             }
         }
         (LinkMessage::Result(_), LinkTarget::Head(_)) if announced == Announced::Nothing => Ok(()),
-        _ => Err("a frame for another kind of receiver".to_owned()),
+        _ => Err("the frame is for another kind of receiver".to_owned()),
     }
 }

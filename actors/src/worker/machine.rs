@@ -1,9 +1,9 @@
-//! Measuring this machine.
+//! Measurements of this machine: memory and CPU.
 
 use crate::core::status::Machine;
 use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
-/// The machine's name, as its user gave it; `node` where it has none.
+/// The machine's host name; `node` if it has none.
 pub fn host_name() -> String {
     System::host_name().ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "node".to_owned())
 }
@@ -13,7 +13,7 @@ pub(crate) fn measure_once() -> Machine {
     System::new().map(|mut system| measure(&mut system)).unwrap_or_default()
 }
 
-/// Measures the machine now; utilisation since the last time.
+/// Measures the machine. The CPU utilisation is the average since the last call with this `system`.
 pub(crate) fn measure(system: &mut System) -> Machine {
     system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
     system.refresh_cpu_usage();

@@ -1,10 +1,10 @@
-//! A guard of an instance's memory.
+//! The guard of a shard's memory.
 
 use crate::core::spec::InstanceId;
 use crate::transport::callback::EventCallback;
 
-/// Claims memory for an instance. Everything that uses the memory holds the guard, up to the engine's thread; when the last
-/// holder drops it, the memory is free again and the creator is told.
+/// A claim of memory for a shard of an instance. Each user of the memory holds the guard, the engine's thread included.
+/// When the last holder drops the guard, the memory is free again, and the guard calls `on_release`.
 #[derive(Debug)]
 pub(crate) struct MemoryGuard {
     pub(crate) instance: InstanceId,

@@ -20,20 +20,20 @@ use tokio_util::sync::CancellationToken;
 /// How often the engine's heartbeat is checked.
 const TICK_EVERY: Duration = Duration::from_secs(1);
 
-/// A shard to be started.
+/// A shard to start.
 #[derive(Debug, Clone)]
 pub(crate) struct ShardTask {
     pub instance: InstanceId,
     pub stage: usize,
     pub engine: EngineTask,
-    /// Numbers of a hidden row.
+    /// The length of a hidden row, in numbers.
     pub hidden: usize,
     pub reports: EventCallback<ShardReport>,
-    /// Cancelled when the shard is to stop.
+    /// Cancelled to stop the shard.
     pub is_over: CancellationToken,
 }
 
-/// What a shard and its device report to the worker.
+/// A report of a shard or its device to the worker.
 #[derive(Debug)]
 pub(crate) enum ShardReport {
     Loading(LoadProgress),
@@ -41,14 +41,14 @@ pub(crate) enum ShardReport {
     Up {
         engine: EngineHandle,
         device: DeviceId,
-        /// The time of one row, as the warm-up measured it.
+        /// The time of one row, which the warm-up measured.
         row: Duration,
-        /// Numbers of a hidden row.
+        /// The length of a hidden row, in numbers.
         hidden: usize,
-        /// Tokens of the model.
+        /// The size of the model's vocabulary, in tokens.
         vocabulary: u32,
     },
-    /// The shard failed; its device restarts it, or moves it to the fallback.
+    /// The shard failed; its device restarts it, or moves it to the fallback device.
     Down(EngineError),
     /// The shard failed for good on this node.
     Lost(EngineError),
@@ -74,13 +74,13 @@ pub(crate) struct ShardState {
     watchdog: Watchdog,
 }
 
-/// Why a shard's actor ended.
+/// The error with which a shard's actor ends.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("shard of layers {layers:?}: {error}")]
 pub(crate) struct ShardFailure {
     pub layers: std::ops::Range<usize>,
     pub error: EngineError,
-    /// The end of the engine's thread, which a hung engine never reaches.
+    /// Shows whether the engine's thread has ended; a hung thread may never end.
     pub end: ThreadEnd,
 }
 
@@ -95,7 +95,7 @@ impl Actor for Shard {
     async fn pre_start(&self, myself: ActorRef<ShardMsg>, args: ShardArgs) -> Result<ShardState, ActorProcessingErr> {
         myself.send_interval(TICK_EVERY, || ShardMsg::Tick);
         let engine = engine_thread::start(args.task.engine.clone(), move |event| {
-            // A shard that has stopped needs no events.
+            // Sending fails only if the shard has stopped; it needs no events then.
             let _ = myself.send_message(ShardMsg::Engine(event));
         })?;
         Ok(ShardState { args, engine, started: Instant::now(), watchdog: Watchdog::default() })
@@ -114,7 +114,7 @@ impl Actor for Shard {
     }
 }
 
-/// Stops the engine however the actor ends, even when it is killed with its device.
+/// Stops the engine however the actor ends, even if the actor is killed with its device.
 impl Drop for ShardState {
     fn drop(&mut self) {
         self.engine.stop();

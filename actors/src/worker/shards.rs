@@ -1,13 +1,13 @@
-//! Worker: the shards that this node hosts, whoever owns their instances.
+//! Worker: the shards that this node hosts, for owners on any node.
 //!
-//! - owns: which shard of which instance runs on which device of this node, and for which owner;
-//! - receives: orders of the instances' owners, on this node or another; events of shards;
-//! - emits: shards to devices; events of shards to their owners; the memory that shards hold;
+//! - owns: the table of this node's shards, with the owner, device and memory of each;
+//! - receives: orders of the instances' owners, from any node; events of shards;
+//! - emits: shards to devices; events of shards to their owners; the memory that shards hold, to the planner;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
-//! An order with an earlier stamp than the latest is dropped. A shard that a later stamp wants unchanged stays loaded; a
-//! shard that is to have other layers loads beside the one that serves.
+//! The worker drops an order with an earlier stamp than the instance's latest. A shard that a later order repeats
+//! unchanged stays loaded. A shard with other layers loads beside the serving one.
 
 mod release;
 mod wiring;
@@ -41,10 +41,10 @@ use wiring::Wiring;
 
 pub(crate) type WorkerRef = ActorRef<WorkerMsg>;
 
-/// Shards that this node hosts at once.
+/// The most shards that this node hosts at once.
 const SHARDS_MAX: usize = 256;
 
-/// Names a shard. A stage has two shards while its instance moves to other layers.
+/// The key of a shard. A stage has two shards while it moves to other layers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct ShardKey {
     instance: InstanceId,
@@ -66,15 +66,15 @@ pub(crate) enum WorkerMsg {
         /// The inbox slot of the message that carried the order.
         slot: Option<InboxSlot>,
     },
-    /// The instances that are to run: shards of other instances stop.
+    /// Stops the shards that the desired list does not keep.
     Reconcile(DesiredSnapshot),
-    /// The files of a shard's layers are on this machine, or cannot be had.
+    /// The files of a shard's layers are on this machine, or cannot be fetched.
     Resolved {
         key: ShardKey,
         serial: u64,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     },
-    /// Weights of a shard's layers arrive.
+    /// The fetch of a shard's weights has made progress.
     Fetched {
         key: ShardKey,
         serial: u64,
@@ -85,13 +85,13 @@ pub(crate) enum WorkerMsg {
         serial: u64,
         report: ShardReport,
     },
-    /// The link to a shard's successor is open, or not.
+    /// The link to a shard's successor is open, or cannot be opened.
     Linked {
         key: ShardKey,
         wiring: Box<Wiring>,
         outcome: Result<LinkQueue, String>,
     },
-    /// A shard's link broke.
+    /// The link to a shard's successor broke.
     Cut {
         key: ShardKey,
         incarnation: Incarnation,
@@ -111,13 +111,13 @@ pub(crate) struct LocalDevice {
     pub factory: Arc<dyn EngineFactory>,
 }
 
-/// What the worker reports to the planner.
+/// A report of the worker to the planner.
 #[derive(Debug, Clone)]
 pub(crate) enum WorkerFact {
-    /// Memory that shards hold, by instance, in bytes; and the number of hosted shards. Memory of shards that are not hosted
-    /// any more is being released, or belongs to a hung engine.
+    /// The memory that the shards of each instance hold, in bytes, and the number of hosted shards. The memory of a
+    /// stopped shard counts until its engine is dropped; a hung engine keeps it.
     MemoryChanged { memory: BTreeMap<InstanceId, u64>, shards: usize },
-    /// The speed of a device: bytes of weights that it computes in a second of decoding.
+    /// The speed of a device: the bytes of weights that it computes with per second of decoding.
     Measured { device: DeviceId, bytes_per_s: f64 },
 }
 
@@ -140,19 +140,19 @@ pub(crate) struct WorkerState {
     next_serial: u64,
 }
 
-/// A shard that runs, or is being brought up.
+/// A shard that serves or starts.
 #[derive(Debug)]
 struct HostedShard {
-    /// Tells it from earlier shards with the same key.
+    /// Distinguishes the shard from earlier ones with the same key.
     serial: u64,
     owner: NodeId,
     task: StageTask,
-    /// When its owner last ordered it.
+    /// When the owner last ordered the shard.
     ordered: Instant,
-    /// What a row costs, in bytes of weights; 0 until the model's headers are read.
+    /// The cost of a row, in bytes of weights; 0 until the model's headers are read.
     cost_bytes: u64,
     loaded: Option<Loaded>,
-    /// The incarnation that it was connected for.
+    /// The incarnation for which the shard is connected.
     wired: Option<Incarnation>,
     is_over: CancellationToken,
 }
@@ -206,7 +206,7 @@ impl Actor for Worker {
 impl WorkerState {
     fn on_order(&mut self, myself: &WorkerRef, from: NodeId, order: StageOrder) {
         if self.args.router.is_excluded(from) {
-            // The peer has not left the clique yet as it sees it.
+            // The peer may still count this node in its clique.
             return tracing::debug!(peer = %from, "ignored an order of a peer outside the clique");
         }
         match order {
@@ -267,7 +267,7 @@ impl WorkerState {
         self.shards.insert(key.clone(), shard);
         tokio::spawn(async move {
             let outcome = crate::models::get_spec(&models, &spec, files, extent, progress).await;
-            // Without a worker the node stops.
+            // Sending fails only if the worker has stopped; the node stops, too.
             let _ = worker.send_message(WorkerMsg::Resolved { key, serial, outcome: outcome.map_err(Into::into) });
         });
     }
@@ -323,7 +323,7 @@ impl WorkerState {
         shard.cost_bytes = cost_bytes(&model.files, &task.layers);
         let is_over = shard.is_over.clone();
         let start = ShardTask { instance, stage: key.stage, engine, reports, hidden, is_over };
-        // A device that has stopped takes the node with it.
+        // Sending fails only if the device has stopped; the node stops, too.
         let _ = local.device.send_message(DeviceMsg::Start(Box::new(start)));
         self.tell_memory();
     }
@@ -380,7 +380,7 @@ impl WorkerState {
     }
 }
 
-/// What a row costs in a shard of `layers`, in bytes of weights.
+/// The cost of a row in a shard of `layers`, in bytes of weights.
 fn cost_bytes(files: &ModelFiles, layers: &Range<usize>) -> u64 {
     let head = if layers.end == files.architecture.layers.len() { files.head_cost_bytes() } else { 0 };
     head + files.layer_cost_bytes()[layers.clone()].iter().sum::<u64>()

@@ -1,4 +1,4 @@
-//! What handlers share: the node, and what the caller may do.
+//! The state that request handlers share: the node, and the caller's rights.
 
 use super::ApiError;
 use exo_actors::models::ModelName;
@@ -6,29 +6,29 @@ use exo_actors::{ModelSpec, NodeHandle};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// Who calls.
+/// The origin of a request, which decides its rights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Caller {
-    /// The owner of the node's data, over the Unix socket.
+    /// The owner of the node's data folder, over the Unix socket.
     Owner,
-    /// Anyone whom the guard let pass, over TCP.
+    /// A client that the guard admitted, over TCP.
     Network,
 }
 
-/// What handlers share.
+/// The state that request handlers share.
 #[derive(Debug, Clone)]
 pub(super) struct ApiContext {
     pub(super) node: NodeHandle,
     pub(super) caller: Caller,
-    /// The models that may be named by path over TCP, too: those that the node was started with.
+    /// The models that clients over TCP, too, may name by path: the models that the node was started with.
     pub(super) named: Arc<BTreeSet<String>>,
 }
 
 impl ApiContext {
-    /// The model that the caller names.
+    /// The spec of the model that the caller names.
     ///
     /// # Errors
-    /// 400 for an empty name. 404 for a path over TCP: a path reveals what is on the disk, so it is the owner's.
+    /// 400 for an empty name. 404 for a path over TCP: only the owner may use paths, which reveal the disk.
     pub(super) fn spec(&self, model: &str) -> Result<ModelSpec, ApiError> {
         let spec = ModelSpec::new(model);
         self.check(&spec)?;
@@ -41,7 +41,7 @@ impl ApiContext {
     /// As [`spec`](Self::spec).
     pub(super) fn check(&self, spec: &ModelSpec) -> Result<(), ApiError> {
         if spec.model.is_empty() {
-            return Err(ApiError::bad_value("model", "names no model"));
+            return Err(ApiError::bad_value("model", "is empty"));
         }
         let is_foreign_path = self.caller == Caller::Network && ModelName::parse(&spec.model).is_path();
         match is_foreign_path && !self.named.contains(&spec.model) {
@@ -50,7 +50,7 @@ impl ApiContext {
         }
     }
 
-    /// Refuses callers over TCP.
+    /// Rejects callers over TCP.
     ///
     /// # Errors
     /// 403.

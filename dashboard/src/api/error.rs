@@ -1,4 +1,4 @@
-//! Errors as OpenAI's clients expect them: `{"error": {message, type, param, code}}`, and the right status.
+//! Errors in OpenAI's format: `{"error": {message, type, param, code}}`, with the matching HTTP status.
 
 use axum::Json;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
@@ -9,33 +9,36 @@ use exo_actors::core::scheduler::AdmitError;
 use exo_actors::models::ModelError;
 use serde::{Deserialize, Serialize};
 
-/// Seconds after which a full node may have room again: an answer takes some.
+/// Seconds after which a client of a full node may try again: about as long as an answer takes.
 const RETRY_AFTER_S: u64 = 2;
 
-/// The body of every error.
+/// The body of every error response.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
+    /// The description of the error.
     pub error: ErrorDetail,
 }
 
-/// What is wrong.
+/// The description of an error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorDetail {
-    /// What is wrong, and what can be done about it.
+    /// What is wrong, and what the client can do about it.
     pub message: String,
     /// `invalid_request_error`, `rate_limit_error`, `server_error`, …
     #[serde(rename = "type")]
     pub kind: String,
-    /// The field that is wrong.
+    /// The request's field that is wrong, where there is one.
     pub param: Option<String>,
-    /// For programs: `model_not_found`, `context_length_exceeded`, …
+    /// An identifier for programs: `model_not_found`, `context_length_exceeded`, …
     pub code: Option<String>,
 }
 
-/// A request's failure, as it is told.
+/// A failed request's HTTP response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {
+    /// The HTTP status.
     pub status: StatusCode,
+    /// The description in the body.
     pub detail: ErrorDetail,
 }
 
@@ -53,20 +56,20 @@ impl ApiError {
         Self { status, detail }
     }
 
-    /// 400: the value of `param` cannot be used.
+    /// 400: the value of `param` is invalid; `what` continues the message after the field's name.
     pub(super) fn bad_value(param: &str, what: impl std::fmt::Display) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_value", format!("`{param}` {what}")).about(param)
     }
 
-    /// 404: nothing is called so.
+    /// 404: no model has this name.
     pub(super) fn unknown_model(model: &str) -> Self {
-        let message = format!("no model is called `{model}`: GET /v1/models lists those that are known by name");
+        let message = format!("no model is called `{model}`: GET /v1/models lists the known models");
         Self::new(StatusCode::NOT_FOUND, "model_not_found", message).about("model")
     }
 
-    /// 403: what only the owner may ask, over the socket.
+    /// 403: only the node's owner may send this request, over the Unix socket.
     pub(super) fn owner_only() -> Self {
-        Self::new(StatusCode::FORBIDDEN, "owner_only", "only the node's owner may do that, over its socket")
+        Self::new(StatusCode::FORBIDDEN, "owner_only", "only the node's owner may do that, over the Unix socket")
     }
 
     fn about(mut self, param: &str) -> Self {
@@ -134,10 +137,10 @@ impl IntoResponse for ApiError {
 }
 
 pub(super) async fn no_route(uri: Uri) -> ApiError {
-    ApiError::new(StatusCode::NOT_FOUND, "not_found", format!("there is nothing at {}", uri.path()))
+    ApiError::new(StatusCode::NOT_FOUND, "not_found", format!("the path {} does not exist", uri.path()))
 }
 
 pub(super) async fn no_method(method: Method, uri: Uri) -> ApiError {
-    let what = format!("{} does not take {method}", uri.path());
+    let what = format!("{} does not accept {method}", uri.path());
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", what)
 }

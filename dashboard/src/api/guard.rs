@@ -1,8 +1,8 @@
-//! Who may come in over TCP.
+//! Decides which requests over TCP are admitted.
 //!
-//! A browser is made to send requests to this machine by any page that it shows. A page's own address stands in
-//! `Origin`, and after DNS rebinding in `Host`: both must be ours. Where a key is asked for, nobody without it comes in,
-//! whatever the headers say.
+//! Any page in a browser can make the browser send requests to this machine. `Origin` then has the page's address, as
+//! does `Host` after DNS rebinding: both must be this node's. Where a key is configured, requests without the key are
+//! rejected, whatever their headers say.
 
 use super::ApiError;
 use axum::extract::{Request, State};
@@ -12,10 +12,10 @@ use axum::response::{IntoResponse, Response};
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 
-/// What the guard knows.
+/// The guard's settings.
 #[derive(Clone)]
 pub(super) struct Guard {
-    /// `None`: none is asked for, and only loopback is served.
+    /// The API key that requests must have. `None`: no key is needed, and only loopback is served.
     pub(super) key: Option<Arc<str>>,
 }
 
@@ -26,7 +26,7 @@ impl std::fmt::Debug for Guard {
 }
 
 pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
-    // Balancers and service managers ask whether the node lives, and have no key.
+    // Load balancers and service managers check the node's health without a key.
     let is_open = request.uri().path() == "/health";
     match guard.check(request.headers(), is_open) {
         Ok(()) => next.run(request).await,
@@ -39,7 +39,7 @@ impl Guard {
         let text = |name| headers.get(name).and_then(|value: &header::HeaderValue| value.to_str().ok());
         let host = text(header::HOST).unwrap_or_default();
         if self.key.is_none() && !is_loopback(host) {
-            let what = format!("the Host header is `{host}`: this node serves loopback names only");
+            let what = format!("the Host header is `{host}`: this node serves only loopback names");
             return Err(ApiError::new(StatusCode::FORBIDDEN, "foreign_host", what));
         }
         if let Some(origin) = headers.get(header::ORIGIN) {
@@ -52,7 +52,7 @@ impl Guard {
         }
         match &self.key {
             Some(key) if !is_open && !is_key(key, headers) => {
-                let what = "this node asks for its API key: send it as `Authorization: Bearer KEY`";
+                let what = "this node needs its API key: send it as `Authorization: Bearer KEY`";
                 Err(ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", what))
             }
             _ => Ok(()),
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn loopback_names_and_own_pages_come_in() {
+    fn loopback_names_and_own_pages_are_admitted() {
         for host in ["localhost:52415", "127.0.0.1:1", "[::1]:52415", "LOCALHOST", "127.0.0.1"] {
             assert_eq!(check(None, &[("host", host)]), None, "{host}");
         }
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn rebound_names_and_foreign_pages_do_not() {
+    fn rebound_names_and_foreign_pages_are_rejected() {
         for host in ["evil.example", "evil.example:52415", "127.0.0.1.evil.example", "", "192.168.0.4:52415"] {
             assert_eq!(check(None, &[("host", host)]), Some(403), "{host}");
         }
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_asked_for() {
+    fn a_configured_key_is_required() {
         let host = ("host", "gpu-box.lan:52415");
         assert_eq!(check(Some("secret"), &[host]), Some(401));
         assert_eq!(check(Some("secret"), &[host, ("authorization", "Bearer wrong")]), Some(401));

@@ -14,7 +14,7 @@ pub(super) async fn metrics(State(api): State<ApiContext>) -> Result<Response, A
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
-/// Values of one metric, each with its labels.
+/// The name, kind and help text of one metric.
 struct Metric<'a> {
     name: &'a str,
     /// `gauge` or `counter`.
@@ -25,7 +25,7 @@ struct Metric<'a> {
 impl Metric<'_> {
     fn write(&self, out: &mut String, values: impl IntoIterator<Item = (String, f64)>) {
         let mut values = values.into_iter().peekable();
-        // What is not known is not there: never 0.
+        // An unknown value is left out, never written as 0.
         if values.peek().is_none() {
             return;
         }
@@ -52,7 +52,7 @@ fn render(status: &NodeStatus) -> String {
     let plain = |value: Option<f64>| value.map(|value| (String::new(), value));
     let bytes = |bytes: Option<u64>| plain(bytes.map(|bytes| bytes as f64));
     gauge("memory_total_bytes", "Memory of this machine.").write(&mut out, bytes(machine.memory_total_bytes));
-    gauge("memory_free_bytes", "Memory that is free.").write(&mut out, bytes(machine.memory_free_bytes));
+    gauge("memory_free_bytes", "Memory that is available.").write(&mut out, bytes(machine.memory_free_bytes));
     gauge("process_bytes", "Resident memory of this process.").write(&mut out, bytes(machine.process_bytes));
     let busy = machine.cpu_utilisation.map(f64::from);
     gauge("cpu_utilisation", "Share of all cores in use, 0 to 1.").write(&mut out, plain(busy));
@@ -60,7 +60,7 @@ fn render(status: &NodeStatus) -> String {
         .devices
         .iter()
         .map(|device| (labels(&[("device", &device.id.0), ("engine", &device.engine), ("tier", &device.tier)]), 1.0));
-    gauge("device_info", "Devices that engines can be opened on.").write(&mut out, devices);
+    gauge("device_info", "Devices on which engines can be opened.").write(&mut out, devices);
     instances(status, &mut out);
     out
 }
@@ -68,17 +68,15 @@ fn render(status: &NodeStatus) -> String {
 fn instances(status: &NodeStatus, out: &mut String) {
     type Read = fn(&InstanceStatus) -> f64;
     let metrics: [(Metric<'_>, Read); 9] = [
-        (gauge("requests_running", "Requests that decode or prefill."), |i| i.requests_running as f64),
-        (gauge("requests_waiting", "Requests that wait for their turn."), |i| i.requests_waiting as f64),
-        (gauge("kv_pages_used", "Pages of the cache in use, kept beginnings counted."), |i| f64::from(i.pages_used)),
-        (gauge("kv_pages_total", "Pages of the cache."), |i| f64::from(i.pages_total)),
-        (gauge("instance_epoch", "Lives of the instance so far."), |i| i.epoch as f64),
+        (gauge("requests_running", "Requests in prefill or decode."), |i| i.requests_running as f64),
+        (gauge("requests_waiting", "Requests that wait for pages or their turn."), |i| i.requests_waiting as f64),
+        (gauge("kv_pages_used", "KV cache pages in use, cached prefixes included."), |i| f64::from(i.pages_used)),
+        (gauge("kv_pages_total", "KV cache pages."), |i| f64::from(i.pages_total)),
+        (gauge("instance_epoch", "Epoch of the instance's latest incarnation."), |i| i.epoch as f64),
         (counter("requests_total", "Requests that have ended."), |i| i.totals.requests as f64),
-        (counter("prompt_tokens_total", "Tokens of prompts."), |i| i.totals.prompt_tokens as f64),
-        (counter("reused_tokens_total", "Tokens of prompts that were not computed again."), |i| {
-            i.totals.cached_tokens as f64
-        }),
-        (counter("generated_tokens_total", "Tokens drawn."), |i| i.totals.generated_tokens as f64),
+        (counter("prompt_tokens_total", "Prompt tokens."), |i| i.totals.prompt_tokens as f64),
+        (counter("reused_tokens_total", "Prompt tokens found in the prefix cache."), |i| i.totals.cached_tokens as f64),
+        (counter("generated_tokens_total", "Sampled tokens."), |i| i.totals.generated_tokens as f64),
     ];
     for (metric, read) in metrics {
         let values = status.live().map(|(id, instance)| {
@@ -88,7 +86,7 @@ fn instances(status: &NodeStatus, out: &mut String) {
     }
 }
 
-/// `{name="value",…}`, escaped as the format asks for.
+/// Returns `{name="value",…}`, escaped as Prometheus' format demands.
 fn labels(pairs: &[(&str, &str)]) -> String {
     let escape = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
     let pairs: Vec<String> = pairs.iter().map(|(name, value)| format!("{name}=\"{}\"", escape(value))).collect();
@@ -105,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unknown_is_not_there() {
+    fn unknown_values_are_left_out() {
         let mut out = String::new();
         gauge("memory_free_bytes", "…").write(&mut out, None::<(String, f64)>);
         assert_eq!(out, "");

@@ -1,11 +1,11 @@
-//! The HTTP API: one router, on TCP and on a Unix socket.
+//! The HTTP API: one router, served over TCP and over a Unix socket.
 //!
 //! ```text
 //! TCP ─► guard (host, origin, key) ─┐
-//! Unix socket (its folder's owner) ─┴► router ─► openai/, native, state ─► NodeHandle
+//! Unix socket (its folder's owner) ─┴► router ─► openai/, native, status, metrics ─► NodeHandle
 //! ```
-//! Whoever may open the socket owns the node's data, and needs no key. Everything that comes in is bounded; what is
-//! refused is told in OpenAI's shape of errors.
+//! Only the owner of the node's data can open the socket, so requests over the socket need no key. All input is
+//! bounded; errors have OpenAI's format.
 
 mod body;
 mod context;

@@ -1,5 +1,5 @@
-//! The node's own endpoints, which the command line uses. `/generate` takes a request as the node has it, and answers with a
-//! JSON line per event: token ids and log-probabilities are complete.
+//! The node's own endpoints, which the command line uses. `/generate` accepts a [`GenerateRequest`] and answers with
+//! one JSON line per event, with all token ids and log-probabilities.
 
 use super::body::{Body, FromBody, read_json};
 use super::context::ApiContext;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::convert::Infallible;
 
-/// The name of a node's socket in its data folder.
+/// The file name of a node's Unix socket in its data folder.
 pub const SOCKET_NAME: &str = "api.sock";
 
 /// One line of the answer of `/generate`.
@@ -28,17 +28,17 @@ pub enum GenerateLine {
     Error(ErrorDetail),
 }
 
-/// Takes the node out of its cluster. Answers when nothing runs on it any more. For the owner.
+/// Takes the node out of its cluster. Answers when no instance runs on the node any more. For the owner only.
 pub(super) async fn drain(State(api): State<ApiContext>) -> Result<Json<Value>, ApiError> {
     api.require_owner()?;
     api.node.drain().await?;
     Ok(Json(json!({ "status": "drained" })))
 }
 
-/// The member to evict.
+/// The body of `/evict`: the member to evict.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Eviction {
-    /// Its id.
+    /// The member's id.
     pub node: NodeId,
 }
 
@@ -48,7 +48,7 @@ impl FromBody for Eviction {
     }
 }
 
-/// Evicts a member. For the owner.
+/// Evicts a member. For the owner only.
 pub(super) async fn evict(
     State(api): State<ApiContext>,
     Body(eviction): Body<Eviction>,
@@ -64,7 +64,7 @@ impl FromBody for ModelSpec {
     }
 }
 
-/// Where a model would go, by each policy, and why.
+/// Returns where each policy would place a model, and why.
 pub(super) async fn plan(
     State(api): State<ApiContext>,
     Body(spec): Body<ModelSpec>,
@@ -85,7 +85,7 @@ pub(super) async fn generate(
 ) -> Result<Response, ApiError> {
     api.check(&request.model)?;
     let mut generation = api.node.generate(request)?;
-    // A request that fails before its first event has an HTTP status of its own.
+    // A request that fails before its first event answers with the error's HTTP status.
     let first = match generation.next().await {
         Some(event) => event?,
         None => return Err(exo_actors::RequestError::ShuttingDown.into()),

@@ -1,30 +1,30 @@
-//! Thoughts told apart from words: what stands between `<think>` and `</think>` at an answer's start.
+//! Splits the reasoning off an answer: the text between `<think>` and `</think>` at the answer's start.
 
 const OPEN: &str = "<think>";
 const CLOSE: &str = "</think>";
 
-/// Splits an answer as it comes.
+/// Splits a streamed answer into reasoning (`thought`) and content (`words`).
 #[derive(Debug, Default)]
 pub(super) struct Splitter {
     section: Section,
-    /// What may be the start of a tag.
+    /// Text held back: it may be the start of a tag.
     held: String,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 enum Section {
-    /// Nothing but blanks came.
+    /// Before any text but whitespace.
     #[default]
     Start,
-    /// Line breaks behind the opening tag.
+    /// Line breaks after the opening tag.
     Opened,
     Thought,
-    /// Blanks between a thought and the words.
+    /// Line breaks between the thought and the words.
     Gap,
     Words,
 }
 
-/// Parts of an answer.
+/// The reasoning and the content of an answer, or of a piece.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Parts {
     pub(super) thought: String,
@@ -32,12 +32,12 @@ pub(super) struct Parts {
 }
 
 impl Splitter {
-    /// A splitter of an answer whose prompt has opened the thought already.
+    /// A splitter for an answer whose prompt ends with the opening tag.
     pub(super) fn within_thought() -> Self {
         Self { section: Section::Opened, held: String::new() }
     }
 
-    /// Takes the next piece; gives what can be told now.
+    /// Adds the next piece. Returns the text that can be classified now.
     pub(super) fn push(&mut self, text: &str) -> Parts {
         self.held.push_str(text);
         let mut parts = Parts::default();
@@ -81,7 +81,7 @@ impl Splitter {
         }
     }
 
-    /// What was held back, at the end.
+    /// Returns the text that was held back, at the answer's end.
     pub(super) fn finish(&mut self) -> Parts {
         let held = std::mem::take(&mut self.held);
         match self.section {
@@ -91,7 +91,7 @@ impl Splitter {
     }
 }
 
-/// Bytes at the end of a thought that may belong to its end: line breaks, and the start of the closing tag.
+/// The number of bytes at the end of `text` to hold back: line breaks, and the start of a closing tag.
 fn held_back(text: &str) -> usize {
     let longest = (1..CLOSE.len()).rev().find(|&length| text.ends_with(&CLOSE[..length])).unwrap_or(0);
     let before = &text[..text.len() - longest];
@@ -102,7 +102,7 @@ fn held_back(text: &str) -> usize {
 mod tests {
     use super::*;
 
-    /// The parts of `text`, whatever the pieces that it comes in.
+    /// The parts of `text`, pushed in pieces of `piece` characters.
     fn split(text: &str, piece: usize, mut splitter: Splitter) -> Parts {
         let mut all = Parts::default();
         let chars: Vec<char> = text.chars().collect();
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn thoughts_are_told_apart_in_any_pieces() {
+    fn thoughts_are_split_off_for_any_piece_length() {
         let cases = [
             ("<think>\nhm, é\n</think>\n\nYes <b>", parts("hm, é", "Yes <b>")),
             ("Plain words", parts("", "Plain words")),

@@ -1,4 +1,4 @@
-//! Listening: on TCP, and on a Unix socket.
+//! Serves the API over TCP and over a Unix socket.
 
 use super::context::{ApiContext, Caller};
 use super::guard::{Guard, guard};
@@ -13,16 +13,16 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// Where the API listens, and which callers it admits.
+/// Where the API listens, and which callers are admitted.
 #[derive(Clone, Default)]
 pub struct ApiConfig {
-    /// The TCP address; `None`: no TCP.
+    /// The TCP address to listen on; `None`: no TCP.
     pub listen: Option<SocketAddr>,
     /// The path of the Unix socket; `None`: no Unix socket.
     pub socket: Option<PathBuf>,
     /// The key that callers over TCP must send. Without a key only loopback is served.
     pub api_key: Option<String>,
-    /// Models that may be named by path over TCP.
+    /// The models that clients over TCP may name by path.
     pub named_models: BTreeSet<String>,
 }
 
@@ -32,25 +32,46 @@ impl std::fmt::Debug for ApiConfig {
     }
 }
 
-/// Why the API cannot be served.
+/// Why the API is not served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    #[error("{address} can be reached from other machines: that needs an API key")]
-    NeedsKey { address: SocketAddr },
-    #[error("the API key is empty, or has characters that no header can carry")]
+    /// The TCP address is not loopback, and no API key is set.
+    #[error("{address} can be reached from other machines, which needs an API key")]
+    NeedsKey {
+        /// The TCP address.
+        address: SocketAddr,
+    },
+    /// The API key is empty, or has characters other than visible ASCII.
+    #[error("the API key is empty, or has characters that a header cannot carry")]
     BadKey,
-    #[error("{address}: {reason}")]
-    Listen { address: SocketAddr, reason: String },
+    /// The TCP address cannot be listened on.
+    #[error("cannot listen on {address}: {reason}")]
+    Listen {
+        /// The TCP address.
+        address: SocketAddr,
+        /// The system's error.
+        reason: String,
+    },
+    /// Another node answers on the Unix socket.
     #[error("{path}: another node is running on this data folder")]
-    AlreadyRunning { path: PathBuf },
-    #[error("{path}: {reason}")]
-    Socket { path: PathBuf, reason: String },
+    AlreadyRunning {
+        /// The socket's path.
+        path: PathBuf,
+    },
+    /// The Unix socket cannot be created.
+    #[error("cannot create the socket {path}: {reason}")]
+    Socket {
+        /// The socket's path.
+        path: PathBuf,
+        /// The system's error.
+        reason: String,
+    },
 }
 
-/// The API while it is served.
+/// A running API server. Dropping it stops the server.
 #[derive(Debug)]
 pub struct Served {
-    /// The TCP address; its port is the actual one where 0 was asked for.
+    /// The TCP address, with the port that the system chose where port 0 was configured; `None`: no TCP.
     pub address: Option<SocketAddr>,
     socket: Option<PathBuf>,
     stop: CancellationToken,
@@ -60,7 +81,7 @@ pub struct Served {
 /// Serves the API of `node` until [`Served::stop`].
 ///
 /// # Errors
-/// [`ServeError`] where it may not, or cannot, listen.
+/// [`ServeError`] where the configuration is not allowed, or the API cannot listen.
 pub async fn serve(node: NodeHandle, config: ApiConfig) -> Result<Served, ServeError> {
     let key = match &config.api_key {
         Some(key) if key.trim().is_empty() || !key.bytes().all(|b| b.is_ascii_graphic()) => {
@@ -96,12 +117,12 @@ impl Served {
     fn run(&mut self, serving: impl Future<Output = std::io::Result<()>> + Send + 'static) {
         self.tasks.push(tokio::spawn(async move {
             if let Err(error) = serving.await {
-                tracing::error!(%error, "the API stopped");
+                tracing::error!(%error, "the API server failed");
             }
         }));
     }
 
-    /// Accepts no more requests. Running requests end with the node.
+    /// Stops accepting requests, and removes the socket. Running requests end with the node.
     pub fn stop(&self) {
         self.stop.cancel();
         if let Some(path) = &self.socket {
@@ -118,7 +139,7 @@ impl Drop for Served {
     }
 }
 
-/// Binds a socket that only its owner can open. A stale socket is replaced; one on which a node answers is not.
+/// Binds a socket that only its owner can open. Replaces a stale socket, but not one on which a node answers.
 async fn bind_socket(path: &Path) -> Result<UnixListener, ServeError> {
     use std::os::unix::fs::PermissionsExt;
     let failed = |error: std::io::Error| ServeError::Socket { path: path.to_owned(), reason: error.to_string() };

@@ -5,18 +5,12 @@ use half::f16;
 
 /// Returns `rows` × `columns` random weights of plausible magnitude, encoded as in a file.
 pub(crate) fn bytes(element: ElementType, rows: usize, columns: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    let mut random = move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 32) as u32
-    };
+    let mut random = fastrand::Rng::with_seed(seed);
     let blocks = rows * columns / element.block_values();
     let mut out = Vec::new();
     for _ in 0..blocks {
-        let mut block: Vec<u8> = (0..element.block_bytes()).map(|_| random() as u8).collect();
-        let value = random() as f32 / u32::MAX as f32 - 0.5;
+        let mut block: Vec<u8> = (0..element.block_bytes()).map(|_| random.u8(..)).collect();
+        let value = random.f32() - 0.5;
         let scale = f16::from_f32(value / 20.0).to_le_bytes();
         let min = f16::from_f32(value / 3.0).to_le_bytes();
         match element {

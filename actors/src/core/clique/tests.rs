@@ -13,7 +13,7 @@ fn id(number: u8) -> NodeId {
 struct World {
     count: u8,
     cut: BTreeSet<(u8, u8)>,
-    /// Nodes that send no report, and to which node.
+    /// Pairs of a node and a peer to which the node sends no reports.
     silent: BTreeSet<(u8, u8)>,
     views: Vec<(Clique, Members)>,
 }
@@ -79,7 +79,7 @@ fn a_pair_that_cannot_connect_is_in_two_cliques() {
     assert_eq!(
         [0, 1, 2].map(|of| world.members(of)),
         [ids([0, 2]), ids([1, 2]), ids([0, 1, 2])],
-        "they may still connect"
+        "a disconnected pair may still connect"
     );
     let changes = world.second(10 * SECOND);
     assert_eq!([0, 1, 2].map(|of| world.members(of)), [ids([0, 2]), ids([1]), ids([0, 2])]);
@@ -93,7 +93,7 @@ fn a_pair_that_cannot_connect_is_in_two_cliques() {
 }
 
 #[test]
-fn a_node_that_dies_divides_nobody() {
+fn a_lost_node_divides_no_clique() {
     let mut world = World::of(4, []);
     world.seconds(0, 20);
     for survivor in 0..3 {
@@ -105,7 +105,7 @@ fn a_node_that_dies_divides_nobody() {
 }
 
 #[test]
-fn a_link_that_comes_back_in_time_divides_nobody() {
+fn a_link_that_returns_in_time_divides_no_clique() {
     let mut world = World::of(3, []);
     for round in 0..10_u32 {
         world.cut.insert((0, 1));
@@ -132,22 +132,22 @@ fn reports_of_nodes_that_do_not_exist_harm_only_their_sender() {
     assert!((0..2).all(|of| world.members(of).is_superset(&ids([0, 1]))));
 }
 
-/// A connected node that sends no report to some members divides nobody else.
+/// A connected node that sends no report to some members does not divide the others.
 #[test]
-fn a_node_without_reports_divides_nobody() {
+fn a_node_without_reports_divides_no_clique() {
     for silent_to in [vec![1_u8, 2, 3], vec![1], vec![2, 3]] {
         let mut world = World::of(4, []);
-        // The lowest id would be in the first clique.
+        // The silent node has the lowest id, which is always in the first clique.
         world.silent.extend(silent_to.iter().map(|&to| (0, to)));
         world.seconds(0, 40);
         for of in 1..4 {
-            assert!(world.members(of).is_superset(&ids([1, 2, 3])), "{of} where it is silent to {silent_to:?}");
+            assert!(world.members(of).is_superset(&ids([1, 2, 3])), "node {of}; node 0 is silent to {silent_to:?}");
         }
     }
 }
 
-/// A pair is cut for good. One node of it loses the third, which is outside its clique, and connects again; or the third
-/// restarts and knows nothing. Neither takes the other for a member meanwhile.
+/// Nodes 0 and 1 can never connect. Node 1 loses node 2, which is outside its clique, and connects again; or node 2
+/// restarts and knows nothing. Neither counts the other as a member meanwhile.
 #[test]
 fn a_peer_outside_that_reconnects_is_still_outside() {
     for restarts in [false, true] {
@@ -177,7 +177,8 @@ fn a_peer_outside_that_reconnects_is_still_outside() {
     }
 }
 
-/// A node that dies and returns is a member at once: that one member noticed the loss before another is no cut.
+/// A node that dies and returns is a member at once: a pair is not disconnected because one member notices the loss
+/// before another.
 #[test]
 fn a_node_that_dies_and_returns_is_a_member_at_once() {
     let mut world = World::of(3, []);
@@ -193,8 +194,8 @@ fn a_node_that_dies_and_returns_is_a_member_at_once() {
     assert_eq!([0, 1, 2].map(|of| world.members(of)), [(); 3].map(|()| ids([0, 1, 2])));
 }
 
-/// For every graph of up to six nodes: the members of a clique reach each other and compute the same clique, and every node
-/// that reaches all of the lowest id's clique is in it.
+/// For every graph of up to six nodes: the members of a clique reach each other and compute the same clique, and every
+/// node that reaches all of the lowest id's clique is in it.
 #[test]
 fn all_members_compute_the_same_clique() {
     for count in 1_u8..=6 {

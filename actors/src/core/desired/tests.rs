@@ -1,4 +1,4 @@
-//! What every member that has heard the same holds.
+//! Merging of entries, and what a member holds afterwards.
 
 use super::*;
 use proptest::prelude::*;
@@ -12,7 +12,7 @@ fn run(model: &str) -> Target {
 }
 
 #[test]
-fn of_two_instances_of_one_model_the_later_counts() {
+fn the_latest_instance_of_a_model_is_found() {
     let mut desired = Desired::new(node());
     desired.set(InstanceId(7), run("a"), Duration::ZERO);
     desired.set(InstanceId(3), run("a"), Duration::ZERO);
@@ -22,34 +22,34 @@ fn of_two_instances_of_one_model_the_later_counts() {
 }
 
 #[test]
-fn a_shard_stays_until_its_instance_is_over_or_elsewhere() {
+fn a_shard_is_kept_until_its_instance_stops_or_moves() {
     let (mut desired, by, second) = (Desired::new(node()), node(), Duration::from_secs(1));
     let (id, stamp) = (InstanceId(1), |counter| Stamp { counter, by });
     let keeps = |desired: &Desired, counter, age, owner_is_here: bool| {
         desired.snapshot().keeps(id, stamp(counter), age, |_| owner_is_here)
     };
-    assert!(keeps(&desired, 1, second, true), "the order was faster than the entry");
-    assert!(!keeps(&desired, 1, ENTRY_WITHIN, true), "there is no entry");
+    assert!(keeps(&desired, 1, second, true), "the entry may arrive after the order");
+    assert!(!keeps(&desired, 1, ENTRY_WITHIN, true), "no entry arrived in time");
     let hears = |desired: &mut Desired, counter, target| {
         drop(desired.merge(vec![(id, DesiredEntry { stamp: stamp(counter), target })], second));
     };
     hears(&mut desired, 1, run("a"));
     hears(&mut desired, 2, Target::Stopped { error: None });
     assert!(!keeps(&desired, 1, second, true));
-    assert!(keeps(&desired, 3, second, true), "it runs again, as the entry on its way says");
+    assert!(keeps(&desired, 3, second, true), "an entry that runs the instance again may be on its way");
     hears(&mut desired, 3, run("a"));
     assert!(keeps(&desired, 3, 2 * ENTRY_WITHIN, false));
-    assert!(keeps(&desired, 1, 2 * ENTRY_WITHIN, true), "its owner clears what is left of earlier ones");
-    assert!(!keeps(&desired, 1, 2 * ENTRY_WITHIN, false), "who is away clears nothing");
-    assert!(!keeps(&desired, 4, ENTRY_WITHIN, true), "the entry of that order came to nobody");
+    assert!(keeps(&desired, 1, 2 * ENTRY_WITHIN, true), "the owner stops shards of earlier placements");
+    assert!(!keeps(&desired, 1, 2 * ENTRY_WITHIN, false), "an unreachable owner stops no shards");
+    assert!(!keeps(&desired, 4, ENTRY_WITHIN, true), "the entry of the order did not arrive in time");
 }
 
 #[test]
-fn what_no_planner_places_is_not_taken_in() {
+fn implausible_entries_are_not_merged() {
     let mut desired = Desired::new(node());
     let by = node();
     let mut hears = |change: &dyn Fn(&mut Deployment)| {
-        let Target::Run(mut deployment) = run("a") else { unreachable!("it is to run") };
+        let Target::Run(mut deployment) = run("a") else { unreachable!("the target is to run") };
         change(&mut deployment);
         let entry = DesiredEntry { stamp: Stamp { counter: 1, by }, target: Target::Run(deployment) };
         desired.merge(vec![(InstanceId(1), entry)], Duration::ZERO).len()
@@ -67,7 +67,7 @@ fn what_no_planner_places_is_not_taken_in() {
 }
 
 #[test]
-fn what_is_over_does_not_come_back_and_is_forgotten_in_time() {
+fn a_stopped_instance_does_not_return_and_its_tombstone_expires() {
     let (mut here, mut away) = (Desired::new(node()), Desired::new(node()));
     let begun = here.set(InstanceId(1), run("a"), Duration::ZERO);
     away.merge(vec![(InstanceId(1), begun.clone())], Duration::ZERO);
@@ -85,12 +85,12 @@ fn what_is_over_does_not_come_back_and_is_forgotten_in_time() {
 }
 
 #[test]
-fn nobody_can_use_up_the_stamps() {
+fn hostile_stamps_cannot_exhaust_the_counter() {
     let mut desired = Desired::new(node());
     let absurd = DesiredEntry { stamp: Stamp { counter: u64::MAX, by: node() }, target: run("a") };
     assert!(desired.merge(vec![(InstanceId(1), absurd)], Duration::ZERO).is_empty());
     assert!(desired.set(InstanceId(1), run("a"), Duration::ZERO).stamp.counter < 10);
-    // Nor does it help to leap from one entry to the next.
+    // Stamps that leap from one entry to the next cannot exhaust it either.
     let by = node();
     let leap =
         |at: u64| (InstanceId(1), DesiredEntry { stamp: Stamp { counter: at * LEAP_MAX, by }, target: run("a") });
@@ -99,10 +99,10 @@ fn nobody_can_use_up_the_stamps() {
 }
 
 proptest! {
-    /// Members that have heard the same hold the same, in whatever order, and however often, they heard it; and a
-    /// later stamp begins later lives.
+    /// Members that have received the same entries hold the same list, in whatever order, and however often, the
+    /// entries arrive; and a later stamp has later incarnations.
     #[test]
-    fn all_who_hear_the_same_hold_the_same(
+    fn members_with_the_same_entries_hold_the_same_list(
         writes in prop::collection::vec((0_u64..4, 0_usize..3, any::<bool>()), 1..30),
         order in any::<u64>(),
     ) {

@@ -1,4 +1,4 @@
-//! What members offer, with what is promised already and what has failed.
+//! Offers of members, less the memory that is promised and the devices that failed.
 
 use super::{EXCLUDED_FOR, Leader, RoundContext};
 use crate::core::desired::Deployment;
@@ -10,7 +10,8 @@ use exo_net::NodeId;
 use std::collections::{BTreeMap, BTreeSet};
 
 impl Leader {
-    /// What members offer to an instance, the asker's own node first. Memory of shards in `except` counts as free.
+    /// The offers of members that do not drain to an instance, the node `near` first, without devices that failed the
+    /// instance lately. Memory of the instances in `except` counts as free.
     pub(super) fn offers(
         &self,
         round: &RoundContext<'_>,
@@ -43,7 +44,7 @@ impl Leader {
     }
 }
 
-/// What is promised to shards on each node.
+/// The bytes that deployments promise to shards on each node.
 pub(super) fn memory_by_node<'a>(deployment: impl Iterator<Item = &'a Deployment>) -> BTreeMap<NodeId, u64> {
     let mut promised = BTreeMap::new();
     for stage in deployment.flat_map(|deployment| &deployment.placement.stages) {
@@ -53,7 +54,7 @@ pub(super) fn memory_by_node<'a>(deployment: impl Iterator<Item = &'a Deployment
     promised
 }
 
-/// What a device that was not measured is taken for: the middle of those that were.
+/// The assumed speed of a device that was not measured: the median of the measured ones, in bytes per second.
 fn speed_guess(members: &Members) -> Option<f64> {
     let devices = members.0.values().flat_map(|report| &report.devices);
     let mut known: Vec<f64> = devices.filter_map(|device| device.bytes_per_s).collect();

@@ -1,4 +1,4 @@
-//! Instances that have lost a shard's place, and those that would be better off elsewhere.
+//! Repairs of instances that lost a shard's device, and moves of instances to better placements.
 
 use super::capacity::memory_by_node;
 use super::{BrokenShard, Leader, PlacementRequest, RoundContext, shard_count};
@@ -10,11 +10,11 @@ use exo_net::NodeId;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// Members must have been the same for so long before anything moves for speed alone.
+/// How long the members must stay the same before an instance moves for speed alone.
 const SETTLED: Duration = Duration::from_secs(10);
 
 impl Leader {
-    /// The owner of an instance, `from`, says that a device has failed it for good.
+    /// Handles the report of an instance's owner, `from`, that a shard cannot run on its device any more.
     pub fn handle_broken(&mut self, round: &mut RoundContext<'_>, from: NodeId, broken: BrokenShard) {
         let BrokenShard { instance: id, stamp, node, device, has_run, error } = broken;
         let Some(entry) = round.desired.get(id).filter(|entry| entry.stamp == stamp) else { return };
@@ -23,10 +23,10 @@ impl Leader {
         };
         let is_here = round.members.0.contains_key(&node);
         if !is_here && self.until.is_some_and(|until| round.now < until) {
-            // It is said again as long as it is so.
+            // The owner repeats the report as long as it holds.
             return;
         }
-        tracing::warn!(instance = %id, node = %node.short(), %device, %error, "a shard needs another place");
+        tracing::warn!(instance = %id, node = %node.short(), %device, %error, "a shard cannot run on its device");
         if is_here {
             self.excluded.entry(id).or_default().push(((node, device), round.now));
         }
@@ -57,7 +57,8 @@ impl Leader {
         }
     }
 
-    /// Two leaders that did not see each other may both have filled a member: what came last goes elsewhere.
+    /// Moves the latest instance off an overcommitted node, or stops it: two leaders that did not see each other may
+    /// both have filled the node.
     fn move_off(&self, round: &mut RoundContext<'_>, node: NodeId) {
         let is_there = |deployment: &Deployment| deployment.placement.stages.iter().any(|stage| stage.node == node);
         let there = round.desired.running().filter(|(.., deployment)| is_there(deployment));
@@ -65,16 +66,16 @@ impl Leader {
         let deployment = deployment.clone();
         let target = match self.place_again(round, id, &deployment, &[id].into()) {
             Ok((placement, _)) => {
-                let reason = "two models were to be in one place".to_owned();
+                let reason = "the models on a machine did not fit its memory together".to_owned();
                 Target::Run(Box::new(Deployment { placement, reason, strategy: MoveStrategy::InPlace, ..deployment }))
             }
             Err(error) => Target::Stopped { error: Some(error.into()) },
         };
-        tracing::warn!(instance = %id, node = %node.short(), "a machine is to hold more than it has: a model moves");
+        tracing::warn!(instance = %id, node = %node.short(), "models exceed a machine's memory: removing the latest");
         round.set(id, target);
     }
 
-    /// See `move_off`.
+    /// Moves an instance off each node whose promised memory exceeds its total memory.
     pub(super) fn resolve_overcommit(&self, round: &mut RoundContext<'_>) {
         let promised = memory_by_node(round.desired.running().map(|(.., deployment)| deployment));
         for (node, promised_bytes) in promised {
@@ -85,8 +86,8 @@ impl Leader {
         }
     }
 
-    /// Where an instance would go if it were asked for now, and what was offered. Memory of instances in `except` counts as
-    /// free.
+    /// The placement that the instance would get if it were requested now, and the offers. Memory of the instances in
+    /// `except` counts as free.
     fn place_again(
         &self,
         round: &RoundContext<'_>,
@@ -101,8 +102,8 @@ impl Leader {
         Ok((placement, offers))
     }
 
-    /// Other places for the shards of an instance that have none: beside those that stay, or beside all; where memory does
-    /// not suffice for that, what it has goes first.
+    /// A placement for an instance with shards that lost their device: only those shards move; or else all may, beside
+    /// the old shards; or else, for lack of memory, after the old shards stop.
     fn find_replacement(
         &self,
         round: &RoundContext<'_>,
@@ -113,7 +114,7 @@ impl Leader {
         let (device, links) = (deployment.spec.device.as_ref(), round.members.links());
         let nothing = BTreeSet::new();
         let staying = self.offers(round, Some(id), device, near, &nothing);
-        // Of a machine that is here and drains, whose shards serve until the move is done.
+        // If all nodes are still members, for example if one drains, the old shards can serve until the move is done.
         let all_here = deployment.placement.stages.iter().all(|stage| round.members.0.contains_key(&stage.node));
         let beside = || MoveStrategy::Beside { rollback: all_here.then(|| deployment.placement.clone()) };
         if let Some(repaired) = repair(&deployment.demand, &deployment.placement, &staying, &links) {
@@ -125,7 +126,7 @@ impl Leader {
         self.place_again(round, id, deployment, &[id].into()).map(|(placement, _)| (placement, MoveStrategy::InPlace))
     }
 
-    /// Finds places for the shards of an instance that have none.
+    /// Moves an instance off lost devices and draining nodes, or stops it if no placement is left.
     fn replace(
         &mut self,
         round: &mut RoundContext<'_>,
@@ -137,51 +138,52 @@ impl Leader {
         match self.find_replacement(round, id, deployment) {
             Ok((placement, _)) if placement == deployment.placement => {}
             Ok((placement, strategy)) => {
-                tracing::info!(instance = %id, stages = ?placement.stages, ?strategy, "a model moves to other devices");
-                let reason = "a shard has lost its place".to_owned();
+                tracing::info!(instance = %id, stages = ?placement.stages, ?strategy, "moving a model to new devices");
+                let reason = "a shard needed another device".to_owned();
                 round.set(id, Target::Run(Box::new(Deployment { placement, strategy, reason, ..deployment.clone() })));
             }
-            // A machine that is to go keeps what has no other place: it is waited for.
+            // A draining machine keeps a model that fits nowhere else, and waits.
             Err(_) if error.is_none() && deployment.placement.stages.iter().all(|s| !self.is_gone(round, s.node)) => {}
-            // Whoever has just gone may be about to come back.
+            // A node that was just lost may return.
             Err(_) if self.churn.is_recent(round.now) => {}
             Err(PlanError::DoesNotFit { .. })
                 if self.releasing.is_coming(round.now)
                     || self.unload_for(round, &ask_of(deployment), near, Some(id)) => {}
             Err(missing) => {
-                // Every device has failed it: why the last one did says more than that none is left.
+                // Every device failed the instance: the last failure says more than that no device is left.
                 let error = error.filter(|_| missing == PlanError::NoDevice).unwrap_or(RequestError::Plan(missing));
-                tracing::error!(instance = %id, %error, remedy = error.remedy(), "a model has no place any more");
+                tracing::error!(instance = %id, %error, remedy = error.remedy(), "a model cannot be placed any more");
                 round.set(id, Target::Stopped { error: Some(error) });
             }
         }
     }
 
-    /// Moves what would be so much better off elsewhere that the move pays for itself: one at a time, for each takes room.
+    /// Moves an instance to a placement so much better that the move pays for itself: one instance at a time, since
+    /// each move takes memory.
     pub(super) fn rebalance(&mut self, round: &mut RoundContext<'_>) {
         let is_settled = self.settled.is_some_and(|since| round.now.saturating_sub(since) > SETTLED);
         if !is_settled || round.members.0.len() < 2 {
             return;
         }
-        // Nothing that takes time to find is looked at at every message.
+        // The search takes too long to run at every message.
         self.settled = Some(round.now);
         let better = round
             .desired
             .running()
             .find_map(|(id, _, deployment)| Some((id, self.find_better(round, id, deployment)?)));
         if let Some((id, deployment)) = better {
-            tracing::info!(instance = %id, why = deployment.reason, "a model moves");
+            tracing::info!(instance = %id, why = deployment.reason, "moving a model to a better placement");
             round.set(id, Target::Run(Box::new(deployment)));
         }
     }
 
-    /// A placement that is worth a move: beside what serves now, and back there if it fails.
+    /// A placement that is worth a move. It loads beside the current one, which is its rollback.
     fn find_better(&self, round: &RoundContext<'_>, id: InstanceId, deployment: &Deployment) -> Option<Deployment> {
         let near = deployment.owner().unwrap_or(round.own);
         let device = deployment.spec.device.as_ref();
         let (links, policy) = (round.members.links(), deployment.spec.policy);
         let shards = shard_count(round.members, &deployment.spec).ok()?;
-        // What stays just so needs no more memory; whether the rest has room beside it is checked below.
+        // Shards that stay need no more memory; whether the others fit beside the current ones is checked below.
         let offers = self.offers(round, Some(id), device, near, &[id].into());
         let placement = place(&deployment.demand, &offers, &links, &shards, policy).ok()?;
         let current = &deployment.placement;
@@ -189,7 +191,7 @@ impl Leader {
             return None;
         }
         let reason = match &shards {
-            ShardCount::ByHand(_) => Some("where it was split to by hand".to_owned()),
+            ShardCount::ByHand(_) => Some("as it was split by hand".to_owned()),
             ShardCount::Exactly(_) if placement.machines() > current.machines() => Some("on more machines".to_owned()),
             _ => why_move(&deployment.demand, current, &placement, &offers, &links, policy),
         }?;
@@ -204,13 +206,13 @@ impl Leader {
     }
 }
 
-/// Whether all shards are on devices that are offered: what has lost a place is mended, not moved.
+/// Whether all shards are on offered devices: an instance that lost a device is repaired, not rebalanced.
 fn is_offered(placement: &Placement, offers: &[Offer]) -> bool {
     let is_one = |stage: &Stage| offers.iter().any(|offer| (offer.node, &offer.device) == (stage.node, &stage.device));
     placement.stages.iter().all(is_one)
 }
 
-/// What would be asked for if the instance were not there.
+/// The request that would place the deployment if it did not exist.
 fn ask_of(deployment: &Deployment) -> PlacementRequest {
     PlacementRequest {
         spec: deployment.spec.clone(),

@@ -1,4 +1,4 @@
-//! Single decisions of the leader; members that plan together are simulated (`core/simulation/cluster.rs`).
+//! Single decisions of the leader. `core/tests/cluster.rs` simulates members that plan together.
 
 use super::*;
 use crate::core::members::MemberReport;
@@ -17,7 +17,7 @@ fn cpu() -> DeviceId {
     DeviceId("cpu".to_owned())
 }
 
-/// A member with `gigabytes` for models, that goes through so much in a second, and sees `links`.
+/// A member with `gigabytes` for models, the speed `bytes_per_s`, and links to the nodes `links`.
 fn member(gigabytes: u64, bytes_per_s: f64, links: &[u64]) -> MemberReport {
     MemberReport {
         memory_limit_bytes: Some(gigabytes * GB),
@@ -26,7 +26,7 @@ fn member(gigabytes: u64, bytes_per_s: f64, links: &[u64]) -> MemberReport {
     }
 }
 
-/// A model of eight layers of a gigabyte.
+/// A request for a model of eight layers of a gigabyte each.
 fn ask(spec: ModelSpec) -> PlacementRequest {
     let model = Model {
         name: spec.model.clone(),
@@ -50,7 +50,7 @@ fn ask(spec: ModelSpec) -> PlacementRequest {
     PlacementRequest { spec, model, demand }
 }
 
-/// A leader, number 1, and what it sees.
+/// The leader, node 1, and its view of the cluster.
 struct Cluster {
     leader: Leader,
     members: Members,
@@ -78,7 +78,7 @@ impl Cluster {
         round.effects
     }
 
-    /// What is written and told in so many seconds of rounds.
+    /// The effects of so many seconds of rounds, four a second.
     fn rounds(&mut self, seconds: u64) -> Vec<Effect> {
         let mut effects = Vec::new();
         for _ in 0..seconds * 4 {
@@ -91,10 +91,10 @@ impl Cluster {
     fn run(&mut self, spec: ModelSpec) -> InstanceId {
         self.leader.handle_request(id(1), ask(spec));
         self.rounds(1);
-        self.desired.running().next().expect("it is placed").0
+        self.desired.running().next().expect("the model is placed").0
     }
 
-    /// Nobody sees that node any more.
+    /// Removes all members' links to a node.
     fn lose_links(&mut self, number: u64) {
         for report in self.members.0.values_mut() {
             report.links.remove(&id(number));
@@ -102,10 +102,10 @@ impl Cluster {
     }
 
     fn placement(&self, instance: InstanceId) -> &Placement {
-        &self.desired.get(instance).and_then(DesiredEntry::deployment).expect("it runs").placement
+        &self.desired.get(instance).and_then(DesiredEntry::deployment).expect("the instance runs").placement
     }
 
-    /// Layers by the numbers of their nodes.
+    /// The node's number and the layer count of each stage.
     fn split(&self, instance: InstanceId) -> Vec<(u64, usize)> {
         let number = |node: NodeId| u64::from(node.as_bytes()[31]);
         let stages = &self.placement(instance).stages;
@@ -113,7 +113,7 @@ impl Cluster {
     }
 }
 
-/// R7.4: uneven machines get uneven layers: as fast as they are, and as far as memory goes.
+/// R7.4: uneven machines get uneven layers: in proportion to their speeds, as far as their memory allows.
 #[test]
 fn uneven_machines_get_uneven_layers() {
     let throughput = ModelSpec { policy: Policy::Throughput, ..ModelSpec::new("m") };
@@ -126,19 +126,19 @@ fn uneven_machines_get_uneven_layers() {
     let instance = cluster.run(throughput);
     let mut split = cluster.split(instance);
     split.sort_unstable();
-    assert_eq!(split, [(1, 5), (2, 3)], "the faster one has no room for more");
+    assert_eq!(split, [(1, 5), (2, 3)], "the faster machine has no memory for more");
 }
 
-/// R7.2: a machine that comes back is used again, once, and not before all have stayed for a while; one that would gain
-/// little is not worth the move.
+/// R7.2: a machine that returns is used again: with one move, and not before the members have stayed the same for a
+/// while. A small gain is not worth the move.
 #[test]
-fn what_comes_back_is_used_again_if_that_pays() {
+fn a_machine_that_returns_is_used_again_if_that_pays() {
     for (speed, moves) in [(3e10, 1), (1.2e10, 0)] {
         let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[2])), (2, member(20, speed, &[1]))]);
         let instance = cluster.run(ModelSpec::new("m"));
         assert_eq!(cluster.split(instance), [(2, 8)]);
-        let away = cluster.members.0.remove(&id(2)).expect("it was here");
-        cluster.members.0.get_mut(&id(1)).expect("here").links.clear();
+        let away = cluster.members.0.remove(&id(2)).expect("a member");
+        cluster.members.0.get_mut(&id(1)).expect("a member").links.clear();
         cluster.rounds(5);
         assert_eq!(cluster.split(instance), [(1, 8)]);
         cluster.members.0.insert(id(2), away);
@@ -148,10 +148,10 @@ fn what_comes_back_is_used_again_if_that_pays() {
     }
 }
 
-/// R7.2: likewise by throughput, and where someone split it by hand, or asked for so many shards: what a death moved goes
-/// back to where it is wanted.
+/// R7.2: likewise under the throughput policy, and with a split by hand or a requested number of shards: an instance
+/// that moved because a node was lost returns to its requested placement.
 #[test]
-fn what_was_wanted_elsewhere_goes_back_there() {
+fn an_instance_returns_to_its_requested_placement() {
     let by_hand = Split(vec![("a".to_owned(), 0..3), ("b".to_owned(), 3..8)]);
     let specs = [
         ModelSpec { policy: Policy::Throughput, ..ModelSpec::new("m") },
@@ -165,8 +165,8 @@ fn what_was_wanted_elsewhere_goes_back_there() {
         let mut cluster = Cluster::of(vec![(1, a), (2, b)]);
         let instance = cluster.run(spec.clone());
         let deployment = cluster.placement(instance).clone();
-        let away = cluster.members.0.remove(&id(2)).expect("it was here");
-        cluster.members.0.get_mut(&id(1)).expect("here").links.clear();
+        let away = cluster.members.0.remove(&id(2)).expect("a member");
+        cluster.members.0.get_mut(&id(1)).expect("a member").links.clear();
         cluster.rounds(5);
         assert!(cluster.placement(instance).stages.iter().all(|stage| stage.node == id(1)), "{spec:?}");
         cluster.members.0.insert(id(2), away);
@@ -175,40 +175,40 @@ fn what_was_wanted_elsewhere_goes_back_there() {
     }
 }
 
-/// R7.2: a leader that has just come, and has not met all whom the others see, touches nothing of those; whoever is gone for
-/// all is replaced at once.
+/// R7.2: a new leader that is not connected to every node that other members see moves no shard of such a node. A node
+/// that no member sees is replaced at once.
 #[test]
-fn who_is_not_met_yet_is_not_gone() {
+fn a_node_that_is_not_connected_yet_is_not_lost() {
     let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[2])), (2, member(9, 1e10, &[1, 3]))]);
-    let placed = Cluster::of(vec![(1, member(20, 1e10, &[])), (3, member(20, 9e10, &[]))]).leader_of_three();
+    let placed = Cluster::of(vec![(1, member(20, 1e10, &[])), (3, member(20, 9e10, &[]))]).entry_on_node_3();
     cluster.desired.merge(vec![placed], cluster.now);
-    let instance = cluster.desired.running().next().expect("it runs").0;
-    // The list may have come before anyone's report.
-    let second = cluster.members.0.remove(&id(2)).expect("it was here");
-    assert_eq!(cluster.rounds(1), [], "others may come");
+    let instance = cluster.desired.running().next().expect("the instance runs").0;
+    // The desired list may arrive before any report.
+    let second = cluster.members.0.remove(&id(2)).expect("a member");
+    assert_eq!(cluster.rounds(1), [], "other members may connect");
     cluster.members.0.insert(id(2), second);
-    assert_eq!(cluster.rounds(5), [], "2 sees 3");
+    assert_eq!(cluster.rounds(5), [], "node 2 sees node 3");
     cluster.members.0.insert(id(3), member(20, 9e10, &[1, 2]));
     assert_eq!(cluster.rounds(5), []);
     cluster.members.0.remove(&id(3));
     cluster.leader.handle_lost(id(3), cluster.now, 2);
     cluster.lose_links(3);
-    assert_eq!(cluster.rounds(1).len(), 1, "nobody sees it any more");
+    assert_eq!(cluster.rounds(1).len(), 1, "no member sees node 3 any more");
     assert_eq!(cluster.split(instance), [(1, 8)]);
 }
 
 impl Cluster {
-    /// The entry of a model that runs on number 3.
-    fn leader_of_three(mut self) -> (InstanceId, DesiredEntry) {
+    /// The entry of a model that runs on node 3.
+    fn entry_on_node_3(mut self) -> (InstanceId, DesiredEntry) {
         let instance = self.run(ModelSpec::new("m"));
         assert_eq!(self.split(instance), [(3, 8)]);
-        (instance, self.desired.get(instance).expect("it runs").clone())
+        (instance, self.desired.get(instance).expect("the instance runs").clone())
     }
 }
 
-/// One that another member takes for apart is not about to be met: what is there is placed anew at once.
+/// A node that another member excludes is not about to connect: its shards are placed anew at once.
 #[test]
-fn who_is_apart_is_gone() {
+fn a_node_outside_the_clique_is_lost() {
     let mut cluster = Cluster::of(vec![
         (1, member(20, 1e10, &[2, 3])),
         (2, member(20, 1e10, &[1, 3])),
@@ -219,7 +219,7 @@ fn who_is_apart_is_gone() {
     cluster.rounds(5);
     cluster.members.0.remove(&id(3));
     cluster.leader.handle_lost(id(3), cluster.now, 2);
-    assert_eq!(cluster.rounds(5), [], "number 2 sees it");
+    assert_eq!(cluster.rounds(5), [], "node 2 sees node 3");
     for report in cluster.members.0.values_mut() {
         report.outside.push(id(3));
     }
@@ -227,16 +227,17 @@ fn who_is_apart_is_gone() {
     assert_ne!(cluster.split(instance), [(3, 8)]);
 }
 
-/// R8.4: where others have no room, a machine that drains keeps what it serves; where they have, it goes.
+/// R8.4: a draining machine keeps its model while other machines have no memory for it; once they have, the model
+/// moves.
 #[test]
-fn a_machine_that_drains_keeps_what_has_no_other_place() {
+fn a_draining_machine_keeps_a_model_that_fits_nowhere_else() {
     let mut cluster = Cluster::of(vec![(1, member(9, 1e10, &[2])), (2, member(9, 1e10, &[1]))]);
-    cluster.members.0.get_mut(&id(2)).expect("here").memory_limit_bytes = Some(4 * GB);
+    cluster.members.0.get_mut(&id(2)).expect("a member").memory_limit_bytes = Some(4 * GB);
     let instance = cluster.run(ModelSpec::new("m"));
     assert_eq!(cluster.split(instance), [(1, 8)]);
-    cluster.members.0.get_mut(&id(1)).expect("here").is_draining = true;
+    cluster.members.0.get_mut(&id(1)).expect("a member").is_draining = true;
     assert_eq!(cluster.rounds(60), []);
-    cluster.members.0.get_mut(&id(2)).expect("here").memory_limit_bytes = Some(9 * GB);
+    cluster.members.0.get_mut(&id(2)).expect("a member").memory_limit_bytes = Some(9 * GB);
     assert_eq!(cluster.rounds(1).len(), 1);
     assert_eq!(cluster.split(instance), [(2, 8)]);
     let there = id(1).to_string();
@@ -247,9 +248,9 @@ fn a_machine_that_drains_keeps_what_has_no_other_place() {
     assert!(matches!(&told[..], [Effect::Refused { error, .. }] if *error == releasing), "{told:?}");
 }
 
-/// R8.4: a move that fails leads back to where the model was well; a device that fails later does not.
+/// R8.4: a failed move returns the model to its earlier placement; a device that fails after the move does not.
 #[test]
-fn a_move_that_fails_leads_back() {
+fn a_failed_move_returns_to_the_earlier_placement() {
     for has_run in [false, true] {
         let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[2]))]);
         let instance = cluster.run(ModelSpec::new("m"));
@@ -257,7 +258,7 @@ fn a_move_that_fails_leads_back() {
         cluster.members.0.insert(id(3), member(20, 8e10, &[1]));
         assert_eq!(cluster.rounds(60).len(), 1);
         assert_eq!(cluster.split(instance), [(2, 8)]);
-        let stamp = cluster.desired.get(instance).expect("it runs").stamp;
+        let stamp = cluster.desired.get(instance).expect("the instance runs").stamp;
         let (node, device, error) = (id(2), cpu(), RequestError::NotReady);
         let broken = BrokenShard { instance, stamp, node, device, has_run, error };
         cluster.decide(|leader, round| leader.handle_broken(round, id(2), broken));
@@ -265,10 +266,10 @@ fn a_move_that_fails_leads_back() {
     }
 }
 
-/// R6.4: of two placements of an instance both have room while the one is loaded beside the other; where they have not, what
-/// is there goes first, and that is said.
+/// R6.4: if memory suffices, the new shards of an instance load beside the old ones; if not, the old shards stop first,
+/// and the entry says so.
 #[test]
-fn what_has_no_room_beside_itself_goes_first() {
+fn old_shards_stop_first_if_memory_does_not_suffice_for_both() {
     let three = || vec![(1, member(5, 1e10, &[2, 3])), (2, member(5, 1e10, &[1, 3])), (3, member(5, 1e10, &[1, 2]))];
     let spec = ModelSpec { shards: Some(3), ..ModelSpec::new("m") };
     let mut cluster = Cluster::of(three());
@@ -276,7 +277,7 @@ fn what_has_no_room_beside_itself_goes_first() {
     cluster.members.0.remove(&id(3));
     cluster.lose_links(3);
     cluster.rounds(5);
-    let deployment = cluster.desired.get(instance).and_then(DesiredEntry::deployment).expect("it runs");
+    let deployment = cluster.desired.get(instance).and_then(DesiredEntry::deployment).expect("the instance runs");
     assert_eq!(deployment.strategy, MoveStrategy::InPlace, "{:?}", deployment.placement);
     assert_eq!(deployment.placement.stages.len(), 2);
     cluster.members.0.insert(id(3), member(5, 1e10, &[1, 2]));
@@ -286,22 +287,23 @@ fn what_has_no_room_beside_itself_goes_first() {
     more_room.members.0.remove(&id(3));
     more_room.lose_links(3);
     more_room.rounds(5);
-    let deployment = more_room.desired.get(instance).and_then(DesiredEntry::deployment).expect("it runs");
+    let deployment = more_room.desired.get(instance).and_then(DesiredEntry::deployment).expect("the instance runs");
     assert_eq!(deployment.strategy, MoveStrategy::Beside { rollback: None }, "{:?}", deployment.placement);
 }
 
-/// R8.4: while memory of what has left is on its way, nobody is refused and nothing more is made to leave; but not for ever.
+/// R8.4: while a stopped model releases its memory, no request is refused and no other model is stopped; but not for
+/// ever.
 #[test]
-fn room_that_is_on_its_way_is_waited_for() {
+fn requests_wait_for_memory_that_is_being_released() {
     let mut cluster = Cluster::of(vec![(1, member(9, 1e10, &[]))]);
     let first = cluster.run(ModelSpec::new("first"));
     cluster.now += 10 * SECOND;
     cluster.leader.handle_request(id(1), ask(ModelSpec::new("second")));
-    assert_eq!(cluster.rounds(1).len(), 2, "the first one is made to leave, and the second has its room");
+    assert_eq!(cluster.rounds(1).len(), 2, "the first model is stopped, and the second gets its memory");
     assert!(cluster.desired.get(first).and_then(DesiredEntry::deployment).is_none());
-    // Its memory goes, and is measured a moment later.
+    // Memory is released, and the machine is measured a moment later.
     let full = |cluster: &mut Cluster, leaving_gigabytes: u64, limit_gigabytes: u64| {
-        let report = cluster.members.0.get_mut(&id(1)).expect("here");
+        let report = cluster.members.0.get_mut(&id(1)).expect("a member");
         report.releasing_bytes = leaving_gigabytes * GB;
         report.memory_limit_bytes = Some(limit_gigabytes * GB);
     };
@@ -311,11 +313,11 @@ fn room_that_is_on_its_way_is_waited_for() {
     }
     cluster.leader.handle_request(id(1), ask(ModelSpec::new("third")));
     full(&mut cluster, 8, 9);
-    assert_eq!(cluster.rounds(5), [], "it is waited for");
+    assert_eq!(cluster.rounds(5), [], "the request waits for the memory");
     full(&mut cluster, 0, 1);
-    assert_eq!(cluster.rounds(2), [], "what has left is not measured yet");
+    assert_eq!(cluster.rounds(2), [], "the released memory is not measured yet");
     full(&mut cluster, 0, 9);
-    assert_eq!(cluster.rounds(1).len(), 1, "it is placed");
+    assert_eq!(cluster.rounds(1).len(), 1, "the third model is placed");
     cluster.leader.handle_request(id(1), ask(ModelSpec::new("fourth")));
     full(&mut cluster, 5, 9);
     let told = cluster.rounds(40);
@@ -325,9 +327,9 @@ fn room_that_is_on_its_way_is_waited_for() {
     );
 }
 
-/// A split that names who has just gone waits a moment for its return, and is refused when that is over.
+/// A split that names a node that was just lost waits a moment for the node's return, and is refused after that.
 #[test]
-fn who_is_named_and_has_just_gone_is_waited_for() {
+fn a_split_waits_for_a_named_node_that_was_just_lost() {
     for comes_back in [true, false] {
         let b = MemberReport { name: "b".to_owned(), ..member(20, 1e10, &[1]) };
         let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[]))]);

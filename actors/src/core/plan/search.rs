@@ -140,11 +140,25 @@ const ORDERS_TRIED_MAX: usize = 7;
 const ENDS_TRIED_MAX: usize = 12;
 /// Beyond, these many of the fastest and of the roomiest as a beginning: more would take longer than anyone waits.
 const BEGINNINGS_TRIED: usize = 8;
+/// The most devices that are searched: the search takes time in their square, and a peer may report any number.
+pub(super) const DEVICES_SEARCHED_MAX: usize = 64;
+
+/// The devices that are searched, in their order: of more than [`DEVICES_SEARCHED_MAX`], half are the first and half the
+/// roomiest others.
+fn searched<'a>(ordered: &[&'a Offer]) -> Vec<&'a Offer> {
+    let first = ordered.len().min(DEVICES_SEARCHED_MAX / 2);
+    let mut others: Vec<usize> = (first..ordered.len()).collect();
+    others.sort_by_key(|&index| std::cmp::Reverse(ordered[index].free_bytes));
+    others.truncate(DEVICES_SEARCHED_MAX - first);
+    others.sort_unstable();
+    (0..first).chain(others).map(|index| ordered[index]).collect()
+}
 
 /// The best chain over any of the devices: in any order where devices are few; else with any two ends, or with any of some
 /// beginnings, and between these in their order. The ends matter most: they hold the embedding and the head, and the way
 /// back lies between them.
 pub(super) fn best_chain(demand: &Demand, ordered: &[&Offer], links: &Links, policy: Policy) -> Option<Vec<Stage>> {
+    let ordered = &searched(ordered)[..];
     let table = Table::new(demand);
     let search = Search { demand, table: &table, links, policy };
     // A first chain bounds the search for better ones.

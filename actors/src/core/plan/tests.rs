@@ -50,6 +50,15 @@ fn a_model_that_fits_one_device_is_not_split() {
     assert_eq!(stages[0].memory_bytes, 8 * 11 + 5);
 }
 
+/// R7.4: the search is bounded, and still finds the one slow device that has the memory.
+#[test]
+fn of_many_devices_the_fastest_and_the_roomiest_are_searched() {
+    let mut free = vec![(5, 9.0); 299];
+    free.push((200, 1.0));
+    let stages = automatic(&demand(vec![10; 8], 5), &offers(&free)).expect("it fits").stages;
+    assert_eq!(stages.iter().map(|stage| stage.device.0.as_str()).collect::<Vec<_>>(), ["gpu:299"]);
+}
+
 #[test]
 fn a_cache_that_nobody_holds_does_not_fit_though_its_bytes_would() {
     let many = Demand { kv_pages: u32::MAX, ..demand(vec![10; 8], 5) };

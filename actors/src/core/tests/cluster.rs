@@ -1,8 +1,8 @@
-//! Members that plan together while they die, come back and are cut off from each other: each with its list, its view of
-//! the others, a leader's memory, heads and shards; messages between them take time, and are lost with a link.
+//! Members that plan together while they die, return and disconnect. Each has its desired list, its view of the others,
+//! a leader's state, heads and shards. Messages between members take time, and are lost with their link.
 //!
-//! Whatever happened, when it is over all hold the same list, what can run runs once, where its memory is, and nothing
-//! moves any more.
+//! After any trouble all members hold the same list, each model that can run runs once, on nodes with memory for it,
+//! and no instance moves any more.
 
 mod checks;
 mod node;
@@ -22,11 +22,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const TICK: Duration = Duration::from_millis(50);
-/// As QUIC's idle timeout.
+/// How long a cut pair takes to notice: QUIC's idle timeout.
 const NOTICED_AFTER: Duration = Duration::from_secs(2);
 const GB: u64 = 1 << 30;
 const TICKS_OF_TROUBLE: u32 = 1200;
-/// Long enough for exclusions to end.
+/// Ticks without trouble, enough for exclusions of failed devices to end.
 const TICKS_OF_PEACE: u32 = 1800;
 const TICKS_OF_REST: u32 = 600;
 
@@ -36,9 +36,9 @@ struct Cluster {
     ids: Vec<NodeId>,
     memory: Vec<(u64, f64)>,
     nodes: Vec<Option<Node>>,
-    /// Which pairs can talk, and since when they cannot.
+    /// Pairs that cannot exchange messages, and since when.
     cut: BTreeMap<(usize, usize), Duration>,
-    /// Who sees whom.
+    /// Pairs of a node and a peer that the node counts as connected.
     sees: BTreeSet<(usize, usize)>,
     on_the_way: VecDeque<(Duration, usize, usize, Message)>,
     next_seed: u64,
@@ -80,12 +80,12 @@ impl Cluster {
         a == b || self.nodes[a].is_some() && self.nodes[b].is_some() && !self.cut.contains_key(&pair)
     }
 
-    /// Whom a member is connected with.
+    /// The peers that a member counts as connected.
     fn seen(&self, index: usize) -> BTreeSet<NodeId> {
         self.sees.iter().filter(|(one, _)| *one == index).map(|(_, other)| self.ids[*other]).collect()
     }
 
-    /// Whom it counts as here, itself included.
+    /// The connected peers inside the member's clique, and the member itself.
     fn here(&self, index: usize) -> BTreeSet<NodeId> {
         let mut here = self.seen(index);
         here.retain(|other| self.nodes[index].as_ref().is_none_or(|node| !node.clique.is_outside(*other)));
@@ -100,7 +100,7 @@ impl Cluster {
             return;
         }
         let takes = if from == to { 0 } else { 1 + self.random.below(60) };
-        // In order, as streams are.
+        // Messages arrive in order, as on a stream.
         let before = self.on_the_way.iter().filter(|(_, f, t, _)| (*f, *t) == (from, to)).map(|(due, ..)| *due).max();
         let due = (self.now + Duration::from_millis(takes)).max(before.unwrap_or_default());
         self.on_the_way.push_back((due, from, to, message));
@@ -114,7 +114,7 @@ impl Cluster {
         }
     }
 
-    /// One step of time; `is_troubled`: something may happen.
+    /// One step of time, with random failures if `trouble` allows them.
     fn tick(&mut self, trouble: Trouble) {
         self.now += TICK;
         if trouble == Trouble::Any {
@@ -133,7 +133,7 @@ impl Cluster {
         self.on_the_way = later;
         for (_, from, to, message) in due {
             if from != to && self.sees.contains(&(to, from)) && !self.can_talk(from, to) {
-                // It is sent again until the connection is given up.
+                // QUIC retransmits until the connection times out.
                 self.on_the_way.push_back((self.now + TICK, from, to, message));
             } else if self.nodes[to].is_some() && (from == to || self.sees.contains(&(to, from))) {
                 self.hear(to, from, message);
@@ -154,7 +154,7 @@ impl Cluster {
                     self.say(index, from_id, Message::Desired(entries));
                 }
             }
-            // Whom it sees is all that counts of it.
+            // Only the reports of a peer outside the clique count.
             _ if is_outside => {}
             Message::Desired(entries) => {
                 for id in node.desired.merge(entries, now) {
@@ -214,7 +214,7 @@ impl Cluster {
         let Some(shard) = node.shards.get_mut(&(id, stage)).filter(|shard| shard.is_up && shard.owner == from) else {
             return;
         };
-        // An engine refuses a life that is not later than what it has seen.
+        // An engine refuses an incarnation that is not later than the last one.
         if shard.seen.is_some_and(|seen| incarnation <= seen) {
             return;
         }
@@ -245,20 +245,20 @@ impl Cluster {
         }
     }
 
-    /// Orders shards of earlier placements to go.
+    /// Orders all nodes to drop shards of placements before `below`.
     fn clear(&mut self, index: usize, id: InstanceId, below: Stamp) {
         let clear = Message::Clear { id, below };
         self.say(index, self.ids[index], clear.clone());
         self.say_to_others(index, &clear);
     }
 
-    /// What a member does by itself.
+    /// The periodic work of a member.
     fn live(&mut self, index: usize) {
         let (now, seen) = (self.now, self.seen(index));
         let Some(node) = &mut self.nodes[index] else { return };
         let report = node.report(&seen);
         node.members.0.insert(node.id, report.clone());
-        // Each has a second of its own.
+        // Each member reports at its own point of the second.
         let is_second = (now + TICK * (7 * index as u32)).as_millis().is_multiple_of(1000);
         if node.members.leader() == Some(node.id) {
             self.as_leader(index, Leader::round);
@@ -314,7 +314,7 @@ impl Cluster {
         let deployment: Vec<(InstanceId, Stamp, Deployment)> =
             node.desired.running().map(|(id, stamp, deployment)| (id, stamp, deployment.clone())).collect();
         let own = node.id;
-        // The list as it was a moment ago: orders overtake it.
+        // The list as of the last tick, since orders to the worker can overtake the list.
         let snapshot = std::mem::replace(&mut node.snapshot, node.desired.snapshot());
         let is_here = |other| here.contains(&other);
         node.shards
@@ -417,9 +417,9 @@ enum Trouble {
     None,
 }
 
-/// R7.4, R7.5: members die, come back, are cut off from each other and lose shards at random; whatever happened, when it
-/// is over all hold the same list, what can run runs once, and nothing moves without need. Where a pair stays cut for good, that
-/// holds of each circle of members that reach each other; and of all, when the pair meets.
+/// R7.4, R7.5: members die, return, disconnect and lose shards at random. Afterwards all hold the same list, each model
+/// that can run runs once, and nothing moves without need. If a pair never connects, this holds for each clique; and
+/// for all members once the pair connects.
 #[test]
 fn members_agree_when_trouble_is_over() {
     let (mut steps, mut ran) = (0_u64, 0);
@@ -434,15 +434,15 @@ fn members_agree_when_trouble_is_over() {
             let pairs: Vec<_> = cluster.pairs().collect();
             let pair = pairs[cluster.random.below(pairs.len() as u64) as usize];
             cluster.calm(Some(pair));
-            assert_eq!(cluster.cliques().len(), 2, "who does not reach all is outside");
-            cluster.flap_who_is_apart();
+            assert_eq!(cluster.cliques().len(), 2, "a cut pair divides the members into two cliques");
+            cluster.flap_outside_pairs();
             steps += u64::from(TICKS_OF_PEACE + TICKS_OF_REST);
         }
         cluster.calm(None);
-        assert_eq!(cluster.cliques().len(), 1, "all are one");
+        assert_eq!(cluster.cliques().len(), 1, "all members are in one clique");
         steps += u64::from(TICKS_OF_TROUBLE + TICKS_OF_PEACE + TICKS_OF_REST);
         ran += cluster.nodes[0].as_ref().map_or(0, |node| node.desired.running().count());
     }
-    println!("{steps} steps, {ran} instances at their ends");
+    println!("{steps} steps, {ran} instances running at the end");
     assert!(ran > 0);
 }

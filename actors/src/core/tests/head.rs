@@ -1,4 +1,4 @@
-//! A head over a pipeline that keeps nothing but what the steps told it.
+//! A head's scheduler over a simulated pipeline, whose only state comes from the steps that it receives.
 //!
 //! The simulated model's next token is a function of all tokens before it, so a token that is lost, doubled or
 //! computed on a wrong cache changes every later one.
@@ -10,7 +10,7 @@ use exo_engines::engine::{Operation, SeqId};
 use exo_engines::sampler::{SampleError, Sampled, SamplerSpec, SamplingParams};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// Ends an answer.
+/// The token that ends an answer.
 const END: u32 = 0;
 const VOCABULARY: u64 = 23;
 
@@ -21,7 +21,7 @@ fn next_token(prefix: &[u32]) -> u32 {
     ((hash >> 20) % VOCABULARY) as u32
 }
 
-/// The answer that an undisturbed run gives.
+/// The tokens and the finish reason of a run without failures.
 fn answer(prompt: &[u32], max_tokens: u32) -> (Vec<u32>, FinishReason) {
     let mut tokens = prompt.to_vec();
     for _ in 0..max_tokens {
@@ -33,7 +33,7 @@ fn answer(prompt: &[u32], max_tokens: u32) -> (Vec<u32>, FinishReason) {
     (tokens.split_off(prompt.len()), FinishReason::Length)
 }
 
-/// A shard's cache and sampler, as the steps make them.
+/// A shard's caches and samplers, as the steps change them.
 struct Pipeline {
     pages: PageTable,
     caches: BTreeMap<SeqId, Vec<u32>>,
@@ -48,7 +48,7 @@ impl Pipeline {
 
     fn run(&mut self, plan: StepPlan) -> Vec<(SeqId, Result<Sampled, SampleError>)> {
         for operation in &plan.operations {
-            self.pages.apply(*operation).expect("the head knows what is there");
+            self.pages.apply(*operation).expect("the scheduler sends valid operations");
             match operation {
                 Operation::Release { seq } => drop(self.caches.remove(seq)),
                 Operation::Truncate { seq, length_tokens } => {
@@ -68,13 +68,13 @@ impl Pipeline {
         }
         let mut results = Vec::new();
         for (row, token) in plan.rows.iter().zip(plan.tokens) {
-            self.pages.extend(row.seq, 1).expect("the head counted the pages");
+            self.pages.extend(row.seq, 1).expect("the scheduler counts the pages");
             let cache = self.caches.entry(row.seq).or_default();
-            assert_eq!(cache.len(), row.position as usize, "rows go on where the cache ends");
+            assert_eq!(cache.len(), row.position as usize, "a row continues where the cache ends");
             cache.push(token);
             if row.wants_logits {
                 let spec = &self.samplers[&row.seq];
-                assert_eq!(cache[..spec.prompt.len()], spec.prompt, "the sampler knows the prompt");
+                assert_eq!(cache[..spec.prompt.len()], spec.prompt, "the sampler has the prompt");
                 let sampled = Sampled { token: next_token(cache), logprob: 0.0, top_logprobs: Vec::new() };
                 results.push((row.seq, Ok(sampled)));
             }
@@ -143,7 +143,7 @@ impl World {
         let seq = SeqId(self.next);
         let length = 1 + self.random.below(80);
         let mut prompt: Vec<u32> = (0..length).map(|_| self.random.below(VOCABULARY) as u32).collect();
-        // Most begin as one of three system prompts does.
+        // Most prompts begin with one of three system prompts.
         let system = self.random.below(5) as u32;
         if system < 3 {
             let shared = (length as usize).min(20 + 20 * system as usize);
@@ -159,10 +159,10 @@ impl World {
     fn submit(&mut self, seq: SeqId, prompt: Vec<u32>, generated: Vec<u32>, max_tokens: u32) {
         let sampler = SamplerSpec { params: SamplingParams::greedy(), prompt, generated };
         let request = Request { seq, sampler, max_tokens, ends: BTreeSet::from([END]) };
-        self.scheduler.handle_request(request).expect("it fits the context");
+        self.scheduler.handle_request(request).expect("the request fits the context");
     }
 
-    /// The head dies with its pipeline, and those who have asked it submit what they have to the next one.
+    /// The head dies with its pipeline. The clients submit their prompts and received tokens to the next head.
     fn lose_head(&mut self) {
         self.scheduler = Scheduler::new(self.limits.clone());
         self.pipeline = Pipeline::new(self.limits.pages);
@@ -195,7 +195,7 @@ impl World {
         if let Some(plan) = self.pipeline.sent.pop_front() {
             let results = self.pipeline.run(plan);
             if self.pipeline.sent.is_empty() {
-                assert_eq!(self.scheduler.pages_used(), self.pipeline.pages.used(), "head and shards count the same");
+                assert_eq!(self.scheduler.pages_used(), self.pipeline.pages.used(), "the page counts are equal");
             }
             self.scheduler.handle_step_done(results);
         }
@@ -205,19 +205,19 @@ impl World {
         while let Some(event) = self.scheduler.poll_event() {
             match event {
                 Event::Token { seq, sampled } => {
-                    let client = self.clients.get_mut(&seq).expect("a cancelled request is silent");
+                    let client = self.clients.get_mut(&seq).expect("a cancelled request gets no tokens");
                     assert_eq!(client.finished, None);
                     client.got.push(sampled.token);
                 }
                 Event::Finished { seq, reason } => {
                     let client = self.clients.remove(&seq).expect("a request ends once");
                     let expected = answer(&client.prompt, client.max_tokens);
-                    assert_eq!((client.got, reason), expected, "no token lost, none doubled");
+                    assert_eq!((client.got, reason), expected, "no token is lost or doubled");
                 }
                 Event::Admitted { seq, cached_tokens } => {
                     let client = &self.clients[&seq];
                     let tokens = client.prompt.len() + client.got.len();
-                    assert!(cached_tokens < tokens, "a token is left to be computed");
+                    assert!(cached_tokens < tokens, "at least one token is left to compute");
                     self.cached_tokens += cached_tokens;
                 }
                 Event::Failed { seq, error } => panic!("{seq:?} failed: {error}"),
@@ -225,7 +225,7 @@ impl World {
         }
     }
 
-    /// Lets everything that runs come to its end.
+    /// Runs until every request has finished, then checks that nothing leaks.
     fn settle(&mut self) {
         for _ in 0..100_000 {
             self.send();
@@ -236,7 +236,7 @@ impl World {
             self.deliver();
         }
         assert!(self.clients.is_empty(), "{} requests hang", self.clients.len());
-        // What is kept is let go when its place is needed: then nothing is left.
+        // Cached prefixes are dropped for a request that needs all pages; after it nothing may be left.
         let length = self.limits.context_tokens.min(self.limits.pages * 32) as usize - 1;
         self.submit(SeqId(u64::MAX), vec![1; length], Vec::new(), 1);
         while let Some(plan) = self.scheduler.poll_step() {
@@ -248,10 +248,11 @@ impl World {
     }
 }
 
-/// R7.5, R8.4: under any interleaving of requests, cancellations, losses of the pipeline and of the head, and shortages of pages, each
-/// answer is what an undisturbed run gives, nothing hangs and no page leaks. `EXO_SIM_SEED` replays one seed.
+/// R7.5, R8.4: under any interleaving of requests, cancellations, losses of the pipeline and of the head, and shortages
+/// of pages, each answer equals that of an undisturbed run, no request hangs and no page leaks. `EXO_SIM_SEED` replays
+/// one seed.
 #[test]
-fn every_answer_is_undisturbed() {
+fn every_answer_equals_that_of_an_undisturbed_run() {
     let mut cached_tokens = 0;
     for seed in seeds(400) {
         println!("seed {seed}");
@@ -262,6 +263,6 @@ fn every_answer_is_undisturbed() {
         world.settle();
         cached_tokens += world.cached_tokens;
     }
-    println!("{cached_tokens} tokens of prompts were not computed again");
+    println!("{cached_tokens} prompt tokens came from the prefix cache");
     assert!(cached_tokens > 0);
 }

@@ -1,11 +1,11 @@
-//! Seeded simulation: of a head over its pipeline, and of a cluster's planning.
+//! Seeded simulations of a head's scheduler over a pipeline, and of a cluster's planning.
 //!
-//! Every failing run prints its seed; `EXO_SIM_SEED` makes that run again, and `EXO_SIM_SEEDS` says how many runs.
+//! Each run prints its seed. `EXO_SIM_SEED` repeats the run of one seed; `EXO_SIM_SEEDS` sets the number of runs.
 
 mod cluster;
 mod head;
 
-/// xorshift64*, for the simulation only.
+/// The random numbers of the simulations: xorshift64*.
 struct Random(u64);
 
 impl Random {
@@ -21,7 +21,7 @@ impl Random {
     }
 }
 
-/// The one that is asked for, or as many as are, or `count`.
+/// The seed in `EXO_SIM_SEED`, or as many seeds as `EXO_SIM_SEEDS` says, or `count`.
 fn seeds(count: u64) -> Vec<u64> {
     let number = |name| std::env::var(name).ok().map(|value| value.parse().expect("a seed is a number"));
     match number("EXO_SIM_SEED") {

@@ -1,5 +1,5 @@
-//! Nodes that give a model's bytes, honest and other ones: what comes is checked, what was right stays, and what is missing
-//! is asked of the next.
+//! Fetches from honest and faulty peers: the bytes are checked, right pieces stay, and missing pieces are requested
+//! from the next peer.
 
 use super::*;
 use crate::models::{ModelRegistry, ModelRequest, ModelsConfig, serve};
@@ -10,22 +10,23 @@ use std::net::SocketAddr;
 use std::sync::Mutex;
 use tokio::sync::mpsc;
 
+/// The behaviour of a peer that serves a model's bytes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Giver {
     Honest,
-    /// Of each piece a byte is another.
+    /// Sends each piece with one wrong byte.
     WrongPieces,
-    /// Hashes that no piece has.
+    /// Sends hashes that match no piece.
     WrongHashes,
-    /// It gives two pieces, and goes.
+    /// Sends two pieces, then ends the stream.
     GoesAway,
-    /// It says that it has none of the model.
+    /// Answers that it has no such model.
     HasNothing,
-    /// It gives something else.
+    /// Sends unrelated answers.
     Nonsense,
 }
 
-/// What each giver was asked for, in order.
+/// The queries that each giver received, in order.
 type Asked = Arc<Mutex<Vec<(Giver, WeightsQuery)>>>;
 
 fn network(secret: &ClusterSecret, peers: Vec<SocketAddr>) -> (Network, mpsc::Receiver<NetworkEvent>) {
@@ -36,7 +37,7 @@ fn network(secret: &ClusterSecret, peers: Vec<SocketAddr>) -> (Network, mpsc::Re
 async fn up(events: &mut mpsc::Receiver<NetworkEvent>) -> Box<Peer> {
     loop {
         let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await.expect("in time");
-        if let NetworkEvent::PeerUp(peer) = event.expect("the network lives") {
+        if let NetworkEvent::PeerUp(peer) = event.expect("the network runs") {
             return peer;
         }
     }
@@ -77,7 +78,7 @@ async fn give(
     let pieces = Arc::clone(&shared.expect("headers").pieces);
     let count = pieces.pieces.len();
     let writer = &mut stream.writer;
-    // Whoever asked may have had enough.
+    // Sending fails if the fetch has given up this giver.
     let _ = match (giver, &ask.query) {
         (Giver::HasNothing, _) => writer.send(&WeightsResponse::Nothing, Payload::Nothing).await,
         (Giver::Nonsense, _) => writer.send(&WeightsResponse::Piece { number: 7 }, Payload::Bytes(&[7; 7])).await,
@@ -102,7 +103,8 @@ async fn give(
     };
 }
 
-/// Asks the givers, one after the other, for all layers; gives what came of it, and what each was asked for.
+/// Fetches all layers from the givers, one after the other. Returns the outcome, and the queries that the givers
+/// received.
 async fn fetch(
     givers: &[Giver],
     into: &Path,
@@ -135,7 +137,7 @@ async fn fetch(
     (got, asked)
 }
 
-/// Pieces that a giver was asked for.
+/// The numbers of the pieces that a giver was asked for.
 fn pieces_of(giver: Giver, asked: &[(Giver, WeightsQuery)]) -> Vec<u32> {
     let wanted = asked.iter().filter(|(of, _)| *of == giver).filter_map(|(_, wanted)| match wanted {
         WeightsQuery::Pieces(numbers) => Some(numbers.clone()),
@@ -144,17 +146,17 @@ fn pieces_of(giver: Giver, asked: &[(Giver, WeightsQuery)]) -> Vec<u32> {
     wanted.flatten().collect()
 }
 
-/// R7.2: whatever the first giver does, the model comes whole from the next, to the byte; and what was right of the first is
-/// not asked for again.
+/// R7.2: whatever the first giver does, the honest giver completes the model to the byte, and right pieces of the first
+/// are not requested again.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_honest_giver_makes_good_what_others_did() {
+async fn an_honest_peer_completes_a_fetch_from_a_faulty_one() {
     let source = with_model();
     let original = std::fs::read(source.path().join("tiny/model.safetensors")).expect("read");
     let firsts = [Giver::WrongPieces, Giver::WrongHashes, Giver::GoesAway, Giver::HasNothing, Giver::Nonsense];
     for first in firsts {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let (got, asked) = fetch(&[first, Giver::Honest], folder.path()).await;
-        let shared = got.expect("no error of ours").unwrap_or_else(|| panic!("{first:?}: it came"));
+        let shared = got.expect("no error of ours").unwrap_or_else(|| panic!("{first:?}: the model is incomplete"));
         let copied = std::fs::read(shared.files.path.join("model.safetensors")).expect("read");
         assert!(copied == original, "{first:?}");
         let (of_first, of_honest) = (pieces_of(first, &asked), pieces_of(Giver::Honest, &asked));
@@ -164,20 +166,20 @@ async fn an_honest_giver_makes_good_what_others_did() {
     }
 }
 
-/// R7.2, R8.3: where no giver has all, what came stays, and a later try asks for the rest alone; a copy that was damaged is
-/// brought anew.
+/// R7.2, R8.3: after an incomplete fetch the received pieces stay, and a later fetch requests only the rest. A damaged
+/// copy is fetched again.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_interrupted_goes_on() {
+async fn an_interrupted_fetch_continues_and_a_damaged_copy_is_fetched_again() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (got, _) = fetch(&[Giver::GoesAway], folder.path()).await;
-    assert!(got.expect("no error of ours").is_none(), "not all of it came");
+    assert!(got.expect("no error of ours").is_none(), "the giver sends only two pieces");
     let (got, asked) = fetch(&[Giver::Honest], folder.path()).await;
-    let shared = got.expect("no error of ours").expect("it came");
+    let shared = got.expect("no error of ours").expect("the model is complete");
     assert_eq!(pieces_of(Giver::Honest, &asked).len(), shared.pieces.pieces.len() - 2);
     let (got, asked) = fetch(&[Giver::Honest], folder.path()).await;
-    assert!(got.is_ok_and(|got| got.is_some()) && pieces_of(Giver::Honest, &asked).is_empty(), "all of it is here");
+    assert!(got.is_ok_and(|got| got.is_some()) && pieces_of(Giver::Honest, &asked).is_empty(), "no piece is missing");
     std::fs::write(shared.files.path.join("config.json"), "nothing of use").expect("written");
     let (got, asked) = fetch(&[Giver::Honest], folder.path()).await;
-    assert!(got.is_ok_and(|got| got.is_some()), "it is brought anew");
+    assert!(got.is_ok_and(|got| got.is_some()), "the damaged copy is fetched again");
     assert_eq!(pieces_of(Giver::Honest, &asked).len(), shared.pieces.pieces.len());
 }

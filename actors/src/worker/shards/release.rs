@@ -1,4 +1,4 @@
-//! Stopping shards: those of no placement any more, and what earlier placements left.
+//! Stopping the shards that no placement uses any more.
 
 use super::{HostedShard, ShardKey, WorkerState};
 use crate::core::desired::{DesiredSnapshot, Stamp};
@@ -7,7 +7,7 @@ use crate::transport::protocol::LinkEnd;
 use crate::worker::device::DeviceMsg;
 
 impl WorkerState {
-    /// A stage has the shard that serves and the one that loads: a shard that loaded for an earlier order stops.
+    /// Stops shards that a stage has besides the serving one and `loading`. An earlier order loaded them in vain.
     pub(super) fn stop_unused(&mut self, loading: &ShardKey) {
         let is_unused = |(key, shard): &(&ShardKey, &HostedShard)| {
             (key.instance, key.stage) == (loading.instance, loading.stage) && *key != loading && shard.wired.is_none()
@@ -26,7 +26,7 @@ impl WorkerState {
         }
     }
 
-    /// Stops the shards whose instances are not to run.
+    /// Stops the shards that the desired list does not keep, and forgets the stamps of unknown instances.
     pub(super) fn reconcile(&mut self, desired: &DesiredSnapshot) {
         let is_reachable = |node| self.args.router.is_reachable(node);
         let is_over = |(key, shard): &(&ShardKey, &HostedShard)| {
@@ -36,7 +36,7 @@ impl WorkerState {
         for key in over.collect::<Vec<_>>() {
             self.stop(&key);
         }
-        // The stamp of an order whose entry reached no member lasts as long as its shard.
+        // A stamp whose entry reached no member is kept only as long as its shard.
         let shards = &self.shards;
         self.stamps.retain(|&instance, latest| {
             let of_shards =

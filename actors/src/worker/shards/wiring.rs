@@ -10,10 +10,10 @@ use exo_engines::engine::Incarnation;
 use exo_net::{NodeId, WireType};
 use std::time::Duration;
 
-/// The time that a link has to open.
+/// The most time that opening a link may take.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Where rows come from and go to.
+/// The connections of a shard: the sender of its rows, and the receiver of its output.
 #[derive(Debug, Clone)]
 pub(crate) struct Wiring {
     pub(super) incarnation: Incarnation,
@@ -24,24 +24,24 @@ pub(crate) struct Wiring {
 }
 
 impl WorkerState {
-    /// Connects a shard: at once where its successor is on this node, else when the link to it is open.
+    /// Connects a shard: at once if its successor is on this node, else when the link to the successor is open.
     pub(super) fn wire(&mut self, myself: &WorkerRef, owner: NodeId, key: ShardKey, wiring: Wiring) {
         let shard = self.shards.get(&key).filter(|shard| shard.owner == owner);
         let is_due = |shard: &&HostedShard| shard.wired.is_none_or(|wired| wired <= wiring.incarnation);
         let Some(shard) = shard.filter(is_due) else { return };
-        // A failed shard is reported to its owner, which connects it again.
+        // The owner receives the failure of a shard, and connects the shards again after its restart.
         if shard.loaded.is_none() {
             return;
         }
         if wiring.next == self.args.router.own() {
             match self.next_here(&key, &wiring) {
                 Some(next) => self.connect(&key, &wiring, next),
-                None => self.on_cut(&key, wiring.incarnation, "the next shard has stopped".to_owned()),
+                None => self.on_cut(&key, wiring.incarnation, "the receiver of its output has stopped".to_owned()),
             }
             return;
         }
         let Some(data) = self.args.router.data(wiring.next) else {
-            return self.on_cut(&key, wiring.incarnation, format!("no connection with {}", wiring.next));
+            return self.on_cut(&key, wiring.incarnation, format!("node {} is not connected", wiring.next));
         };
         let hello = LinkHello { instance: key.instance, incarnation: wiring.incarnation, to: wiring.to };
         let (worker, incarnation) = (myself.clone(), wiring.incarnation);
@@ -53,7 +53,7 @@ impl WorkerState {
                 Ok(outcome) => outcome.map_err(|error| error.to_string()),
                 Err(_) => Err("the link did not open in time".to_owned()),
             };
-            // Without a worker the node stops.
+            // Sending fails only if the worker has stopped; the node stops, too.
             let _ = worker.send_message(WorkerMsg::Linked { key, wiring: Box::new(wiring), outcome });
         });
     }
@@ -89,13 +89,13 @@ impl WorkerState {
 
     fn connect(&mut self, key: &ShardKey, wiring: &Wiring, next: Next) {
         let Some(shard) = self.shards.get_mut(key) else { return };
-        // The link opened late, for an incarnation that is over.
+        // The link opened late, after a later incarnation began.
         if shard.wired.is_some_and(|wired| wired > wiring.incarnation) {
             return;
         }
         let Some(Loaded { engine, hidden, vocabulary }) = shard.loaded.clone() else { return };
         if engine.wire(wiring.incarnation, next).is_err() {
-            // The engine's thread has ended: the report of that is on its way.
+            // The engine's thread has ended or hangs; its shard reports that.
             return;
         }
         shard.wired = Some(wiring.incarnation);

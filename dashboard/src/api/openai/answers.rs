@@ -1,4 +1,4 @@
-//! Several answers on their way at once, and the two ways of telling them: whole, or as a stream.
+//! Generates the answers of one API call concurrently, and sends them whole or as a stream.
 
 use super::now;
 use crate::api::ApiError;
@@ -20,34 +20,34 @@ pub(super) struct AnswerPlan {
     /// The model as the client named it.
     pub(super) name: String,
     pub(super) model: ModelSpec,
-    /// One for each answer.
+    /// One request for each answer.
     pub(super) requests: Vec<GenerateRequest>,
-    /// Answers to one prompt follow each other.
+    /// The number of answers to each prompt. Requests with the same prompt follow each other.
     pub(super) answers_per_prompt: u32,
     pub(super) is_streamed: bool,
     pub(super) includes_usage: bool,
 }
 
-/// A kind of completion.
+/// The JSON schema of one kind of completion.
 pub(super) trait Shape: Send + 'static {
     const OBJECT: &'static str;
     const CHUNK: &'static str;
-    /// What ids begin with.
+    /// The prefix of ids.
     const ID: &'static str;
 
-    /// All answers have begun.
+    /// Prepares for `answers`, which have all started.
     fn begin(&mut self, answers: &Answers);
-    /// What a stream says of an answer before its first piece.
+    /// The chunk that a stream sends for an answer before its first piece.
     fn first_chunk(&mut self, index: usize) -> Option<Value>;
-    /// A piece as a stream tells it.
+    /// The chunk that a stream sends for a piece; `None`: nothing to send.
     fn chunk(&mut self, piece: &Piece, model: &RunningModel) -> Option<Value>;
-    /// Takes a piece of an answer that is told whole.
+    /// Adds a piece to an answer that is sent whole.
     fn collect(&mut self, piece: &Piece, model: &RunningModel);
-    /// A whole answer.
+    /// The JSON of a whole answer.
     fn choice(&mut self, answer: &FinishedAnswer) -> Value;
 }
 
-/// A piece of one of the answers.
+/// A piece of an answer.
 #[derive(Debug)]
 pub(super) struct Piece {
     pub(super) index: usize,
@@ -56,7 +56,7 @@ pub(super) struct Piece {
     pub(super) finish: Option<FinishReason>,
 }
 
-/// An answer that has ended.
+/// A finished answer.
 #[derive(Debug)]
 pub(super) struct FinishedAnswer {
     pub(super) index: usize,
@@ -65,22 +65,22 @@ pub(super) struct FinishedAnswer {
 
 type Events = SelectAll<Pin<Box<dyn Stream<Item = (usize, Result<Generated, RequestError>)> + Send>>>;
 
-/// Answers that have begun.
+/// Answers that have started.
 pub(super) struct Answers {
     model: RunningModel,
     events: Events,
     count: usize,
-    /// Whether the first prompt ends with an opened thought.
+    /// Whether the first prompt ends with `<think>`.
     opens_thought: bool,
     usage: Usage,
 }
 
-/// Tokens, as OpenAI counts them.
+/// Token counts, as OpenAI defines them.
 #[derive(Debug, Clone, Copy, Default)]
 struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
-    /// Of the prompts' tokens, those that were not computed again.
+    /// Tokens of the first request's prompt that were found in the prefix cache.
     cached_tokens: usize,
 }
 
@@ -96,7 +96,7 @@ impl Usage {
 }
 
 impl Answers {
-    /// Begins all answers of `plan`. What fails before any has begun has a status of its own.
+    /// Starts all answers of `plan`. An error before all have started becomes the response's HTTP status.
     async fn begin(api: &ApiContext, plan: &mut AnswerPlan) -> Result<Self, ApiError> {
         let model = api.node.load(plan.model.clone()).await?;
         let requests = std::mem::take(&mut plan.requests);
@@ -124,12 +124,12 @@ impl Answers {
         self.count
     }
 
-    /// Whether the answers begin within a thought, which the prompt has opened.
+    /// Whether the answers begin within a thought: the prompt ends with `<think>`.
     pub(super) fn opens_thought(&self) -> bool {
         self.opens_thought
     }
 
-    /// The next piece of any answer; `None` when all have ended.
+    /// The next piece of any answer; `None` after all have ended.
     async fn next(&mut self) -> Option<Result<Piece, RequestError>> {
         loop {
             let (index, event) = self.events.next().await?;
@@ -151,7 +151,7 @@ impl Answers {
     }
 }
 
-/// Carries a plan out, and tells it in `shape`.
+/// Executes `plan`. Returns the answers in the schema `shape`.
 pub(super) async fn answer<S: Shape>(
     api: &ApiContext,
     mut plan: AnswerPlan,
@@ -181,16 +181,16 @@ async fn whole<S: Shape>(mut answers: Answers, plan: AnswerPlan, mut shape: S, i
     }))
 }
 
-/// What a stream still has to say.
+/// The state of a streamed response.
 struct Streaming<S> {
     answers: Answers,
     plan: AnswerPlan,
     shape: S,
     id: String,
     created: u64,
-    /// Events that are ready.
+    /// Events that are ready to send.
     ready: VecDeque<String>,
-    /// Whether nothing comes behind what is ready.
+    /// Whether the events in `ready` are the last.
     is_over: bool,
 }
 
@@ -222,7 +222,7 @@ impl<S: Shape> Streaming<S> {
                     self.ready.extend(chunk);
                 }
                 Some(Err(error)) => {
-                    // Clients take an event with an error for the end.
+                    // Clients treat an event with an error as the stream's end.
                     self.end(Some(json!(ApiError::from(error).body())));
                 }
                 None => {

@@ -11,10 +11,10 @@ use exo_actors::{Conversation, Message, Prompt, Role, RunningModel, ToolCall};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-/// As OpenAI bounds it.
+/// OpenAI's limit.
 const TOP_LOGPROBS_MAX: u32 = 20;
 
-/// A request, its sampling read apart: so that each field is named where it is wrong.
+/// A chat request. Its sampling fields are decoded separately, so that errors can name the wrong field.
 #[derive(Debug, Clone)]
 pub(in crate::api) struct ChatRequest {
     own: Own,
@@ -43,7 +43,7 @@ struct Own {
     response_format: Option<Value>,
     #[serde(default)]
     reasoning_effort: Option<String>,
-    /// Variables for the model's template, as vLLM and llama.cpp take them.
+    /// Variables for the model's chat template, as in vLLM and llama.cpp.
     #[serde(default)]
     chat_template_kwargs: Option<Map<String, Value>>,
 }
@@ -80,7 +80,7 @@ impl Content {
         let text = |part: &Value| match (part["type"].as_str(), part["text"].as_str()) {
             (Some("text"), Some(text)) => Ok(text.to_owned()),
             (kind, _) => {
-                let what = format!("has a part of the type `{}`; models here take text", kind.unwrap_or("none"));
+                let what = format!("has a part of type `{}`; only `text` is supported", kind.unwrap_or("none"));
                 Err(ApiError::bad_value("messages", what))
             }
         };
@@ -109,7 +109,7 @@ impl ChatRequest {
         if let Some(kind) = self.own.response_format.as_ref().and_then(|format| format["type"].as_str())
             && kind != "text"
         {
-            return Err(ApiError::bad_value("response_format", format!("is `{kind}`; only `text` is served")));
+            return Err(ApiError::bad_value("response_format", format!("is `{kind}`; only `text` is supported")));
         }
         if self.own.messages.is_empty() {
             return Err(ApiError::bad_value("messages", "is empty"));
@@ -140,7 +140,7 @@ impl ChatRequest {
             (false, _) => Err(ApiError::bad_value("top_logprobs", "needs `logprobs` to be true")),
             (true, count) if count <= TOP_LOGPROBS_MAX => Ok(count),
             (true, count) => {
-                Err(ApiError::bad_value("top_logprobs", format!("is {count}; 0 to {TOP_LOGPROBS_MAX} is possible")))
+                Err(ApiError::bad_value("top_logprobs", format!("is {count}, not 0 to {TOP_LOGPROBS_MAX}")))
             }
         }
     }
@@ -148,19 +148,19 @@ impl ChatRequest {
     fn tools(&self) -> Result<Vec<Value>, ApiError> {
         let tools = self.own.tools.clone().unwrap_or_default();
         if tools.iter().any(|tool| !tool["function"]["name"].is_string()) {
-            return Err(ApiError::bad_value("tools", "has one that is no function with a name"));
+            return Err(ApiError::bad_value("tools", "has an entry that is not a function with a name"));
         }
         match self.own.tool_choice.as_ref().map(|choice| (choice.as_str(), choice)) {
             None | Some((Some("auto"), _)) | Some((None, Value::Null)) => Ok(tools),
             Some((Some("none"), _)) => Ok(Vec::new()),
             Some(_) => {
-                Err(ApiError::bad_value("tool_choice", "can be `auto` or `none`: a model is not forced to call"))
+                Err(ApiError::bad_value("tool_choice", "must be `auto` or `none`: forced calls are not supported"))
             }
         }
     }
 }
 
-/// The shape of chat completions.
+/// The schema of chat completions.
 #[derive(Debug)]
 pub(super) struct Chat {
     has_tools: bool,
@@ -168,13 +168,13 @@ pub(super) struct Chat {
     choices: Vec<Choice>,
 }
 
-/// One answer, as far as it came.
+/// One answer, as received so far.
 #[derive(Debug, Default)]
 struct Choice {
     splitter: Splitter,
     parts: Parts,
     logprobs: Vec<Value>,
-    /// Words that are not told before the end: they may be calls of tools.
+    /// Words that are held back until the answer's end, because they may be tool calls.
     held: String,
 }
 

@@ -1,4 +1,4 @@
-//! `/v1/completions`: plain texts continued.
+//! `/v1/completions`: continues plain text.
 
 use super::answers::{AnswerPlan, Answers, FinishedAnswer, Piece, Shape};
 use super::sampling::Sampling;
@@ -9,12 +9,12 @@ use exo_actors::{Prompt, RunningModel};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-/// As OpenAI bounds it for older models: more are seldom asked for.
+/// OpenAI's limit for older models. Clients rarely request more.
 const LOGPROBS_MAX: u32 = 20;
-/// Prompts of one request: each takes a request's place.
+/// The most prompts of one call: each counts as one of the node's requests.
 const PROMPTS_MAX: usize = 64;
 
-/// A request, its sampling read apart: so that each field is named where it is wrong.
+/// A completion request. Its sampling fields are decoded separately, so that errors can name the wrong field.
 #[derive(Debug, Clone)]
 pub(in crate::api) struct CompletionRequest {
     own: Own,
@@ -66,23 +66,23 @@ impl CompletionRequest {
         let model = api.spec(&self.own.model)?;
         let choices = self.sampling.choices()?;
         if self.own.echo == Some(true) {
-            return Err(ApiError::bad_value("echo", "is set; the prompt is not given back"));
+            return Err(ApiError::bad_value("echo", "is not supported: answers do not repeat the prompt"));
         }
         if self.own.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
-            return Err(ApiError::bad_value("suffix", "is set; texts are continued, not filled in"));
+            return Err(ApiError::bad_value("suffix", "is not supported: answers only continue the prompt"));
         }
         if self.own.best_of.is_some_and(|best_of| best_of != choices) {
-            return Err(ApiError::bad_value("best_of", "differs from `n`; all answers are given"));
+            return Err(ApiError::bad_value("best_of", "differs from `n`: all answers are returned"));
         }
         if self.own.logprobs.is_some_and(|count| count > LOGPROBS_MAX) {
-            return Err(ApiError::bad_value("logprobs", format!("is more than {LOGPROBS_MAX}")));
+            return Err(ApiError::bad_value("logprobs", format!("exceeds the limit of {LOGPROBS_MAX}")));
         }
         let prompts = self.own.prompt.all();
         if prompts.is_empty() || prompts.len() > PROMPTS_MAX {
-            let what = format!("has {} texts; 1 to {PROMPTS_MAX} are possible", prompts.len());
+            let what = format!("has {} prompts, not 1 to {PROMPTS_MAX}", prompts.len());
             return Err(ApiError::bad_value("prompt", what));
         }
-        // OpenAI's limit where none is named.
+        // 16 is OpenAI's default for `max_tokens`.
         let requests = self.sampling.requests(&model, &prompts, self.own.logprobs.unwrap_or(0), Some(16))?;
         let shape = Completions { wants_logprobs: self.own.logprobs.is_some(), choices: Vec::new() };
         let (is_streamed, includes_usage) = (self.sampling.is_streamed(), self.sampling.includes_usage());
@@ -100,7 +100,7 @@ impl CompletionRequest {
     }
 }
 
-/// The shape of completions.
+/// The schema of text completions.
 #[derive(Debug)]
 pub(super) struct Completions {
     wants_logprobs: bool,
@@ -111,11 +111,11 @@ pub(super) struct Completions {
 struct Choice {
     text: String,
     logprobs: Logprobs,
-    /// Characters of the tokens so far.
+    /// The number of characters of all tokens so far.
     offset: usize,
 }
 
-/// Lists side by side, as the older API has them.
+/// Parallel lists with one entry per token, as in OpenAI's older API.
 #[derive(Debug, Default)]
 struct Logprobs {
     tokens: Vec<String>,

@@ -1,10 +1,10 @@
 //! OpenAI's API: `/v1/chat/completions`, `/v1/completions`, `/v1/models`.
 //!
 //! ```text
-//! body ─► ChatRequest, CompletionRequest ─plan─► GenerateRequests ─► Answers ─pieces─► Shape ─► JSON, or events
+//! body ─► ChatRequest, CompletionRequest ─plan─► GenerateRequests ─► Answers ─pieces─► Shape ─► JSON or events
 //! ```
-//! Source of the shapes: OpenAI's published OpenAPI description, and what its Python client reads. Several answers to a
-//! prompt are several requests: the schedule computes the prompt once.
+//! Source of the schemas: OpenAI's published OpenAPI description, and the fields that its Python client reads. Several
+//! answers to a prompt are several requests: the scheduler computes the prompt once.
 
 mod answers;
 mod chat;
@@ -42,7 +42,7 @@ pub(super) async fn completions(
     answers::answer(&api, plan, shape).await
 }
 
-/// Models that are known by name, and those that run.
+/// Lists the models of the catalogue, and those with an instance on this node.
 pub(super) async fn models(State(api): State<ApiContext>) -> Result<Json<Value>, ApiError> {
     let data: Vec<Value> = known(&api).await?.into_values().collect();
     Ok(Json(json!({ "object": "list", "data": data })))
@@ -69,7 +69,7 @@ fn finish_name(reason: FinishReason) -> &'static str {
     }
 }
 
-/// Seconds since 1970.
+/// The Unix time in seconds.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -1,22 +1,22 @@
-//! What both kinds of completions ask of the sampler.
+//! The sampling fields that both completion endpoints share.
 
 use crate::api::ApiError;
 use exo_actors::{GenerateRequest, ModelSpec, Prompt, SamplingParams, fresh_seed};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
-/// Answers to one prompt at most: each takes a request's place.
+/// The most answers to one prompt: each counts as one of the node's requests.
 const CHOICES_MAX: u32 = 16;
-/// Stop strings at most: each is looked for at every token.
+/// The most stop strings: each is searched for at every token.
 const STOPS_MAX: usize = 16;
 
-/// OpenAI's fields, and those that local servers have besides. What is not known is ignored, as OpenAI does.
+/// OpenAI's fields, and the extra fields of local servers. Unknown fields are ignored.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Sampling {
     temperature: Option<f32>,
     top_p: Option<f32>,
-    /// 0 and less: all.
+    /// 0 or less: all tokens.
     top_k: Option<i64>,
     min_p: Option<f32>,
     #[serde(alias = "repeat_penalty")]
@@ -55,8 +55,11 @@ impl Sampling {
         self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false)
     }
 
-    /// A request for each answer to each of `prompts`: those to one prompt follow each other. `top_logprobs` and the
-    /// limit that holds where the client names none are the endpoint's.
+    /// The requests for all answers, grouped by prompt. The endpoint gives `top_logprobs`, and `default_max_tokens` for
+    /// clients that set no limit.
+    ///
+    /// # Errors
+    /// 400 for a field with an invalid value.
     pub(super) fn requests(
         &self,
         model: &ModelSpec,
@@ -81,12 +84,15 @@ impl Sampling {
         Ok(requests)
     }
 
-    /// Answers to each prompt.
+    /// The number of answers to each prompt.
+    ///
+    /// # Errors
+    /// 400 where `n` is not 1 to [`CHOICES_MAX`].
     pub(super) fn choices(&self) -> Result<u32, ApiError> {
         match self.n {
             None => Ok(1),
             Some(n) if (1..=CHOICES_MAX).contains(&n) => Ok(n),
-            Some(n) => Err(ApiError::bad_value("n", format!("is {n}; 1 to {CHOICES_MAX} is possible"))),
+            Some(n) => Err(ApiError::bad_value("n", format!("is {n}, not 1 to {CHOICES_MAX}"))),
         }
     }
 
@@ -104,20 +110,21 @@ impl Sampling {
             Some(Stop::Several(texts)) => texts,
         };
         if stops.len() > STOPS_MAX {
-            return Err(ApiError::bad_value("stop", format!("has {} texts; {STOPS_MAX} are possible", stops.len())));
+            return Err(ApiError::bad_value("stop", format!("has {} strings, not 0 to {STOPS_MAX}", stops.len())));
         }
         match stops.iter().any(String::is_empty) {
-            true => Err(ApiError::bad_value("stop", "has an empty text")),
+            true => Err(ApiError::bad_value("stop", "has an empty string")),
             false => Ok(stops),
         }
     }
 
-    /// The parameters of the `choice`-th answer to a prompt. Where no seed is given, `fresh` is.
+    /// The parameters of answer number `choice` to a prompt. `fresh` is the seed where the client gives none.
     fn params(&self, choice: u32, top_logprobs: u32, fresh: u64) -> Result<SamplingParams, ApiError> {
         let mut logit_bias = BTreeMap::new();
         for (token, bias) in self.logit_bias.iter().flatten() {
-            let id =
-                token.parse().map_err(|_| ApiError::bad_value("logit_bias", format!("names no token: `{token}`")))?;
+            let id = token.parse().map_err(|_| {
+                ApiError::bad_value("logit_bias", format!("has the key `{token}`, which is not a token id"))
+            })?;
             logit_bias.insert(id, *bias);
         }
         let params = SamplingParams {
@@ -129,7 +136,7 @@ impl Sampling {
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             logit_bias,
-            // Negative seeds are seeds, too.
+            // Negative seeds are valid.
             seed: self.seed.map_or(fresh, i64::cast_unsigned).wrapping_add(u64::from(choice)),
             top_logprobs,
         };

@@ -1,14 +1,14 @@
-//! Calls of functions, read out of an answer.
+//! Parses the tool calls in an answer.
 //!
-//! Two ways of writing them are known: `<tool_call>{"name": …, "arguments": …}</tool_call>` (Hermes, Qwen), and an
-//! answer that is nothing but `{"name": …, "parameters": …}` (Llama 3). Anything else stays words.
+//! Two formats are supported: `<tool_call>{"name": …, "arguments": …}</tool_call>` (Hermes, Qwen), and an answer that
+//! consists of `{"name": …, "parameters": …}` alone (Llama 3). All other text is content.
 
 use serde_json::{Value, json};
 
 const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
 
-/// A call as OpenAI has it: arguments are text.
+/// A tool call in OpenAI's format: the arguments are JSON text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Call {
     id: String,
@@ -16,14 +16,14 @@ pub(super) struct Call {
     arguments: String,
 }
 
-/// The words of an answer, and its calls.
+/// Splits an answer into its text and its tool calls.
 pub(super) fn parse(answer: &str) -> (String, Vec<Call>) {
     let mut words = String::new();
     let mut calls = Vec::new();
     let mut rest = answer;
     while let Some(at) = rest.find(OPEN) {
         let (before, inside) = (&rest[..at], &rest[at + OPEN.len()..]);
-        // The last one may have been cut off behind its object.
+        // The last call may lack its closing tag, because the answer was cut off.
         let (inside, behind) = inside.split_once(CLOSE).unwrap_or((inside, ""));
         let Some(call) = call(inside, calls.len()) else {
             return (answer.to_owned(), Vec::new());
@@ -55,12 +55,12 @@ fn call(text: &str, number: usize) -> Option<Call> {
     Some(Call { id, name: value["name"].as_str()?.to_owned(), arguments })
 }
 
-/// As a message has them.
+/// The calls as a whole message has them.
 pub(super) fn whole(calls: &[Call]) -> Value {
     calls.iter().map(Call::json).collect()
 }
 
-/// As a stream has them.
+/// The calls as a stream's delta has them, each with its index.
 pub(super) fn deltas(calls: &[Call]) -> Value {
     let numbered = calls.iter().enumerate().map(|(index, call)| {
         let mut call = call.json();
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_read_and_words_stay() {
+    fn calls_are_parsed_and_other_text_is_kept() {
         let two = "I look.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>\n<tool_call>{\"name\": \"g\", \"arguments\": {}}</tool_call>";
         assert_eq!(read(two), ("I look.".to_owned(), vec![pair("f", "{\"a\":1}"), pair("g", "{}")]));
         let llama = "{\"name\": \"f\", \"parameters\": {\"a\": [1]}}";
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_call_stays_as_it_is() {
+    fn text_without_valid_calls_is_unchanged() {
         for words in ["plain", " {\"a\": 1} ", "<tool_call>nonsense</tool_call> x", "<tool_call>", ""] {
             assert_eq!(read(words), (words.to_owned(), Vec::new()), "{words}");
         }

@@ -12,13 +12,11 @@ const LAYERS: u64 = 8;
 
 /// A model with 142 MB of BF16 weights.
 fn large() -> GgufWriter {
-    let mut state = 1_u32;
+    let mut random = fastrand::Rng::with_seed(1);
     let mut values = |count: u64| -> Vec<u8> {
         let mut bytes = Vec::with_capacity(count as usize * 2);
         for _ in 0..count {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let value = (state >> 8) as f32 / (1 << 24) as f32 - 0.5;
-            bytes.extend(half::bf16::from_f32(value).to_le_bytes());
+            bytes.extend(half::bf16::from_f32(random.f32() - 0.5).to_le_bytes());
         }
         bytes
     };

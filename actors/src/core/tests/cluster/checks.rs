@@ -1,4 +1,4 @@
-//! What holds of simulated members: always, and when all is well again.
+//! Invariants of simulated members: at every tick, and after trouble has ended.
 
 use super::node::Node;
 use super::{Cluster, TICKS_OF_PEACE, TICKS_OF_REST, Trouble};
@@ -7,7 +7,7 @@ use exo_net::NodeId;
 use std::collections::BTreeSet;
 
 impl Cluster {
-    /// What holds at every moment.
+    /// Checks that every placement in every list covers each layer once.
     pub(super) fn check(&self) {
         for node in self.nodes.iter().flatten() {
             for (id, _, deployment) in node.desired.running() {
@@ -21,12 +21,12 @@ impl Cluster {
         }
     }
 
-    /// Members that plan together, as each sees them.
+    /// The cliques, as each member sees its own.
     pub(super) fn cliques(&self) -> BTreeSet<BTreeSet<NodeId>> {
         self.nodes.iter().flatten().map(|node| node.members.0.keys().copied().collect()).collect()
     }
 
-    /// All live again, and no pair but `cut` is cut: in time all is well, and stays as it is.
+    /// Revives all nodes and reconnects all pairs but `cut`. Checks that the cluster settles, and then stays unchanged.
     pub(super) fn calm(&mut self, cut: Option<(usize, usize)>) {
         self.cut.clear();
         self.cut.extend(cut.map(|pair| (pair, self.now)));
@@ -45,13 +45,14 @@ impl Cluster {
         assert_eq!(self.written(), before, "nothing moves without need");
     }
 
-    /// Entries that all have written.
+    /// The number of entries that all members have written.
     fn written(&self) -> u64 {
         self.nodes.iter().flatten().map(|node| node.written).sum()
     }
 
-    /// Who is apart loses those it is apart from, and meets them anew: that is nothing to anyone.
-    pub(super) fn flap_who_is_apart(&mut self) {
+    /// Disconnects and reconnects each connected pair with one node outside the other's clique: no clique and no entry
+    /// changes.
+    pub(super) fn flap_outside_pairs(&mut self) {
         let is_outside = |cluster: &Self, (a, b): (usize, usize)| {
             cluster.can_talk(a, b)
                 && cluster.nodes[a].as_ref().is_some_and(|node| node.clique.is_outside(cluster.ids[b]))
@@ -64,49 +65,49 @@ impl Cluster {
                     self.cut.remove(&pair);
                 }
                 self.tick(Trouble::None);
-                assert_eq!(self.cliques(), cliques, "who is outside stays so");
+                assert_eq!(self.cliques(), cliques, "the cliques do not change");
             }
-            assert_eq!(self.written(), before, "nothing passes between cliques");
+            assert_eq!(self.written(), before, "no entry is written");
             self.check_peace();
         }
     }
 
-    /// What holds when all is well again.
+    /// Checks each clique after trouble has ended.
     fn check_peace(&self) {
         for clique in self.cliques() {
-            self.check_circle(&clique);
+            self.check_clique(&clique);
         }
     }
 
-    fn check_circle(&self, clique: &BTreeSet<NodeId>) {
+    fn check_clique(&self, clique: &BTreeSet<NodeId>) {
         let nodes: Vec<&Node> = self.nodes.iter().flatten().filter(|node| clique.contains(&node.id)).collect();
         let first = nodes[0];
         for node in &nodes {
-            assert!(node.members.0.keys().eq(clique), "all see all");
-            assert!(first.desired.running().eq(node.desired.running()), "all hold the same list");
+            assert!(node.members.0.keys().eq(clique), "every member has the same members");
+            assert!(first.desired.running().eq(node.desired.running()), "every member holds the same list");
         }
         let mut specs = BTreeSet::new();
         for (id, stamp, deployment) in first.desired.running() {
-            assert!(specs.insert(deployment.spec.model.clone()), "{id}: once");
-            let owner = nodes.iter().find(|node| Some(node.id) == deployment.owner()).expect("its owner is here");
+            assert!(specs.insert(deployment.spec.model.clone()), "{id}: a model runs once");
+            let owner = nodes.iter().find(|node| Some(node.id) == deployment.owner()).expect("the owner is a member");
             let head = &owner.heads[&id];
-            assert!(head.pipeline.is_running() && head.pipeline.stamp() == stamp, "{id} runs: {:?}", head.pipeline);
+            assert!(head.pipeline.is_running() && head.pipeline.stamp() == stamp, "{id} is down: {:?}", head.pipeline);
         }
         for node in &nodes {
             for ((id, stage), shard) in &node.shards {
                 let entry = first.desired.get(*id).filter(|entry| entry.stamp == shard.task.stamp);
                 let placed = entry.and_then(|entry| entry.deployment()?.placement.stages.get(*stage));
-                assert_eq!(placed.map(|placed| placed.node), Some(node.id), "{id}: nothing is held that serves nobody");
+                assert_eq!(placed.map(|placed| placed.node), Some(node.id), "{id}: a shard is not in the list");
             }
             let held: u64 = node.shards.values().map(|shard| shard.task.memory_bytes).sum();
             let shards = node.shards.values().map(|shard| &shard.task).collect::<Vec<_>>();
-            assert!(held <= node.memory_bytes, "{} has room for what it holds: {shards:?}", node.id.short());
+            assert!(held <= node.memory_bytes, "{}: the shards exceed the memory: {shards:?}", node.id.short());
             for (name, (_, _, told)) in &node.wants {
-                // Others need the room, or nobody has it.
+                // Other models need the memory, or the cluster has too little.
                 let is_told = matches!(told, Some(RequestError::Plan(_) | RequestError::MemoryBusy { .. }));
                 assert!(
                     specs.contains(name) || is_told,
-                    "{name} runs, or its client knows why not: {told:?} {} {:?} wants {:?} leader {:?} running {:?}",
+                    "{name} neither runs nor was refused: {told:?} {} {:?} wants {:?} leader {:?} running {:?}",
                     node.id.short(),
                     self.memory,
                     nodes
@@ -120,7 +121,7 @@ impl Cluster {
                         .map(|(id, _, w)| (id, w.spec.model.clone(), w.placement.stages.len()))
                         .collect::<Vec<_>>()
                 );
-                assert!(name != "model-3" || !specs.contains(name), "what fits nobody does not run");
+                assert!(name != "model-3" || !specs.contains(name), "a model larger than all memory does not run");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! A simulated member, what it holds, and what members say.
+//! A simulated member, its state, and the messages between members.
 
 use super::GB;
 use crate::core::clique::Clique;
@@ -28,7 +28,7 @@ pub(super) enum Message {
     News { id: InstanceId, stamp: Stamp, event: StageEvent },
 }
 
-/// A shard of a node.
+/// A shard that a node hosts.
 pub(super) struct Shard {
     pub(super) owner: NodeId,
     pub(super) task: StageTask,
@@ -44,22 +44,22 @@ pub(super) struct Head {
     pub(super) rewire: Option<Duration>,
 }
 
-/// A member, while it lives.
+/// A running member.
 pub(super) struct Node {
     pub(super) id: NodeId,
     pub(super) memory_bytes: u64,
     pub(super) bytes_per_s: f64,
     pub(super) desired: Desired,
-    /// As the keeper of its shards last heard it.
+    /// The desired list, as the member's worker last received it.
     pub(super) snapshot: DesiredSnapshot,
     pub(super) members: Members,
     pub(super) clique: Clique,
     pub(super) leader: Leader,
     pub(super) heads: BTreeMap<InstanceId, Head>,
     pub(super) shards: BTreeMap<(InstanceId, usize), Shard>,
-    /// What its clients want, when it was last asked for, and what they were told.
+    /// By name, the models that its clients request, the time of the last request to the leader, and the last refusal.
     pub(super) wants: BTreeMap<String, (PlacementRequest, Option<Duration>, Option<RequestError>)>,
-    /// Entries that it has written.
+    /// The number of entries that the member has written.
     pub(super) written: u64,
 }
 
@@ -87,7 +87,7 @@ pub(super) fn ask(number: u64) -> PlacementRequest {
         vocabulary: 256,
         files: FilesId([number as u8; 32]),
     };
-    // The last one fits nobody, and not all together either.
+    // The last model fits no node, nor all nodes together.
     let demand = if number == 3 { demand(8, 100 * GB) } else { demand(4 + number * 2, GB / 4 * (1 + number)) };
     PlacementRequest { spec: ModelSpec::new(name), model, demand }
 }
@@ -110,7 +110,7 @@ impl Node {
         }
     }
 
-    /// What it tells of itself, where it is connected with `seen`.
+    /// The member's report while it is connected with `seen`.
     pub(super) fn report(&self, seen: &BTreeSet<NodeId>) -> MemberReport {
         let held: u64 = self.shards.values().map(|shard| shard.task.memory_bytes).sum();
         let owned = self.heads.iter().map(|(&id, head)| {
@@ -132,7 +132,7 @@ impl Node {
         }
     }
 
-    /// A member is one no more.
+    /// Handles a member that was lost or left the clique.
     pub(super) fn part(&mut self, gone: NodeId, now: Duration) {
         self.leader.handle_lost(gone, now, self.members.0.len());
         for head in self.heads.values_mut() {

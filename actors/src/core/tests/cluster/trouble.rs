@@ -1,4 +1,4 @@
-//! What befalls simulated members, and how they notice.
+//! Failures of simulated members, and how the other members notice them.
 
 use super::node::{Message, Node, ask};
 use super::{Cluster, NOTICED_AFTER};
@@ -15,7 +15,7 @@ impl Cluster {
                 let victim = self.random.below(count) as usize;
                 self.nodes[victim] = None;
                 if self.random.below(2) == 0 {
-                    // Nobody notices at once.
+                    // The other members notice only after a timeout.
                     let pairs = self.pairs().filter(|(a, b)| *a == victim || *b == victim);
                     self.cut.extend(pairs.map(|pair| (pair, self.now)).collect::<Vec<_>>());
                 }
@@ -49,7 +49,7 @@ impl Cluster {
         let count = self.nodes.len();
         let dead = (0..count).map(|index| (at + index) % count).find(|&index| self.nodes[index].is_none());
         if let Some(index) = dead {
-            // Its new connections tell the others that it was gone.
+            // The new connections show the others that the node was lost.
             for other in 0..count {
                 if self.sees.contains(&(other, index)) {
                     self.lose(other, index);
@@ -76,10 +76,10 @@ impl Cluster {
         self.say(index, owner, Message::News { id, stamp, event });
     }
 
-    /// Members see that others came or are gone.
+    /// Members notice connections and losses.
     pub(super) fn notice(&mut self) {
         for (a, b) in self.pairs() {
-            // Who hears of another one dials it, sooner or later.
+            // A node that knows the address of another node dials it, sooner or later.
             let meets = self.random.below(10) == 0;
             for (one, other) in [(a, b), (b, a)] {
                 let is_gone = !self.can_talk(a, b)
@@ -98,7 +98,7 @@ impl Cluster {
         }
     }
 
-    /// One is connected with another one.
+    /// Handles a new connection of member `one`.
     pub(super) fn meet(&mut self, one: usize, met: NodeId) {
         let seen = self.seen(one);
         let Some(node) = &mut self.nodes[one] else { return };
@@ -109,7 +109,7 @@ impl Cluster {
         self.join(one, met);
     }
 
-    /// What is said to a new member.
+    /// Sends a new member the report, the list and the orders of member `one`.
     pub(super) fn join(&mut self, one: usize, met: NodeId) {
         let (now, seen) = (self.now, self.seen(one));
         let Some(node) = &mut self.nodes[one] else { return };

@@ -1,7 +1,8 @@
-//! A member that speaks out of turn: it sends what the protocol has, where it has no business to. It is a process of its
-//! own, for there is one clustered node in each.
+//! A hostile member: it sends the protocol's messages at times and with values that no honest member uses. It runs in a
+//! process of its own, since a process can have only one clustered node.
 
-use super::{Cluster, Evicted};
+use super::{ClusterConfig, Node, NodeArgs, NodeConfig, Parts};
+use crate::cluster::{Cluster, Evicted};
 use crate::core::desired::{DesiredEntry, Stamp, Target};
 use crate::core::leader::{BrokenShard, PlacementRequest};
 use crate::core::members::MemberReport;
@@ -11,7 +12,6 @@ use crate::core::spec::{FilesId, InstanceId, Model, ModelSpec};
 use crate::core::stage::{StageEvent, StageTask};
 use crate::core::watchdog::HangTimeouts;
 use crate::models::ModelsConfig;
-use crate::node::{ClusterConfig, Node, NodeArgs, NodeConfig, Parts};
 use crate::planner::PlannerLimits;
 use crate::transport::protocol::{
     ControlMessage, DataHello, HeadRequest, LinkEnd, LinkHello, StageOrder, WeightsQuery, WeightsRequest,
@@ -51,7 +51,7 @@ fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Pat
     (config, address)
 }
 
-/// A shard of a model that nobody has.
+/// A plausible shard of a model that no node has.
 fn task(stamp: Stamp) -> StageTask {
     StageTask {
         instance: InstanceId(7),
@@ -67,11 +67,11 @@ fn task(stamp: Stamp) -> StageTask {
     }
 }
 
-/// Shards as no planner places them.
+/// Shards with impossible values, which no planner places.
 fn absurd_tasks(stamp: Stamp) -> [StageTask; 4] {
     let task = task(stamp);
     [
-        #[expect(clippy::reversed_empty_ranges, reason = "what no planner gives")]
+        #[expect(clippy::reversed_empty_ranges, reason = "an impossible range of layers")]
         StageTask { layers: 9..3, ..task.clone() },
         StageTask { stage: usize::MAX, ..task.clone() },
         StageTask { kv_pages: u32::MAX, ..task.clone() },
@@ -79,7 +79,7 @@ fn absurd_tasks(stamp: Stamp) -> [StageTask; 4] {
     ]
 }
 
-/// Each message of the protocol, where nobody expects it.
+/// The protocol's control messages, in an order and with values that no honest member uses.
 fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
     let stamp = Stamp { counter: u64::MAX - round, by: own };
     let (instance, incarnation) = (InstanceId(round), Incarnation { epoch: u64::MAX, owner: *own.as_bytes() });
@@ -137,7 +137,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
     events.chain(orders.map(ControlMessage::Stage)).chain(others).chain(reports(round)).collect()
 }
 
-/// Reports of what cannot be, one that looks as if it had another list, and evictions of nobody.
+/// A plausible report with another list's digest, a report with too many instances, and evictions of unknown nodes.
 fn reports(round: u64) -> Vec<ControlMessage> {
     let report = MemberReport {
         addresses: (0..200).map(|port| SocketAddr::from(([127, 0, 0, 1], 1 + port))).collect(),
@@ -152,7 +152,7 @@ fn reports(round: u64) -> Vec<ControlMessage> {
     reports.into_iter().chain([ControlMessage::Evicted(nobody)]).collect()
 }
 
-/// Requests for a head that is there, of tokens and by parameters that no model has.
+/// Requests for an existing head, with tokens and sampling parameters that no model accepts.
 fn requests(instance: InstanceId) -> Vec<DataHello> {
     let request = |params, prompt, generated| {
         let sampler = SamplerSpec { params, prompt, generated };
@@ -180,10 +180,10 @@ fn streams(own: NodeId, round: u64) -> Vec<DataHello> {
     ]
 }
 
-/// The hostile process; it reads its victim's token, and which instance runs there.
+/// The hostile process. It reads its victim's join token and the id of its victim's instance from standard input.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "started by the other test of this file"]
-async fn a_member_out_of_turn() {
+#[ignore = "started as a process by `a_hostile_member_harms_no_other`"]
+async fn hostile_member_process() {
     let mut token = String::new();
     std::io::stdin().read_line(&mut token).expect("a line");
     let (token, instance) = token.trim().split_once(' ').expect("two words");
@@ -197,7 +197,7 @@ async fn a_member_out_of_turn() {
     let Parts { router, .. } = parts.await.expect("it starts");
     let begun = Instant::now();
     while router.peers().is_empty() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "nobody is met");
+        assert!(begun.elapsed() < Duration::from_secs(20), "no peer connects");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     for round in 0..100 {
@@ -205,15 +205,15 @@ async fn a_member_out_of_turn() {
             out_of_turn(own, round).into_iter().for_each(|message| router.tell(victim, message));
             for hello in streams(own, round).into_iter().chain(requests(instance)) {
                 if let Ok(mut stream) = data.open(Priority::Normal).await {
-                    // Whatever becomes of it.
+                    // The victim may refuse the stream.
                     let _ = stream.writer.send(&hello, Payload::Nothing).await;
                 }
             }
         }
         tokio::task::yield_now().await;
     }
-    println!("said all");
-    // What was said is to be heard before the connections end.
+    println!("sent everything");
+    // The victim must receive the messages before the connections close.
     tokio::time::sleep(Duration::from_secs(2)).await;
 }
 
@@ -240,7 +240,7 @@ fn tiny_model(folder: &std::path::Path) -> ModelSpec {
     ModelSpec::new(model.to_string_lossy())
 }
 
-/// The tokens of an honest request.
+/// The tokens that an honest request generates.
 async fn ask(node: &crate::NodeHandle, model: &ModelSpec) -> Vec<u32> {
     let request = GenerateRequest {
         model: model.clone(),
@@ -249,25 +249,25 @@ async fn ask(node: &crate::NodeHandle, model: &ModelSpec) -> Vec<u32> {
         max_tokens: Some(60),
         stop: Vec::new(),
     };
-    let mut answer = node.generate(request).expect("it is taken");
+    let mut answer = node.generate(request).expect("the request is accepted");
     let mut tokens = Vec::new();
     while let Some(event) = answer.next().await {
-        if let Generated::Token { sampled, .. } = event.expect("it goes on") {
+        if let Generated::Token { sampled, .. } = event.expect("the answer goes on") {
             tokens.push(sampled.token);
         }
     }
     tokens
 }
 
-/// R7.3, R8.4: a member that sends messages out of order, of other instances, with absurd numbers, as fast as it can, and
-/// requests of what no model has, changes nothing for others: the node answers, in time and as it did, and its memory is
-/// what it was.
+/// R7.3, R8.4: a hostile member sends as fast as it can: messages out of order, about other instances and with absurd
+/// numbers, and requests with tokens and parameters that no model accepts. The other node still answers in time and
+/// with the same tokens, and its memory grows by less than 64 MiB.
 #[tokio::test(flavor = "multi_thread")]
-async fn members_out_of_turn_harm_nobody() {
+async fn a_hostile_member_harms_no_other() {
     let secret = ClusterSecret::random().expect("random bytes");
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (config, address) = config(secret.clone(), Vec::new(), folder.path());
-    let node = crate::node::start(config).await.expect("it starts");
+    let node = super::start(config).await.expect("it starts");
     let model = tiny_model(folder.path());
     let running = node.load(model.clone()).await.expect("it loads");
     let expected = ask(&node, &model).await;
@@ -275,11 +275,11 @@ async fn members_out_of_turn_harm_nobody() {
     let before = resident_bytes();
     let token = JoinToken { secret, addresses: address.into_iter().collect() }.to_string();
     let mut command = tokio::process::Command::new(std::env::current_exe().expect("this program"));
-    command.args(["cluster::hostile::a_member_out_of_turn", "--exact", "--ignored", "--nocapture"]);
+    command.args(["node::tests::hostile_member_process", "--exact", "--ignored", "--nocapture"]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut hostile = command.spawn().expect("it starts");
     let mut told = hostile.stdin.take().expect("it is piped");
-    told.write_all(format!("{token} {}\n", running.id).as_bytes()).await.expect("it listens");
+    told.write_all(format!("{token} {}\n", running.id).as_bytes()).await.expect("it reads its input");
     let hostile = hostile.wait_with_output();
     tokio::pin!(hostile);
     let output = loop {
@@ -288,36 +288,36 @@ async fn members_out_of_turn_harm_nobody() {
             () = tokio::time::sleep(Duration::from_millis(100)) => {
                 let asked = Instant::now();
                 node.status().await.expect("the node answers");
-                assert!(asked.elapsed() < Duration::from_secs(2), "in time");
+                assert!(asked.elapsed() < Duration::from_secs(2), "the status came too late");
                 assert_eq!(ask(&node, &model).await, expected);
             }
         }
     };
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(said.contains("said all"), "{said} {}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("sent everything"), "{said} {}", String::from_utf8_lossy(&output.stderr));
     let state = node.status().await.expect("the node answers");
     let loaded: Vec<&InstanceId> = state.instances.keys().collect();
-    assert_eq!(loaded, [&running.id], "nothing else was started, and that is as it was");
-    assert!(state.instances[&running.id].totals.requests > 10, "requests were answered");
+    assert_eq!(loaded, [&running.id], "only the honest instance runs");
+    assert!(state.instances[&running.id].totals.requests > 10, "the honest requests were counted");
     assert_eq!(ask(&node, &model).await, expected);
     let unknown = node.load(ModelSpec::new("no-such-model")).await;
-    assert!(matches!(unknown, Err(RequestError::Model(_))), "its own requests are answered as ever");
+    assert!(matches!(unknown, Err(RequestError::Model(_))), "the node still answers its own requests");
     let grown = resident_bytes().saturating_sub(before);
-    println!("{grown} bytes more");
-    assert!(grown < 64 << 20, "{grown} bytes more");
+    println!("memory grew by {grown} bytes");
+    assert!(grown < 64 << 20, "memory grew by {grown} bytes");
     node.shutdown().await;
 }
 
 #[test]
-fn shards_that_no_planner_places_are_told_from_those_that_one_might() {
+fn shards_with_impossible_values_are_implausible() {
     let stamp = Stamp { counter: 1, by: Identity::ephemeral().expect("random bytes").node_id() };
     assert!(task(stamp).is_plausible());
     assert!(absurd_tasks(stamp).iter().all(|task| !task.is_plausible()));
 }
 
-/// No actor but the one for members can be reached from other nodes: its message alone has a way over the wire.
+/// Other nodes can reach the control actor alone: no other actor's messages can be serialised.
 #[test]
-fn one_actor_can_be_reached() {
+fn only_the_control_actor_is_remotable() {
     fn is_remotable<A: Actor>() -> bool
     where
         A::Msg: ractor::Message,
