@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that must hold: format, lints, unit, integration and documentation tests, licences.
-# Installs what it needs where it is missing. `./test.sh -p exo-engines` passes arguments on to the test runner.
+# Runs all checks: format, lints, unit, integration and documentation tests, licences. Installs missing tools.
+# Arguments go to the test runner, as in `./test.sh -p exo-engines`.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -10,12 +10,12 @@ say "tools"
 command -v python3 >/dev/null || { apt-get update -qq && apt-get install -y -qq python3 python3-pip; }
 python3 -m pip --version >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq python3-pip; }
 command -v cc >/dev/null || { apt-get update -qq && apt-get install -y -qq build-essential; }
-# Tests between hosts run in network namespaces; where these are not permitted they say that they are skipped.
+# Tests between hosts run in network namespaces; without permission for these, the tests report that they are skipped.
 command -v ip >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2; } || true
 command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
 command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
 
-# OpenAI's own client, for the API's test; in the build folder, where it stays.
+# OpenAI's own client, for the API's test. It stays in the build folder.
 export EXO_TEST_PYTHON="${CARGO_TARGET_DIR:-target}/python/bin/python"
 if ! "$EXO_TEST_PYTHON" -c 'import openai' 2>/dev/null; then
   python3 -m venv "${EXO_TEST_PYTHON%/bin/python}" 2>/dev/null || {
@@ -34,11 +34,11 @@ cargo clippy --lib --no-default-features --locked -- -D warnings
 cargo clippy --lib --no-default-features --features http --locked -- -D warnings
 
 say "licences and sources"
-# Advisories need a database that is fetched from the network: `cargo deny check advisories` where it can be reached.
-cargo fetch --locked # every platform's crates: their licences count, though they are not built here
+# Advisories are not checked here: their database comes from the network. With network: `cargo deny check advisories`.
+cargo fetch --locked # the crates of all platforms: their licences count, though they are not built here
 cargo deny --offline check bans licenses sources
 
-# Where namespaces are not permitted, tests between hosts pass without having tested anything: that is said at the end, too.
+# Without namespaces, tests between hosts pass without testing anything, so the last line says so, too.
 skipped=
 if ip netns add exo-probe 2>/dev/null; then ip netns delete exo-probe; else
   skipped="SKIPPED: no network namespaces here: nothing was tested between hosts (hosts, relay, cut cables)"

@@ -5,9 +5,9 @@
 //!                  │          └─► head ─► worker       the placement's shards are loaded and connected
 //!                  └─request─► head ─frames─► engine threads ─tokens─► head ─► Generation
 //! ```
-//! [`core`] decides and is pure; the actors carry out. Modules import only those below them: `node`, `cluster`, `gateway`
-//! and `monitor`, `planner`, `head`, `worker`, `models`, `transport`, `core`. Outsiders hold a [`NodeHandle`] and never an
-//! actor.
+//! [`core`] is pure and makes the decisions; the actors carry them out. A module imports only later ones of this list:
+//! `node`, `cluster`, `gateway` and `monitor`, `planner`, `head`, `worker`, `models`, `transport`, `core`. Code outside
+//! this crate holds a [`NodeHandle`], never an actor.
 
 mod cluster;
 pub mod core;
@@ -22,7 +22,7 @@ mod worker;
 
 pub use cluster::Evicted;
 pub use core::request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError};
-// What requests and answers are made of.
+// The types of requests and answers.
 pub use exo_engines::sampler::{Sampled, SamplingParams};
 pub use exo_engines::template::{Conversation, FunctionCall, Message, Role, ToolCall};
 pub use exo_net::{NodeId, WireType};

@@ -92,7 +92,7 @@ pub struct ClusterConfig {
 
 /// The parts of a node that its handle needs.
 #[derive(Debug)]
-pub(crate) struct Parts {
+pub(crate) struct NodeActors {
     pub(crate) gateway: GatewayHandle,
     pub(crate) planner: PlannerRef,
     pub(crate) models: ModelsRef,
@@ -107,7 +107,7 @@ pub(crate) struct Parts {
 pub(crate) struct NodeArgs {
     pub(crate) config: NodeConfig,
     /// Receives the parts once all have started.
-    pub(crate) started: oneshot::Sender<Parts>,
+    pub(crate) started: oneshot::Sender<NodeActors>,
 }
 
 #[derive(Debug)]
@@ -177,7 +177,7 @@ impl Actor for Node {
     }
 }
 
-async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, ActorProcessingErr> {
+async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActors, ActorProcessingErr> {
     let facts = Facts::to(myself, NodeMsg::Fact);
     let cell = || myself.get_cell();
     let (router, link_registry) = (Router::new(config.id), LinkRegistry::default());
@@ -241,7 +241,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<Parts, A
         };
         cluster = Some(Cluster::spawn_linked(None, Cluster, cluster_args, cell()).await?.0);
     }
-    Ok(Parts {
+    Ok(NodeActors {
         gateway: handle,
         planner,
         models,

@@ -1,4 +1,4 @@
-//! One round of candle-transformers' own quantised model.
+//! One round of candle-transformers' quantised model.
 
 use crate::{Round, Work};
 use anyhow::bail;
@@ -22,12 +22,12 @@ impl Model {
         let model = match architecture.as_str() {
             "llama" => Self::Llama(quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?),
             "gemma3" => Self::Gemma3(quantized_gemma3::ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?),
-            other => bail!("no model of candle-transformers is known here for `{other}`"),
+            other => bail!("this bench has no candle-transformers model for the architecture `{other}`"),
         };
         Ok((model, vocabulary))
     }
 
-    /// The likeliest token behind `tokens`, the first of which is at `position`.
+    /// The likeliest token after `tokens`, the first of which is at `position`.
     fn next(&mut self, tokens: &[u32], position: usize) -> anyhow::Result<u32> {
         let input = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
         let logits = match self {

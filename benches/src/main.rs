@@ -1,10 +1,11 @@
-//! `exo-benches MODEL.gguf…`: exo-node's speed and memory beside candle-transformers', on the same files.
+//! `exo-benches MODEL.gguf…`: speed and memory of exo-node compared with candle-transformers, on the same files.
 //!
 //! ```text
 //! a round: exo-node bench MODEL ─ a process ─┐
 //!          this program's `candle` ─ another ─┴─► medians, and their ratios
 //! ```
-//! Programs take turns, a process each, so that a disturbance of the machine meets both, and peak memory is one's own.
+//! Programs take turns, so that a disturbance of the machine affects all of them. Each round is a process of its own,
+//! so that peak memory belongs to one program.
 
 mod candle;
 mod llama_cpp;
@@ -15,13 +16,13 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What every program is asked to do.
+/// The work of each round.
 #[derive(Debug, Clone, Copy, clap::Args)]
 struct Work {
     /// Tokens of the prompt
     #[arg(long, default_value_t = 512)]
     prompt_tokens: usize,
-    /// Tokens to generate behind it
+    /// Tokens to generate after the prompt
     #[arg(long, default_value_t = 128)]
     generate_tokens: usize,
     /// Threads of each program
@@ -30,19 +31,19 @@ struct Work {
 }
 
 #[derive(Debug, Parser)]
-#[command(about = "exo-node beside candle-transformers and llama.cpp, on the same GGUF files")]
+#[command(about = "Compares exo-node with candle-transformers and llama.cpp, on the same GGUF files")]
 #[command(after_help = "Example:
   cargo run --release -p exo-benches -- --exo-node target/release/exo-node ~/.cache/exo/models/*.gguf")]
 struct Arguments {
     #[command(subcommand)]
     child: Option<Child>,
-    /// The program that is measured [default: beside this one]
+    /// The exo-node program to measure [default: the one in this program's folder]
     #[arg(long)]
     exo_node: Option<PathBuf>,
-    /// A llama-bench of llama.cpp, to be measured too
+    /// The llama-bench program of llama.cpp, to measure it too
     #[arg(long)]
     llama_bench: Option<PathBuf>,
-    /// Rounds, of which the medians are taken
+    /// Number of rounds; the medians are reported
     #[arg(long, default_value_t = 5)]
     repeat: usize,
     #[command(flatten)]
@@ -52,7 +53,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Child {
-    /// One round of candle-transformers (called by this program itself)
+    /// One round of candle-transformers (this program calls it)
     Candle {
         model: PathBuf,
         #[command(flatten)]
@@ -60,7 +61,7 @@ enum Child {
     },
 }
 
-/// What a round of a program gives. Extra fields of a program's own report are left alone.
+/// The result of one round of a program. Extra fields of a program's report are ignored.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct Round {
     prefill_tokens_per_s: f64,
@@ -77,7 +78,7 @@ fn main() -> anyhow::Result<()> {
     }
     let this = std::env::current_exe()?;
     let exo_node = arguments.exo_node.unwrap_or_else(|| this.with_file_name("exo-node"));
-    ensure!(exo_node.is_file(), "{} is not there: build it, or name it with --exo-node", exo_node.display());
+    ensure!(exo_node.is_file(), "{} does not exist: build it, or name it with --exo-node", exo_node.display());
     println!("medians of {} rounds, {:?}", arguments.repeat, arguments.work);
     println!("| model | program | prefill tok/s | decode tok/s | load ms | peak MB |");
     println!("|---|---|---|---|---|---|");
@@ -158,7 +159,7 @@ impl Work {
     }
 }
 
-/// What a program that succeeded wrote to stdout.
+/// Runs `command`, which must succeed, and returns its stdout.
 fn output(command: &mut Command) -> anyhow::Result<Vec<u8>> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));

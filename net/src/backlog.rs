@@ -27,7 +27,7 @@ impl Inbox {
     }
 
     /// Waits for a free slot and returns its permit.
-    pub(crate) async fn room(&self) -> Option<OwnedSemaphorePermit> {
+    pub(crate) async fn reserve(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.0).acquire_owned().await.ok()
     }
 

@@ -96,7 +96,7 @@ pub(crate) async fn filter(
             return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
         }
         match check(&frame, peer, &mut actors)? {
-            Kind::Message => match inbox.room().await {
+            Kind::Message => match inbox.reserve().await {
                 Some(permit) => permit.forget(),
                 None => return Ok(()),
             },

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// The interval between progress messages. Most moves take less: just one load of the model.
-const TELL_EVERY: Duration = Duration::from_secs(3);
+const PRINT_EVERY: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Args)]
 #[command(after_help = "Running requests lose nothing. The node gets no new work until it is started again.")]
@@ -26,7 +26,7 @@ pub(super) async fn run(arguments: DrainArguments) -> anyhow::Result<Outcome> {
     };
     tokio::select! {
         drained = node.drain() => drained?,
-        told = tell_what_is_here(&node) => told?,
+        printed = print_remaining(&node) => printed?,
         _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
     }
     eprintln!("no work is left on this node: it can be stopped");
@@ -34,22 +34,22 @@ pub(super) async fn run(arguments: DrainArguments) -> anyhow::Result<Outcome> {
 }
 
 /// Prints what is still on this node, whenever that changes. Returns only on an error.
-async fn tell_what_is_here(node: &NodeClient) -> anyhow::Result<()> {
-    let mut told = Vec::new();
+async fn print_remaining(node: &NodeClient) -> anyhow::Result<()> {
+    let mut printed = Vec::new();
     loop {
-        tokio::time::sleep(TELL_EVERY).await;
-        let mut here = what_is_here(&node.status().await?);
+        tokio::time::sleep(PRINT_EVERY).await;
+        let mut here = remaining_work(&node.status().await?);
         if here.is_empty() {
             here.push("models that move to other machines are served here until they are loaded there".to_owned());
         }
-        if here != told {
+        if here != printed {
             here.iter().for_each(|line| eprintln!("{line}"));
-            told = here;
+            printed = here;
         }
     }
 }
 
-fn what_is_here(status: &NodeStatus) -> Vec<String> {
+fn remaining_work(status: &NodeStatus) -> Vec<String> {
     let stages = status.everywhere().flat_map(|(_, instance)| {
         let here = instance.placement.stages.iter().filter(|stage| stage.node == status.node);
         here.map(|stage| {

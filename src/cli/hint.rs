@@ -93,6 +93,6 @@ mod tests {
             let text = error.to_string();
             format!("error: {text}\n  remedy: {}", hint(&error.into()).unwrap_or_default())
         });
-        insta::assert_snapshot!(lines.join("\n"), @"");
+        insta::assert_snapshot!(lines.join("\n"));
     }
 }

@@ -77,3 +77,17 @@ pub(super) fn name_of(status: &NodeStatus, node: NodeId) -> String {
         None => status.outside.get(&node).map_or(node.short(), |outside| outside.name.clone()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::status::tests::status;
+
+    #[test]
+    fn previews_are_drawn() {
+        let previews: Vec<Preview> =
+            serde_json::from_str(include_str!("fixtures/plan.json")).expect("the JSON of earlier nodes is read");
+        let text: String = previews.iter().map(|preview| draw(&status(), preview)).collect();
+        insta::assert_snapshot!(text);
+    }
+}

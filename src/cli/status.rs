@@ -47,7 +47,7 @@ fn draw(status: &NodeStatus) -> String {
         draw_member(&mut out, status, *id, member);
     }
     for (id, outside) in &status.outside {
-        draw_apart(&mut out, status, *id, outside);
+        draw_outside(&mut out, status, *id, outside);
     }
     let mut live = status.everywhere().peekable();
     if live.peek().is_none() {
@@ -94,7 +94,7 @@ fn draw_member(out: &mut String, status: &NodeStatus, id: NodeId, member: &Membe
     }
 }
 
-fn draw_apart(out: &mut String, status: &NodeStatus, id: NodeId, outside: &Outside) {
+fn draw_outside(out: &mut String, status: &NodeStatus, id: NodeId, outside: &Outside) {
     let why = match outside.between {
         Some((one, other)) => {
             format!("{} and {} do not reach each other", name_of(status, one), name_of(status, other))
@@ -140,5 +140,38 @@ fn phase(instance: &InstanceStatus) -> String {
         Phase::Ready => "ready".to_owned(),
         Phase::Recovering { error } => format!("recovering from: {error}"),
         Phase::Stopped { .. } => "stopped".to_owned(),
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// The status, as a node answered it, of a cluster of two members and a peer that only one of them reaches.
+    pub(crate) fn status() -> NodeStatus {
+        serde_json::from_str(include_str!("fixtures/status.json")).expect("the JSON of earlier nodes is read")
+    }
+
+    #[test]
+    fn a_cluster_is_drawn() {
+        insta::assert_snapshot!(draw(&status()));
+    }
+
+    #[test]
+    fn phases_are_drawn() {
+        let status = status();
+        let mut instance = status.everywhere().next().expect("an instance").1.clone();
+        let phases = [
+            Phase::Fetching { fetched_bytes: 1, total_bytes: 4 },
+            Phase::Loading { loaded_bytes: 0, total_bytes: 0 },
+            Phase::Ready,
+            Phase::Recovering { error: "device cpu: out of memory".to_owned() },
+            Phase::Stopped { error: None },
+        ];
+        let lines = phases.map(|state| {
+            instance.phase = state;
+            phase(&instance)
+        });
+        insta::assert_snapshot!(lines.join("\n"));
     }
 }

@@ -1,4 +1,4 @@
-"""Makes the f32 references of the two small models: what their files mean, without anybody's rounding.
+"""Makes the float32 references of the two small models, without the rounding of any engine.
 
     pip install torch transformers gguf accelerate && python tests/reference/make_f32.py FOLDER_WITH_GGUF_FILES
 

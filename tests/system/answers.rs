@@ -1,9 +1,9 @@
-//! What `run` answers, and where it says what.
+//! The answers of `run`, and its use of stdout and stderr.
 
 use super::*;
 use std::io::Write;
 
-/// R4.2: three shards, one thread or two: the same tokens and the same log-probabilities, to the bit.
+/// R4.2: one shard on two threads and three on one thread give the same tokens and log-probabilities, bit for bit.
 #[test]
 fn shards_and_threads_change_no_bit() {
     models();
@@ -24,9 +24,9 @@ fn shards_and_threads_change_no_bit() {
     assert!(layers.windows(2).all(|pair| pair[0][1] == pair[1][0]), "{layers:?}");
 }
 
-/// R4.4: the answer streams to stdout alone; the summary goes to stderr.
+/// R4.4: stdout has the answer and nothing else; the summary goes to stderr.
 #[test]
-fn the_answer_is_all_that_stdout_has() {
+fn stdout_has_the_answer_alone() {
     models();
     let mut child = exo(&["run", SMOLLM2, "-", "--max-tokens", "8"])
         .stdin(Stdio::piped())
@@ -47,16 +47,16 @@ fn the_answer_is_all_that_stdout_has() {
     assert_eq!(report["quantization"], "Q4_1");
 }
 
-/// A base model says that it continues plainly.
+/// For a base model, `run` says that it continues the prompt plainly.
 #[test]
-fn a_base_model_says_so() {
+fn a_base_model_is_announced() {
     models();
     let output = output(&["run", GEMMA3, "The sky is", "--max-tokens", "4"]);
     assert!(output.status.success());
     assert!(stderr(&output).contains("base model"), "{}", stderr(&output));
 }
 
-/// A stop string ends the answer before it, and is not shown.
+/// The answer ends before a stop string, which is not shown.
 #[test]
 fn a_stop_string_ends_the_answer() {
     models();
@@ -76,7 +76,7 @@ fn a_stop_string_ends_the_answer() {
     assert!(stopped["generated_tokens"].as_u64() < whole["generated_tokens"].as_u64());
 }
 
-/// A seed repeats an answer; another seed gives another.
+/// The same seed gives the same answer; another seed gives a different one.
 #[test]
 fn a_seed_repeats_an_answer() {
     models();
@@ -89,9 +89,9 @@ fn a_seed_repeats_an_answer() {
     assert_ne!(one["token_ids"], other["token_ids"]);
 }
 
-/// `--raw` leaves the template out, `--system` goes into it.
+/// `--raw` skips the chat template, and `--system` adds a system message to it.
 #[test]
-fn templates_are_used_unless_told_otherwise() {
+fn raw_skips_the_template_and_system_adds_to_it() {
     models();
     let ids_of = |more: &[&str]| {
         let report = json(&[&["run", SMOLLM2, "Hello", "--max-tokens", "1", "--json"], more].concat());

@@ -1,4 +1,4 @@
-//! The HTTP API of a node that stays.
+//! The HTTP API of a running node.
 
 use crate::node::Node;
 use crate::{SMOLLM2, exo, ids, json, models, output, stderr};
@@ -15,15 +15,15 @@ fn question(text: &str, more: Value) -> Value {
     body
 }
 
-/// R4.4, R4.5: OpenAI's own client gets what it expects: whole and streamed, usage, log-probabilities, stop, n, seeds,
-/// errors.
+/// R4.4, R4.5: OpenAI's own client gets what it expects: whole and streamed answers, usage, log-probabilities, stop
+/// strings, `n`, seeds, errors.
 #[test]
 fn the_official_client_is_served() {
     models();
     let python = std::env::var("EXO_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     let has_client = Command::new(&python).args(["-c", "import openai"]).output().is_ok_and(|o| o.status.success());
     if !has_client {
-        eprintln!("SKIPPED: {python} has no `openai` package; ./test.sh brings one (EXO_TEST_PYTHON)");
+        eprintln!("SKIPPED: {python} has no `openai` package; ./test.sh installs it (EXO_TEST_PYTHON)");
         return;
     }
     let node = Node::up(&[]);
@@ -34,7 +34,7 @@ fn the_official_client_is_served() {
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
-/// R8.3: what is wrong is told with the right status, in OpenAI's shape, and by its name.
+/// R8.3: a bad request gets the right status, and an error in OpenAI's format that names the bad value.
 #[test]
 fn mistakes_have_the_right_status() {
     models();
@@ -75,14 +75,14 @@ fn mistakes_have_the_right_status() {
     let refused = node.request("POST", "/v1/completions", &[], &large);
     assert_eq!(refused.status, 413);
     assert!(refused.body.contains("33554432"), "{}", refused.body);
-    // None of it did any harm.
+    // The node still answers.
     assert_eq!(node.post("/v1/chat/completions", &chat(object!({ "max_tokens": 3 }))).status, 200);
     assert_eq!(node.get("/health").json()["status"], "ok");
 }
 
-/// Pages of other sites, names that were rebound to this machine, and callers without the key stay out.
+/// Requests from pages of other sites, with host names rebound to this machine, or without the key are refused.
 #[test]
-fn strangers_stay_out() {
+fn foreign_origins_hosts_and_keys_are_refused() {
     let node = Node::up(&[]);
     let get = |headers: &[(&str, &str)]| node.request("GET", "/v1/models", headers, "").status;
     let own = format!("http://localhost:{}", node.port);
@@ -103,11 +103,11 @@ fn strangers_stay_out() {
     assert_eq!(get("/v1/models", &[("authorization", "Bearer another")]), 401);
     assert_eq!(get("/v1/models", &[("authorization", "Bearer a-secret"), ("host", "gpu-box.lan")]), 200);
     assert_eq!(get("/health", &[]), 200);
-    // The owner of the folder needs no key.
+    // Commands on the node's data folder need no key.
     assert!(node.command(&["status"]).status.success());
 }
 
-/// A client that closes its connection ends its request, within a step.
+/// A client that closes its connection cancels its request within a step.
 #[test]
 fn closing_the_connection_cancels() {
     models();
@@ -123,7 +123,7 @@ fn closing_the_connection_cancels() {
         let stream = node.send("POST", "/v1/chat/completions", &[], &body.to_string());
         let started = Instant::now();
         while node.metric("requests_running") < 1.0 {
-            assert!(started.elapsed() < Duration::from_secs(60), "it never ran");
+            assert!(started.elapsed() < Duration::from_secs(60), "the request did not start");
             std::thread::sleep(Duration::from_millis(5));
         }
         if is_streamed {
@@ -133,7 +133,7 @@ fn closing_the_connection_cancels() {
         drop(stream);
         let closed = Instant::now();
         while node.metric("requests_running") > 0.0 {
-            assert!(closed.elapsed() < Duration::from_secs(20), "it runs on");
+            assert!(closed.elapsed() < Duration::from_secs(20), "the request still runs");
             std::thread::sleep(Duration::from_millis(2));
         }
         println!("streamed {is_streamed}: over {:?} after the close", closed.elapsed());
@@ -142,9 +142,9 @@ fn closing_the_connection_cancels() {
     }
 }
 
-/// A node that is full says so, and when to come again; those that it has taken go on.
+/// A full node refuses requests with 429 and a `retry-after` header; admitted requests continue.
 #[test]
-fn a_full_node_says_when_to_come_again() {
+fn a_full_node_answers_429_with_retry_after() {
     models();
     let node = Node::up(&[SMOLLM2]);
     let body =
@@ -152,19 +152,19 @@ fn a_full_node_says_when_to_come_again() {
     let first: Vec<_> = (0..256).map(|_| node.send("POST", "/v1/chat/completions", &[], &body)).collect();
     let started = Instant::now();
     while node.metric("requests_running") + node.metric("requests_waiting") < 256.0 {
-        assert!(started.elapsed() < Duration::from_secs(60), "they were not all taken");
+        assert!(started.elapsed() < Duration::from_secs(60), "not all requests were admitted");
         std::thread::sleep(Duration::from_millis(20));
     }
     let refused = node.post("/v1/completions", &object!({ "model": SMOLLM2, "prompt": "x", "max_tokens": 1 }));
     assert_eq!(refused.status, 429, "{}", refused.body);
     assert!(refused.headers.contains("retry-after: ") && refused.body.contains("rate_limit_error"), "{refused:?}");
     let mut lines = BufReader::new(&first[0]).lines();
-    assert!(lines.any(|line| line.expect("UTF-8").contains("\"content\":\"")), "what was taken goes on");
+    assert!(lines.any(|line| line.expect("UTF-8").contains("\"content\":\"")), "an admitted request has no tokens");
 }
 
-/// What many requests begin with is computed once, and told as `cached_tokens`; the answer is the same.
+/// A prefix that requests share is computed once, and reported as `cached_tokens`; the answer is the same.
 #[test]
-fn a_shared_beginning_is_computed_once() {
+fn a_shared_prefix_is_computed_once() {
     models();
     let node = Node::up(&[SMOLLM2]);
     let system: String = (0..50).map(|i| format!("Rule {i}: be kind to number {}. ", i * 7)).collect();
@@ -178,12 +178,12 @@ fn a_shared_beginning_is_computed_once() {
         let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a count");
         (elapsed, usage["prompt_tokens"].as_u64().expect("a count"), cached, answer.json()["choices"][0].clone())
     };
-    // The first of all loads the model.
+    // The first request loads the model.
     let _ = node.post("/v1/chat/completions", &question("Hi", object!({ "max_tokens": 1 })));
     let (cold, prompt, cached, _) = ask("Which rule is the first?");
     assert_eq!(cached, 0);
     let (warm, _, cached, answer) = ask("Which rule is the last?");
-    println!("{prompt} tokens: {cold:?} to the first token, then {warm:?} with {cached} tokens from before");
+    println!("{prompt} tokens: {cold:?} to the first token, then {warm:?} with {cached} cached tokens");
     assert!(cached > prompt * 9 / 10, "{cached} of {prompt}");
     let fresh = Node::up(&[]);
     let messages =
@@ -193,7 +193,7 @@ fn a_shared_beginning_is_computed_once() {
     assert_eq!(undisturbed.json()["choices"][0], answer);
 }
 
-/// R6.4: sixty-four streams at once, again and again: each is answered, and memory stays where it is.
+/// R6.4: three rounds of sixty-four concurrent streams: each stream is answered, and memory does not grow.
 #[test]
 fn sixty_four_streams_leave_memory_flat() {
     models();
@@ -211,17 +211,17 @@ fn sixty_four_streams_leave_memory_flat() {
                 });
             }
         });
-        // The monitor measures each second.
+        // The monitor measures every second.
         std::thread::sleep(Duration::from_millis(1200));
         node.metric("process_bytes") / 1e6
     };
     let megabytes: Vec<f64> = (0..3).map(|number| round(number * 10_000)).collect();
     println!("64 streams, three times: {megabytes:.0?} MB resident");
-    // The first round touches the cache's pages.
+    // The first round is not compared: it allocates the cache's pages.
     assert!(megabytes[2] < megabytes[1] + 24.0, "{megabytes:?}");
 }
 
-/// Where a node is running, commands are its clients: same answers, nothing loaded twice.
+/// Commands use a running node: the answers are the same, and no model is loaded twice.
 #[test]
 fn commands_use_the_running_node() {
     models();
@@ -248,9 +248,9 @@ fn commands_use_the_running_node() {
     assert!(stderr(&nobody).contains("exo-node up"), "{}", stderr(&nobody));
 }
 
-/// A conversation remembers, is saved, and goes on.
+/// A chat keeps its history, is saved, and continues from the saved file.
 #[test]
-fn a_conversation_remembers_and_is_saved() {
+fn a_chat_keeps_its_history_and_is_saved() {
     models();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let saved = folder.path().join("talk.json");
@@ -281,7 +281,7 @@ fn a_conversation_remembers_and_is_saved() {
     assert_eq!(shown.matches("system: Be brief.").count(), 2, "{shown}");
 }
 
-/// Ctrl-C on a terminal stops the answer, and only that.
+/// Ctrl-C on a terminal stops the answer, and not the chat.
 #[test]
 fn ctrl_c_stops_the_answer_only() {
     models();
@@ -293,7 +293,7 @@ fn ctrl_c_stops_the_answer_only() {
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
-/// R4.3: what is quantised already is not quantised again, and says so.
+/// R4.3: to quantise a quantised model again is refused, with an error that says why.
 #[test]
 fn quantising_twice_is_refused() {
     models();

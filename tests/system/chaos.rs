@@ -1,13 +1,12 @@
-//! Seeded chaos over real processes: whatever is killed, stopped or cut off, at whatever moment, no token is lost and none
+//! Seeded chaos over real processes: a node is killed, stopped or cut off at a random moment, and no token is lost or
 //! doubled.
 //!
-//! Each run asks for instances of its own (a cache of a size that no other run has), so that it begins with the splits that
-//! its seed says, whatever befell those of earlier runs. `EXO_CHAOS_RUNS` says how many runs, `EXO_CHAOS_SEED` with which one
-//! they begin: `EXO_CHAOS_RUNS=1 EXO_CHAOS_SEED=its number` makes the same choices as a run that failed, though not the same
-//! microseconds.
+//! Each run has its own instances (with a cache size that no other run has), so it begins with the splits of its seed,
+//! unaffected by earlier runs. `EXO_CHAOS_RUNS` is the number of runs, `EXO_CHAOS_SEED` the seed of the first run.
+//! `EXO_CHAOS_RUNS=1` with the seed of a failed run repeats its choices, but not its exact timing.
 
 use crate::SMOLLM2;
-use crate::cluster::{Cluster, Said, alone_for, answer, outcome, question};
+use crate::cluster::{Cluster, Transcript, alone_for, answer, outcome, question};
 use crate::hosts::members_with;
 use crate::lan::Lan;
 use std::time::Duration;
@@ -19,12 +18,12 @@ const PROMPTS: [&str; 3] = [
 ];
 const SPLITS: [&str; 4] = ["a:0-9,b:10-19,c:20-29", "c:0-4,a:5-24,b:25-29", "b:0-14,c:15-29", "b:0-28,a:29"];
 const TOKENS: &str = "60";
-/// Whoever asks has been heard by then, unless the machine is very busy.
+/// The time in which a request is placed, unless the machine is very busy.
 const PLACED_WITHIN: Duration = Duration::from_millis(700);
-/// Of every run of the tests; many more by the variable.
+/// The number of runs, unless `EXO_CHAOS_RUNS` sets another.
 const RUNS_DEFAULT: u64 = 8;
 
-/// splitmix64.
+/// A splitmix64 generator.
 struct Random(u64);
 
 impl Random {
@@ -38,11 +37,11 @@ impl Random {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Blow {
+enum Fault {
     Kill,
-    /// And goes on after so many milliseconds.
+    /// The process is stopped for this many milliseconds.
     Stop(u64),
-    /// The cable is pulled for so many milliseconds.
+    /// The cable is unplugged for this many milliseconds.
     Cut(u64),
 }
 
@@ -50,17 +49,17 @@ fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
 }
 
-/// One run; tells whether whoever was struck had layers that clients waited for.
-fn run(cluster: &mut Cluster, lan: Option<&Lan>, seed: u64, expected: &[(Vec<String>, Said)]) -> bool {
+/// Performs one run. Returns whether a client's split had layers on the victim.
+fn run(cluster: &mut Cluster, lan: Option<&Lan>, seed: u64, expected: &[(Vec<String>, Transcript)]) -> bool {
     let mut random = Random(seed);
     let victim = random.below(3) as usize;
-    let blow = match random.below(if lan.is_some() { 3 } else { 2 }) {
-        0 => Blow::Kill,
-        1 => Blow::Stop(500 + random.below(4000)),
-        _ => Blow::Cut(500 + random.below(4000)),
+    let fault = match random.below(if lan.is_some() { 3 } else { 2 }) {
+        0 => Fault::Kill,
+        1 => Fault::Stop(500 + random.below(4000)),
+        _ => Fault::Cut(500 + random.below(4000)),
     };
     let after = Duration::from_millis(random.below(1500));
-    // Clients of a node that is killed are killed with it, and no loss.
+    // No client asks the victim: its request would die with the victim, which is no defect.
     let clients = (0..1 + random.below(3)).map(|_| {
         let asked = (victim + 1 + random.below(2) as usize) % 3;
         (asked, random.below(3) as usize, SPLITS[random.below(4) as usize])
@@ -74,38 +73,38 @@ fn run(cluster: &mut Cluster, lan: Option<&Lan>, seed: u64, expected: &[(Vec<Str
         })
         .collect();
     if after < PLACED_WITHIN {
-        // A split that names a node which has just died is refused, and rightly: the blow comes when it is placed.
+        // A split that names a node that has just died is rightly refused, so all splits are placed before the fault.
         for (asked, _, split, question) in &questions {
             drop(answer(cluster.asking_for(*asked, question, split)));
         }
     }
-    let story = format!("seed {seed}: {blow:?} of {victim} after {after:?}, {clients:?}");
+    let story = format!("seed {seed}: {fault:?} of {victim} after {after:?}, {clients:?}");
     eprintln!("{story}");
     let asking: Vec<_> =
         questions.iter().map(|(asked, _, split, question)| cluster.asking_for(*asked, question, split)).collect();
     std::thread::sleep(after);
-    let heal = match blow {
-        Blow::Kill => {
+    let heal = match fault {
+        Fault::Kill => {
             cluster.nodes[victim].signal("KILL");
             None
         }
-        Blow::Stop(held) => {
+        Fault::Stop(held) => {
             cluster.nodes[victim].signal("STOP");
             Some(held)
         }
-        Blow::Cut(held) => {
-            lan.expect("a cable").plug(victim, "down");
+        Fault::Cut(held) => {
+            lan.expect("a LAN").plug(victim, "down");
             Some(held)
         }
     };
     if let Some(held) = heal {
         std::thread::sleep(Duration::from_millis(held));
         match lan {
-            Some(lan) if matches!(blow, Blow::Cut(_)) => lan.plug(victim, "up"),
+            Some(lan) if matches!(fault, Fault::Cut(_)) => lan.plug(victim, "up"),
             _ => cluster.nodes[victim].signal("CONT"),
         }
     }
-    // Some come back while answers are still on their way.
+    // Some victims restart while answers still stream.
     let comes_back_at_once = heal.is_none() && random.below(2) == 0;
     if comes_back_at_once {
         cluster.nodes[victim].again();
@@ -131,18 +130,18 @@ fn run(cluster: &mut Cluster, lan: Option<&Lan>, seed: u64, expected: &[(Vec<Str
     }
     for (asked, prompt, split, question) in refused {
         let again = cluster.asking_for(*asked, question, split);
-        assert_eq!(answer(again), expected[*prompt].1, "{story}: refused, and asked again");
+        assert_eq!(answer(again), expected[*prompt].1, "{story}: asked again after a refusal");
     }
     clients.iter().any(|(_, _, split)| names_victim(split))
 }
 
-/// R7.2, R8.4: many runs of random blows at random moments.
+/// R7.2, R8.4: answers survive random failures at random moments.
 #[test]
 fn answers_outlive_chaos() {
     let expected = PROMPTS.map(|prompt| {
         let mut question = question(SMOLLM2, prompt, TOKENS);
         if prompt == PROMPTS[1] {
-            // Drawn, and not the likeliest: by seed and position.
+            // Sampled, not greedy: the draw depends on seed and position.
             let temperature = question.iter().position(|word| word == "--temperature").expect("it is greedy");
             question[temperature + 1] = "0.8".to_owned();
             question.extend(["--seed", "7"].map(str::to_owned));
@@ -151,7 +150,7 @@ fn answers_outlive_chaos() {
         (question, answer)
     });
     let lan = Lan::of(3);
-    // What earlier runs asked for leaves.
+    // The instances of earlier runs are unloaded.
     let leaving = ["--unload-after", "3s"];
     let mut cluster = match &lan {
         Some(lan) => members_with(lan, 3, &leaving),
@@ -159,6 +158,6 @@ fn answers_outlive_chaos() {
     };
     let (first, runs) = (setting("EXO_CHAOS_SEED", 1), setting("EXO_CHAOS_RUNS", RUNS_DEFAULT));
     let struck = (first..first + runs).filter(|&seed| run(&mut cluster, lan.as_ref(), seed, &expected)).count();
-    eprintln!("{struck} of {runs} blows struck a node that answers depended on");
-    assert!(struck as u64 * 2 >= runs, "most blows strike where it hurts");
+    eprintln!("{struck} of {runs} faults struck a node that answers depended on");
+    assert!(struck as u64 * 2 >= runs, "most faults must strike a node that answers depend on");
 }

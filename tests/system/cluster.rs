@@ -1,4 +1,4 @@
-//! Several processes on one machine: one cluster. Traffic stays on loopback.
+//! Tests of one cluster of several processes on one machine. Traffic stays on loopback.
 
 use crate::node::Node;
 use crate::{GEMMA3, SMOLLM2, ids, json, models};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 const QUESTION: &str = "Tell me a long story about a ship.";
 const TOKENS: &str = "120";
 
-/// Three members: a, b and c.
+/// A cluster whose members have one-letter names: a, b, c.
 pub(crate) struct Cluster {
     pub(crate) nodes: Vec<Node>,
 }
@@ -20,12 +20,12 @@ impl Cluster {
         Self::up_with(&[])
     }
 
-    /// With these variables in the environment of b and c.
+    /// Starts three members, with `variables` in the environment of b and c.
     pub(crate) fn up_with(variables: &[(&str, &str)]) -> Self {
         Self::up_as(&[], variables)
     }
 
-    /// Two members, of which neither has room for a whole model.
+    /// Starts two members, neither of which has memory for a whole model.
     fn small() -> Self {
         let mut cluster = Self { nodes: vec![member("a", &["--memory", "0.13"], &[])] };
         cluster.join("b", &["--memory", "0.13"], &[]);
@@ -46,7 +46,7 @@ impl Cluster {
         cluster
     }
 
-    /// One more member starts.
+    /// Starts one more member.
     pub(crate) fn join(&mut self, name: &str, arguments: &[&str], variables: &[(&str, &str)]) {
         let token = token_of(&self.nodes[0]);
         self.nodes.push(member(name, &[arguments, &["--join", &token]].concat(), variables));
@@ -55,12 +55,12 @@ impl Cluster {
     pub(crate) fn wait_for(&self, node: &Node, members: usize) {
         let begun = Instant::now();
         while node.state()["members"].as_object().map(serde_json::Map::len) != Some(members) {
-            assert!(begun.elapsed() < Duration::from_secs(30), "{members} others are not here");
+            assert!(begun.elapsed() < Duration::from_secs(30), "the node has not connected to {members} other members");
             std::thread::sleep(Duration::from_millis(100));
         }
     }
 
-    /// Asks node `index`, of a model split as `split` says.
+    /// Asks node `index`, with SmolLM2 split by `split`.
     pub(crate) fn asking(&self, index: usize, split: &str) -> Child {
         self.asking_model(index, SMOLLM2, split)
     }
@@ -69,46 +69,46 @@ impl Cluster {
         self.asking_for(index, &question(model, QUESTION, TOKENS), split)
     }
 
-    /// Asks node `index` what `question` gave.
+    /// Asks node `index` with the arguments `question`.
     pub(crate) fn asking_for(&self, index: usize, question: &[String], split: &str) -> Child {
         asking_of(&self.nodes[index], &[question, &["--split", split].map(str::to_owned)].concat())
     }
 
-    pub(crate) fn ask(&self, index: usize, split: &str) -> Said {
+    pub(crate) fn ask(&self, index: usize, split: &str) -> Transcript {
         answer(self.asking(index, split))
     }
 }
 
-/// What was answered: neither a token nor a character may differ.
+/// An answer, compared token by token and character by character.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Said {
+pub(crate) struct Transcript {
     pub(crate) tokens: Vec<u64>,
     text: String,
 }
 
-impl Said {
+impl Transcript {
     fn of(answer: &Value) -> Self {
         let text = answer["text"].as_str().expect("a text").to_owned();
         Self { tokens: ids(&answer["token_ids"]), text }
     }
 }
 
-/// Asks a node what `question` gave, wherever it is to run.
+/// Asks a node with the arguments `question`, which may name a split.
 pub(crate) fn asking_of(node: &Node, question: &[String]) -> Child {
     let mut command: Command = node.prepare(&[]);
     command.args(question).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().expect("exo-node starts")
 }
 
-pub(crate) fn answer(asking: Child) -> Said {
+pub(crate) fn answer(asking: Child) -> Transcript {
     outcome(asking).unwrap_or_else(|refusal| panic!("{refusal}"))
 }
 
-/// The answer, or why there is none.
-pub(crate) fn outcome(asking: Child) -> Result<Said, String> {
+/// The answer, or the stderr of the command that failed.
+pub(crate) fn outcome(asking: Child) -> Result<Transcript, String> {
     let output = asking.wait_with_output().expect("it ends");
     match output.status.success() {
-        true => Ok(Said::of(&serde_json::from_slice(&output.stdout).expect("one object"))),
+        true => Ok(Transcript::of(&serde_json::from_slice(&output.stdout).expect("one object"))),
         false => Err(crate::stderr(&output)),
     }
 }
@@ -119,33 +119,33 @@ fn member(name: &str, more: &[&str], variables: &[(&str, &str)]) -> Node {
     Node::up_with(&[&arguments, more].concat(), variables)
 }
 
-/// The last word of what `exo-node token` prints.
+/// The join token: the last word that `exo-node token` prints.
 pub(crate) fn token_of(node: &Node) -> String {
     let token = String::from_utf8(node.command(&["token"]).stdout).expect("UTF-8");
     token.split_whitespace().last().expect("a token").to_owned()
 }
 
-/// The answer of one process.
-fn alone() -> Said {
+/// The answer of a single process.
+fn alone() -> Transcript {
     alone_with(SMOLLM2)
 }
 
-pub(crate) fn alone_with(model: &str) -> Said {
+pub(crate) fn alone_with(model: &str) -> Transcript {
     alone_for(&question(model, QUESTION, TOKENS))
 }
 
-pub(crate) fn alone_for(question: &[String]) -> Said {
+pub(crate) fn alone_for(question: &[String]) -> Transcript {
     models();
     let question: Vec<&str> = question.iter().map(String::as_str).chain(["--standalone"]).collect();
-    Said::of(&json(&question))
+    Transcript::of(&json(&question))
 }
 
-/// A question that has one answer.
+/// The arguments of a greedy request, which has only one right answer.
 pub(crate) fn question(model: &str, prompt: &str, tokens: &str) -> Vec<String> {
     ["run", model, prompt, "--json", "--temperature", "0", "--max-tokens", tokens].map(str::to_owned).to_vec()
 }
 
-/// R7.1, R7.3: the same tokens from three processes as from one, however the layers are split and whoever is asked.
+/// R7.1, R7.3: three processes give the tokens of one, for every split and whichever node is asked.
 #[test]
 fn three_processes_answer_as_one() {
     let (expected, cluster) = (alone(), Cluster::up());
@@ -156,8 +156,8 @@ fn three_processes_answer_as_one() {
     }
 }
 
-/// R7.1, R7.3: wherever a model is cut in two or in three, and on whichever nodes, its tokens are those of one process. Of
-/// the cuts in three some are tried; all with `EXO_SPLITS=all`.
+/// R7.1, R7.3: a model split in two or three, at any layers and over any nodes, gives the tokens of one process. Only
+/// some splits in three are tried; `EXO_SPLITS=all` tries all.
 #[test]
 fn every_cut_gives_the_same_tokens() {
     let cluster = Cluster::up_as(&["--unload-after", "1s"], &[]);
@@ -166,7 +166,7 @@ fn every_cut_gives_the_same_tokens() {
     };
     for (model, layers) in [(SMOLLM2, 30), (GEMMA3, 18)] {
         let mut question = question(model, QUESTION, "16");
-        // Small caches, so that many have room beside each other.
+        // Small caches, so that many instances fit into memory together.
         question.extend(["--context", "256"].map(str::to_owned));
         let expected = alone_for(&question);
         let name = |at: usize| ["a", "b", "c"][at % 3];
@@ -184,8 +184,8 @@ fn every_cut_gives_the_same_tokens() {
     }
 }
 
-/// R7.2, R8.4: whichever node dies, stands still or comes back while an answer is on its way, be it that of the head, of
-/// the first or of the last layers: no token is lost, none doubled, and the text is the same.
+/// R7.2, R8.4: a node that is not asked is killed, or is stopped and continues, while an answer streams, be it the
+/// owner or another node: no token is lost or doubled, and the text is the same.
 #[test]
 fn an_answer_outlives_the_death_of_any_other_node() {
     let expected = alone();
@@ -202,15 +202,15 @@ fn an_answer_outlives_the_death_of_any_other_node() {
         if signal == "STOP" {
             cluster.nodes[victim].signal("CONT");
             cluster.wait_for(&cluster.nodes[asked], 2);
-            assert_eq!(cluster.ask(victim, split), expected, "back, and asked itself");
+            assert_eq!(cluster.ask(victim, split), expected, "node {victim} was asked after it continued");
         }
     }
 }
 
-/// R7.4, R8.4: a model that fits on no node alone is spread over two without being told; when one of them dies and the rest
-/// is too small, the request fails with what is missing, and does not hang.
+/// R7.4, R8.4: a model too large for one node is split over two by default; if one of them dies and the other is too
+/// small, the request fails with the number of missing bytes, and does not hang.
 #[test]
-fn what_fits_nowhere_any_more_fails_with_what_is_missing() {
+fn a_model_that_no_longer_fits_fails_with_the_missing_bytes() {
     let cluster = Cluster::small();
     let question = ["run", SMOLLM2, QUESTION, "--temperature", "0", "--max-tokens", "1000", "--context", "1024"];
     let mut command: Command = cluster.nodes[0].prepare(&question);
@@ -218,7 +218,7 @@ fn what_fits_nowhere_any_more_fails_with_what_is_missing() {
     let mut text = asking.stdout.take().expect("it is piped");
     let (began, beginning) = std::sync::mpsc::sync_channel(1);
     std::thread::spawn(move || {
-        // The test may be over.
+        // The send fails if the test has ended.
         let _ = began.send(text.read_exact(&mut [0]));
         let _ = std::io::copy(&mut text, &mut std::io::sink());
     });
@@ -228,7 +228,7 @@ fn what_fits_nowhere_any_more_fails_with_what_is_missing() {
     while asking.try_wait().expect("it is a child").is_none() {
         if killed.elapsed() > Duration::from_secs(30) {
             asking.kill().expect("it runs");
-            panic!("it hangs");
+            panic!("the request hangs");
         }
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -237,9 +237,9 @@ fn what_fits_nowhere_any_more_fails_with_what_is_missing() {
     assert!(!output.status.success() && said.contains("bytes are missing"), "{said}");
 }
 
-/// A node that is drained gives its shards away, and answers lose nothing by it.
+/// A drained node moves its shards to other nodes, and running answers lose nothing.
 #[test]
-fn a_drained_node_is_empty_and_its_answers_go_on() {
+fn a_drained_node_is_empty_and_answers_continue() {
     let (expected, cluster) = (alone(), Cluster::up());
     let split = "a:0-9,b:10-19,c:20-29";
     assert_eq!(cluster.ask(1, split), expected);
@@ -255,20 +255,20 @@ fn a_drained_node_is_empty_and_its_answers_go_on() {
             owned.flat_map(|owned| owned["state"]["placement"]["stages"].as_array().into_iter().flatten()).collect();
         !placed.is_empty() && placed.iter().all(|stage| stage["node"] != own.as_str())
     };
-    // Members tell each other every second.
+    // Members report to each other every second.
     let begun = Instant::now();
     while !is_empty() {
-        assert!(begun.elapsed() < Duration::from_secs(20), "shards are still on the node that was drained");
+        assert!(begun.elapsed() < Duration::from_secs(20), "the drained node still has shards");
         std::thread::sleep(Duration::from_millis(200));
     }
-    // As its user is told, it can be stopped.
+    // A drained node can be stopped.
     cluster.nodes[0].signal("KILL");
     assert_eq!(answer(asking), expected);
 }
 
-/// Who drains a machine that nobody can take the place of is told what is still there.
+/// If no other node can take the shards of a drained node, `drain` lists them.
 #[test]
-fn a_drain_that_cannot_end_says_why() {
+fn a_drain_that_cannot_end_lists_its_layers() {
     let cluster = Cluster::small();
     let asked = ["run", SMOLLM2, QUESTION, "--max-tokens", "4", "--context", "1024", "--json"];
     let first = cluster.nodes[0].command(&asked);
@@ -281,12 +281,12 @@ fn a_drain_that_cannot_end_says_why() {
     draining.wait().expect("it is a child");
     assert!(line.contains("still here") && line.contains("GB"), "{line}");
     let still = cluster.nodes[0].command(&asked);
-    assert!(still.status.success(), "what has no other place goes on: {}", crate::stderr(&still));
+    assert!(still.status.success(), "layers that fit nowhere else must still serve: {}", crate::stderr(&still));
 }
 
-/// A token of another cluster, or a damaged one, opens nothing.
+/// Nodes with other secrets do not connect, and a damaged token is refused.
 #[test]
-fn a_stranger_is_not_let_in() {
+fn a_node_with_another_secret_does_not_connect() {
     models();
     let [ours, theirs] =
         ["ours", "theirs"].map(|name| Node::up(&["--listen", "127.0.0.1:0", "--no-discovery", "--name", name]));

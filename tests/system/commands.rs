@@ -1,12 +1,12 @@
-//! The commands themselves: mistakes, limits, interruptions, lists.
+//! Tests of single commands: mistakes, limits, interruptions, lists.
 
 use super::*;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// R8.3: wrong usage is 2; what fails is 1, names the thing and the remedy.
+/// R8.3: wrong usage exits with 2; a failure exits with 1, and stderr names what failed.
 #[test]
-fn mistakes_are_told_with_their_remedy() {
+fn mistakes_are_reported_by_name() {
     for arguments in
         [&["run"][..], &["run", "m", "p", "--shards", "0"], &["run", "m", "p", "--no-such"], &["frobnicate"]]
     {
@@ -35,7 +35,7 @@ fn mistakes_are_told_with_their_remedy() {
 }
 
 #[test]
-fn a_prompt_over_the_context_is_refused_by_its_numbers() {
+fn a_prompt_over_the_context_is_refused_with_its_numbers() {
     models();
     let prompt = "word ".repeat(500);
     let output = output(&["run", SMOLLM2, &prompt, "--context", "64"]);
@@ -43,9 +43,9 @@ fn a_prompt_over_the_context_is_refused_by_its_numbers() {
     assert!(stderr(&output).contains("context 64"), "{}", stderr(&output));
 }
 
-/// R7.4: a model that does not fit is refused with how much is missing.
+/// R7.4: a model that does not fit is refused with the number of missing bytes.
 #[test]
-fn a_model_that_does_not_fit_is_refused_by_its_numbers() {
+fn a_model_that_does_not_fit_is_refused_with_its_numbers() {
     models();
     let copy = huge_context_model();
     let output =
@@ -54,7 +54,7 @@ fn a_model_that_does_not_fit_is_refused_by_its_numbers() {
     assert!(stderr(&output).contains("bytes are missing"), "{}", stderr(&output));
 }
 
-/// SmolLM2's file with a context in its header that no memory has room for.
+/// SmolLM2's file with a context length in its header that is too large for any memory.
 fn huge_context_model() -> tempfile::TempDir {
     let path = PathBuf::from(json(&["pull", SMOLLM2, "--json"])["path"].as_str().expect("a path"));
     let mut bytes = std::fs::read(path).expect("readable");
@@ -66,7 +66,7 @@ fn huge_context_model() -> tempfile::TempDir {
     folder
 }
 
-/// R6.5: bench gives its figures.
+/// R6.5: `bench` reports its figures.
 #[test]
 fn bench_measures() {
     models();
@@ -77,9 +77,9 @@ fn bench_measures() {
     }
 }
 
-/// The models folder is the cache: a second pull fetches nothing, and needs no network.
+/// The models folder is the cache: a second pull downloads nothing, and needs no network.
 #[test]
-fn what_is_here_is_not_fetched_again() {
+fn a_second_pull_downloads_nothing() {
     models();
     let mut command = exo(&["pull", SMOLLM2, "--json"]);
     let output = command.env("HF_HUB_OFFLINE", "1").output().expect("exo-node starts");
@@ -102,7 +102,7 @@ fn the_embedding_example_works() {
     assert!(text.contains("The capital of France is ->") && text.contains("1 answers in the minutes"), "{text}");
 }
 
-/// Ctrl-C ends an answer, with a summary of what there was and the shell's own exit code for it.
+/// Ctrl-C ends an answer with a summary of the tokens so far, and with 130, the shell's exit code for it.
 #[test]
 fn ctrl_c_ends_an_answer() {
     models();
@@ -123,7 +123,7 @@ fn ctrl_c_ends_an_answer() {
     assert!(text.contains("generated tokens") && !text.contains("panicked"), "{text}");
 }
 
-/// Every command's help shows an example that begins with the program's name.
+/// The help of every command shows an example that begins with the program's name.
 #[test]
 fn every_command_shows_an_example() {
     for command in ["run", "pull", "models", "bench", "perplexity"] {
@@ -133,7 +133,7 @@ fn every_command_shows_an_example() {
     }
 }
 
-/// The catalogue is listed for people and for scripts.
+/// `models` lists the catalogue as text and as JSON.
 #[test]
 fn models_are_listed() {
     let text = String::from_utf8(output(&["models"]).stdout).expect("UTF-8");
@@ -144,12 +144,12 @@ fn models_are_listed() {
     }
 }
 
-/// R6.4: loading takes little more memory than the file has, a vocabulary of 262,144 rows included.
+/// R6.4: loading takes little more memory than the file's size, even with a vocabulary of 262,144 rows.
 #[test]
 fn memory_stays_near_the_file_s_size() {
     models();
     let report = json(&["bench", GEMMA3, "--prompt-tokens", "16", "--generate-tokens", "4", "--repeat", "1", "--json"]);
-    let peak = report["peak_memory_bytes"].as_u64().expect("Linux tells it");
+    let peak = report["peak_memory_bytes"].as_u64().expect("Linux reports it");
     let file = report["file_bytes"].as_u64().expect("a size");
     assert!(peak < file * 3 / 2 + (64 << 20), "{peak} bytes at the peak, for {file} of weights");
 }

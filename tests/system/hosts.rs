@@ -1,4 +1,4 @@
-//! Members on hosts of their own: they find each other by multicast, and outlive cut cables.
+//! Members on separate hosts: they find each other by multicast, and answers survive cut cables.
 
 use crate::cluster::{Cluster, alone_for, alone_with, answer, asking_of, question};
 use crate::joining::{long_question, wait_for_prefill};
@@ -7,20 +7,20 @@ use crate::node::{Node, Setup};
 use crate::{GEMMA3, SMOLLM2};
 use std::time::{Duration, Instant};
 
-/// A head waits for a shard that was taken away until its patience ends: minutes.
+/// The limit for an answer that must not wait for hang timeouts: those take minutes.
 const NOT_HUNG: Duration = Duration::from_secs(120);
 const SPLIT: &str = "a:0-9,b:10-19,c:20-29";
 
-/// Members a, b and c, each on a host, who know nothing of each other but the secret.
+/// Members a, b and c, each on its own host. They share the secret, and know no addresses.
 pub(crate) fn members(lan: &Lan) -> Cluster {
     members_with(lan, 3, &[])
 }
 
-/// The first so many of them, started with `more`.
+/// The first `count` members, started with the additional arguments `more`.
 pub(crate) fn members_with(lan: &Lan, count: usize, more: &[&str]) -> Cluster {
     crate::models();
     let folders: Vec<_> = (0..count).map(|_| tempfile::tempdir().expect("a temporary folder")).collect();
-    // Where no node runs yet, a token has no addresses.
+    // Before the node runs, its token has no addresses.
     let token = crate::exo(&["token", "--data-dir"]).arg(folders[0].path()).output().expect("exo-node starts");
     let token = String::from_utf8(token.stdout).expect("UTF-8").trim().to_owned();
     let nodes = folders.into_iter().enumerate().map(|(host, folder)| {
@@ -37,7 +37,7 @@ pub(crate) fn members_with(lan: &Lan, count: usize, more: &[&str]) -> Cluster {
     cluster
 }
 
-/// R7.1: hosts that have the secret find each other by multicast, and answer as one process does.
+/// R7.1: hosts that share the secret find each other by multicast, and give the answers of one process.
 #[test]
 fn hosts_find_each_other() {
     let Some(lan) = Lan::of(3) else { return };
@@ -47,14 +47,14 @@ fn hosts_find_each_other() {
     }
 }
 
-/// R7.2: a host is cut off while it computes for others, or while it asks others: answers go on, on both sides, and lose
-/// nothing; when the cable is back, all are one again.
+/// R7.2: a host is cut off while it computes for others, or while it asks others: both sides answer without a loss.
+/// When the cable is plugged in again, the cluster is whole again.
 #[test]
 fn a_partition_heals() {
     let Some(lan) = Lan::of(3) else { return };
     let (expected, cluster) = (alone_with(SMOLLM2), members(&lan));
     for (case, (asked, cut)) in [(0, 2), (1, 0), (2, 2)].into_iter().enumerate() {
-        // Another cache each time, so that it is an instance which is split as it says.
+        // Each case has its own cache size, and so its own instance, with exactly this split.
         let mut question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
         question.extend(["--context".to_owned(), (1024 + 32 * case).to_string()]);
         assert_eq!(answer(cluster.asking_for(asked, &question, SPLIT)), expected);
@@ -62,7 +62,7 @@ fn a_partition_heals() {
         std::thread::sleep(Duration::from_millis(500));
         lan.plug(cut, "down");
         assert_eq!(answer(asking), expected, "{cut} was cut off while {asked} was asked");
-        // Alone, the host that was cut off answers too.
+        // The host that is cut off answers alone, too.
         let by_itself = answer(cluster.asking_for(cut, &question, SPLIT));
         assert_eq!(by_itself, expected, "{cut} was asked while it was alone");
         lan.plug(cut, "up");
@@ -71,14 +71,14 @@ fn a_partition_heals() {
         }
         for node in 0..3 {
             let by_all = answer(cluster.asking_for(node, &question, SPLIT));
-            assert_eq!(by_all, expected, "{node} was asked when all were one again");
+            assert_eq!(by_all, expected, "{node} was asked when the cluster was whole again");
         }
     }
 }
 
-/// R7.2, R8.4: a host is cut off while a prompt is computed, the head's or another one: the answer is the same.
+/// R7.2, R8.4: the owner or another host is cut off while a prompt is computed: the answer is the same.
 #[test]
-fn a_prompt_outlives_a_cut() {
+fn a_prompt_survives_a_cut_cable() {
     let Some(lan) = Lan::of(3) else { return };
     let cluster = members(&lan);
     let expected = alone_for(&long_question(2048));
@@ -94,10 +94,10 @@ fn a_prompt_outlives_a_cut() {
     }
 }
 
-/// R7.2, R8.4: the way between two hosts breaks for a moment, and the head, on a third one, sees both all the time: the rows
-/// that were on it are computed again.
+/// R7.2, R8.4: the link between two hosts breaks for a moment, while the head, on a third host, stays connected to
+/// both: the rows that were on the link are computed again.
 #[test]
-fn an_answer_outlives_a_way_that_its_head_does_not_go() {
+fn an_answer_survives_a_broken_link_between_two_other_nodes() {
     let Some(lan) = Lan::of(3) else { return };
     let cluster = members(&lan);
     let (expected, question) = (alone_with(SMOLLM2), question(SMOLLM2, "Tell me a long story about a ship.", "120"));
@@ -107,26 +107,27 @@ fn an_answer_outlives_a_way_that_its_head_does_not_go() {
     std::thread::sleep(Duration::from_millis(500));
     let begun = Instant::now();
     lan.part(0, 1, "add");
-    // Long enough for the two to lose each other, and not for being apart.
+    // Long enough for the two to lose their connection, and too short for a change of the clique.
     std::thread::sleep(Duration::from_secs(4));
     lan.part(0, 1, "delete");
     assert_eq!(answer(asking), expected);
-    assert!(begun.elapsed() < NOT_HUNG, "nobody waits for what is lost");
+    assert!(begun.elapsed() < NOT_HUNG, "the head waited for lost rows");
 }
 
-/// R7.2: of three hosts two do not reach each other, and both reach the third: that one plans with one of them, the other
-/// works by itself, each says why, and all answer. When the two meet, all are one again.
+/// R7.2: two of three hosts do not reach each other, and both reach the third: the third forms a clique with one of
+/// them, the other works alone, `status` says why, and all answer. When the two connect, the clique has all three
+/// again.
 #[test]
-fn hosts_that_do_not_all_reach_each_other_plan_apart() {
+fn a_disconnected_pair_works_in_two_cliques() {
     let Some(lan) = Lan::of(3) else { return };
     let (expected, cluster) = (alone_with(SMOLLM2), members(&lan));
     let mut question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
-    // What runs over all three is to run in both parts, as what it was.
+    // A model that runs over all three must also run in both cliques, with as many shards.
     question.extend(["--shards", "3"].map(str::to_owned));
     let ask = |node: &Node| {
         let begun = Instant::now();
         assert_eq!(answer(asking_of(node, &question)), expected);
-        assert!(begun.elapsed() < NOT_HUNG, "no shard of this part was taken away by the other");
+        assert!(begun.elapsed() < NOT_HUNG, "a shard was lost to the other clique");
     };
     cluster.nodes.iter().for_each(ask);
     let counts = |field: &str| {
@@ -157,6 +158,6 @@ fn hosts_that_do_not_all_reach_each_other_plan_apart() {
     wait_for(&[2, 2, 2], &[0, 0, 0]);
     cluster.nodes.iter().for_each(ask);
     for node in 0..3 {
-        assert_eq!(answer(cluster.asking(node, SPLIT)), expected, "{node} was asked when all were one again");
+        assert_eq!(answer(cluster.asking(node, SPLIT)), expected, "{node} was asked when the clique was whole again");
     }
 }

@@ -1,4 +1,4 @@
-"""A hub on loopback that has one file in every repository: `python3 hub.py FILE` prints its port and serves until it ends."""
+"""A hub on loopback with one file in every repository: `python3 hub.py FILE` prints its port, then serves."""
 
 import hashlib
 import http.server

@@ -1,4 +1,4 @@
-"""Ctrl-C in a conversation, on a terminal: `python3 interrupt.py exo-node MODEL DATA_DIR`."""
+"""Tests Ctrl-C in a chat on a terminal: `python3 interrupt.py exo-node MODEL DATA_DIR`."""
 
 import os
 import pty
@@ -14,7 +14,7 @@ shown = ""
 
 
 def until(text, seconds=60):
-    """Reads until `text` is there; gives what came before it, and forgets that."""
+    """Reads until `text` appears, returns the output before it, and discards both."""
     global shown
     end = time.time() + seconds
     while text not in shown:
@@ -27,7 +27,7 @@ def until(text, seconds=60):
 
 until("Ctrl-D leaves")
 until("> ")
-# The editor takes the terminal over behind its prompt.
+# The line editor takes over the terminal after it has printed its prompt.
 time.sleep(0.5)
 os.write(terminal, b"Write a very long story about the sea.\r")
 until(" sea ")
@@ -44,4 +44,4 @@ time.sleep(0.5)
 os.write(terminal, b"\x04")
 _, status = os.waitpid(pid, 0)
 assert os.waitstatus_to_exitcode(status) == 0, status
-print("the answer stopped, and the conversation went on")
+print("the answer stopped, and the chat continued")

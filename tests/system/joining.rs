@@ -1,24 +1,24 @@
-//! Members that come, go and come back while requests run, and blows while a prompt is computed.
+//! Members that join, die and return while requests run, and failures while a prompt is computed.
 
 use crate::SMOLLM2;
-use crate::cluster::{Cluster, Said, alone_for, answer, question};
+use crate::cluster::{Cluster, Transcript, alone_for, answer, question};
 use crate::node::Node;
 use std::time::{Duration, Instant};
 
-/// Some twelve hundred tokens: seconds of prefill.
+/// A prompt of about 1,200 tokens: seconds of prefill.
 fn long_prompt() -> String {
     let sentence = "The ship sailed on over the grey sea, and nobody on board knew what the next day would bring. ";
     format!("{}What happened then?", sentence.repeat(60))
 }
 
-/// Each size of the cache is an instance of its own.
+/// A question with a long prompt. Each cache size makes an instance of its own.
 pub(crate) fn long_question(context_tokens: usize) -> Vec<String> {
     let mut question = question(SMOLLM2, &long_prompt(), "24");
     question.extend(["--context".to_owned(), context_tokens.to_string()]);
     question
 }
 
-/// Waits until a request runs on `node`, the head's, that has not got its first token.
+/// Waits until `node`, the owner, runs a request that has no token yet.
 pub(crate) fn wait_for_prefill(node: &Node) {
     let generated = node.metric("generated_tokens_total");
     let begun = Instant::now();
@@ -27,15 +27,14 @@ pub(crate) fn wait_for_prefill(node: &Node) {
         std::thread::sleep(Duration::from_millis(10));
     }
     std::thread::sleep(Duration::from_millis(250));
-    assert_eq!(node.metric("generated_tokens_total"), generated, "its prompt is being computed");
+    assert_eq!(node.metric("generated_tokens_total"), generated, "the prompt was already computed");
 }
 
-/// R7.2, R8.4: a node that is killed or stands still while a prompt is computed, be it the head's or another one: the answer
-/// is the same.
+/// R7.2, R8.4: the owner or another node is killed or stopped while a prompt is computed: the answer is the same.
 #[test]
-fn a_prompt_outlives_the_death_of_any_other_node() {
+fn a_prompt_survives_the_death_of_any_other_node() {
     let question = long_question(2048);
-    let expected: Said = alone_for(&question);
+    let expected: Transcript = alone_for(&question);
     for (asked, victim, signal) in [(1, 2, "KILL"), (0, 1, "STOP"), (1, 0, "KILL")] {
         let cluster = Cluster::up();
         let asking = cluster.asking_for(asked, &question, "a:0-9,b:10-19,c:20-29");
@@ -48,8 +47,8 @@ fn a_prompt_outlives_the_death_of_any_other_node() {
     }
 }
 
-/// R7.1, R7.2: a member that joins while an answer is on its way changes nothing of it, and can be used at once, by itself
-/// and by others.
+/// R7.1, R7.2: a member that joins while an answer streams does not change the answer, and can serve at once, both its
+/// own requests and others'.
 #[test]
 fn a_member_joins_while_requests_run() {
     let question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
@@ -67,8 +66,8 @@ fn a_member_joins_while_requests_run() {
     assert_eq!(answer(meanwhile), expected);
 }
 
-/// R7.4: what a death has moved goes back to where it was split to when the node is here again; answers that run meanwhile
-/// lose nothing.
+/// R7.4: when a dead node returns, its layers move back to it, as the split requests; answers that run meanwhile lose
+/// nothing.
 #[test]
 fn a_split_is_restored_when_its_node_returns() {
     let question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
@@ -91,15 +90,15 @@ fn a_split_is_restored_when_its_node_returns() {
     cluster.nodes[2].again();
     let begun = Instant::now();
     while distinct(&cluster) < 3 {
-        assert!(begun.elapsed() < Duration::from_secs(60), "it is not used again");
+        assert!(begun.elapsed() < Duration::from_secs(60), "the returned node gets no layers");
         assert_eq!(answer(cluster.asking_for(1, &question, split)), expected);
     }
     assert_eq!(answer(cluster.asking_for(1, &question, split)), expected);
 }
 
-/// R4.3: halved activations travel, and an answer comes; it begins as the one of whole ones does.
+/// R4.3: with 16-bit activations on the wire, an answer begins with the same tokens as with 32-bit ones.
 #[test]
-fn activations_travel_at_half_their_size() {
+fn activations_travel_in_16_bits() {
     let question = question(SMOLLM2, "Why is the sky blue?", "16");
     let expected = alone_for(&question);
     for wire_type in ["f16", "bf16"] {
@@ -110,8 +109,8 @@ fn activations_travel_at_half_their_size() {
     }
 }
 
-/// R8.1: `status` draws members, links between all of them, devices, and which layers are where; and no door but QUIC's is
-/// open to the network: whatever else the process listens on is on loopback.
+/// R8.1: `status` draws members, the links between them, devices, and the placement of layers. Only the QUIC port is
+/// open to the network: all TCP listeners of the process are on loopback.
 #[test]
 fn status_draws_the_whole_cluster() {
     let cluster = Cluster::up();
@@ -132,7 +131,7 @@ fn status_draws_the_whole_cluster() {
     }
     for node in &cluster.nodes {
         let listening = node.listening();
-        assert!(listening.len() >= 2, "the API, and ractor_cluster's own: {listening:?}");
+        assert!(listening.len() >= 2, "the API or ractor_cluster does not listen: {listening:?}");
         assert!(listening.iter().all(|address| address.ip().is_loopback()), "{listening:?}");
     }
 }

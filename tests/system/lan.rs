@@ -1,8 +1,8 @@
-//! A network of hosts: network namespaces on a switch of their own. Nothing of it touches this machine's network.
+//! A network of hosts: network namespaces on a switch of their own, separate from this machine's network.
 
 use std::process::Command;
 
-/// Hosts on one switch. Dropping it takes all of them away.
+/// Hosts on one switch, removed on drop.
 pub(crate) struct Lan {
     name: String,
     hosts: usize,
@@ -17,7 +17,7 @@ fn ip(arguments: &[&str]) -> Result<(), String> {
 }
 
 impl Lan {
-    /// `None`, said loudly, where this machine does not permit it.
+    /// Builds a network of `hosts` hosts; `None`, with a message on stderr, if this machine does not permit it.
     pub(crate) fn of(hosts: usize) -> Option<Self> {
         use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -63,21 +63,21 @@ impl Lan {
         format!("10.77.0.{}", host + 1)
     }
 
-    /// Pulls a host's plug, or puts it in again.
+    /// Unplugs a host's cable (`down`), or plugs it in again (`up`).
     pub(crate) fn plug(&self, host: usize, state: &str) {
-        ip(&["-n", &self.switch(), "link", "set", &format!("port{host}"), state]).expect("a plug");
+        ip(&["-n", &self.switch(), "link", "set", &format!("port{host}"), state]).expect("a cable");
     }
 }
 
 impl Lan {
-    /// From now on `host` reaches no other but `only`.
+    /// Lets `host` reach no host but `only`.
     pub(crate) fn isolate(&self, host: usize, only: usize) {
         let (namespace, only) = (self.host(host), format!("{}/32", Self::address(only)));
         ip(&["-n", &namespace, "route", "delete", "10.77.0.0/24"]).expect("a route");
         ip(&["-n", &namespace, "route", "add", &only, "dev", "lan"]).expect("a route");
     }
 
-    /// A pair of hosts that reach all but each other, as behind two firewalls (`add`); or do again (`delete`).
+    /// Disconnects a pair of hosts from each other, as two firewalls would (`add`), or reconnects it (`delete`).
     pub(crate) fn part(&self, one: usize, other: usize, action: &str) {
         for (host, hidden) in [(one, other), (other, one)] {
             let (namespace, hidden) = (self.host(host), format!("{}/32", Self::address(hidden)));
@@ -97,7 +97,7 @@ impl Lan {
 impl Drop for Lan {
     fn drop(&mut self) {
         for namespace in (0..self.hosts).map(|host| self.host(host)).chain([self.switch()]) {
-            // What was not built is not there.
+            // Fails for a namespace that was not built.
             let _ = ip(&["netns", "delete", &namespace]);
         }
     }

@@ -1,8 +1,8 @@
-//! Whole processes over real models: what a user types, and what comes back.
+//! Tests of whole processes with real models: what a user types, and what the commands print.
 //!
-//! The models are fetched once, through `exo-node pull`, into the shared cache.
+//! The models are downloaded once, with `exo-node pull`, into the shared cache.
 
-#![allow(clippy::expect_used)] // A test that cannot go on says why.
+#![allow(clippy::expect_used)] // A test that cannot continue panics with the reason.
 
 mod answers;
 mod api;
@@ -32,7 +32,7 @@ fn exo(arguments: &[&str]) -> Command {
     command
 }
 
-/// A folder on which no node is running: commands load their models themselves.
+/// A data folder on which no node runs: commands load their models themselves.
 fn data_dir() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("nobody")
 }
@@ -49,10 +49,10 @@ fn json(arguments: &[&str]) -> Value {
     let output = output(arguments);
     assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
     let text = String::from_utf8(output.stdout).expect("UTF-8");
-    serde_json::from_str(&text).unwrap_or_else(|error| panic!("one object and nothing else ({error}): {text}"))
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("stdout is not one JSON object ({error}): {text}"))
 }
 
-/// Both models, on this machine.
+/// Downloads both models, once per test process.
 fn models() {
     static PULLED: Once = Once::new();
     PULLED.call_once(|| {

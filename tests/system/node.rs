@@ -1,4 +1,4 @@
-//! A node that stays, as a process, and plain HTTP to talk to it.
+//! A running node process, and a plain HTTP client for it.
 
 use crate::{exo, stderr};
 use serde_json::Value;
@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-/// A running node. Dropping it ends it.
+/// A running node, stopped on drop.
 pub(crate) struct Node {
     child: Child,
     pub(crate) port: u16,
@@ -24,19 +24,19 @@ pub(crate) struct Setup {
     pub(crate) arguments: Vec<String>,
     /// `$DATA` in a value stands for the node's own folder.
     pub(crate) variables: Vec<(String, String)>,
-    /// The network namespace that it runs in; there, only its socket can be reached from here.
+    /// The network namespace of the node. From outside it, only the node's Unix socket can be reached.
     pub(crate) namespace: Option<String>,
 }
 
 /// An HTTP answer.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct HttpAnswer {
     pub(crate) status: u16,
     pub(crate) headers: String,
     pub(crate) body: String,
 }
 
-impl Answer {
+impl HttpAnswer {
     fn read(mut from: impl Read) -> Self {
         let mut text = Vec::new();
         from.read_to_end(&mut text).expect("an answer");
@@ -69,14 +69,14 @@ impl Node {
         Self { child, port, folder, setup }
     }
 
-    /// Starts it again, in its folder, where it has died.
+    /// Restarts a node that has died, in its folder.
     pub(crate) fn again(&mut self) {
-        // Whoever was killed is not waited for by anyone else.
+        // Reaps the dead process, which no other code does.
         let _ = self.child.wait();
         (self.child, self.port) = spawn(&self.setup, self.folder.path());
     }
 
-    /// What it knows, over its socket.
+    /// The node's status, over its Unix socket.
     pub(crate) fn state(&self) -> Value {
         self.json(&["status", "--json"])
     }
@@ -85,7 +85,7 @@ impl Node {
         self.folder.path()
     }
 
-    /// A connection with a request on it.
+    /// Opens a connection, and sends a request on it.
     pub(crate) fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> TcpStream {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).expect("the node listens");
         stream.set_read_timeout(Some(Duration::from_secs(120))).expect("a socket");
@@ -97,35 +97,35 @@ impl Node {
         stream
     }
 
-    pub(crate) fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-        Answer::read(self.send(method, path, headers, body))
+    pub(crate) fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> HttpAnswer {
+        HttpAnswer::read(self.send(method, path, headers, body))
     }
 
-    pub(crate) fn get(&self, path: &str) -> Answer {
+    pub(crate) fn get(&self, path: &str) -> HttpAnswer {
         self.request("GET", path, &[], "")
     }
 
-    pub(crate) fn post(&self, path: &str, body: &Value) -> Answer {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> HttpAnswer {
         self.request("POST", path, &[], &body.to_string())
     }
 
-    /// The sum of a metric over all its labels; over its socket, which is reached wherever the node is.
+    /// The sum of a metric over all its labels, over the Unix socket, which can be reached in any namespace.
     pub(crate) fn metric(&self, name: &str) -> f64 {
         let mut socket = UnixStream::connect(self.folder().join("api.sock")).expect("the node listens");
         socket
             .write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
             .expect("the node reads");
-        let text = Answer::read(socket).body;
+        let text = HttpAnswer::read(socket).body;
         let lines = text.lines().filter(|line| line.starts_with(&format!("exo_{name}")));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
-    /// A command on the node's folder.
+    /// Runs a command on the node's folder.
     pub(crate) fn command(&self, arguments: &[&str]) -> std::process::Output {
         self.prepare(arguments).output().expect("exo-node starts")
     }
 
-    /// The same, not started yet.
+    /// A command on the node's folder, not started yet.
     pub(crate) fn prepare(&self, arguments: &[&str]) -> std::process::Command {
         let mut command = exo(arguments);
         command.env("EXO_DATA_DIR", self.folder());
@@ -135,10 +135,10 @@ impl Node {
     pub(crate) fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
         let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid]).status();
-        assert!(sent.is_ok_and(|status| status.success()), "{name} was sent");
+        assert!(sent.is_ok_and(|status| status.success()), "{name} could not be sent");
     }
 
-    /// Where its process takes TCP connections (IPv4), as the kernel lists it.
+    /// The addresses on which the node's process listens for TCP over IPv4, as the kernel lists them.
     pub(crate) fn listening(&self) -> Vec<SocketAddr> {
         let process = Path::new("/proc").join(self.child.id().to_string());
         let open = std::fs::read_dir(process.join("fd")).expect("Linux").filter_map(|entry| {
@@ -149,7 +149,7 @@ impl Node {
         let listening = |line: &str| {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let (address, port) = fields.get(1)?.split_once(':')?;
-            // 0A: it listens. The address is in the machine's own order.
+            // The state 0A is "listening". The address is in the machine's byte order.
             let is_its = fields.get(3) == Some(&"0A") && open.contains(*fields.get(9)?);
             let ip = Ipv4Addr::from(u32::from_str_radix(address, 16).ok()?.to_le_bytes());
             is_its.then_some(SocketAddr::from((ip, u16::from_str_radix(port, 16).ok()?)))
@@ -157,7 +157,7 @@ impl Node {
         std::fs::read_to_string(process.join("net/tcp")).expect("Linux").lines().filter_map(listening).collect()
     }
 
-    /// One JSON object of a command on the node's folder.
+    /// The JSON object that a command on the node's folder prints.
     pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         let output = self.command(arguments);
         assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
@@ -168,7 +168,7 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         let pid = self.child.id().to_string();
-        // It ends by itself, however busy the machine is; one that does not is killed.
+        // Even on a busy machine a node ends within 60 s; one that does not is killed.
         let asked = std::process::Command::new("kill").args(["-TERM", &pid]).status();
         let ended = asked.is_ok_and(|status| status.success()) && {
             (0..600).any(|_| {
@@ -180,7 +180,7 @@ impl Drop for Node {
             let _ = self.child.kill();
             let _ = self.child.wait();
             if !std::thread::panicking() {
-                panic!("the node did not end when it was asked to");
+                panic!("the node did not end after SIGTERM");
             }
         }
     }
@@ -210,8 +210,8 @@ fn spawn(setup: &Setup, folder: &Path) -> (Child, u16) {
         let line = line.expect("UTF-8");
         Some(line.strip_prefix("API on http://")?.strip_suffix("/v1")?.to_owned())
     });
-    let address = address.expect("the node says where its API is");
-    // What it says later goes to the test's own output.
+    let address = address.expect("the node prints its API address");
+    // Later lines go to the test's output.
     std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("node: {line}")));
     (child, address.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port"))
 }

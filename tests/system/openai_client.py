@@ -1,4 +1,4 @@
-"""What OpenAI's own Python client gets from a node: `python openai_client.py http://127.0.0.1:PORT/v1 MODEL`."""
+"""Tests a node with OpenAI's own Python client: `python openai_client.py http://127.0.0.1:PORT/v1 MODEL`."""
 
 import sys
 
@@ -20,7 +20,7 @@ def refused(kind, code, **arguments):
         assert error.code == code, (error.code, code)
         print(f"{kind.__name__:16} {error.status_code} {error.code}: {error.body['message'][:90]}")
         return error
-    raise AssertionError(f"{arguments} was taken")
+    raise AssertionError(f"{arguments} was accepted")
 
 
 assert MODEL in [model.id for model in client.models.list()]
@@ -63,7 +63,7 @@ print("three:   ", texts)
 
 parts = chat(messages=[{"role": "user", "content": [{"type": "text", "text": "Name a "}, {"type": "text", "text": "colour."}]}])
 assert parts.choices[0].message.content == message.content
-biased = chat(logit_bias={logged_id: -100 for logged_id in ()}, top_p=0.9, presence_penalty=0.5, frequency_penalty=0.5)
+biased = chat(logit_bias={"5": -100}, top_p=0.9, presence_penalty=0.5, frequency_penalty=0.5)
 assert biased.choices[0].message.content
 
 plain = client.completions.create(model=MODEL, prompt="The sky is", max_tokens=5, temperature=0, logprobs=2)
@@ -80,4 +80,4 @@ assert refused(openai.BadRequestError, "invalid_value", temperature=-1).param ==
 assert refused(openai.BadRequestError, "invalid_value", n=99).param == "n"
 assert refused(openai.BadRequestError, "invalid_value", top_logprobs=5).param == "top_logprobs"
 assert refused(openai.BadRequestError, "invalid_value", messages=[{"role": "nobody", "content": "x"}]).param == "messages[0].role"
-print("all is as the client expects")
+print("all answers are as the client expects")

@@ -1,11 +1,11 @@
-//! Real models against float32 and against llama.cpp.
+//! Real models compared with float32 references and with llama.cpp.
 
 use super::*;
 use std::path::Path;
 
-/// Where two tokens are this close, another rounding may rightly choose the other.
+/// If the log-probabilities of two tokens differ by less, another rounding may rightly choose the other token.
 const MARGIN: f64 = 0.02;
-/// The text of which llama.cpp's perplexities are known.
+/// The text for which llama.cpp's perplexities are known.
 const LICENCE: &str = "/usr/share/common-licenses/GPL-3";
 
 fn reference(name: &str) -> Vec<Value> {
@@ -14,8 +14,8 @@ fn reference(name: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
 }
 
-/// R4.1: prompts become llama.cpp's tokens; answers are those of float32, token by token, and their first
-/// log-probabilities within 0.01; llama.cpp's own answers are followed as far as its steps are decided.
+/// R4.1: prompts have llama.cpp's tokens. Answers have float32's tokens up to the first undecided step, and the
+/// log-probabilities of their first token are within 0.01. Answers first differ from llama.cpp's at an undecided step.
 fn agrees_with_the_references(model: &str, is_raw: bool) {
     models();
     let exact = reference(&format!("{model}.f32.jsonl"));
@@ -46,7 +46,7 @@ fn agrees_with_the_references(model: &str, is_raw: bool) {
             line["step_top1_top2_margin"].as_array().expect("a list").iter().filter_map(Value::as_f64).collect();
         let differs = got.iter().zip(&theirs).position(|(a, b)| a != b);
         if let Some(at) = differs {
-            assert!(their_margins[at] < 0.3, "{prompt}: token {at} differs from llama.cpp's where it was sure");
+            assert!(their_margins[at] < 0.3, "{prompt}: token {at} differs from llama.cpp's at a decided step");
         }
     }
 }
@@ -63,7 +63,7 @@ fn gemma3_agrees_with_the_references() {
 
 /// Perplexities within 2 % of llama.cpp's.
 #[test]
-fn perplexities_are_llama_cpp_s() {
+fn perplexities_are_close_to_llama_cpp() {
     models();
     if !Path::new(LICENCE).is_file() {
         eprintln!("SKIPPED: {LICENCE} is not on this machine (Debian's base-files has it)");

@@ -1,4 +1,4 @@
-//! A bad network between two members: a relay that delays, jumbles and loses datagrams, by a seed.
+//! A bad network between two members: a seeded relay that delays, reorders and drops datagrams.
 
 use crate::SMOLLM2;
 use crate::cluster::alone_with;
@@ -10,25 +10,25 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::net::UdpSocket;
 
-/// One way.
+/// The one-way delay, without jitter.
 const LATENCY: Duration = Duration::from_millis(20);
 const JITTER_MS: u64 = 8;
 const LOSS_PERCENT: u64 = 2;
 
-/// What becomes of datagrams.
+/// The network conditions of the relay: random by a seed, with outages.
 #[derive(Clone)]
-struct Weather {
+struct Conditions {
     state: Arc<AtomicU64>,
-    is_dark: Arc<AtomicBool>,
+    is_down: Arc<AtomicBool>,
 }
 
-impl Weather {
+impl Conditions {
     fn of(seed: u64) -> Self {
         let state = Arc::new(AtomicU64::new(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1));
-        Self { state, is_dark: Arc::default() }
+        Self { state, is_down: Arc::default() }
     }
 
-    /// xorshift64*; the relay is one thread.
+    /// A random number below `limit` (xorshift64*). Only one thread calls this.
     fn below(&self, limit: u64) -> u64 {
         let mut state = self.state.load(Ordering::Relaxed);
         state ^= state >> 12;
@@ -38,16 +38,16 @@ impl Weather {
         (state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % limit
     }
 
-    /// Sends a datagram on, later, or not at all.
+    /// Forwards a datagram after a delay, or drops it.
     fn pass(&self, socket: &Arc<UdpSocket>, datagram: &[u8], to: Option<SocketAddr>) {
-        if self.is_dark.load(Ordering::Relaxed) || self.below(100) < LOSS_PERCENT {
+        if self.is_down.load(Ordering::Relaxed) || self.below(100) < LOSS_PERCENT {
             return;
         }
         let (socket, datagram) = (Arc::clone(socket), datagram.to_vec());
         let delay = LATENCY + Duration::from_millis(self.below(JITTER_MS));
         tokio::spawn(async move {
             tokio::time::sleep(delay).await;
-            // A member that is gone gets nothing.
+            // A send to a member that has ended fails.
             let _ = match to {
                 Some(to) => socket.send_to(&datagram, to).await,
                 None => socket.send(&datagram).await,
@@ -55,7 +55,7 @@ impl Weather {
         });
     }
 
-    /// Carries datagrams between whoever sends to `listen`, and `target`.
+    /// Relays datagrams between `target` and all senders to `listen`.
     async fn relay(self, listen: SocketAddr, target: SocketAddr) -> std::io::Result<()> {
         let near = Arc::new(UdpSocket::bind(listen).await?);
         let mut far: Vec<(SocketAddr, Arc<UdpSocket>)> = Vec::new();
@@ -80,7 +80,7 @@ impl Weather {
     async fn back(self, far: Arc<UdpSocket>, near: Arc<UdpSocket>, to: SocketAddr) {
         let mut datagram = vec![0; 65_536];
         loop {
-            // An error tells that nobody was there for an earlier datagram; somebody may be for the next.
+            // An error means that no process took an earlier datagram; one may take the next.
             if let Ok(length) = far.recv(&mut datagram).await {
                 self.pass(&near, &datagram[..length], Some(to));
             }
@@ -88,8 +88,8 @@ impl Weather {
     }
 }
 
-/// R7.2: over a link of 20 ms one way, with jitter and 2 % loss, tokens are those of one process; a second of darkness is no
-/// death, and a longer one is outlived.
+/// R7.2: over a link of 20 ms one way, with jitter and 2 % loss, tokens are those of one process. An outage of one
+/// second is no death, and answers survive a longer one.
 #[test]
 fn a_bad_link_changes_no_token() {
     let Some(lan) = Lan::of(3) else { return };
@@ -98,19 +98,19 @@ fn a_bad_link_changes_no_token() {
     lan.isolate(0, 2);
     lan.isolate(1, 2);
     let address = |host, port| SocketAddr::new(Lan::address(host).parse().expect("an address"), port);
-    let weather = Weather::of(7);
-    let (relaying, to_b) = (weather.clone(), address(1, 52416));
+    let conditions = Conditions::of(7);
+    let (relaying, to_b) = (conditions.clone(), address(1, 52416));
     let (at_relay, lan_of_relay) = (address(2, 7000), Arc::new(lan));
     let lan = Arc::clone(&lan_of_relay);
     std::thread::spawn(move || {
         lan.enter(2);
         drop(lan);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        // It ends with the test's process.
+        // The relay ends with the test's process.
         runtime.block_on(relaying.relay(at_relay, to_b)).expect("a relay");
     });
     let cluster = members_with(&lan_of_relay, 2, &["--no-discovery", "--peer", &at_relay.to_string()]);
-    // Members tell of their links every second.
+    // Members report their links every second.
     std::thread::sleep(Duration::from_secs(3));
     let rtt = cluster.nodes[0].state()["members"].clone();
     let rtts = rtt
@@ -121,7 +121,7 @@ fn a_bad_link_changes_no_token() {
     let rtts: Vec<f64> = rtts.filter_map(|link| link["rtt_s"].as_f64()).collect();
     assert!(
         !rtts.is_empty() && rtts.iter().all(|&rtt| rtt > 0.03),
-        "the way is as long as the relay makes it: {rtts:?}"
+        "the links are shorter than the relay makes them: {rtts:?}"
     );
     let split = "a:0-14,b:15-29";
     assert_eq!(cluster.ask(0, split), expected);
@@ -129,10 +129,10 @@ fn a_bad_link_changes_no_token() {
     for dark in [Duration::from_secs(1), Duration::from_secs(4)] {
         let asking = cluster.asking(0, split);
         std::thread::sleep(Duration::from_secs(2));
-        weather.is_dark.store(true, Ordering::Relaxed);
+        conditions.is_down.store(true, Ordering::Relaxed);
         std::thread::sleep(dark);
-        weather.is_dark.store(false, Ordering::Relaxed);
-        assert_eq!(crate::cluster::answer(asking), expected, "{dark:?} of darkness");
+        conditions.is_down.store(false, Ordering::Relaxed);
+        assert_eq!(crate::cluster::answer(asking), expected, "an outage of {dark:?}");
         for node in &cluster.nodes {
             cluster.wait_for(node, 1);
         }

@@ -1,4 +1,4 @@
-//! Nodes without a model's files: they get what they need from those that have them.
+//! Nodes without a model's files: they get the bytes of their layers from nodes that have the files.
 
 use crate::cluster::{Cluster, alone_with, answer};
 use crate::node::Node;
@@ -8,13 +8,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// SmolLM2's file.
+/// The name of SmolLM2's file.
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-/// A node with these has no model, and no source of one.
+/// The environment of a node without models and without a source of models.
 const NOTHING: [(&str, &str); 3] =
     [("EXO_MODELS_DIR", "$DATA/models"), ("HF_HUB_CACHE", "$DATA/hub"), ("HF_HUB_OFFLINE", "1")];
 
-/// Bytes that the files below `folder` take on the disk, holes not counted.
+/// The bytes that the files below `folder` take on the disk, without the holes of sparse files.
 fn taken_bytes(folder: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
     let entries = entries.filter_map(|entry| Some(entry.ok()?.path()));
@@ -34,24 +34,24 @@ fn resident_bytes(node: &Node) -> u64 {
     node.get("/state").json()["machine"]["process_bytes"].as_u64().expect("it is measured")
 }
 
-/// R7.2: a node that has no file of a model is given the bytes of its layers, and no others; answers are those of a node
-/// that has all.
+/// R7.2: a node without a model's files gets the bytes of its layers, and no others; the answers are those of a node
+/// with all files.
 #[test]
-fn nodes_without_the_files_are_given_their_layers() {
+fn nodes_without_the_files_get_their_layers() {
     let (expected, cluster) = (alone_with(SMOLLM2), Cluster::up_with(&NOTHING));
-    // The middle has no end of the model, and the embedding is a third of it.
+    // The middle stage has neither the embedding nor the output head; the embedding is a third of the model.
     assert_eq!(cluster.ask(2, "a:0-24,b:25-26,c:27-29"), expected);
     let [small, large] = [1, 2].map(|index| copied_bytes(&cluster.nodes[index]));
     let whole = 90_000_000;
     assert!((5_000_000..20_000_000).contains(&small), "two layers and the headers: {small}");
     assert!(large > small && large < whole * 3 / 4, "three layers, the head and the headers: {large}");
-    // What is there is not fetched again, and what is missing is.
+    // Only the missing layers are fetched.
     assert_eq!(cluster.ask(1, "a:0-24,b:25-29"), expected);
     assert!(copied_bytes(&cluster.nodes[1]) > small);
     assert_eq!(copied_bytes(&cluster.nodes[2]), large);
 }
 
-/// When each file of copies was last written, but for the lock.
+/// The files of copies below `folder`, without locks, and the time when each was last written.
 fn written(folder: &Path) -> Vec<(std::path::PathBuf, std::time::SystemTime)> {
     let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
     let mut files: Vec<_> = entries
@@ -65,9 +65,9 @@ fn written(folder: &Path) -> Vec<(std::path::PathBuf, std::time::SystemTime)> {
     files
 }
 
-/// R7.2: a node that was killed and comes back has what it was given: nothing of it is written again.
+/// R7.2: a node that was killed and restarts keeps the bytes that it got: none of them is written again.
 #[test]
-fn what_is_there_is_not_brought_again() {
+fn a_restarted_node_keeps_its_layers() {
     let (expected, mut cluster) = (alone_with(SMOLLM2), Cluster::up_with(&NOTHING));
     let split = "a:0-9,b:10-19,c:20-29";
     assert_eq!(cluster.ask(0, split), expected);
@@ -81,7 +81,7 @@ fn what_is_there_is_not_brought_again() {
     for node in &cluster.nodes {
         cluster.wait_for(node, 2);
     }
-    // Another cache, so that it is another instance.
+    // Another cache size makes another instance.
     let mut question = crate::cluster::question(SMOLLM2, "Tell me a long story about a ship.", "120");
     question.extend(["--context", "1024"].map(str::to_owned));
     assert_eq!(answer(cluster.asking_for(0, &question, split)), expected);
@@ -90,7 +90,7 @@ fn what_is_there_is_not_brought_again() {
     assert!(changed.is_empty(), "{changed:?}, of {before:?}");
 }
 
-/// The memory of a node holds its own layers: of a model whose two ends are most of it, the middle is small.
+/// A node holds only its own layers in memory: if embedding and head are most of a model, the middle stage is small.
 #[test]
 fn a_node_holds_its_own_layers_and_no_others() {
     let (expected, cluster) = (alone_with(GEMMA3), Cluster::up_with(&NOTHING));
@@ -99,10 +99,10 @@ fn a_node_holds_its_own_layers_and_no_others() {
     assert!(middle + 80_000_000 < first && middle + 80_000_000 < last, "{first}, {middle}, {last}");
 }
 
-/// R7.4: when the only node with the files of some layers is gone, and no source has them, requests fail and say what is
-/// missing; they do not hang.
+/// R7.4: when the only node with the files of some layers is lost, and no source has them, requests fail with the
+/// reason, and do not hang.
 #[test]
-fn what_nobody_has_any_more_is_named() {
+fn lost_layers_without_a_source_are_reported() {
     let cluster = Cluster::up_with(&NOTHING);
     let split = "a:0-9,b:10-19,c:20-29";
     assert!(!cluster.ask(1, split).tokens.is_empty());
@@ -114,7 +114,7 @@ fn what_nobody_has_any_more_is_named() {
     assert!(!output.status.success() && said.contains("offline"), "{said}");
 }
 
-/// A hub that has SmolLM2.
+/// A running hub that has SmolLM2.
 struct Hub {
     process: Child,
     address: String,
@@ -129,28 +129,28 @@ impl Hub {
         let mut process =
             python.arg(script).arg(folders[0].join(FILE)).stdout(Stdio::piped()).spawn().expect("Python starts");
         let mut port = String::new();
-        BufReader::new(process.stdout.take().expect("it is piped")).read_line(&mut port).expect("it says its port");
+        BufReader::new(process.stdout.take().expect("it is piped")).read_line(&mut port).expect("it prints its port");
         Self { process, address: format!("http://127.0.0.1:{}", port.trim()) }
     }
 }
 
 impl Drop for Hub {
     fn drop(&mut self) {
-        // It may have ended by itself, and the test has failed by then.
+        // Both fail if the hub has ended by itself; the test has failed by then.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-/// R7.2, R7.4: layers that no other node has any more come from the catalogue's sources, and the answer goes on.
+/// R7.2, R7.4: layers that no other node has any more come from the catalogue's sources, and the answer continues.
 #[test]
-fn what_no_node_has_any_more_comes_from_a_source() {
+fn lost_layers_come_from_a_source() {
     let (expected, hub) = (alone_with(SMOLLM2), Hub::up());
     let cluster = Cluster::up_with(&[NOTHING[0], NOTHING[1], ("HF_ENDPOINT", &hub.address)]);
     let split = "a:0-9,b:10-19,c:20-29";
     assert_eq!(cluster.ask(1, split), expected);
     let has_fetched = || cluster.nodes[1..].iter().any(|node| node.folder().join("models").join(FILE).exists());
-    assert!(!has_fetched(), "what another node has is not fetched");
+    assert!(!has_fetched(), "layers of another node were fetched from the source");
     let asking = cluster.asking(1, split);
     std::thread::sleep(std::time::Duration::from_millis(500));
     cluster.nodes[0].signal("KILL");

@@ -270,7 +270,7 @@ impl Leader {
 
     /// Whether a node is lost. A node that other members see is about to connect. So may be a node that was never a
     /// member, since the desired list can arrive before all other members connect.
-    fn is_gone(&self, round: &RoundContext<'_>, node: NodeId) -> bool {
+    fn is_lost(&self, round: &RoundContext<'_>, node: NodeId) -> bool {
         let waited = self.absent.get(&node).map_or(Duration::ZERO, |&since| round.now.saturating_sub(since));
         let is_near = waited < UNREACHABLE_GRACE && round.members.is_seen(node);
         let is_new = waited < CONNECT_GRACE && !self.lost.contains(&node);

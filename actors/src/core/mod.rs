@@ -1,23 +1,23 @@
-//! The decisions of the actors, without actors.
+//! The decisions of the actors, as pure code.
 //!
-//! Pure: no actor, no clock, no I/O, no thread. Inputs go in, effects come out, and time is an argument, so properties and
-//! seeded simulation can test all of it.
+//! No actor, clock, I/O or thread: functions take inputs and the time, and return effects, so property tests and seeded
+//! simulations can test all of it.
 //!
 //! What a user asks for and sees:
-//! - [`request`]: requests to generate, their events and errors; [`model_error`]: why a model's files cannot be had;
+//! - [`request`]: requests to generate, events and errors; [`model_error`]: why a model's files are not available;
 //! - [`spec`]: which model is asked for, and how it runs;
 //! - [`status`], [`node_status`]: the reported status of machines, instances and the node.
 //!
 //! What runs where:
-//! - [`members`]: what each member reports of itself; [`clique`]: which members plan together;
+//! - [`members`]: the report of each member; [`clique`]: which members plan together;
 //! - [`desired`]: the deployments that are to run, as every member knows them;
-//! - [`plan`]: a model and devices in, a placement out;
+//! - [`plan`]: chooses the placement of a model on devices;
 //! - [`leader`]: places, repairs, rebalances and stops deployments.
 //!
 //! How it runs:
-//! - `pipeline`, `stage`: the bring-up of one placement, and what stages report;
-//! - [`scheduler`]: requests and results in, steps and tokens out;
-//! - [`restart_policy`]: a shard's failures in, what to do about them out;
+//! - `pipeline`, `stage`: the bring-up of one placement, and the reports of its stages;
+//! - [`scheduler`]: turns requests and results into steps and tokens;
+//! - [`restart_policy`]: decides what to do about a failed shard;
 //! - [`watchdog`]: how long work may take before it counts as hung.
 
 pub mod clique;

@@ -1,33 +1,88 @@
-//! Why a model's files could not be had.
+//! Why a model's files are not available.
 
 use exo_engines::format::FormatError;
 use std::path::PathBuf;
 
+/// Why a model's files are not available.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum ModelError {
-    #[error("no model is called `{model}`, and no file or folder is there")]
-    Unknown { model: String },
+    /// No model has this name, and no file or folder has this path.
+    #[error("no model is called `{model}`, and no file or folder has that path")]
+    Unknown {
+        /// The name or path.
+        model: String,
+    },
+    /// The files are not a model that can be read.
     #[error(transparent)]
     Format(#[from] FormatError),
-    #[error("`{model}` could not be had from any source: {tried}")]
-    NoSource { model: String, tried: String },
+    /// Every source of a catalogue model failed.
+    #[error("`{model}` could not be fetched from any source: {tried}")]
+    NoSource {
+        /// The name in the catalogue.
+        model: String,
+        /// The sources that were tried, each with its error.
+        tried: String,
+    },
+    /// Fetched bytes do not have the expected SHA-256.
     #[error("{what}: the SHA-256 is {got}, not {expected}")]
-    WrongHash { what: String, got: String, expected: String },
+    WrongHash {
+        /// The file, or part of it.
+        what: String,
+        /// The SHA-256 of the fetched bytes, in hexadecimal.
+        got: String,
+        /// The expected SHA-256, in hexadecimal.
+        expected: String,
+    },
+    /// A file or folder cannot be read or written.
     #[error("{path}: {reason}")]
-    Disk { path: PathBuf, reason: String },
+    Disk {
+        /// The file or folder.
+        path: PathBuf,
+        /// What failed.
+        reason: String,
+    },
+    /// A download failed.
     #[error("{url}: {reason}")]
-    Network { url: String, reason: String },
-    #[error("{url}: the hub refuses it")]
-    Forbidden { url: String },
+    Network {
+        /// The address.
+        url: String,
+        /// What failed.
+        reason: String,
+    },
+    /// The hub refuses access to a file.
+    #[error("{url}: the hub refuses access")]
+    Forbidden {
+        /// The address.
+        url: String,
+    },
+    /// The hub does not have a file.
     #[error("{url}: the hub has no such file")]
-    NotOnHub { url: String },
+    NotOnHub {
+        /// The address.
+        url: String,
+    },
+    /// A command that fetches a model failed.
     #[error("{command}: {reason}")]
-    Command { command: String, reason: String },
-    #[error("offline mode forbids to fetch {what}")]
-    Offline { what: String },
-    #[error("other nodes know other files by the name `{model}`")]
-    OtherFiles { model: String },
+    Command {
+        /// The command line.
+        command: String,
+        /// What failed.
+        reason: String,
+    },
+    /// The files are not on this machine, and offline mode forbids fetching them.
+    #[error("offline mode forbids fetching {what}")]
+    Offline {
+        /// The source or repository.
+        what: String,
+    },
+    /// This node and other nodes have different files under one name.
+    #[error("other nodes have different files under the name `{model}`")]
+    OtherFiles {
+        /// The name.
+        model: String,
+    },
+    /// The download ended before the files were complete.
     #[error("the download was interrupted")]
     Interrupted,
 }
@@ -37,7 +92,7 @@ impl ModelError {
         Self::Disk { path: path.to_owned(), reason: error.to_string() }
     }
 
-    /// What the user can do about it.
+    /// Returns what the user can do about the error.
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Unknown { .. } => "take a name from the catalogue, or a path to a .gguf file or a model's folder",
@@ -49,12 +104,12 @@ impl ModelError {
             Self::NotOnHub { .. } => {
                 "look the repository and the file up on the hub; a private one needs the account's token"
             }
-            Self::OtherFiles { .. } => "give one of the two another name, or ask for it by its path",
+            Self::OtherFiles { .. } => "rename one of the two models, or ask for it by its path",
             Self::WrongHash { .. } => "the download was thrown away: try again, or take another source",
             Self::Disk { .. } => "free space on the disk, or choose another models folder",
             Self::Command { .. } => "install Python 3 with pip, or put the files into a models folder",
             Self::Offline { .. } => "end offline mode, or put the files into a models folder",
-            Self::Interrupted => "start it again: it continues where it stopped",
+            Self::Interrupted => "start the download again: it continues where it stopped",
         }
     }
 }

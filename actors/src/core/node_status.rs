@@ -16,11 +16,11 @@ use std::net::SocketAddr;
 /// Something that happened on this node, or to its peers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Fact {
-    /// A factory found a device, at the node's start.
+    /// A factory found a device when the node started.
     DeviceFound(DeviceReport),
-    /// The machine was measured. It is every second.
+    /// The machine was measured, as happens every second.
     MachineMeasured(Machine),
-    /// An instance is to run here, or to move to another placement.
+    /// An instance whose head is on this node starts, or moves to another placement.
     InstancePlaced {
         /// The instance.
         instance: InstanceId,
@@ -78,7 +78,7 @@ pub enum Fact {
     RequestsChanged {
         /// The instance.
         instance: InstanceId,
-        /// What it works on now.
+        /// The requests in progress, and the cache pages in use.
         load: Load,
         /// What it has done so far.
         totals: Totals,
@@ -91,7 +91,7 @@ pub enum Fact {
         report: Box<MemberReport>,
     },
     /// A peer was lost.
-    MemberGone {
+    MemberLost {
         /// The peer.
         node: NodeId,
     },
@@ -118,7 +118,7 @@ impl Fact {
             Self::DeviceFound(_)
             | Self::MachineMeasured(_)
             | Self::MemberReported { .. }
-            | Self::MemberGone { .. }
+            | Self::MemberLost { .. }
             | Self::PeerOutside { .. } => None,
         }
     }
@@ -131,15 +131,15 @@ pub struct NodeStatus {
     pub node: NodeId,
     /// The node's name, as its user chose it.
     pub name: String,
-    /// The addresses at which other nodes reach this one; none where it has no network.
+    /// The addresses at which other nodes reach this one; empty without a network.
     pub addresses: Vec<SocketAddr>,
-    /// Its devices, best first.
+    /// The node's devices, best first.
     pub devices: Vec<DeviceReport>,
     /// The latest measurement of its machine.
     pub machine: Machine,
-    /// The instances whose head is on this node, and the last of those that have stopped.
+    /// The instances whose head is on this node, and the latest that have stopped, at most 16.
     pub instances: BTreeMap<InstanceId, InstanceStatus>,
-    /// The other members of this node's clique, with the instances whose heads they have.
+    /// The other members of this node's clique, each with the instances whose heads it has.
     pub members: BTreeMap<NodeId, MemberReport>,
     /// Connected peers outside this node's clique.
     #[serde(rename = "apart")]
@@ -148,11 +148,11 @@ pub struct NodeStatus {
     pub version: u64,
 }
 
-/// Stopped instances that stay visible.
+/// How many stopped instances stay visible.
 const STOPPED_KEPT: usize = 16;
 
 impl NodeStatus {
-    /// The status before any fact.
+    /// Creates the status before any fact.
     pub fn new(node: NodeId, name: String, addresses: Vec<SocketAddr>) -> Self {
         let (devices, machine) = (Vec::new(), Machine::default());
         Self {
@@ -174,13 +174,14 @@ impl NodeStatus {
         instances.filter(|(_, instance)| !matches!(instance.phase, Phase::Stopped { .. }))
     }
 
-    /// The live instances of this node and of all other members. Those of other members are at most a second old.
+    /// The live instances of this node and of all other members. The states of other members' instances are at most a
+    /// second old.
     pub fn everywhere(&self) -> impl Iterator<Item = (InstanceId, &InstanceStatus)> {
         let owned = self.members.values().flat_map(|member| &member.owned);
         self.live().chain(owned.filter_map(|(&id, owned)| Some((id, owned.state.as_ref()?))))
     }
 
-    /// Applies a fact. A fact about an unknown instance changes nothing but the version.
+    /// Applies a fact. A fact about an unknown instance changes only the version.
     pub fn apply(&mut self, fact: &Fact) {
         self.version += 1;
         match fact {
@@ -215,7 +216,7 @@ impl NodeStatus {
                 self.outside.remove(node);
                 self.members.insert(*node, MemberReport::clone(report));
             }
-            Fact::MemberGone { node } => {
+            Fact::MemberLost { node } => {
                 self.outside.remove(node);
                 self.members.remove(node);
             }
@@ -226,7 +227,7 @@ impl NodeStatus {
         }
     }
 
-    /// Drops the stopped instances beyond [`STOPPED_KEPT`], those with the lowest ids first.
+    /// Drops the stopped instances beyond [`STOPPED_KEPT`], lowest ids first.
     fn forget_old(&mut self) {
         let stopped = self.instances.iter().filter(|(_, status)| matches!(status.phase, Phase::Stopped { .. }));
         let stopped: Vec<InstanceId> = stopped.map(|(&id, _)| id).collect();
@@ -237,7 +238,7 @@ impl NodeStatus {
 }
 
 impl InstanceStatus {
-    /// Applies a fact about this instance. Other facts change nothing.
+    /// Applies a fact about this instance; facts of other kinds change nothing.
     pub(crate) fn apply(&mut self, fact: &Fact) {
         match fact {
             Fact::InstancePlaced { placement, .. } => self.move_to(placement.clone()),
@@ -260,7 +261,7 @@ impl InstanceStatus {
             Fact::DeviceFound(_)
             | Fact::MachineMeasured(_)
             | Fact::MemberReported { .. }
-            | Fact::MemberGone { .. }
+            | Fact::MemberLost { .. }
             | Fact::PeerOutside { .. } => {}
         }
     }

@@ -1,7 +1,7 @@
 //! The bring-up of one placement of an instance: which shards are loaded and connected.
 //!
-//! A state machine without I/O. Events of stages go in, and what they mean for the pipeline comes out. Times count from any
-//! fixed start.
+//! A state machine without I/O: it takes events of stages and returns what they mean for the pipeline. Times count from
+//! any fixed start.
 
 use crate::core::desired::{Deployment, Stamp, incarnation};
 use crate::core::request::RequestError;
@@ -12,21 +12,21 @@ use exo_net::NodeId;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The time from the order to connect to the last stage's answer.
+/// The limit on the time from the order to connect to the last stage's answer.
 const WIRE_DEADLINE: Duration = Duration::from_secs(5);
-/// How long a stage's node may be unreachable after its order: the owner may not be connected with it yet.
+/// How long a stage's node may be unreachable after the order to load: the owner may not be connected to it yet.
 const UNREACHABLE_MAX: Duration = Duration::from_secs(4);
-/// After this long without an event of a loading stage, its order may have been lost, and is repeated.
+/// After this long without an event of a loading stage its order is repeated, because the order may have been lost.
 const SILENT_MAX: Duration = Duration::from_secs(5);
-/// After this long without progress a loading shard hangs. Hashing the largest models takes minutes.
+/// After this long without progress a loading shard counts as hung. Hashing the largest models takes minutes.
 const STALLED_MAX: Duration = Duration::from_secs(600);
-/// The wait before shards are connected again after a first cut. It doubles with each further cut.
+/// The unit of the wait before shards reconnect after a broken link. The wait doubles with each further break.
 const CUT_WAIT: Duration = Duration::from_millis(50);
-/// After more cuts than this in a row the link does not recover by itself.
+/// After more breaks in a row than this the link counts as unable to recover.
 const CUTS_MAX: u32 = 5;
 /// An incarnation that lasts this long shows that its links work.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
-/// Lost steps within this time count together: each takes minutes to be noticed.
+/// Lost steps within this time count together: noticing one takes minutes.
 const STALLS_WITHIN: Duration = Duration::from_secs(3600);
 
 #[derive(Debug, Clone)]
@@ -35,7 +35,7 @@ enum StageState {
     Up,
     /// Connected for the incarnation of this epoch.
     Wired(u64),
-    /// The shard cannot run on its device.
+    /// The shard cannot run on its device, and why.
     Lost(RequestError),
 }
 
@@ -45,13 +45,13 @@ pub(crate) enum PipelineEvent {
     Nothing,
     /// All shards are loaded.
     Loaded,
-    /// All shards are connected: an incarnation begins.
+    /// All shards are connected, so an incarnation begins.
     Running,
-    /// A shard failed, and is restarted by its device.
+    /// A shard failed, and its device restarts it.
     Down(usize, String),
     /// A shard cannot run on its device any more.
     Lost(usize, RequestError),
-    /// A stage's link broke: shards are to be connected again after a wait.
+    /// A stage's link broke: the shards must reconnect after this wait.
     Cut(usize, String, Duration),
 }
 
@@ -60,17 +60,17 @@ pub(crate) struct Pipeline {
     stamp: Stamp,
     deployment: Arc<Deployment>,
     stages: Vec<StageState>,
-    /// When each stage last reported, or was ordered.
+    /// When each stage last reported, or was last ordered to load.
     heard: Vec<Duration>,
     /// When each stage last reported.
     advanced: Vec<Duration>,
-    /// Incarnations so far.
+    /// The number of incarnations so far.
     incarnations: u64,
     incarnation: Option<Incarnation>,
     is_running: bool,
     has_run: bool,
     ordered: Duration,
-    /// When shards were last ordered to connect, or began to run.
+    /// When the shards were last ordered to connect, or began to run.
     since: Duration,
     cuts: u32,
     /// When steps were lost recently.
@@ -120,7 +120,7 @@ impl Pipeline {
         (placed.node, task)
     }
 
-    /// The loading shards whose order is to be repeated.
+    /// Returns the orders to repeat: those of loading shards that have sent no event for [`SILENT_MAX`].
     pub(crate) fn silent(&mut self, instance: InstanceId, now: Duration) -> Vec<(NodeId, StageTask)> {
         let is_silent = |stage: &usize| {
             matches!(self.stages[*stage], StageState::Loading) && now.saturating_sub(self.heard[*stage]) > SILENT_MAX
@@ -130,7 +130,7 @@ impl Pipeline {
         silent.into_iter().map(|stage| self.task(instance, stage)).collect()
     }
 
-    /// Gives up the loading shards that make no progress.
+    /// Gives up the loading shards that have made no progress for [`STALLED_MAX`].
     pub(crate) fn lose_stalled(&mut self, now: Duration) {
         for stage in 0..self.stages.len() {
             let is_loading = matches!(self.stages[stage], StageState::Loading);
@@ -158,12 +158,12 @@ impl Pipeline {
         self.is_running
     }
 
-    /// Whether it has ever served.
+    /// Whether the placement has ever served.
     pub(crate) fn has_run(&self) -> bool {
         self.has_run
     }
 
-    /// The incarnation that runs, or is being connected.
+    /// The incarnation that runs or is being connected; epoch 0 if there is none.
     pub(crate) fn incarnation(&self) -> Incarnation {
         self.incarnation.unwrap_or(Incarnation { epoch: 0, owner: [0; 32] })
     }
@@ -175,7 +175,7 @@ impl Pipeline {
         *self.incarnation.insert(incarnation(self.stamp, self.incarnations, owner))
     }
 
-    /// The first stage that did not connect in time.
+    /// The first stage that did not connect within [`WIRE_DEADLINE`].
     pub(crate) fn overdue(&self, now: Duration) -> Option<usize> {
         let epoch = self.incarnation?.epoch;
         let is_late = !self.is_running && self.is_loaded() && now.saturating_sub(self.since) > WIRE_DEADLINE;
@@ -192,7 +192,7 @@ impl Pipeline {
         lost.collect()
     }
 
-    /// Whether `event` are of a shard that `other` has just so.
+    /// Whether `event` is about a shard that `other` has at the same stage, with equal device, layers and cache.
     pub(crate) fn shares_stage(&self, other: &Self, event: &StageEvent) -> bool {
         let (StageEvent::Down { stage, .. }
         | StageEvent::Lost { stage, .. }
@@ -208,7 +208,7 @@ impl Pipeline {
             && self.deployment.demand.kv_pages == other.deployment.demand.kv_pages
     }
 
-    /// The nodes of loading shards whose order may be lost, because messages to them have not arrived for too long.
+    /// The nodes of loading shards that are still unreachable [`UNREACHABLE_MAX`] after the order, which may be lost.
     pub(crate) fn unreachable(&self, now: Duration, is_reachable: impl Fn(NodeId) -> bool) -> Vec<NodeId> {
         let stages = self.deployment.placement.stages.iter().zip(&self.stages);
         let waits = stages.filter(|(_, state)| matches!(state, StageState::Loading)).map(|(placed, _)| placed.node);
@@ -279,7 +279,8 @@ impl Pipeline {
         PipelineEvent::Lost(stage, error)
     }
 
-    /// The link from `stage` to the next stage broke. If it breaks too often, the next stage is lost.
+    /// Ends the incarnation because the link from `stage` to the next stage broke. After more than [`CUTS_MAX`] breaks
+    /// the next stage is lost.
     pub(crate) fn cut(&mut self, stage: usize, what: String, now: Duration) -> PipelineEvent {
         if self.is_running && now.saturating_sub(self.since) > STABLE_AFTER {
             self.cuts = 0;
@@ -288,7 +289,8 @@ impl Pipeline {
         self.end_incarnation(stage, what, self.cuts)
     }
 
-    /// A step did not come back, and no stage reports why. How long the incarnation lasted does not matter here.
+    /// Ends the incarnation because a step did not come back and no stage reports why. How long the incarnation lasted
+    /// does not matter here.
     pub(crate) fn stall(&mut self, what: String, now: Duration) -> PipelineEvent {
         self.stalls.retain(|&stall| now.saturating_sub(stall) < STALLS_WITHIN);
         self.stalls.push(now);

@@ -1,9 +1,9 @@
-//! Where a model's layers go.
+//! The placement of a model's layers on devices.
 //!
-//! An exact search over contiguous ranges (`search.rs`): of all ways to give ranges to some of the devices, in any order
-//! where devices are few, the best one by the policy wins, under every device's free memory, KV cache and embeddings
-//! counted, and with what each hop between nodes costs. When a node is lost, its ranges go to others and the rest stays
-//! where it is ([`repair`]). All of it is a function of its arguments: a preview is the same call.
+//! The search (`search.rs`) assigns contiguous ranges of layers to some of the devices and finds the best assignment by
+//! the policy: over all orders of the devices if they are few, else over some. It respects each device's free memory,
+//! counts the KV cache and the embeddings, and adds the cost of each hop between nodes. When a node is lost, its ranges
+//! move to other nodes and all others stay ([`repair`]). All functions are pure, so a preview makes the same call.
 
 mod preview;
 mod repair;
@@ -20,35 +20,38 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-/// A device that shards can be put on.
+/// A device that can host shards.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Offer {
+    /// The device's node.
     pub node: NodeId,
+    /// The device.
     pub device: DeviceId,
-    /// Memory that a shard may take.
+    /// Memory that shards may use.
     pub free_bytes: u64,
-    /// Bytes of work ([`Demand::layer_cost_bytes`]) that the device goes through in a second of decoding: measured, or a guess.
+    /// Bytes of work ([`Demand::layer_cost_bytes`]) that the device computes per second while decoding: measured or
+    /// guessed.
     pub bytes_per_s: f64,
 }
 
-/// The way between two nodes.
+/// The link between two nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Link {
-    /// There and back.
+    /// The round-trip time in seconds.
     pub rtt_s: f64,
-    /// `None`: not measured yet.
+    /// The bandwidth in bytes per second; `None`: not measured yet.
     pub bytes_per_s: Option<f64>,
 }
 
-/// The ways between nodes, as the first of each pair sees it.
+/// The links between nodes. The first node of each pair measured the link.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Links(pub BTreeMap<(NodeId, NodeId), Link>);
 
-/// A link that was not measured: a home's network.
+/// The guess for an unmeasured link: a home network.
 const LINK_GUESS: Link = Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) };
 
 impl Links {
-    /// Seconds that `bytes` take from one node to another; nothing within one.
+    /// Seconds that `bytes` take from one node to another; 0 within one node.
     pub(super) fn seconds(&self, from: NodeId, to: NodeId, bytes: u64) -> f64 {
         if from == to {
             return 0.0;
@@ -59,16 +62,16 @@ impl Links {
     }
 }
 
-/// What a placement is to be good at.
+/// The goal of a placement.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// The least time per token of one answer.
     #[default]
     Latency,
-    /// The most tokens a second of many answers: the slowest shard is as fast as it can be.
+    /// The most tokens per second over many answers: the slowest shard is as fast as possible.
     Throughput,
-    /// As few machines as can hold it.
+    /// The fewest machines that can hold the model.
     FewestNodes,
 }
 
@@ -93,7 +96,7 @@ impl std::str::FromStr for Policy {
     }
 }
 
-/// A split by hand: whose, and which layers, in order.
+/// A split by hand: nodes and their ranges of layers, in order.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Split(pub Vec<(String, Range<usize>)>);
 
@@ -105,7 +108,7 @@ pub struct SplitError {
     pub text: String,
 }
 
-/// `laptop:0-11,desktop:12-29`: names or ids of nodes, first and last layer.
+/// Parses names or ids of nodes with their first and last layers: `laptop:0-11,desktop:12-29`.
 impl std::str::FromStr for Split {
     type Err = SplitError;
 
@@ -122,69 +125,75 @@ impl std::str::FromStr for Split {
     }
 }
 
-/// No layer has more: sums over all layers are far from the end of what a number holds.
+/// The limit on each byte count of a demand: sums over all layers stay far below `u64::MAX`.
 const BYTES_MAX: u64 = 1 << 48;
-/// Memory of a shard, likewise.
+/// The limit on the memory of a shard.
 pub(super) const SHARD_BYTES_MAX: u64 = BYTES_MAX * LAYERS_MAX as u64;
-/// Pages of a cache: tens of millions of tokens. A page has an entry in a table, whether it is in use or not.
+/// The limit on the pages of a cache: tens of millions of tokens. Each page has a table entry, even if it is unused.
 pub(super) const KV_PAGES_MAX: u32 = 1 << 20;
 
 /// What a model needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Demand {
-    /// Weights of each layer.
+    /// Bytes of weights of each layer.
     pub layer_bytes: Vec<u64>,
-    /// What a token goes through in each, in bytes: `ModelFiles::layer_cost_bytes`.
+    /// Bytes of weights that a token computes with in each layer: `ModelFiles::layer_cost_bytes`.
     pub layer_cost_bytes: Vec<u64>,
     /// Pages of each shard's cache.
     pub kv_pages: u32,
-    /// Cache of each layer, with all its pages.
+    /// Cache bytes of each layer, for all pages.
     pub kv_bytes: Vec<u64>,
-    /// The embedding table, on the first shard.
+    /// Bytes of the embedding table, on the first shard.
     pub embedding_bytes: u64,
-    /// The head and the final norm, on the last shard; where it is the embedding, a model that is not split has it once.
+    /// Bytes of the output head and the final norm, on the last shard. Not counted for an unsplit model with tied
+    /// embeddings.
     pub head_bytes: u64,
-    /// What a token goes through in the head.
+    /// Bytes of weights that a token computes with in the output head.
     pub head_cost_bytes: u64,
+    /// Whether the output head uses the embedding table.
     pub ties_embeddings: bool,
-    /// A row between two shards.
+    /// Bytes of one row that a shard sends to the next.
     pub row_bytes: u64,
 }
 
-/// How many shards.
+/// How to split a model into shards.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ShardCount {
-    /// One, if it fits somewhere; else as few as fit.
+    /// As many as are best by the policy.
     Automatic,
-    /// This many: distinct nodes first, then distinct devices, then the same device several times.
+    /// This many: on distinct nodes first, then on distinct devices, then on the same device several times.
     Exactly(usize),
-    /// As someone wants it: ranges with the nodes that they go to, each to its fastest device.
+    /// By hand: nodes with their ranges. Each range goes to the node's fastest device that fits it.
     ByHand(Vec<(NodeId, Range<usize>)>),
 }
 
 /// One shard of a placement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
+    /// The shard's node.
     pub node: NodeId,
+    /// The shard's device.
     pub device: DeviceId,
+    /// The shard's layers, from 0.
     pub layers: Range<usize>,
-    /// Weights and cache at their bound.
+    /// Bytes of the weights and of the full cache.
     pub memory_bytes: u64,
 }
 
-/// Shards in the order in which a token passes them.
+/// The devices of a model's shards.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
+    /// The shards, in the order in which a token passes them.
     pub stages: Vec<Stage>,
 }
 
 impl Placement {
-    /// How many machines it is on.
+    /// The number of machines that the placement uses.
     pub fn machines(&self) -> usize {
         self.stages.iter().map(|stage| stage.node).collect::<BTreeSet<_>>().len()
     }
 
-    /// Whether the stages are all layers of such a model, once and in order.
+    /// Whether the stages cover all layers of a model with this demand, once and in order.
     pub fn is_of(&self, demand: &Demand) -> bool {
         let mut end = 0;
         let in_order = self.stages.iter().all(|stage| {
@@ -199,22 +208,49 @@ impl Placement {
 /// Why a model cannot be placed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum PlanError {
-    #[error("no device is there to place a model on")]
+    /// There is no device.
+    #[error("there is no device to place the model on")]
     NoDevice,
+    /// The devices do not have enough free memory.
     #[error("the model needs {needed_bytes} bytes and {free_bytes} are free: {missing_bytes} bytes are missing")]
-    DoesNotFit { needed_bytes: u64, free_bytes: u64, missing_bytes: u64 },
-    #[error("{shards} shards of a model of {layers} layers")]
-    TooManyShards { shards: usize, layers: usize },
+    DoesNotFit {
+        /// Bytes that the model needs.
+        needed_bytes: u64,
+        /// Free bytes of all devices.
+        free_bytes: u64,
+        /// Bytes that are missing, at least 1.
+        missing_bytes: u64,
+    },
+    /// The number of shards is 0, or larger than the number of layers.
+    #[error("a model of {layers} layers cannot be split into {shards} shards")]
+    TooManyShards {
+        /// The requested number of shards.
+        shards: usize,
+        /// The model's number of layers.
+        layers: usize,
+    },
+    /// A split by hand does not cover each layer once, in order.
     #[error("the split does not cover the model's {layers} layers once, in order")]
-    BadSplit { layers: usize },
+    BadSplit {
+        /// The model's number of layers.
+        layers: usize,
+    },
+    /// A split by hand names a node that is unknown or offers no device.
     #[error("no node is called `{node}`")]
-    NoSuchNode { node: String },
-    #[error("the node `{node}` is being taken out of the cluster")]
-    Leaving { node: String },
+    NoSuchNode {
+        /// The name or id of the node.
+        node: String,
+    },
+    /// A split by hand names a node that is draining.
+    #[error("the node `{node}` is leaving the cluster")]
+    Leaving {
+        /// The name or id of the node.
+        node: String,
+    },
 }
 
 impl PlanError {
-    /// What the caller can do about it.
+    /// Returns what the caller can do about the error.
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::NoDevice => "name no device to use the best one",
@@ -232,7 +268,7 @@ impl Demand {
         self.layer_bytes.len()
     }
 
-    /// Whether there can be such a model: nothing is computed with another's numbers before.
+    /// Whether a model can have this demand. Numbers from other nodes are checked before they are used.
     pub fn is_plausible(&self) -> bool {
         let layers = self.layers();
         let of_layers = [&self.layer_bytes, &self.layer_cost_bytes, &self.kv_bytes];
@@ -243,7 +279,7 @@ impl Demand {
             && self.kv_pages <= KV_PAGES_MAX
     }
 
-    /// Weights of a shard of `layers`.
+    /// Bytes of weights of a shard of `layers`.
     fn weight_bytes(&self, layers: &Range<usize>) -> u64 {
         let (first, last) = (layers.start == 0, layers.end == self.layers());
         let shared = self.ties_embeddings && first && last;
@@ -252,12 +288,12 @@ impl Demand {
         ends + self.layer_bytes[layers.clone()].iter().sum::<u64>()
     }
 
-    /// Memory of a shard of `layers`, its cache included.
+    /// Bytes of memory of a shard of `layers`, including its cache.
     pub fn memory_bytes(&self, layers: &Range<usize>) -> u64 {
         self.weight_bytes(layers) + self.kv_bytes[layers.clone()].iter().sum::<u64>()
     }
 
-    /// Seconds that a token spends in a shard of `layers` on `offer`. Looking up an embedding costs nothing.
+    /// Seconds that a token spends in a shard of `layers` on `offer`. The embedding look-up counts as free.
     fn seconds(&self, layers: &Range<usize>, offer: &Offer) -> f64 {
         let head = if layers.end == self.layers() { self.head_cost_bytes } else { 0 };
         let work = head + self.layer_cost_bytes[layers.clone()].iter().sum::<u64>();
@@ -265,10 +301,10 @@ impl Demand {
     }
 }
 
-/// Places a model.
+/// Places a model on devices.
 ///
 /// # Errors
-/// [`PlanError`] with what is missing.
+/// [`PlanError`] with the reason why there is no placement.
 pub fn place(
     demand: &Demand,
     offers: &[Offer],
@@ -301,12 +337,12 @@ fn does_not_fit(demand: &Demand, offers: &[Offer]) -> PlanError {
     let of_layers = demand.layer_bytes.iter().chain(&demand.kv_bytes).copied().fold(demand.embedding_bytes, sum);
     let needed_bytes = if demand.ties_embeddings { of_layers } else { sum(of_layers, demand.head_bytes) };
     let free_bytes = offers.iter().map(|offer| offer.free_bytes).fold(0, sum);
-    // Where the sum would suffice, one layer or end is larger than any device.
+    // If the sum of free memory suffices, some part of the model still fits no device: report at least 1 byte.
     let missing_bytes = needed_bytes.saturating_sub(free_bytes).max(1);
     PlanError::DoesNotFit { needed_bytes, free_bytes, missing_bytes }
 }
 
-/// Seconds that a token of one answer takes through a placement, the way back to the head included.
+/// Seconds that a token of one answer takes through a placement, including the path back to the pipeline head.
 pub fn token_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], links: &Links) -> f64 {
     let stages = &placement.stages;
     let back = stages.first().zip(stages.last()).map_or(0.0, |(first, last)| links.seconds(last.node, first.node, 0));
@@ -314,7 +350,7 @@ pub fn token_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], l
     shards.into_iter().chain(ways).sum::<f64>() + back
 }
 
-/// Seconds of the slowest of its devices and ways: what many answers at once wait for.
+/// Seconds of the slowest device or link of a placement, which limits many parallel answers.
 pub fn slowest_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], links: &Links) -> f64 {
     let (shards, ways) = placement_seconds(demand, placement, offers, links);
     let mut devices = BTreeMap::new();
@@ -324,7 +360,7 @@ pub fn slowest_seconds(demand: &Demand, placement: &Placement, offers: &[Offer],
     devices.into_values().chain(ways).fold(0.0, f64::max)
 }
 
-/// Seconds of each shard, and of each way to the next one.
+/// Seconds of each shard, and of each hop to the next shard.
 fn placement_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], links: &Links) -> (Vec<f64>, Vec<f64>) {
     let stages = &placement.stages;
     let is_its = |stage: &Stage, offer: &Offer| (offer.node, &offer.device) == (stage.node, &stage.device);
@@ -335,10 +371,10 @@ fn placement_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], l
     (compute.collect(), hops.collect())
 }
 
-/// Each node's fastest device first, then each node's second, and so on.
+/// The offers ordered: each node's fastest device first, then each node's second, and so on.
 fn in_order(offers: &[Offer]) -> Vec<&Offer> {
     let mut by_speed: Vec<&Offer> = offers.iter().collect();
-    // Stable: of equals, those that were offered first.
+    // The sort is stable: equally fast devices stay in the order of the offers.
     by_speed.sort_by(|a, b| b.bytes_per_s.total_cmp(&a.bytes_per_s));
     let mut ranked: Vec<(usize, &Offer)> = Vec::new();
     for offer in by_speed {
@@ -349,7 +385,7 @@ fn in_order(offers: &[Offer]) -> Vec<&Offer> {
     ranked.into_iter().map(|(_, offer)| offer).collect()
 }
 
-/// The whole model on the fastest device that has room.
+/// Places the whole model on the fastest device with enough memory.
 fn whole(demand: &Demand, ordered: &[&Offer]) -> Option<Vec<Stage>> {
     let whole = 0..demand.layers();
     let needed = demand.memory_bytes(&whole);
@@ -359,7 +395,7 @@ fn whole(demand: &Demand, ordered: &[&Offer]) -> Option<Vec<Stage>> {
     Some(vec![stage(demand, offer, whole)])
 }
 
-/// The best split into `count` shards: over devices in order, and over again where there are more shards than devices.
+/// The best split into `count` shards over the devices in order, which repeat if there are more shards than devices.
 fn exactly(demand: &Demand, ordered: &[&Offer], count: usize, policy: Policy) -> Option<Vec<Stage>> {
     let slots: Vec<Slot<'_>> = (0..count)
         .map(|index| {

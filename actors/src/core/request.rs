@@ -1,4 +1,4 @@
-//! Requests to generate: what a caller asks for, the events of an answer, and the errors.
+//! Requests to generate, the events of their answers, and their errors.
 
 use crate::core::model_error::ModelError;
 use crate::core::plan::PlanError;
@@ -15,24 +15,24 @@ use std::borrow::Cow;
 pub enum Prompt {
     /// A conversation, rendered by the model's chat template. A model without a template continues the messages' texts.
     Chat(Conversation),
-    /// Plain text, behind the model's first token (BOS) where it has one.
+    /// Plain text. The model's first token (BOS), where it has one, is put before it.
     Text(String),
-    /// Token ids, as they are.
+    /// Token ids, used unchanged.
     Tokens(Vec<u32>),
 }
 
 /// A request to generate one answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
-    /// Which model, and how it runs.
+    /// The model, and how it runs.
     pub model: ModelSpec,
-    /// What it continues.
+    /// The prompt.
     pub prompt: Prompt,
     /// How tokens are sampled.
     pub params: SamplingParams,
     /// Tokens to generate at most; `None`: until the context is full.
     pub max_tokens: Option<u32>,
-    /// Strings that end the answer. They are not part of it.
+    /// Strings that end the answer; the answer does not contain them.
     pub stop: Vec<String>,
 }
 
@@ -40,7 +40,7 @@ pub struct GenerateRequest {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Generated {
-    /// The request was accepted by the model's head.
+    /// The model's head accepted the request.
     Started {
         /// The prompt, encoded.
         prompt_tokens: Vec<u32>,
@@ -50,7 +50,7 @@ pub enum Generated {
     },
     /// The next token.
     Token {
-        /// The token, and the log-probabilities that were asked for.
+        /// The token, and the requested log-probabilities.
         sampled: Sampled,
         /// The names of the token and of the likeliest ones, in the order of `sampled`.
         names: Vec<String>,
@@ -63,7 +63,7 @@ pub enum Generated {
         reason: FinishReason,
         /// The text that was held back.
         text: String,
-        /// Tokens of the prompt that were found in the prefix cache.
+        /// Tokens of the prompt found in the prefix cache.
         #[serde(rename = "reused_tokens")]
         cached_tokens: usize,
     },
@@ -73,7 +73,7 @@ pub enum Generated {
 #[derive(Debug, Clone, PartialEq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum RequestError {
-    /// The model's files cannot be had.
+    /// The model's files are not available.
     #[error(transparent)]
     Model(#[from] ModelError),
     /// The model cannot be placed.
@@ -94,7 +94,7 @@ pub enum RequestError {
     /// The scheduler does not accept the request.
     #[error(transparent)]
     Admit(#[from] AdmitError),
-    /// Other models, in use now, hold the memory that the model needs.
+    /// Other models that are in use hold the memory that the model needs.
     #[error("`{model}` needs {needed_bytes} bytes, which other models use now")]
     MemoryBusy {
         /// The model's name.
@@ -102,7 +102,7 @@ pub enum RequestError {
         /// The memory that it needs.
         needed_bytes: u64,
     },
-    /// The node runs as many requests as it admits.
+    /// The node already runs as many requests as it admits.
     #[error("the node runs {requests} requests, and admits no more now")]
     Overloaded {
         /// The limit.
@@ -122,21 +122,21 @@ pub enum RequestError {
     /// The tokenizer is not open yet.
     #[error("the tokenizer is not ready")]
     NotReady,
-    /// The node stops.
+    /// The node is shutting down.
     #[error("the node is shutting down")]
     ShuttingDown,
     /// The node has no cluster.
     #[error("this node is a member of no cluster")]
     NotClustered,
-    /// A sampling parameter is out of its range. Found before a request leaves its node, and never encoded for another node.
-    /// The last variant: a skipped one would shift the numbers of those behind it.
+    /// A sampling parameter is out of range. The check runs before a request leaves its node, so this error is never
+    /// encoded. It stays the last variant: a skipped variant would shift the numbers of later ones.
     #[error(transparent)]
     #[serde(skip)]
     Params(#[from] ParamsError),
 }
 
 impl RequestError {
-    /// What the caller can do about it.
+    /// Returns what the caller can do about the error.
     pub fn remedy(&self) -> &str {
         match self {
             Self::Model(error) => error.remedy(),
@@ -160,15 +160,15 @@ mod tests {
     use super::*;
     use exo_net::wire;
 
-    /// An error that one node encodes is the error that another one decodes.
+    /// Encoding and decoding an error gives the same error.
     #[test]
-    fn errors_travel_as_they_are() {
+    fn errors_survive_encoding_and_decoding() {
         let engine = RequestError::Engine { what: "w".to_owned(), remedy: "r".into() };
         let plan = RequestError::Plan(PlanError::DoesNotFit { needed_bytes: 3, free_bytes: 2, missing_bytes: 1 });
         let others = [RequestError::Moved, RequestError::NotReady, RequestError::ShuttingDown];
         let model = RequestError::Model(ModelError::Unknown { model: "m".to_owned() });
         for error in [engine, plan, model, RequestError::Overloaded { requests: 7 }].into_iter().chain(others) {
-            let bytes = wire::encode(&error).expect("it is written");
+            let bytes = wire::encode(&error).expect("the error is encodable");
             assert_eq!(wire::decode::<RequestError>(&bytes), Ok(error));
         }
     }

@@ -1,4 +1,4 @@
-//! What to do about a shard that failed: a function of its error's class and of how often it failed lately.
+//! What to do about a failed shard, by the class of its error and the number of its recent failures.
 
 use exo_engines::ErrorClass;
 use std::collections::VecDeque;
@@ -6,41 +6,46 @@ use std::time::Duration;
 
 /// Failures within this time count together.
 const WINDOW: Duration = Duration::from_secs(60);
-/// More restarts than this within [`WINDOW`] are in vain.
+/// The limit on restarts within [`WINDOW`]: more do not help.
 const RESTARTS_MAX: usize = 3;
-/// The wait before a restart, by how many went before: a fault that passes at once costs nothing, one that stays
-/// does not keep the machine busy.
+/// The wait before a restart, by the number of recent failures: a short fault costs no time, and a lasting fault does
+/// not keep the machine busy.
 const WAITS: [Duration; RESTARTS_MAX] = [Duration::ZERO, Duration::from_millis(100), Duration::from_secs(1)];
 
-/// Whether a shard could go to another device of the same node.
+/// Whether a shard can move to another device of the same node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fallback {
+    /// Another device is available.
     Available,
+    /// There is no other device.
     None,
 }
 
-/// What the supervisor does.
+/// What the supervisor does about a failed shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// The same shard on the same device, after a wait.
-    Restart { after: Duration },
-    /// The same shard on another device of this node.
+    /// A restart of the shard on the same device.
+    Restart {
+        /// The wait before the restart.
+        after: Duration,
+    },
+    /// A start of the shard on another device of this node.
     FallBack,
-    /// Another placement: there is no room here.
+    /// A new placement: this node cannot run the shard now.
     Replan,
-    /// Nothing helps: whoever waits is told.
+    /// No further attempt: a restart does not help.
     Stop,
 }
 
-/// When a shard failed, as far as it still counts.
+/// The recent failures of a shard.
 #[derive(Debug, Clone, Default)]
 pub struct FailureHistory {
-    /// Ascending, since any fixed start.
+    /// Times of the failures, ascending, from any fixed start.
     failures: VecDeque<Duration>,
 }
 
 impl FailureHistory {
-    /// Takes a failure at `now` into account, and decides.
+    /// Records a failure at `now`, and decides what to do.
     pub fn decide(&mut self, now: Duration, class: ErrorClass, fallback: Fallback) -> Verdict {
         while self.failures.front().is_some_and(|&at| at + WINDOW < now) {
             self.failures.pop_front();
@@ -53,7 +58,7 @@ impl FailureHistory {
             Fallback::None => Verdict::Stop,
         };
         match class {
-            // The same load fails again, wherever it is tried.
+            // The same load fails again on any device.
             ErrorClass::Caller => Verdict::Stop,
             ErrorClass::Overload => Verdict::Replan,
             ErrorClass::Hung if fallback == Fallback::Available => Verdict::FallBack,
@@ -80,7 +85,7 @@ mod tests {
     ];
 
     #[test]
-    fn a_shard_that_keeps_failing_is_not_restarted_for_ever() {
+    fn a_shard_that_keeps_failing_is_not_restarted_forever() {
         let mut history = FailureHistory::default();
         let verdicts: Vec<Verdict> = (0..5)
             .map(|second| history.decide(Duration::from_secs(second), ErrorClass::Fatal, Fallback::None))
@@ -91,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn old_failures_are_forgiven() {
+    fn old_failures_do_not_count() {
         let mut history = FailureHistory::default();
         for hour in 0..10 {
             let verdict = history.decide(Duration::from_secs(3600 * hour), ErrorClass::Fatal, Fallback::None);
@@ -100,8 +105,9 @@ mod tests {
     }
 
     proptest! {
-        /// R1.4, R8.4: a lost device falls back at once where it can, a caller's mistake is never retried, what
-        /// hangs is never tried again where it hangs, and no sequence of failures gets more restarts within a window than the limit.
+        /// R1.4, R8.4: a shard of a lost device falls back at once if it can, a caller's mistake is never retried, a
+        /// hung shard is never restarted on its device, and no sequence of failures exceeds the limit on restarts in a
+        /// window.
         #[test]
         fn restarts_are_bounded(steps in prop::collection::vec((0_usize..6, 0_u64..30), 1..60), fall in any::<bool>()) {
             let fallback = if fall { Fallback::Available } else { Fallback::None };

@@ -1,18 +1,19 @@
-//! The head of a pipeline: which rows go into the next step, and what becomes of their tokens.
+//! The scheduler of a pipeline head: it chooses the rows of the next step and processes the sampled tokens.
 //!
-//! A state machine without I/O. Its methods come in four families:
+//! A state machine without I/O. Its methods form four groups:
 //! - getters;
-//! - `handle_*`: something happened (a request, a cancellation, a result, a loss of the pipeline);
+//! - `handle_*`: an input (a request, a cancellation, a result, a loss of the pipeline);
 //! - [`Scheduler::poll_step`]: the next step to send, if one may be sent;
-//! - [`Scheduler::poll_event`]: the next thing to tell a request's client.
+//! - [`Scheduler::poll_event`]: the next event for a request's client.
 //!
-//! Sequences share steps: each decodes one row at a time, and prompts go in chunks between them, so that a long
-//! prompt stalls nobody. The head keeps the page table that all shards keep, so it knows what fits without asking;
-//! when pages run out the newest sequence gives its up and is replayed later, from its tokens, to the same bits.
+//! Sequences share steps. Each decoding sequence adds at most one row to a step, and prompts are computed in chunks in
+//! the same steps, so a long prompt does not stall other sequences. The head has the same page table as all shards, so
+//! it knows what fits without asking them. When pages run out, the newest sequence is preempted: it loses its pages,
+//! and is later replayed from its tokens with bit-identical results.
 //!
-//! A prompt that begins as another sequence does, one that runs or one that is over and kept, forks that one's pages
-//! and is computed from where they part. It waits while that beginning is still being computed for another. Pages of
-//! kept sequences are free for whoever needs them.
+//! A prompt that shares a prefix with a running or cached sequence forks that sequence's pages, and only the rest is
+//! computed. The prompt waits while another sequence still computes the shared prefix. The pages of cached sequences
+//! are evicted when other sequences need them.
 
 mod admission;
 mod interface;
@@ -26,31 +27,31 @@ use exo_engines::sampler::{SampleError, Sampled, SamplerSpec, SamplingParams};
 use prefix_cache::PrefixCache;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// The state machine.
+/// The scheduler of one instance.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
     pages: PageTable,
     sequences: BTreeMap<SeqId, Sequence>,
-    /// In the order in which they will be taken up.
+    /// In the order of admission.
     waiting: VecDeque<SeqId>,
     /// Oldest first.
     running: Vec<SeqId>,
-    /// First sent first.
+    /// In the order in which they were sent.
     in_flight: VecDeque<Sent>,
     prefix_cache: PrefixCache,
-    /// Sequences to be forgotten by the shards with the next step.
+    /// Sequences that the shards release with the next step.
     releases: Vec<SeqId>,
-    /// Those whose samplers are.
+    /// Sequences whose samplers close with the next step.
     closes: Vec<SeqId>,
     events: VecDeque<Event>,
 }
 
-/// A step that is on its way.
+/// A step in flight.
 #[derive(Debug)]
 struct Sent {
     rows: usize,
-    /// Those that it draws a token for.
+    /// The sequences for which the step draws a token.
     draws: Vec<SeqId>,
 }
 
@@ -62,11 +63,11 @@ struct Sequence {
     prompt_tokens: usize,
     max_tokens: u32,
     ends: BTreeSet<u32>,
-    /// Tokens that are in the caches, or on their way there, since it was last taken up.
+    /// Tokens in the caches, or in flight to them, since the sequence was last admitted.
     sent: usize,
-    /// Whether a step in flight will draw its next token.
+    /// Whether a step in flight will draw the sequence's next token.
     draws: bool,
-    /// Whether its client knows that it was taken up.
+    /// Whether the client has received [`Event::Admitted`].
     is_told: bool,
 }
 
@@ -80,19 +81,19 @@ impl Sequence {
         SamplerSpec { params: self.params.clone(), prompt: prompt.to_vec(), generated: generated.to_vec() }
     }
 
-    /// Rows that it has to send.
+    /// Rows that the sequence has yet to send.
     fn rows_left(&self) -> usize {
         if self.draws { 0 } else { self.tokens.len() - self.sent }
     }
 
-    /// Whether its next row is the one that draws.
+    /// Whether the sequence's next row draws a token.
     fn decodes(&self) -> bool {
         self.rows_left() == 1
     }
 }
 
 impl Scheduler {
-    /// A schedule with nothing to do.
+    /// Creates a scheduler without requests.
     pub fn new(limits: Limits) -> Self {
         Self {
             pages: PageTable::new(limits.pages),
@@ -108,43 +109,45 @@ impl Scheduler {
         }
     }
 
-    /// Sequences that have pages.
+    /// The number of sequences that prefill or decode.
     pub fn running(&self) -> usize {
         self.running.len()
     }
 
-    /// Sequences that wait for pages or for their turn.
+    /// The number of sequences that wait for pages or for their turn.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
+    /// Pages of each shard's cache in use, cached prefixes included.
     pub fn pages_used(&self) -> u32 {
         self.pages.used()
     }
 
-    /// The pipeline has another number of stages now; nothing is in flight.
+    /// Sets the limit on steps in flight after the number of stages changed. No step may be in flight.
     pub fn set_steps_in_flight(&mut self, steps: usize) {
         self.limits.steps_in_flight = steps;
     }
 
-    /// The model has so many tokens, as its first shard says: entries of the list may say otherwise.
+    /// Sets the model's number of tokens as the first shard reports it: the desired list may hold another number.
     pub fn set_vocabulary(&mut self, vocabulary: u32) {
         self.limits.vocabulary = vocabulary;
     }
 
+    /// The number of steps in flight.
     pub fn steps_in_flight(&self) -> usize {
         self.in_flight.len()
     }
 
-    /// Rows of the largest step that is on its way.
+    /// Rows of the largest step in flight, 0 if there is none.
     pub fn rows_in_flight_max(&self) -> usize {
         self.in_flight.iter().map(|sent| sent.rows).max().unwrap_or(0)
     }
 
-    /// Takes a request.
+    /// Adds a request to the queue.
     ///
     /// # Errors
-    /// [`AdmitError`] where it could never run.
+    /// [`AdmitError`] if the request can never run.
     pub fn handle_request(&mut self, request: Request) -> Result<(), AdmitError> {
         let prompt_tokens = request.sampler.prompt.len();
         if prompt_tokens == 0 {
@@ -180,15 +183,15 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Forgets a request: no more events come of it. No error where it is not there.
+    /// Cancels a request and drops its events. An unknown request is ignored.
     pub fn handle_cancel(&mut self, seq: SeqId) {
         self.forget(seq);
         self.events.retain(|event| event.seq() != seq);
     }
 
-    /// Takes the tokens that the oldest step in flight drew.
+    /// Applies the results of the oldest step in flight: a token, or an error, for each sequence that draws.
     pub fn handle_step_done(&mut self, results: Vec<(SeqId, Result<Sampled, SampleError>)>) {
-        // What was asked for and what came agree, or the engine would have failed the step.
+        // The results match the draws of the step: otherwise the engine would have failed the step.
         self.in_flight.pop_front();
         for (seq, result) in results {
             let Some(sequence) = self.sequences.get_mut(&seq) else { continue };
@@ -201,7 +204,7 @@ impl Scheduler {
                 Ok(sampled) => self.drawn(seq, sampled),
                 Err(error) => {
                     self.forget(seq);
-                    // What is not finite for this one would not be for whoever goes on from it.
+                    // Non-finite values in the cache would spoil each sequence that forks from it.
                     self.drop_cached_prefixes();
                     self.events.push_back(Event::Failed { seq, error });
                 }
@@ -209,8 +212,8 @@ impl Scheduler {
         }
     }
 
-    /// The pipeline begins a new life: everything in flight and in the caches is gone. Running sequences go first in
-    /// the queue, oldest first, and are replayed.
+    /// Handles a new incarnation of the pipeline: all steps in flight and all caches are lost. The running sequences
+    /// move to the front of the queue, oldest first, and are replayed.
     pub fn handle_pipeline_lost(&mut self) {
         self.in_flight.clear();
         self.releases.clear();
@@ -222,19 +225,19 @@ impl Scheduler {
         }
     }
 
-    /// Fails every request; gives their sequences.
+    /// Drops all requests, and returns their sequences.
     pub fn handle_stop(&mut self) -> Vec<SeqId> {
         let all = self.sequences.keys().copied().collect();
         *self = Self::new(self.limits.clone());
         all
     }
 
-    /// The next thing to tell a client.
+    /// Returns the next event for a client.
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }
 
-    /// The next step, where one may be sent and there is something to do.
+    /// Returns the next step, if one may be sent and there is work.
     pub fn poll_step(&mut self) -> Option<StepPlan> {
         if self.in_flight.len() >= self.limits.steps_in_flight {
             return None;
@@ -243,7 +246,7 @@ impl Scheduler {
         for seq in std::mem::take(&mut self.releases) {
             self.release(seq, &mut plan);
         }
-        // Forks come before rows, as the shards will apply them: a page that is shared is copied when it is written.
+        // Forks come before rows, in the order of the shards: a shared page is copied when a row is written to it.
         self.admit_waiting(&mut plan);
         self.add_decodes(&mut plan);
         self.add_prompts(&mut plan);
@@ -306,7 +309,7 @@ impl Scheduler {
         plan.operations.push(operation);
     }
 
-    /// Lets go of kept sequences, but not of `except`, until `needed` pages are free; tells whether they are.
+    /// Evicts cached sequences other than `except` until `needed` pages are free. Returns whether they are.
     fn free_pages(&mut self, needed: u32, except: Option<SeqId>, plan: &mut StepPlan) -> bool {
         while needed > self.pages.free() {
             let Some(seq) = self.prefix_cache.evict(except) else { return false };
@@ -315,8 +318,8 @@ impl Scheduler {
         true
     }
 
-    /// One row for each sequence that decodes, oldest first; the newest give way where pages run out. Where several
-    /// steps may be in flight, each takes its share of them, so that no stage waits for another.
+    /// Adds one row for each decoding sequence, oldest first. The newest sequences are preempted if pages run out. If
+    /// several steps may be in flight, each takes an equal share of the sequences, so no stage waits for another.
     fn add_decodes(&mut self, plan: &mut StepPlan) {
         let is_decoding = |seq: &&SeqId| self.sequences.get(seq).is_some_and(|s| s.draws || s.decodes());
         let share = self.running.iter().filter(is_decoding).count().div_ceil(self.limits.steps_in_flight.max(1));
@@ -331,13 +334,13 @@ impl Scheduler {
         }
     }
 
-    /// Chunks of the prompts of running sequences, oldest first, in what is left of the step.
+    /// Adds chunks of the prompts of running sequences, oldest first, in the remaining rows of the step.
     fn add_prompts(&mut self, plan: &mut StepPlan) {
         for seq in self.running.clone() {
-            // One that decodes has its turn in the step that it falls to.
+            // Decoding sequences are added by `add_decodes`, each in the step of its share.
             let prompt = self.sequences.get(&seq).filter(|sequence| !sequence.decodes());
             let left = prompt.map_or(0, Sequence::rows_left);
-            let rows = left.min(self.room(plan));
+            let rows = left.min(self.rows_free(plan));
             if rows == 0 {
                 continue;
             }
@@ -347,8 +350,8 @@ impl Scheduler {
         }
     }
 
-    /// Rows that the step has room for.
-    fn room(&self, plan: &StepPlan) -> usize {
+    /// Rows that the step can still take.
+    fn rows_free(&self, plan: &StepPlan) -> usize {
         let others = self.running.iter().filter(|seq| self.sequences.get(seq).is_some_and(|s| s.draws || s.decodes()));
         let limit = if others.count() > 0 || plan.rows.iter().any(|row| row.wants_logits) {
             self.limits.rows_shared
@@ -358,8 +361,8 @@ impl Scheduler {
         limit.saturating_sub(plan.rows.len())
     }
 
-    /// Frees a page for the next row of `seq`, if it needs one. The newest sequences give way, first the newest; one
-    /// that is in flight, or in this step, cannot.
+    /// Frees a page for the next row of `seq`, if it needs one, and returns whether the row has space. The newest
+    /// sequences are preempted first, except those with a row in flight that draws, or with rows in this step.
     fn free_page_for(&mut self, seq: SeqId, plan: &mut StepPlan) -> bool {
         while !self.free_pages(self.pages.pages_needed(seq, 1), None, plan) {
             let gives_way = |other: &&SeqId| {
@@ -369,7 +372,7 @@ impl Scheduler {
             let Some(&newest) = self.running.iter().rev().find(gives_way) else { return false };
             self.running.retain(|&other| other != newest);
             self.release(newest, plan);
-            // What this very step was to open is not opened.
+            // A sampler that this step would open stays closed.
             plan.samplers
                 .retain(|operation| !matches!(operation, SamplerOperation::Open { seq, .. } if *seq == newest));
             self.closes.push(newest);
@@ -387,7 +390,7 @@ impl Scheduler {
 
     fn add_rows(&mut self, seq: SeqId, rows: usize, plan: &mut StepPlan) {
         let Some(sequence) = self.sequences.get_mut(&seq) else { return };
-        // There is room, as the callers saw; copies are the shards' own affair.
+        // The callers have checked that pages are free; copies of shared pages are made by the shards.
         if self.pages.extend(seq, rows as u32).is_err() {
             return;
         }

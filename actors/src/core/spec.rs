@@ -1,34 +1,33 @@
-//! Which model is asked for, how it is to be run, and what it is called while it runs.
+//! The requested model, how it runs, and the names of running instances.
 
 use crate::core::plan::{Policy, Split};
 use exo_engines::engine::DeviceId;
 use exo_engines::model::Recipe;
 use serde::{Deserialize, Serialize};
 
-/// Which model, and how it is to be run. Requests with equal specs share an instance.
+/// A model, and how it is to run. Requests with equal specs share an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ModelSpec {
     /// A catalogue name, a hub name, or a path.
     pub model: String,
-    /// `None`: one, or as few as fit.
+    /// The number of shards; `None`: as many as are best by the policy.
     pub shards: Option<usize>,
-    /// `None`: the best there is.
+    /// The id of the devices that may host shards; `None`: any device.
     pub device: Option<DeviceId>,
-    /// Tokens of one sequence; `None`: the model's, up to a default bound.
+    /// Tokens of one sequence at most; `None`: the model's context, up to a default limit.
     pub context_tokens: Option<u32>,
-    /// What dense weights are quantised to while they are loaded.
+    /// The recipe that quantises dense weights while they load.
     pub quantize: Option<Recipe>,
-    /// Which layers go where; `None`: as the planner finds best.
+    /// The layers of each node; `None`: the planner chooses.
     #[serde(default)]
     pub split: Option<Split>,
-    /// What its placement is to be good at.
+    /// The goal of the placement.
     #[serde(default)]
     pub policy: Policy,
 }
 
 impl ModelSpec {
-    /// The model as the node would run it by itself. A name may end with the recipe that the weights are quantised
-    /// by: `owner/model@q4_k`.
+    /// Creates a spec with defaults. The name may end with the recipe that quantises the weights: `owner/model@q4_k`.
     pub fn new(model: impl Into<String>) -> Self {
         let model = model.into();
         let (model, quantize) = match model.rsplit_once('@').map(|(name, recipe)| (name, recipe.parse())) {
@@ -47,8 +46,8 @@ impl ModelSpec {
     }
 }
 
-/// Which files a model is of: the SHA-256 of all that stands in them before their tensors, and of their lengths.
-/// Nodes that know two files by one name see by it that they are two.
+/// The identity of a model's files: the SHA-256 of their lengths and of all their bytes before the tensors. It lets
+/// nodes detect different files under one name.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct FilesId(pub [u8; 32]);
 
@@ -64,7 +63,7 @@ impl std::fmt::Debug for FilesId {
     }
 }
 
-/// The model's name, its recipe included.
+/// Writes the model's name, with its recipe: `owner/model@q4_k`.
 impl std::fmt::Display for ModelSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.quantize {
@@ -74,7 +73,7 @@ impl std::fmt::Display for ModelSpec {
     }
 }
 
-/// One running or starting model.
+/// The id of an instance: a running or starting model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct InstanceId(pub u64);
 
@@ -84,17 +83,19 @@ impl std::fmt::Display for InstanceId {
     }
 }
 
-/// What is run.
+/// The model that an instance runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Model {
-    /// As it was asked for, its recipe included.
+    /// The name in the request, with its recipe.
     pub name: String,
+    /// The architecture family.
     pub family: String,
-    /// How most of its weights are kept.
+    /// The format of most of its weights.
     pub quantization: String,
     /// Tokens of one sequence at most.
     pub context_tokens: u32,
-    /// Tokens below this number are the model's.
+    /// The number of the model's tokens; valid ids are below it.
     pub vocabulary: u32,
+    /// The identity of its files.
     pub files: FilesId,
 }

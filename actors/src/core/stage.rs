@@ -1,4 +1,4 @@
-//! What an instance's owner and the nodes of its stages tell each other.
+//! The messages between an instance's owner and the nodes of its stages.
 
 use crate::core::desired::Stamp;
 use crate::core::plan::{KV_PAGES_MAX, SHARD_BYTES_MAX};
@@ -17,18 +17,18 @@ pub(crate) struct StageTask {
     pub stamp: Stamp,
     pub stage: usize,
     pub spec: ModelSpec,
-    /// The files that the model's name means: other files with that name are another model.
+    /// The identity of the model's files: other files with the same name are another model.
     pub files: FilesId,
     pub layers: Range<usize>,
     pub device: DeviceId,
     pub context_tokens: u32,
     pub kv_pages: u32,
-    /// Memory of its weights and cache, as planned.
+    /// Planned bytes of the weights and the cache.
     pub memory_bytes: u64,
 }
 
 impl StageTask {
-    /// Whether a leader could have placed it.
+    /// Whether a leader could have placed the shard.
     pub(crate) fn is_plausible(&self) -> bool {
         !self.layers.is_empty()
             && self.layers.end <= LAYERS_MAX
@@ -41,47 +41,22 @@ impl StageTask {
 /// What the node of a stage reports to the instance's owner.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum StageEvent {
-    /// Its weights are being fetched.
-    Fetching {
-        stage: usize,
-        fetched_bytes: u64,
-        total_bytes: u64,
-    },
-    Loading {
-        stage: usize,
-        loaded_bytes: u64,
-        total_bytes: u64,
-    },
-    /// It is loaded.
-    Up {
-        stage: usize,
-    },
-    /// It is connected for this incarnation.
-    Wired {
-        stage: usize,
-        incarnation: Incarnation,
-    },
-    /// It failed; its device restarts it, or moves it to the fallback.
-    Down {
-        stage: usize,
-        error: EngineError,
-    },
-    /// It failed for good on this node.
-    Lost {
-        stage: usize,
-        error: EngineError,
-    },
-    /// Its node cannot get the model's files.
-    NoModel {
-        stage: usize,
-        error: RequestError,
-    },
-    /// Its link to the next stage broke.
-    Cut {
-        stage: usize,
-        incarnation: Incarnation,
-        what: String,
-    },
+    /// The node fetches the shard's weights.
+    Fetching { stage: usize, fetched_bytes: u64, total_bytes: u64 },
+    /// The shard's engine loads the weights.
+    Loading { stage: usize, loaded_bytes: u64, total_bytes: u64 },
+    /// The shard is loaded.
+    Up { stage: usize },
+    /// The shard is connected for this incarnation.
+    Wired { stage: usize, incarnation: Incarnation },
+    /// The shard failed; its device restarts it, or moves it to the fallback device.
+    Down { stage: usize, error: EngineError },
+    /// The shard failed for good on this node.
+    Lost { stage: usize, error: EngineError },
+    /// The node cannot get the model's files.
+    NoModel { stage: usize, error: RequestError },
+    /// The shard's link to the next stage broke.
+    Cut { stage: usize, incarnation: Incarnation, what: String },
 }
 
 impl StageEvent {

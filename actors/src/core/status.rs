@@ -5,7 +5,7 @@ use crate::core::spec::Model;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// What an instance works on now.
+/// The present load of an instance.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Load {
     /// Requests that prefill or decode.
@@ -21,14 +21,14 @@ pub struct Load {
 /// What an instance has done since its head started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Totals {
-    /// Requests that have ended, in whatever way.
+    /// Requests that have ended, successfully or not.
     pub requests: u64,
     /// Tokens of all prompts.
     pub prompt_tokens: u64,
-    /// Tokens of prompts that were found in the prefix cache.
+    /// Tokens of prompts found in the prefix cache.
     #[serde(rename = "reused_tokens")]
     pub cached_tokens: u64,
-    /// Tokens that were sampled.
+    /// Sampled tokens.
     pub generated_tokens: u64,
 }
 
@@ -37,7 +37,7 @@ pub struct Totals {
 pub struct Machine {
     /// The machine's memory.
     pub memory_total_bytes: Option<u64>,
-    /// Memory that programs can still take.
+    /// The machine's memory that programs can still use.
     pub memory_free_bytes: Option<u64>,
     /// Resident memory of this process.
     pub process_bytes: Option<u64>,
@@ -45,7 +45,7 @@ pub struct Machine {
     pub cpu_utilisation: Option<f32>,
 }
 
-/// What an instance is doing.
+/// The phase of an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// Its nodes fetch weights, from each other or from a source.
@@ -90,13 +90,13 @@ pub struct InstanceStatus {
     pub model: Model,
     /// Where it runs, or is to run.
     pub placement: Placement,
-    /// What it is doing.
+    /// Its phase.
     pub phase: Phase,
     /// The epoch of its latest incarnation.
     pub epoch: u64,
-    /// Bytes fetched for each stage, and to fetch.
+    /// For each stage, bytes fetched and bytes to fetch.
     fetching: BTreeMap<usize, (u64, u64)>,
-    /// Bytes loaded by each stage, and to load.
+    /// For each stage, bytes loaded and bytes to load.
     loading: BTreeMap<usize, (u64, u64)>,
     /// Requests that prefill or decode.
     pub requests_running: usize,
@@ -111,7 +111,7 @@ pub struct InstanceStatus {
 }
 
 impl InstanceStatus {
-    /// An instance of which nothing is loaded yet.
+    /// Creates the status of an instance that has loaded nothing yet.
     pub(crate) fn new(model: Model, placement: Placement) -> Self {
         Self {
             model,
@@ -128,7 +128,8 @@ impl InstanceStatus {
         }
     }
 
-    /// The instance moves; it serves at its old placement until the new one is loaded.
+    /// Moves the instance to a new placement. The phase stays: it may serve at the old placement until the new one is
+    /// loaded.
     pub(super) fn move_to(&mut self, placement: Placement) {
         self.placement = placement;
         self.loading.clear();

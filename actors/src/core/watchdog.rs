@@ -2,18 +2,19 @@
 
 use std::time::Duration;
 
-/// A check counts at most this much time since the last one: after a longer gap the whole process or machine was suspended,
-/// and not the work.
+/// The most time that one check counts since the previous check: a longer gap means that the process or machine was
+/// suspended, not that the work hangs.
 const CHECK_MAX: Duration = Duration::from_secs(2);
 
 /// How long one device may work without progress before it counts as hung.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HangTimeouts {
-    /// Between two reports of a load: reading the largest tensor from a slow disk, or compiling all kernels.
+    /// The limit between two progress reports of a load: reading the largest tensor from a slow disk, or compiling all
+    /// kernels.
     pub load: Duration,
-    /// For a step of any size: a machine that swaps decodes a token in tens of seconds, and is of no use.
+    /// The limit for a step of any size. A machine that swaps takes tens of seconds per token, and is of no use.
     pub step: Duration,
-    /// For each row of a step, in addition.
+    /// The additional time for each row of a step.
     pub row: Duration,
 }
 
@@ -39,7 +40,7 @@ pub(crate) struct Watchdog {
 }
 
 impl Watchdog {
-    /// How long the counter `progress` has been the same. `now` counts from any fixed start.
+    /// Returns how long the counter `progress` has not changed. `now` counts from any fixed start.
     pub(crate) fn check(&mut self, progress: u64, now: Duration) -> Duration {
         let passed = now.saturating_sub(self.checked).min(CHECK_MAX);
         self.silence = if progress == self.progress { self.silence + passed } else { Duration::ZERO };
@@ -63,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn a_suspended_process_takes_no_work_for_hung() {
+    fn a_suspended_process_does_not_count_as_hung() {
         let mut watchdog = Watchdog::default();
         assert_eq!(watchdog.check(1, SECOND), Duration::ZERO);
         assert_eq!(watchdog.check(1, 2 * SECOND), SECOND);

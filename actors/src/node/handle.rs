@@ -1,7 +1,7 @@
 //! The handle of a running node: methods for embedders, the API and the command line.
 
 use super::subscription::Subscription;
-use super::{Node, NodeArgs, NodeConfig, NodeMsg, NodeRef, Parts};
+use super::{Node, NodeActors, NodeArgs, NodeConfig, NodeMsg, NodeRef};
 use crate::cluster::{ClusterMsg, ClusterRef};
 use crate::core::node_status::NodeStatus;
 use crate::core::plan::Preview;
@@ -26,7 +26,7 @@ pub async fn start(config: NodeConfig) -> Result<NodeHandle, SpawnErr> {
     let (started, parts) = oneshot::channel();
     let (node, _) = Node::spawn(None, Node, NodeArgs { config, started }).await?;
     let parts = parts.await.map_err(|error| SpawnErr::StartupFailed(error.into()))?;
-    let Parts { gateway, planner, models, cluster, .. } = parts;
+    let NodeActors { gateway, planner, models, cluster, .. } = parts;
     Ok(NodeHandle { id, node, gateway, planner, models, cluster })
 }
 

@@ -1,7 +1,7 @@
 //! A hostile member: it sends the protocol's messages at times and with values that no honest member uses. It runs in a
 //! process of its own, since a process can have only one clustered node.
 
-use super::{ClusterConfig, Node, NodeArgs, NodeConfig, Parts};
+use super::{ClusterConfig, Node, NodeActors, NodeArgs, NodeConfig};
 use crate::cluster::{Cluster, Evicted};
 use crate::core::desired::{DesiredEntry, Stamp, Target};
 use crate::core::leader::{BrokenShard, PlacementRequest};
@@ -194,7 +194,7 @@ async fn hostile_member_process() {
     let own = config.id;
     let (started, parts) = oneshot::channel();
     let (_node, _) = Node::spawn(None, Node, NodeArgs { config, started }).await.expect("it starts");
-    let Parts { router, .. } = parts.await.expect("it starts");
+    let NodeActors { router, .. } = parts.await.expect("it starts");
     let begun = Instant::now();
     while router.peers().is_empty() {
         assert!(begun.elapsed() < Duration::from_secs(20), "no peer connects");

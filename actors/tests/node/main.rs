@@ -1,6 +1,6 @@
-//! A whole node: over engines that fail when they are told to, and over a hub that misbehaves.
+//! Tests of a whole node, with engines that fail by a script and a hub that misbehaves.
 
-#![allow(clippy::expect_used)] // A test that cannot go on says why.
+#![allow(clippy::expect_used)] // A test that cannot continue panics with the reason.
 
 mod downloads;
 mod fake;
@@ -27,7 +27,7 @@ const PROMPT: [u32; 40] = {
 
 /// R4.2, R4.4: the same tokens from one shard and from three.
 #[tokio::test(flavor = "multi_thread")]
-async fn shards_pass_tokens_on() {
+async fn one_shard_and_three_give_the_same_tokens() {
     let world = World::new(Script::default()).await;
     for shards in [1, 3] {
         assert_eq!(world.ask(world.request(shards, &PROMPT, 30)).await, Ok(answer(&PROMPT, 30)));
@@ -35,9 +35,9 @@ async fn shards_pass_tokens_on() {
     world.node.shutdown().await;
 }
 
-/// Bad requests get an error that names the matter, and harm nobody.
+/// A bad request fails with an error that names the bad value, and later requests succeed.
 #[tokio::test(flavor = "multi_thread")]
-async fn bad_requests_are_refused_and_others_go_on() {
+async fn bad_requests_are_refused_and_others_succeed() {
     let world = World::new(Script::default()).await;
     let with = |change: &dyn Fn(&mut exo_actors::GenerateRequest)| {
         let mut request = world.request(1, &PROMPT, 5);
@@ -62,7 +62,7 @@ async fn bad_requests_are_refused_and_others_go_on() {
     world.node.shutdown().await;
 }
 
-/// R8.3: loading fails with what is wrong (no tokenizer, a shard that fails for good), whichever actor hears of it
+/// R8.3: a failed load reports its cause (no tokenizer, a shard that keeps failing), whichever actor detects the cause
 /// first.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_cannot_be_loaded_says_why() {
@@ -82,7 +82,7 @@ async fn a_model_that_cannot_be_loaded_says_why() {
     }
 }
 
-/// Two that want the same model at once share one load.
+/// Concurrent loads of one model share one load.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_model_is_loaded_once() {
     let world = World::new(Script::default()).await;
@@ -117,7 +117,7 @@ async fn a_stop_string_ends_the_answer() {
     world.node.shutdown().await;
 }
 
-/// Streams end when the node does.
+/// A shutdown of the node ends its streams.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shutdown_ends_streams() {
     let script = Script { step_delay: Duration::from_millis(20), ..Script::default() };

@@ -1,4 +1,4 @@
-//! Every way in which a shard can fail, while streams run.
+//! All kinds of failures of a shard while streams run.
 
 use crate::PROMPT;
 use crate::fake::{How, Script, When, World, answer};
@@ -13,10 +13,10 @@ fn failing(failures: Vec<(usize, When, How, u32)>) -> Script {
     Script { failures, ..Script::default() }
 }
 
-/// R1.4, R8.4: whatever fails, whenever, in whichever shard: it is restarted, sequences are replayed, and the client's
-/// stream goes on without a lost or doubled token.
+/// R1.4, R8.4: after any failure in any operation of any shard, the shard restarts, sequences are replayed, and the
+/// client's stream continues without a lost or doubled token.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failed_shard_is_replaced_and_streams_go_on() {
+async fn a_failed_shard_restarts_and_streams_continue() {
     for layer in [0, 1, 3] {
         for when in [When::Load, When::Prefill, When::Decode] {
             for how in [How::Error, How::Panic, How::DeviceLost] {
@@ -27,16 +27,16 @@ async fn a_failed_shard_is_replaced_and_streams_go_on() {
                 );
                 assert_eq!(a, Ok(answer(&PROMPT, 40)), "layer {layer}, {when:?}, {how:?}");
                 assert_eq!(b, Ok(answer(&PROMPT[..9], 40)), "layer {layer}, {when:?}, {how:?}");
-                assert!(world.script.lock().expect("not poisoned").loads > 3, "something was restarted");
+                assert!(world.script.lock().expect("not poisoned").loads > 3, "a shard was restarted");
                 world.node.shutdown().await;
             }
         }
     }
 }
 
-/// R1.4: a lost GPU's shard goes to the processor, in the middle of the answer.
+/// R1.4: the shard of a lost GPU moves to the CPU in the middle of an answer.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_device_falls_back_to_the_processor() {
+async fn a_lost_device_falls_back_to_the_cpu() {
     let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
     let world = World::with_devices(failing(vec![(0, When::Decode, How::DeviceLost, 1)]), &devices).await;
     assert_eq!(world.ask(world.request(1, &PROMPT, 40)).await, Ok(answer(&PROMPT, 40)));
@@ -44,10 +44,10 @@ async fn a_lost_device_falls_back_to_the_processor() {
     world.node.shutdown().await;
 }
 
-/// R1.4, R8.4: a GPU that hangs, while it loads or in the middle of an answer, is not waited for: its shard, and no other
-/// one, goes to the processor; and so does what comes later, without a wait.
+/// R1.4, R8.4: if a GPU hangs during a load or an answer, the hung shard alone moves to the CPU; later shards start on
+/// the CPU at once.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_device_that_hangs_falls_back_to_the_processor() {
+async fn a_hung_device_falls_back_to_the_cpu() {
     let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
     for (layer, when) in [(0, When::Load), (1, When::Prefill), (3, When::Decode)] {
         let world = World::impatient(failing(vec![(layer, when, How::Hang, 1)]), &devices).await;
@@ -55,7 +55,7 @@ async fn a_device_that_hangs_falls_back_to_the_processor() {
         request.model.device = Some(DeviceId("gpu".to_owned()));
         let answered = world.ask(request).await;
         assert_eq!(answered, Ok(answer(&PROMPT, 40)), "layer {layer}, {when:?}");
-        assert_eq!(world.script.lock().expect("not poisoned").loads, 4, "one shard was loaded anew");
+        assert_eq!(world.script.lock().expect("not poisoned").loads, 4, "one shard was loaded again");
         let mut later = world.request(1, &PROMPT, 40);
         later.model.device = Some(DeviceId("gpu".to_owned()));
         assert_eq!(world.ask(later).await, Ok(answer(&PROMPT, 40)));
@@ -65,9 +65,9 @@ async fn a_device_that_hangs_falls_back_to_the_processor() {
     }
 }
 
-/// R8.3: where there is no other device, what hangs is named, and not tried again while it holds what it holds.
+/// R8.3: without another device, the error names the hung step, and the device gets no new work while it hangs.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_only_device_hangs_and_its_clients_are_told() {
+async fn a_hang_of_the_only_device_is_reported() {
     let world = World::impatient(failing(vec![(1, When::Decode, How::Hang, 9)]), &[("fake", DeviceKind::Cpu)]).await;
     let failed = world.ask(world.request(3, &PROMPT, 40)).await;
     let Err(RequestError::Engine { what, remedy }) = failed else { panic!("{failed:?}") };
@@ -75,13 +75,13 @@ async fn the_only_device_hangs_and_its_clients_are_told() {
     let failed = world.ask(world.request(1, &PROMPT, 40)).await;
     let Err(RequestError::Engine { what, .. }) = failed else { panic!("{failed:?}") };
     assert!(what.contains("still hangs on the work of an earlier shard"), "{what}");
-    assert_eq!(world.script.lock().expect("not poisoned").loads, 3, "nothing more was given to it");
+    assert_eq!(world.script.lock().expect("not poisoned").loads, 3, "the hung device got no further load");
     world.node.shutdown().await;
 }
 
-/// R8.3: a shard that keeps failing ends its requests with the reason and a remedy; a later request starts anew.
+/// R8.3: a shard that keeps failing ends its requests with the reason and a remedy; a later request loads it again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_shard_beyond_help_is_told_to_its_clients() {
+async fn a_shard_that_keeps_failing_ends_its_requests() {
     let world = World::new(failing(vec![(0, When::Decode, How::Panic, 4)])).await;
     let failed = world.ask(world.request(1, &PROMPT, 40)).await;
     let Err(RequestError::Engine { what, remedy }) = failed else { panic!("{failed:?}") };
@@ -97,17 +97,17 @@ async fn a_shard_beyond_help_is_told_to_its_clients() {
     world.node.shutdown().await;
 }
 
-/// R1.4, R8.4: the CPU engine itself, failing in the middle of a sampled answer: tokens and log-probabilities are, to
-/// the bit, those of an undisturbed run.
+/// R1.4, R8.4: if the real CPU engine fails in the middle of a sampled answer, tokens and log-probabilities equal those
+/// of an undisturbed run bit for bit.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_real_engine_fails_and_no_bit_changes() {
+async fn failures_of_the_cpu_engine_change_no_bit() {
     for shards in [1, 3] {
         let request = |world: &World| GenerateRequest {
             params: SamplingParams { temperature: 0.9, seed: 11, top_logprobs: 4, ..SamplingParams::greedy() },
             ..world.request(shards, &PROMPT, 60)
         };
         let mut answers = Vec::new();
-        // Steps, counted over all shards, at which one of them fails: in a prefill, and in the middle of the decode.
+        // Steps, counted over all shards, at which an engine fails: in the prefill, and in the middle of decoding.
         for failures in [vec![], vec![2], vec![shards as u64 * 20], vec![3, shards as u64 * 30 + 1]] {
             let factory = Arc::new(Sabotaged::new(failures.clone()));
             let world = World::with_factories(Arc::new(Mutex::new(Script::default())), vec![factory.clone()]).await;

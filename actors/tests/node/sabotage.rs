@@ -1,4 +1,4 @@
-//! The CPU engine, made to fail at chosen steps.
+//! The CPU engine with failures at planned steps.
 
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::*;
@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// A factory whose engines panic and err, in turn.
+/// A factory whose engines fail at planned steps: odd steps panic, even steps return an error.
 #[derive(Debug)]
 pub(crate) struct Sabotaged {
     inner: CpuFactory,
@@ -17,9 +17,9 @@ pub(crate) struct Sabotaged {
 
 #[derive(Debug)]
 struct Plan {
-    /// Steps of all engines together.
+    /// Steps so far, over all engines.
     steps: AtomicU64,
-    /// Steps at which one fails, last first.
+    /// Steps at which an engine fails, in descending order.
     failures: Mutex<Vec<u64>>,
 }
 
@@ -78,11 +78,11 @@ impl Engine for SabotagedEngine {
             }
             fails
         };
-        // A panic leaves the engine in the middle of its work; an error comes after it, and its result is lost.
-        assert!(!fails || number.is_multiple_of(2), "told to");
+        // A panic comes before the step is computed, an error after it, and the result is lost.
+        assert!(!fails || number.is_multiple_of(2), "planned");
         let output = self.inner.forward(step, input)?;
         match fails {
-            true => Err(EngineError::Device { device: "cpu".to_owned(), what: "told to".to_owned() }),
+            true => Err(EngineError::Device { device: "cpu".to_owned(), what: "planned".to_owned() }),
             false => Ok(output),
         }
     }

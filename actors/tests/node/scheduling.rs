@@ -1,4 +1,4 @@
-//! Many requests at once: shared steps, fairness, and caches that run out.
+//! Concurrent requests: shared steps, fairness, and full caches.
 
 use crate::PROMPT;
 use crate::fake::{Script, World, answer};
@@ -29,12 +29,12 @@ async fn requests_share_steps() {
     assert!(world.script.lock().expect("not poisoned").rows_max > 20, "steps were shared");
 }
 
-/// R6.4, R7.5: more than the cache holds: some sequences are put off and replayed, and every answer is right.
+/// R6.4, R7.5: if sequences exceed the cache, some are preempted and replayed, and every answer is right.
 #[tokio::test(flavor = "multi_thread")]
-async fn sequences_without_room_are_put_off_and_replayed() {
+async fn preempted_sequences_are_replayed() {
     let script = Script { step_delay: Duration::from_micros(200), ..Script::default() };
     let world = Arc::new(World::new(script).await);
-    // Four sequences of full context fit.
+    // The cache holds four sequences of full context.
     let asks = (0..12_u32).map(|i| {
         let world = Arc::clone(&world);
         tokio::spawn(async move {
@@ -54,7 +54,7 @@ async fn sequences_without_room_are_put_off_and_replayed() {
     world.node.clone().shutdown().await;
 }
 
-/// A long prompt is computed in chunks, between which running streams get their tokens.
+/// A long prompt is computed in chunks; running streams get tokens between chunks.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_prompt_does_not_stall_running_streams() {
     let script = Script { row_delay: Duration::from_micros(200), ..Script::default() };
@@ -77,13 +77,13 @@ async fn a_long_prompt_does_not_stall_running_streams() {
             }
         }
     }
-    // 1500 rows in chunks of at most 64: a token between each two.
+    // 1500 rows in chunks of at most 64, with a token between any two chunks.
     assert!(meanwhile >= 15, "{meanwhile} tokens while the prompt was computed");
     drop(running);
     world.node.shutdown().await;
 }
 
-/// Dropping a stream cancels its work within a step; others go on.
+/// Dropping a stream cancels its work within a step; other streams continue.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_stream_is_cancelled() {
     let script = Script { step_delay: Duration::from_millis(5), ..Script::default() };

@@ -26,7 +26,7 @@ enum Section {
 
 /// The reasoning and the content of an answer, or of a piece.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Parts {
+pub(super) struct SplitText {
     pub(super) thought: String,
     pub(super) words: String,
 }
@@ -38,9 +38,9 @@ impl Splitter {
     }
 
     /// Adds the next piece. Returns the text that can be classified now.
-    pub(super) fn push(&mut self, text: &str) -> Parts {
+    pub(super) fn push(&mut self, text: &str) -> SplitText {
         self.held.push_str(text);
-        let mut parts = Parts::default();
+        let mut parts = SplitText::default();
         loop {
             match self.section {
                 Section::Start => {
@@ -82,11 +82,11 @@ impl Splitter {
     }
 
     /// Returns the text that was held back, at the answer's end.
-    pub(super) fn finish(&mut self) -> Parts {
+    pub(super) fn finish(&mut self) -> SplitText {
         let held = std::mem::take(&mut self.held);
         match self.section {
-            Section::Opened | Section::Thought => Parts { thought: held, words: String::new() },
-            _ => Parts { thought: String::new(), words: held },
+            Section::Opened | Section::Thought => SplitText { thought: held, words: String::new() },
+            _ => SplitText { thought: String::new(), words: held },
         }
     }
 }
@@ -103,8 +103,8 @@ mod tests {
     use super::*;
 
     /// The parts of `text`, pushed in pieces of `piece` characters.
-    fn split(text: &str, piece: usize, mut splitter: Splitter) -> Parts {
-        let mut all = Parts::default();
+    fn split(text: &str, piece: usize, mut splitter: Splitter) -> SplitText {
+        let mut all = SplitText::default();
         let chars: Vec<char> = text.chars().collect();
         let pieces = chars.chunks(piece).map(|piece| piece.iter().collect::<String>());
         for part in pieces.map(|piece| splitter.push(&piece)).collect::<Vec<_>>().into_iter().chain([splitter.finish()])
@@ -115,8 +115,8 @@ mod tests {
         all
     }
 
-    fn parts(thought: &str, words: &str) -> Parts {
-        Parts { thought: thought.to_owned(), words: words.to_owned() }
+    fn parts(thought: &str, words: &str) -> SplitText {
+        SplitText { thought: thought.to_owned(), words: words.to_owned() }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! large range are released as soon as it is packed, so that memory never holds a large matrix twice.
 
 use super::disjoint::DisjointMut;
-use super::packed::{Coded, Dense, Form, Lines, Packed, place, scale_bits};
+use super::packed::{Coded, Dense, Form, Lines, Packed, code_position, scale_bits};
 use super::thread_pool::{Panicked, ThreadPool};
 use crate::format::ElementType;
 use crate::format::blocks::{self, BLOCK, Coding};
@@ -176,7 +176,7 @@ impl Panel<'_> {
         // Four successive columns occupy four successive bytes: see `place`.
         for (group, four) in block.codes.as_chunks::<4>().0.iter().enumerate() {
             let four = u32::from_le_bytes(*four);
-            let at = place(group * 4, lane);
+            let at = code_position(group * 4, lane);
             let mut join = |vector: usize, bits: u32| {
                 let word = &mut bytes[vector * 64 + at.byte..][..4];
                 let joined = bits | u32::from_le_bytes([word[0], word[1], word[2], word[3]]);

@@ -192,7 +192,7 @@ impl Coded {
         let size = Self::block_bytes(self.coding);
         let bytes = &self.codes.bytes()[block * size..][..size];
         std::array::from_fn(|column| {
-            let at = place(column, lane);
+            let at = code_position(column, lane);
             let group = column / 4;
             match self.coding.bits {
                 8 => return bytes[group * 64 + at.byte],
@@ -215,13 +215,13 @@ impl Coded {
 }
 
 /// The position of a column's nibble in a block.
-pub(super) struct Place {
+pub(super) struct CodePosition {
     pub(super) vector: usize,
     pub(super) byte: usize,
     pub(super) nibble: u32,
 }
 
-pub(super) fn place(column: usize, lane: usize) -> Place {
+pub(super) fn code_position(column: usize, lane: usize) -> CodePosition {
     let group = column / 4;
-    Place { vector: group % 4, byte: lane * 4 + column % 4, nibble: if group < 4 { 0 } else { 4 } }
+    CodePosition { vector: group % 4, byte: lane * 4 + column % 4, nibble: if group < 4 { 0 } else { 4 } }
 }

@@ -30,13 +30,13 @@ const ALIGNMENT_DEFAULT: u64 = 32;
 #[derive(Debug, Clone)]
 pub struct Gguf {
     pub file: Mapped,
-    metadata: BTreeMap<String, Place>,
+    metadata: BTreeMap<String, ValuePosition>,
     pub tensors: BTreeMap<String, TensorInfo>,
 }
 
 /// The position and the type number of a metadata value.
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct ValuePosition {
     kind: u32,
     at: u64,
 }

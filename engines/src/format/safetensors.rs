@@ -50,7 +50,7 @@ struct Index {
 }
 
 #[derive(Deserialize)]
-struct Entry {
+struct HeaderEntry {
     dtype: String,
     shape: Vec<usize>,
     data_offsets: (u64, u64),
@@ -162,7 +162,7 @@ fn read_header(file: &Mapped) -> Result<BTreeMap<String, Described>, FormatError
         if name == "__metadata__" {
             continue;
         }
-        let entry: Entry = serde_json::from_value(entry).map_err(|e| FormatError::BadTensor {
+        let entry: HeaderEntry = serde_json::from_value(entry).map_err(|e| FormatError::BadTensor {
             path: file.path().to_owned(),
             tensor: name.clone(),
             what: e.to_string(),
@@ -179,7 +179,12 @@ fn read_header(file: &Mapped) -> Result<BTreeMap<String, Described>, FormatError
     Ok(tensors)
 }
 
-fn place(file: &Mapped, name: &str, entry: Entry, data_start: u64) -> Result<(Described, Range<u64>), FormatError> {
+fn place(
+    file: &Mapped,
+    name: &str,
+    entry: HeaderEntry,
+    data_start: u64,
+) -> Result<(Described, Range<u64>), FormatError> {
     let bad = |what: String| FormatError::BadTensor { path: file.path().to_owned(), tensor: name.to_owned(), what };
     let element = ElementType::from_safetensors(&entry.dtype);
     if element.is_none() && entry.dtype != "U8" {

@@ -48,7 +48,7 @@ impl Leader {
         let members = round.members;
         let is_lost = |deployment: &Deployment| {
             let drains = |node| members.0.get(&node).is_some_and(|report| report.is_draining);
-            deployment.placement.stages.iter().any(|stage| self.is_gone(round, stage.node) || drains(stage.node))
+            deployment.placement.stages.iter().any(|stage| self.is_lost(round, stage.node) || drains(stage.node))
         };
         let lost = round.desired.running().filter(|(.., deployment)| is_lost(deployment));
         let lost: Vec<(InstanceId, Deployment)> = lost.map(|(id, _, deployment)| (id, deployment.clone())).collect();
@@ -143,7 +143,7 @@ impl Leader {
                 round.set(id, Target::Run(Box::new(Deployment { placement, strategy, reason, ..deployment.clone() })));
             }
             // A draining machine keeps a model that fits nowhere else, and waits.
-            Err(_) if error.is_none() && deployment.placement.stages.iter().all(|s| !self.is_gone(round, s.node)) => {}
+            Err(_) if error.is_none() && deployment.placement.stages.iter().all(|s| !self.is_lost(round, s.node)) => {}
             // A node that was just lost may return.
             Err(_) if self.churn.is_recent(round.now) => {}
             Err(PlanError::DoesNotFit { .. })

@@ -1,10 +1,10 @@
-//! How often a pipeline is connected anew.
+//! When a pipeline reconnects, and when it gives up a stage.
 
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A pipeline of one stage, which runs.
+/// A pipeline of one loaded stage.
 struct Running {
     pipeline: Pipeline,
     node: NodeId,
@@ -24,7 +24,7 @@ impl Running {
         running
     }
 
-    /// A life of so many seconds, and what its end leads to.
+    /// Runs an incarnation for `seconds`, ends it with `end`, and returns the event.
     fn incarnations(
         &mut self,
         seconds: u32,
@@ -47,7 +47,7 @@ fn cut(pipeline: &mut Pipeline, now: Duration) -> PipelineEvent {
 }
 
 #[test]
-fn a_link_that_breaks_now_and_then_is_connected_anew_each_time() {
+fn a_link_that_breaks_rarely_is_reconnected_each_time() {
     let mut running = Running::new();
     for _ in 0..100 {
         assert!(matches!(running.incarnations(60, cut), PipelineEvent::Cut(0, ..)));
@@ -55,7 +55,7 @@ fn a_link_that_breaks_now_and_then_is_connected_anew_each_time() {
 }
 
 #[test]
-fn a_link_that_does_not_hold_is_given_up() {
+fn a_link_that_keeps_breaking_is_given_up() {
     let mut running = Running::new();
     for _ in 0..CUTS_MAX {
         assert!(matches!(running.incarnations(1, cut), PipelineEvent::Cut(0, ..)));
@@ -63,9 +63,9 @@ fn a_link_that_does_not_hold_is_given_up() {
     assert!(matches!(running.incarnations(1, cut), PipelineEvent::Lost(0, _)));
 }
 
-/// A life ends minutes after its step was lost, so that its length says nothing.
+/// A lost step is noticed minutes later, so the length of the incarnation shows nothing about its links.
 #[test]
-fn a_pipeline_that_loses_step_after_step_is_given_up() {
+fn a_pipeline_that_keeps_losing_steps_is_given_up() {
     let mut running = Running::new();
     for _ in 0..CUTS_MAX {
         assert!(matches!(running.incarnations(300, stall), PipelineEvent::Cut(0, ..)));
@@ -74,7 +74,7 @@ fn a_pipeline_that_loses_step_after_step_is_given_up() {
 }
 
 #[test]
-fn a_step_that_is_lost_now_and_then_is_replayed_each_time() {
+fn a_rarely_lost_step_is_replayed_each_time() {
     let mut running = Running::new();
     for _ in 0..100 {
         assert!(matches!(running.incarnations(900, stall), PipelineEvent::Cut(0, ..)));

@@ -1,35 +1,44 @@
-//! Why a placement is as it is, in words and figures.
+//! A placement explained in words and figures.
 
 use super::{Demand, Links, Offer, Placement, PlanError, Policy, ShardCount, place, token_seconds};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
-/// What would become of a model that was asked for now.
+/// The placement that a model would get now.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Preview {
+    /// The policy.
     pub policy: Policy,
+    /// The placement, or why there is none.
     pub outcome: PreviewOutcome,
 }
 
+/// The placement that a model would get, or why it gets none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PreviewOutcome {
+    /// The model fits.
     Placed {
+        /// The placement.
         placement: Placement,
+        /// Why it is the best one.
         reason: String,
-        /// Of one answer, as far as devices and links were measured.
+        /// Seconds per token of one answer; unmeasured devices and links count by guesses.
         token_s: f64,
-        /// A token's time in each stage.
+        /// Seconds per token in each stage.
         stages_s: Vec<f64>,
     },
+    /// The model cannot be placed.
     Refused {
+        /// Why.
         error: String,
+        /// What the user can do about it.
         remedy: String,
     },
 }
 
-/// Previews a placement that was found.
+/// Creates the preview of a placement.
 pub fn preview(
     demand: &Demand,
     placement: Placement,
@@ -47,7 +56,7 @@ pub fn preview(
     Preview { policy, outcome: PreviewOutcome::Placed { placement, reason, token_s, stages_s } }
 }
 
-/// Why this placement and no other.
+/// Returns why this placement was chosen.
 pub fn reason(
     demand: &Demand,
     placement: &Placement,

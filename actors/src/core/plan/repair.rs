@@ -1,14 +1,14 @@
-//! What becomes of a placement when devices go or come.
+//! Changes of a placement when devices appear or are lost.
 
 use super::{Demand, Links, Offer, Placement, Policy, Stage, slowest_seconds, stage, token_seconds};
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
 
-/// A move must make tokens this much faster: loading, and replaying what runs, are not free, and measurements waver.
+/// A move must make tokens this many times as fast: loading and replaying cost time, and measurements vary.
 const GAIN_MIN: f64 = 1.3;
 
-/// The placement with each shard that is where no device is offered on another device that has room, and all others
-/// where they are. `None` where some shard has no place. `offers` count what the shards that stay take as taken.
+/// Moves each shard whose device is not in `offers` to an offered device with enough memory; other shards stay. Returns
+/// `None` if some shard fits no device. The free memory in `offers` excludes the memory of the shards that stay.
 pub fn repair(demand: &Demand, current: &Placement, offers: &[Offer], links: &Links) -> Option<Placement> {
     let is_offered = |stage: &Stage| offers.iter().any(|offer| is_on(stage, offer.node, &offer.device));
     let mut free: Vec<(&Offer, u64)> = offers.iter().map(|offer| (offer, offer.free_bytes)).collect();
@@ -36,7 +36,7 @@ fn is_on(stage: &Stage, node: NodeId, device: &DeviceId) -> bool {
     (stage.node, &stage.device) == (node, device)
 }
 
-/// Why a move to a better placement is worth it, by what the policy minimises; `None` where it is not.
+/// Returns why a move to a better placement is worth its cost by the policy, or `None` if it is not.
 pub fn why_move(
     demand: &Demand,
     current: &Placement,
@@ -53,15 +53,15 @@ pub fn why_move(
         Policy::FewestNodes if better.machines() < current.machines() => Some("on fewer machines".to_owned()),
         Policy::FewestNodes if better.machines() > current.machines() => None,
         Policy::Latency | Policy::FewestNodes => {
-            ratio(token_seconds).map(|ratio| format!("{ratio:.1} times as fast as where it was"))
+            ratio(token_seconds).map(|ratio| format!("{ratio:.1} times as fast as before"))
         }
         Policy::Throughput => {
-            ratio(slowest_seconds).map(|ratio| format!("its slowest shard is {ratio:.1} times as fast as it was"))
+            ratio(slowest_seconds).map(|ratio| format!("its slowest device or link is {ratio:.1} times as fast"))
         }
     }
 }
 
-/// Whether a placement has room while the shards of the current one are still there. `offers` count those as taken.
+/// Whether a placement fits beside the shards of the current one. The free memory in `offers` excludes those shards.
 pub fn fits_beside(current: &Placement, better: &Placement, offers: &[Offer]) -> bool {
     let is_there = |index: usize| current.stages.get(index) == better.stages.get(index);
     offers.iter().all(|offer| {

@@ -1,19 +1,19 @@
-//! The exact search: dynamic programming over (devices so far, the last of them, layers placed so far).
+//! The search: dynamic programming over (devices of the chain, its last device, layers placed so far).
 
 use super::{Demand, Links, Offer, Policy, Stage, stage};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// A place for one shard: a device, or a share of one.
+/// A device, or a share of its memory, for one shard.
 pub(super) struct Slot<'a> {
     pub(super) offer: &'a Offer,
     pub(super) free_bytes: u64,
 }
 
-/// What a chain of shards costs. The first number decides, the others decide between equals.
+/// The cost of a chain of shards. The policy chooses which number decides and which numbers break ties.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Cost {
-    /// Nodes that the chain goes to.
+    /// Nodes in the chain.
     nodes: u32,
     total_s: f64,
     slowest_s: f64,
@@ -23,7 +23,7 @@ struct Cost {
 const NOTHING: Cost = Cost { nodes: 0, total_s: 0.0, slowest_s: 0.0, stages: 0 };
 
 impl Cost {
-    /// With the way to one more device.
+    /// Adds the hop to one more device.
     fn and_hop(self, hop_s: f64, new_node: bool) -> Self {
         Self {
             nodes: self.nodes + u32::from(new_node),
@@ -33,7 +33,7 @@ impl Cost {
         }
     }
 
-    /// With one more shard.
+    /// Adds one more shard.
     fn and_shard(self, compute_s: f64) -> Self {
         Self {
             total_s: self.total_s + compute_s,
@@ -43,7 +43,7 @@ impl Cost {
         }
     }
 
-    /// Whether whatever this becomes is worse than `best`: costs only grow.
+    /// Whether every extension of this chain is worse than `best`: costs only grow.
     fn exceeds(self, best: Self, policy: Policy) -> bool {
         match policy {
             Policy::Latency => self.total_s > best.total_s * (1.0 + 1e-6),
@@ -52,7 +52,8 @@ impl Cost {
         }
     }
 
-    /// Sums of the same terms in another order differ in the last bits: those are equals.
+    /// Whether the policy prefers this cost. Costs within a relative 1e-9 count as equal, because sums of the same
+    /// terms in another order differ in the last bits.
     fn is_less(self, other: Self, policy: Policy) -> bool {
         let decides = |a: f64, b: f64| {
             let margin = 1e-9 * b.abs();
@@ -84,7 +85,7 @@ pub(super) fn exact_split(demand: &Demand, slots: &[Slot<'_>], policy: Policy) -
     // best[slot][end]: cost of layers 0..end over the slots up to `slot`, and where the slot's range starts.
     let mut best: Vec<Vec<Option<(Cost, usize)>>> = Vec::new();
     for (index, slot) in slots.iter().enumerate() {
-        // Every slot before and behind has a layer at least.
+        // Each earlier and later slot needs at least one layer.
         let ends = index + 1..=layers - (slots.len() - 1 - index);
         let before = best.last();
         let start_cost = |start: usize| match before {
@@ -122,8 +123,8 @@ pub(super) fn exact_split(demand: &Demand, slots: &[Slot<'_>], policy: Policy) -
     Some(ranges)
 }
 
-/// The number of shards is given: the least total wins, and of equals the most even split; for throughput, the other way
-/// round.
+/// Whether `a` is better than `b` for a fixed number of shards: the least total wins, and ties go to the most even
+/// split. For throughput the order is reversed.
 fn even(a: Cost, b: Cost, policy: Policy) -> bool {
     let of = |cost: Cost| match policy {
         Policy::Throughput => (cost.slowest_s, cost.total_s),
@@ -134,17 +135,18 @@ fn even(a: Cost, b: Cost, policy: Policy) -> bool {
     a < b - margin || (a <= b + margin && then_a < then_b)
 }
 
-/// Up to so many devices every order is tried: more sets of them than a planner has time for.
+/// Up to this many devices every order is tried. More devices have too many subsets for a planner.
 const ORDERS_TRIED_MAX: usize = 7;
-/// Up to so many, every pair of ends.
+/// Up to this many devices every pair of first and last device is tried.
 const ENDS_TRIED_MAX: usize = 12;
-/// Beyond, these many of the fastest and of the roomiest as a beginning: more would take longer than anyone waits.
+/// For more devices, this many of the fastest, and of those with the most memory, are tried as the first device of a
+/// chain: more would take too long.
 const BEGINNINGS_TRIED: usize = 8;
-/// The most devices that are searched: the search takes time in their square, and a peer may report any number.
+/// The limit on searched devices: the time of a search grows with their square, and a peer may report any number.
 pub(super) const DEVICES_SEARCHED_MAX: usize = 64;
 
-/// The devices that are searched, in their order: of more than [`DEVICES_SEARCHED_MAX`], half are the first and half the
-/// roomiest others.
+/// The devices that are searched, in their order. Of more than [`DEVICES_SEARCHED_MAX`] devices, one half are the first
+/// ones, and the other half are those of the rest with the most memory.
 fn searched<'a>(ordered: &[&'a Offer]) -> Vec<&'a Offer> {
     let first = ordered.len().min(DEVICES_SEARCHED_MAX / 2);
     let mut others: Vec<usize> = (first..ordered.len()).collect();
@@ -154,14 +156,14 @@ fn searched<'a>(ordered: &[&'a Offer]) -> Vec<&'a Offer> {
     (0..first).chain(others).map(|index| ordered[index]).collect()
 }
 
-/// The best chain over any of the devices: in any order where devices are few; else with any two ends, or with any of some
-/// beginnings, and between these in their order. The ends matter most: they hold the embedding and the head, and the way
-/// back lies between them.
+/// The best chain over any of the devices. Few devices are tried in every order, more with every first and last device,
+/// and many with some first devices; the devices between stay in order. The ends matter most: they hold the embedding
+/// and the output head, and the path back connects them.
 pub(super) fn best_chain(demand: &Demand, ordered: &[&Offer], links: &Links, policy: Policy) -> Option<Vec<Stage>> {
     let ordered = &searched(ordered)[..];
     let table = Table::new(demand);
     let search = Search { demand, table: &table, links, policy };
-    // A first chain bounds the search for better ones.
+    // The cost of a first chain bounds the search for better ones.
     let mut best = search.along(ordered, None);
     let mut consider = |find: &dyn Fn(Option<Cost>) -> Option<(Cost, Vec<Stage>)>| {
         let bound = best.as_ref().map(|(cost, _)| *cost);
@@ -205,20 +207,20 @@ struct Search<'a> {
     policy: Policy,
 }
 
-/// How a chain came to a device and an end: its cost, where its last range starts, and the row before.
+/// The cheapest chain up to a device and a layer: its cost, the start of its last range, and the row before.
 type Reached = Option<(Cost, usize, usize)>;
-/// For each layer, the cheapest way to begin it on a device: the cost until then, and the row before.
+/// For each layer, the cheapest chain before a shard that starts there: its cost, and the index of its row.
 type Arrivals = Vec<Option<(Cost, usize)>>;
 
-/// The cheapest chains to a device, for each end.
+/// The cheapest chains whose last shard is on a device, for each end of that shard.
 struct Row<'a> {
     offer: &'a Offer,
     ends: Vec<Reached>,
 }
 
 impl Search<'_> {
-    /// The best chain that begins on the first of the devices, and goes on over any of the others in their order.
-    /// Nothing is looked at that costs more than `bound`.
+    /// The best chain that begins on the first device and continues over any of the others, in their order. Chains that
+    /// cost more than `bound` are skipped.
     fn along(&self, devices: &[&Offer], bound: Option<Cost>) -> Option<(Cost, Vec<Stage>)> {
         let mut rows: Vec<Row<'_>> = Vec::with_capacity(devices.len());
         for &offer in devices {
@@ -234,13 +236,13 @@ impl Search<'_> {
         self.best_end(&rows)
     }
 
-    /// The best chain that begins on the device `first`, and goes on over any of the others in any order. Dynamic
-    /// programming over (devices of the chain, the last of them, layers placed so far).
+    /// The best chain that begins on the device `first` and continues over any of the others, in any order. Dynamic
+    /// programming over (devices of the chain, its last device, layers placed so far).
     fn in_any_order(&self, devices: &[&Offer], first: usize, bound: Option<Cost>) -> Option<(Cost, Vec<Stage>)> {
         let count = devices.len();
         let of_set = |set: usize| (0..count).filter(move |device| set & (1 << device) != 0);
         let mut rows = vec![self.extended(devices[first], &self.beginning(), bound)];
-        // The row of a set and its last device. A set without one of its devices is a smaller number: it was there before.
+        // The row of each set and last device. A set without one of its devices is a smaller number, so its row exists.
         let mut row_of = vec![None; count << count];
         row_of[(1 << first) * count + first] = Some(0);
         for set in (0..1_usize << count).filter(|set| set & (1 << first) != 0) {
@@ -258,14 +260,14 @@ impl Search<'_> {
         self.best_end(&rows)
     }
 
-    /// Where every chain begins.
+    /// The empty chain, from which every chain begins.
     fn beginning(&self) -> Arrivals {
         let mut arrivals = vec![None; self.table.layers];
         arrivals[0] = Some((NOTHING.and_hop(0.0, true), 0));
         arrivals
     }
 
-    /// How `offer` is come to from the rows `before`, each with whether it is a node more.
+    /// The cheapest chains to `offer` from the rows `before`, each with whether `offer` adds a node to its chain.
     fn arrivals(&self, rows: &[Row<'_>], before: impl Iterator<Item = (usize, bool)>, offer: &Offer) -> Arrivals {
         let mut arrivals: Arrivals = vec![None; self.table.layers];
         for (row, is_new) in before {
@@ -281,20 +283,20 @@ impl Search<'_> {
         arrivals
     }
 
-    /// One more shard, on `offer`, behind each way to come to it.
+    /// Extends each arrival at `offer` by one shard on it.
     fn extended<'a>(&self, offer: &'a Offer, arrivals: &Arrivals, bound: Option<Cost>) -> Row<'a> {
         let mut ends: Vec<Reached> = vec![None; self.table.layers + 1];
         for (start, arrival) in arrivals.iter().enumerate() {
             let Some((before, from)) = *arrival else { continue };
             for (end, slot) in ends.iter_mut().enumerate().skip(start + 1) {
                 if self.table.memory_bytes(start, end) > offer.free_bytes {
-                    // More layers need no less.
+                    // More layers need at least as much memory.
                     break;
                 }
                 let compute_s = self.table.work(start, end) / offer.bytes_per_s.max(1.0);
                 let cost = before.and_shard(compute_s);
                 if bound.is_some_and(|bound| cost.exceeds(bound, self.policy)) {
-                    // Nor do they cost less.
+                    // More layers cost at least as much.
                     break;
                 }
                 if slot.is_none_or(|(other, ..)| cost.is_less(other, self.policy)) {
@@ -330,7 +332,7 @@ impl Search<'_> {
     }
 }
 
-/// Sums up to each layer, so that a range costs a subtraction.
+/// Prefix sums over the layers: the sum of a range is one subtraction.
 struct Table {
     layers: usize,
     weights: Vec<u64>,
@@ -372,7 +374,7 @@ impl Table {
         self.weights[end] - self.weights[start] + self.kv[end] - self.kv[start] + embedding + head
     }
 
-    /// Looking up an embedding costs nothing.
+    /// The cost of a range in bytes. The embedding look-up counts as free.
     fn work(&self, start: usize, end: usize) -> f64 {
         let head = if end == self.layers { self.head_cost_bytes } else { 0 };
         (self.work[end] - self.work[start] + head) as f64

@@ -1,4 +1,4 @@
-//! Placements, beside what trying all of them finds.
+//! Placements, compared with those of an exhaustive search.
 
 use super::*;
 use proptest::prelude::*;
@@ -60,7 +60,7 @@ fn of_many_devices_the_fastest_and_the_roomiest_are_searched() {
 }
 
 #[test]
-fn a_cache_that_nobody_holds_does_not_fit_though_its_bytes_would() {
+fn demands_with_impossible_numbers_do_not_fit() {
     let many = Demand { kv_pages: u32::MAX, ..demand(vec![10; 8], 5) };
     let refused = automatic(&many, &offers(&[(200, 1.0)]));
     assert!(matches!(refused, Err(PlanError::DoesNotFit { .. })), "{refused:?}");
@@ -70,7 +70,7 @@ fn a_cache_that_nobody_holds_does_not_fit_though_its_bytes_would() {
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn errors_name_the_missing_bytes() {
     let missing = automatic(&demand(vec![10; 8], 5), &offers(&[(40, 1.0), (20, 1.0)]));
     let expected = PlanError::DoesNotFit { needed_bytes: 93, free_bytes: 60, missing_bytes: 33 };
     assert_eq!(missing, Err(expected));
@@ -86,7 +86,7 @@ fn shards_on_one_device_are_even() {
     assert_eq!(too_many, Err(PlanError::TooManyShards { shards: 4, layers: 3 }));
 }
 
-/// Every way to cut `layers` into `count` ranges.
+/// All splits of `layers` into `count` ranges.
 fn all_splits(layers: usize, count: usize) -> Vec<Vec<Range<usize>>> {
     if count == 1 {
         return vec![vec![0..layers]];
@@ -102,7 +102,7 @@ fn all_splits(layers: usize, count: usize) -> Vec<Vec<Range<usize>>> {
 }
 
 proptest! {
-    /// R7.4: the split found is the cheapest that fits, as trying all of them shows.
+    /// R7.4: the split that the search finds is the cheapest that fits, compared with all splits.
     #[test]
     fn the_search_is_exact(
         layer_bytes in prop::collection::vec(1_u64..20, 3..8),
@@ -129,8 +129,8 @@ proptest! {
         }
     }
 
-    /// R7.4: of all chains over all devices in all orders none is better than the one found, by any policy, whatever the
-    /// links, and be some of the devices of one node; where none fits, none is found.
+    /// R7.4: no chain over any devices in any order is better than the one that the search finds, for every policy, for
+    /// arbitrary links, and with several devices per node. If no chain fits, the search finds none.
     #[test]
     fn no_chain_is_better(
         layer_bytes in prop::collection::vec(5_u64..15, 1..6),
@@ -162,10 +162,10 @@ proptest! {
         }
     }
 
-    /// What is mended leaves shards where they are as far as their devices are there, puts the others where there is
-    /// room, and finds a place wherever one shard has lost its own and any device has room for it.
+    /// A repair keeps the shards whose devices remain, and moves the others to devices with enough memory. It
+    /// succeeds if a single shard is lost and any remaining device has enough memory for it.
     #[test]
-    fn what_can_stay_stays(
+    fn a_repair_moves_only_lost_shards(
         devices in prop::collection::vec((20_u64..80, 1_u32..5), 2..5),
         gone in 0_usize..4,
     ) {
@@ -201,9 +201,9 @@ proptest! {
     }
 }
 
-/// R7.4: splits by hand go where they say, or are refused by what is wrong with them.
+/// R7.4: splits by hand are placed exactly as given, or are refused with an error that names the fault.
 #[test]
-fn splits_by_hand_are_taken_at_their_word() {
+fn splits_by_hand_are_placed_exactly() {
     let demand = demand(vec![10; 4], 0);
     let offers = of_nodes(&[(100, 1), (25, 2)]);
     let (a, b) = (offers[0].node, offers[1].node);
@@ -219,12 +219,12 @@ fn splits_by_hand_are_taken_at_their_word() {
     {
         assert_eq!(split(parts), Err(bad.clone()), "{parts:?}");
     }
-    assert!(matches!(split(&[(a, 0..1), (b, 1..4)]), Err(PlanError::DoesNotFit { .. })), "b has room for two");
+    assert!(matches!(split(&[(a, 0..1), (b, 1..4)]), Err(PlanError::DoesNotFit { .. })), "b has memory for two layers");
     assert!(matches!(split(&[(node(), 0..4)]), Err(PlanError::NoSuchNode { .. })));
 }
 
 #[test]
-fn splits_are_read_as_people_write_them() {
+fn splits_are_parsed_from_text() {
     let parsed: Split = "laptop:0-11, desktop:12-29,box:30".parse().expect("a split");
     let expected = [("laptop", 0..12), ("desktop", 12..30), ("box", 30..31)];
     assert_eq!(parsed.0, expected.map(|(name, layers)| (name.to_owned(), layers)));
@@ -233,9 +233,9 @@ fn splits_are_read_as_people_write_them() {
     }
 }
 
-/// A move pays by what its policy minimises, and by a margin.
+/// A move is worth its cost only if it improves the goal of the policy by a margin.
 #[test]
-fn a_move_pays_by_its_policy() {
+fn a_move_is_judged_by_its_policy() {
     let demand = demand(vec![10; 4], 0);
     let offers = of_nodes(&[(100, 10), (100, 12), (100, 40)]);
     let links = even_links(&offers, 1e-3);
@@ -251,7 +251,7 @@ fn a_move_pays_by_its_policy() {
     assert!(pays(&apart, &slow, Policy::FewestNodes) && !pays(&slow, &apart, Policy::FewestNodes));
 }
 
-/// Devices of a node each, with memory and speed.
+/// One device on each of several nodes, from pairs of memory and speed.
 fn of_nodes(devices: &[(u64, u32)]) -> Vec<Offer> {
     let offer = |&(free_bytes, speed): &(u64, u32)| Offer {
         node: node(),
@@ -267,7 +267,7 @@ fn even_links(offers: &[Offer], rtt_s: f64) -> Links {
     Links(pairs.map(|pair| (pair, Link { rtt_s, bytes_per_s: Some(1e3) })).collect())
 }
 
-/// Every way to put the layers on any of the devices in any order, as far as memory goes.
+/// All placements of the layers on any devices, in any order, that fit the memory.
 fn all_chains(demand: &Demand, offers: &[Offer]) -> Vec<Placement> {
     fn orders(left: Vec<&Offer>) -> Vec<Vec<&Offer>> {
         let mut all = vec![Vec::new()];
@@ -293,12 +293,12 @@ fn all_chains(demand: &Demand, offers: &[Offer]) -> Vec<Placement> {
     chains
 }
 
-/// What a policy minimises, and what decides between equals.
+/// The number that a policy minimises, and the number that breaks ties.
 fn worth(demand: &Demand, placement: &Placement, offers: &[Offer], links: &Links, policy: Policy) -> (f64, f64) {
     let total = token_seconds(demand, placement, offers, links);
     let speed = |stage: &Stage| {
         let is_its = |offer: &&Offer| (offer.node, &offer.device) == (stage.node, &stage.device);
-        offers.iter().find(is_its).expect("it is offered")
+        offers.iter().find(is_its).expect("the device is offered")
     };
     let nodes: BTreeSet<NodeId> = placement.stages.iter().map(|stage| stage.node).collect();
     let stages = placement.stages.iter().map(|stage| demand.seconds(&stage.layers, speed(stage)));

@@ -1,14 +1,14 @@
-//! Which waiting sequence begins, and from what.
+//! The admission of waiting sequences, and the cached prefixes from which they start.
 
 use super::prefix_cache::{PREFIX_TOKENS_MIN, common_tokens};
 use super::{Event, SamplerOperation, Scheduler, StepPlan};
 use exo_engines::engine::{Operation, PAGE_TOKENS, SeqId};
 
-/// Waiting sequences that are looked at for one that can be taken up, where the first ones wait for a beginning.
+/// How many waiting sequences are checked for one to admit while the first ones wait for a shared prefix.
 const LOOKED_AT_MAX: usize = 16;
 
 impl Scheduler {
-    /// Takes up waiting sequences, in order, while their tokens so far fit the free pages.
+    /// Admits waiting sequences, in order, while their tokens so far fit the free pages.
     pub(super) fn admit_waiting(&mut self, plan: &mut StepPlan) {
         let mut at = 0;
         while let Some(&seq) = self.waiting.get(at) {
@@ -30,8 +30,8 @@ impl Scheduler {
         }
     }
 
-    /// The sequence that has most of the beginning of `tokens` in the caches, and how many tokens of it are of use:
-    /// at least one is left to be computed.
+    /// The sequence that shares the longest prefix of `tokens` in the caches, and the usable length of that prefix,
+    /// which leaves at least one token to compute.
     fn donor(&self, tokens: &[u32]) -> Option<(SeqId, usize)> {
         let running = self.running.iter().filter_map(|&seq| {
             let sequence = self.sequences.get(&seq)?;
@@ -42,19 +42,19 @@ impl Scheduler {
         usable.filter(|&(_, common)| common >= PREFIX_TOKENS_MIN)
     }
 
-    /// Whether a running sequence will soon have much more of the beginning of `tokens` than the `found` tokens that
-    /// there are.
+    /// Whether a running sequence will soon have at least [`PREFIX_TOKENS_MIN`] more tokens of the prefix of `tokens`
+    /// in the caches than the `found` ones.
     fn is_being_computed(&self, tokens: &[u32], found: usize) -> bool {
         self.running.iter().filter_map(|seq| self.sequences.get(seq)).any(|sequence| {
-            // Most sequences part early: what they have in common already tells.
+            // Most sequences diverge early, so the comparison of all their tokens ends early.
             let soon = common_tokens(&sequence.tokens, tokens).min(tokens.len() - 1);
             sequence.sent < soon && soon >= found + PREFIX_TOKENS_MIN
         })
     }
 
-    /// Makes room for a sequence of `length` tokens and its next one (else it would be the first to give way again)
-    /// that forks from `donor`. Gives the donor that is left; `None` where there is no room.
-    #[allow(clippy::option_option)] // No room, and room without a donor.
+    /// Frees pages for a sequence that forks from `donor`: for `length` tokens and the next one, because the sequence
+    /// would otherwise be preempted first. Returns the donor if it remains; the outer `None` means too few pages.
+    #[allow(clippy::option_option)] // No pages differs from pages without a donor.
     fn reserve_pages(
         &mut self,
         length: usize,
@@ -66,7 +66,7 @@ impl Scheduler {
         if self.free_pages(whole - shared, donor.map(|(seq, _)| seq), plan) {
             return Some(donor);
         }
-        // The donor's own pages are the last that can be had.
+        // The donor's own pages are evicted last.
         self.free_pages(whole, None, plan).then_some(None)
     }
 
@@ -77,7 +77,7 @@ impl Scheduler {
         let mut cached_tokens = 0;
         if let Some((from, length)) = donor {
             let operation = Operation::Fork { from, to: seq, length_tokens: length as u32 };
-            // The donor is there, and the sequence is not.
+            // The page table has the donor, and does not have the new sequence.
             if self.pages.apply(operation).is_ok() {
                 plan.operations.push(operation);
                 self.prefix_cache.touch(from);
@@ -91,7 +91,7 @@ impl Scheduler {
         }
     }
 
-    /// Pages that running sequences will still take for tokens that they have.
+    /// Pages that running sequences still need for the tokens that they have.
     fn promised(&self) -> u32 {
         let needed = |seq: &SeqId| {
             let rows = self.sequences.get(seq).map_or(0, |sequence| sequence.tokens.len() - sequence.sent);

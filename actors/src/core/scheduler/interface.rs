@@ -1,50 +1,64 @@
-//! What goes into a schedule and what comes out.
+//! The inputs and outputs of the scheduler.
 
 use exo_engines::engine::{Operation, Row, SeqId};
 use exo_engines::sampler::{SampleError, Sampled, SamplerSpec};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
-/// Bounds of a schedule.
+/// Limits of the scheduler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Pages of each shard's cache.
     pub pages: u32,
-    /// Tokens of one sequence, prompt and answer.
+    /// Tokens of one sequence at most, prompt and answer.
     pub context_tokens: u32,
-    /// Tokens below this number are the model's.
+    /// The number of the model's tokens; valid ids are below it.
     pub vocabulary: u32,
-    /// Steps in flight: as many as there are stages.
+    /// Steps in flight at most: the number of stages.
     pub steps_in_flight: usize,
-    /// Sequences that decode together.
+    /// Running sequences at most.
     pub running: usize,
-    /// Rows of a step that nobody waits behind.
+    /// Rows of a step at most while no other sequence decodes.
     pub rows_alone: usize,
-    /// Rows of a step while other sequences decode: what a long prompt may hold them up by.
+    /// Rows of a step at most while other sequences decode: limits the delay that a long prompt causes them.
     pub rows_shared: usize,
 }
 
 /// A request to generate.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
+    /// The sequence.
     pub seq: SeqId,
-    /// Parameters and prompt, and tokens that were generated before where a request is resumed.
+    /// Parameters and prompt, and for a resumed request the tokens generated before.
     pub sampler: SamplerSpec,
     /// Tokens to generate at most.
     pub max_tokens: u32,
-    /// Tokens that end the answer; they are not part of it.
+    /// Tokens that end the answer, which does not contain them.
     pub ends: BTreeSet<u32>,
 }
 
-/// Why a request was not taken.
+/// Why a request was not admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum AdmitError {
+    /// The prompt has no tokens.
     #[error("the prompt is empty")]
     EmptyPrompt,
+    /// The prompt leaves no space for an answer.
     #[error("the prompt has {prompt_tokens} tokens, and the context {context_tokens}: at least one must be left")]
-    TooLong { prompt_tokens: usize, context_tokens: u32 },
-    #[error("token {token} is not one of the model's {vocabulary}")]
-    NoSuchToken { token: u32, vocabulary: u32 },
+    TooLong {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens of the context, or of the whole cache if that is smaller.
+        context_tokens: u32,
+    },
+    /// A token is outside the model's vocabulary.
+    #[error("token {token} is not one of the model's {vocabulary} tokens")]
+    NoSuchToken {
+        /// The token id.
+        token: u32,
+        /// The number of the model's tokens.
+        vocabulary: u32,
+    },
 }
 
 /// Why an answer ended.
@@ -53,42 +67,75 @@ pub enum AdmitError {
 pub enum FinishReason {
     /// The model ended it.
     Stop,
-    /// `max_tokens`, or the context, is full.
+    /// The answer reached `max_tokens`, or the context is full.
     Length,
 }
 
-/// A change of the samplers beside the last shard, in band with the step that needs it.
+/// A change of the samplers at the last shard, sent with the step that needs it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum SamplerOperation {
-    Open { seq: SeqId, spec: SamplerSpec },
-    Close { seq: SeqId },
+    /// Creates the sampler of a sequence.
+    Open {
+        /// The sequence.
+        seq: SeqId,
+        /// The sampler's parameters, prompt and generated tokens.
+        spec: SamplerSpec,
+    },
+    /// Drops the sampler of a sequence.
+    Close {
+        /// The sequence.
+        seq: SeqId,
+    },
 }
 
-/// What goes into the pipeline next.
+/// The next step for the pipeline.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepPlan {
+    /// Forks and releases of pages, applied before the rows.
     pub operations: Vec<Operation>,
+    /// Changes of the samplers.
     pub samplers: Vec<SamplerOperation>,
+    /// The rows to compute.
     pub rows: Vec<Row>,
-    /// One for each row.
+    /// The token of each row.
     pub tokens: Vec<u32>,
 }
 
-/// Something to tell a client.
+/// An event for the client of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// Its prompt is being computed now, but for the first tokens, which had been computed for others.
-    Admitted { seq: SeqId, cached_tokens: usize },
+    /// The request was admitted: its prompt is computed, except for a cached prefix.
+    Admitted {
+        /// The sequence.
+        seq: SeqId,
+        /// Tokens of the prompt found in the caches.
+        cached_tokens: usize,
+    },
     /// The next token of the answer.
-    Token { seq: SeqId, sampled: Sampled },
-    /// No more tokens come.
-    Finished { seq: SeqId, reason: FinishReason },
-    /// No token can be drawn any more.
-    Failed { seq: SeqId, error: SampleError },
+    Token {
+        /// The sequence.
+        seq: SeqId,
+        /// The token.
+        sampled: Sampled,
+    },
+    /// The answer is complete.
+    Finished {
+        /// The sequence.
+        seq: SeqId,
+        /// Why it ended.
+        reason: FinishReason,
+    },
+    /// The answer ends because no valid token was drawn.
+    Failed {
+        /// The sequence.
+        seq: SeqId,
+        /// Why.
+        error: SampleError,
+    },
 }
 
 impl Event {
-    /// Whose client is to be told.
+    /// The sequence of the event.
     pub fn seq(&self) -> SeqId {
         match self {
             Self::Admitted { seq, .. }

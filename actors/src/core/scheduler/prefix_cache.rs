@@ -1,15 +1,15 @@
-//! Sequences that are over, and whose pages stay: a prompt that begins as one of them did is computed from where they
-//! part.
+//! Finished sequences whose pages stay in the caches: a prompt that shares a prefix with one is computed only from
+//! where the two diverge.
 
 use exo_engines::engine::{PAGE_TOKENS, SeqId};
 use std::collections::VecDeque;
 
-/// Sequences that are kept at most: each is compared with every prompt that is taken up.
+/// The limit on cached sequences: each is compared with every prompt at admission.
 const CACHED_SEQUENCES_MAX: usize = 64;
-/// Shorter beginnings are computed sooner than they are found.
+/// The shortest cached prefix: computing a shorter one is faster than finding it.
 pub(super) const PREFIX_TOKENS_MIN: usize = PAGE_TOKENS as usize;
 
-/// Kept sequences, the one that was used longest ago first.
+/// The cached sequences, least recently used first.
 #[derive(Debug, Default)]
 pub(super) struct PrefixCache {
     entries: VecDeque<CachedSequence>,
@@ -18,21 +18,21 @@ pub(super) struct PrefixCache {
 #[derive(Debug)]
 struct CachedSequence {
     seq: SeqId,
-    /// As many as are in the caches.
+    /// The sequence's tokens that are in the caches.
     tokens: Vec<u32>,
 }
 
-/// Tokens that two sequences have in common from the start.
+/// The length of the common prefix of two sequences, in tokens.
 pub(super) fn common_tokens(a: &[u32], b: &[u32]) -> usize {
-    // Whole pages at a time: equal slices are compared much faster than single tokens.
+    // Whole pages are compared first: equal slices compare much faster than single tokens.
     let pages = a.chunks_exact(PREFIX_TOKENS_MIN).zip(b.chunks_exact(PREFIX_TOKENS_MIN));
     let start = pages.take_while(|(a, b)| a == b).count() * PREFIX_TOKENS_MIN;
     start + a[start..].iter().zip(&b[start..]).take_while(|(a, b)| a == b).count()
 }
 
 impl PrefixCache {
-    /// Keeps a sequence. Gives those that need not be kept (any more): the others that it goes on from, the oldest
-    /// where there are too many, and itself where it is short or another goes on from it.
+    /// Caches a sequence, and returns the sequences to release: cached ones that are prefixes of it, and the least
+    /// recently used one if there are too many. If it is too short, or a prefix of a cached one, it is returned itself.
     #[must_use]
     pub(super) fn insert(&mut self, seq: SeqId, tokens: Vec<u32>) -> Vec<SeqId> {
         let is_known = self.entries.iter().any(|entry| entry.tokens.starts_with(&tokens));
@@ -54,13 +54,13 @@ impl PrefixCache {
         over
     }
 
-    /// The sequence that has most of the beginning of `tokens`, and how much of it.
+    /// The sequence that shares the longest prefix with `tokens`, and the length of that prefix in tokens.
     pub(super) fn best(&self, tokens: &[u32]) -> Option<(SeqId, usize)> {
         let found = self.entries.iter().map(|entry| (entry.seq, common_tokens(&entry.tokens, tokens)));
         found.max_by_key(|&(_, common)| common).filter(|&(_, common)| common > 0)
     }
 
-    /// `seq` was of use now.
+    /// Marks `seq` as used most recently.
     pub(super) fn touch(&mut self, seq: SeqId) {
         if let Some(at) = self.entries.iter().position(|entry| entry.seq == seq) {
             let entry = self.entries.remove(at);
@@ -68,7 +68,7 @@ impl PrefixCache {
         }
     }
 
-    /// Lets go of the sequence that was of use longest ago, but not of `except`.
+    /// Removes and returns the least recently used sequence other than `except`.
     #[must_use]
     pub(super) fn evict(&mut self, except: Option<SeqId>) -> Option<SeqId> {
         let at = self.entries.iter().position(|entry| Some(entry.seq) != except)?;
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_beginning_is_found() {
+    fn the_longest_prefix_is_found() {
         let mut cache = PrefixCache::default();
         assert!(cache.insert(SeqId(1), tokens(40, 7)).is_empty());
         assert!(cache.insert(SeqId(2), tokens(90, 7)).is_empty());
@@ -102,16 +102,16 @@ mod tests {
     }
 
     #[test]
-    fn what_another_goes_on_from_is_let_go() {
+    fn prefixes_of_other_sequences_are_released() {
         let mut cache = PrefixCache::default();
         assert_eq!(cache.insert(SeqId(1), tokens(10, 7)), [SeqId(1)], "too short");
         assert!(cache.insert(SeqId(2), (0..40).collect()).is_empty());
         assert_eq!(cache.insert(SeqId(3), (0..80).collect()), [SeqId(2)]);
-        assert_eq!(cache.insert(SeqId(4), (0..50).collect()), [SeqId(4)], "the third has it");
+        assert_eq!(cache.insert(SeqId(4), (0..50).collect()), [SeqId(4)], "the third sequence contains it");
     }
 
     #[test]
-    fn the_longest_unused_goes_first() {
+    fn the_least_recently_used_is_evicted_first() {
         let mut cache = PrefixCache::default();
         for seq in 1..=CACHED_SEQUENCES_MAX as u64 {
             assert!(cache.insert(SeqId(seq), tokens(40, 1000 + seq as u32)).is_empty());
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn common_tokens_are_counted_to_the_token() {
+    fn common_tokens_are_counted_exactly() {
         let a: Vec<u32> = (0..100).collect();
         for length in [0, 1, 31, 32, 33, 64, 99, 100] {
             let mut b = a[..length].to_vec();

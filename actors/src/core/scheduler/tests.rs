@@ -1,4 +1,4 @@
-//! Single decisions of the head; whole interleavings are simulated (`core/simulation/head.rs`).
+//! Single decisions of the scheduler. Whole interleavings are simulated in `core/tests/head.rs`.
 
 use super::*;
 
@@ -25,7 +25,8 @@ fn draw(scheduler: &mut Scheduler, plan: &StepPlan) {
     scheduler.handle_step_done(drawn.map(|row| (row.seq, Ok(sampled.clone()))).collect());
 }
 
-/// A long prompt does not stall a running stream: every step while it is computed has the stream's row, and few more.
+/// A long prompt does not stall a running stream: while it is computed, every step has the stream's row and at most 64
+/// rows.
 #[test]
 fn a_long_prompt_leaves_room_for_running_streams() {
     let mut scheduler = Scheduler::new(limits());
@@ -35,13 +36,13 @@ fn a_long_prompt_leaves_room_for_running_streams() {
     scheduler.handle_request(request(2, 900, 100)).expect("it fits");
     for _ in 0..14 {
         let plan = scheduler.poll_step().expect("a step");
-        assert!(plan.rows.iter().any(|row| row.seq == SeqId(1)), "the stream goes on");
+        assert!(plan.rows.iter().any(|row| row.seq == SeqId(1)), "the stream continues");
         assert!(plan.rows.len() <= 64);
         draw(&mut scheduler, &plan);
     }
 }
 
-/// A cancelled request computes nothing more, and its pages are there for whoever needs them.
+/// A cancelled request computes nothing more, and another request can use its pages.
 #[test]
 fn a_cancelled_request_gives_its_pages_to_the_next() {
     let mut scheduler = Scheduler::new(Limits { pages: 12, ..limits() });
@@ -62,9 +63,9 @@ fn events(scheduler: &mut Scheduler) -> Vec<Event> {
     std::iter::from_fn(|| scheduler.poll_event()).collect()
 }
 
-/// R6.4: what was computed for a request that is over is not computed again for one that begins as it did.
+/// R6.4: a prefix computed for a finished request is not computed again for a later request.
 #[test]
-fn a_prompt_goes_on_from_a_kept_one() {
+fn a_prompt_continues_from_a_cached_prefix() {
     let mut scheduler = Scheduler::new(limits());
     scheduler.handle_request(request(1, 200, 1)).expect("it fits");
     let plan = scheduler.poll_step().expect("a step");
@@ -78,7 +79,7 @@ fn a_prompt_goes_on_from_a_kept_one() {
     assert!(events(&mut scheduler).contains(&Event::Admitted { seq: SeqId(2), cached_tokens: 200 }));
 }
 
-/// Requests with one prompt, as n > 1 makes them, wait for the first, and then compute a row each.
+/// Requests with equal prompts, as n > 1 makes them, wait for the first request, and then compute one row each.
 #[test]
 fn equal_prompts_are_computed_once() {
     let mut scheduler = Scheduler::new(limits());
@@ -91,7 +92,7 @@ fn equal_prompts_are_computed_once() {
         rows.push(plan.rows.len());
         draw(&mut scheduler, &plan);
     }
-    assert_eq!(rows, [256, 144, 4], "the prompt in two chunks, then the first's token and three rows");
+    assert_eq!(rows, [256, 144, 4], "the prompt in two chunks, then one row for each of the four requests");
 }
 
 #[test]
@@ -102,9 +103,10 @@ fn a_prompt_that_can_never_run_is_refused() {
     assert!(scheduler.handle_request(request(1, 1023, 1)).is_ok());
 }
 
-/// Streams that decode are shared out over the stages: four over two stages go in twos, whenever they began.
+/// Decoding streams are divided evenly among the steps in flight: four streams over two stages form pairs, whenever
+/// they began.
 #[test]
-fn streams_are_shared_out_over_the_stages() {
+fn streams_are_divided_evenly_over_the_stages() {
     let mut scheduler = Scheduler::new(Limits { steps_in_flight: 2, ..limits() });
     let mut in_flight: VecDeque<StepPlan> = VecDeque::new();
     let mut sizes = Vec::new();
@@ -124,7 +126,7 @@ fn streams_are_shared_out_over_the_stages() {
     assert!(sizes[20..].iter().all(|&rows| rows == 2), "{sizes:?}");
 }
 
-/// The chunks of a prompt follow each other without waiting: as many are on their way as there are stages.
+/// The chunks of a prompt are sent without waiting for results: as many are in flight as there are stages.
 #[test]
 fn the_chunks_of_a_prompt_overlap_over_the_stages() {
     let mut scheduler = Scheduler::new(Limits { steps_in_flight: 3, ..limits() });
@@ -132,12 +134,12 @@ fn the_chunks_of_a_prompt_overlap_over_the_stages() {
     let chunks: Vec<StepPlan> = std::iter::from_fn(|| scheduler.poll_step()).collect();
     assert_eq!(chunks.iter().map(|plan| plan.rows.len()).collect::<Vec<_>>(), [256, 256, 188]);
     chunks.iter().for_each(|plan| draw(&mut scheduler, plan));
-    assert_eq!(scheduler.poll_step().map(|plan| plan.rows.len()), Some(1), "then it decodes");
+    assert_eq!(scheduler.poll_step().map(|plan| plan.rows.len()), Some(1), "then the sequence decodes");
 }
 
-/// A token that the model does not have never reaches its shards, whoever it comes from.
+/// A token outside the vocabulary never reaches the shards, whether it comes from a request or from a sampler.
 #[test]
-fn what_is_no_token_is_refused() {
+fn tokens_outside_the_vocabulary_are_refused() {
     let mut scheduler = Scheduler::new(limits());
     let mut strange = request(1, 4, 10);
     strange.sampler.generated = vec![7, 1000];
@@ -156,6 +158,6 @@ fn what_is_no_token_is_refused() {
     scheduler.handle_step_done(plan.rows.iter().filter(|row| row.wants_logits).map(drawn).collect());
     let told = events(&mut scheduler);
     assert!(told.iter().any(|event| matches!(event, Event::Failed { seq: SeqId(2), .. })), "{told:?}");
-    let plan = scheduler.poll_step().expect("the other goes on");
+    let plan = scheduler.poll_step().expect("the other sequence continues");
     assert!(plan.rows.iter().all(|row| row.seq == SeqId(3)) && plan.tokens == [5]);
 }

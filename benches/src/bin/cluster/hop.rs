@@ -1,4 +1,4 @@
-//! A row of activations from node to node and back, beside the same bytes on a plain stream of the same library.
+//! The round trip of a row of activations between two nodes, compared with the same bytes on a plain quinn stream.
 
 use anyhow::Context;
 use exo_net::{
@@ -11,15 +11,15 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// 16 KiB.
+/// The numbers of a row: 16 KiB of f32.
 const NUMBERS: usize = 4096;
 const HOPS: usize = 2000;
-/// As `exo-net` has it.
+/// The size of `exo-net`'s socket buffers.
 const SOCKET_BYTES: usize = 4 << 20;
-/// Of each round, not counted.
+/// The first hops of each round, which are not counted.
 const WARM_UP: usize = 200;
 
-/// Half of a way there and back: median and 99th percentile, in microseconds.
+/// One-way times (half a round trip): median and 99th percentile, in microseconds.
 struct Times {
     p50: f64,
     p99: f64,
@@ -63,8 +63,8 @@ fn network(
 
 async fn peer(events: &mut tokio::sync::mpsc::Receiver<NetworkEvent>) -> anyhow::Result<Box<Peer>> {
     loop {
-        match events.recv().await.context("the network has ended")? {
-            // Whoever drops it ends its connections.
+        match events.recv().await.context("the network has stopped")? {
+            // Dropping the peer closes its connections.
             NetworkEvent::PeerUp(peer) => return Ok(peer),
             NetworkEvent::PeerDown { .. } => {}
         }
@@ -88,28 +88,28 @@ fn fits(_: &u64, announced: Announced) -> Result<(), String> {
 
 async fn receiver(data: &DataConnection) -> anyhow::Result<LinkReceiver> {
     let mut stream = data.accept().await?;
-    stream.reader.receive::<u8>(|_, _| Ok(())).await?.context("a greeting")?;
+    stream.reader.receive::<u8>(|_, _| Ok(())).await?.context("the link closed before its greeting")?;
     Ok(LinkReceiver::new(stream))
 }
 
 async fn over_link() -> anyhow::Result<Vec<Duration>> {
     let secret = ClusterSecret::random()?;
     let (far, mut far_events) = network(&secret, Vec::new())?;
-    let address = far.address().context("an address")?;
+    let address = far.address().context("the network has no address")?;
     let (near, mut near_events) = network(&secret, vec![address])?;
     let (near_peer, far_peer) = (peer(&mut near_events).await?, peer(&mut far_events).await?);
     let (near_data, far_data) = (near_peer.data.clone(), far_peer.data.clone());
-    // As a node has it: links are served on the network's own thread.
+    // As in a node, links are served on the network's own thread.
     let (back, there) = (far_data.clone(), near_data.clone());
     far_data.spawn(async move {
         let Ok(from) = receiver(&back).await else { return };
         let Ok(to) = back.open_link(&0u8).await else { return };
-        // It ends with the connection.
+        // An error means that the connection has closed.
         let _ = pass_back(from, to).await;
     });
     let (done, result) = tokio::sync::oneshot::channel();
     near_data.spawn(async move {
-        // Whoever waits is there.
+        // The receiver waits below, so the send succeeds.
         let _ = done.send(ping(&there).await);
     });
     let mut took = result.await??;
@@ -127,14 +127,14 @@ async fn ping(data: &DataConnection) -> anyhow::Result<Vec<Duration>> {
     for hop in 0..HOPS as u64 {
         let begun = Instant::now();
         to.send(&hop, Payload::Numbers(&numbers, WireType::F32)).await?;
-        from.receive::<u64>(fits).await?.context("it came back")?;
+        from.receive::<u64>(fits).await?.context("the link closed before the row came back")?;
         took.push(begun.elapsed());
         from.taken().await?;
     }
     Ok(took)
 }
 
-/// With sockets as large as a node's.
+/// An endpoint whose socket buffers are as large as a node's.
 fn endpoint(any: SocketAddr, server: Option<quinn::ServerConfig>) -> anyhow::Result<quinn::Endpoint> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
     socket.set_recv_buffer_size(SOCKET_BYTES)?;
@@ -166,10 +166,10 @@ async fn over_stream() -> anyhow::Result<Vec<Duration>> {
     let (far, near) = (endpoint(any, Some(server))?, endpoint(any, None)?);
     let address = far.local_addr()?;
     let accepting = tokio::spawn(async move {
-        let connection = far.accept().await.context("a client")?.await?;
+        let connection = far.accept().await.context("no client connected")?.await?;
         let (mut to, mut from) = connection.accept_bi().await?;
         let mut bytes = vec![0; NUMBERS * 4];
-        // It ends with the connection.
+        // The loop ends when the connection closes.
         while from.read_exact(&mut bytes).await.is_ok() {
             to.write_all(&bytes).await?;
         }

@@ -1,4 +1,4 @@
-//! Decoding over two processes beside one, with a thread each; and how long a death is felt.
+//! Decoding over two processes compared with one, with a thread each, and the pause after the death of a process.
 
 use super::processes::{Process, cluster, shards, stream, throughput};
 use anyhow::Context;
@@ -6,7 +6,7 @@ use exo_actors::ModelSpec;
 use std::path::Path;
 use std::time::Duration;
 
-/// Tokens a second of one round.
+/// The rates of one round, in tokens per second.
 struct Round {
     one: f64,
     two: f64,
@@ -16,7 +16,7 @@ struct Round {
 }
 
 impl Round {
-    /// What runs is measured in turns, there and back: what else the machine does meanwhile is shared fairly.
+    /// Measures each run twice, in order and in reverse order, so that other load of the machine affects all alike.
     fn measure(alone: &Process, pair: &Process, [whole, split]: [&ModelSpec; 2], tokens: u32) -> anyhow::Result<Self> {
         let runs = [(alone, whole, 1), (pair, split, 1), (alone, whole, 4), (pair, split, 4), (alone, whole, 2)];
         let mut rates = [0.0; 5];
@@ -28,7 +28,7 @@ impl Round {
         Ok(Self { one, two, four, one_of_pair, four_of_pair })
     }
 
-    /// What two half-batches at once would give beside a whole one: a step of a batch takes batch / throughput.
+    /// The speed of two concurrent half-batches over that of a whole batch: a step of a batch takes batch / throughput.
     fn limit(&self) -> f64 {
         (4.0 / self.four) / (2.0 / self.two)
     }
@@ -62,14 +62,14 @@ pub(crate) fn bench(exo_node: &Path, model: &str, tokens: u32, repeat: usize) ->
     Ok(())
 }
 
-/// From the death of a process with a third of the layers to the next token, beside what is between tokens else.
+/// Kills a process with a third of the layers, and measures the longest pause between tokens and the usual one.
 pub(crate) fn recovery(exo_node: &Path, model: &str, tokens: u32, repeat: usize) -> anyhow::Result<()> {
     let (mut pauses, mut usual) = (Vec::new(), Vec::new());
     for _ in 0..repeat {
         let mut processes = cluster(exo_node, 3)?;
         let split = shards(model, 3);
         stream(&processes[0], &split, 1)?;
-        let mut last = processes.pop().context("three processes")?;
+        let mut last = processes.pop().context("the cluster has no process")?;
         let asked = &processes[0];
         let times = std::thread::scope(|scope| {
             let streaming = scope.spawn(|| stream(asked, &split, tokens));
@@ -79,13 +79,13 @@ pub(crate) fn recovery(exo_node: &Path, model: &str, tokens: u32, repeat: usize)
         })?;
         let mut gaps: Vec<f64> = times.windows(2).map(|pair| pair[1].duration_since(pair[0]).as_secs_f64()).collect();
         gaps.sort_by(f64::total_cmp);
-        pauses.push(*gaps.last().context("tokens")?);
+        pauses.push(*gaps.last().context("fewer than two tokens came")?);
         usual.push(gaps[gaps.len() / 2]);
     }
     let (longest, pause, usual) =
         (pauses.iter().copied().fold(0.0, f64::max), crate::median(pauses.clone()), crate::median(usual));
     println!(
-        "a process dies: {pause:.2} s to the next token, {longest:.2} s at most; {:.1} ms between tokens else",
+        "a process dies: {pause:.2} s to the next token, {longest:.2} s at most; {:.1} ms between tokens otherwise",
         usual * 1e3
     );
     Ok(())

@@ -1,4 +1,4 @@
-//! Planning, beside the hundred milliseconds that nobody notices.
+//! The time to plan a placement, compared with a limit of 100 ms, which users do not notice.
 
 use exo_actors::NodeId;
 use exo_actors::core::plan::{Demand, Link, Links, Offer, Policy, ShardCount, place};
@@ -23,7 +23,7 @@ pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
         ties_embeddings: false,
         row_bytes: 16 << 10,
     };
-    // No device holds more than a few layers, and no two are alike: the search has much to compare.
+    // Each device holds only a few layers, and no two devices are alike: the search has much to compare.
     let offer = |(index, &node): (usize, &NodeId)| Offer {
         node,
         device: DeviceId("gpu:0".to_owned()),
@@ -43,7 +43,7 @@ pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
             .map(|_| {
                 let begun = Instant::now();
                 let placement = place(&demand, &offers, &links, &ShardCount::Automatic, policy);
-                assert!(placement.is_ok(), "it fits");
+                assert!(placement.is_ok(), "the model fits");
                 begun.elapsed().as_secs_f64() * 1e3
             })
             .collect();

@@ -1,4 +1,4 @@
-//! Processes of one thread each, and streams of tokens from them.
+//! Node processes of one thread each, and token streams from them.
 
 use anyhow::{Context, ensure};
 use exo_actors::core::plan::Policy;
@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// A running node; it is killed when this is dropped.
+/// A running node, killed on drop.
 pub(crate) struct Process {
     child: Child,
     address: String,
@@ -18,7 +18,7 @@ pub(crate) struct Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // One that has died needs no end.
+        // A process that has ended already needs no kill.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -34,11 +34,11 @@ impl Process {
             command.args(["--join", token]);
         }
         let mut child = command.env("EXO_LOG", "off").stderr(Stdio::piped()).spawn()?;
-        let mut lines = BufReader::new(child.stderr.take().context("it is piped")?).lines();
+        let mut lines = BufReader::new(child.stderr.take().context("stderr is not piped")?).lines();
         let address =
             lines.find_map(|line| Some(line.ok()?.strip_prefix("API on http://")?.strip_suffix("/v1")?.to_owned()));
         std::thread::spawn(move || lines.for_each(drop));
-        Ok(Self { child, address: address.context("the node says where its API is")?, folder })
+        Ok(Self { child, address: address.context("the node printed no API address")?, folder })
     }
 
     pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
@@ -56,11 +56,11 @@ impl Process {
     }
 
     pub(crate) fn resident_bytes(&self, exo_node: &Path) -> anyhow::Result<u64> {
-        self.state(exo_node)?["machine"]["process_bytes"].as_u64().context("it is measured")
+        self.state(exo_node)?["machine"]["process_bytes"].as_u64().context("the node reports no memory")
     }
 }
 
-/// So many processes that are one cluster: a, b, c.
+/// Starts one cluster of `count` processes, at most three (a, b, c), and waits until all are connected.
 pub(crate) fn cluster(exo_node: &Path, count: usize) -> anyhow::Result<Vec<Process>> {
     let mut processes = vec![Process::up(exo_node, "a", None)?];
     let token = Command::new(exo_node).args(["token", "--data-dir"]).arg(processes[0].folder.path()).output()?;
@@ -71,19 +71,19 @@ pub(crate) fn cluster(exo_node: &Path, count: usize) -> anyhow::Result<Vec<Proce
     let begun = Instant::now();
     for process in &processes {
         while process.members(exo_node)? + 1 < count {
-            ensure!(begun.elapsed() < Duration::from_secs(30), "the processes did not meet");
+            ensure!(begun.elapsed() < Duration::from_secs(30), "the processes did not connect within 30 s");
             std::thread::sleep(Duration::from_millis(100));
         }
     }
     Ok(processes)
 }
 
-/// A model in so many shards, as even as they can be.
+/// The model in `count` shards, as even as possible.
 pub(crate) fn shards(model: &str, count: usize) -> ModelSpec {
     ModelSpec { shards: Some(count), policy: Policy::Throughput, ..ModelSpec::new(model) }
 }
 
-/// When each token came.
+/// Streams an answer, and returns the time at which each token came.
 pub(crate) fn stream(process: &Process, model: &ModelSpec, tokens: u32) -> anyhow::Result<Vec<Instant>> {
     let request = GenerateRequest {
         model: model.clone(),
@@ -111,7 +111,7 @@ pub(crate) fn stream(process: &Process, model: &ModelSpec, tokens: u32) -> anyho
     Ok(times)
 }
 
-/// Tokens a second of so many streams at once, from when all have begun to when the first ends.
+/// The tokens per second of concurrent streams, from the time when all have begun until the first ends.
 pub(crate) fn throughput(process: &Process, model: &ModelSpec, tokens: u32, streams: usize) -> anyhow::Result<f64> {
     let times = std::thread::scope(|scope| {
         let running: Vec<_> = (0..streams).map(|_| scope.spawn(|| stream(process, model, tokens))).collect();
@@ -120,8 +120,8 @@ pub(crate) fn throughput(process: &Process, model: &ModelSpec, tokens: u32, stre
             .map(|run| run.join().map_err(|_| anyhow::anyhow!("a stream failed"))?)
             .collect::<anyhow::Result<Vec<_>>>()
     })?;
-    let begun = times.iter().filter_map(|times| times.first()).max().context("tokens")?;
-    let ended = times.iter().filter_map(|times| times.last()).min().context("tokens")?;
+    let begun = times.iter().filter_map(|times| times.first()).max().context("no stream began")?;
+    let ended = times.iter().filter_map(|times| times.last()).min().context("no stream ended")?;
     let between = times.iter().flatten().filter(|&time| time > begun && time <= ended).count();
     Ok(between as f64 / ended.duration_since(*begun).as_secs_f64())
 }

@@ -1,14 +1,14 @@
-//! Memory under load: three processes answer for minutes, four at a time, and are as large at the end as soon after the
-//! beginning.
+//! Memory under load: three processes answer four concurrent streams for minutes, and their memory at the end is
+//! compared with that soon after the start.
 
 use super::processes::{cluster, shards, stream};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Answers that run at once.
+/// The number of concurrent streams.
 const STREAMS: usize = 4;
-/// By then caches and allocators are as full as they get.
+/// The time after which caches and allocators grow no more.
 const SETTLED: Duration = Duration::from_secs(60);
 
 pub(crate) fn bench(exo_node: &Path, model: &str, tokens: u32, seconds: u64) -> anyhow::Result<()> {

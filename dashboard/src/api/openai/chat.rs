@@ -6,7 +6,7 @@ use super::tools;
 use crate::api::ApiError;
 use crate::api::body::{FromBody, read_json};
 use crate::api::context::ApiContext;
-use crate::api::reasoning::{Parts, Splitter};
+use crate::api::reasoning::{SplitText, Splitter};
 use exo_actors::{Conversation, Message, Prompt, Role, RunningModel, ToolCall};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -165,14 +165,14 @@ impl ChatRequest {
 pub(super) struct Chat {
     has_tools: bool,
     wants_logprobs: bool,
-    choices: Vec<Choice>,
+    choices: Vec<ChatChoice>,
 }
 
 /// One answer, as received so far.
 #[derive(Debug, Default)]
-struct Choice {
+struct ChatChoice {
     splitter: Splitter,
-    parts: Parts,
+    parts: SplitText,
     logprobs: Vec<Value>,
     /// Words that are held back until the answer's end, because they may be tool calls.
     held: String,
@@ -188,7 +188,8 @@ impl Shape for Chat {
             true => Splitter::within_thought(),
             false => Splitter::default(),
         };
-        self.choices = (0..answers.count()).map(|_| Choice { splitter: splitter(), ..Choice::default() }).collect();
+        self.choices =
+            (0..answers.count()).map(|_| ChatChoice { splitter: splitter(), ..ChatChoice::default() }).collect();
     }
 
     fn first_chunk(&mut self, index: usize) -> Option<Value> {
@@ -237,7 +238,7 @@ impl Shape for Chat {
     }
 
     fn choice(&mut self, answer: &FinishedAnswer) -> Value {
-        let Choice { parts, logprobs, .. } = std::mem::take(&mut self.choices[answer.index]);
+        let ChatChoice { parts, logprobs, .. } = std::mem::take(&mut self.choices[answer.index]);
         let (words, calls) = if self.has_tools { tools::parse(&parts.words) } else { (parts.words, Vec::new()) };
         let content = if words.is_empty() && !calls.is_empty() { Value::Null } else { Value::from(words) };
         let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
@@ -255,7 +256,7 @@ impl Shape for Chat {
 }
 
 impl Chat {
-    fn take(&mut self, piece: &Piece, model: &RunningModel) -> Parts {
+    fn take(&mut self, piece: &Piece, model: &RunningModel) -> SplitText {
         let choice = &mut self.choices[piece.index];
         if let Some(sampled) = piece.sampled.as_ref().filter(|_| self.wants_logprobs) {
             let entry = |id: u32, logprob: f32| {

@@ -104,11 +104,11 @@ impl CompletionRequest {
 #[derive(Debug)]
 pub(super) struct Completions {
     wants_logprobs: bool,
-    choices: Vec<Choice>,
+    choices: Vec<CompletionChoice>,
 }
 
 #[derive(Debug, Default)]
-struct Choice {
+struct CompletionChoice {
     text: String,
     logprobs: Logprobs,
     /// The number of characters of all tokens so far.
@@ -130,7 +130,7 @@ impl Shape for Completions {
     const ID: &'static str = "cmpl";
 
     fn begin(&mut self, answers: &Answers) {
-        self.choices = (0..answers.count()).map(|_| Choice::default()).collect();
+        self.choices = (0..answers.count()).map(|_| CompletionChoice::default()).collect();
     }
 
     fn first_chunk(&mut self, _: usize) -> Option<Value> {
@@ -164,7 +164,7 @@ impl Shape for Completions {
 impl Completions {
     fn take(&mut self, piece: &Piece, model: &RunningModel) {
         let Some(sampled) = piece.sampled.as_ref().filter(|_| self.wants_logprobs) else { return };
-        let Choice { logprobs, offset, .. } = &mut self.choices[piece.index];
+        let CompletionChoice { logprobs, offset, .. } = &mut self.choices[piece.index];
         let name = |id: u32| String::from_utf8_lossy(model.token_bytes(id)).into_owned();
         let token = name(sampled.token);
         logprobs.text_offset.push(*offset);

@@ -1,6 +1,6 @@
 //! Sequential reading of a GGUF header.
 
-use super::{List, Place, Value};
+use super::{List, Value, ValuePosition};
 use crate::format::tensor::length_bytes;
 use crate::format::{ElementType, FormatError, Mapped};
 use std::collections::BTreeMap;
@@ -77,11 +77,11 @@ impl<'a> Cursor<'a> {
     }
 
     /// Records the position of each of `pairs` key-value pairs, and checks each value.
-    pub(super) fn metadata(&mut self, pairs: u64) -> Result<BTreeMap<String, Place>, FormatError> {
+    pub(super) fn metadata(&mut self, pairs: u64) -> Result<BTreeMap<String, ValuePosition>, FormatError> {
         let mut metadata = BTreeMap::new();
         for _ in 0..pairs {
             let key = self.text("a metadata key", NAME_BYTES_MAX)?;
-            let place = Place { kind: self.u32(key)?, at: self.at };
+            let place = ValuePosition { kind: self.u32(key)?, at: self.at };
             if let Value::List(mut list) = self.value(place.kind, key)? {
                 list.walk(key)?;
                 self.at = list.end();
