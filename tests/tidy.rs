@@ -50,8 +50,8 @@ fn crates_import_downwards_only() {
     forbid("dashboard/src", &["exo_engines", "exo_net", "ractor", "exo::"]);
 }
 
-/// The modules of a floor plan, from the lowest up: none names one that stands above it, nor does a module stand outside
-/// the plan. A module is a file and the folder of the same name.
+/// The modules of a floor plan, from the lowest up: none names one that stands above it, nor does a module stand
+/// outside the plan. A module is a file and the folder of the same name.
 fn modules_import_downwards(folder: &str, path: &str, modules: &[&str]) {
     for (file, line) in code(folder) {
         let inner = file.strip_prefix(root().join(folder)).expect("a file of the folder");
@@ -165,6 +165,51 @@ fn no_module_is_a_collection_of_leftovers() {
         for file in rust_files(&root().join(folder)) {
             let stem = file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
             assert!(!["common", "utils", "util", "types", "helpers", "misc"].contains(&stem), "{}", file.display());
+        }
+    }
+}
+
+/// Requirements that tests name as `R1.4`, `R7.1–R7.5` or `R4.4, R4.5`: those that `text` holds, as they stand there.
+fn requirements(text: &str) -> Vec<&str> {
+    let is_row = |word: &str| {
+        let bytes = word.as_bytes();
+        bytes.len() >= 4
+            && bytes[0] == b'R'
+            && bytes[1].is_ascii_digit()
+            && bytes[2] == b'.'
+            && bytes[3].is_ascii_digit()
+    };
+    let words = text.split([' ', ',', ':', ';', '(', ')', '`', '|', '\n']);
+    words.map(|word| word.trim_end_matches('.')).filter(|word| is_row(word)).collect()
+}
+
+/// A tag in a test's doc is a row, or a range of rows, of docs/requirements.md.
+#[test]
+fn tests_name_requirements_that_exist() {
+    let table = std::fs::read_to_string(root().join("docs/requirements.md")).expect("readable");
+    let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| R")).flat_map(requirements).collect();
+    let mut named = 0;
+    for folder in ["actors", "dashboard", "engines", "net", "src", "tests/system"] {
+        for file in rust_files(&root().join(folder)) {
+            let text = std::fs::read_to_string(&file).expect("readable");
+            for tag in text.lines().filter(|line| line.trim_start().starts_with("//")).flat_map(requirements) {
+                assert!(rows.contains(&tag), "{}: docs/requirements.md has no row `{tag}`", file.display());
+                named += 1;
+            }
+        }
+    }
+    assert!(named > 50, "tests name the requirements that they prove");
+}
+
+#[test]
+fn comments_wrap_at_120_columns() {
+    for folder in ["src", "actors", "benches", "dashboard", "engines", "net", "tests", "examples"] {
+        for file in rust_files(&root().join(folder)) {
+            let text = std::fs::read_to_string(&file).expect("readable");
+            for (index, line) in text.lines().enumerate().filter(|(_, line)| line.trim_start().starts_with("//")) {
+                let columns = line.chars().count();
+                assert!(columns <= 120, "{}:{}: {columns} columns", file.display(), index + 1);
+            }
         }
     }
 }

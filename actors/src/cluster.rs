@@ -15,20 +15,21 @@
 mod evicted;
 mod probe;
 mod sessions;
+mod streams;
 
 pub use evicted::Evicted;
 
 use crate::core::members::MemberReport;
 use crate::core::plan::Link;
-use crate::gateway::{GatewayMsg, RemoteRequest};
-use crate::models::{ModelsMsg, ModelsRef};
+use crate::gateway::GatewayMsg;
+use crate::models::ModelsRef;
 use crate::planner::{PlannerMsg, PlannerRef};
 use crate::transport::callback::EventCallback;
 use crate::transport::control::{Control, ControlArgs, ControlMsg, ReceivedMessage, Senders};
-use crate::transport::protocol::{ControlMessage, DataHello};
+use crate::transport::protocol::ControlMessage;
 use crate::transport::router::{PeerChannel, Router};
-use crate::worker::links::{self, LinkRegistry};
-use exo_net::{DataConnection, DataStream, Network, NetworkEvent, NodeId, Outbox, Peer, SenderToken};
+use crate::worker::links::LinkRegistry;
+use exo_net::{DataConnection, Network, NetworkEvent, NodeId, Outbox, Peer, SenderToken};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::{NodeServerMessage, RactorMessage};
 use sessions::{SessionEvent, SessionRef};
@@ -41,19 +42,10 @@ pub(crate) type ClusterRef = ActorRef<ClusterMsg>;
 
 /// How often round-trip times are reported to the planner, and a due measurement of bandwidth is started.
 const TICK_EVERY: Duration = Duration::from_secs(1);
-/// The time from a peer's connection to the first measurement of its link: an earlier one would compete with the first
-/// messages.
-const PROBE_AFTER: Duration = Duration::from_secs(2);
-/// The time between two measurements of one link.
-const PROBE_EVERY: Duration = Duration::from_secs(600);
-/// A disturbed measurement is too low, so one measurement lowers the known bandwidth to no less than this factor of it.
-const DISTURBED: f64 = 0.7;
 /// The time from a peer's connection to its session.
 const SESSION_DEADLINE: Duration = Duration::from_secs(5);
 /// The most addresses of other nodes that are read from one report; further ones are ignored.
-const TOLD_MAX: usize = 256;
-/// The time from the opening of a stream to its first frame.
-const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+const REPORTED_PEERS_MAX: usize = 256;
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum ClusterMsg {
@@ -123,7 +115,7 @@ struct ConnectedPeer {
     /// When the last measurement of bandwidth began.
     probed: Option<Instant>,
     /// The addresses of other nodes in the peer's last report.
-    told: BTreeSet<SocketAddr>,
+    reported: BTreeSet<SocketAddr>,
 }
 
 #[derive(Debug)]
@@ -248,7 +240,7 @@ impl ClusterState {
             is_ready: false,
             bytes_per_s: None,
             probed: None,
-            told: BTreeSet::new(),
+            reported: BTreeSet::new(),
         };
         self.peers.insert(id, peer);
         let opened = NodeServerMessage::ConnectionOpenedExternal { stream: Box::new(control), is_server: !is_dialled };
@@ -273,7 +265,7 @@ impl ClusterState {
         self.senders.dismiss(peer.expected_token);
         self.router.disconnect(id);
         self.end_sessions(id);
-        let told = match peer.is_ready {
+        let reported = match peer.is_ready {
             true => {
                 tracing::warn!(peer = %id, reason, "peer lost");
                 PlannerMsg::NodeDown(id)
@@ -281,7 +273,7 @@ impl ClusterState {
             // The session was never ready, but the planner may have received reports of the peer.
             false => PlannerMsg::NodeMissed(id),
         };
-        let _ = self.planner.send_message(told);
+        let _ = self.planner.send_message(reported);
     }
 
     fn on_session(&mut self, event: SessionEvent) {
@@ -315,7 +307,7 @@ impl ClusterState {
         let (data, outbox) = (peer.data.clone(), peer.outbox.clone());
         let channel = PeerChannel { control, token: peer.sender_token, data, outbox };
         self.router.connect(id, channel);
-        let handlers = StreamHandlers {
+        let handlers = streams::StreamHandlers {
             link_registry: self.link_registry.clone(),
             gateway: self.gateway.clone(),
             models: self.models.clone(),
@@ -324,7 +316,7 @@ impl ClusterState {
         let accepting = data.clone();
         data.spawn(async move {
             while let Ok(stream) = accepting.accept().await {
-                accepting.spawn(serve(id, stream, handlers.clone()));
+                accepting.spawn(streams::serve(id, stream, handlers.clone()));
             }
         });
         if !self.evicted.nodes().is_empty() {
@@ -355,50 +347,25 @@ impl ClusterState {
         }
         if let ControlMessage::Report(report) = &mut received.message {
             report.name = exo_net::shown_name(&report.name);
-            self.hear_of_others(received.from, report);
+            self.note_reported_peers(received.from, report);
         }
         self.deliver.tell(received);
     }
 
     /// Dials the nodes that a peer reports, since they are members of the same cluster; newly reported ones at once.
-    fn hear_of_others(&mut self, from: NodeId, report: &MemberReport) {
+    fn note_reported_peers(&mut self, from: NodeId, report: &MemberReport) {
         let Some(peer) = self.peers.get_mut(&from) else { return };
-        let peers: BTreeSet<SocketAddr> = report.peers.iter().copied().take(TOLD_MAX).collect();
+        let peers: BTreeSet<SocketAddr> = report.peers.iter().copied().take(REPORTED_PEERS_MAX).collect();
         for &address in &report.addresses {
             self.network.add_address(address);
         }
         for &address in &peers {
-            match peer.told.contains(&address) {
+            match peer.reported.contains(&address) {
                 true => self.network.add_address(address),
                 false => self.network.add_sighting(address),
             }
         }
-        peer.told = peers;
-    }
-
-    fn on_probed(&mut self, id: NodeId, session: u64, bytes_per_s: f64) {
-        if let Some(peer) = self.peers.get_mut(&id).filter(|peer| peer.session == session) {
-            let known = peer.bytes_per_s.unwrap_or(0.0);
-            peer.bytes_per_s = Some(bytes_per_s.max(known * DISTURBED));
-        }
-    }
-
-    /// Measures the bandwidth of the link whose last measurement is the oldest, if it is due.
-    fn probe(&mut self, myself: &ClusterRef) {
-        let is_due = |peer: &ConnectedPeer| match peer.probed {
-            None => peer.since.elapsed() > PROBE_AFTER,
-            Some(probed) => probed.elapsed() > PROBE_EVERY,
-        };
-        let due = self.peers.iter_mut().filter(|(_, peer)| peer.is_ready && is_due(peer));
-        let Some((&id, peer)) = due.min_by_key(|(_, peer)| peer.probed) else { return };
-        peer.probed = Some(Instant::now());
-        let (data, session, cluster) = (peer.data.clone(), peer.session, myself.clone());
-        peer.data.spawn(async move {
-            if let Some(bytes_per_s) = probe::measure(&data).await {
-                // The cluster actor may have stopped.
-                let _ = cluster.send_message(ClusterMsg::Probed { id, session, bytes_per_s });
-            }
-        });
+        peer.reported = peers;
     }
 
     fn on_tick(&mut self, myself: &ClusterRef) {
@@ -414,40 +381,5 @@ impl ClusterState {
             }
         }
         let _ = self.planner.send_message(PlannerMsg::LinksMeasured { links, peers });
-    }
-}
-
-/// The actors that handle peers' streams.
-#[derive(Debug, Clone)]
-struct StreamHandlers {
-    link_registry: LinkRegistry,
-    gateway: ActorRef<GatewayMsg>,
-    models: ModelsRef,
-}
-
-/// Reads the purpose of a peer's stream from its first frame, and passes the stream to the actor that handles it.
-async fn serve(from: NodeId, mut stream: DataStream, handlers: StreamHandlers) {
-    let first = stream.reader.receive::<DataHello>(|_, announced| match announced {
-        exo_net::Announced::Nothing => Ok(()),
-        _ => Err("the first frame of the stream has a payload".to_owned()),
-    });
-    match tokio::time::timeout(HELLO_DEADLINE, first).await {
-        Ok(Ok(Some((DataHello::Link(hello), _)))) => links::serve(handlers.link_registry, from, hello, stream).await,
-        Ok(Ok(Some((DataHello::Request { instance, request }, _)))) => {
-            // If the gateway has stopped, the node stops, too.
-            let _ = handlers
-                .gateway
-                .send_message(GatewayMsg::Serve { request: RemoteRequest { from, instance, request }, stream });
-        }
-        Ok(Ok(Some((DataHello::Weights(request), _)))) => {
-            drop(handlers.models.send_message(ModelsMsg::Serve { request, stream }));
-        }
-        Ok(Ok(Some((DataHello::Probe, _)))) => probe::serve(stream).await,
-        Ok(Ok(None)) => {}
-        Ok(Err(error)) => {
-            tracing::info!(peer = %from, %error, "refused a peer's stream");
-            stream.give_up();
-        }
-        Err(_) => stream.give_up(),
     }
 }

@@ -7,7 +7,8 @@
 //! - supervised by: the node.
 //!
 //! ```text
-//! GatewayHandle::generate ─permit─► RequestTask: planner (which head?) ─► tokenizer ─► head ─events─► Answer ─► Generation
+//! GatewayHandle::generate ─permit─► RequestTask: planner (which head?) ─► tokenizer ─► head ─events─► Answer ─►
+//! Generation
 //! ```
 //! Each request is a task of its own from its admission to its end. The task keeps a journal of the tokens that were
 //! sent to the client: when a head is lost or moves, the task continues from the journal with the next head.

@@ -1,14 +1,15 @@
 //! Planner: decides which models run, and where.
 //!
-//! - owns: this node's copy of the desired deployments, the members' reports, the heads of this node, and the tokenizers of
-//!   the models that requests of this node use;
+//! - owns: this node's copy of the desired deployments, the members' reports, the heads of this node, and the
+//!   tokenizers of the models that requests of this node use;
 //! - receives: model requests, members' messages, reports of its heads, measurements of this machine and of links;
 //! - emits: placements, as entries of the desired list that every member receives; heads; facts;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
 //! ```text
-//! Ensure ─► pending (headers, tokenizer) ─Want─► core/leader (on the leader: place, repair, unload) ─► Desired ─► owned (heads)
+//! Ensure ─► pending (headers, tokenizer) ─Want─► core/leader (on the leader: place, repair, unload) ─► Desired ─►
+//! owned (heads)
 //! ```
 //! The member with the lowest id leads, among those that are not draining. The leader writes the desired list; only the
 //! failure of a head is written by the head's own node. Every member receives the list, and the next leader continues

@@ -1,7 +1,8 @@
 //! The port between actors and engines.
 //!
 //! ```text
-//! EngineFactory ─probe─► DeviceReport     ─open─► Engine ─load─► warm_up ─► forward(Step, Input) → Output, again and again
+//! EngineFactory ─probe─► DeviceReport     ─open─► Engine ─load─► warm_up ─► forward(Step, Input) → Output, again and
+//! again
 //! ```
 //! All message types are plain data, so an engine can run in another thread or another process.
 //! A [`Step`] carries operations on sequences, then the rows to compute, in order: batching, chunked prefill and replay

@@ -1,7 +1,7 @@
 //! Dial deduplication: a peer with several addresses is connected through one of them.
 //!
-//! A dial learns which peer it reached only from the handshake. A dial that reaches a peer that is already connected, or
-//! that another dial is connecting, ends there, before either side replaces the connection that it has.
+//! A dial learns which peer it reached only from the handshake. A dial that reaches a peer that is already connected,
+//! or that another dial is connecting, ends there, before either side replaces the connection that it has.
 
 use crate::identity::NodeId;
 use parking_lot::{Mutex, MutexGuard};

@@ -55,7 +55,7 @@ fn request_flags(error: &RequestError) -> Option<&'static str> {
             Some("leave --device out; `exo-node status` lists the devices")
         }
         RequestError::Admit(_) => Some("--context N"),
-        RequestError::NotClustered => Some("start the node without `--listen none`"),
+        RequestError::NotClustered => Some("leave `--listen none` out"),
         _ => None,
     }
 }

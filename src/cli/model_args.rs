@@ -79,8 +79,8 @@ impl ModelArguments {
     }
 }
 
-/// The name with a path made absolute, since a running node has a working directory of its own. A file name that is not in
-/// this working directory stays as it is: it may be in a models folder.
+/// The name with a path made absolute, since a running node has a working directory of its own. A file name that is not
+/// in this working directory stays as it is: it may be in a models folder.
 fn absolute(name: &str) -> String {
     if !ModelName::parse(&ModelSpec::new(name).model).is_path() {
         return name.to_owned();

@@ -24,7 +24,7 @@ fn shards_and_threads_change_no_bit() {
     assert!(layers.windows(2).all(|pair| pair[0][1] == pair[1][0]), "{layers:?}");
 }
 
-/// R4.4: stdout has the answer and nothing else; the summary goes to stderr.
+/// R4.4, R4.5: stdout has the answer and nothing else; the summary goes to stderr.
 #[test]
 fn stdout_has_the_answer_alone() {
     models();

@@ -1,6 +1,6 @@
 //! The HTTP API of a running node.
 
-use crate::node::Node;
+use crate::node::{Node, Setup};
 use crate::{SMOLLM2, exo, ids, json, models, output, stderr};
 use serde_json::{Value, json as object};
 use std::io::{BufRead, BufReader, Read};
@@ -34,7 +34,7 @@ fn the_official_client_is_served() {
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
-/// R8.3: a bad request gets the right status, and an error in OpenAI's format that names the bad value.
+/// R8.1–R8.5: a bad request gets the right status, and an error in OpenAI's format that names the bad value.
 #[test]
 fn mistakes_have_the_right_status() {
     models();
@@ -78,6 +78,36 @@ fn mistakes_have_the_right_status() {
     // The node still answers.
     assert_eq!(node.post("/v1/chat/completions", &chat(object!({ "max_tokens": 3 }))).status, 200);
     assert_eq!(node.get("/health").json()["status"], "ok");
+}
+
+/// R8.1–R8.5: over TCP a path is an unknown model, whether a file is there or not, unless the node was started with it.
+/// A folder of the working directory hides no name of the catalogue.
+#[test]
+fn paths_over_tcp_are_unknown_models() {
+    models();
+    let file = json(&["pull", SMOLLM2, "--json"])["path"].as_str().expect("a path").to_owned();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for name in ["sub", "given", "smollm2"] {
+        std::fs::create_dir(folder.path().join(name)).expect("a folder");
+        std::os::unix::fs::symlink(&file, folder.path().join(name).join("m.gguf")).expect("a link");
+    }
+    let setup = Setup { arguments: vec!["given/m.gguf".to_owned()], ..Setup::default() };
+    let node = Node::start(setup, folder);
+    let ask = |model: &str| {
+        let body = question("Hi", object!({ "model": model, "max_tokens": 2 }));
+        let answer = node.post("/v1/chat/completions", &body);
+        (answer.status, answer.body.replace(model, "MODEL"))
+    };
+    let unknown = ask("sub/none.gguf");
+    assert_eq!(unknown.0, 404, "{}", unknown.1);
+    let absolute = node.folder().join("sub/m.gguf").display().to_string();
+    for path in ["sub/m.gguf", "./sub/m.gguf", "./sub", "./smollm2", "../..", "~", "~/.cache", &file, &absolute] {
+        assert_eq!(ask(path), unknown, "{path}");
+    }
+    for name in ["given/m.gguf", SMOLLM2] {
+        let (status, body) = ask(name);
+        assert_eq!(status, 200, "{name}: {body}");
+    }
 }
 
 /// Requests from pages of other sites, with host names rebound to this machine, or without the key are refused.
@@ -193,7 +223,7 @@ fn a_shared_prefix_is_computed_once() {
     assert_eq!(undisturbed.json()["choices"][0], answer);
 }
 
-/// R6.4: three rounds of sixty-four concurrent streams: each stream is answered, and memory does not grow.
+/// R6.1–R6.5: three rounds of sixty-four concurrent streams: each stream is answered, and memory does not grow.
 #[test]
 fn sixty_four_streams_leave_memory_flat() {
     models();

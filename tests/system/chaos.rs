@@ -135,7 +135,7 @@ fn run(cluster: &mut Cluster, lan: Option<&Lan>, seed: u64, expected: &[(Vec<Str
     clients.iter().any(|(_, _, split)| names_victim(split))
 }
 
-/// R7.2, R8.4: answers survive random failures at random moments.
+/// R7.1–R7.5, R8.1–R8.5: answers survive random failures at random moments.
 #[test]
 fn answers_outlive_chaos() {
     let expected = PROMPTS.map(|prompt| {

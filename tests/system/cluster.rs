@@ -145,7 +145,7 @@ pub(crate) fn question(model: &str, prompt: &str, tokens: &str) -> Vec<String> {
     ["run", model, prompt, "--json", "--temperature", "0", "--max-tokens", tokens].map(str::to_owned).to_vec()
 }
 
-/// R7.1, R7.3: three processes give the tokens of one, for every split and whichever node is asked.
+/// R7.1–R7.5: three processes give the tokens of one, for every split and whichever node is asked.
 #[test]
 fn three_processes_answer_as_one() {
     let (expected, cluster) = (alone(), Cluster::up());
@@ -156,7 +156,7 @@ fn three_processes_answer_as_one() {
     }
 }
 
-/// R7.1, R7.3: a model split in two or three, at any layers and over any nodes, gives the tokens of one process. Only
+/// R7.1–R7.5: a model split in two or three, at any layers and over any nodes, gives the tokens of one process. Only
 /// some splits in three are tried; `EXO_SPLITS=all` tries all.
 #[test]
 fn every_cut_gives_the_same_tokens() {
@@ -184,8 +184,8 @@ fn every_cut_gives_the_same_tokens() {
     }
 }
 
-/// R7.2, R8.4: a node that is not asked is killed, or is stopped and continues, while an answer streams, be it the
-/// owner or another node: no token is lost or doubled, and the text is the same.
+/// R7.1–R7.5, R8.1–R8.5: a node that is not asked is killed, or is stopped and continues, while an answer streams, be
+/// it the owner or another node: no token is lost or doubled, and the text is the same.
 #[test]
 fn an_answer_outlives_the_death_of_any_other_node() {
     let expected = alone();
@@ -207,8 +207,8 @@ fn an_answer_outlives_the_death_of_any_other_node() {
     }
 }
 
-/// R7.4, R8.4: a model too large for one node is split over two by default; if one of them dies and the other is too
-/// small, the request fails with the number of missing bytes, and does not hang.
+/// R7.1–R7.5, R8.1–R8.5: a model too large for one node is split over two by default; if one of them dies and the other
+/// is too small, the request fails with the number of missing bytes, and does not hang.
 #[test]
 fn a_model_that_no_longer_fits_fails_with_the_missing_bytes() {
     let cluster = Cluster::small();

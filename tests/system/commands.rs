@@ -4,7 +4,7 @@ use super::*;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// R8.3: wrong usage exits with 2; a failure exits with 1, and stderr names what failed.
+/// R8.1–R8.5: wrong usage exits with 2; a failure exits with 1, and stderr names what failed.
 #[test]
 fn mistakes_are_reported_by_name() {
     for arguments in
@@ -43,7 +43,7 @@ fn a_prompt_over_the_context_is_refused_with_its_numbers() {
     assert!(stderr(&output).contains("context 64"), "{}", stderr(&output));
 }
 
-/// R7.4: a model that does not fit is refused with the number of missing bytes.
+/// R7.1–R7.5: a model that does not fit is refused with the number of missing bytes.
 #[test]
 fn a_model_that_does_not_fit_is_refused_with_its_numbers() {
     models();
@@ -66,7 +66,7 @@ fn huge_context_model() -> tempfile::TempDir {
     folder
 }
 
-/// R6.5: `bench` reports its figures.
+/// R6.1–R6.5: `bench` reports its figures.
 #[test]
 fn bench_measures() {
     models();
@@ -144,7 +144,7 @@ fn models_are_listed() {
     }
 }
 
-/// R6.4: loading takes little more memory than the file's size, even with a vocabulary of 262,144 rows.
+/// R6.1–R6.5: loading takes little more memory than the file's size, even with a vocabulary of 262,144 rows.
 #[test]
 fn memory_stays_near_the_file_s_size() {
     models();

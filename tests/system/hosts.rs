@@ -37,7 +37,7 @@ pub(crate) fn members_with(lan: &Lan, count: usize, more: &[&str]) -> Cluster {
     cluster
 }
 
-/// R7.1: hosts that share the secret find each other by multicast, and give the answers of one process.
+/// R7.1–R7.5: hosts that share the secret find each other by multicast, and give the answers of one process.
 #[test]
 fn hosts_find_each_other() {
     let Some(lan) = Lan::of(3) else { return };
@@ -47,8 +47,8 @@ fn hosts_find_each_other() {
     }
 }
 
-/// R7.2: a host is cut off while it computes for others, or while it asks others: both sides answer without a loss.
-/// When the cable is plugged in again, the cluster is whole again.
+/// R7.1–R7.5: a host is cut off while it computes for others, or while it asks others: both sides answer without a
+/// loss. When the cable is plugged in again, the cluster is whole again.
 #[test]
 fn a_partition_heals() {
     let Some(lan) = Lan::of(3) else { return };
@@ -76,7 +76,7 @@ fn a_partition_heals() {
     }
 }
 
-/// R7.2, R8.4: the owner or another host is cut off while a prompt is computed: the answer is the same.
+/// R7.1–R7.5, R8.1–R8.5: the owner or another host is cut off while a prompt is computed: the answer is the same.
 #[test]
 fn a_prompt_survives_a_cut_cable() {
     let Some(lan) = Lan::of(3) else { return };
@@ -94,8 +94,8 @@ fn a_prompt_survives_a_cut_cable() {
     }
 }
 
-/// R7.2, R8.4: the link between two hosts breaks for a moment, while the head, on a third host, stays connected to
-/// both: the rows that were on the link are computed again.
+/// R7.1–R7.5, R8.1–R8.5: the link between two hosts breaks for a moment, while the head, on a third host, stays
+/// connected to both: the rows that were on the link are computed again.
 #[test]
 fn an_answer_survives_a_broken_link_between_two_other_nodes() {
     let Some(lan) = Lan::of(3) else { return };
@@ -114,8 +114,8 @@ fn an_answer_survives_a_broken_link_between_two_other_nodes() {
     assert!(begun.elapsed() < NOT_HUNG, "the head waited for lost rows");
 }
 
-/// R7.2: two of three hosts do not reach each other, and both reach the third: the third forms a clique with one of
-/// them, the other works alone, `status` says why, and all answer. When the two connect, the clique has all three
+/// R7.1–R7.5: two of three hosts do not reach each other, and both reach the third: the third forms a clique with one
+/// of them, the other works alone, `status` says why, and all answer. When the two connect, the clique has all three
 /// again.
 #[test]
 fn a_disconnected_pair_works_in_two_cliques() {

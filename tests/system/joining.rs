@@ -30,7 +30,8 @@ pub(crate) fn wait_for_prefill(node: &Node) {
     assert_eq!(node.metric("generated_tokens_total"), generated, "the prompt was already computed");
 }
 
-/// R7.2, R8.4: the owner or another node is killed or stopped while a prompt is computed: the answer is the same.
+/// R7.1–R7.5, R8.1–R8.5: the owner or another node is killed or stopped while a prompt is computed: the answer is the
+/// same.
 #[test]
 fn a_prompt_survives_the_death_of_any_other_node() {
     let question = long_question(2048);
@@ -47,7 +48,7 @@ fn a_prompt_survives_the_death_of_any_other_node() {
     }
 }
 
-/// R7.1, R7.2: a member that joins while an answer streams does not change the answer, and can serve at once, both its
+/// R7.1–R7.5: a member that joins while an answer streams does not change the answer, and can serve at once, both its
 /// own requests and others'.
 #[test]
 fn a_member_joins_while_requests_run() {
@@ -66,8 +67,8 @@ fn a_member_joins_while_requests_run() {
     assert_eq!(answer(meanwhile), expected);
 }
 
-/// R7.4: when a dead node returns, its layers move back to it, as the split requests; answers that run meanwhile lose
-/// nothing.
+/// R7.1–R7.5: when a dead node returns, its layers move back to it, as the split requests; answers that run meanwhile
+/// lose nothing.
 #[test]
 fn a_split_is_restored_when_its_node_returns() {
     let question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
@@ -109,8 +110,8 @@ fn activations_travel_in_16_bits() {
     }
 }
 
-/// R8.1: `status` draws members, the links between them, devices, and the placement of layers. Only the QUIC port is
-/// open to the network: all TCP listeners of the process are on loopback.
+/// R8.1–R8.5: `status` draws members, the links between them, devices, and the placement of layers. Only the QUIC port
+/// is open to the network: all TCP listeners of the process are on loopback.
 #[test]
 fn status_draws_the_whole_cluster() {
     let cluster = Cluster::up();

@@ -1,7 +1,7 @@
 //! The members of a cluster, the links between them, and previews of placements.
 
 use crate::SMOLLM2;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, question};
 use crate::node::Node;
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -18,8 +18,8 @@ fn members(node: &Node) -> serde_json::Map<String, Value> {
     node.get("/state").json()["members"].as_object().expect("members").clone()
 }
 
-/// R7.4: links are measured automatically, and shown. A model that fits one machine is not split, and the preview says
-/// why, and what each policy would do.
+/// R7.1–R7.5: links are measured automatically, and shown. A model that fits one machine is not split, and the preview
+/// says why, and what each policy would do.
 #[test]
 fn links_are_measured_and_placements_explained() {
     let cluster = Cluster::up();
@@ -75,4 +75,28 @@ fn an_evicted_member_stays_disconnected() {
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!([0, 1].map(|index| members(&cluster.nodes[index]).len()), [0, 0]);
     cluster.nodes.truncate(2);
+}
+
+/// R8.1–R8.5: a member's report is of one moment: an instance that it reports as ready is in the phase `Ready`, and a
+/// finished answer is counted. (A report that was sent before it was renewed showed the earlier phase.)
+#[test]
+fn reports_of_members_are_current() {
+    let cluster = Cluster::up();
+    let mut asking = cluster.asking_for(0, &question(SMOLLM2, "Why is the sky blue?", "30"), "b:0-29");
+    let begun = Instant::now();
+    let (mut seen_ready, mut counted) = (false, false);
+    while !counted {
+        let state = cluster.nodes[0].state();
+        let members = state["members"].as_object().expect("members").values();
+        for owned in members.flat_map(|member| member["owned"].as_object().expect("heads").values()) {
+            if owned["is_ready"] == true {
+                assert_eq!(owned["state"]["phase"], "Ready", "{owned}");
+                seen_ready = true;
+                counted = owned["state"]["totals"]["requests"] == 1;
+            }
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "the answer is not counted: {state}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(seen_ready && asking.wait().expect("it ends").success());
 }

@@ -193,7 +193,8 @@ fn spawn(setup: &Setup, folder: &Path) -> (Child, u16) {
         command.args(["netns", "exec", namespace, env!("CARGO_BIN_EXE_exo-node"), "up", "--data-dir"]);
         command.stdin(Stdio::null());
     }
-    command.arg(folder).args(&setup.arguments);
+    // Relative paths of a request would be found here.
+    command.arg(folder).args(&setup.arguments).current_dir(folder);
     let is_given = |name: &str| setup.arguments.iter().any(|argument| argument == name);
     if !is_given("--listen") {
         command.args(["--listen", "none"]);

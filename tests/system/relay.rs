@@ -88,7 +88,7 @@ impl Conditions {
     }
 }
 
-/// R7.2: over a link of 20 ms one way, with jitter and 2 % loss, tokens are those of one process. An outage of one
+/// R7.1–R7.5: over a link of 20 ms one way, with jitter and 2 % loss, tokens are those of one process. An outage of one
 /// second is no death, and answers survive a longer one.
 #[test]
 fn a_bad_link_changes_no_token() {

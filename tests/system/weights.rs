@@ -34,8 +34,8 @@ fn resident_bytes(node: &Node) -> u64 {
     node.get("/state").json()["machine"]["process_bytes"].as_u64().expect("it is measured")
 }
 
-/// R7.2: a node without a model's files gets the bytes of its layers, and no others; the answers are those of a node
-/// with all files.
+/// R7.1–R7.5: a node without a model's files gets the bytes of its layers, and no others; the answers are those of a
+/// node with all files.
 #[test]
 fn nodes_without_the_files_get_their_layers() {
     let (expected, cluster) = (alone_with(SMOLLM2), Cluster::up_with(&NOTHING));
@@ -65,7 +65,7 @@ fn written(folder: &Path) -> Vec<(std::path::PathBuf, std::time::SystemTime)> {
     files
 }
 
-/// R7.2: a node that was killed and restarts keeps the bytes that it got: none of them is written again.
+/// R7.1–R7.5: a node that was killed and restarts keeps the bytes that it got: none of them is written again.
 #[test]
 fn a_restarted_node_keeps_its_layers() {
     let (expected, mut cluster) = (alone_with(SMOLLM2), Cluster::up_with(&NOTHING));
@@ -99,7 +99,7 @@ fn a_node_holds_its_own_layers_and_no_others() {
     assert!(middle + 80_000_000 < first && middle + 80_000_000 < last, "{first}, {middle}, {last}");
 }
 
-/// R7.4: when the only node with the files of some layers is lost, and no source has them, requests fail with the
+/// R7.1–R7.5: when the only node with the files of some layers is lost, and no source has them, requests fail with the
 /// reason, and do not hang.
 #[test]
 fn lost_layers_without_a_source_are_reported() {
@@ -142,7 +142,7 @@ impl Drop for Hub {
     }
 }
 
-/// R7.2, R7.4: layers that no other node has any more come from the catalogue's sources, and the answer continues.
+/// R7.1–R7.5: layers that no other node has any more come from the catalogue's sources, and the answer continues.
 #[test]
 fn lost_layers_come_from_a_source() {
     let (expected, hub) = (alone_with(SMOLLM2), Hub::up());

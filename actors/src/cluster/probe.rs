@@ -3,8 +3,9 @@
 //! A measurement asks the peer for a few frames at low priority. Each link is measured seldom, and measurements of
 //! several links begin one after the other. The first frames open the congestion window, and are not counted.
 
+use super::{ClusterMsg, ClusterRef, ClusterState, ConnectedPeer};
 use crate::transport::protocol::DataHello;
-use exo_net::{Announced, DataConnection, DataStream, FrameError, Payload, Priority};
+use exo_net::{Announced, DataConnection, DataStream, FrameError, NodeId, Payload, Priority};
 use std::time::{Duration, Instant};
 
 /// Frames of a measurement, 2 MiB in all: 1/50 s on a home network, and less than 1/2 s on a slow one.
@@ -16,9 +17,44 @@ const NOT_COUNTED: u32 = 3;
 /// in this time.
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// The time from a peer's connection to the first measurement of its link: an earlier one would compete with the first
+/// messages.
+const PROBE_AFTER: Duration = Duration::from_secs(2);
+/// The time between two measurements of one link.
+const PROBE_EVERY: Duration = Duration::from_secs(600);
+/// A disturbed measurement is too low, so one measurement lowers the known bandwidth to no less than this factor of it.
+const DISTURBED: f64 = 0.7;
+
+impl ClusterState {
+    pub(super) fn on_probed(&mut self, id: NodeId, session: u64, bytes_per_s: f64) {
+        if let Some(peer) = self.peers.get_mut(&id).filter(|peer| peer.session == session) {
+            let known = peer.bytes_per_s.unwrap_or(0.0);
+            peer.bytes_per_s = Some(bytes_per_s.max(known * DISTURBED));
+        }
+    }
+
+    /// Measures the bandwidth of the link whose last measurement is the oldest, if it is due.
+    pub(super) fn probe(&mut self, myself: &ClusterRef) {
+        let is_due = |peer: &ConnectedPeer| match peer.probed {
+            None => peer.since.elapsed() > PROBE_AFTER,
+            Some(probed) => probed.elapsed() > PROBE_EVERY,
+        };
+        let due = self.peers.iter_mut().filter(|(_, peer)| peer.is_ready && is_due(peer));
+        let Some((&id, peer)) = due.min_by_key(|(_, peer)| peer.probed) else { return };
+        peer.probed = Some(Instant::now());
+        let (data, session, cluster) = (peer.data.clone(), peer.session, myself.clone());
+        peer.data.spawn(async move {
+            if let Some(bytes_per_s) = measure(&data).await {
+                // The cluster actor may have stopped.
+                let _ = cluster.send_message(ClusterMsg::Probed { id, session, bytes_per_s });
+            }
+        });
+    }
+}
+
 /// Measures the bandwidth from a peer to this node, in bytes per second; `None` if the stream breaks, or no counted
 /// frame arrives in time.
-pub(super) async fn measure(data: &DataConnection) -> Option<f64> {
+async fn measure(data: &DataConnection) -> Option<f64> {
     let (mut counted, mut begun) = (0, Instant::now());
     let receiving = async {
         let mut stream = data.open(Priority::Low).await?;

@@ -105,9 +105,9 @@ mod tests {
     }
 
     proptest! {
-        /// R1.4, R8.4: a shard of a lost device falls back at once if it can, a caller's mistake is never retried, a
-        /// hung shard is never restarted on its device, and no sequence of failures exceeds the limit on restarts in a
-        /// window.
+        /// R1.4, R8.1–R8.5: a shard of a lost device falls back at once if it can, a caller's mistake is never retried,
+        /// a hung shard is never restarted on its device, and no sequence of failures exceeds the limit on restarts in
+        /// a window.
         #[test]
         fn restarts_are_bounded(steps in prop::collection::vec((0_usize..6, 0_u64..30), 1..60), fall in any::<bool>()) {
             let fallback = if fall { Fallback::Available } else { Fallback::None };

@@ -219,7 +219,7 @@ mod tests {
         (folder, Arc::new(pieces), (0..24).collect())
     }
 
-    /// R7.2: after a restart a copy has the verified pieces that were synced; it lacks wrong and unsynced pieces.
+    /// R7.1–R7.5: after a restart a copy has the verified pieces that were synced; it lacks wrong and unsynced pieces.
     #[test]
     fn a_copy_continues_after_an_interruption() {
         let (folder, pieces, weights) = outlined();

@@ -1,7 +1,8 @@
 //! Fetching a model from other nodes: its headers, and the pieces of the layers that this node is to run.
 //!
 //! ```text
-//! Outline ─► headers on the disk, id checked ─► Hashes ─► Pieces ─► each checked, and written to its place in the files
+//! Outline ─► headers on the disk, id checked ─► Hashes ─► Pieces ─► each checked, and written to its place in the
+//! files
 //! ```
 //! The job asks one peer after the other until it has all pieces. Fetched pieces stay on the disk.
 

@@ -259,9 +259,9 @@ async fn ask(node: &crate::NodeHandle, model: &ModelSpec) -> Vec<u32> {
     tokens
 }
 
-/// R7.3, R8.4: a hostile member sends as fast as it can: messages out of order, about other instances and with absurd
-/// numbers, and requests with tokens and parameters that no model accepts. The other node still answers in time and
-/// with the same tokens, and its memory grows by less than 64 MiB.
+/// R7.1–R7.5, R8.1–R8.5: a hostile member sends as fast as it can: messages out of order, about other instances and
+/// with absurd numbers, and requests with tokens and parameters that no model accepts. The other node still answers in
+/// time and with the same tokens, and its memory grows by less than 64 MiB.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hostile_member_harms_no_other() {
     let secret = ClusterSecret::random().expect("random bytes");

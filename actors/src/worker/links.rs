@@ -1,10 +1,11 @@
 //! Links: streams that carry activations and tokens from one node to the next.
 //!
 //! ```text
-//! engine thread ─► LinkQueue ─► task ─LinkMessage─► … QUIC … ─► task ─► LinkTarget in the registry: engine thread, or head
+//! engine thread ─► LinkQueue ─► task ─LinkMessage─► … QUIC … ─► task ─► LinkTarget in the registry: engine thread, or
+//! head
 //! ```
-//! A link lasts for one incarnation of an instance. Its receiver registers first, with the incarnation, the sender and the
-//! shape that it expects ([`LinkRegistry::expect`]); any other link is refused.
+//! A link lasts for one incarnation of an instance. Its receiver registers first, with the incarnation, the sender and
+//! the shape that it expects ([`LinkRegistry::expect`]); any other link is refused.
 
 use super::engine_thread::{EngineHandle, EngineOutput, Frame, LinkQueue, StepResult};
 use crate::core::scheduler::SamplerOperation;
@@ -91,7 +92,8 @@ pub(crate) struct ExpectedLink {
     pub(crate) target: LinkTarget,
 }
 
-/// The links that shards and heads of this node expect, and the shards that a head of this node sends frames to directly.
+/// The links that shards and heads of this node expect, and the shards that a head of this node sends frames to
+/// directly.
 #[derive(Clone, Default)]
 pub(crate) struct LinkRegistry {
     inner: Arc<Inner>,

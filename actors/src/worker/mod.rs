@@ -1,7 +1,8 @@
 //! The shards that this node hosts, the devices that they run on, and the engines' threads.
 //!
 //! ```text
-//! owner's order ─► Worker (shards.rs) ─► Device ─► Shard ─► engine's thread ─rows─► next shard, or a link to another node
+//! owner's order ─► Worker (shards.rs) ─► Device ─► Shard ─► engine's thread ─rows─► next shard, or a link to another
+//! node
 //! ```
 
 pub(crate) mod device;

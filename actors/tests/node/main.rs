@@ -25,7 +25,7 @@ const PROMPT: [u32; 40] = {
     prompt
 };
 
-/// R4.2, R4.4: the same tokens from one shard and from three.
+/// R4.2, R4.4, R4.5: the same tokens from one shard and from three.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_shard_and_three_give_the_same_tokens() {
     let world = World::new(Script::default()).await;
@@ -62,8 +62,8 @@ async fn bad_requests_are_refused_and_others_succeed() {
     world.node.shutdown().await;
 }
 
-/// R8.3: a failed load reports its cause (no tokenizer, a shard that keeps failing), whichever actor detects the cause
-/// first.
+/// R8.1–R8.5: a failed load reports its cause (no tokenizer, a shard that keeps failing), whichever actor detects the
+/// cause first.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_cannot_be_loaded_says_why() {
     for _ in 0..10 {

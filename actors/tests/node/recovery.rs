@@ -13,8 +13,8 @@ fn failing(failures: Vec<(usize, When, How, u32)>) -> Script {
     Script { failures, ..Script::default() }
 }
 
-/// R1.4, R8.4: after any failure in any operation of any shard, the shard restarts, sequences are replayed, and the
-/// client's stream continues without a lost or doubled token.
+/// R1.4, R8.1–R8.5: after any failure in any operation of any shard, the shard restarts, sequences are replayed, and
+/// the client's stream continues without a lost or doubled token.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_shard_restarts_and_streams_continue() {
     for layer in [0, 1, 3] {
@@ -44,8 +44,8 @@ async fn a_lost_device_falls_back_to_the_cpu() {
     world.node.shutdown().await;
 }
 
-/// R1.4, R8.4: if a GPU hangs during a load or an answer, the hung shard alone moves to the CPU; later shards start on
-/// the CPU at once.
+/// R1.4, R8.1–R8.5: if a GPU hangs during a load or an answer, the hung shard alone moves to the CPU; later shards
+/// start on the CPU at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hung_device_falls_back_to_the_cpu() {
     let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
@@ -65,7 +65,7 @@ async fn a_hung_device_falls_back_to_the_cpu() {
     }
 }
 
-/// R8.3: without another device, the error names the hung step, and the device gets no new work while it hangs.
+/// R8.1–R8.5: without another device, the error names the hung step, and the device gets no new work while it hangs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hang_of_the_only_device_is_reported() {
     let world = World::impatient(failing(vec![(1, When::Decode, How::Hang, 9)]), &[("fake", DeviceKind::Cpu)]).await;
@@ -79,7 +79,8 @@ async fn a_hang_of_the_only_device_is_reported() {
     world.node.shutdown().await;
 }
 
-/// R8.3: a shard that keeps failing ends its requests with the reason and a remedy; a later request loads it again.
+/// R8.1–R8.5: a shard that keeps failing ends its requests with the reason and a remedy; a later request loads it
+/// again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shard_that_keeps_failing_ends_its_requests() {
     let world = World::new(failing(vec![(0, When::Decode, How::Panic, 4)])).await;
@@ -97,8 +98,8 @@ async fn a_shard_that_keeps_failing_ends_its_requests() {
     world.node.shutdown().await;
 }
 
-/// R1.4, R8.4: if the real CPU engine fails in the middle of a sampled answer, tokens and log-probabilities equal those
-/// of an undisturbed run bit for bit.
+/// R1.4, R8.1–R8.5: if the real CPU engine fails in the middle of a sampled answer, tokens and log-probabilities equal
+/// those of an undisturbed run bit for bit.
 #[tokio::test(flavor = "multi_thread")]
 async fn failures_of_the_cpu_engine_change_no_bit() {
     for shards in [1, 3] {

@@ -10,7 +10,7 @@ fn prompt(length: usize, salt: u32) -> Vec<u32> {
     (0..length as u32).map(|k| 3 + (k * 5 + salt * 7) % 90).collect()
 }
 
-/// R7.5: requests share steps, and each gets its own answer.
+/// R7.1–R7.5: requests share steps, and each gets its own answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_share_steps() {
     let script = Script { step_delay: Duration::from_millis(2), ..Script::default() };
@@ -29,7 +29,7 @@ async fn requests_share_steps() {
     assert!(world.script.lock().expect("not poisoned").rows_max > 20, "steps were shared");
 }
 
-/// R6.4, R7.5: if sequences exceed the cache, some are preempted and replayed, and every answer is right.
+/// R6.1–R6.5, R7.1–R7.5: if sequences exceed the cache, some are preempted and replayed, and every answer is right.
 #[tokio::test(flavor = "multi_thread")]
 async fn preempted_sequences_are_replayed() {
     let script = Script { step_delay: Duration::from_micros(200), ..Script::default() };

@@ -259,7 +259,7 @@ mod tests {
     }
 
     proptest! {
-        /// R6.4: after any operations, every sequence reads back its own writes, no page leaks, and no page is
+        /// R6.1–R6.5: after any operations, every sequence reads back its own writes, no page leaks, and no page is
         /// written while two sequences share it.
         #[test]
         fn every_sequence_reads_back_its_own_writes(acts in prop::collection::vec(act(), 1..60)) {

@@ -299,7 +299,7 @@ mod tests {
     }
 
     proptest! {
-        /// R6.2: a sampler that is reopened with the tokens drawn so far continues with the same tokens.
+        /// R6.1–R6.5: a sampler that is reopened with the tokens drawn so far continues with the same tokens.
         #[test]
         fn a_replay_draws_the_same_tokens(
             seed in any::<u64>(),

@@ -1,4 +1,4 @@
-//! R4.2, R6.4: the result of a row depends on its own sequence only.
+//! R4.2, R6.1–R6.5: the result of a row depends on its own sequence only.
 //!
 //! Random sequences are cut into random chunks, which are spread over random steps, shards and threads. The logits of
 //! each row must equal, to the bit, those of its sequence computed alone, in one step, on one shard and one thread.

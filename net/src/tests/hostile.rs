@@ -34,8 +34,8 @@ async fn take_streams(data: DataConnection) {
     }
 }
 
-/// R7.3: noise on the control connection, and hundreds of streams of noise and of absurd sizes on the data connection, end
-/// only the sender's connections; another member's connections stay open, and memory does not grow.
+/// R7.1–R7.5: noise on the control connection, and hundreds of streams of noise and of absurd sizes on the data
+/// connection, end only the sender's connections; another member's connections stay open, and memory does not grow.
 #[tokio::test(flavor = "multi_thread")]
 async fn noise_of_a_member_harms_no_other_member() {
     let (victim, mut of_victim, _) = network(1, Vec::new());

@@ -1,9 +1,12 @@
 //! Single decisions of the leader. `core/tests/cluster.rs` simulates members that plan together.
 
 use super::*;
+use crate::core::desired::{Desired, DesiredEntry};
 use crate::core::members::MemberReport;
+use crate::core::plan::Demand;
 use crate::core::plan::{Link, Placement, Split};
 use crate::core::spec::FilesId;
+use crate::core::spec::Model;
 
 const GB: u64 = 1 << 30;
 const SECOND: Duration = Duration::from_secs(1);
@@ -113,7 +116,7 @@ impl Cluster {
     }
 }
 
-/// R7.4: uneven machines get uneven layers: in proportion to their speeds, as far as their memory allows.
+/// R7.1–R7.5: uneven machines get uneven layers: in proportion to their speeds, as far as their memory allows.
 #[test]
 fn uneven_machines_get_uneven_layers() {
     let throughput = ModelSpec { policy: Policy::Throughput, ..ModelSpec::new("m") };
@@ -129,8 +132,8 @@ fn uneven_machines_get_uneven_layers() {
     assert_eq!(split, [(1, 5), (2, 3)], "the faster machine has no memory for more");
 }
 
-/// R7.2: a machine that returns is used again: with one move, and not before the members have stayed the same for a
-/// while. A small gain is not worth the move.
+/// R7.1–R7.5: a machine that returns is used again: with one move, and not before the members have stayed the same for
+/// a while. A small gain is not worth the move.
 #[test]
 fn a_machine_that_returns_is_used_again_if_that_pays() {
     for (speed, moves) in [(3e10, 1), (1.2e10, 0)] {
@@ -148,8 +151,8 @@ fn a_machine_that_returns_is_used_again_if_that_pays() {
     }
 }
 
-/// R7.2: likewise under the throughput policy, and with a split by hand or a requested number of shards: an instance
-/// that moved because a node was lost returns to its requested placement.
+/// R7.1–R7.5: likewise under the throughput policy, and with a split by hand or a requested number of shards: an
+/// instance that moved because a node was lost returns to its requested placement.
 #[test]
 fn an_instance_returns_to_its_requested_placement() {
     let by_hand = Split(vec![("a".to_owned(), 0..3), ("b".to_owned(), 3..8)]);
@@ -175,8 +178,8 @@ fn an_instance_returns_to_its_requested_placement() {
     }
 }
 
-/// R7.2: a new leader that is not connected to every node that other members see moves no shard of such a node. A node
-/// that no member sees is replaced at once.
+/// R7.1–R7.5: a new leader that is not connected to every node that other members see moves no shard of such a node. A
+/// node that no member sees is replaced at once.
 #[test]
 fn a_node_that_is_not_connected_yet_is_not_lost() {
     let mut cluster = Cluster::of(vec![(1, member(20, 1e10, &[2])), (2, member(9, 1e10, &[1, 3]))]);
@@ -227,7 +230,7 @@ fn a_node_outside_the_clique_is_lost() {
     assert_ne!(cluster.split(instance), [(3, 8)]);
 }
 
-/// R8.4: a draining machine keeps its model while other machines have no memory for it; once they have, the model
+/// R8.1–R8.5: a draining machine keeps its model while other machines have no memory for it; once they have, the model
 /// moves.
 #[test]
 fn a_draining_machine_keeps_a_model_that_fits_nowhere_else() {
@@ -248,7 +251,7 @@ fn a_draining_machine_keeps_a_model_that_fits_nowhere_else() {
     assert!(matches!(&told[..], [Effect::Refused { error, .. }] if *error == releasing), "{told:?}");
 }
 
-/// R8.4: a failed move returns the model to its earlier placement; a device that fails after the move does not.
+/// R8.1–R8.5: a failed move returns the model to its earlier placement; a device that fails after the move does not.
 #[test]
 fn a_failed_move_returns_to_the_earlier_placement() {
     for has_run in [false, true] {
@@ -266,8 +269,8 @@ fn a_failed_move_returns_to_the_earlier_placement() {
     }
 }
 
-/// R6.4: if memory suffices, the new shards of an instance load beside the old ones; if not, the old shards stop first,
-/// and the entry says so.
+/// R6.1–R6.5: if memory suffices, the new shards of an instance load beside the old ones; if not, the old shards stop
+/// first, and the entry says so.
 #[test]
 fn old_shards_stop_first_if_memory_does_not_suffice_for_both() {
     let three = || vec![(1, member(5, 1e10, &[2, 3])), (2, member(5, 1e10, &[1, 3])), (3, member(5, 1e10, &[1, 2]))];
@@ -291,8 +294,8 @@ fn old_shards_stop_first_if_memory_does_not_suffice_for_both() {
     assert_eq!(deployment.strategy, MoveStrategy::Beside { rollback: None }, "{:?}", deployment.placement);
 }
 
-/// R8.4: while a stopped model releases its memory, no request is refused and no other model is stopped; but not for
-/// ever.
+/// R8.1–R8.5: while a stopped model releases its memory, no request is refused and no other model is stopped; but not
+/// for ever.
 #[test]
 fn requests_wait_for_memory_that_is_being_released() {
     let mut cluster = Cluster::of(vec![(1, member(9, 1e10, &[]))]);

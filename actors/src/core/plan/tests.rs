@@ -50,7 +50,7 @@ fn a_model_that_fits_one_device_is_not_split() {
     assert_eq!(stages[0].memory_bytes, 8 * 11 + 5);
 }
 
-/// R7.4: the search is bounded, and still finds the one slow device that has the memory.
+/// R7.1–R7.5: the search is bounded, and still finds the one slow device that has the memory.
 #[test]
 fn of_many_devices_the_fastest_and_the_roomiest_are_searched() {
     let mut free = vec![(5, 9.0); 299];
@@ -102,7 +102,7 @@ fn all_splits(layers: usize, count: usize) -> Vec<Vec<Range<usize>>> {
 }
 
 proptest! {
-    /// R7.4: the split that the search finds is the cheapest that fits, compared with all splits.
+    /// R7.1–R7.5: the split that the search finds is the cheapest that fits, compared with all splits.
     #[test]
     fn the_search_is_exact(
         layer_bytes in prop::collection::vec(1_u64..20, 3..8),
@@ -129,8 +129,8 @@ proptest! {
         }
     }
 
-    /// R7.4: no chain over any devices in any order is better than the one that the search finds, for every policy, for
-    /// arbitrary links, and with several devices per node. If no chain fits, the search finds none.
+    /// R7.1–R7.5: no chain over any devices in any order is better than the one that the search finds, for every
+    /// policy, for arbitrary links, and with several devices per node. If no chain fits, the search finds none.
     #[test]
     fn no_chain_is_better(
         layer_bytes in prop::collection::vec(5_u64..15, 1..6),
@@ -201,7 +201,7 @@ proptest! {
     }
 }
 
-/// R7.4: splits by hand are placed exactly as given, or are refused with an error that names the fault.
+/// R7.1–R7.5: splits by hand are placed exactly as given, or are refused with an error that names the fault.
 #[test]
 fn splits_by_hand_are_placed_exactly() {
     let demand = demand(vec![10; 4], 0);

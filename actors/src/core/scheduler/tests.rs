@@ -63,7 +63,7 @@ fn events(scheduler: &mut Scheduler) -> Vec<Event> {
     std::iter::from_fn(|| scheduler.poll_event()).collect()
 }
 
-/// R6.4: a prefix computed for a finished request is not computed again for a later request.
+/// R6.1–R6.5: a prefix computed for a finished request is not computed again for a later request.
 #[test]
 fn a_prompt_continues_from_a_cached_prefix() {
     let mut scheduler = Scheduler::new(limits());

@@ -6,17 +6,17 @@
 
 mod checks;
 mod node;
+mod shards;
 mod trouble;
 
 use super::{Random, seeds};
 use crate::core::desired::{Deployment, Stamp};
 use crate::core::leader::{BrokenShard, Effect, Leader, RoundContext};
-use crate::core::pipeline::{Pipeline, PipelineEvent};
+use crate::core::pipeline::Pipeline;
 use crate::core::spec::InstanceId;
-use crate::core::stage::{StageEvent, StageTask};
-use exo_engines::engine::Incarnation;
+use crate::core::stage::StageEvent;
 use exo_net::NodeId;
-use node::{Head, Message, Node, Shard};
+use node::{Head, Message, Node};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +27,7 @@ const NOTICED_AFTER: Duration = Duration::from_secs(2);
 const GB: u64 = 1 << 30;
 const TICKS_OF_TROUBLE: u32 = 1200;
 /// Ticks without trouble, enough for exclusions of failed devices to end.
-const TICKS_OF_PEACE: u32 = 1800;
+const TICKS_OF_CALM: u32 = 1800;
 const TICKS_OF_REST: u32 = 600;
 
 struct Cluster {
@@ -40,7 +40,7 @@ struct Cluster {
     cut: BTreeMap<(usize, usize), Duration>,
     /// Pairs of a node and a peer that the node counts as connected.
     sees: BTreeSet<(usize, usize)>,
-    on_the_way: VecDeque<(Duration, usize, usize, Message)>,
+    in_transit: VecDeque<(Duration, usize, usize, Message)>,
     next_seed: u64,
 }
 
@@ -65,7 +65,7 @@ impl Cluster {
             nodes,
             cut: BTreeMap::new(),
             sees: BTreeSet::new(),
-            on_the_way: VecDeque::new(),
+            in_transit: VecDeque::new(),
             next_seed: seed,
         }
     }
@@ -75,7 +75,7 @@ impl Cluster {
         (0..count).flat_map(move |a| (a + 1..count).map(move |b| (a, b)))
     }
 
-    fn can_talk(&self, a: usize, b: usize) -> bool {
+    fn is_connected(&self, a: usize, b: usize) -> bool {
         let pair = (a.min(b), a.max(b));
         a == b || self.nodes[a].is_some() && self.nodes[b].is_some() && !self.cut.contains_key(&pair)
     }
@@ -86,14 +86,14 @@ impl Cluster {
     }
 
     /// The connected peers inside the member's clique, and the member itself.
-    fn here(&self, index: usize) -> BTreeSet<NodeId> {
+    fn connected(&self, index: usize) -> BTreeSet<NodeId> {
         let mut here = self.seen(index);
         here.retain(|other| self.nodes[index].as_ref().is_none_or(|node| !node.clique.is_outside(*other)));
         here.insert(self.ids[index]);
         here
     }
 
-    fn say(&mut self, from: usize, to: NodeId, message: Message) {
+    fn send(&mut self, from: usize, to: NodeId, message: Message) {
         let Some(to) = self.ids.iter().position(|id| *id == to) else { return };
         let is_outside = |node: &Node| node.clique.is_outside(self.ids[to]) && !matches!(message, Message::Report(_));
         if from != to && !self.sees.contains(&(from, to)) || self.nodes[from].as_ref().is_some_and(is_outside) {
@@ -101,15 +101,15 @@ impl Cluster {
         }
         let takes = if from == to { 0 } else { 1 + self.random.below(60) };
         // Messages arrive in order, as on a stream.
-        let before = self.on_the_way.iter().filter(|(_, f, t, _)| (*f, *t) == (from, to)).map(|(due, ..)| *due).max();
+        let before = self.in_transit.iter().filter(|(_, f, t, _)| (*f, *t) == (from, to)).map(|(due, ..)| *due).max();
         let due = (self.now + Duration::from_millis(takes)).max(before.unwrap_or_default());
-        self.on_the_way.push_back((due, from, to, message));
+        self.in_transit.push_back((due, from, to, message));
     }
 
-    fn say_to_others(&mut self, from: usize, message: &Message) {
+    fn broadcast(&mut self, from: usize, message: &Message) {
         for to in 0..self.ids.len() {
             if to != from {
-                self.say(from, self.ids[to], message.clone());
+                self.send(from, self.ids[to], message.clone());
             }
         }
     }
@@ -123,25 +123,25 @@ impl Cluster {
         self.notice();
         self.deliver();
         for index in 0..self.nodes.len() {
-            self.live(index);
+            self.run(index);
         }
     }
 
     fn deliver(&mut self) {
         let (due, later): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut self.on_the_way).into_iter().partition(|(due, ..)| *due <= self.now);
-        self.on_the_way = later;
+            std::mem::take(&mut self.in_transit).into_iter().partition(|(due, ..)| *due <= self.now);
+        self.in_transit = later;
         for (_, from, to, message) in due {
-            if from != to && self.sees.contains(&(to, from)) && !self.can_talk(from, to) {
+            if from != to && self.sees.contains(&(to, from)) && !self.is_connected(from, to) {
                 // QUIC retransmits until the connection times out.
-                self.on_the_way.push_back((self.now + TICK, from, to, message));
+                self.in_transit.push_back((self.now + TICK, from, to, message));
             } else if self.nodes[to].is_some() && (from == to || self.sees.contains(&(to, from))) {
-                self.hear(to, from, message);
+                self.receive(to, from, message);
             }
         }
     }
 
-    fn hear(&mut self, index: usize, from: usize, message: Message) {
+    fn receive(&mut self, index: usize, from: usize, message: Message) {
         let (from_id, now) = (self.ids[from], self.now);
         let Some(node) = &mut self.nodes[index] else { return };
         let is_outside = node.clique.is_outside(from_id);
@@ -151,7 +151,7 @@ impl Cluster {
                 node.clique.handle_report(&mut node.members, from_id, *report);
                 if differs {
                     let entries = node.desired.entries().map(|(id, entry)| (id, entry.clone())).collect();
-                    self.say(index, from_id, Message::Desired(entries));
+                    self.send(index, from_id, Message::Desired(entries));
                 }
             }
             // Only the reports of a peer outside the clique count.
@@ -178,82 +178,12 @@ impl Cluster {
             Message::Clear { id, below } => {
                 node.shards.retain(|(of, _), shard| *of != id || shard.task.stamp >= below);
             }
-            Message::News { id, stamp, event } => self.on_stage_event(index, from_id, id, stamp, &event),
+            Message::StageEvent { id, stamp, event } => self.on_stage_event(index, from_id, id, stamp, &event),
         }
-    }
-
-    fn start(&mut self, index: usize, owner: NodeId, task: StageTask) {
-        let loads = Duration::from_millis(200 + self.random.below(1500));
-        let now = self.now;
-        let Some(node) = &mut self.nodes[index] else { return };
-        let key = (task.instance, task.stage);
-        let latest =
-            node.shards.values().filter(|shard| shard.task.instance == task.instance).map(|shard| shard.task.stamp);
-        if latest.max().is_some_and(|latest| task.stamp < latest) {
-            return;
-        }
-        let held =
-            node.shards.get_mut(&key).filter(|held| StageTask { stamp: task.stamp, ..held.task.clone() } == task);
-        match held {
-            Some(held) => {
-                (held.owner, held.task, held.ordered) = (owner, task, now);
-                if held.is_up {
-                    held.is_up = false;
-                    held.up = now;
-                }
-            }
-            None => {
-                let seen = None;
-                node.shards.insert(key, Shard { owner, task, ordered: now, up: now + loads, is_up: false, seen });
-            }
-        }
-    }
-
-    fn wire(&mut self, index: usize, from: NodeId, id: InstanceId, stage: usize, incarnation: Incarnation) {
-        let Some(node) = &mut self.nodes[index] else { return };
-        let Some(shard) = node.shards.get_mut(&(id, stage)).filter(|shard| shard.is_up && shard.owner == from) else {
-            return;
-        };
-        // An engine refuses an incarnation that is not later than the last one.
-        if shard.seen.is_some_and(|seen| incarnation <= seen) {
-            return;
-        }
-        shard.seen = Some(incarnation);
-        let stamp = shard.task.stamp;
-        self.say(index, from, Message::News { id, stamp, event: StageEvent::Wired { stage, incarnation } });
-    }
-
-    fn on_stage_event(&mut self, index: usize, from: NodeId, id: InstanceId, stamp: Stamp, event: &StageEvent) {
-        let now = self.now;
-        let Some(node) = &mut self.nodes[index] else { return };
-        let Some(head) = node.heads.get_mut(&id).filter(|head| head.pipeline.stamp() == stamp) else { return };
-        let step = head.pipeline.on_stage_event(from, event, now);
-        self.take(index, id, step);
-    }
-
-    fn take(&mut self, index: usize, id: InstanceId, step: PipelineEvent) {
-        let now = self.now;
-        let Some(head) = self.nodes[index].as_mut().and_then(|node| node.heads.get_mut(&id)) else { return };
-        match step {
-            PipelineEvent::Loaded => head.rewire = Some(now),
-            PipelineEvent::Cut(.., wait) => head.rewire = Some(now + wait),
-            PipelineEvent::Running => {
-                let below = head.pipeline.stamp();
-                self.clear(index, id, below);
-            }
-            PipelineEvent::Nothing | PipelineEvent::Down(..) | PipelineEvent::Lost(..) => {}
-        }
-    }
-
-    /// Orders all nodes to drop shards of placements before `below`.
-    fn clear(&mut self, index: usize, id: InstanceId, below: Stamp) {
-        let clear = Message::Clear { id, below };
-        self.say(index, self.ids[index], clear.clone());
-        self.say_to_others(index, &clear);
     }
 
     /// The periodic work of a member.
-    fn live(&mut self, index: usize) {
+    fn run(&mut self, index: usize) {
         let (now, seen) = (self.now, self.seen(index));
         let Some(node) = &mut self.nodes[index] else { return };
         let report = node.report(&seen);
@@ -263,13 +193,13 @@ impl Cluster {
         if node.members.leader() == Some(node.id) {
             self.as_leader(index, Leader::round);
         }
-        self.follow_the_list(index);
-        self.tell_of_shards(index);
-        self.look_after_heads(index, is_second);
-        self.ask(index);
+        self.apply_desired(index);
+        self.report_shards(index);
+        self.drive_heads(index, is_second);
+        self.request_model(index);
         if is_second {
             self.update_clique(index);
-            self.say_to_others(index, &Message::Report(Box::new(report)));
+            self.broadcast(index, &Message::Report(Box::new(report)));
         }
     }
 
@@ -301,15 +231,15 @@ impl Cluster {
                     if let Some(node) = &mut self.nodes[index] {
                         node.written += 1;
                     }
-                    self.say_to_others(index, &Message::Desired(vec![(id, entry)]));
+                    self.broadcast(index, &Message::Desired(vec![(id, entry)]));
                 }
-                Effect::Refused { to, spec, error } => self.say(index, to, Message::Refused(spec, error)),
+                Effect::Refused { to, spec, error } => self.send(index, to, Message::Refused(spec, error)),
             }
         }
     }
 
-    fn follow_the_list(&mut self, index: usize) {
-        let (now, here) = (self.now, self.here(index));
+    fn apply_desired(&mut self, index: usize) {
+        let (now, here) = (self.now, self.connected(index));
         let Some(node) = &mut self.nodes[index] else { return };
         let deployment: Vec<(InstanceId, Stamp, Deployment)> =
             node.desired.running().map(|(id, stamp, deployment)| (id, stamp, deployment.clone())).collect();
@@ -331,11 +261,11 @@ impl Cluster {
             }
         }
         for (to, task) in orders {
-            self.say(index, to, Message::Start(Box::new(task)));
+            self.send(index, to, Message::Start(Box::new(task)));
         }
     }
 
-    fn tell_of_shards(&mut self, index: usize) {
+    fn report_shards(&mut self, index: usize) {
         let now = self.now;
         let Some(node) = &mut self.nodes[index] else { return };
         let mut told = Vec::new();
@@ -344,12 +274,12 @@ impl Cluster {
             told.push((shard.owner, *id, shard.task.stamp, *stage));
         }
         for (to, id, stamp, stage) in told {
-            self.say(index, to, Message::News { id, stamp, event: StageEvent::Up { stage } });
+            self.send(index, to, Message::StageEvent { id, stamp, event: StageEvent::Up { stage } });
         }
     }
 
-    fn look_after_heads(&mut self, index: usize, is_second: bool) {
-        let (now, here) = (self.now, self.here(index));
+    fn drive_heads(&mut self, index: usize, is_second: bool) {
+        let (now, here) = (self.now, self.connected(index));
         let Some(node) = &mut self.nodes[index] else { return };
         let (own, leader) = (node.id, node.members.leader());
         let (mut message, mut late, mut cleared) = (Vec::new(), Vec::new(), Vec::new());
@@ -381,17 +311,17 @@ impl Cluster {
             }
         }
         for (to, message) in message {
-            self.say(index, to, message);
+            self.send(index, to, message);
         }
         for (id, step) in late {
-            self.take(index, id, step);
+            self.on_pipeline_event(index, id, step);
         }
         for (id, below) in cleared {
             self.clear(index, id, below);
         }
     }
 
-    fn ask(&mut self, index: usize) {
+    fn request_model(&mut self, index: usize) {
         let now = self.now;
         let Some(node) = &mut self.nodes[index] else { return };
         let leader = node.members.leader();
@@ -405,7 +335,7 @@ impl Cluster {
         }
         for ask in asks {
             if let Some(leader) = leader {
-                self.say(index, leader, Message::Target(Box::new(ask)));
+                self.send(index, leader, Message::Target(Box::new(ask)));
             }
         }
     }
@@ -417,7 +347,7 @@ enum Trouble {
     None,
 }
 
-/// R7.4, R7.5: members die, return, disconnect and lose shards at random. Afterwards all hold the same list, each model
+/// R7.1–R7.5: members die, return, disconnect and lose shards at random. Afterwards all hold the same list, each model
 /// that can run runs once, and nothing moves without need. If a pair never connects, this holds for each clique; and
 /// for all members once the pair connects.
 #[test]
@@ -436,11 +366,11 @@ fn members_agree_when_trouble_is_over() {
             cluster.calm(Some(pair));
             assert_eq!(cluster.cliques().len(), 2, "a cut pair divides the members into two cliques");
             cluster.flap_outside_pairs();
-            steps += u64::from(TICKS_OF_PEACE + TICKS_OF_REST);
+            steps += u64::from(TICKS_OF_CALM + TICKS_OF_REST);
         }
         cluster.calm(None);
         assert_eq!(cluster.cliques().len(), 1, "all members are in one clique");
-        steps += u64::from(TICKS_OF_TROUBLE + TICKS_OF_PEACE + TICKS_OF_REST);
+        steps += u64::from(TICKS_OF_TROUBLE + TICKS_OF_CALM + TICKS_OF_REST);
         ran += cluster.nodes[0].as_ref().map_or(0, |node| node.desired.running().count());
     }
     println!("{steps} steps, {ran} instances running at the end");

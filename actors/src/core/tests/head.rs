@@ -248,9 +248,9 @@ impl World {
     }
 }
 
-/// R7.5, R8.4: under any interleaving of requests, cancellations, losses of the pipeline and of the head, and shortages
-/// of pages, each answer equals that of an undisturbed run, no request hangs and no page leaks. `EXO_SIM_SEED` replays
-/// one seed.
+/// R7.1–R7.5, R8.1–R8.5: under any interleaving of requests, cancellations, losses of the pipeline and of the head, and
+/// shortages of pages, each answer equals that of an undisturbed run, no request hangs and no page leaks.
+/// `EXO_SIM_SEED` replays one seed.
 #[test]
 fn every_answer_equals_that_of_an_undisturbed_run() {
     let mut cached_tokens = 0;

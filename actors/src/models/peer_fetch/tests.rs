@@ -146,8 +146,8 @@ fn pieces_of(giver: Giver, asked: &[(Giver, WeightsQuery)]) -> Vec<u32> {
     wanted.flatten().collect()
 }
 
-/// R7.2: whatever the first giver does, the honest giver completes the model to the byte, and right pieces of the first
-/// are not requested again.
+/// R7.1–R7.5: whatever the first giver does, the honest giver completes the model to the byte, and right pieces of the
+/// first are not requested again.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_honest_peer_completes_a_fetch_from_a_faulty_one() {
     let source = with_model();
@@ -166,8 +166,8 @@ async fn an_honest_peer_completes_a_fetch_from_a_faulty_one() {
     }
 }
 
-/// R7.2, R8.3: after an incomplete fetch the received pieces stay, and a later fetch requests only the rest. A damaged
-/// copy is fetched again.
+/// R7.1–R7.5, R8.1–R8.5: after an incomplete fetch the received pieces stay, and a later fetch requests only the rest.
+/// A damaged copy is fetched again.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interrupted_fetch_continues_and_a_damaged_copy_is_fetched_again() {
     let folder = tempfile::tempdir().expect("a temporary folder");

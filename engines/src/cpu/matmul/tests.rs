@@ -47,8 +47,8 @@ fn input(rows: usize, width: usize) -> Rows {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// R6.3: for every weight type and tier, the product is close to the f64 product of the dequantised values, and a
-    /// row has the same bits alone on one thread as in a batch on three threads.
+    /// R6.1–R6.5: for every weight type and tier, the product is close to the f64 product of the dequantised values,
+    /// and a row has the same bits alone on one thread as in a batch on three threads.
     #[test]
     fn products_are_accurate_and_row_independent(
         element in prop::sample::select(ElementType::ALL.to_vec()),

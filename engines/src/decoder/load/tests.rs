@@ -85,21 +85,21 @@ fn holds_one_tensor_besides_the_target(recipe: Recipe) {
     engine.warm_up().expect("finite logits");
 }
 
-/// R4.3, R6.4.
+/// R4.3, R6.1–R6.5.
 #[cfg(target_os = "linux")]
 #[test]
 fn quantising_to_q4_0_holds_one_tensor_besides_the_target() {
     holds_one_tensor_besides_the_target(Recipe::Q4_0);
 }
 
-/// R4.3, R6.4.
+/// R4.3, R6.1–R6.5.
 #[cfg(target_os = "linux")]
 #[test]
 fn quantising_to_q4_k_holds_one_tensor_besides_the_target() {
     holds_one_tensor_besides_the_target(Recipe::Q4_K);
 }
 
-/// R4.3, R6.4.
+/// R4.3, R6.1–R6.5.
 #[cfg(target_os = "linux")]
 #[test]
 fn quantising_to_q8_0_holds_one_tensor_besides_the_target() {

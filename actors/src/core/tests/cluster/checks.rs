@@ -1,7 +1,7 @@
 //! Invariants of simulated members: at every tick, and after trouble has ended.
 
 use super::node::Node;
-use super::{Cluster, TICKS_OF_PEACE, TICKS_OF_REST, Trouble};
+use super::{Cluster, TICKS_OF_CALM, TICKS_OF_REST, Trouble};
 use crate::core::request::RequestError;
 use exo_net::NodeId;
 use std::collections::BTreeSet;
@@ -33,7 +33,7 @@ impl Cluster {
         for _ in 0..self.nodes.len() {
             self.revive(0);
         }
-        for _ in 0..TICKS_OF_PEACE {
+        for _ in 0..TICKS_OF_CALM {
             self.tick(Trouble::None);
         }
         self.check_peace();
@@ -54,7 +54,7 @@ impl Cluster {
     /// changes.
     pub(super) fn flap_outside_pairs(&mut self) {
         let is_outside = |cluster: &Self, (a, b): (usize, usize)| {
-            cluster.can_talk(a, b)
+            cluster.is_connected(a, b)
                 && cluster.nodes[a].as_ref().is_some_and(|node| node.clique.is_outside(cluster.ids[b]))
         };
         for pair in self.pairs().filter(|&pair| is_outside(self, pair)).collect::<Vec<_>>() {

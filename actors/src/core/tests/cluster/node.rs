@@ -25,7 +25,7 @@ pub(super) enum Message {
     Start(Box<StageTask>),
     Wire { id: InstanceId, stage: usize, incarnation: Incarnation },
     Clear { id: InstanceId, below: Stamp },
-    News { id: InstanceId, stamp: Stamp, event: StageEvent },
+    StageEvent { id: InstanceId, stamp: Stamp, event: StageEvent },
 }
 
 /// A shard that a node hosts.
@@ -77,7 +77,7 @@ pub(super) fn demand(layers: u64, layer_bytes: u64) -> Demand {
     }
 }
 
-pub(super) fn ask(number: u64) -> PlacementRequest {
+pub(super) fn request_model(number: u64) -> PlacementRequest {
     let name = format!("model-{number}");
     let model = Model {
         name: name.clone(),

@@ -1,6 +1,6 @@
 //! Failures of simulated members, and how the other members notice them.
 
-use super::node::{Message, Node, ask};
+use super::node::{Message, Node, request_model};
 use super::{Cluster, NOTICED_AFTER};
 use crate::core::stage::StageEvent;
 use exo_engines::EngineError;
@@ -19,7 +19,7 @@ impl Cluster {
                     let pairs = self.pairs().filter(|(a, b)| *a == victim || *b == victim);
                     self.cut.extend(pairs.map(|pair| (pair, self.now)).collect::<Vec<_>>());
                 }
-                self.on_the_way.retain(|(_, from, to, _)| *from != victim && *to != victim);
+                self.in_transit.retain(|(_, from, to, _)| *from != victim && *to != victim);
             }
             4..9 => self.revive(self.now.as_millis() as usize),
             9..12 => {
@@ -31,7 +31,7 @@ impl Cluster {
             17..22 => {
                 let (number, client) = (self.random.below(4), self.random.below(count) as usize);
                 if let Some(node) = &mut self.nodes[client] {
-                    node.wants.insert(format!("model-{number}"), (ask(number), None, None));
+                    node.wants.insert(format!("model-{number}"), (request_model(number), None, None));
                 }
             }
             22..25 => {
@@ -73,7 +73,7 @@ impl Cluster {
         if is_lost {
             node.shards.remove(&(id, stage));
         }
-        self.say(index, owner, Message::News { id, stamp, event });
+        self.send(index, owner, Message::StageEvent { id, stamp, event });
     }
 
     /// Members notice connections and losses.
@@ -82,12 +82,12 @@ impl Cluster {
             // A node that knows the address of another node dials it, sooner or later.
             let meets = self.random.below(10) == 0;
             for (one, other) in [(a, b), (b, a)] {
-                let is_gone = !self.can_talk(a, b)
+                let is_gone = !self.is_connected(a, b)
                     && self
                         .cut
                         .get(&(a, b))
                         .is_none_or(|since| self.now > *since + NOTICED_AFTER || self.nodes[other].is_none());
-                if meets && self.can_talk(a, b) && !self.sees.contains(&(one, other)) {
+                if meets && self.is_connected(a, b) && !self.sees.contains(&(one, other)) {
                     self.sees.insert((one, other));
                     self.meet(one, self.ids[other]);
                 } else if is_gone && self.sees.contains(&(one, other)) {
@@ -104,7 +104,7 @@ impl Cluster {
         let Some(node) = &mut self.nodes[one] else { return };
         if node.clique.handle_return(met).is_some() {
             let report = node.report(&seen);
-            return self.say(one, met, Message::Report(Box::new(report)));
+            return self.send(one, met, Message::Report(Box::new(report)));
         }
         self.join(one, met);
     }
@@ -115,8 +115,8 @@ impl Cluster {
         let Some(node) = &mut self.nodes[one] else { return };
         node.leader.handle_joined(now);
         let (report, entries) = (node.report(&seen), node.desired.entries().map(|(id, e)| (id, e.clone())).collect());
-        self.say(one, met, Message::Report(Box::new(report)));
-        self.say(one, met, Message::Desired(entries));
+        self.send(one, met, Message::Report(Box::new(report)));
+        self.send(one, met, Message::Desired(entries));
         self.order_again(one, met);
     }
 
@@ -128,16 +128,16 @@ impl Cluster {
         let running = node.heads.iter().filter(|(_, head)| head.pipeline.is_running());
         let clears: Vec<_> = running.map(|(&id, head)| Message::Clear { id, below: head.pipeline.stamp() }).collect();
         for clear in clears {
-            self.say(one, met, clear);
+            self.send(one, met, clear);
         }
         for (to, task) in tasks {
-            self.say(one, to, Message::Start(Box::new(task)));
+            self.send(one, to, Message::Start(Box::new(task)));
         }
     }
 
     pub(super) fn lose(&mut self, one: usize, other: usize) {
         self.sees.remove(&(one, other));
-        self.on_the_way.retain(|(_, from, to, _)| (*from, *to) != (one, other));
+        self.in_transit.retain(|(_, from, to, _)| (*from, *to) != (one, other));
         let (gone, now) = (self.ids[other], self.now);
         let Some(node) = &mut self.nodes[one] else { return };
         if !node.clique.handle_lost(&mut node.members, gone, now) {
