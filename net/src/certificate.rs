@@ -37,10 +37,13 @@ const ED25519_SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0
 /// Why a certificate could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
+    /// The key cannot be used, or the certificate cannot be encoded or signed.
     #[error("cannot make a certificate: {0}")]
     Make(#[from] rcgen::Error),
+    /// The TLS library refuses the certificate or the cipher settings.
     #[error("this node's own certificate was refused: {0}")]
     Configure(#[from] rustls::Error),
+    /// The TLS library cannot verify peers with the cluster's root certificate.
     #[error("this node's own certificate was refused: {0}")]
     Verifier(#[from] rustls::server::VerifierBuilderError),
 }
@@ -48,10 +51,13 @@ pub enum CertificateError {
 /// Why a peer's certificate does not identify the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PeerIdError {
+    /// The certificate cannot be decoded.
     #[error("the peer's certificate cannot be read")]
     Unreadable,
+    /// The certificate has a key of another algorithm than Ed25519.
     #[error("the peer's key is not an Ed25519 key")]
     NotEd25519,
+    /// The certificate does not name the node whose id follows from its key.
     #[error("the peer's certificate names another node than its key")]
     WrongName,
 }

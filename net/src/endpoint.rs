@@ -70,10 +70,18 @@ pub(crate) struct Local {
 /// Why the endpoint could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
+    /// The UDP socket cannot be opened.
     #[error("cannot open UDP port {address}: {source}; choose another port")]
-    Socket { address: SocketAddr, source: std::io::Error },
+    Socket {
+        /// The address to listen on.
+        address: SocketAddr,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// The node's certificate cannot be made.
     #[error(transparent)]
     Certificate(#[from] CertificateError),
+    /// The TLS configuration has no cipher suite for QUIC's first packets.
     #[error("no cipher for QUIC: {0}")]
     Cipher(#[from] NoInitialCipherSuite),
 }

@@ -27,7 +27,9 @@ pub enum WireType {
     /// Unconverted: the receiver gets the same bits.
     #[default]
     F32,
+    /// IEEE half precision: 2 bytes each; numbers that are too large for it become infinite.
     F16,
+    /// bfloat16: 2 bytes each, with the range of `f32` and 8 significant bits.
     Bf16,
 }
 
@@ -64,38 +66,67 @@ impl std::str::FromStr for WireType {
 /// The payload to send behind a header.
 #[derive(Debug, Clone, Copy)]
 pub enum Payload<'a> {
+    /// No payload.
     Nothing,
+    /// Numbers, which are converted to the wire type.
     Numbers(&'a [f32], WireType),
+    /// Bytes, sent unchanged.
     Bytes(&'a [u8]),
 }
 
 /// The payload that a frame announces before it is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Announced {
+    /// No payload.
     Nothing,
-    Numbers { count: usize },
-    Bytes { count: usize },
+    /// Numbers of any wire type.
+    Numbers {
+        /// How many numbers follow.
+        count: usize,
+    },
+    /// Bytes.
+    Bytes {
+        /// How many bytes follow.
+        count: usize,
+    },
 }
 
 /// The payload that came behind a header.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Received {
+    /// No payload.
     Nothing,
+    /// Numbers, converted from the wire type.
     Numbers(Vec<f32>),
+    /// Bytes.
     Bytes(Vec<u8>),
 }
 
 /// Why a frame was not read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
+    /// The header cannot be encoded or decoded, or is too long.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// The payload is longer than [`PAYLOAD_BYTES_MAX`].
     #[error("a frame announces {bytes} bytes of payload; at most {PAYLOAD_BYTES_MAX} are allowed")]
-    PayloadTooLong { bytes: u64 },
+    PayloadTooLong {
+        /// The payload's length in bytes.
+        bytes: u64,
+    },
+    /// The payload's kind is unknown, its length does not match the kind, or reserved bytes are not 0.
     #[error("a frame is malformed (payload kind {kind})")]
-    Malformed { kind: u8 },
+    Malformed {
+        /// The payload's kind, as sent.
+        kind: u8,
+    },
+    /// The receiver does not accept this header with this payload.
     #[error("a frame was refused: {what}")]
-    Refused { what: String },
+    Refused {
+        /// Why.
+        what: String,
+    },
+    /// The stream failed, or ended within a frame.
     #[error("the stream ended: {0}")]
     Io(#[from] std::io::Error),
 }
@@ -109,6 +140,7 @@ pub struct FrameWriter<W> {
 }
 
 impl<W: AsyncWrite + Unpin> FrameWriter<W> {
+    /// A writer to `stream`.
     pub fn new(stream: W) -> Self {
         Self { stream, buffer: Vec::new() }
     }
@@ -164,6 +196,7 @@ pub struct FrameReader<R> {
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
+    /// A reader of `stream`.
     pub fn new(stream: R) -> Self {
         Self { stream, header: Vec::new() }
     }

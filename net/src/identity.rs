@@ -97,10 +97,16 @@ impl std::fmt::Debug for Identity {
 /// Why an identity could not be loaded or created.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
+    /// The key's file cannot be read or written, or is open to other users.
     #[error(transparent)]
     File(#[from] PrivateFileError),
+    /// The key's file holds no Ed25519 key.
     #[error("{path} is not an Ed25519 key; move it away to get a new identity")]
-    Malformed { path: PathBuf },
+    Malformed {
+        /// The key's file.
+        path: PathBuf,
+    },
+    /// The system's random number generator failed.
     #[error("the system gave no random bytes for a new key")]
     NoRandomness,
 }

@@ -140,7 +140,9 @@ impl Priority {
 /// A bidirectional stream of frames.
 #[derive(Debug)]
 pub struct DataStream {
+    /// The sending half.
     pub writer: FrameWriter<SendStream>,
+    /// The receiving half.
     pub reader: FrameReader<RecvStream>,
 }
 

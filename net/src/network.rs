@@ -37,14 +37,18 @@ const CLOCK_EVERY: Duration = Duration::from_secs(60);
 /// Whether the node looks for members on the local network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Discover {
+    /// The node announces itself and looks for members, by multicast DNS.
     Multicast,
+    /// The node neither announces itself nor looks for members.
     Off,
 }
 
 /// This node's identity and settings, and where it looks for members.
 #[derive(Debug)]
 pub struct NetworkConfig {
+    /// The key pair of this node.
     pub identity: Arc<Identity>,
+    /// The secret of the cluster to connect to.
     pub secret: ClusterSecret,
     /// The name that other members show.
     pub name: String,
@@ -52,6 +56,7 @@ pub struct NetworkConfig {
     pub listen: SocketAddr,
     /// The addresses of members to dial.
     pub peers: Vec<SocketAddr>,
+    /// Whether the node looks for members on the local network.
     pub discover: Discover,
     /// Nodes that are not admitted, even if they have the cluster's secret.
     pub evicted: BTreeSet<NodeId>,
@@ -79,8 +84,10 @@ impl NetworkConfig {
 /// Why the network did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
+    /// The endpoint cannot be opened.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The system gives no thread.
     #[error("cannot start the network's thread: {0}")]
     Thread(#[from] std::io::Error),
 }
@@ -88,8 +95,17 @@ pub enum NetworkError {
 /// A change in the set of connected peers.
 #[derive(Debug)]
 pub enum NetworkEvent {
+    /// A peer is connected.
     PeerUp(Box<Peer>),
-    PeerDown { id: NodeId, session: u64, reason: String },
+    /// A peer's connections are closed.
+    PeerDown {
+        /// The peer's id.
+        id: NodeId,
+        /// The number of the closed pair of connections, as in [`Peer::session`].
+        session: u64,
+        /// Why the connections closed.
+        reason: String,
+    },
 }
 
 #[derive(Debug)]

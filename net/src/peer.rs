@@ -47,13 +47,17 @@ pub(crate) struct Hello {
 /// A connected member.
 #[derive(Debug)]
 pub struct Peer {
+    /// The peer's id, which its certificate proves.
     pub id: NodeId,
     /// The number of this pair of connections in this process; a member that reconnects gets another number.
     pub session: u64,
     /// The name that its user gave it; not unique, and not to be trusted.
     pub name: String,
+    /// The peer's UDP address, as this node sees it.
     pub address: SocketAddr,
+    /// Whether this node dialled the peer.
     pub is_dialled: bool,
+    /// The stream of control messages.
     pub control: ControlStream,
     /// The peer's messages that wait to be handled.
     pub inbox: Inbox,
@@ -63,6 +67,7 @@ pub struct Peer {
     pub sender_token: SenderToken,
     /// The token that messages from the peer carry.
     pub expected_token: SenderToken,
+    /// The connection for activations, requests and weights.
     pub data: DataConnection,
 }
 

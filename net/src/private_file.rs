@@ -12,10 +12,22 @@ const BYTES_MAX: u64 = 1024;
 /// Why a private file could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateFileError {
+    /// The file or its folder cannot be read or written.
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// The file's mode gives other users access.
     #[error("{path} is open to other users (mode {mode:o}); set its mode to 600")]
-    Exposed { path: PathBuf, mode: u32 },
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// The file's permission bits.
+        mode: u32,
+    },
 }
 
 /// The bytes of `path`; `None` where there is no such file.

@@ -30,10 +30,16 @@ impl std::fmt::Debug for ClusterSecret {
 /// Why a secret could not be loaded or created.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
+    /// The secret's file cannot be read or written, or is open to other users.
     #[error(transparent)]
     File(#[from] PrivateFileError),
+    /// The secret's file holds no secret.
     #[error("{path} is not a cluster's secret; move it away to start a new cluster, or join one")]
-    Malformed { path: PathBuf },
+    Malformed {
+        /// The secret's file.
+        path: PathBuf,
+    },
+    /// The system's random number generator failed.
     #[error("the system gave no random bytes for a new secret")]
     NoRandomness,
 }

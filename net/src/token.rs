@@ -18,6 +18,7 @@ const ADDRESSES_MAX: usize = 16;
 /// The data that a machine needs to join a cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JoinToken {
+    /// The secret of the cluster to join.
     pub secret: ClusterSecret,
     /// The addresses at which some members listen; discovery finds others.
     pub addresses: Vec<SocketAddr>,
@@ -26,8 +27,10 @@ pub struct JoinToken {
 /// Why a text is not a join token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
+    /// The text does not begin with the prefix of this version's tokens.
     #[error("not a join token, or one of another version: it does not begin with `{PREFIX}`")]
     Prefix,
+    /// The text after the prefix cannot be decoded, or its checksum does not match.
     #[error("the join token is damaged: copy it whole")]
     Damaged,
 }

@@ -11,12 +11,18 @@ pub const VALUE_BYTES_MAX: usize = 4 << 20;
 /// Why a value cannot be encoded or decoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
+    /// The value cannot be encoded; the text says why.
     #[error("a value cannot be encoded: {0}")]
     Encode(String),
+    /// The bytes cannot be decoded, or continue after the value; the text says why.
     #[error("a value from a peer cannot be decoded: {0}")]
     Decode(String),
+    /// The encoded value is longer than [`VALUE_BYTES_MAX`].
     #[error("a value has {bytes} bytes; at most {VALUE_BYTES_MAX} are allowed")]
-    TooLong { bytes: usize },
+    TooLong {
+        /// The length in bytes.
+        bytes: usize,
+    },
 }
 
 /// The encoded bytes of `value`.

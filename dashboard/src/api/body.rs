@@ -1,6 +1,6 @@
 //! Reads JSON request bodies up to a size limit. Errors name the field or the line that is wrong.
 
-use super::ApiError;
+use super::error::ApiError;
 use axum::extract::{FromRequest, Request};
 use axum::http::StatusCode;
 use futures_util::StreamExt;

@@ -1,6 +1,6 @@
 //! The state that request handlers share: the node, and the caller's rights.
 
-use super::ApiError;
+use super::error::ApiError;
 use exo_actors::models::ModelName;
 use exo_actors::{ModelSpec, NodeHandle};
 use std::collections::BTreeSet;

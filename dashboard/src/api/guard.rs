@@ -4,7 +4,7 @@
 //! does `Host` after DNS rebinding: both must be this node's. Where a key is configured, requests without the key are
 //! rejected, whatever their headers say.
 
-use super::ApiError;
+use super::error::ApiError;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::Next;

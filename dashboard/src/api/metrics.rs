@@ -1,7 +1,7 @@
 //! `/metrics`: the node's state in Prometheus' text format, version 0.0.4.
 
-use super::ApiError;
 use super::context::ApiContext;
+use super::error::ApiError;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};

@@ -3,7 +3,7 @@
 
 use super::body::{Body, FromBody, read_json};
 use super::context::ApiContext;
-use super::{ApiError, ErrorDetail};
+use super::error::{ApiError, ErrorDetail};
 use axum::Json;
 use axum::body::{Body as Stream, Bytes};
 use axum::extract::State;

@@ -2,7 +2,7 @@
 
 use super::context::{ApiContext, Caller};
 use super::guard::{Guard, guard};
-use super::router;
+use super::router::router;
 use axum::middleware::from_fn_with_state;
 use exo_actors::NodeHandle;
 use std::collections::BTreeSet;

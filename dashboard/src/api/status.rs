@@ -1,7 +1,7 @@
 //! `/health` and `/state`.
 
-use super::ApiError;
 use super::context::ApiContext;
+use super::error::ApiError;
 use axum::Json;
 use axum::extract::State;
 use serde_json::{Value, json};

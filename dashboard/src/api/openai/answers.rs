@@ -1,8 +1,8 @@
 //! Generates the answers of one API call concurrently, and sends them whole or as a stream.
 
 use super::now;
-use crate::api::ApiError;
 use crate::api::context::ApiContext;
+use crate::api::error::ApiError;
 use axum::Json;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};

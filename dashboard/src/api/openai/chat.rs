@@ -3,9 +3,9 @@
 use super::answers::{AnswerPlan, Answers, FinishedAnswer, Piece, Shape};
 use super::sampling::Sampling;
 use super::tools;
-use crate::api::ApiError;
 use crate::api::body::{FromBody, read_json};
 use crate::api::context::ApiContext;
+use crate::api::error::ApiError;
 use crate::api::reasoning::{SplitText, Splitter};
 use exo_actors::{Conversation, Message, Prompt, Role, RunningModel, ToolCall};
 use serde::Deserialize;

@@ -2,9 +2,9 @@
 
 use super::answers::{AnswerPlan, Answers, FinishedAnswer, Piece, Shape};
 use super::sampling::Sampling;
-use crate::api::ApiError;
 use crate::api::body::{FromBody, read_json};
 use crate::api::context::ApiContext;
+use crate::api::error::ApiError;
 use exo_actors::{Prompt, RunningModel};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};

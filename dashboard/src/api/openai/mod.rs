@@ -12,9 +12,9 @@ mod completions;
 mod sampling;
 mod tools;
 
-use super::ApiError;
 use super::body::Body;
 use super::context::ApiContext;
+use super::error::ApiError;
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::response::Response;

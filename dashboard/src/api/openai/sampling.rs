@@ -1,6 +1,6 @@
 //! The sampling fields that both completion endpoints share.
 
-use crate::api::ApiError;
+use crate::api::error::ApiError;
 use exo_actors::{GenerateRequest, ModelSpec, Prompt, SamplingParams, fresh_seed};
 use serde::Deserialize;
 use std::collections::BTreeMap;
