@@ -17,15 +17,20 @@ use std::ops::Range;
 pub struct TensorData<'a> {
     /// The name for error messages.
     pub name: &'a str,
+    /// The element type of `bytes`.
     pub element: ElementType,
+    /// Number of rows: the outputs of a projection, or the vocabulary of an embedding.
     pub rows: usize,
+    /// Values in a row: the inputs of a projection, or the hidden width of an embedding.
     pub columns: usize,
+    /// The rows in order, \[rows]\[columns], encoded as `element`.
     pub bytes: TensorBytes<'a>,
 }
 
 /// The rows of a step, grouped by sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
+    /// Number of rows, at least 1.
     pub rows: usize,
     /// Spans in row order, which cover all rows.
     pub spans: Vec<Span>,
@@ -34,8 +39,9 @@ pub struct Batch {
 /// Successive rows of one sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
+    /// Indices of the rows in the step, half-open.
     pub rows: Range<usize>,
-    /// Position of the first row.
+    /// Position of the first row in its sequence, from 0.
     pub first_position: usize,
     /// The sequence's cache pages, in order of position, up to the page of the last row.
     pub pages: Vec<u32>,
@@ -44,52 +50,72 @@ pub struct Span {
 /// The weight and epsilon of an RMS norm.
 #[derive(Debug)]
 pub struct Norm<B: Backend> {
+    /// The factor of each value: \[width of the norm], with the model's norm offset added.
     pub weight: B::Vector,
+    /// The number that is added to the mean of the squares.
     pub epsilon: f32,
 }
 
 /// A linear projection: y = x · Wᵀ + b.
 #[derive(Debug)]
 pub struct Linear<B: Backend> {
+    /// W: \[outputs]\[inputs].
     pub weight: B::Matrix,
+    /// b: \[outputs]; `None` for a projection without bias.
     pub bias: Option<B::Vector>,
 }
 
 /// Weights of an attention half-layer.
 #[derive(Debug)]
 pub struct AttentionWeights<B: Backend> {
+    /// The heads, widths and options of the attention.
     pub spec: Attention,
+    /// The norm of the input, of the hidden width; `None` in a model that norms only outputs.
     pub norm: Option<Norm<B>>,
+    /// The query projection: \[query width]\[hidden].
     pub query: Linear<B>,
+    /// The key projection: \[key/value width]\[hidden].
     pub key: Linear<B>,
+    /// The value projection: \[key/value width]\[hidden].
     pub value: Linear<B>,
+    /// The norm of queries before their rotation, of the width of one head or of all query heads.
     pub query_norm: Option<Norm<B>>,
+    /// The norm of keys before their rotation, of the width of one head or of all key heads.
     pub key_norm: Option<Norm<B>>,
-    /// One attention-sink score for each head.
+    /// One attention-sink score for each query head: \[heads].
     pub sinks: Option<B::Vector>,
+    /// The output projection: \[hidden]\[query width].
     pub output: Linear<B>,
 }
 
 /// Weights of a feed-forward half-layer.
 #[derive(Debug)]
 pub struct FeedForwardWeights<B: Backend> {
+    /// The function of the gate and up projections.
     pub activation: Activation,
+    /// The norm of the input, of the hidden width; `None` in a model that norms only outputs.
     pub norm: Option<Norm<B>>,
+    /// The weights: dense, or of experts.
     pub kind: FeedForwardKind<B>,
 }
 
 /// A dense feed-forward, or a mixture of experts.
 #[derive(Debug)]
 pub enum FeedForwardKind<B: Backend> {
+    /// One feed-forward, which computes every row.
     Dense(Gated<B>),
+    /// Several feed-forwards, of which a router chooses some for each row.
     Mixture(Mixture<B>),
 }
 
-/// One gated feed-forward.
+/// One gated feed-forward: down(activation(gate x, up x)).
 #[derive(Debug)]
 pub struct Gated<B: Backend> {
+    /// The gate projection: \[inner width]\[hidden].
     pub gate: Linear<B>,
+    /// The up projection: \[inner width]\[hidden].
     pub up: Linear<B>,
+    /// The down projection: \[hidden]\[inner width].
     pub down: Linear<B>,
 }
 
@@ -97,8 +123,11 @@ pub struct Gated<B: Backend> {
 /// weights of the chosen experts only.
 #[derive(Debug)]
 pub struct Mixture<B: Backend> {
+    /// The number of experts, and how a row's experts are chosen and weighted.
     pub spec: Experts,
+    /// The router, which computes one logit per expert: \[experts]\[hidden].
     pub router: Linear<B>,
+    /// The experts, in order of number.
     pub experts: Vec<Gated<B>>,
 }
 
@@ -108,44 +137,47 @@ pub trait Backend: Sized {
     type Matrix: std::fmt::Debug;
     /// A bias, or the weight of a norm.
     type Vector: std::fmt::Debug;
-    /// Rows of f32 activations.
+    /// Rows of f32 activations: \[row]\[width].
     type Buffer;
     /// Keys and values of all layers of a shard.
     type Cache;
     /// A [`Batch`] in the backend's own form, with its rotations.
     type Batch;
 
-    /// Returns name, version and kernel tier.
+    /// Returns the backend's name, version and kernel tier.
     fn fingerprint(&self) -> String;
 
     /// Copies a matrix into the backend's layout.
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Self::Matrix, EngineError>;
 
-    /// Returns the memory size of a matrix.
+    /// Returns the size of a matrix in memory, in bytes.
     fn matrix_bytes(matrix: &Self::Matrix) -> u64;
 
     /// Moves a vector into the backend.
     fn vector(&mut self, values: Vec<f32>) -> Result<Self::Vector, EngineError>;
 
-    /// Reserves a cache of `pages` pages for each of `layers`.
+    /// Reserves a cache of `pages` pages of [`PAGE_TOKENS`](crate::engine::PAGE_TOKENS) tokens for each of `layers`.
     fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<Self::Cache, EngineError>;
 
-    /// Copies whole pages in every layer; each copy is (from, to).
+    /// Copies whole pages in every layer; each copy is (from, to), as page numbers.
     fn copy_pages(&mut self, cache: &mut Self::Cache, copies: &[(u32, u32)]) -> Result<(), EngineError>;
 
-    /// Prepares for the rows of one step.
+    /// Prepares for the rows of one step. `ropes` are the tables of
+    /// [`Architecture::ropes`](crate::model::Architecture::ropes), in order.
     fn begin(&mut self, batch: Batch, ropes: &[Rope]) -> Result<Self::Batch, EngineError>;
 
-    /// Returns the rows `tokens` of `table`, times `scale`. Every token is less than the table's number of rows.
+    /// Returns the rows `tokens` of `table`, times `scale`: \[token]\[hidden]. Every token is less than the table's
+    /// number of rows.
     fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], scale: f32) -> Result<Self::Buffer, EngineError>;
 
-    /// Moves rows of `width` values to the device.
+    /// Moves rows of `width` values, \[row]\[width], to the device.
     fn upload(&mut self, values: Vec<f32>, width: usize) -> Result<Self::Buffer, EngineError>;
 
     /// Returns the rows of a buffer: \[row]\[width].
     fn download(&mut self, buffer: Self::Buffer) -> Result<Vec<f32>, EngineError>;
 
     /// Computes norm, projections, rotation, cache write, attention over layer `layer` of `cache`, output projection.
+    /// `layer` counts from the shard's first layer. `hidden` and the result are \[row]\[hidden].
     fn attention(
         &mut self,
         weights: &AttentionWeights<Self>,
@@ -156,13 +188,14 @@ pub trait Backend: Sized {
     ) -> Result<Self::Buffer, EngineError>;
 
     /// Computes norm, gate and up projections, activation, down projection; in a mixture, with each row's experts.
+    /// `hidden` and the result are \[row]\[hidden].
     fn feed_forward(
         &mut self,
         weights: &FeedForwardWeights<Self>,
         hidden: &Self::Buffer,
     ) -> Result<Self::Buffer, EngineError>;
 
-    /// Adds norm(delta) to `hidden`, or delta itself without a norm.
+    /// Adds norm(delta) to `hidden`, or delta itself without a norm; both are \[row]\[hidden].
     fn add(
         &mut self,
         hidden: &mut Self::Buffer,
@@ -170,7 +203,7 @@ pub trait Backend: Sized {
         norm: Option<&Norm<Self>>,
     ) -> Result<(), EngineError>;
 
-    /// Returns the logits of `rows` of `hidden` after the final norm: \[row]\[vocabulary].
+    /// Returns the logits of `rows`, indices into `hidden`, after the final norm: \[row]\[vocabulary].
     fn logits(
         &mut self,
         norm: &Norm<Self>,

@@ -6,7 +6,7 @@
 
 /// Adds up partial results over the ranks of a layer.
 pub trait AllReduce {
-    /// Returns the number of ranks. With one rank, the decoder skips the exchange.
+    /// Returns the number of ranks, at least 1. With one rank, the decoder skips the exchange.
     fn ranks(&self) -> u32;
 
     /// Replaces `partial`, \[rows]\[hidden width], by its sum over all ranks. Every rank adds in order of rank, so that
@@ -21,6 +21,7 @@ pub trait AllReduce {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("rank {rank} did not send its partial sum of a layer")]
 pub struct AllReduceError {
+    /// The silent rank, from 0.
     pub rank: u32,
 }
 

@@ -30,22 +30,26 @@ impl std::fmt::Display for DeviceId {
 /// The kind of a compute device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceKind {
+    /// The machine's CPU.
     Cpu,
+    /// A graphics processor.
     Gpu,
 }
 
 /// A device on which an engine can be opened.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeviceReport {
+    /// The device's id, unique on this machine.
     pub id: DeviceId,
+    /// The kind of the device.
     pub kind: DeviceKind,
     /// The engine's name.
     pub engine: String,
-    /// The vendor's name of the device.
+    /// The vendor's name of the device, or the architecture of the CPU, such as `x86_64`.
     pub name: String,
-    /// Number of cores, or of the vendor's equivalent units.
+    /// Number of logical CPU cores, or of the vendor's equivalent units; `None` if unknown.
     pub compute_units: Option<u32>,
-    /// The name of the kernel tier in use.
+    /// The name of the kernel tier in use, such as `avx2`.
     pub tier: String,
 }
 
@@ -61,6 +65,7 @@ pub struct StepId(pub u64);
 /// has seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Incarnation {
+    /// The first key of the order.
     pub epoch: u64,
     /// The bytes of the owning node's id. Engines only compare them.
     pub owner: [u8; 32],
@@ -69,11 +74,14 @@ pub struct Incarnation {
 /// The element type of cached keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KvElement {
+    /// Half-precision floats, 2 bytes each.
     F16,
+    /// Single-precision floats, 4 bytes each.
     F32,
 }
 
 impl KvElement {
+    /// Returns the bytes of one value: 2 or 4.
     pub fn bytes(self) -> usize {
         match self {
             Self::F16 => 2,
@@ -81,6 +89,7 @@ impl KvElement {
         }
     }
 
+    /// Returns the name for fingerprints: `f16` or `f32`.
     pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -92,7 +101,9 @@ impl KvElement {
 /// The part of each matrix that a shard holds: rank `rank` of `of` ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorRank {
+    /// The shard's rank, 0 to `of` − 1.
     pub rank: u32,
+    /// The number of ranks, at least 1.
     pub of: u32,
 }
 
@@ -104,25 +115,31 @@ impl TensorRank {
 /// The part of a model that one engine computes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ShardSpec {
+    /// The architecture of the whole model.
     pub architecture: Architecture,
-    /// Half-open range of layers. The shard of layer 0 takes tokens; the shard of the last layer returns logits.
+    /// Half-open range of layers, not empty. The shard of layer 0 takes tokens; the shard of the last layer returns
+    /// logits.
     pub layers: Range<usize>,
+    /// The part of each matrix in these layers. The decoder computes whole matrices only.
     pub tensor: TensorRank,
+    /// The element type of the cache.
     pub kv_element: KvElement,
-    /// The cache's capacity, in pages of [`PAGE_TOKENS`] tokens, shared by all sequences.
+    /// The cache's capacity, in pages of [`PAGE_TOKENS`] tokens, shared by all sequences; at least 1.
     pub kv_pages: u32,
 }
 
 impl ShardSpec {
+    /// Returns whether the shard has layer 0, and so takes tokens.
     pub fn is_first(&self) -> bool {
         self.layers.start == 0
     }
 
+    /// Returns whether the shard has the model's last layer, and so returns logits.
     pub fn is_last(&self) -> bool {
         self.layers.end == self.architecture.layers.len()
     }
 
-    /// The cache's capacity, in bytes.
+    /// Returns the cache's capacity, in bytes.
     pub fn kv_bytes(&self) -> u64 {
         let per_token = self.architecture.kv_bytes_per_token(self.layers.clone(), self.kv_element.bytes());
         per_token * u64::from(PAGE_TOKENS) * u64::from(self.kv_pages)
@@ -132,19 +149,22 @@ impl ShardSpec {
 /// The progress of a load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadProgress {
+    /// Bytes, as stored in the files, of the tensors loaded so far: 0 to `total_bytes`.
     pub loaded_bytes: u64,
+    /// Bytes, as stored in the files, of all tensors of the shard.
     pub total_bytes: u64,
 }
 
 /// The result of a load.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoadReport {
-    /// The size of the weights in the engine's own layout.
+    /// Bytes of the weights in the engine's own layout.
     pub weight_bytes: u64,
-    /// The cache's capacity.
+    /// Bytes of the cache's capacity.
     pub kv_bytes: u64,
     /// Engine, version, kernel tier and KV type. Engines with equal fingerprints compute the same bits.
     pub fingerprint: String,
+    /// The duration of the load.
     pub elapsed: Duration,
 }
 
@@ -159,18 +179,35 @@ pub struct WarmUpReport {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Operation {
     /// Drops all positions of `seq` from `length_tokens` on.
-    Truncate { seq: SeqId, length_tokens: u32 },
+    Truncate {
+        /// The sequence to shorten.
+        seq: SeqId,
+        /// Tokens that remain, at most the sequence's length.
+        length_tokens: u32,
+    },
     /// Makes a new sequence `to` share the first `length_tokens` positions of `from`.
-    Fork { from: SeqId, to: SeqId, length_tokens: u32 },
-    /// Drops `seq` from the cache.
-    Release { seq: SeqId },
+    Fork {
+        /// The sequence to share from.
+        from: SeqId,
+        /// The new sequence; its id is not in the cache yet.
+        to: SeqId,
+        /// Tokens to share, at most the length of `from`.
+        length_tokens: u32,
+    },
+    /// Drops `seq` from the cache; an unknown sequence is not an error.
+    Release {
+        /// The sequence to drop.
+        seq: SeqId,
+    },
 }
 
 /// One token of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
+    /// The token's sequence.
     pub seq: SeqId,
-    /// Absolute position. Rows of one sequence are adjacent and in order, and start where its cache ends.
+    /// Position in the sequence, from 0. Rows of one sequence are adjacent and in order, and start where its cache
+    /// ends.
     pub position: u32,
     /// Whether the last shard computes this row's logits.
     pub wants_logits: bool,
@@ -179,17 +216,22 @@ pub struct Row {
 /// One forward pass of a shard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
+    /// The incarnation of the instance that sends the step.
     pub incarnation: Incarnation,
+    /// The number of the step.
     pub id: StepId,
+    /// Changes to sequences, applied in order before the rows.
     pub operations: Vec<Operation>,
+    /// The tokens to compute; may be empty.
     pub rows: Vec<Row>,
 }
 
 /// The input of a shard: one token, or one hidden row, for each row of the step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Input {
+    /// One token id for each row, less than the vocabulary's size: the input of the first shard.
     Tokens(Vec<u32>),
-    /// Rows of the residual stream: \[rows]\[hidden], f32.
+    /// Rows of the residual stream, \[rows]\[hidden], f32: the input of every other shard.
     Hidden(Vec<f32>),
 }
 
@@ -198,17 +240,18 @@ pub enum Input {
 pub enum OutputRows {
     /// All rows of the residual stream: \[rows]\[hidden], f32.
     Hidden(Vec<f32>),
-    /// One row of logits over the vocabulary for each row that wants logits, in order.
+    /// Logits of the rows that want them, in order: \[rows that want logits]\[vocabulary], f32.
     Logits(Vec<f32>),
 }
 
 /// The result of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Output {
+    /// The hidden rows, or the logits.
     pub rows: OutputRows,
-    /// Device memory in use by the engine.
+    /// Bytes of device memory in use: the weights, and the cache pages in use.
     pub memory_bytes: u64,
-    /// Cache pages in use.
+    /// Cache pages in use, 0 to [`ShardSpec::kv_pages`].
     pub pages_used: u32,
 }
 

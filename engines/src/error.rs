@@ -24,37 +24,99 @@ pub enum ErrorClass {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum EngineError {
+    /// A model file cannot be read, or is not valid.
     #[error(transparent)]
     Format(#[from] FormatError),
+    /// Memory does not suffice.
     #[error("{what} needs {needed_bytes} bytes, but {free_bytes} are free")]
-    OutOfMemory { what: String, needed_bytes: u64, free_bytes: u64 },
+    OutOfMemory {
+        /// The thing that needs the memory.
+        what: String,
+        /// Bytes needed; `u64::MAX` if their number overflows.
+        needed_bytes: u64,
+        /// Bytes free.
+        free_bytes: u64,
+    },
+    /// The free cache pages do not suffice for the step's rows.
     #[error("all {pages} pages of the KV cache are in use")]
-    CacheFull { pages: u32 },
+    CacheFull {
+        /// The cache's capacity, in pages.
+        pages: u32,
+    },
+    /// The step belongs to an older incarnation than the engine has seen.
     #[error("the step's incarnation (epoch {got}) is older than the engine's (epoch {current})")]
-    StaleIncarnation { got: u64, current: u64 },
+    StaleIncarnation {
+        /// The epoch of the step.
+        got: u64,
+        /// The epoch of the engine's incarnation.
+        current: u64,
+    },
+    /// A step, or the spec of a shard, is not valid.
     #[error("the step is not valid: {what}")]
-    BadStep { what: String },
+    BadStep {
+        /// The fault.
+        what: String,
+    },
+    /// The engine has no model loaded.
     #[error("the engine has no model loaded")]
     NotLoaded,
+    /// The engine does not support a property of the model or the shard.
     #[error("{what} is not supported by the engine `{engine}`")]
-    Unsupported { engine: String, what: String },
+    Unsupported {
+        /// The engine's name.
+        engine: String,
+        /// The property.
+        what: String,
+    },
+    /// The engine's factory has no such device.
     #[error("no device `{device}` for the engine `{engine}`")]
-    NoDevice { engine: String, device: String },
+    NoDevice {
+        /// The engine's name.
+        engine: String,
+        /// The id of the requested device.
+        device: String,
+    },
+    /// The warm-up computed values that are not finite.
     #[error("the engine's self-test failed: {what}")]
-    SelfTest { what: String },
+    SelfTest {
+        /// The fault.
+        what: String,
+    },
+    /// The device failed, or cannot run the engine.
     #[error("the device `{device}` failed: {what}")]
-    Device { device: String, what: String },
+    Device {
+        /// The name of the device, or of a rank of a tensor-sharded layer.
+        device: String,
+        /// The cause.
+        what: String,
+    },
+    /// The engine or one of its threads panicked.
     #[error("the engine panicked: {what}")]
-    Panicked { what: String },
+    Panicked {
+        /// The text of the panic.
+        what: String,
+    },
+    /// A call to the engine makes no progress and does not return.
     #[error("the engine has not returned from {from} for {seconds} s")]
-    Hung { from: String, seconds: u64 },
+    Hung {
+        /// The call: a load, or a step of some number of rows.
+        from: String,
+        /// Seconds since the engine's last sign of progress.
+        seconds: u64,
+    },
+    /// A call for an earlier shard has not returned, so the device accepts no new shard.
     #[error("the device `{device}` still hangs on the work of an earlier shard")]
-    StillHung { device: String },
+    StillHung {
+        /// The id of the device.
+        device: String,
+    },
+    /// The caller stopped the load.
     #[error("the load was stopped because the shard is no longer needed")]
     Interrupted,
 }
 
 impl EngineError {
+    /// Returns the error's class.
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Format(_) | Self::Unsupported { .. } | Self::NoDevice { .. } => ErrorClass::Caller,

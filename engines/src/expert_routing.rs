@@ -7,11 +7,14 @@ use crate::model::{Experts, Weighting};
 /// An expert chosen for a row, and the weight of its output.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RoutedExpert {
+    /// The number of the expert, from 0.
     pub expert: usize,
+    /// The factor of the expert's output, 0 to 1.
     pub weight: f32,
 }
 
-/// Returns the experts of a row with these router logits, best first; among equals, the lower number first.
+/// Returns the `spec.used` experts of a row, best first; among equals, the lower number first. `logits` has one router
+/// logit for each expert.
 pub fn route(spec: &Experts, logits: &[f32]) -> Vec<RoutedExpert> {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));

@@ -42,22 +42,34 @@ impl std::fmt::Debug for ChatTemplate {
 /// The reason why a template cannot be compiled or rendered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
+    /// The template cannot be compiled, or failed while it rendered.
     #[error("the chat template is malformed: {what}")]
-    Malformed { what: String },
+    Malformed {
+        /// A description of the fault.
+        what: String,
+    },
     /// The template called `raise_exception`, mostly because it does not support the order of roles.
     #[error("the chat template refuses the conversation: {what}")]
-    Refused { what: String },
+    Refused {
+        /// The template's own message.
+        what: String,
+    },
+    /// The rendering exceeds 500,000 instructions or 16 MiB of output.
     #[error("the chat template takes too long or writes too much")]
     Limit,
+    /// The rendering thread cannot be started.
     #[error("cannot start a thread for the chat template: {what}")]
-    NoThread { what: String },
+    NoThread {
+        /// The operating system's message.
+        what: String,
+    },
 }
 
 impl ChatTemplate {
-    /// Compiles `source`. `bos` and `eos` are the texts of these tokens.
+    /// Compiles `source`, of at most 1 MiB. `bos` and `eos` are the texts of these tokens.
     ///
     /// # Errors
-    /// [`TemplateError::Malformed`], with the faulty line.
+    /// [`TemplateError::Malformed`], with the faulty line, or for a source that is too long.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TemplateError> {
         if source.len() > SOURCE_BYTES_MAX {
             return Err(TemplateError::Malformed { what: format!("its source of {} bytes is too long", source.len()) });

@@ -30,7 +30,7 @@ pub struct CandleBackend {
     device: Device,
 }
 
-/// A matrix, dense or quantised.
+/// A matrix, dense or quantised: \[rows]\[columns].
 #[derive(Debug)]
 pub struct Matrix {
     form: Form,
@@ -59,6 +59,7 @@ impl From<candle_core::Error> for EngineError {
 }
 
 impl CandleBackend {
+    /// Creates a backend on `device`.
     pub fn new(device: Device) -> Self {
         Self { device }
     }

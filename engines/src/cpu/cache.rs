@@ -11,7 +11,7 @@ use crate::simd::{LANES, Simd};
 /// Tokens in a page, as an index.
 pub(super) const TOKENS: usize = PAGE_TOKENS as usize;
 
-/// The cache of all layers of a shard.
+/// The keys and values of all layers of a shard, in pages of [`PAGE_TOKENS`] tokens.
 #[derive(Debug)]
 pub struct KvCache {
     pub(super) layers: Vec<LayerCache>,

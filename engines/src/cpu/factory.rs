@@ -16,12 +16,12 @@ impl CpuFactory {
     /// The id of this factory's only device.
     pub const DEVICE: &'static str = "cpu";
 
-    /// Creates a factory of engines with `threads` threads each, at the best tier of this machine.
+    /// Creates a factory of engines with `threads` threads each (at least 1), at the best tier of this machine.
     pub fn new(threads: usize) -> Self {
         Self::with_tier(threads, Tier::best())
     }
 
-    /// Creates a factory of engines with `threads` threads each, at `tier`, one of [`Tier::available`].
+    /// Creates a factory of engines with `threads` threads each (at least 1), at `tier`, one of [`Tier::available`].
     pub fn with_tier(threads: usize, tier: Tier) -> Self {
         Self { threads: threads.max(1), tier }
     }

@@ -68,7 +68,7 @@ impl Lines {
     }
 }
 
-/// A weight matrix of the CPU backend.
+/// A weight matrix of the CPU backend, \[rows]\[columns], in panels of sixteen rows.
 #[derive(Debug)]
 pub struct Packed {
     pub(super) rows: usize,

@@ -284,7 +284,7 @@ fn sum_ranks<B: Backend>(
     backend.upload(values, width)
 }
 
-/// Returns the number of pages for `tokens` tokens of one sequence.
+/// Returns the number of pages, of [`PAGE_TOKENS`] tokens each, for `tokens` tokens of one sequence.
 pub fn pages_for(tokens: u32) -> u32 {
     tokens.div_ceil(PAGE_TOKENS)
 }

@@ -24,18 +24,29 @@ struct Sequence {
 /// The reason why the table cannot apply an operation or extend a sequence.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PageError {
+    /// The sequence is not in the cache.
     #[error("sequence {} is not in the cache", .0.0)]
     Unknown(SeqId),
+    /// The new sequence of a fork is already in the cache.
     #[error("sequence {} is already in the cache", .0.0)]
     Exists(SeqId),
+    /// The sequence has fewer tokens than the operation needs.
     #[error("sequence {} has {has} tokens, but {wanted} are needed", .seq.0)]
-    TooShort { seq: SeqId, has: u32, wanted: u32 },
+    TooShort {
+        /// The sequence.
+        seq: SeqId,
+        /// Tokens of the sequence in the cache.
+        has: u32,
+        /// Tokens that the operation needs.
+        wanted: u32,
+    },
+    /// The free pages do not suffice.
     #[error("the cache has too few free pages")]
     Full,
 }
 
 impl PageTable {
-    /// Creates a table of `pages` free pages.
+    /// Creates a table of `pages` free pages, numbered from 0.
     pub fn new(pages: u32) -> Self {
         Self {
             holders: vec![0; pages as usize],
@@ -60,12 +71,12 @@ impl PageTable {
         self.sequences.get(&seq).map_or(0, |sequence| sequence.length_tokens)
     }
 
-    /// Returns the pages of `seq`, in order of position.
+    /// Returns the page numbers of `seq`, in order of position; none for an unknown sequence.
     pub fn pages(&self, seq: SeqId) -> &[u32] {
         self.sequences.get(&seq).map_or(&[], |sequence| &sequence.pages)
     }
 
-    /// Returns the sequences in the table.
+    /// Returns the sequences in the table, in order of id.
     pub fn sequences(&self) -> impl Iterator<Item = SeqId> {
         self.sequences.keys().copied()
     }

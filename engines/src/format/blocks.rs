@@ -23,7 +23,7 @@ pub struct Block {
 /// The properties that all blocks of a format share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Coding {
-    /// Bits of a code.
+    /// Bits of a code, from 2 to 8.
     pub bits: u32,
     /// The levels that codes stand for.
     pub levels: Levels,

@@ -8,21 +8,37 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(non_camel_case_types)]
 pub enum ElementType {
+    /// Single-precision floats, 4 bytes each.
     F32,
+    /// Half-precision floats, 2 bytes each.
     F16,
+    /// bfloat16, 2 bytes each.
     BF16,
+    /// 4-bit codes; a scale for each 32 values.
     Q4_0,
+    /// 4-bit codes; a scale and a minimum for each 32 values.
     Q4_1,
+    /// 5-bit codes; a scale for each 32 values.
     Q5_0,
+    /// 5-bit codes; a scale and a minimum for each 32 values.
     Q5_1,
+    /// 8-bit codes; a scale for each 32 values.
     Q8_0,
+    /// 2-bit codes in blocks of 256 values; a 4-bit scale and minimum for each 16 values.
     Q2_K,
+    /// 3-bit codes in blocks of 256 values; a 6-bit scale for each 16 values.
     Q3_K,
+    /// 4-bit codes in blocks of 256 values; a 6-bit scale and minimum for each 32 values.
     Q4_K,
+    /// 5-bit codes in blocks of 256 values; a 6-bit scale and minimum for each 32 values.
     Q5_K,
+    /// 6-bit codes in blocks of 256 values; an 8-bit scale for each 16 values.
     Q6_K,
+    /// 4-bit codes of 16 uneven levels; a scale for each 32 values.
     IQ4_NL,
+    /// 4-bit codes of 16 uneven levels in blocks of 256 values; a 6-bit scale for each 32 values.
     IQ4_XS,
+    /// 4-bit floats; a power of two as the scale of each 32 values.
     MXFP4,
 }
 
@@ -47,7 +63,7 @@ impl ElementType {
         Self::MXFP4,
     ];
 
-    /// Values in one block: a row is a whole number of blocks.
+    /// Values in one block (1, 32 or 256): a row is a whole number of blocks.
     pub fn block_values(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
@@ -56,7 +72,7 @@ impl ElementType {
         }
     }
 
-    /// Bytes of one block.
+    /// Bytes of one block, from 2 to 210.
     pub fn block_bytes(self) -> usize {
         match self {
             Self::F32 => 4,

@@ -7,30 +7,112 @@ use std::path::PathBuf;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum FormatError {
+    /// The operating system cannot open or read the path.
     #[error("{path}: {reason}")]
-    Io { path: PathBuf, reason: String },
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's message.
+        reason: String,
+    },
+    /// The path is no model.
     #[error("{path}: neither a GGUF file nor a folder with safetensors ({reason})")]
-    NotAModel { path: PathBuf, reason: String },
+    NotAModel {
+        /// The path that should be a model.
+        path: PathBuf,
+        /// The evidence that it is no model.
+        reason: String,
+    },
+    /// The file ends too early.
     #[error("{path}: the file ends before {what} is complete")]
-    Truncated { path: PathBuf, what: String },
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// The part that is incomplete.
+        what: String,
+    },
+    /// A count or length is above the reader's limit.
     #[error("{path}: {what} claims {claimed}, more than the limit of {limit}")]
-    TooLarge { path: PathBuf, what: String, claimed: u64, limit: u64 },
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The count or length.
+        what: String,
+        /// Its value in the file, in bytes or items.
+        claimed: u64,
+        /// The largest permitted value, in the same unit.
+        limit: u64,
+    },
+    /// The file violates its format.
     #[error("{path}: {what}")]
-    Malformed { path: PathBuf, what: String },
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// A description of the fault.
+        what: String,
+    },
+    /// A tensor is missing, contradicts the file, or has a value that is not finite.
     #[error("{path}: tensor `{tensor}`: {what}")]
-    BadTensor { path: PathBuf, tensor: String, what: String },
+    BadTensor {
+        /// The file or folder that should hold the tensor.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// A description of the fault.
+        what: String,
+    },
+    /// A tensor has a storage type outside [`ElementType`](super::ElementType).
     #[error("{path}: tensor `{tensor}` has the type {element}, which no engine supports")]
-    UnsupportedType { path: PathBuf, tensor: String, element: String },
+    UnsupportedType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The type's name or number.
+        element: String,
+    },
+    /// The model belongs to no supported family.
     #[error("{path}: the model family `{family}` is not supported")]
-    UnknownFamily { path: PathBuf, family: String },
+    UnknownFamily {
+        /// The GGUF file or config.json.
+        path: PathBuf,
+        /// The family's name there; empty if there is none.
+        family: String,
+    },
+    /// A value of the model's configuration is missing, unsupported or impossible.
     #[error("{path}: `{key}` {what}")]
-    BadConfig { path: PathBuf, key: String, what: String },
+    BadConfig {
+        /// The file or folder.
+        path: PathBuf,
+        /// The key, or the name of the property.
+        key: String,
+        /// The rest of a sentence that begins with the key.
+        what: String,
+    },
+    /// The model has no dense matrix to quantise.
     #[error("{path}: the weights are already {quantization} and are not quantised again to {recipe}")]
-    AlreadyQuantised { path: PathBuf, quantization: String, recipe: String },
+    AlreadyQuantised {
+        /// The model's file or folder.
+        path: PathBuf,
+        /// The common name of the present storage type.
+        quantization: String,
+        /// The name of the requested recipe.
+        recipe: String,
+    },
+    /// The model has no tokenizer.
     #[error("{path}: the model has no tokenizer")]
-    NoTokenizer { path: PathBuf },
+    NoTokenizer {
+        /// The GGUF file, or the folder without tokenizer.json.
+        path: PathBuf,
+    },
+    /// The tokenizer is malformed or unsupported.
     #[error("{path}: tokenizer: {what}")]
-    BadTokenizer { path: PathBuf, what: String },
+    BadTokenizer {
+        /// The GGUF file or tokenizer.json.
+        path: PathBuf,
+        /// A description of the fault.
+        what: String,
+    },
 }
 
 impl FormatError {

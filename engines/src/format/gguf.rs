@@ -29,8 +29,10 @@ const ALIGNMENT_DEFAULT: u64 = 32;
 /// quarter of a million tokens.
 #[derive(Debug, Clone)]
 pub struct Gguf {
+    /// The mapped file.
     pub file: Mapped,
     metadata: BTreeMap<String, ValuePosition>,
+    /// The location of each tensor, by name.
     pub tensors: BTreeMap<String, TensorInfo>,
 }
 

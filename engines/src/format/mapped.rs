@@ -33,7 +33,7 @@ impl Mapped {
         &self.path
     }
 
-    /// The file's length.
+    /// The file's length, at least 1 byte.
     pub fn length_bytes(&self) -> u64 {
         self.bytes.len() as u64
     }
@@ -43,7 +43,7 @@ impl Mapped {
         &self.bytes
     }
 
-    /// The bytes of `range`, or an error that names `what` where the file is shorter.
+    /// The bytes of `range`, counted from the file's start, or an error that names `what` where the file is shorter.
     pub fn slice(&self, range: Range<u64>, what: &str) -> Result<&[u8], FormatError> {
         let range = usize::try_from(range.start).ok().zip(usize::try_from(range.end).ok());
         range
@@ -87,6 +87,7 @@ pub struct MappedBytes<'a> {
 }
 
 impl<'a> MappedBytes<'a> {
+    /// The bytes of the range.
     pub fn get(&self) -> &'a [u8] {
         self.bytes
     }

@@ -23,6 +23,7 @@ const INDEX_BYTES_MAX: u64 = 100_000_000;
 /// The tensors of one model, from one file or several.
 #[derive(Debug, Clone)]
 pub struct SafeTensors {
+    /// The files, sorted by path.
     pub files: Vec<Mapped>,
     /// By name: index into `files`, and the location in that file.
     pub tensors: BTreeMap<String, (usize, TensorInfo)>,
@@ -33,8 +34,9 @@ pub struct SafeTensors {
 /// The location of a tensor of bytes in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BytesInfo {
-    /// Rows first.
+    /// Sizes of the dimensions, rows first.
     pub shape: Vec<usize>,
+    /// Offset of the first byte from the start of the file.
     pub offset_bytes: u64,
 }
 

@@ -10,32 +10,36 @@ use serde::{Deserialize, Serialize};
 pub struct Architecture {
     /// The family's name (`llama`, `gemma3`, …).
     pub family: String,
-    /// Rows of the embedding table.
+    /// Rows of the embedding table, 1 to 2²².
     pub vocabulary: usize,
-    /// Width of the residual stream.
+    /// Width of the residual stream in elements, 1 to 2²⁰.
     pub hidden: usize,
-    /// Positions that the model was trained for.
+    /// Positions that the model was trained for, 1 to 2²⁸ tokens.
     pub context_tokens: usize,
     /// The factor of embeddings: √hidden for Gemma, else 1.
     pub embedding_scale: f32,
     /// The number added to every norm weight on loading: 1 for Gemma's safetensors, else 0.
     pub norm_offset: f32,
-    /// ε of every RMS norm.
+    /// ε of every RMS norm, between 0 and 1.
     pub norm_epsilon: f32,
-    /// The cap of logits: logits = cap · tanh(logits / cap).
+    /// The cap of logits: logits = cap · tanh(logits / cap). `None`: no cap.
     pub logit_softcap: Option<f32>,
     /// The rotary tables, to which layers refer by index.
     pub ropes: Vec<Rope>,
     /// The rotary tables that replace `ropes` in contexts above a number of tokens (LongRoPE).
     pub long_ropes: Option<LongRopes>,
+    /// The layers in their order, 1 to [`LAYERS_MAX`](super::LAYERS_MAX).
     pub layers: Vec<Layer>,
 }
 
 /// One decoder layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Layer {
+    /// The sides of attention and feed-forward that have a norm.
     pub norms: NormPlacement,
+    /// The attention block.
     pub attention: Attention,
+    /// The feed-forward block, with or without experts.
     pub feed_forward: FeedForward,
 }
 
@@ -51,10 +55,12 @@ pub enum NormPlacement {
 }
 
 impl NormPlacement {
+    /// Whether inputs are normed.
     pub fn before(self) -> bool {
         self != Self::After
     }
 
+    /// Whether outputs are normed.
     pub fn after(self) -> bool {
         self != Self::Before
     }
@@ -63,17 +69,22 @@ impl NormPlacement {
 /// Grouped-query attention: query head h reads key/value head h / (heads / kv_heads).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Attention {
+    /// Query heads, 1 to 4096.
     pub heads: usize,
+    /// Key/value heads; a divisor of `heads`.
     pub kv_heads: usize,
+    /// Width of a head in elements, 1 to 4096.
     pub head_dim: usize,
-    /// The factor of attention scores.
+    /// The factor of attention scores; finite.
     pub scale: f32,
-    /// The cap of scores: scores = cap · tanh(scores / cap), before the mask.
+    /// The cap of scores, above 0: scores = cap · tanh(scores / cap), before the mask. `None`: no cap.
     pub softcap: Option<f32>,
-    /// Keys that a query at position p sees, its own included: positions p − window + 1 … p. `None`: all up to p.
+    /// Keys that a query at position p sees, its own included: positions p − window + 1 … p. At least 1.
+    /// `None`: all up to p.
     pub window: Option<usize>,
     /// Index into [`Architecture::ropes`].
     pub rope: usize,
+    /// The norm of queries and keys; `None`: no norm.
     pub query_key_norm: Option<QueryKeyNorm>,
     /// Whether the query, key and value projections have biases.
     pub input_bias: bool,
@@ -84,17 +95,17 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Width of the queries of one row.
+    /// Width of the queries of one row: `heads` · `head_dim` elements.
     pub fn query_width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Width of the keys (or values) of one row.
+    /// Width of the keys (or values) of one row: `kv_heads` · `head_dim` elements.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
 
-    /// Query heads that share a key head.
+    /// Query heads that share a key head, 1 to `heads`.
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
@@ -112,19 +123,26 @@ pub enum QueryKeyNorm {
 /// A gated feed-forward, down(activation(gate x, up x)), or experts, each of which is such a feed-forward.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FeedForward {
-    /// Width of the inner row; with experts, the inner width of one expert.
+    /// Width of the inner row in elements, 1 to 2²⁰; with experts, the inner width of one expert.
     pub width: usize,
+    /// The function of the gate and up projections.
     pub activation: Activation,
+    /// Whether the gate, up and down projections have biases.
     pub bias: bool,
+    /// The mixture of experts; `None` for a dense feed-forward.
     pub experts: Option<Experts>,
 }
 
 /// A mixture of experts: a linear router chooses `used` of `count` for each row.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Experts {
+    /// Experts of the layer, 1 to 1024.
     pub count: usize,
+    /// Experts that compute a row, 1 to `count`.
     pub used: usize,
+    /// The weights of the chosen experts' outputs.
     pub weighting: Weighting,
+    /// Whether the router has a bias.
     pub router_bias: bool,
 }
 
@@ -145,12 +163,18 @@ pub enum Activation {
     /// GELU(gate) · up, in the tanh approximation.
     GeluTanh,
     /// g · σ(slope · g) · (u + 1), with g = min(gate, limit) and u = up within ±limit (gpt_oss).
-    ClampedSwish { slope: f32, limit: f32 },
+    ClampedSwish {
+        /// The factor of g inside σ; 1.702 for gpt_oss by default.
+        slope: f32,
+        /// The bound of gate and up; 7 for gpt_oss by default.
+        limit: f32,
+    },
 }
 
 /// A rotary position embedding. Pair i of a head is rotated by position · `frequencies[i]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Rope {
+    /// The dimensions that form a pair.
     pub pairing: Pairing,
     /// Radians per position; half as many as rotated dimensions. The dimensions after the rotated ones do not change.
     pub frequencies: Vec<f32>,

@@ -16,11 +16,15 @@ pub struct Family {
     pub model_types: &'static [&'static str],
     /// How GGUF files of the family pair rotated dimensions. Safetensors always pair halves.
     pub gguf_pairing: Pairing,
+    /// The sides of attention and feed-forward that have a norm.
     pub norms: NormPlacement,
     /// ε of the norms if files name none.
     pub norm_epsilon: f64,
+    /// The function of the gate and up projections.
     pub activation: Activation,
+    /// The norm of queries and keys; `None`: no norm.
     pub query_key_norm: Option<QueryKeyNorm>,
+    /// The projections that have biases.
     pub biases: Biases,
     /// Whether embeddings are multiplied by √hidden.
     pub scales_embedding: bool,
@@ -34,8 +38,9 @@ pub struct Family {
     pub softcaps: Softcaps,
     /// Whether attention heads have sinks.
     pub sinks: bool,
-    /// How experts are weighted, and whether the router has a bias, in models with experts.
+    /// The weighting of experts, in models with experts.
     pub weighting: Weighting,
+    /// Whether the router has a bias, in models with experts.
     pub router_bias: bool,
     /// Whether the ends of YaRN's ramp are rounded to whole dimensions, which GGUF does not say.
     pub truncates_yarn: bool,
@@ -43,6 +48,7 @@ pub struct Family {
     pub theta: f64,
     /// Rotary base of sliding-window layers, if it differs.
     pub sliding_theta: Option<f64>,
+    /// The layers with a sliding window.
     pub windows: Windows,
     /// `tie_word_embeddings` if config.json does not say.
     pub ties_embeddings: bool,
@@ -60,7 +66,9 @@ pub struct Scalar {
 /// A family's caps if config.json does not say.
 #[derive(Debug, Clone, Copy)]
 pub struct Softcaps {
+    /// The cap of attention scores; `None`: no cap.
     pub attention: Option<f64>,
+    /// The cap of logits; `None`: no cap.
     pub logits: Option<f64>,
 }
 
@@ -90,18 +98,23 @@ pub enum Biases {
 /// The layers that attend to a sliding window only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Windows {
+    /// No layer.
     Never,
     /// All layers, if `sliding_window` is a number; `window` if config.json has no such key.
     Always {
+        /// The default window in tokens.
         window: Option<usize>,
     },
     /// The layers from `max_window_layers` on (`from_layer` by default), if `use_sliding_window` is set.
     Upper {
+        /// The default of `max_window_layers`, counted from 0.
         from_layer: usize,
     },
     /// All layers except each `period`-th.
     Alternating {
+        /// Layers from one with full attention to the next.
         period: usize,
+        /// The window in tokens if config.json names none.
         window: usize,
     },
 }

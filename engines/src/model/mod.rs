@@ -35,8 +35,11 @@ use std::path::{Path, PathBuf};
 pub struct ModelFiles {
     /// The path that the user gave.
     pub path: PathBuf,
+    /// The checked architecture.
     pub architecture: Architecture,
+    /// The location of each weight.
     pub weights: WeightSource,
+    /// The location of the tokenizer.
     pub tokenizer: TokenizerSource,
     /// The common name of the storage type of most weights: `Q4_K_M`, `BF16`, …
     pub quantization: String,

@@ -29,7 +29,9 @@ const PIECE_BYTES_MAX: u64 = 8 << 20;
 /// One file of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartedFile {
+    /// The file's path on this machine.
     pub path: PathBuf,
+    /// The file's length.
     pub length_bytes: u64,
     /// Offsets of the tensors, in order. Each tensor extends to the next one, the last to the end of the file.
     tensors: Vec<u64>,
@@ -53,7 +55,9 @@ impl PartedFile {
 pub struct Piece {
     /// Index into [`Pieces::files`].
     pub file: usize,
+    /// Offset of the first byte from the start of the file.
     pub offset_bytes: u64,
+    /// Length of the range, 1 byte to 8 MiB.
     pub length_bytes: u64,
 }
 
@@ -102,7 +106,7 @@ impl Pieces {
         Self { files, pieces }
     }
 
-    /// The numbers of the pieces from which a shard of the layers `range`, out of `layer_count`, is loaded.
+    /// The indices into [`Pieces::pieces`] from which a shard of the layers `range`, out of `layer_count`, is loaded.
     pub fn of_shard(&self, weights: &WeightSource, range: Range<usize>, layer_count: usize) -> BTreeSet<u32> {
         let slices = weights.roles_of(range, layer_count).map(|(_, slice)| slice);
         let places = slices.flat_map(|slice| {

@@ -12,8 +12,11 @@ use serde::{Deserialize, Serialize};
 #[allow(non_camel_case_types)]
 #[serde(rename_all = "lowercase")]
 pub enum Recipe {
+    /// Layers in Q4_0; embedding and head in Q6_K, or in Q8_0 if rows are not whole blocks of 256.
     Q4_0,
+    /// Layers in Q4_K, or in Q5_0 if rows are not whole blocks of 256; embedding and head as in `Q4_0`.
     Q4_K,
+    /// All matrices in Q8_0.
     Q8_0,
 }
 
@@ -21,10 +24,12 @@ pub enum Recipe {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the quantisation `{name}` is not supported: use q4_0, q4_k or q8_0")]
 pub struct UnknownRecipe {
+    /// The unknown name.
     pub name: String,
 }
 
 impl Recipe {
+    /// Every recipe.
     pub const ALL: [Self; 3] = [Self::Q4_0, Self::Q4_K, Self::Q8_0];
 
     /// The recipe's name, as users write it.

@@ -12,47 +12,73 @@ use std::path::PathBuf;
 /// The purpose of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Role {
+    /// The embedding table: `[vocabulary × hidden]`.
     TokenEmbedding,
+    /// The norm before the head: `[hidden]`.
     OutputNorm,
-    /// The language-model head; the same bytes as [`Role::TokenEmbedding`] if the two are tied.
+    /// The language-model head, `[vocabulary × hidden]`; the bytes of [`Role::TokenEmbedding`] if the two are tied.
     Output,
+    /// A tensor of the layer with this index, counted from 0.
     Layer(u32, LayerRole),
 }
 
 /// The purpose of a tensor of one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum LayerRole {
+    /// The norm of attention's input: `[hidden]`.
     AttentionNorm,
+    /// The query projection: `[query width × hidden]`.
     Query,
+    /// The key projection: `[key/value width × hidden]`.
     Key,
+    /// The value projection: `[key/value width × hidden]`.
     Value,
+    /// The bias of the queries: `[query width]`.
     QueryBias,
+    /// The bias of the keys: `[key/value width]`.
     KeyBias,
+    /// The bias of the values: `[key/value width]`.
     ValueBias,
+    /// The norm of the queries: `[head dimension]`, or `[query width]` if it spans all heads.
     QueryNorm,
+    /// The norm of the keys: `[head dimension]`, or `[key/value width]` if it spans all heads.
     KeyNorm,
+    /// The extra score of each query head: `[heads]`.
     Sinks,
+    /// The output projection of attention: `[hidden × query width]`.
     AttentionOutput,
+    /// The bias of attention's output: `[hidden]`.
     AttentionOutputBias,
+    /// The norm of attention's output: `[hidden]`.
     PostAttentionNorm,
+    /// The norm of the feed-forward's input: `[hidden]`.
     FeedForwardNorm,
     /// A tensor of a feed-forward without experts.
     Gated(Part),
+    /// The router over the experts: `[experts × hidden]`.
     Router,
+    /// The bias of the router: `[experts]`.
     RouterBias,
-    /// A tensor of one expert.
+    /// A tensor of the expert with this index, counted from 0.
     Expert(u32, Part),
+    /// The norm of the feed-forward's output: `[hidden]`.
     PostFeedForwardNorm,
 }
 
 /// A tensor of one gated feed-forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Part {
+    /// The gate projection: `[width × hidden]`.
     Gate,
+    /// The up projection: `[width × hidden]`.
     Up,
+    /// The down projection: `[hidden × width]`.
     Down,
+    /// The bias of the gate projection: `[width]`.
     GateBias,
+    /// The bias of the up projection: `[width]`.
     UpBias,
+    /// The bias of the down projection: `[hidden]`.
     DownBias,
 }
 
@@ -63,13 +89,17 @@ pub struct TensorSlice {
     pub name: String,
     /// Index into [`WeightSource::files`].
     pub file: usize,
+    /// The storage type in the file.
     pub element: ElementType,
+    /// Number of rows; 1 for a vector.
     pub rows: usize,
+    /// Values in a row.
     pub columns: usize,
-    /// Offset of the first value in the file.
+    /// Offset of the first value from the start of the file.
     pub offset_bytes: u64,
     /// Length of all values, contiguous or not.
     pub length_bytes: u64,
+    /// The layout of the rows in the file.
     pub layout: Layout,
     /// The type in which the engine keeps the tensor: its type in the file, or the target of quantisation on loading.
     pub kept_as: ElementType,
@@ -81,10 +111,22 @@ pub enum Layout {
     /// Contiguous rows.
     Rows,
     /// The dense value of row r, column c lies r · `row_step` + c · `column_step` values after the first.
-    Strided { row_step: u64, column_step: u64 },
+    Strided {
+        /// Values from a row to the next.
+        row_step: u64,
+        /// Values from a column to the next.
+        column_step: u64,
+    },
     /// MXFP4 as in checkpoints of gpt_oss. A row has sixteen bytes for each 32 values, two successive values in a
     /// byte, and starts `row_step` rows after the previous one. The scales have the same layout in another tensor.
-    Mxfp4Apart { row_step: u64, scales_file: usize, scales_offset_bytes: u64 },
+    Mxfp4Apart {
+        /// Stored rows from a row to the next.
+        row_step: u64,
+        /// Index of the scales' file into [`WeightSource::files`].
+        scales_file: usize,
+        /// Offset of the first scale from the start of that file.
+        scales_offset_bytes: u64,
+    },
 }
 
 impl TensorSlice {
@@ -116,12 +158,14 @@ impl TensorSlice {
 /// A tensor's rows, contiguous, as its element type stores them.
 #[derive(Debug)]
 pub enum TensorBytes<'a> {
+    /// Read in place from the mapped file.
     InFile(MappedBytes<'a>),
     /// Copied into row order, or newly quantised.
     Gathered(Vec<u8>),
 }
 
 impl TensorBytes<'_> {
+    /// The bytes of all rows.
     pub fn get(&self) -> &[u8] {
         match self {
             Self::InFile(bytes) => bytes.get(),
@@ -140,7 +184,9 @@ impl TensorBytes<'_> {
 /// A model's tensors as paths and byte ranges. Plain data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WeightSource {
+    /// Paths of the files with weights.
     pub files: Vec<PathBuf>,
+    /// The location of each role's tensor.
     pub tensors: BTreeMap<Role, TensorSlice>,
 }
 

@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// The sampling state of a sequence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SamplerSpec {
+    /// The request's sampling parameters.
     pub params: SamplingParams,
     /// Tokens of the prompt, for the repetition penalty.
     pub prompt: Vec<u32>,
@@ -29,22 +30,32 @@ pub struct SamplerSpec {
 /// A sampled token and its log-probability.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sampled {
+    /// The token's id, below the length of the logits.
     pub token: u32,
-    /// Natural logarithm of the token's probability, before any penalty or temperature.
+    /// Natural logarithm of the token's probability, before any penalty or temperature: at most 0 but for rounding.
     pub logprob: f32,
-    /// The likeliest tokens with their log-probabilities, best first; as many as requested.
+    /// The likeliest tokens as (id, natural log-probability), best first: [`SamplingParams::top_logprobs`] of them, or
+    /// the whole vocabulary if it has fewer.
     pub top_logprobs: Vec<(u32, f32)>,
 }
 
 /// The reason why no token could be drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum SampleError {
+    /// The sequence has no open sampler.
     #[error("sequence {} has no open sampler", .0.0)]
     NotOpen(SeqId),
+    /// The sequence's logits have no finite maximum.
     #[error("the logits of sequence {} have no finite maximum", .0.0)]
     NotANumber(SeqId),
+    /// The sampled token is outside the model's vocabulary.
     #[error("the token {token} sampled for sequence {} is not in the model's vocabulary", .seq.0)]
-    NoSuchToken { seq: SeqId, token: u32 },
+    NoSuchToken {
+        /// The sequence.
+        seq: SeqId,
+        /// The sampled token's id.
+        token: u32,
+    },
 }
 
 /// Draws tokens from the logits of the last shard.
@@ -55,7 +66,8 @@ pub trait Sampler: Send {
     /// Closes the sampler of `seq`. Does nothing if none is open.
     fn close(&mut self, seq: SeqId);
 
-    /// Draws the token that follows `position`, the position of the row that gave `logits`.
+    /// Draws the token that follows `position`, the position of the row that gave `logits`: `[vocabulary]`. Positions
+    /// count tokens of the sequence from 0.
     ///
     /// # Errors
     /// [`SampleError`] if `seq` has no open sampler, or its logits have no finite maximum.

@@ -12,24 +12,26 @@ const LOGIT_BIAS_MAX: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SamplingParams {
-    /// The divisor of the logits; 0 always takes the likeliest token.
+    /// The divisor of the logits, 0 to 100; 0 always takes the likeliest token.
     pub temperature: f32,
-    /// The number of likeliest tokens to keep; 0 keeps all.
+    /// The number of likeliest tokens to keep, of any size; 0 keeps all.
     pub top_k: u32,
-    /// Keeps the likeliest tokens that together have this probability.
+    /// Keeps the likeliest tokens that together have this probability: more than 0, up to 1, which keeps all.
     pub top_p: f32,
-    /// Keeps tokens with at least this share of the likeliest token's probability.
+    /// Keeps tokens with at least this share of the likeliest token's probability, 0 to 1; 0 keeps all.
     pub min_p: f32,
-    /// The divisor of positive logits, and factor of negative logits, of tokens seen before; 1 means no penalty.
+    /// The divisor of positive logits, and factor of negative logits, of tokens seen before: 0.01 to 100; 1 means no
+    /// penalty.
     pub repetition_penalty: f32,
-    /// Subtracted from the logits of tokens generated before.
+    /// Subtracted from the logits of tokens generated before; −100 to 100.
     pub presence_penalty: f32,
-    /// Subtracted from a token's logit once for each time that the token was generated.
+    /// Subtracted from a token's logit once for each time that the token was generated; −100 to 100.
     pub frequency_penalty: f32,
-    /// Added to the logits of individual tokens.
+    /// Added to the logits of individual tokens, by id: up to 1024 entries of −100 to 100.
     pub logit_bias: BTreeMap<u32, f32>,
+    /// The seed of the random draws, of any value.
     pub seed: u64,
-    /// The number of likeliest tokens to report with each token.
+    /// The number of likeliest tokens to report with each token, 0 to 100.
     pub top_logprobs: u32,
 }
 
@@ -43,8 +45,11 @@ impl Default for SamplingParams {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{field} is {value}; the valid range is {range}")]
 pub struct ParamsError {
+    /// The parameter's name, as in [`SamplingParams`].
     pub field: &'static str,
+    /// The given value; for a list that is too long, its length.
     pub value: String,
+    /// The valid range, in words.
     pub range: &'static str,
 }
 

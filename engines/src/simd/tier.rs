@@ -37,7 +37,7 @@ impl Tier {
         Self::available().pop().unwrap_or(Self::Portable)
     }
 
-    /// Returns the name for fingerprints and reports.
+    /// Returns the name for fingerprints and reports: `portable`, `avx2` or `avx512-vnni`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Conversation {
+    /// The messages, oldest first.
     pub messages: Vec<Message>,
     /// Functions that the model may call, as JSON schemas.
     pub tools: Vec<Value>,
@@ -40,7 +41,9 @@ impl From<Vec<Message>> for Conversation {
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
+    /// The author.
     pub role: Role,
+    /// The text; may be empty.
     #[serde(default)]
     pub content: String,
     /// The model's reasoning before this message.
@@ -75,20 +78,27 @@ impl Message {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
+    /// The operator's instructions; `developer` is read as the same role.
     #[serde(alias = "developer")]
     System,
+    /// The user.
     User,
+    /// The model.
     Assistant,
+    /// A function that the model called; the message is its result.
     Tool,
 }
 
 /// A function call of the model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ToolCall {
+    /// The call's id, to which a tool's message refers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// The kind of the call, `function` by default; `type` in JSON.
     #[serde(rename = "type", default = "function")]
     pub kind: String,
+    /// The called function.
     pub function: FunctionCall,
 }
 
@@ -99,6 +109,7 @@ fn function() -> String {
 /// The name of the called function, and its arguments.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FunctionCall {
+    /// The function's name.
     pub name: String,
     /// An object, as templates expect it. OpenAI's clients send JSON text, which is parsed.
     #[serde(deserialize_with = "object_or_text")]

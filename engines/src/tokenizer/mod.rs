@@ -81,10 +81,18 @@ pub enum SpecialTokens {
 /// The reason why a text cannot be encoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
+    /// The text is longer than [`TEXT_BYTES_MAX`].
     #[error("the text has {bytes} bytes, more than the limit of {TEXT_BYTES_MAX}")]
-    TooLong { bytes: usize },
+    TooLong {
+        /// The text's length.
+        bytes: usize,
+    },
+    /// The vocabulary cannot express the text, or the tokenizer's regular expression failed.
     #[error("the tokenizer failed on the text: {what}")]
-    Failed { what: String },
+    Failed {
+        /// The tokenizer's error message.
+        what: String,
+    },
 }
 
 impl Drop for Tokenizer {
@@ -167,7 +175,7 @@ impl Tokenizer {
         self.bos
     }
 
-    /// Number of tokens in the vocabulary.
+    /// Number of token ids, gaps included: the highest id plus one.
     pub fn vocabulary(&self) -> usize {
         self.pieces.len()
     }

@@ -6,11 +6,17 @@ use crate::format::FormatError;
 /// One metadata value. Integers are widened to 64 bits, floats to f64.
 #[derive(Debug, Clone)]
 pub enum Value<'a> {
+    /// An unsigned integer of 8 to 64 bits in the file.
     Unsigned(u64),
+    /// A signed integer of 8 to 64 bits in the file.
     Signed(i64),
+    /// A float of 32 or 64 bits in the file.
     Float(f64),
+    /// A boolean.
     Bool(bool),
+    /// A UTF-8 string.
     Text(&'a str),
+    /// A list of values of one type, which is not a list.
     List(List<'a>),
 }
 
@@ -61,7 +67,7 @@ impl<'a> Value<'a> {
         }
     }
 
-    /// The value as a number, if it is one.
+    /// The value as a number, if it is an integer or a float.
     pub fn as_f64(self) -> Option<f64> {
         match self {
             Self::Float(v) => Some(v),
@@ -71,6 +77,7 @@ impl<'a> Value<'a> {
         }
     }
 
+    /// The value as a boolean, if it is one.
     pub fn as_bool(self) -> Option<bool> {
         match self {
             Self::Bool(v) => Some(v),
@@ -78,6 +85,7 @@ impl<'a> Value<'a> {
         }
     }
 
+    /// The value as a string, if it is one.
     pub fn as_text(self) -> Option<&'a str> {
         match self {
             Self::Text(v) => Some(v),
@@ -85,6 +93,7 @@ impl<'a> Value<'a> {
         }
     }
 
+    /// The value as a list, if it is one.
     pub fn as_list(self) -> Option<List<'a>> {
         match self {
             Self::List(v) => Some(v),
