@@ -33,10 +33,21 @@ fn matrix(backend: &mut CpuBackend, element: ElementType, rows: usize) -> <CpuBa
     backend.matrix(&tensor).expect("a matrix")
 }
 
-/// The product of `rows` rows with a matrix of each type, on one thread: decoding has one row, prefill many.
-#[divan::bench(args = [1, 8, 64], consts = [0, 1, 2, 3])]
-fn product<const TYPE: usize>(bencher: Bencher<'_, '_>, rows: usize) {
-    let element = [ElementType::Q4_0, ElementType::Q4_K, ElementType::Q8_0, ElementType::F16][TYPE];
+/// Matrix types, each with one row as in decoding, and with many as in prefill.
+const PRODUCTS: [(ElementType, usize); 8] = [
+    (ElementType::Q4_0, 1),
+    (ElementType::Q4_0, 64),
+    (ElementType::Q4_K, 1),
+    (ElementType::Q4_K, 64),
+    (ElementType::Q8_0, 1),
+    (ElementType::Q8_0, 64),
+    (ElementType::F16, 1),
+    (ElementType::F16, 64),
+];
+
+/// The product of some rows with a matrix, on one thread.
+#[divan::bench(args = PRODUCTS)]
+fn product(bencher: Bencher<'_, '_>, (element, rows): (ElementType, usize)) {
     let mut backend = CpuBackend::new(1, Tier::best()).expect("a backend");
     let head = matrix(&mut backend, element, WIDTH);
     let norm = Norm { weight: backend.vector(vec![1.0; WIDTH]).expect("a vector"), epsilon: 1e-5 };
@@ -49,14 +60,8 @@ fn product<const TYPE: usize>(bencher: Bencher<'_, '_>, rows: usize) {
 }
 
 /// A row of an embedding table as floats.
-#[divan::bench(args = ["Q4_0", "Q4_K", "Q6_K", "IQ4_XS"])]
-fn dequantise(bencher: Bencher<'_, '_>, name: &str) {
-    let element = match name {
-        "Q4_0" => ElementType::Q4_0,
-        "Q4_K" => ElementType::Q4_K,
-        "Q6_K" => ElementType::Q6_K,
-        _ => ElementType::IQ4_XS,
-    };
+#[divan::bench(args = [ElementType::Q4_0, ElementType::Q4_K, ElementType::Q6_K, ElementType::IQ4_XS])]
+fn dequantise(bencher: Bencher<'_, '_>, element: ElementType) {
     let row = vec![0x35; element.row_bytes(WIDTH).expect("whole blocks")];
     let mut out = vec![0.0; WIDTH];
     bencher.counter(ItemsCount::new(WIDTH)).bench_local(|| dequantise_row(element, black_box(&row), &mut out));

@@ -78,8 +78,8 @@ impl Validity {
 
 /// Whether a certificate that was made at `made` must be renewed.
 pub(crate) fn is_stale(made: SystemTime, now: SystemTime) -> bool {
-    let apart = now.duration_since(made).unwrap_or_else(|backwards| backwards.duration());
-    apart >= STALE_AFTER
+    let age = now.duration_since(made).unwrap_or_else(|backwards| backwards.duration());
+    age >= STALE_AFTER
 }
 
 /// A member's certificate and the root that signed it.

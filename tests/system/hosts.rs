@@ -106,10 +106,10 @@ fn an_answer_survives_a_broken_link_between_two_other_nodes() {
     let asking = cluster.asking_for(2, &question, split);
     std::thread::sleep(Duration::from_millis(500));
     let begun = Instant::now();
-    lan.part(0, 1, "add");
+    lan.block(0, 1, "add");
     // Long enough for the two to lose their connection, and too short for a change of the clique.
     std::thread::sleep(Duration::from_secs(4));
-    lan.part(0, 1, "delete");
+    lan.block(0, 1, "delete");
     assert_eq!(answer(asking), expected);
     assert!(begun.elapsed() < NOT_HUNG, "the head waited for lost rows");
 }
@@ -134,27 +134,27 @@ fn a_disconnected_pair_works_in_two_cliques() {
         let count = |node: &Node| node.state()[field].as_object().map_or(0, serde_json::Map::len);
         cluster.nodes.iter().map(count).collect::<Vec<_>>()
     };
-    let wait_for = |members: &[usize], apart: &[usize]| {
+    let wait_for = |members: &[usize], outside: &[usize]| {
         let begun = Instant::now();
         loop {
-            let (mut now_members, now_apart) = (counts("members"), counts("apart"));
-            let of_third = (now_members.pop(), now_apart[2]);
+            let (mut now_members, now_outside) = (counts("members"), counts("apart"));
+            let of_third = (now_members.pop(), now_outside[2]);
             now_members.sort_unstable();
-            if (&now_members[..], of_third) == (&members[..2], (Some(members[2]), apart[2])) {
+            if (&now_members[..], of_third) == (&members[..2], (Some(members[2]), outside[2])) {
                 return;
             }
-            assert!(begun.elapsed() < Duration::from_secs(60), "{now_members:?} {of_third:?}, apart {now_apart:?}");
+            assert!(begun.elapsed() < Duration::from_secs(60), "{now_members:?} {of_third:?}, outside {now_outside:?}");
             std::thread::sleep(Duration::from_millis(200));
         }
     };
-    lan.part(0, 1, "add");
+    lan.block(0, 1, "add");
     wait_for(&[0, 1, 1], &[0, 1, 1]);
     let said = String::from_utf8(cluster.nodes[2].command(&["status"]).stdout).expect("UTF-8");
     assert!(said.contains("outside") && said.contains("do not reach each other"), "{said}");
     for _ in 0..3 {
         cluster.nodes.iter().for_each(ask);
     }
-    lan.part(0, 1, "delete");
+    lan.block(0, 1, "delete");
     wait_for(&[2, 2, 2], &[0, 0, 0]);
     cluster.nodes.iter().for_each(ask);
     for node in 0..3 {

@@ -78,7 +78,7 @@ impl Lan {
     }
 
     /// Disconnects a pair of hosts from each other, as two firewalls would (`add`), or reconnects it (`delete`).
-    pub(crate) fn part(&self, one: usize, other: usize, action: &str) {
+    pub(crate) fn block(&self, one: usize, other: usize, action: &str) {
         for (host, hidden) in [(one, other), (other, one)] {
             let (namespace, hidden) = (self.host(host), format!("{}/32", Self::address(hidden)));
             ip(&["-n", &namespace, "route", action, "unreachable", &hidden]).expect("a route");

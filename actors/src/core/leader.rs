@@ -151,11 +151,11 @@ impl Leader {
 
     /// Records that a member was lost and `left` members remain, this one included. Failures of the lost member's
     /// devices no longer count when it returns.
-    pub fn handle_lost(&mut self, gone: NodeId, now: Duration, left: usize) {
+    pub fn handle_lost(&mut self, lost: NodeId, now: Duration, left: usize) {
         for excluded in self.excluded.values_mut() {
-            excluded.retain(|((node, _), _)| *node != gone);
+            excluded.retain(|((node, _), _)| *node != lost);
         }
-        self.lost.insert(gone);
+        self.lost.insert(lost);
         self.churn.note(now);
         self.losses.retain(|loss| now.saturating_sub(*loss) < PARTITION_GRACE);
         self.losses.push(now);

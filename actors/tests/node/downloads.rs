@@ -5,9 +5,10 @@ use crate::hub::{Hub, HubState, sha256};
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::{ModelError, ModelsConfig, Origin, Progress};
 use exo_actors::{ModelSpec, NodeConfig, NodeHandle, PlannerLimits, RequestError, WireType};
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// The 25 MB content of a file: three of the client's chunks of 10 MB.
 fn large() -> Vec<u8> {
@@ -49,7 +50,7 @@ impl Client {
             hub_cache: cache.join("hub"),
             is_offline: false,
             python: "/no/such/python".to_owned(),
-            progress: Arc::new(move |event| heard.lock().expect("not poisoned").push(event)),
+            progress: Arc::new(move |event| heard.lock().push(event)),
         };
         change(&mut models);
         let id = exo_net::Identity::ephemeral().expect("random bytes").node_id();
@@ -95,7 +96,7 @@ async fn a_repository_is_fetched_verified_and_run() {
     let cache = tempfile::tempdir().expect("a temporary folder");
     let client = Client::new(&hub, cache.path()).await;
     client.node.load(ModelSpec::new("owner/model")).await.expect("it loads");
-    let asked = hub.state.lock().expect("not poisoned").ranges.len();
+    let asked = hub.state.lock().ranges.len();
     assert_eq!(asked, 3, "each required file is fetched once");
     client.node.shutdown().await;
     // Offline, a cached model loads without a request to the hub.
@@ -103,7 +104,7 @@ async fn a_repository_is_fetched_verified_and_run() {
     offline.node.load(ModelSpec::new("owner/model")).await.expect("it is cached");
     let missing = offline.resolve("owner/other").await.expect_err("it is not cached");
     assert!(matches!(missing, ModelError::Offline { .. }), "{missing}");
-    assert_eq!(hub.state.lock().expect("not poisoned").ranges.len(), asked);
+    assert_eq!(hub.state.lock().ranges.len(), asked);
     offline.node.shutdown().await;
 }
 
@@ -125,7 +126,7 @@ async fn an_interrupted_download_resumes() {
     assert!(client.blobs().is_empty(), "an incomplete file has no final name");
     client.node.shutdown().await;
     let before = {
-        let mut state = hub.state.lock().expect("not poisoned");
+        let mut state = hub.state.lock();
         // One more break, within the retries of one run.
         state.broken_off = 1;
         state.ranges.len()
@@ -137,7 +138,7 @@ async fn an_interrupted_download_resumes() {
     let blobs = client.blobs();
     assert_eq!(blobs.len(), 1);
     assert_eq!(sha256(&std::fs::read(&blobs[0]).expect("readable")), sha256(&content));
-    let ranges = hub.state.lock().expect("not poisoned").ranges[before..].to_vec();
+    let ranges = hub.state.lock().ranges[before..].to_vec();
     assert!(!ranges.is_empty() && !ranges.contains(&0), "the first chunk was kept: {ranges:?}");
     client.node.shutdown().await;
 }
@@ -151,7 +152,7 @@ async fn corrupt_downloads_are_discarded() {
     assert!(matches!(error, ModelError::WrongHash { .. }) && error.remedy().contains("thrown away"), "{error}");
     assert!(client.blobs().is_empty());
     // When the hub serves the right bytes, the same client downloads them.
-    hub.state.lock().expect("not poisoned").is_corrupt = false;
+    hub.state.lock().is_corrupt = false;
     client.resolve("owner/model").await.expect("right bytes");
     client.node.shutdown().await;
 }
@@ -180,7 +181,7 @@ async fn sources_are_tried_in_order() {
     let error = client.resolve("smollm2").await.expect_err("neither has it");
     let ModelError::NoSource { model, tried } = &error else { panic!("{error}") };
     assert!(model == "smollm2" && tried.contains("no such file") && tried.contains("/no/such/python"), "{error}");
-    let progress = client.progress.lock().expect("not poisoned").clone();
+    let progress = client.progress.lock().clone();
     let told: Vec<&str> = progress
         .iter()
         .filter_map(|event| match event {
@@ -201,7 +202,7 @@ async fn two_pulls_share_one_download() {
     let (first, second) = tokio::join!(a.resolve("owner/model"), b.resolve("owner/model"));
     assert!(matches!(first.expect("fetched").origin, Origin::Fetched { .. }));
     second.expect("fetched, or cached by then");
-    assert_eq!(hub.state.lock().expect("not poisoned").ranges.len(), 3);
+    assert_eq!(hub.state.lock().ranges.len(), 3);
     a.node.shutdown().await;
     b.node.shutdown().await;
 }

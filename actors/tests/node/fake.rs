@@ -13,10 +13,11 @@ use exo_engines::engine::*;
 use exo_engines::model::WeightSource;
 use exo_engines::sampler::{Sampled, SamplingParams};
 use exo_engines::{Engine, EngineError};
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The number of tokens in the tiny model's vocabulary.
@@ -117,7 +118,7 @@ impl FakeEngine {
     fn fail_if_told(&self, now: When) -> Result<(), EngineError> {
         let first = self.spec.as_ref().map_or(0, |spec| spec.layers.start);
         let how = {
-            let mut script = self.script.lock().expect("no panic while it is held");
+            let mut script = self.script.lock();
             let told =
                 script.failures.iter_mut().find(|(layer, when, _, left)| *layer == first && *when == now && *left > 0);
             told.map(|failure| {
@@ -164,7 +165,7 @@ impl Engine for FakeEngine {
         on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<LoadReport, EngineError> {
         let more_tensors = {
-            let mut script = self.script.lock().expect("not poisoned");
+            let mut script = self.script.lock();
             script.loads += 1;
             script.loaded_on = self.device;
             script.more_tensors
@@ -175,7 +176,7 @@ impl Engine for FakeEngine {
         let total_bytes = 1 + u64::from(more_tensors);
         for loaded_bytes in 1..=total_bytes {
             if on(LoadProgress { loaded_bytes, total_bytes }).is_break() {
-                self.script.lock().expect("not poisoned").interrupted += 1;
+                self.script.lock().interrupted += 1;
                 return Err(EngineError::Interrupted);
             }
             std::thread::sleep(Duration::from_millis(u64::from(more_tensors.min(1))));
@@ -196,7 +197,7 @@ impl Engine for FakeEngine {
             self.caches.clear();
         }
         let delay = {
-            let mut script = self.script.lock().expect("not poisoned");
+            let mut script = self.script.lock();
             script.rows_max = script.rows_max.max(step.rows.len());
             script.rows += step.rows.len();
             script.step_delay + script.row_delay * step.rows.len() as u32

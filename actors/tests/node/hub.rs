@@ -7,10 +7,11 @@ use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, RAN
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::Response;
 use axum::routing::get;
+use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -71,7 +72,7 @@ fn is_welcome(state: &HubState, headers: &HeaderMap) -> bool {
 }
 
 async fn info(State(state): State<Arc<Mutex<HubState>>>, headers: HeaderMap) -> Response {
-    let state = state.lock().expect("not poisoned");
+    let state = state.lock();
     if !is_welcome(&state, &headers) {
         return answer(StatusCode::UNAUTHORIZED, Body::empty());
     }
@@ -81,7 +82,7 @@ async fn info(State(state): State<Arc<Mutex<HubState>>>, headers: HeaderMap) -> 
 }
 
 async fn file(State(state): State<Arc<Mutex<HubState>>>, Path(name): Path<String>, headers: HeaderMap) -> Response {
-    let mut state = state.lock().expect("not poisoned");
+    let mut state = state.lock();
     if !is_welcome(&state, &headers) {
         return answer(StatusCode::UNAUTHORIZED, Body::empty());
     }

@@ -26,7 +26,7 @@ async fn an_idle_model_is_unloaded_and_reloaded() {
     };
     tokio::time::timeout(Duration::from_secs(10), gone).await.expect("the idle model is unloaded");
     assert_eq!(world.ask(world.request(1, &PROMPT, 5)).await, Ok(answer(&PROMPT, 5)));
-    assert_eq!(world.script.lock().expect("not poisoned").loads, 2);
+    assert_eq!(world.script.lock().loads, 2);
     // A model with an open handle is not unloaded.
     let held = world.node.load(world.spec(1)).await.expect("it runs");
     tokio::time::sleep(Duration::from_millis(1800)).await;
@@ -72,7 +72,7 @@ async fn a_shutdown_interrupts_loads() {
     let has = |count: fn(&Script) -> u32| {
         let script = Arc::clone(&world.script);
         let all = async move {
-            while count(&script.lock().expect("not poisoned")) < 2 {
+            while count(&script.lock()) < 2 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };

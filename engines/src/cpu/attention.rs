@@ -58,8 +58,8 @@ struct Task<'a> {
 /// Splits a batch into tasks. Heads that share keys stay in one task unless that leaves threads without work.
 fn tasks<'a>(spec: &Attention, batch: &'a Batch, threads: usize) -> Vec<Task<'a>> {
     let blocks: usize = batch.spans.iter().map(|span| span.rows.len().div_ceil(TASK_ROWS)).sum();
-    let apart = blocks * spec.kv_heads < threads * 2;
-    let heads_per_task = if apart { 1 } else { spec.group() };
+    let splits_groups = blocks * spec.kv_heads < threads * 2;
+    let heads_per_task = if splits_groups { 1 } else { spec.group() };
     let mut tasks = Vec::new();
     for span in &batch.spans {
         for start in span.rows.clone().step_by(TASK_ROWS) {

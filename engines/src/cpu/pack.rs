@@ -241,11 +241,11 @@ mod tests {
     fn the_file_pages_of_a_large_matrix_are_released_during_packing() {
         let (rows, columns) = (16_384, 256);
         let bytes = test_weights::bytes(ElementType::F32, rows, columns, 1);
-        let forgotten = std::sync::Mutex::new(Vec::new());
-        let forget = |part| forgotten.lock().expect("not poisoned").push(part);
+        let forgotten = parking_lot::Mutex::new(Vec::new());
+        let forget = |part| forgotten.lock().push(part);
         let source = Source { element: ElementType::F32, rows, columns, bytes: &bytes, forget: &forget };
         Packed::pack(&mut ThreadPool::new(2).expect("threads"), &source).expect("finite weights");
-        let mut forgotten: Vec<Range<usize>> = forgotten.into_inner().expect("not poisoned");
+        let mut forgotten: Vec<Range<usize>> = forgotten.into_inner();
         forgotten.sort_by_key(|part| part.start);
         assert!(forgotten.len() > 1 && forgotten.windows(2).all(|pair| pair[0].end == pair[1].start), "{forgotten:?}");
         assert_eq!((forgotten[0].start, forgotten[forgotten.len() - 1].end), (0, bytes.len()));

@@ -141,33 +141,11 @@ impl Driver {
         });
     }
 
-    async fn on_event(&mut self, driver_events: DriverEvent) {
-        match driver_events {
+    async fn on_event(&mut self, event: DriverEvent) {
+        match event {
             DriverEvent::Found(address, source) => self.policy.handle_address(address, source, self.now()),
             DriverEvent::Sighted(address) => self.policy.handle_sight(address, self.now()),
-            DriverEvent::Dialled(address, dialled) => match *dialled {
-                Ok(connections) => {
-                    self.policy.handle_dialled(address, connections.id());
-                    if self.elect(connections).await == Elected::Unwanted {
-                        self.policy.handle_failed(address, self.now());
-                    }
-                }
-                // The address is dialled again after a wait, in case the peer's other connections fail.
-                Err(ConnectError::AlreadyConnected { id }) => {
-                    self.policy.handle_dialled(address, id);
-                    self.policy.handle_failed(address, self.now());
-                }
-                Err(ConnectError::Ourselves) => self.policy.handle_dialled(address, self.own),
-                Err(error) => {
-                    match error {
-                        ConnectError::Protocol { .. } => {
-                            tracing::warn!(%address, %error, "a member speaks another protocol version")
-                        }
-                        _ => tracing::debug!(%address, %error, "dial failed"),
-                    }
-                    self.policy.handle_failed(address, self.now());
-                }
-            },
+            DriverEvent::Dialled(address, dialled) => self.on_dialled(address, *dialled).await,
             DriverEvent::Introduced(introduced) => {
                 let is_its = |(id, nonce, _): &(NodeId, u64, quinn::Connection)| {
                     (*id, *nonce) == (introduced.id, introduced.nonce)
@@ -215,6 +193,32 @@ impl Driver {
             }
             // `run` handles this event, since it ends the loop.
             DriverEvent::Stop(_) => {}
+        }
+    }
+
+    async fn on_dialled(&mut self, address: SocketAddr, dialled: Result<PeerConnections, ConnectError>) {
+        match dialled {
+            Ok(connections) => {
+                self.policy.handle_dialled(address, connections.id());
+                if self.elect(connections).await == Elected::Unwanted {
+                    self.policy.handle_failed(address, self.now());
+                }
+            }
+            // The address is dialled again after a wait, in case the peer's other connections fail.
+            Err(ConnectError::AlreadyConnected { id }) => {
+                self.policy.handle_dialled(address, id);
+                self.policy.handle_failed(address, self.now());
+            }
+            Err(ConnectError::Ourselves) => self.policy.handle_dialled(address, self.own),
+            Err(error) => {
+                match error {
+                    ConnectError::Protocol { .. } => {
+                        tracing::warn!(%address, %error, "a member speaks another protocol version")
+                    }
+                    _ => tracing::debug!(%address, %error, "dial failed"),
+                }
+                self.policy.handle_failed(address, self.now());
+            }
         }
     }
 

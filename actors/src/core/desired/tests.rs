@@ -30,14 +30,14 @@ fn a_shard_is_kept_until_its_instance_stops_or_moves() {
     };
     assert!(keeps(&desired, 1, second, true), "the entry may arrive after the order");
     assert!(!keeps(&desired, 1, ENTRY_WITHIN, true), "no entry arrived in time");
-    let hears = |desired: &mut Desired, counter, target| {
+    let apply = |desired: &mut Desired, counter, target| {
         drop(desired.merge(vec![(id, DesiredEntry { stamp: stamp(counter), target })], second));
     };
-    hears(&mut desired, 1, run("a"));
-    hears(&mut desired, 2, Target::Stopped { error: None });
+    apply(&mut desired, 1, run("a"));
+    apply(&mut desired, 2, Target::Stopped { error: None });
     assert!(!keeps(&desired, 1, second, true));
     assert!(keeps(&desired, 3, second, true), "an entry that runs the instance again may be on its way");
-    hears(&mut desired, 3, run("a"));
+    apply(&mut desired, 3, run("a"));
     assert!(keeps(&desired, 3, 2 * ENTRY_WITHIN, false));
     assert!(keeps(&desired, 1, 2 * ENTRY_WITHIN, true), "the owner stops shards of earlier placements");
     assert!(!keeps(&desired, 1, 2 * ENTRY_WITHIN, false), "an unreachable owner stops no shards");
@@ -48,22 +48,22 @@ fn a_shard_is_kept_until_its_instance_stops_or_moves() {
 fn implausible_entries_are_not_merged() {
     let mut desired = Desired::new(node());
     let by = node();
-    let mut hears = |change: &dyn Fn(&mut Deployment)| {
+    let mut apply = |change: &dyn Fn(&mut Deployment)| {
         let Target::Run(mut deployment) = run("a") else { unreachable!("the target is to run") };
         change(&mut deployment);
         let entry = DesiredEntry { stamp: Stamp { counter: 1, by }, target: Target::Run(deployment) };
         desired.merge(vec![(InstanceId(1), entry)], Duration::ZERO).len()
     };
-    assert_eq!(hears(&|deployment| deployment.demand.kv_bytes.clear()), 0);
-    assert_eq!(hears(&|deployment| deployment.demand.head_bytes = u64::MAX), 0);
-    assert_eq!(hears(&|deployment| deployment.demand.kv_pages = u32::MAX), 0);
-    assert_eq!(hears(&|deployment| deployment.placement.stages.clear()), 0);
+    assert_eq!(apply(&|deployment| deployment.demand.kv_bytes.clear()), 0);
+    assert_eq!(apply(&|deployment| deployment.demand.head_bytes = u64::MAX), 0);
+    assert_eq!(apply(&|deployment| deployment.demand.kv_pages = u32::MAX), 0);
+    assert_eq!(apply(&|deployment| deployment.placement.stages.clear()), 0);
     let nowhere = MoveStrategy::Beside { rollback: Some(Placement { stages: Vec::new() }) };
-    assert_eq!(hears(&|deployment| deployment.strategy = nowhere.clone()), 0);
-    assert_eq!(hears(&|deployment| deployment.reason = "x".repeat(1 << 20)), 0);
-    assert_eq!(hears(&|deployment| deployment.placement.stages[0].layers = 0..2), 0);
-    assert_eq!(hears(&|deployment| deployment.placement.stages[0].memory_bytes = u64::MAX), 0);
-    assert_eq!(hears(&|_| {}), 1);
+    assert_eq!(apply(&|deployment| deployment.strategy = nowhere.clone()), 0);
+    assert_eq!(apply(&|deployment| deployment.reason = "x".repeat(1 << 20)), 0);
+    assert_eq!(apply(&|deployment| deployment.placement.stages[0].layers = 0..2), 0);
+    assert_eq!(apply(&|deployment| deployment.placement.stages[0].memory_bytes = u64::MAX), 0);
+    assert_eq!(apply(&|_| {}), 1);
 }
 
 #[test]

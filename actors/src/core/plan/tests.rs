@@ -167,29 +167,29 @@ proptest! {
     #[test]
     fn a_repair_moves_only_lost_shards(
         devices in prop::collection::vec((20_u64..80, 1_u32..5), 2..5),
-        gone in 0_usize..4,
+        lost_node in 0_usize..4,
     ) {
         let demand = demand(vec![10; 4], 5);
         let offers = of_nodes(&devices);
         let links = even_links(&offers, 1e-3);
         let Ok(current) = place(&demand, &offers, &links, &ShardCount::Exactly(2), Policy::Latency) else { return Ok(()) };
-        let gone = offers[gone % offers.len()].node;
+        let lost_node = offers[lost_node % offers.len()].node;
         let taken = |offer: &Offer| -> u64 {
             current.stages.iter().filter(|stage| stage.node == offer.node).map(|stage| stage.memory_bytes).sum()
         };
-        let left: Vec<Offer> = offers.iter().filter(|offer| offer.node != gone).map(|offer| {
+        let left: Vec<Offer> = offers.iter().filter(|offer| offer.node != lost_node).map(|offer| {
             Offer { free_bytes: offer.free_bytes - taken(offer), ..offer.clone() }
         }).collect();
-        let lost: Vec<&Stage> = current.stages.iter().filter(|stage| stage.node == gone).collect();
+        let lost: Vec<&Stage> = current.stages.iter().filter(|stage| stage.node == lost_node).collect();
         match repair(&demand, &current, &left, &links) {
             Some(repaired) => {
                 for (old, new) in current.stages.iter().zip(&repaired.stages) {
                     prop_assert_eq!(&old.layers, &new.layers);
-                    let is_kept = old.node != gone;
-                    prop_assert!(is_kept && old == new || !is_kept && new.node != gone);
+                    let is_kept = old.node != lost_node;
+                    prop_assert!(is_kept && old == new || !is_kept && new.node != lost_node);
                 }
                 for offer in &left {
-                    let new = repaired.stages.iter().zip(&current.stages).filter(|(new, old)| new.node == offer.node && old.node == gone);
+                    let new = repaired.stages.iter().zip(&current.stages).filter(|(new, old)| new.node == offer.node && old.node == lost_node);
                     prop_assert!(new.map(|(new, _)| new.memory_bytes).sum::<u64>() <= offer.free_bytes);
                 }
             }

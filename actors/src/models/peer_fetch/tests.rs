@@ -6,8 +6,8 @@ use crate::models::{ModelRegistry, ModelRequest, ModelsConfig, serve};
 use crate::transport::callback::EventCallback;
 use exo_engines::model::ModelFiles;
 use exo_net::{ClusterSecret, Network, NetworkConfig, NetworkEvent, Peer};
+use parking_lot::Mutex;
 use std::net::SocketAddr;
-use std::sync::Mutex;
 use tokio::sync::mpsc;
 
 /// The behaviour of a peer that serves a model's bytes.
@@ -61,7 +61,7 @@ async fn answer_all(giver: Giver, peer: Box<Peer>, models: Arc<ModelsConfig>, as
     while let Ok(mut stream) = peer.data.accept().await {
         let hello = stream.reader.receive::<DataHello>(|_, _| Ok(())).await;
         let Ok(Some((DataHello::Weights(ask), _))) = hello else { continue };
-        asked.lock().expect("not poisoned").push((giver, ask.query.clone()));
+        asked.lock().push((giver, ask.query.clone()));
         let (models, registry) = (Arc::clone(&models), registry.clone());
         tokio::spawn(async move { give(giver, models, registry, ask, stream).await });
     }
@@ -133,7 +133,7 @@ async fn fetch(
     let job = FetchJob { config, registry, request, progress, number: 1 };
     let got = job.fetch_from_peers(&peers).await;
     tokio::task::spawn_blocking(move || drop((getter, held))).await.expect("dropped");
-    let asked = asked.lock().expect("not poisoned").clone();
+    let asked = asked.lock().clone();
     (got, asked)
 }
 

@@ -133,10 +133,10 @@ impl Node {
     }
 
     /// Handles a member that was lost or left the clique.
-    pub(super) fn part(&mut self, gone: NodeId, now: Duration) {
-        self.leader.handle_lost(gone, now, self.members.0.len());
+    pub(super) fn leave(&mut self, lost: NodeId, now: Duration) {
+        self.leader.handle_lost(lost, now, self.members.0.len());
         for head in self.heads.values_mut() {
-            let _ = head.pipeline.on_node_lost(gone);
+            let _ = head.pipeline.on_node_lost(lost);
         }
         for (_, asked, _) in self.wants.values_mut() {
             *asked = None;

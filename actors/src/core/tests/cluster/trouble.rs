@@ -80,16 +80,16 @@ impl Cluster {
     pub(super) fn notice(&mut self) {
         for (a, b) in self.pairs() {
             // A node that knows the address of another node dials it, sooner or later.
-            let meets = self.random.below(10) == 0;
+            let connects = self.random.below(10) == 0;
             for (one, other) in [(a, b), (b, a)] {
                 let is_gone = !self.is_connected(a, b)
                     && self
                         .cut
                         .get(&(a, b))
                         .is_none_or(|since| self.now > *since + NOTICED_AFTER || self.nodes[other].is_none());
-                if meets && self.is_connected(a, b) && !self.sees.contains(&(one, other)) {
+                if connects && self.is_connected(a, b) && !self.sees.contains(&(one, other)) {
                     self.sees.insert((one, other));
-                    self.meet(one, self.ids[other]);
+                    self.connect(one, self.ids[other]);
                 } else if is_gone && self.sees.contains(&(one, other)) {
                     self.lose(one, other);
                     self.lose(other, one);
@@ -99,36 +99,36 @@ impl Cluster {
     }
 
     /// Handles a new connection of member `one`.
-    pub(super) fn meet(&mut self, one: usize, met: NodeId) {
+    pub(super) fn connect(&mut self, one: usize, peer: NodeId) {
         let seen = self.seen(one);
         let Some(node) = &mut self.nodes[one] else { return };
-        if node.clique.handle_return(met).is_some() {
+        if node.clique.handle_return(peer).is_some() {
             let report = node.report(&seen);
-            return self.send(one, met, Message::Report(Box::new(report)));
+            return self.send(one, peer, Message::Report(Box::new(report)));
         }
-        self.join(one, met);
+        self.join(one, peer);
     }
 
     /// Sends a new member the report, the list and the orders of member `one`.
-    pub(super) fn join(&mut self, one: usize, met: NodeId) {
+    pub(super) fn join(&mut self, one: usize, peer: NodeId) {
         let (now, seen) = (self.now, self.seen(one));
         let Some(node) = &mut self.nodes[one] else { return };
         node.leader.handle_joined(now);
         let (report, entries) = (node.report(&seen), node.desired.entries().map(|(id, e)| (id, e.clone())).collect());
-        self.send(one, met, Message::Report(Box::new(report)));
-        self.send(one, met, Message::Desired(entries));
-        self.order_again(one, met);
+        self.send(one, peer, Message::Report(Box::new(report)));
+        self.send(one, peer, Message::Desired(entries));
+        self.order_again(one, peer);
     }
 
-    pub(super) fn order_again(&mut self, one: usize, met: NodeId) {
+    pub(super) fn order_again(&mut self, one: usize, peer: NodeId) {
         let Some(node) = &self.nodes[one] else { return };
         let heads = node.heads.iter().filter(|(_, head)| !head.pipeline.is_loaded());
         let tasks: Vec<_> =
-            heads.flat_map(|(&id, head)| head.pipeline.tasks(id)).filter(|(to, _)| *to == met).collect();
+            heads.flat_map(|(&id, head)| head.pipeline.tasks(id)).filter(|(to, _)| *to == peer).collect();
         let running = node.heads.iter().filter(|(_, head)| head.pipeline.is_running());
         let clears: Vec<_> = running.map(|(&id, head)| Message::Clear { id, below: head.pipeline.stamp() }).collect();
         for clear in clears {
-            self.send(one, met, clear);
+            self.send(one, peer, clear);
         }
         for (to, task) in tasks {
             self.send(one, to, Message::Start(Box::new(task)));
@@ -138,10 +138,10 @@ impl Cluster {
     pub(super) fn lose(&mut self, one: usize, other: usize) {
         self.sees.remove(&(one, other));
         self.in_transit.retain(|(_, from, to, _)| (*from, *to) != (one, other));
-        let (gone, now) = (self.ids[other], self.now);
+        let (lost, now) = (self.ids[other], self.now);
         let Some(node) = &mut self.nodes[one] else { return };
-        if !node.clique.handle_lost(&mut node.members, gone, now) {
-            node.part(gone, now);
+        if !node.clique.handle_lost(&mut node.members, lost, now) {
+            node.leave(lost, now);
         }
     }
 }
