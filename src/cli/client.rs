@@ -27,7 +27,7 @@ impl NodeClient {
     pub(super) async fn find(data_dir: &Path) -> Option<Self> {
         let socket = data_dir.join(SOCKET_NAME);
         UnixStream::connect(&socket).await.ok()?;
-        let client = Client::builder().unix_socket(socket.as_path()).build().ok()?;
+        let client = Client::builder().no_proxy().unix_socket(socket.as_path()).build().ok()?;
         Some(Self { client, socket })
     }
 

@@ -15,10 +15,9 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tempfile::NamedTempFile;
 
 pub(super) type Hash = [u8; 32];
 
@@ -95,7 +94,9 @@ impl PartialCopy {
     pub(super) fn set_hashes(&self, hashes: Vec<Hash>) -> Result<(), ModelError> {
         let path = self.folder.join("hashes");
         let disk = |e: std::io::Error| ModelError::disk(&path, &e);
-        let mut draft = NamedTempFile::new_in(&self.folder).map_err(disk)?;
+        // Other users may share the models folder; the umask applies.
+        let mode = std::fs::Permissions::from_mode(0o666);
+        let mut draft = tempfile::Builder::new().permissions(mode).tempfile_in(&self.folder).map_err(disk)?;
         draft.write_all(&hashes.concat()).map_err(disk)?;
         draft.persist(&path).map_err(|e| disk(e.error))?;
         self.known().hashes = hashes;
