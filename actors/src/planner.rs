@@ -298,6 +298,8 @@ impl PlannerState {
 
     /// Lets the leader change the desired list, and sends the changes to the members and to the requests of this node.
     fn lead(&mut self, act: impl FnOnce(&mut Leader, &mut RoundContext<'_>)) {
+        // A request may have taken an instance into use since the last report, and the leader unloads unused ones.
+        self.renew_report();
         let mut round = RoundContext {
             own: self.args.node,
             now: self.started.elapsed(),
@@ -333,7 +335,6 @@ impl PlannerState {
     /// Brings this node closer to the desired list: runs a round of the leader if this node leads, starts and retires
     /// heads, and answers requests whose model runs.
     async fn reconcile(&mut self, myself: &PlannerRef) {
-        self.renew_report();
         if self.is_leader() {
             self.lead(|leader, round| leader.round(round));
         }

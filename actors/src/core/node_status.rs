@@ -238,10 +238,17 @@ impl NodeStatus {
 }
 
 impl InstanceStatus {
-    /// Applies a fact about this instance; facts of other kinds change nothing.
+    /// Applies a fact about this instance; facts of other kinds change nothing. A stopped instance changes its phase
+    /// only when it is placed again: its shards may still report.
     pub(crate) fn apply(&mut self, fact: &Fact) {
+        let is_stopped = matches!(self.phase, Phase::Stopped { .. });
         match fact {
             Fact::InstancePlaced { placement, .. } => self.move_to(placement.clone()),
+            Fact::ShardLoading { .. }
+            | Fact::ShardFetching { .. }
+            | Fact::InstanceReady { .. }
+            | Fact::ShardFailed { .. }
+                if is_stopped => {}
             Fact::ShardLoading { stage, loaded_bytes, total_bytes, .. } => {
                 self.loading(*stage, *loaded_bytes, *total_bytes);
             }
@@ -272,24 +279,36 @@ mod tests {
     use super::*;
     use crate::core::spec::FilesId;
 
-    #[test]
-    fn facts_change_an_instance_s_phase() {
-        let node = exo_net::Identity::ephemeral().expect("random bytes").node_id();
-        let mut state = NodeStatus::new(node, "here".to_owned(), Vec::new());
-        let instance = InstanceId(1);
-        let phase = |state: &NodeStatus| state.instances[&instance].phase.clone();
-        state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
-        assert!(state.instances.is_empty());
-        let model = Model {
+    fn model() -> Model {
+        Model {
             name: "m".to_owned(),
             family: String::new(),
             quantization: String::new(),
             context_tokens: 1,
             vocabulary: 256,
             files: FilesId([0; 32]),
-        };
-        let placement = Placement { stages: Vec::new() };
-        state.apply(&Fact::InstancePlaced { instance, model: model.clone(), placement });
+        }
+    }
+
+    fn status() -> NodeStatus {
+        let node = exo_net::Identity::ephemeral().expect("random bytes").node_id();
+        NodeStatus::new(node, "here".to_owned(), Vec::new())
+    }
+
+    fn placed(instance: InstanceId) -> NodeStatus {
+        let mut state = status();
+        state.apply(&Fact::InstancePlaced { instance, model: model(), placement: Placement { stages: Vec::new() } });
+        state
+    }
+
+    #[test]
+    fn facts_change_an_instance_s_phase() {
+        let instance = InstanceId(1);
+        let mut state = status();
+        let phase = |state: &NodeStatus| state.instances[&instance].phase.clone();
+        state.apply(&Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 });
+        assert!(state.instances.is_empty());
+        let mut state = placed(instance);
         state.apply(&Fact::ShardFetching { instance, stage: 0, fetched_bytes: 5, total_bytes: 9 });
         assert_eq!(phase(&state), Phase::Fetching { fetched_bytes: 5, total_bytes: 9 });
         state.apply(&Fact::ShardFetching { instance, stage: 0, fetched_bytes: 9, total_bytes: 9 });
@@ -304,11 +323,32 @@ mod tests {
             let instance = InstanceId(id);
             state.apply(&Fact::InstancePlaced {
                 instance,
-                model: model.clone(),
+                model: model(),
                 placement: Placement { stages: Vec::new() },
             });
             state.apply(&Fact::InstanceStopped { instance, error: None });
         }
         assert_eq!(state.instances.len(), STOPPED_KEPT + 1);
+    }
+
+    #[test]
+    fn a_late_fact_does_not_revive_a_stopped_instance() {
+        let instance = InstanceId(1);
+        let mut state = placed(instance);
+        let stopped = Fact::InstanceStopped { instance, error: Some("gone".to_owned()) };
+        state.apply(&stopped);
+        for late in [
+            Fact::ShardFetching { instance, stage: 0, fetched_bytes: 1, total_bytes: 2 },
+            Fact::ShardLoading { instance, stage: 0, loaded_bytes: 1, total_bytes: 2 },
+            Fact::InstanceReady { instance, epoch: 1 },
+            Fact::ShardFailed { instance, stage: 0, error: "late".to_owned() },
+        ] {
+            state.apply(&late);
+            assert_eq!(state.instances[&instance].phase, Phase::Stopped { error: Some("gone".to_owned()) }, "{late:?}");
+            assert_eq!(state.live().count(), 0);
+        }
+        state.apply(&Fact::InstancePlaced { instance, model: model(), placement: Placement { stages: Vec::new() } });
+        state.apply(&Fact::InstanceReady { instance, epoch: 2 });
+        assert_eq!(state.instances[&instance].phase, Phase::Ready);
     }
 }

@@ -191,12 +191,13 @@ impl PlannerState {
         (!serves_on).then_some(RequestError::Moved)
     }
 
-    /// Applies a head's fact to the status in this node's report, and passes the fact on to subscribers.
+    /// Applies a head's fact to the status in this node's report, and passes the fact on to subscribers. A fact of a
+    /// head that has ended is dropped: subscribers know the instance as stopped.
     pub(super) fn on_head_fact(&mut self, fact: Fact) -> Reconcile {
         if let Some(head) = fact.instance().and_then(|id| self.owned.get_mut(&id)) {
             head.status.apply(&fact);
+            self.args.facts.tell(fact);
         }
-        self.args.facts.tell(fact);
         Reconcile::No
     }
 
