@@ -20,7 +20,7 @@ mod serve;
 pub use generation::Generation;
 pub(crate) use serve::RemoteRequest;
 
-use crate::core::request::{GenerateRequest, Generated, ModelSpec, RequestError};
+use crate::core::request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError};
 use crate::core::spec::InstanceId;
 use crate::head::{HeadMsg, HeadRef, Lease, Submission};
 use crate::planner::{HeadLocation, PlannerMsg, PlannerRef, RunningModel, TokenizerMsg};
@@ -187,12 +187,15 @@ impl RequestTask {
             Some(running) => running,
             None => self.gateway.ensure(spec.clone()).await?,
         };
-        let encoding = |reply| TokenizerMsg::Encode { prompt, reply };
-        let prompt = match running.tokenizer_ref.call(encoding, Some(ENCODE_TIMEOUT)).await {
-            Ok(CallResult::Success(ids)) => ids?,
-            _ => return Err(RequestError::ShuttingDown),
+        let prompt = match encode(&running, prompt.clone()).await {
+            Err(RequestError::ShuttingDown) => {
+                // A tokenizer ends with its instance, which may have failed since the caller loaded the model.
+                running = self.gateway.ensure(spec.clone()).await?;
+                encode(&running, prompt).await?
+            }
+            encoded => encoded?,
         };
-        let mut answer = Answer::new(Arc::clone(&running.tokenizer), &stop, prompt, events.clone());
+        let mut answer = Answer::new(&running, &stop, prompt, events.clone());
         let mut heads = 0;
         loop {
             let given = answer.journal().len();
@@ -289,6 +292,22 @@ impl RequestTask {
                 }
             }
         }
+    }
+}
+
+/// Encodes a prompt by the tokenizer of its model.
+///
+/// # Errors
+/// [`RequestError::ShuttingDown`] if the tokenizer has ended.
+async fn encode(running: &RunningModel, prompt: Prompt) -> Result<Vec<u32>, RequestError> {
+    let encoding = |reply| TokenizerMsg::Encode { prompt, reply };
+    match running.tokenizer_ref.call(encoding, Some(ENCODE_TIMEOUT)).await {
+        Ok(CallResult::Success(encoded)) => encoded,
+        Ok(CallResult::Timeout) => {
+            let what = format!("the prompt takes more than {} s to encode", ENCODE_TIMEOUT.as_secs());
+            Err(RequestError::BadPrompt { what })
+        }
+        _ => Err(RequestError::ShuttingDown),
     }
 }
 

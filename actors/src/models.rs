@@ -26,7 +26,7 @@ mod serve;
 pub use crate::core::model_error::ModelError;
 pub use catalogue::{CATALOGUE, CatalogueEntry, Source};
 pub use config::{ModelsConfig, Progress, ProgressSink};
-pub use name::{HubName, ModelName};
+pub use name::{HubName, ModelName, absolute_path};
 pub(crate) use request::{Extent, Fetched, ModelRequest};
 pub use resolve::{Origin, ResolvedModel};
 

@@ -2,13 +2,14 @@
 
 use crate::api::{ErrorBody, Eviction, GenerateLine, SOCKET_NAME};
 use crate::{GenerateRequest, Generated, ModelSpec, NodeId, NodeStatus, Preview};
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use reqwest::{Client, Method, RequestBuilder, Response};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use tokio::net::UnixStream;
-use tokio_util::codec::{FramedRead, LinesCodec};
+use tokio_util::codec::{FramedRead, LinesCodec, LinesCodecError};
 use tokio_util::io::StreamReader;
 
 /// The most bytes of one line of an answer: an event with the log-probabilities of 20 tokens has a few thousand, and
@@ -24,11 +25,18 @@ pub(super) struct NodeClient {
 
 impl NodeClient {
     /// Returns a client of the node that runs on `data_dir`, if there is one.
-    pub(super) async fn find(data_dir: &Path) -> Option<Self> {
+    pub(super) async fn find(data_dir: &Path) -> anyhow::Result<Option<Self>> {
         let socket = data_dir.join(SOCKET_NAME);
-        UnixStream::connect(&socket).await.ok()?;
-        let client = Client::builder().no_proxy().unix_socket(socket.as_path()).build().ok()?;
-        Some(Self { client, socket })
+        match UnixStream::connect(&socket).await {
+            Ok(_) => {}
+            // A node that was killed leaves its socket behind.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot connect to {}", socket.display())),
+        }
+        let client = Client::builder().no_proxy().unix_socket(socket.as_path()).build()?;
+        Ok(Some(Self { client, socket }))
     }
 
     /// Returns the status of the node and its cluster.
@@ -56,7 +64,7 @@ impl NodeClient {
         let response = self.send(self.request(Method::POST, "/generate").json(request)).await?;
         let bytes = StreamReader::new(response.bytes_stream().map_err(std::io::Error::other));
         let lines = FramedRead::new(bytes, LinesCodec::new_with_max_length(LINE_BYTES_MAX));
-        Ok(ClientAnswer { lines: lines.map_err(anyhow::Error::from).boxed() })
+        Ok(ClientAnswer { lines: lines.boxed() })
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -79,7 +87,7 @@ impl NodeClient {
 
 /// An answer of a running node.
 pub(super) struct ClientAnswer {
-    lines: Pin<Box<dyn Stream<Item = anyhow::Result<String>> + Send>>,
+    lines: Pin<Box<dyn Stream<Item = Result<String, LinesCodecError>> + Send>>,
 }
 
 impl ClientAnswer {
@@ -87,12 +95,17 @@ impl ClientAnswer {
     pub(super) async fn next(&mut self) -> Option<anyhow::Result<Generated>> {
         let line = match self.lines.next().await? {
             Ok(line) => line,
-            Err(error) => return Some(Err(error.context("the node stopped during the answer"))),
+            Err(LinesCodecError::MaxLineLengthExceeded) => {
+                return Some(Err(anyhow!("the node sent a line of more than {} MiB", LINE_BYTES_MAX >> 20)));
+            }
+            Err(LinesCodecError::Io(error)) => {
+                return Some(Err(anyhow!(error).context("the node stopped during the answer")));
+            }
         };
         Some(match serde_json::from_str(&line) {
             Ok(GenerateLine::Event(event)) => Ok(event),
-            Ok(GenerateLine::Error(error)) => Err(anyhow::anyhow!(error.message)),
-            Err(error) => Err(anyhow::anyhow!("the node's answer cannot be decoded: {error}")),
+            Ok(GenerateLine::Error(error)) => Err(anyhow!(error.message)),
+            Err(error) => Err(anyhow!("the node's answer cannot be decoded: {error}")),
         })
     }
 }

@@ -21,7 +21,7 @@ pub(super) struct DrainArguments {
 
 pub(super) async fn run(arguments: DrainArguments) -> anyhow::Result<Outcome> {
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
-    let Some(node) = NodeClient::find(&data_dir).await else {
+    let Some(node) = NodeClient::find(&data_dir).await? else {
         anyhow::bail!("no node is running on {}", data_dir.display());
     };
     tokio::select! {

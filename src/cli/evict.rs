@@ -22,7 +22,7 @@ pub(super) struct EvictArguments {
 
 pub(super) async fn run(arguments: EvictArguments) -> anyhow::Result<Outcome> {
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
-    let Some(node) = NodeClient::find(&data_dir).await else {
+    let Some(node) = NodeClient::find(&data_dir).await? else {
         anyhow::bail!("no node is running on {}", data_dir.display());
     };
     let member = find(&node.status().await?, &arguments.member)?;

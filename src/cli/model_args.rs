@@ -5,7 +5,7 @@ use super::progress::Display;
 use crate::config::data_folder;
 use crate::{DeviceId, ModelSpec, Node, NodeBuilder, NodeHandle, Policy, Recipe, Split};
 use clap::Args;
-use exo_actors::models::{ModelName, ResolvedModel};
+use exo_actors::models::{ModelName, ResolvedModel, absolute_path};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -45,7 +45,7 @@ pub(super) struct ModelArguments {
 
 impl ModelArguments {
     pub(super) fn spec(&self) -> ModelSpec {
-        let named = ModelSpec::new(absolute(&self.model));
+        let named = ModelSpec::new(&self.model);
         ModelSpec {
             shards: self.shards.map(|shards| shards as usize),
             device: self.device.clone().map(DeviceId),
@@ -53,16 +53,17 @@ impl ModelArguments {
             quantize: self.quantize.or(named.quantize),
             split: self.split.clone(),
             policy: self.policy,
-            model: named.model,
+            model: absolute(&named.model),
         }
     }
 
     /// A client of the node that runs on the data folder; `None` where no node runs, or with `--standalone`.
     pub(super) async fn running_node(&self) -> anyhow::Result<Option<NodeClient>> {
+        note_path(&self.model);
         if self.standalone {
             return Ok(None);
         }
-        let running = NodeClient::find(&data_folder(self.data_dir.as_deref())?).await;
+        let running = NodeClient::find(&data_folder(self.data_dir.as_deref())?).await?;
         if running.is_some() && self.threads.is_some() {
             anyhow::bail!("--threads has no effect on the running node: stop that node, or add --standalone");
         }
@@ -79,17 +80,33 @@ impl ModelArguments {
     }
 }
 
-/// The name with a path made absolute, since a running node has a working directory of its own. A file name that is not
-/// in this working directory stays as it is: it may be in a models folder.
-fn absolute(name: &str) -> String {
-    if !ModelName::parse(&ModelSpec::new(name).model).is_path() {
-        return name.to_owned();
+/// The name of a model with a path made absolute, since a running node has a working directory of its own. A bare file
+/// name that is not in this working directory stays as it is: it may be in a models folder.
+fn absolute(model: &str) -> String {
+    let model = expand_home(model);
+    let is_bare = !model.contains('/');
+    let path = match ModelName::parse(&model) {
+        ModelName::Path(path) if !is_bare || path.exists() => absolute_path(&path).ok(),
+        _ => None,
+    };
+    path.map_or(model, |path| path.display().to_string())
+}
+
+/// The name of a model with the home folder for a leading `~/`, which a shell leaves in place within quotes.
+pub(super) fn expand_home(model: &str) -> String {
+    match (model.strip_prefix("~/"), directories::BaseDirs::new()) {
+        (Some(rest), Some(folders)) => folders.home_dir().join(rest).display().to_string(),
+        _ => model.to_owned(),
     }
-    if let (Some(rest), Some(folders)) = (name.strip_prefix("~/"), directories::BaseDirs::new()) {
-        return folders.home_dir().join(rest).display().to_string();
+}
+
+/// Warns where a file or folder of the working directory has a model's name, which does not mean that path.
+pub(super) fn note_path(model: &str) {
+    let model = &ModelSpec::new(model).model;
+    let is_other = matches!(ModelName::parse(model), ModelName::Plain(_) | ModelName::Hub(_));
+    if is_other && Path::new(model).exists() {
+        eprintln!("note: `{model}` is a name, not a path: for the path in this folder write ./{model}");
     }
-    let path = Path::new(&ModelSpec::new(name).model).exists().then(|| std::path::absolute(name));
-    path.and_then(Result::ok).map_or(name.to_owned(), |path| path.display().to_string())
 }
 
 /// A builder of a node on `data_dir` that shows downloads on `display`.
@@ -108,9 +125,10 @@ pub(super) async fn pull(
     data_dir: Option<&Path>,
     display: &Arc<Display>,
 ) -> anyhow::Result<Option<Arc<ResolvedModel>>> {
+    note_path(model);
     let node = builder(data_dir, display).start().await?;
     let pulled = tokio::select! {
-        pulled = node.pull(model) => Some(pulled?),
+        pulled = node.pull(absolute(&ModelSpec::new(model).model)) => Some(pulled?),
         _ = tokio::signal::ctrl_c() => None,
     };
     display.clear();

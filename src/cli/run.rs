@@ -6,7 +6,8 @@ use super::progress::Display;
 use super::report::{StageReport, milliseconds, rate};
 use super::session::{Answered, Answering, Session};
 use crate::{
-    FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams, fresh_seed,
+    FinishReason, GenerateRequest, Generated, InstanceId, Message, Prompt, RequestError, Role, SamplingParams,
+    fresh_seed,
 };
 use clap::Args;
 use serde::Serialize;
@@ -102,6 +103,8 @@ struct TopReport {
 /// An answer, as received so far. Times count from the request.
 #[derive(Debug, Default)]
 struct CollectedAnswer {
+    /// The instance that answers; `None` before its head accepted the request.
+    instance: Option<InstanceId>,
     text: String,
     prompt_tokens: Vec<u32>,
     tokens: Vec<TokenReport>,
@@ -134,7 +137,7 @@ pub(super) async fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         outcome = answering => { outcome?; false }
         _ = tokio::signal::ctrl_c() => true,
     };
-    let answered = session.answered(&arguments.model.spec()).await;
+    let answered = session.answered(&arguments.model.spec(), answer.instance).await;
     if arguments.json && !interrupted {
         println!("{}", serde_json::to_string(&answer.report(answered?, arguments.logprobs.is_some()))?);
     } else if !arguments.json {
@@ -198,7 +201,9 @@ impl CollectedAnswer {
     async fn collect(&mut self, mut generation: Answering, started: Instant, shows: bool) -> anyhow::Result<()> {
         while let Some(event) = generation.next().await {
             match event? {
-                Generated::Started { prompt_tokens, .. } => self.prompt_tokens = prompt_tokens,
+                Generated::Started { instance, prompt_tokens, .. } => {
+                    (self.instance, self.prompt_tokens) = (Some(instance), prompt_tokens);
+                }
                 Generated::Token { sampled, names, text } => {
                     let now = started.elapsed();
                     self.first_token.get_or_insert(now);

@@ -4,7 +4,7 @@ use super::client::{ClientAnswer, NodeClient};
 use super::model_args::ModelArguments;
 use super::progress::Display;
 use super::report::{StageReport, stages};
-use crate::{Fact, GenerateRequest, Generated, Generation, ModelSpec, NodeHandle, Phase, RunningModel};
+use crate::{Fact, GenerateRequest, Generated, Generation, InstanceId, ModelSpec, NodeHandle, Phase, RunningModel};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -96,8 +96,9 @@ impl Session {
         }
     }
 
-    /// Returns the model and placement that answered a request for `spec`.
-    pub(super) async fn answered(&self, spec: &ModelSpec) -> anyhow::Result<Answered> {
+    /// Returns the model and placement that answered a request for `spec`. `instance` is the one that answered, where
+    /// the answer has started.
+    pub(super) async fn answered(&self, spec: &ModelSpec, instance: Option<InstanceId>) -> anyhow::Result<Answered> {
         match self {
             Self::Own { node, loaded } => {
                 let Loaded { model, load } = &**loaded;
@@ -110,16 +111,13 @@ impl Session {
             }
             Self::Running(client) => {
                 let status = client.status().await?;
-                let name = spec.to_string();
-                // A model may run with several specs: prefer a ready instance, then the highest epoch. The model may
-                // have been unloaded by now.
-                let found = status.everywhere().map(|(_, instance)| instance);
-                let found = found.filter(|instance| instance.model.name == name);
-                let instance = found.max_by_key(|instance| (instance.phase == Phase::Ready, instance.epoch));
+                // The model may have been unloaded by now.
+                let found = instance.and_then(|id| status.everywhere().find(|(found, _)| *found == id));
+                let found = found.map(|(_, instance)| instance);
                 Ok(Answered {
-                    model: name,
-                    quantization: instance.map(|instance| instance.model.quantization.clone()),
-                    stages: instance.map(|instance| stages(&status, &instance.placement)).unwrap_or_default(),
+                    model: found.map_or_else(|| spec.to_string(), |instance| instance.model.name.clone()),
+                    quantization: found.map(|instance| instance.model.quantization.clone()),
+                    stages: found.map(|instance| stages(&status, &instance.placement)).unwrap_or_default(),
                     load: None,
                 })
             }

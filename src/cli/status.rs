@@ -24,7 +24,7 @@ pub(super) struct StatusArguments {
 
 pub(super) async fn run(arguments: StatusArguments) -> anyhow::Result<Outcome> {
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
-    let Some(node) = NodeClient::find(&data_dir).await else {
+    let Some(node) = NodeClient::find(&data_dir).await? else {
         anyhow::bail!("no node is running on {}: `exo-node up` starts one", data_dir.display());
     };
     let status = node.status().await?;

@@ -31,7 +31,7 @@ pub(super) async fn run(arguments: TokenArguments) -> anyhow::Result<Outcome> {
     }
     let secret = ClusterSecret::load_or_create(&data_dir)?;
     // Without a running node the token has no addresses: a joining node finds members by discovery.
-    let addresses = match NodeClient::find(&data_dir).await {
+    let addresses = match NodeClient::find(&data_dir).await? {
         Some(node) => node.status().await?.addresses,
         None => Vec::new(),
     };

@@ -1,5 +1,6 @@
 //! `exo-node up`: starts a node that keeps running and serves the HTTP API.
 
+use super::model_args::{expand_home, note_path};
 use super::outcome::Outcome;
 use crate::api::{ApiConfig, SOCKET_NAME, serve};
 use crate::config::data_folder;
@@ -84,11 +85,13 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
         builder = builder.name(name.clone());
     }
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
+    let models: Vec<ModelSpec> = arguments.models.iter().map(|name| ModelSpec::new(expand_home(name))).collect();
+    arguments.models.iter().for_each(|name| note_path(name));
     let config = ApiConfig {
         listen: arguments.listen()?,
         socket: Some(data_dir.join(SOCKET_NAME)),
         api_key: arguments.api_key.clone(),
-        named_models: arguments.models.iter().map(|name| ModelSpec::new(name).model).collect(),
+        named_models: models.iter().map(|spec| spec.model.clone()).collect(),
     };
     // From here on SIGTERM shuts the node down cleanly.
     let mut terminated = signal(SignalKind::terminate())?;
@@ -103,8 +106,8 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
         eprintln!("API on http://{address}/v1");
     }
     let loading = async {
-        for model in &arguments.models {
-            match node.load(ModelSpec::new(model)).await {
+        for model in models {
+            match node.load(model.clone()).await {
                 Ok(_) => eprintln!("{model} is loaded"),
                 // The node can still serve other models.
                 Err(error) => eprintln!("error: {model}: {error}\n  remedy: {}", error.remedy()),

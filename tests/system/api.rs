@@ -104,10 +104,29 @@ fn paths_over_tcp_are_unknown_models() {
     for path in ["sub/m.gguf", "./sub/m.gguf", "./sub", "./smollm2", "../..", "~", "~/.cache", &file, &absolute] {
         assert_eq!(ask(path), unknown, "{path}");
     }
-    for name in ["given/m.gguf", SMOLLM2] {
+    let given = node.folder().join("given/m.gguf").display().to_string();
+    for name in ["given/m.gguf", "./given/m.gguf", given.as_str(), SMOLLM2] {
         let (status, body) = ask(name);
         assert_eq!(status, 200, "{name}: {body}");
     }
+    // All spellings of a path are one model, which the command line finds from any folder.
+    let run = |folder: &str, model: &str| {
+        let mut command = node.prepare(&["run", model, "Hi", "--json", "--max-tokens", "2"]);
+        let output = command.current_dir(node.folder().join(folder)).output().expect("exo-node starts");
+        assert!(output.status.success(), "{model}: {}", stderr(&output));
+        serde_json::from_slice::<Value>(&output.stdout).expect("one object")
+    };
+    for (folder, model) in [(".", "given/m.gguf"), ("given", "m.gguf"), ("sub", "../given/m.gguf"), ("sub", &given)] {
+        let report = run(folder, model);
+        assert_eq!((&report["model"], &report["load_ms"]), (&object!("given/m.gguf"), &Value::Null), "{report}");
+        assert!(report["stages"].as_array().is_some_and(|stages| stages.len() == 1), "{report}");
+    }
+    let instances = node.state()["instances"].as_object().map(serde_json::Map::len);
+    assert_eq!(instances, Some(2), "{}", node.state());
+    // A folder whose name is not spelt as a path is named with the spelling that helps.
+    let output = node.prepare(&["run", "sub", "Hi"]).current_dir(node.folder()).output().expect("exo-node starts");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("write ./sub"), "{}", stderr(&output));
 }
 
 /// Requests from pages of other sites, with host names rebound to this machine, or without the key are refused.

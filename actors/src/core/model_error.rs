@@ -7,11 +7,17 @@ use std::path::PathBuf;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// No model has this name, and no file or folder has this path.
-    #[error("no model is called `{model}`, and no file or folder has that path")]
+    /// No model has this name.
+    #[error("no model is called `{model}`")]
     Unknown {
-        /// The name or path.
+        /// The name.
         model: String,
+    },
+    /// No file or folder has this path.
+    #[error("no file or folder has the path `{path}`")]
+    NoFile {
+        /// The path.
+        path: String,
     },
     /// The files are not a model that can be read.
     #[error(transparent)]
@@ -96,6 +102,7 @@ impl ModelError {
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Unknown { .. } => "take a name from the catalogue, or a path to a .gguf file or a model's folder",
+            Self::NoFile { .. } => "check the path; it is relative to the working directory of the node",
             Self::Format(error) => error.remedy(),
             Self::NoSource { .. } | Self::Network { .. } => {
                 "check the connection to the hub, or put the files into a models folder"

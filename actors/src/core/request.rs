@@ -3,6 +3,7 @@
 use crate::core::model_error::ModelError;
 use crate::core::plan::PlanError;
 use crate::core::scheduler::{AdmitError, FinishReason};
+use crate::core::spec::InstanceId;
 pub use crate::core::spec::ModelSpec;
 use exo_engines::sampler::{ParamsError, Sampled, SamplingParams};
 use exo_engines::template::Conversation;
@@ -42,6 +43,8 @@ pub struct GenerateRequest {
 pub enum Generated {
     /// The model's head accepted the request.
     Started {
+        /// The instance that answers.
+        instance: InstanceId,
         /// The prompt, encoded.
         prompt_tokens: Vec<u32>,
         /// Whether the prompt ends with `<think>`: the answer begins within a thought.

@@ -3,6 +3,8 @@
 use super::Events;
 use crate::core::request::Generated;
 use crate::core::scheduler::FinishReason;
+use crate::core::spec::InstanceId;
+use crate::planner::RunningModel;
 use crate::transport::protocol::HeadEvent;
 use exo_engines::sampler::Sampled;
 use exo_engines::tokenizer::{StopStream, Stopped, Tokenizer, Utf8Stream};
@@ -22,6 +24,8 @@ pub(super) enum StreamState {
 
 #[derive(Debug)]
 pub(super) struct Answer {
+    /// The instance whose head accepted the request first.
+    instance: InstanceId,
     tokenizer: Arc<Tokenizer>,
     utf8: Utf8Stream,
     stop: StopStream,
@@ -35,9 +39,10 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    pub(super) fn new(tokenizer: Arc<Tokenizer>, stop: &[String], prompt: Vec<u32>, events: Events) -> Self {
+    pub(super) fn new(running: &RunningModel, stop: &[String], prompt: Vec<u32>, events: Events) -> Self {
         Self {
-            tokenizer,
+            instance: running.id,
+            tokenizer: Arc::clone(&running.tokenizer),
             utf8: Utf8Stream::default(),
             stop: StopStream::new(stop),
             prompt,
@@ -63,8 +68,8 @@ impl Answer {
             HeadEvent::Accepted if self.is_started => StreamState::Open,
             HeadEvent::Accepted => {
                 self.is_started = true;
-                let prompt_tokens = self.prompt.clone();
-                self.send(Generated::Started { prompt_tokens, opens_thought: self.opens_thought() })
+                let (instance, prompt_tokens) = (self.instance, self.prompt.clone());
+                self.send(Generated::Started { instance, prompt_tokens, opens_thought: self.opens_thought() })
             }
             HeadEvent::Admitted { cached_tokens } => {
                 self.cached_tokens.get_or_insert(cached_tokens);

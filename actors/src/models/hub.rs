@@ -4,7 +4,7 @@
 //! large file on the hub is its SHA-256, which this module compares.
 
 use super::config::{ModelsConfig, Progress, ProgressSink};
-use super::files::{lock, sha256};
+use super::files::{blocking, lock, sha256};
 use super::{HubName, ModelError};
 use exo_engines::model::FOLDER_FILES;
 use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, ApiRepo};
@@ -64,17 +64,17 @@ pub(super) async fn fetch_file(
 ) -> Result<Option<String>, ModelError> {
     let repo = api(config)?.model(repository.to_owned());
     let cached = cached(config, &repo, file).await?;
-    let blob = std::fs::canonicalize(&cached).map_err(|e| ModelError::disk(&cached, &e))?;
-    let expected = digest_of(&blob);
-    // The bytes move to the models folder, so that the disk does not hold them twice.
-    let (from, to) = (blob.clone(), target.to_owned());
-    let moved = tokio::task::spawn_blocking(move || {
-        std::fs::rename(&from, &to).or_else(|_| std::fs::copy(&from, &to).and_then(|_| std::fs::remove_file(&from)))
-    });
-    let moved = moved.await.map_err(|_| ModelError::Interrupted)?;
-    moved.map_err(|e| ModelError::disk(target, &e))?;
-    let _ = std::fs::remove_file(&cached);
-    Ok(expected)
+    let target = target.to_owned();
+    blocking(move || {
+        let blob = std::fs::canonicalize(&cached).map_err(|e| ModelError::disk(&cached, &e))?;
+        // The bytes move to the models folder, so that the disk does not hold them twice.
+        let moved = std::fs::rename(&blob, &target)
+            .or_else(|_| std::fs::copy(&blob, &target).and_then(|_| std::fs::remove_file(&blob)));
+        moved.map_err(|e| ModelError::disk(&target, &e))?;
+        let _ = std::fs::remove_file(&cached);
+        Ok(digest_of(&blob))
+    })
+    .await
 }
 
 /// The SHA-256 of a blob in the client's cache, which is named by its ETag; `None` if the ETag is no SHA-256.
@@ -88,7 +88,8 @@ fn digest_of(blob: &Path) -> Option<String> {
 pub(super) async fn fetch_named(config: &ModelsConfig, wanted: &HubName) -> Result<PathBuf, ModelError> {
     let folder = config.hub_cache.clone();
     if config.is_offline {
-        return offline(config, wanted);
+        let (cache, wanted) = (folder, wanted.clone());
+        return blocking(move || offline(&cache, &wanted)).await;
     }
     // The client's own lock times out after some seconds, but another process may download for hours.
     let _lock = lock(&config.hub_cache.join(format!("exo--{}", wanted.repository.replace('/', "--")))).await?;
@@ -115,18 +116,18 @@ pub(super) async fn fetch_named(config: &ModelsConfig, wanted: &HubName) -> Resu
     Ok(path)
 }
 
-/// Whether the client's cache has a model, or a part of it.
+/// Whether the client's cache has a model, or a part of it. Blocks on the disk.
 pub(super) fn is_cached(config: &ModelsConfig, wanted: &HubName) -> bool {
-    in_cache(config, wanted).is_some()
+    in_cache(&config.hub_cache, wanted).is_some()
 }
 
-fn in_cache(config: &ModelsConfig, wanted: &HubName) -> Option<PathBuf> {
-    let cache = hf_hub::Cache::new(config.hub_cache.clone()).model(wanted.repository.clone());
+fn in_cache(cache: &Path, wanted: &HubName) -> Option<PathBuf> {
+    let cache = hf_hub::Cache::new(cache.to_owned()).model(wanted.repository.clone());
     cache.get(wanted.file.as_deref().unwrap_or("config.json"))
 }
 
-fn offline(config: &ModelsConfig, wanted: &HubName) -> Result<PathBuf, ModelError> {
-    let path = in_cache(config, wanted).ok_or_else(|| ModelError::Offline { what: wanted.repository.clone() })?;
+fn offline(cache: &Path, wanted: &HubName) -> Result<PathBuf, ModelError> {
+    let path = in_cache(cache, wanted).ok_or_else(|| ModelError::Offline { what: wanted.repository.clone() })?;
     Ok(match (&wanted.file, path.parent()) {
         (None, Some(folder)) => folder.to_owned(),
         _ => path,
@@ -142,24 +143,28 @@ fn is_part_of_a_model(name: &str) -> bool {
 /// The path of a file in the client's cache, fetched if it is missing, and verified if its SHA-256 is known.
 async fn verified(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<PathBuf, ModelError> {
     let path = cached(config, repo, file).await?;
-    let blob = std::fs::canonicalize(&path).map_err(|e| ModelError::disk(&path, &e))?;
-    let Some(expected) = digest_of(&blob) else { return Ok(path) };
+    let (file, progress) = (file.to_owned(), Arc::clone(&config.progress));
+    blocking(move || verify(&path, &file, &progress).map(|()| path)).await
+}
+
+/// Compares the hash of a cached file with the hub's, if the hub has told it.
+fn verify(path: &Path, file: &str, progress: &ProgressSink) -> Result<(), ModelError> {
+    let blob = std::fs::canonicalize(path).map_err(|e| ModelError::disk(path, &e))?;
+    let Some(expected) = digest_of(&blob) else { return Ok(()) };
     // A marker file beside a blob records its verification, so that a file of many gigabytes is not hashed at every
     // start.
     let mark = blob.with_extension("verified");
     if mark.exists() {
-        return Ok(path);
+        return Ok(());
     }
-    (config.progress)(Progress::Verifying);
-    let hashed = blob.clone();
-    let got = tokio::task::spawn_blocking(move || sha256(&hashed)).await.map_err(|_| ModelError::Interrupted)??;
+    progress(Progress::Verifying);
+    let got = sha256(&blob)?;
     if got != expected {
-        let _ = std::fs::remove_file(&path);
+        let _ = std::fs::remove_file(path);
         let _ = std::fs::remove_file(&blob);
         return Err(ModelError::WrongHash { what: file.to_owned(), got, expected });
     }
-    std::fs::write(&mark, b"").map_err(|e| ModelError::disk(&mark, &e))?;
-    Ok(path)
+    std::fs::write(&mark, b"").map_err(|e| ModelError::disk(&mark, &e))
 }
 
 async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<PathBuf, ModelError> {
@@ -168,8 +173,9 @@ async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<Pat
     for attempt in 1.. {
         let fetched = Arc::new(AtomicU64::new(0));
         let meter = Meter { fetched: Arc::clone(&fetched), total: 0, sink: Arc::clone(&config.progress) };
-        let in_cache = hf_hub::Cache::new(config.hub_cache.clone());
-        if let Some(path) = in_cache.model(repository_of(repo)).get(file) {
+        let (cache, name) = (config.hub_cache.clone(), repository_of(repo));
+        let known = file.to_owned();
+        if let Some(path) = blocking(move || Ok(hf_hub::Cache::new(cache).model(name).get(&known))).await? {
             return Ok(path);
         }
         let outcome = tokio::select! {

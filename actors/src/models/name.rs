@@ -47,16 +47,24 @@ impl ModelName {
         matches!(self, Self::Path(_))
     }
 
-    /// Finds the file or folder of the model, if it is on this machine outside the hub client's cache.
+    /// Finds the file or folder of the model, if it is on this machine outside the hub client's cache. Blocks on the
+    /// disk.
     pub(super) fn find(&self, folders: &[PathBuf]) -> Option<PathBuf> {
+        match self {
+            // A bare file name that is not in the working directory may be in a models folder.
+            Self::Path(path) if path.exists() => Some(path.clone()),
+            Self::Path(_) | Self::Catalogue(_) | Self::Plain(_) | Self::Hub(_) => self.find_in(folders),
+        }
+    }
+
+    /// Finds the file or folder of the model, if it is in a models folder. Paths with a folder lead elsewhere, so they
+    /// are never found here. Blocks on the disk.
+    pub(super) fn find_in(&self, folders: &[PathBuf]) -> Option<PathBuf> {
         match self {
             Self::Catalogue(entry) => in_folders(folders, entry.file),
             Self::Plain(name) => in_folders(folders, name).or_else(|| in_folders(folders, &format!("{name}.gguf"))),
             Self::Hub(_) => None,
-            Self::Path(path) => Some(path.clone()).filter(|path| path.exists()).or_else(|| {
-                // A bare file name that is not in the working directory may be in a models folder.
-                path.to_str().and_then(|name| in_folders(folders, name))
-            }),
+            Self::Path(path) => path.to_str().and_then(|name| in_folders(folders, name)),
         }
     }
 }
@@ -77,6 +85,19 @@ impl HubName {
         let all_plain = is_plain(owner) && is_plain(model) && file.is_none_or(is_plain);
         all_plain.then(|| Self { repository: repository.to_owned(), file: file.map(str::to_owned) })
     }
+}
+
+/// The absolute path of a file or folder, without symbolic links and `..` before its last part. Blocks on the disk.
+///
+/// # Errors
+/// The path is empty, or the working directory is lost.
+pub fn absolute_path(path: &Path) -> std::io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    Ok(match (folder, path.file_name()) {
+        (Some(folder), Some(name)) => folder.join(name),
+        _ => path,
+    })
 }
 
 fn is_path(text: &str) -> bool {
@@ -128,6 +149,13 @@ mod tests {
         assert_eq!(find("tiny"), Some(models.join("tiny")));
         assert_eq!(find("small"), Some(models.join("small.gguf")));
         assert_eq!(find("small.gguf"), Some(models.join("small.gguf")));
+        // What peers are served is in a models folder, whatever the working directory has.
+        let serve = |name: &str| ModelName::parse(name).find_in(&folders);
+        assert_eq!(serve("small.gguf"), Some(models.join("small.gguf")));
+        let inside = models.join("small.gguf").display().to_string();
+        for name in [inside.as_str(), "./small.gguf", "models/small.gguf", "Cargo.toml", "./Cargo.toml", "~", "/"] {
+            assert_eq!(serve(name), None, "{name}");
+        }
         for name in ["smollm2", "secret", "models/../secret", "..", ".", "tiny/..", "a/b"] {
             let found = find(name).filter(|found| !Path::new(name).exists() || found.starts_with(&models));
             assert_eq!(found, None, "{name}");

@@ -75,7 +75,8 @@ impl FetchJob {
             return Ok(Some(shared));
         }
         let _lock = lock(&partial::folder(models, shared.id)).await?;
-        copy.look_again()?;
+        let locked = Arc::clone(copy);
+        blocking(move || locked.look_again()).await?;
         let mut fetch = Fetch { job: self, shared: &shared, copy, needed: &needed, told: None };
         for peer in peers {
             if copy.missing(&needed).is_empty() {
@@ -350,7 +351,10 @@ impl Fetch<'_> {
         match self.copy.hashes() {
             known if known == hashes => {}
             // No piece has confirmed the known hashes yet, so this peer's hashes are as good.
-            _ if self.copy.is_empty() => self.copy.set_hashes(hashes)?,
+            _ if self.copy.is_empty() => {
+                let copy = Arc::clone(self.copy);
+                blocking(move || copy.set_hashes(hashes)).await?;
+            }
             _ => return Err(PeerFetchError::WrongAnswer("its hashes differ from those of other peers")),
         }
         Ok(Some((0u32..).zip(have).filter(|(_, has)| **has != 0).map(|(number, _)| number).collect()))

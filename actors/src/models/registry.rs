@@ -110,7 +110,7 @@ impl ModelRegistry {
             return Some(self.insert(&request.model, model));
         }
         let name = ModelName::parse(&request.model);
-        let path = name.find(&config.folders).filter(|_| !name.is_path())?;
+        let path = name.find_in(&config.folders)?;
         match ModelFiles::open(&path).map_err(Into::into).and_then(RegisteredModel::whole) {
             Ok(model) => {
                 Some(self.insert(&request.model, model)).filter(|model| request.files.is_none_or(|id| id == model.id))

@@ -66,7 +66,8 @@ pub(super) async fn locate(config: &Arc<ModelsConfig>, model: &str) -> Result<(P
             let source = format!("the hub ({})", hub_name.repository);
             Ok((path, Origin::Fetched { source }))
         }
-        ModelName::Plain(_) | ModelName::Path(_) => Err(ModelError::Unknown { model: model.to_owned() }),
+        ModelName::Plain(_) => Err(ModelError::Unknown { model: model.to_owned() }),
+        ModelName::Path(_) => Err(ModelError::NoFile { path: model.to_owned() }),
     }
 }
 

@@ -6,7 +6,8 @@
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::ModelsConfig;
 use exo_actors::{
-    GenerateRequest, Generated, ModelSpec, NodeConfig, NodeHandle, PlannerLimits, Prompt, RequestError, WireType,
+    GenerateRequest, Generated, Generation, ModelSpec, NodeConfig, NodeHandle, PlannerLimits, Prompt, RequestError,
+    WireType,
 };
 use exo_engines::decoder::PageTable;
 use exo_engines::engine::*;
@@ -360,16 +361,19 @@ impl World {
 
     /// The tokens of the answer, with their log-probabilities.
     pub(crate) async fn sampled(&self, request: GenerateRequest) -> Result<Vec<Sampled>, RequestError> {
-        let mut generation = self.node.generate(request)?;
-        let mut tokens = Vec::new();
-        loop {
-            let event =
-                tokio::time::timeout(Duration::from_secs(30), generation.next()).await.expect("it does not hang");
-            match event.expect("a stream has an end")? {
-                Generated::Token { sampled, .. } => tokens.push(sampled),
-                Generated::Finished { .. } => return Ok(tokens),
-                Generated::Started { .. } => {}
-            }
+        collect(self.node.generate(request)?).await
+    }
+}
+
+/// The tokens of an answer, with their log-probabilities.
+pub(crate) async fn collect(mut generation: Generation) -> Result<Vec<Sampled>, RequestError> {
+    let mut tokens = Vec::new();
+    loop {
+        let event = tokio::time::timeout(Duration::from_secs(30), generation.next()).await.expect("it does not hang");
+        match event.expect("a stream has an end")? {
+            Generated::Token { sampled, .. } => tokens.push(sampled),
+            Generated::Finished { .. } => return Ok(tokens),
+            Generated::Started { .. } => {}
         }
     }
 }

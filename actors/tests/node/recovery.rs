@@ -1,7 +1,7 @@
 //! All kinds of failures of a shard while streams run.
 
 use crate::PROMPT;
-use crate::fake::{How, Script, When, World, answer};
+use crate::fake::{How, Script, When, World, answer, collect};
 use crate::sabotage::Sabotaged;
 use exo_actors::core::status::Phase;
 use exo_actors::{GenerateRequest, RequestError};
@@ -80,6 +80,35 @@ async fn a_hang_of_the_only_device_is_reported() {
     world.node.shutdown().await;
 }
 
+/// Waits until the status shows a failed instance.
+async fn wait_for_failure(world: &World) {
+    let mut facts = world.node.subscribe().await.expect("the node lives");
+    let is_stopped = |facts: &exo_actors::Subscription| {
+        facts.status().instances.values().any(|instance| matches!(instance.phase, Phase::Stopped { error: Some(_) }))
+    };
+    while !is_stopped(&facts) {
+        facts.next().await.expect("not too slow");
+    }
+}
+
+/// R8.1–R8.5: a handle from `load` answers after its instance has failed: the model is loaded again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loaded_model_answers_after_its_instance_has_failed() {
+    let world = World::new(failing(vec![(0, When::Decode, How::Panic, 4)])).await;
+    let model = world.node.load(world.spec(1)).await.expect("loaded");
+    let ask = async || {
+        let generation = world.node.generate_with(&model, world.request(1, &PROMPT, 40))?;
+        Ok(collect(generation).await?.iter().map(|sampled| sampled.token).collect::<Vec<u32>>())
+    };
+    let failed = ask().await;
+    assert!(matches!(failed, Err(RequestError::Engine { .. })), "{failed:?}");
+    wait_for_failure(&world).await;
+    for _ in 0..2 {
+        assert_eq!(ask().await, Ok(answer(&PROMPT, 40)));
+    }
+    world.node.shutdown().await;
+}
+
 /// R8.1–R8.5: a shard that keeps failing ends its requests with the reason and a remedy; a later request loads it
 /// again.
 #[tokio::test(flavor = "multi_thread")]
@@ -88,13 +117,7 @@ async fn a_shard_that_keeps_failing_ends_its_requests() {
     let failed = world.ask(world.request(1, &PROMPT, 40)).await;
     let Err(RequestError::Engine { what, remedy }) = failed else { panic!("{failed:?}") };
     assert!(what.contains("panicked") && !remedy.is_empty());
-    let mut facts = world.node.subscribe().await.expect("the node lives");
-    let is_stopped = |facts: &exo_actors::Subscription| {
-        facts.status().instances.values().any(|instance| matches!(instance.phase, Phase::Stopped { error: Some(_) }))
-    };
-    while !is_stopped(&facts) {
-        facts.next().await.expect("not too slow");
-    }
+    wait_for_failure(&world).await;
     assert_eq!(world.ask(world.request(1, &PROMPT, 40)).await, Ok(answer(&PROMPT, 40)));
     world.node.shutdown().await;
 }

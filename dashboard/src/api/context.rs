@@ -1,9 +1,10 @@
 //! The state that request handlers share: the node, and the caller's rights.
 
 use super::error::ApiError;
-use exo_actors::models::ModelName;
+use exo_actors::models::{ModelName, absolute_path};
 use exo_actors::{ModelSpec, NodeHandle};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The origin of a request, which decides its rights.
@@ -20,8 +21,33 @@ pub(super) enum Caller {
 pub(super) struct ApiContext {
     pub(super) node: NodeHandle,
     pub(super) caller: Caller,
-    /// The models that clients over TCP, too, may name by path: the models that the node was started with.
-    pub(super) named: Arc<BTreeSet<String>>,
+    pub(super) named: Arc<NamedModels>,
+}
+
+/// The models that clients over TCP, too, may name by path: the models that the node was started with.
+#[derive(Debug, Default)]
+pub(super) struct NamedModels {
+    /// The names as the user wrote them, by absolute path. All spellings of a path lead to the same instance.
+    paths: BTreeMap<PathBuf, String>,
+}
+
+impl NamedModels {
+    /// Blocks on the disk.
+    pub(super) fn new(names: impl IntoIterator<Item = String>) -> Self {
+        let mut paths = BTreeMap::new();
+        for name in names {
+            let ModelName::Path(path) = ModelName::parse(&name) else { continue };
+            let spellings = [absolute_path(&path), std::path::absolute(path)];
+            paths.extend(spellings.into_iter().flatten().map(|spelling| (spelling, name.clone())));
+        }
+        Self { paths }
+    }
+
+    /// The name that the user wrote for the path `model`. Does not look at the disk, which a client must not probe.
+    fn find(&self, model: &str) -> Option<&String> {
+        let ModelName::Path(path) = ModelName::parse(model) else { return None };
+        self.paths.get(&std::path::absolute(path).ok()?)
+    }
 }
 
 impl ApiContext {
@@ -30,23 +56,24 @@ impl ApiContext {
     /// # Errors
     /// 400 for an empty name. 404 for a path over TCP: only the owner may use paths, which reveal the disk.
     pub(super) fn spec(&self, model: &str) -> Result<ModelSpec, ApiError> {
-        let spec = ModelSpec::new(model);
-        self.check(&spec)?;
-        Ok(spec)
+        self.admit(ModelSpec::new(model))
     }
 
-    /// Checks that the caller may use the model of `spec`.
+    /// Returns `spec` if the caller may use its model. A path of a model that the node was started with becomes the
+    /// name that the user wrote.
     ///
     /// # Errors
     /// As [`spec`](Self::spec).
-    pub(super) fn check(&self, spec: &ModelSpec) -> Result<(), ApiError> {
+    pub(super) fn admit(&self, spec: ModelSpec) -> Result<ModelSpec, ApiError> {
         if spec.model.is_empty() {
             return Err(ApiError::bad_value("model", "is empty"));
         }
-        let is_foreign_path = self.caller == Caller::Network && ModelName::parse(&spec.model).is_path();
-        match is_foreign_path && !self.named.contains(&spec.model) {
+        if let Some(name) = self.named.find(&spec.model) {
+            return Ok(ModelSpec { model: name.clone(), ..spec });
+        }
+        match self.caller == Caller::Network && ModelName::parse(&spec.model).is_path() {
             true => Err(ApiError::unknown_model(&spec.model)),
-            false => Ok(()),
+            false => Ok(spec),
         }
     }
 

@@ -117,7 +117,9 @@ impl From<RequestError> for ApiError {
 
 fn model_error(error: &ModelError, message: &str) -> ApiError {
     let (status, code) = match error {
-        ModelError::Unknown { .. } | ModelError::NotOnHub { .. } => (StatusCode::NOT_FOUND, "model_not_found"),
+        ModelError::Unknown { .. } | ModelError::NoFile { .. } | ModelError::NotOnHub { .. } => {
+            (StatusCode::NOT_FOUND, "model_not_found")
+        }
         ModelError::Forbidden { .. } => (StatusCode::FORBIDDEN, "model_forbidden"),
         ModelError::Format(_) => (StatusCode::UNPROCESSABLE_ENTITY, "model_unusable"),
         _ => (StatusCode::SERVICE_UNAVAILABLE, "model_unavailable"),

@@ -69,8 +69,7 @@ pub(super) async fn plan(
     State(api): State<ApiContext>,
     Body(spec): Body<ModelSpec>,
 ) -> Result<Json<Vec<Preview>>, ApiError> {
-    api.check(&spec)?;
-    Ok(Json(api.node.preview(spec).await?))
+    Ok(Json(api.node.preview(api.admit(spec)?).await?))
 }
 
 impl FromBody for GenerateRequest {
@@ -83,8 +82,8 @@ pub(super) async fn generate(
     State(api): State<ApiContext>,
     Body(request): Body<GenerateRequest>,
 ) -> Result<Response, ApiError> {
-    api.check(&request.model)?;
-    let mut generation = api.node.generate(request)?;
+    let model = api.admit(request.model)?;
+    let mut generation = api.node.generate(GenerateRequest { model, ..request })?;
     // A request that fails before its first event answers with the error's HTTP status.
     let first = match generation.next().await {
         Some(event) => event?,

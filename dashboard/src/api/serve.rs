@@ -1,6 +1,6 @@
 //! Serves the API over TCP and over a Unix socket.
 
-use super::context::{ApiContext, Caller};
+use super::context::{ApiContext, Caller, NamedModels};
 use super::guard::{Guard, guard};
 use super::router::router;
 use axum::middleware::from_fn_with_state;
@@ -22,7 +22,7 @@ pub struct ApiConfig {
     pub socket: Option<PathBuf>,
     /// The key that callers over TCP must send. Without a key only loopback is served.
     pub api_key: Option<String>,
-    /// The models that clients over TCP may name by path.
+    /// The models that clients over TCP may name by path, as the user wrote them.
     pub named_models: BTreeSet<String>,
 }
 
@@ -92,7 +92,7 @@ pub async fn serve(node: NodeHandle, config: ApiConfig) -> Result<Served, ServeE
     if let Some(address) = config.listen.filter(|address| !address.ip().is_loopback() && key.is_none()) {
         return Err(ServeError::NeedsKey { address });
     }
-    let named = Arc::new(config.named_models);
+    let named = Arc::new(NamedModels::new(config.named_models));
     let api = |caller| ApiContext { node: node.clone(), caller, named: Arc::clone(&named) };
     let stop = CancellationToken::new();
     let mut served = Served { address: None, socket: None, stop: stop.clone(), tasks: Vec::new() };

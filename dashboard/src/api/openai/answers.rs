@@ -106,7 +106,7 @@ impl Answers {
             Self { model, events: select_all([]), count: 0, opens_thought: false, usage: Usage::default() };
         for (index, mut generation) in generations?.into_iter().enumerate() {
             let Some(event) = generation.next().await else { return Err(RequestError::ShuttingDown.into()) };
-            if let Generated::Started { prompt_tokens, opens_thought } = event?
+            if let Generated::Started { prompt_tokens, opens_thought, .. } = event?
                 && index.is_multiple_of(plan.answers_per_prompt as usize)
             {
                 answers.usage.prompt_tokens += prompt_tokens.len();
