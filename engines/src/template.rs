@@ -4,14 +4,20 @@
 //! disk or the clock (the date that `strftime_now` formats is an argument).
 
 use chrono::NaiveDateTime;
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
+use conversation::{CallArguments, NullContent};
+use minijinja::{Environment, Error, ErrorKind, Value};
 use parking_lot::Mutex;
-use std::fmt::Write as _;
+use serde_json::Value as Json;
 use std::io;
 use std::sync::Arc;
 
-/// Instructions of one rendering. A long conversation with tools takes some tens of thousands.
+/// Fuel of one rendering: an instruction costs 1, and 64 bytes that are made cost 1. A short conversation takes some
+/// thousands.
 const FUEL: u64 = 500_000;
+/// Fuel for each message besides: templates look at each message several times, and some at all others, too.
+const FUEL_PER_MESSAGE: u64 = 20_000;
+/// Fuel for each byte of the conversation: a byte that is escaped or written as JSON costs a quarter each time.
+const FUEL_PER_BYTE: u64 = 8;
 /// Stack of a rendering. Every eight instructions can nest a list in another, and comparing or dropping the lists takes
 /// one to three calls for each level. The stack occupies memory only as far as it is used.
 const STACK_BYTES: usize = 256 << 20;
@@ -19,7 +25,9 @@ const STACK_BYTES: usize = 256 << 20;
 const SOURCE_BYTES_MAX: usize = 1 << 20;
 /// No model's context fits a longer prompt.
 const OUTPUT_BYTES_MAX: usize = 16 << 20;
+
 mod conversation;
+mod environment;
 mod python;
 
 pub use conversation::{Conversation, FunctionCall, Message, Role, ToolCall};
@@ -30,6 +38,7 @@ pub struct ChatTemplate {
     source: String,
     bos: String,
     eos: String,
+    null_content: NullContent,
     now: Arc<Mutex<NaiveDateTime>>,
 }
 
@@ -54,7 +63,7 @@ pub enum TemplateError {
         /// The template's own message.
         what: String,
     },
-    /// The rendering exceeds 500,000 instructions or 16 MiB of output.
+    /// The rendering takes too many instructions for the conversation's length, or writes more than 16 MiB.
     #[error("the chat template takes too long or writes too much")]
     Limit,
     /// The rendering thread cannot be started.
@@ -75,14 +84,15 @@ impl ChatTemplate {
             return Err(TemplateError::Malformed { what: format!("its source of {} bytes is too long", source.len()) });
         }
         let now = Arc::new(Mutex::new(NaiveDateTime::default()));
-        let mut environment = environment(&now);
-        let template = prepared(source);
+        let mut environment = environment::python_like(&now).map_err(|e| malformed(&e))?;
+        let template = environment::prepared(source);
         environment.add_template_owned("chat", template).map_err(|e| malformed(&e))?;
         Ok(Self {
             environment,
             source: source.to_owned(),
             bos: bos.unwrap_or_default().to_owned(),
             eos: eos.unwrap_or_default().to_owned(),
+            null_content: NullContent::for_template(source),
             now,
         })
     }
@@ -111,26 +121,59 @@ impl ChatTemplate {
         })
     }
 
+    /// Renders with calls and missing content as most templates need them, and in the other ways where a template fails.
     fn render_here(&self, conversation: &Conversation) -> Result<String, TemplateError> {
-        let template = self.environment.get_template("chat").map_err(|e| malformed(&e))?;
+        let first = self.render_with(conversation, CallArguments::Objects, self.null_content);
+        let Err(TemplateError::Malformed { .. }) = first else { return first };
+        let has_calls = conversation.messages.iter().any(|message| !message.tool_calls.is_empty());
+        let lacks_content = conversation.messages.iter().any(|message| message.content.is_none());
+        let other = self.null_content.other();
+        let others = [
+            (lacks_content, CallArguments::Objects, other),
+            (has_calls, CallArguments::Texts, self.null_content),
+            (has_calls && lacks_content, CallArguments::Texts, other),
+        ];
+        let mut tries = others.into_iter().filter(|(differs, ..)| *differs);
+        tries.find_map(|(_, calls, null)| self.render_with(conversation, calls, null).ok()).map_or(first, Ok)
+    }
+
+    fn render_with(
+        &self,
+        conversation: &Conversation,
+        calls: CallArguments,
+        null_content: NullContent,
+    ) -> Result<String, TemplateError> {
+        let messages = conversation.values(calls, null_content);
         let tools = match conversation.tools.is_empty() {
             true => Value::from(()),
-            false => Value::from_serialize(&conversation.tools),
+            false => conversation.tools.iter().map(python::from_json).collect::<Vec<Value>>().into(),
         };
-        let context = minijinja::context! {
-            messages => conversation.values(),
-            tools,
-            add_generation_prompt => true,
-            bos_token => self.bos,
-            eos_token => self.eos,
-            ..Value::from_serialize(&conversation.arguments),
-        };
+        let mut variables = conversation.arguments.clone();
+        for (name, value) in [
+            ("documents", Json::Null),
+            ("add_generation_prompt", Json::from(true)),
+            ("bos_token", Json::from(self.bos.as_str())),
+            ("eos_token", Json::from(self.eos.as_str())),
+        ] {
+            variables.entry(name).or_insert(value);
+        }
+        let context = minijinja::context! { messages, tools, ..python::from_fields(&variables) };
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel(conversation)));
+        let template = environment.get_template("chat").map_err(|e| malformed(&e))?;
         let mut output = Bounded(Vec::new());
         match template.render_captured_to(context, &mut output) {
             Ok(_) => String::from_utf8(output.0).map_err(|e| TemplateError::Malformed { what: e.to_string() }),
             Err(error) => Err(render_error(&error)),
         }
     }
+}
+
+/// The fuel for a conversation: bounded, and enough for any number of messages.
+fn fuel(conversation: &Conversation) -> u64 {
+    // A conversation that cannot be serialised is not rendered either.
+    let bytes = serde_json::to_vec(conversation).map_or(0, |json| json.len() as u64);
+    FUEL + FUEL_PER_MESSAGE * conversation.messages.len() as u64 + FUEL_PER_BYTE * bytes
 }
 
 fn malformed(error: &Error) -> TemplateError {
@@ -140,59 +183,12 @@ fn malformed(error: &Error) -> TemplateError {
 fn render_error(error: &Error) -> TemplateError {
     match error.kind() {
         ErrorKind::OutOfFuel | ErrorKind::WriteFailure => TemplateError::Limit,
-        ErrorKind::InvalidOperation if error.detail().is_some_and(|d| d.starts_with(RAISED)) => {
-            TemplateError::Refused { what: error.detail().unwrap_or_default().trim_start_matches(RAISED).to_owned() }
+        ErrorKind::InvalidOperation if error.detail().is_some_and(|d| d.starts_with(environment::RAISED)) => {
+            let what = error.detail().unwrap_or_default().trim_start_matches(environment::RAISED);
+            TemplateError::Refused { what: what.to_owned() }
         }
         _ => malformed(error),
     }
-}
-
-/// The prefix that marks an error of `raise_exception`.
-const RAISED: &str = "raised: ";
-
-/// Jinja as Hugging Face configures it: blocks trimmed, nothing escaped, Python's methods on values.
-fn environment(now: &Arc<Mutex<NaiveDateTime>>) -> Environment<'static> {
-    let mut environment = Environment::new();
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
-    environment.set_auto_escape_callback(|_| AutoEscape::None);
-    environment.set_fuel(Some(FUEL));
-    environment.set_unknown_method_callback(|state, value, method, arguments| {
-        // Widths in a format string would allocate without a bound.
-        if method == "format" {
-            return Err(Error::new(ErrorKind::UnknownMethod, "`format` is not available"));
-        }
-        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, arguments)
-    });
-    for unbounded in ["format", "batch", "slice", "indent"] {
-        environment.remove_filter(unbounded);
-    }
-    environment.add_filter("tojson", python::to_json);
-    environment.set_formatter(python::print);
-    environment.add_function("raise_exception", |what: String| -> Result<Value, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{what}")))
-    });
-    let now = Arc::clone(now);
-    environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
-        let now = *now.lock();
-        let mut text = String::new();
-        write!(text, "{}", now.format(&format))
-            .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("`{format}` is not a date format")))?;
-        Ok(text)
-    });
-    environment
-}
-
-/// The source with Python's line ends. Hugging Face's `generation` blocks, which mark text for training only, become
-/// blocks that are always taken.
-fn prepared(source: &str) -> String {
-    let mut prepared = source.replace("\r\n", "\n");
-    for (tag, with) in [("endgeneration", "endif"), ("generation", "if true")] {
-        for (open, close) in [("{%-", "-%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%", "%}")] {
-            prepared = prepared.replace(&format!("{open} {tag} {close}"), &format!("{open} {with} {close}"));
-        }
-    }
-    prepared
 }
 
 /// A buffer that fails if more is written than a prompt can have.

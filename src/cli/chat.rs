@@ -95,7 +95,7 @@ impl<'a> Input<'a> {
 
 impl Conversation {
     fn system(&self) -> Option<&str> {
-        self.messages.first().filter(|message| message.role == Role::System).map(|message| message.content.as_str())
+        self.messages.first().filter(|message| message.role == Role::System).map(|message| message.text())
     }
 
     fn set_system(&mut self, text: &str) {
@@ -130,7 +130,7 @@ impl Conversation {
                 Role::Assistant => "model",
                 Role::Tool => "tool",
             };
-            println!("{who}: {}", message.content);
+            println!("{who}: {}", message.text());
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Field names are OpenAI's, which templates read.
 
+use super::python::from_fields;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -17,16 +18,56 @@ pub struct Conversation {
     pub arguments: Map<String, Value>,
 }
 
+/// How templates get the arguments of past calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CallArguments {
+    /// As objects, as Hugging Face's library passes them.
+    Objects,
+    /// As JSON text, as OpenAI's interface has them.
+    Texts,
+}
+
+/// How templates get a message without content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NullContent {
+    /// Without the key, as transformers 5 passes it, because many templates print `None`.
+    Absent,
+    /// As null.
+    Null,
+}
+
+impl NullContent {
+    /// Null where the template asks for it, as DeepSeek's do to find messages of calls.
+    pub(super) fn for_template(source: &str) -> Self {
+        let asks = ["content is none", "content'] is none", "content\"] is none"];
+        if asks.iter().any(|ask| source.contains(ask)) { Self::Null } else { Self::Absent }
+    }
+
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Absent => Self::Null,
+            Self::Null => Self::Absent,
+        }
+    }
+}
+
 impl Conversation {
     /// Messages as templates read them. Reasoning appears under both its names.
-    pub(super) fn values(&self) -> Vec<minijinja::Value> {
-        let value = |message: &Message| match (&message.reasoning_content, serde_json::to_value(message)) {
-            (Some(thought), Ok(Value::Object(fields))) => {
-                let mut both = Map::from_iter([("thinking".to_owned(), Value::from(thought.as_str()))]);
-                both.extend(fields);
-                minijinja::Value::from_serialize(both)
+    pub(super) fn values(&self, arguments: CallArguments, null_content: NullContent) -> Vec<minijinja::Value> {
+        let value = |message: &Message| {
+            let mut message = message.clone();
+            for call in message.tool_calls.iter_mut().filter(|_| arguments == CallArguments::Texts) {
+                let text = call.function.arguments.to_string();
+                call.function.arguments = Value::from(text);
             }
-            _ => minijinja::Value::from_serialize(message),
+            let Ok(Value::Object(mut fields)) = serde_json::to_value(&message) else {
+                return minijinja::Value::from(());
+            };
+            if message.content.is_none() && null_content == NullContent::Absent {
+                fields.shift_remove("content");
+            }
+            let thought = message.reasoning_content.map(|thought| ("thinking".to_owned(), Value::from(thought)));
+            from_fields(&thought.into_iter().chain(fields).collect())
         };
         self.messages.iter().map(value).collect()
     }
@@ -43,9 +84,9 @@ impl From<Vec<Message>> for Conversation {
 pub struct Message {
     /// The author.
     pub role: Role,
-    /// The text; may be empty.
+    /// The text; `None` where a client sends null, as for a message of calls only.
     #[serde(default)]
-    pub content: String,
+    pub content: Option<String>,
     /// The model's reasoning before this message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
@@ -65,12 +106,19 @@ impl Message {
     pub fn new(role: Role, content: impl Into<String>) -> Self {
         Self {
             role,
-            content: content.into(),
+            content: Some(content.into()),
             reasoning_content: None,
             tool_calls: Vec::new(),
             tool_call_id: None,
             name: None,
         }
+    }
+}
+
+impl Message {
+    /// The text; empty if there is none.
+    pub fn text(&self) -> &str {
+        self.content.as_deref().unwrap_or_default()
     }
 }
 
@@ -85,7 +133,8 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
-    /// A function that the model called; the message is its result.
+    /// A function that the model called; the message is its result. `function` is OpenAI's older name of the role.
+    #[serde(alias = "function")]
     Tool,
 }
 
@@ -119,6 +168,8 @@ pub struct FunctionCall {
 fn object_or_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Value, D::Error> {
     let value = Value::deserialize(deserializer)?;
     match &value {
+        // Clients send nothing for a call without arguments.
+        Value::String(text) if text.trim().is_empty() => Ok(Value::Object(Map::new())),
         Value::String(text) => Ok(serde_json::from_str(text).unwrap_or(value)),
         _ => Ok(value),
     }
@@ -135,6 +186,8 @@ mod tests {
         assert_eq!(call.function.arguments, serde_json::json!({"a": [1, 2]}));
         let odd = r#"{"function": {"name": "f", "arguments": "not json"}}"#;
         let odd: ToolCall = serde_json::from_str(odd).expect("a call");
+        let none: ToolCall = serde_json::from_str(r#"{"function": {"name": "f", "arguments": ""}}"#).expect("a call");
+        assert_eq!(none.function.arguments, serde_json::json!({}));
         assert_eq!((odd.kind.as_str(), odd.function.arguments), ("function", Value::from("not json")));
     }
 }

@@ -1,0 +1,48 @@
+//! JSON as a template's values.
+
+use super::text::python_float;
+use minijinja::Value;
+use minijinja::value::Object;
+use serde_json::{Map, Value as Json};
+use std::fmt;
+use std::sync::Arc;
+
+/// A float that Python prints with an exponent. minijinja prints floats without one where a template joins texts, so
+/// such a float is an object of its own.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ExponentFloat(pub(super) f64);
+
+impl Object for ExponentFloat {
+    fn repr(self: &Arc<Self>) -> minijinja::value::ObjectRepr {
+        minijinja::value::ObjectRepr::Plain
+    }
+
+    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&python_float(self.0))
+    }
+}
+
+/// The value of JSON. Objects keep the order of their keys.
+pub(in crate::template) fn from_json(json: &Json) -> Value {
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(flag) => Value::from(*flag),
+        Json::String(text) => Value::from(text.as_str()),
+        Json::Array(items) => items.iter().map(from_json).collect::<Vec<Value>>().into(),
+        Json::Object(fields) => from_fields(fields),
+        Json::Number(number) => match (number.as_u64(), number.as_i64(), number.as_f64()) {
+            (Some(whole), ..) => Value::from(whole),
+            (_, Some(whole), _) => Value::from(whole),
+            (.., float) => {
+                let float = float.unwrap_or(f64::NAN);
+                let has_exponent = python_float(float).contains('e');
+                if has_exponent { Value::from_object(ExponentFloat(float)) } else { Value::from(float) }
+            }
+        },
+    }
+}
+
+/// The value of an object's fields.
+pub(in crate::template) fn from_fields(fields: &Map<String, Json>) -> Value {
+    Value::from_pairs(fields.iter().map(|(key, value)| (key.as_str(), from_json(value))))
+}
