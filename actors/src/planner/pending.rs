@@ -13,7 +13,7 @@ use crate::transport::callback::EventCallback;
 use crate::transport::protocol::ControlMessage;
 use exo_engines::decoder::pages_for;
 use exo_engines::engine::PAGE_TOKENS;
-use exo_engines::tokenizer::Tokenizer;
+use exo_engines::tokenizer::{Tokenizer, Tools};
 use exo_net::NodeId;
 use ractor::Actor;
 use std::collections::BTreeSet;
@@ -96,7 +96,7 @@ impl RunningModel {
 
     /// Whether the model has a chat template. A model without one continues the messages' texts.
     pub fn has_chat_template(&self) -> bool {
-        self.tokenizer.template().is_some()
+        self.tokenizer.template(Tools::Absent).is_some()
     }
 }
 

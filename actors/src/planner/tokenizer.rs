@@ -13,7 +13,7 @@ use crate::transport::callback::EventCallback;
 use exo_engines::format::FormatError;
 use exo_engines::model::ModelFiles;
 use exo_engines::template::Conversation;
-use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
+use exo_engines::tokenizer::{SpecialTokens, Tokenizer, Tools};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
 use std::sync::Arc;
@@ -106,9 +106,10 @@ fn ids(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>, RequestError>
             }
         }
         Prompt::Text(text) => tokenizer.encode(text, SpecialTokens::Add).map_err(|e| bad(e.to_string())),
-        Prompt::Chat(conversation) => match tokenizer.template() {
+        Prompt::Chat(conversation) => match tokenizer.template(tools(conversation)) {
             Some(template) => {
                 let text = template
+                    .map_err(|e| bad(e.to_string()))?
                     .render(conversation, chrono::Local::now().naive_local())
                     .map_err(|e| bad(e.to_string()))?;
                 tokenizer.encode(&text, SpecialTokens::AreThere).map_err(|e| bad(e.to_string()))
@@ -119,6 +120,10 @@ fn ids(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>, RequestError>
     }
 }
 
+fn tools(conversation: &Conversation) -> Tools {
+    if conversation.tools.is_empty() { Tools::Absent } else { Tools::Given }
+}
+
 fn plain(conversation: &Conversation) -> String {
-    conversation.messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n")
+    conversation.messages.iter().map(|message| message.text()).collect::<Vec<_>>().join("\n")
 }

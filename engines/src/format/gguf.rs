@@ -79,6 +79,11 @@ impl Gguf {
         Ok(read)
     }
 
+    /// The keys of the metadata, in alphabetical order.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.metadata.keys().map(String::as_str)
+    }
+
     /// The metadata value at `key`; `None` if the key is missing.
     pub fn value(&self, key: &str) -> Option<Value<'_>> {
         let place = self.metadata.get(key)?;

@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 const HEADER_BYTES_MAX: u64 = 100_000_000;
 /// The largest published models have under 200 files.
 const FILES_MAX: usize = 4096;
+/// The file of a model in one file.
+const WHOLE_FILE: &str = "model.safetensors";
 /// An index is a list of names; a larger file is damaged.
 const INDEX_BYTES_MAX: u64 = 100_000_000;
 
@@ -59,8 +61,8 @@ struct HeaderEntry {
 }
 
 impl SafeTensors {
-    /// Opens the tensors in `folder`: of the files that `model.safetensors.index.json` names, if it exists, else
-    /// of every `*.safetensors` file.
+    /// Opens the tensors in `folder`: of `model.safetensors`, else of the files that `model.safetensors.index.json`
+    /// names, as transformers chooses them; without both, of every other file that may be a part of a model.
     ///
     /// # Errors
     /// [`FormatError`] if a file is missing or damaged, or has a type that no engine supports.
@@ -89,16 +91,23 @@ impl SafeTensors {
     }
 }
 
+/// Files beside a model's own: Mistral's copy of the weights, and adapters.
+const OTHER_FILES: [&str; 2] = ["consolidated", "adapter_model"];
+
 fn file_paths(folder: &Path) -> Result<Vec<PathBuf>, FormatError> {
     let index = folder.join("model.safetensors.index.json");
-    let mut names: Vec<String> = if index.is_file() {
+    let mut names: Vec<String> = if folder.join(WHOLE_FILE).is_file() {
+        vec![WHOLE_FILE.to_owned()]
+    } else if index.is_file() {
         indexed_names(&index)?
     } else {
         let listing = std::fs::read_dir(folder).map_err(|e| FormatError::io(folder, &e))?;
-        listing
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .filter(|name| name.ends_with(".safetensors"))
-            .collect()
+        // macOS puts hidden files beside those that it copies.
+        let is_part = |name: &String| {
+            let is_other = OTHER_FILES.iter().any(|other| name.starts_with(other));
+            name.ends_with(".safetensors") && !name.starts_with('.') && !is_other
+        };
+        listing.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).filter(is_part).collect()
     };
     names.sort();
     names.dedup();

@@ -3,11 +3,7 @@
 //! Sources: `docs/gguf.md` of the ggml project for the keys, the loader of llama.cpp for what the keys do not say.
 
 use super::families::{self, Biases, Family, Windows};
-use super::rope::{RopeParameters, Scaling};
-use super::{
-    Architecture, Attention, Experts, FeedForward, Layer, LongRopes, ModelFiles, TokenizerSource, WeightSource, names,
-};
-use crate::format::blocks::dequantise_row;
+use super::{Architecture, Attention, Experts, FeedForward, Layer, ModelFiles, TokenizerSource, WeightSource, names};
 use crate::format::{ElementType, FormatError, Gguf, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -51,30 +47,31 @@ fn weights(file: &Gguf, architecture: &Architecture) -> Result<WeightSource, For
     Ok(WeightSource { files: vec![file.file.path().to_owned()], tensors })
 }
 
-struct Metadata<'a> {
-    file: &'a Gguf,
-    family: &'a Family,
+/// The keys of a GGUF file of a family.
+pub(super) struct Metadata<'a> {
+    pub(super) file: &'a Gguf,
+    pub(super) family: &'a Family,
 }
 
 impl Metadata<'_> {
-    fn bad(&self, key: &str, what: &str) -> FormatError {
+    pub(super) fn bad(&self, key: &str, what: &str) -> FormatError {
         FormatError::BadConfig { path: self.file.file.path().to_owned(), key: key.to_owned(), what: what.to_owned() }
     }
 
-    fn key(&self, key: &str) -> String {
+    pub(super) fn key(&self, key: &str) -> String {
         format!("{}.{key}", self.family.gguf_name.unwrap_or(self.family.name))
     }
 
-    fn optional(&self, key: &str) -> Result<Option<usize>, FormatError> {
+    pub(super) fn optional(&self, key: &str) -> Result<Option<usize>, FormatError> {
         let key = self.key(key);
         Ok(self.file.get(&key, Value::as_u64)?.map(|v| usize::try_from(v).unwrap_or(usize::MAX)))
     }
 
-    fn required(&self, key: &str) -> Result<usize, FormatError> {
+    pub(super) fn required(&self, key: &str) -> Result<usize, FormatError> {
         self.optional(key)?.ok_or_else(|| self.bad(&self.key(key), "is missing"))
     }
 
-    fn float(&self, key: &str) -> Result<Option<f64>, FormatError> {
+    pub(super) fn float(&self, key: &str) -> Result<Option<f64>, FormatError> {
         self.file.get(&self.key(key), Value::as_f64)
     }
 
@@ -210,6 +207,12 @@ impl Metadata<'_> {
 
     fn windows(&self, layers: usize) -> Result<Vec<Option<usize>>, FormatError> {
         let window = self.optional("attention.sliding_window")?.filter(|&window| window > 0);
+        let pattern = self.key("attention.sliding_window_pattern");
+        if self.family.windows == Windows::Never && window.is_some() && self.file.value(&pattern).is_some() {
+            // OLMo 3 has OLMo 2's name in GGUF.
+            let what = format!("is there; {} models with sliding windows are not supported", self.family.name);
+            return Err(self.bad(&pattern, &what));
+        }
         let period = match self.family.windows {
             Windows::Alternating { period, .. } => period,
             // In files of these families the key holds for all layers.
@@ -230,90 +233,6 @@ impl Metadata<'_> {
             }
         };
         Ok(slides.into_iter().map(|slides| window.filter(|_| slides)).collect())
-    }
-
-    /// The table of all layers, followed by the table of sliding layers if the family has one.
-    fn ropes(&self, head_dim: usize) -> Result<Vec<super::Rope>, FormatError> {
-        let dimensions = self.optional("rope.dimension_count")?.unwrap_or(head_dim);
-        if dimensions > head_dim {
-            let what = format!("is {dimensions}, more than the head dimension {head_dim}");
-            return Err(self.bad(&self.key("rope.dimension_count"), &what));
-        }
-        let theta = self.float("rope.freq_base")?.unwrap_or(10_000.0);
-        let mut ropes = vec![RopeParameters { theta, dimensions, scaling: self.scaling()? }];
-        if let Some(default) = self.family.sliding_theta {
-            ropes.push(RopeParameters {
-                theta: self.float("rope.freq_base_swa")?.unwrap_or(default),
-                dimensions,
-                scaling: Scaling::None,
-            });
-        }
-        ropes.iter().map(|rope| self.build(rope)).collect()
-    }
-
-    fn build(&self, rope: &RopeParameters) -> Result<super::Rope, FormatError> {
-        match rope.is_complete() {
-            true => Ok(rope.build(self.family.gguf_pairing)),
-            false => Err(self.bad("rope_freqs.weight", "does not have one divisor for each pair of dimensions")),
-        }
-    }
-
-    /// LongRoPE's table for long contexts, if the file has one.
-    fn long_ropes(&self, head_dim: usize) -> Result<Option<LongRopes>, FormatError> {
-        let Some(divisors) = self.divisors("rope_factors_long.weight")? else { return Ok(None) };
-        let rope = RopeParameters {
-            theta: self.float("rope.freq_base")?.unwrap_or(10_000.0),
-            dimensions: self.optional("rope.dimension_count")?.unwrap_or(head_dim),
-            scaling: Scaling::Divisors { divisors, magnitude: self.magnitude()? },
-        };
-        let above_tokens = self.required("rope.scaling.original_context_length")?;
-        Ok(Some(LongRopes { above_tokens, ropes: vec![self.build(&rope)?] }))
-    }
-
-    fn magnitude(&self) -> Result<f64, FormatError> {
-        Ok(self.float("rope.scaling.attn_factor")?.unwrap_or(1.0))
-    }
-
-    fn divisors(&self, tensor: &str) -> Result<Option<Vec<f32>>, FormatError> {
-        let Some(info) = self.file.tensors.get(tensor) else { return Ok(None) };
-        let range = info.offset_bytes..info.offset_bytes + info.length_bytes;
-        let mut divisors = vec![0.0; info.shape.iter().product()];
-        dequantise_row(info.element, self.file.file.slice(range, tensor)?, &mut divisors);
-        Ok(Some(divisors))
-    }
-
-    fn scaling(&self) -> Result<Scaling, FormatError> {
-        if let Some(divisors) = self.divisors("rope_freqs.weight")? {
-            return Ok(Scaling::Divisors { divisors, magnitude: 1.0 });
-        }
-        if let Some(divisors) = self.divisors("rope_factors_short.weight")? {
-            return Ok(Scaling::Divisors { divisors, magnitude: self.magnitude()? });
-        }
-        let factor = self.float("rope.scaling.factor")?.filter(|&factor| factor > 0.0);
-        let key = self.key("rope.scaling.type");
-        let kind = self.file.get(&key, Value::as_text)?;
-        match (kind, factor) {
-            (None | Some("none"), _) | (Some("linear"), None) => Ok(Scaling::None),
-            (Some("linear"), Some(factor)) => Ok(Scaling::Linear { factor }),
-            (Some("yarn"), factor) => Ok(self.yarn(factor.unwrap_or(1.0))?),
-            (Some(other), _) => Err(self.bad(&key, &format!("is `{other}`, which is not supported"))),
-        }
-    }
-
-    fn yarn(&self, factor: f64) -> Result<Scaling, FormatError> {
-        let context = match self.optional("rope.scaling.original_context_length")? {
-            Some(context) => context,
-            None => self.required("context_length")?,
-        };
-        let attention = self.magnitude()?;
-        Ok(Scaling::Yarn {
-            factor,
-            beta_fast: self.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
-            beta_slow: self.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-            original_context: context as f64,
-            truncate: self.family.truncates_yarn,
-            attention_factor: Some((0.1 * factor.max(1.0).ln() + 1.0) * attention),
-        })
     }
 }
 

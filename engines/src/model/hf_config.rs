@@ -170,6 +170,18 @@ impl Config {
         }
     }
 
+    /// YaRN's factor of cos and sin; `None`: the default. DeepSeek's configs name it by two multipliers.
+    fn yarn_magnitude(&self) -> Result<Option<f64>, FormatError> {
+        if let Some(factor) = self.float("attention_factor")? {
+            return Ok(Some(factor));
+        }
+        let multiplier = |key: &str| Ok::<_, FormatError>(self.float(key)?.filter(|&multiplier| multiplier != 0.0));
+        let (Some(part), Some(all)) = (multiplier("mscale")?, multiplier("mscale_all_dim")?) else { return Ok(None) };
+        let stretched = self.float("factor")?.unwrap_or(1.0).max(1.0).ln();
+        let magnitude = |multiplier: f64| 0.1 * multiplier * stretched + 1.0;
+        Ok(Some(magnitude(part) / magnitude(all)))
+    }
+
     fn scaling(&self, outer: &Self) -> Result<Scaling, FormatError> {
         let kind = self.rope_type()?;
         if self.is_long_rope()? {
@@ -192,8 +204,10 @@ impl Config {
                 beta_slow: self.float("beta_slow")?.unwrap_or(1.0),
                 original_context: original()?,
                 truncate: self.flag("truncate")?.unwrap_or(true),
-                attention_factor: self.float("attention_factor")?,
+                attention_factor: self.yarn_magnitude()?,
             }),
+            // Up to the context of the config, which no request exceeds, transformers scales nothing.
+            "dynamic" => Ok(Scaling::None),
             other => Err(self.bad("rope_type", format!("is `{other}`, which is not supported"))),
         }
     }

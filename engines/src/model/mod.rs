@@ -12,6 +12,7 @@ mod cost;
 pub mod families;
 mod gather;
 mod gguf;
+mod gguf_rope;
 mod hf;
 mod hf_config;
 mod names;

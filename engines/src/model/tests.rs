@@ -157,9 +157,47 @@ fn unknown_families_are_named() {
     assert!(error.to_string().contains("`mamba`") && error.remedy().contains("families"), "{error}");
 }
 
+/// The frequencies, and the factor of cos and sin, of the tiny model with these keys.
+fn rope_with(keys: &[(&str, Datum)]) -> (Vec<f32>, f32) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = keys.iter().fold(tiny(|_, _, _| {}), |file, (key, value)| file.pair(key, value.clone()));
+    let files = ModelFiles::open(&file.write(folder.path())).expect("a model");
+    let rope = &files.architecture.ropes[0];
+    (rope.frequencies.clone(), rope.magnitude)
+}
+
+/// R4.1: keys of the rotary embedding mean what they mean in llama.cpp: a factor without a type is linear, the first
+/// name of the factor still counts, and `attn_factor` holds for every type.
+#[test]
+fn rope_keys_mean_what_llama_cpp_takes_them_for() {
+    let float = |value: f64| Datum::Float(value);
+    let text = |value: &str| Datum::Text(value.to_owned());
+    let (plain, _) = rope_with(&[]);
+    let divided = |by: f32| plain.iter().map(|f| f / by).collect::<Vec<f32>>();
+    let factor = ("llama.rope.scaling.factor", float(4.0));
+    let cases = [
+        (vec![factor.clone()], divided(4.0), 1.0),
+        (vec![factor.clone(), ("llama.rope.scaling.type", text("linear"))], divided(4.0), 1.0),
+        (vec![factor.clone(), ("llama.rope.scaling.type", text("none"))], plain.clone(), 1.0),
+        (vec![("llama.rope.scale_linear", float(2.0))], divided(2.0), 1.0),
+        (vec![("llama.rope.scale_linear", float(2.0)), factor.clone()], divided(4.0), 1.0),
+        (vec![("llama.rope.scaling.factor", float(0.0))], plain.clone(), 1.0),
+        (vec![("llama.rope.scaling.attn_factor", float(1.5))], plain.clone(), 1.5),
+        (vec![factor, ("llama.rope.scaling.attn_factor", float(1.5))], divided(4.0), 1.5),
+        (vec![("llama.rope.scaling.finetuned", Datum::Bool(true))], plain.clone(), 1.0),
+    ];
+    for (keys, frequencies, magnitude) in cases {
+        assert_eq!(rope_with(&keys), (frequencies, magnitude), "{keys:?}");
+    }
+}
+
 #[test]
 fn impossible_headers_are_refused() {
-    let cases: [(&str, Datum, &str); 6] = [
+    let cases: [(&str, Datum, &str); 10] = [
+        ("llama.rope.dimension_sections", Datum::Array(vec![Datum::Unsigned(1)]), "dimension_sections"),
+        ("llama.rope.scaling.yarn_log_multiplier", Datum::Float(0.1), "yarn_log_multiplier"),
+        ("llama.rope.freq_base_swa", Datum::Float(1e6), "freq_base_swa"),
+        ("llama.rope.scaling.factor", Datum::Float(-2.0), "scaling.factor"),
         ("llama.rope.scaling.type", Datum::Text("magic".to_owned()), "magic"),
         ("llama.attention.layer_norm_rms_epsilon", Datum::Float(f64::NAN), "epsilon"),
         ("llama.attention.head_count_kv", Datum::Unsigned(3), "key/value heads"),

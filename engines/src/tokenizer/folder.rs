@@ -1,10 +1,11 @@
 //! The tokenizer of a Hugging Face folder: tokenizer.json, and the files beside it.
 
+use super::folder_config::{FolderConfig, optional_json};
+use super::templates::Templates;
 use super::token_bytes::{Kind, Pieces, Spelling};
-use super::{Encoder, Tokenizer, ends_by_text};
+use super::{Encoder, Tokenizer, ends};
 use crate::format::FormatError;
 use crate::format::safetensors::read_text;
-use crate::template::ChatTemplate;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::ManuallyDrop;
@@ -13,7 +14,6 @@ use std::path::Path;
 
 /// The largest published tokenizer.json is about 35 MB.
 const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
-const CONFIG_BYTES_MAX: u64 = 16 << 20;
 /// The largest published vocabularies have under 300,000 tokens. A far larger id is damage, and would demand memory.
 const TOKENS_MAX: u32 = 1 << 22;
 
@@ -25,59 +25,68 @@ pub(super) fn open(folder: &Path) -> Result<Tokenizer, FormatError> {
     let bad = |what: String| FormatError::BadTokenizer { path: path.clone(), what };
     let text = read_text(&path, TOKENIZER_BYTES_MAX)?;
     let json: Value = serde_json::from_str(&text).map_err(|e| bad(format!("it is not JSON: {e}")))?;
+    let config = FolderConfig::read(folder)?;
     // The crate panics on some malformed parts.
-    let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()));
+    let parsed = catch_unwind(|| parse(&text, &config));
     let tokenizer = match parsed {
         Ok(Ok(tokenizer)) => tokenizer,
         Ok(Err(error)) => return Err(bad(error.to_string())),
         Err(_) => return Err(bad("a part of it is malformed".to_owned())),
     };
-    let config = optional_json(&folder.join("tokenizer_config.json"))?;
-    let id_of = |key: &str| {
-        let text = token_text(config.get(key)?)?;
-        tokenizer.token_to_id(text).map(|id| (id, text))
-    };
-    let (bos, eos) = (id_of("bos_token"), id_of("eos_token"));
-    let added = tokenizer.get_added_tokens_decoder();
-    let mut ends: BTreeSet<u32> = eos.iter().map(|&(id, _)| id).collect();
-    for file in ["generation_config.json", "config.json"] {
-        ends.extend(eos_ids(&optional_json(&folder.join(file))?));
-    }
-    ends.extend(ends_by_text(added.iter().map(|(&id, token)| (id, token.content.as_str()))));
     let vocabulary = tokenizer.get_vocab(true);
     if let Some((text, id)) = vocabulary.iter().find(|&(_, &id)| id >= TOKENS_MAX) {
         return Err(bad(format!("the token `{text}` has the id {id}; ids must be below {TOKENS_MAX}")));
     }
+    let id_of = |text: &str| tokenizer.token_to_id(text);
+    let special_id = |key: &str| config.special_text(key).and_then(id_of);
+    let added = tokenizer.get_added_tokens_decoder();
+    let mut named: BTreeSet<u32> = special_id("eos_token").into_iter().collect();
+    for file in ["generation_config.json", "config.json"] {
+        let json = optional_json(&folder.join(file))?;
+        named.extend(eos_ids(&json));
+        named.extend(eos_ids(&json["text_config"]));
+    }
+    let special = added.iter().filter(|(_, token)| token.special);
+    let ends = ends(named, special.map(|(&id, token)| (id, token.content.as_str())));
     let by_id: BTreeMap<u32, &str> = vocabulary.iter().map(|(text, &id)| (id, text.as_str())).collect();
     let tokens = by_id.into_iter().map(|(id, text)| {
-        let kind = match added.get(&id) {
-            Some(token) if token.special => Kind::Control,
-            Some(_) => Kind::Verbatim,
-            None => Kind::Normal,
-        };
+        // The decoder treats an added token that is not special as any other.
+        let is_special = added.get(&id).is_some_and(|token| token.special);
+        let kind = if is_special { Kind::of_control(text, ends.contains(&id)) } else { Kind::Normal };
         (id, text, kind)
     });
     let pieces = Pieces::new(spelling(&json), tokens);
-    let template = template(folder, &config)?
-        .map(|source| ChatTemplate::new(&source, bos.map(|(_, text)| text), eos.map(|(_, text)| text)))
-        .transpose()
-        .map_err(|e| bad(e.to_string()))?;
-    let encoder = ManuallyDrop::new(Encoder::Whole(Box::new(tokenizer)));
-    Ok(Tokenizer { pieces, bos: bos.map(|(id, _)| id), ends, template, encoder })
+    let (default, with_tools) = config.templates(folder)?;
+    let texts = (config.special_text("bos_token"), config.special_text("eos_token"));
+    let templates = Templates::new(default.as_deref(), with_tools.as_deref(), texts);
+    let bos = special_id("bos_token");
+    let affixes = config.affixes(id_of);
+    let encoder = match affixes {
+        Some(affixes) => Encoder::Affixed(Box::new(tokenizer), affixes),
+        None => Encoder::Whole(Box::new(tokenizer)),
+    };
+    Ok(Tokenizer { encoder: ManuallyDrop::new(encoder), pieces, bos, ends, templates })
 }
 
-fn optional_json(path: &Path) -> Result<Value, FormatError> {
-    if !path.is_file() {
-        return Ok(Value::Null);
+/// Reads tokenizer.json, without the truncation and padding that it was trained with.
+fn parse(text: &str, config: &FolderConfig) -> tokenizers::Result<tokenizers::Tokenizer> {
+    let mut tokenizer = tokenizers::Tokenizer::from_bytes(text.as_bytes())?;
+    tokenizer.with_truncation(None)?;
+    tokenizer.with_padding(None);
+    for (id, token) in config.added_tokens() {
+        let known = tokenizer.token_to_id(&token.content);
+        // A token that is new gets the next id, which must be its own.
+        let is_next = known.is_none() && id as usize == tokenizer.get_vocab_size(true);
+        if known == Some(id) || is_next {
+            tokenizer.add_tokens([token])?;
+        }
     }
-    let text = read_text(path, CONFIG_BYTES_MAX)?;
-    serde_json::from_str(&text)
-        .map_err(|e| FormatError::Malformed { path: path.to_owned(), what: format!("it is not JSON: {e}") })
-}
-
-/// The text of a token, which is stored as a string, or as an object with the string at `content`.
-fn token_text(value: &Value) -> Option<&str> {
-    value.as_str().or_else(|| value.get("content")?.as_str())
+    let added = tokenizer.get_added_tokens_decoder();
+    let is_known = |text: &str| tokenizer.token_to_id(text).is_some_and(|id| !added.contains_key(&id));
+    let special: Vec<_> = config.special_texts().into_iter().filter(|text| is_known(text)).collect();
+    let special = special.into_iter().map(|text| tokenizers::AddedToken::from(text, true));
+    tokenizer.add_special_tokens(special.collect::<Vec<_>>())?;
+    Ok(tokenizer)
 }
 
 fn eos_ids(config: &Value) -> Vec<u32> {
@@ -100,15 +109,5 @@ fn spelling(json: &Value) -> Spelling {
     }
 }
 
-/// `chat_template.jinja`, or the template in tokenizer_config.json: a string, or the entry named `default` of a list.
-fn template(folder: &Path, config: &Value) -> Result<Option<String>, FormatError> {
-    let file = folder.join("chat_template.jinja");
-    if file.is_file() {
-        return read_text(&file, CONFIG_BYTES_MAX).map(Some);
-    }
-    let template = match &config["chat_template"] {
-        Value::Array(list) => list.iter().find(|entry| entry["name"] == "default").map(|entry| &entry["template"]),
-        other => Some(other),
-    };
-    Ok(template.and_then(Value::as_str).map(str::to_owned))
-}
+#[cfg(test)]
+mod tests;

@@ -3,27 +3,18 @@
 //! Sources: `docs/gguf.md` of the ggml project for the keys; `llama-vocab.cpp` of llama.cpp for the pre-tokenizers by
 //! name, and for the defaults of missing keys.
 
+use super::pre_tokenizers::PreTokenizer;
 use super::spm::{Spm, SpmTokenizer};
+use super::templates::Templates;
 use super::token_bytes::{Kind, Pieces, Spelling};
-use super::{Affixes, Encoder, Tokenizer, ends_by_text};
+use super::{Affixes, Encoder, Tokenizer, ends};
 use crate::format::{FormatError, Gguf, Value};
-use crate::template::ChatTemplate;
 use std::collections::{BTreeSet, HashSet};
 use std::mem::ManuallyDrop;
 use std::path::Path;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{NFC, Prepend, Replace};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
-
-/// Llama 3's pattern. Qwen's pattern differs in that each digit is a piece.
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
+use tokenizers::{AddedToken, NormalizerWrapper};
 
 pub(super) fn open(path: &Path) -> Result<Tokenizer, FormatError> {
     let file = Gguf::open(path)?;
@@ -94,18 +85,19 @@ impl Reader<'_> {
 
     fn byte_level(self) -> Result<Tokenizer, FormatError> {
         let pre = self.file.get("tokenizer.ggml.pre", Value::as_text)?.unwrap_or("default");
-        let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
+        let rule = PreTokenizer::find(pre)
+            .ok_or_else(|| self.bad(format!("the pre-tokenizer `{pre}` (`tokenizer.ggml.pre`) is not supported")))?;
         let vocab: Vocab = self.vocabulary.tokens().map(|(id, text, _)| (text.to_owned(), id)).collect();
         let merges = self.merges(&vocab)?;
-        let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(llama3);
+        let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(rule.ignores_merges);
         let mut tokenizer = tokenizers::Tokenizer::new(bpe.build().map_err(|e| self.bad(e))?);
-        tokenizer.with_pre_tokenizer(Some(pre_tokenizer(pre).map_err(|e| self.bad(e))?));
-        if pre == "qwen2" {
+        tokenizer.with_pre_tokenizer(Some(rule.build().map_err(|e| self.bad(e))?));
+        if rule.composes {
             tokenizer.with_normalizer(Some(NFC)).map_err(|e| self.bad(e))?;
         }
         tokenizer.add_special_tokens(self.vocabulary.added()).map_err(|e| self.bad(e))?;
-        let affixes = self.affixes(llama3)?;
-        self.finish(Encoder::Bpe(Box::new(tokenizer), affixes), Spelling::ByteLevel)
+        let affixes = self.affixes(rule.adds_bos)?;
+        self.finish(Encoder::Affixed(Box::new(tokenizer), affixes), Spelling::ByteLevel)
     }
 
     /// The merges whose parts and result are tokens, without duplicates. Other merges can never apply, and the builder
@@ -153,39 +145,22 @@ impl Reader<'_> {
 
     fn finish(self, encoder: Encoder, spelling: Spelling) -> Result<Tokenizer, FormatError> {
         let (bos, eos) = (self.id("bos_token_id")?, self.id("eos_token_id")?);
-        let mut ends: BTreeSet<u32> = eos.into_iter().collect();
-        ends.extend(self.id("eot_token_id")?);
-        ends.extend(self.id("eom_token_id")?);
+        let mut named: BTreeSet<u32> = eos.into_iter().collect();
+        named.extend(self.id("eot_token_id")?);
+        named.extend(self.id("eom_token_id")?);
         let control = self.vocabulary.tokens().filter(|(_, _, kind)| *kind == Kind::Control);
-        ends.extend(ends_by_text(control.map(|(id, text, _)| (id, text))));
+        let ends = ends(named, control.map(|(id, text, _)| (id, text)));
         let text_of = |id: Option<u32>| id.and_then(|id| self.vocabulary.texts.get(id as usize)).copied();
-        let template = self.file.get("tokenizer.chat_template", Value::as_text)?;
-        let template = template.map(|source| ChatTemplate::new(source, text_of(bos), text_of(eos)));
-        let template = template.transpose().map_err(|e| self.bad(e))?;
-        let pieces = Pieces::new(spelling, self.vocabulary.tokens());
-        Ok(Tokenizer { encoder: ManuallyDrop::new(encoder), pieces, bos, ends, template })
+        let default = self.file.get("tokenizer.chat_template", Value::as_text)?;
+        let with_tools = self.file.get("tokenizer.chat_template.tool_use", Value::as_text)?;
+        let templates = Templates::new(default, with_tools, (text_of(bos), text_of(eos)));
+        let tokens = self.vocabulary.tokens().map(|(id, text, kind)| match kind {
+            Kind::Control => (id, text, Kind::of_control(text, ends.contains(&id))),
+            kind => (id, text, kind),
+        });
+        let pieces = Pieces::new(spelling, tokens);
+        Ok(Tokenizer { encoder: ManuallyDrop::new(encoder), pieces, bos, ends, templates })
     }
-}
-
-/// The pre-tokenizer of this name in llama.cpp.
-fn pre_tokenizer(name: &str) -> tokenizers::Result<PreTokenizerWrapper> {
-    let split = |pattern: &str| -> tokenizers::Result<PreTokenizerWrapper> {
-        let pattern = SplitPattern::Regex(pattern.to_owned());
-        Ok(Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?.into())
-    };
-    let bytes = || PreTokenizerWrapper::from(ByteLevel::new(false, true, false));
-    let words = || PreTokenizerWrapper::from(ByteLevel::new(false, true, true));
-    let steps = match name {
-        "smollm" => vec![Digits::new(true).into(), words()],
-        "llama-bpe" | "llama3" | "llama-v3" => vec![split(LLAMA3)?, bytes()],
-        "qwen2" => vec![split(QWEN2)?, bytes()],
-        "gpt-2" => vec![words()],
-        "default" => {
-            vec![split(r"[\p{P}\$\+<=>\^~\|]+")?, split(GPT2)?, split(r"\p{N}+")?, split("[0-9][0-9][0-9]")?, bytes()]
-        }
-        other => return Err(format!("the pre-tokenizer `{other}` is not supported").into()),
-    };
-    Ok(Sequence::new(steps).into())
 }
 
 #[cfg(test)]

@@ -8,28 +8,33 @@
 //! bytes, so that a stream never delays or changes the text that it has shown.
 
 mod folder;
+mod folder_config;
 mod gguf;
+mod pre_tokenizers;
 mod spm;
 mod string_table;
+mod templates;
 mod text_stream;
 mod token_bytes;
 
+pub use templates::Tools;
 pub use text_stream::{StopStream, Stopped, Utf8Stream};
 
 use crate::format::FormatError;
 use crate::model::TokenizerSource;
-use crate::template::ChatTemplate;
+use crate::template::{ChatTemplate, TemplateError};
 use spm::SpmTokenizer;
 use std::collections::BTreeSet;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use templates::Templates;
 use token_bytes::Pieces;
 
 /// Bytes of the longest text that is encoded at once: slightly more than a million tokens.
 pub const TEXT_BYTES_MAX: usize = 8 << 20;
 
 /// The texts of tokens that end a turn in every family (llama.cpp's list of end-of-generation tokens).
-const END_TEXTS: [&str; 9] = [
+const END_TEXTS: [&str; 10] = [
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
@@ -37,9 +42,15 @@ const END_TEXTS: [&str; 9] = [
     "<end_of_turn>",
     "<|endoftext|>",
     "<|end_of_text|>",
-    "<|return|>",
+    RETURN,
+    CALL,
     "<EOT>",
 ];
+/// Tokens of OpenAI's harmony format: the end of an answer, and of an answer that is a call.
+const RETURN: &str = "<|return|>";
+const CALL: &str = "<|call|>";
+/// In harmony this token ends a message only, after which the turn goes on.
+const MESSAGE_END: &str = "<|end|>";
 
 /// A model's tokenizer and chat template.
 #[derive(Debug)]
@@ -49,15 +60,15 @@ pub struct Tokenizer {
     bos: Option<u32>,
     /// Tokens that end an answer.
     ends: BTreeSet<u32>,
-    template: Option<ChatTemplate>,
+    templates: Templates,
 }
 
 #[derive(Debug)]
 enum Encoder {
     /// From tokenizer.json, whose post-processor adds the special tokens.
     Whole(Box<tokenizers::Tokenizer>),
-    /// From GGUF: byte-level BPE.
-    Bpe(Box<tokenizers::Tokenizer>, Affixes),
+    /// Byte-level BPE from GGUF, or tokenizer.json with a class that adds the special tokens itself.
+    Affixed(Box<tokenizers::Tokenizer>, Affixes),
     /// From GGUF: SentencePiece.
     Spm(Box<SpmTokenizer>, Affixes),
 }
@@ -141,7 +152,7 @@ impl Tokenizer {
             Encoder::Whole(tokenizer) => {
                 return Ok(tokenizer.encode_fast(text, add).map_err(failed)?.get_ids().to_vec());
             }
-            Encoder::Bpe(tokenizer, affixes) => (tokenizer.encode_fast(text, false), affixes),
+            Encoder::Affixed(tokenizer, affixes) => (tokenizer.encode_fast(text, false), affixes),
             Encoder::Spm(tokenizer, affixes) => (tokenizer.encode_fast(text, false), affixes),
         };
         let encoding = encoding.map_err(failed)?;
@@ -180,13 +191,26 @@ impl Tokenizer {
         self.pieces.len()
     }
 
-    /// The model's chat template; a base model has none.
-    pub fn template(&self) -> Option<&ChatTemplate> {
-        self.template.as_ref()
+    /// The id of the control token with this name.
+    pub fn control_token(&self, name: &str) -> Option<u32> {
+        self.pieces.control(name)
+    }
+
+    /// The chat template for conversations with or without tools, or the reason why it cannot be used; a base model has
+    /// none.
+    pub fn template(&self, tools: Tools) -> Option<Result<&ChatTemplate, &TemplateError>> {
+        self.templates.find(tools)
     }
 }
 
-/// Ids of the control tokens whose texts end a turn.
-fn ends_by_text<'a>(control: impl Iterator<Item = (u32, &'a str)>) -> impl Iterator<Item = u32> {
-    control.filter(|(_, text)| END_TEXTS.contains(text)).map(|(id, _)| id)
+/// The tokens that end an answer: those that the model's files name, and the control tokens whose texts end a turn.
+fn ends<'a>(named: BTreeSet<u32>, control: impl Iterator<Item = (u32, &'a str)>) -> BTreeSet<u32> {
+    let by_text: Vec<(u32, &str)> = control.filter(|(_, text)| END_TEXTS.contains(text)).collect();
+    let is_harmony = by_text.iter().any(|&(_, text)| matches!(text, RETURN | CALL));
+    let mut ends = named;
+    ends.extend(by_text.iter().map(|&(id, _)| id));
+    for (id, _) in by_text.iter().filter(|&&(_, text)| is_harmony && text == MESSAGE_END) {
+        ends.remove(id);
+    }
+    ends
 }

@@ -12,6 +12,28 @@ pub(super) enum Spelling {
     SentencePiece,
 }
 
+/// Control tokens that structure an answer: its thoughts, calls and channels. They are shown, so that the answer can be
+/// parsed.
+const MARKERS: [&str; 17] = [
+    "<think>",
+    "</think>",
+    "[THINK]",
+    "[/THINK]",
+    "<tool_call>",
+    "</tool_call>",
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "<|python_tag|>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "<|start|>",
+    "<|channel|>",
+    "<|constrain|>",
+    "<|message|>",
+    "<|end|>",
+    "<|call|>",
+];
+
 /// The kind of a token, which decides its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -20,6 +42,13 @@ pub(super) enum Kind {
     Verbatim,
     /// The token has no bytes, and is never shown.
     Control,
+}
+
+impl Kind {
+    /// The kind of a control token. A token that ends answers is never shown.
+    pub(super) fn of_control(text: &str, is_end: bool) -> Self {
+        if MARKERS.contains(&text) && !is_end { Self::Verbatim } else { Self::Control }
+    }
 }
 
 /// Bytes and names of tokens, by id.
@@ -64,6 +93,11 @@ impl Pieces {
             Some(text) => text.to_string(),
             None => String::from_utf8_lossy(self.bytes(id)).into_owned(),
         }
+    }
+
+    /// The control token with this name. Shown markers are none.
+    pub(super) fn control(&self, name: &str) -> Option<u32> {
+        self.controls.iter().find(|(_, text)| text.as_ref() == name).map(|(&id, _)| id)
     }
 
     pub(super) fn len(&self) -> usize {

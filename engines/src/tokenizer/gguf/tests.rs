@@ -99,7 +99,6 @@ fn unusable_vocabularies_are_reported() {
     let cases = [
         (byte_level("magic", &[]), "magic"),
         (byte_level("gpt-2", &[]).count("tokenizer.ggml.eos_token_id", 9999), "eos_token_id"),
-        (byte_level("gpt-2", &[]).text("tokenizer.chat_template", "{% for %}"), "template"),
         (
             GgufWriter::default().text("tokenizer.ggml.model", "wordpiece").texts("tokenizer.ggml.tokens", ["a"]),
             "wordpiece",
