@@ -8,6 +8,7 @@ use crate::planner::RunningModel;
 use crate::transport::protocol::HeadEvent;
 use exo_engines::sampler::Sampled;
 use exo_engines::tokenizer::{StopStream, Stopped, Tokenizer, Utf8Stream};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// The tag that opens a reasoning model's thoughts.
@@ -29,6 +30,8 @@ pub(super) struct Answer {
     tokenizer: Arc<Tokenizer>,
     utf8: Utf8Stream,
     stop: StopStream,
+    /// Control tokens whose names are stop strings: they have no text.
+    stop_tokens: BTreeSet<u32>,
     prompt: Vec<u32>,
     /// All tokens that were sent to the client.
     journal: Vec<u32>,
@@ -45,6 +48,7 @@ impl Answer {
             tokenizer: Arc::clone(&running.tokenizer),
             utf8: Utf8Stream::default(),
             stop: StopStream::new(stop),
+            stop_tokens: stop.iter().filter_map(|name| running.tokenizer.control_token(name)).collect(),
             prompt,
             journal: Vec::new(),
             cached_tokens: None,
@@ -101,6 +105,15 @@ impl Answer {
         let text = self.utf8.push(self.tokenizer.bytes(sampled.token));
         let ids = std::iter::once(sampled.token).chain(sampled.top_logprobs.iter().map(|&(id, _)| id));
         let names = ids.map(|id| self.tokenizer.name(id)).collect();
+        if self.stop_tokens.contains(&sampled.token) {
+            let text = text + &self.utf8.finish();
+            let text = match self.stop.push(&text) {
+                Stopped::Here(text) => text,
+                Stopped::Not(text) => text + &self.stop.finish(),
+            };
+            self.send(Generated::Token { sampled, names, text });
+            return self.finish(FinishReason::Stop, String::new());
+        }
         match self.stop.push(&text) {
             Stopped::Not(text) => self.send(Generated::Token { sampled, names, text }),
             Stopped::Here(text) => {

@@ -7,6 +7,7 @@
 //! Only the owner of the node's data can open the socket, so requests over the socket need no key. All input is
 //! bounded; errors have OpenAI's format.
 
+mod answer;
 mod body;
 mod context;
 mod error;
@@ -14,7 +15,6 @@ mod guard;
 mod metrics;
 mod native;
 mod openai;
-mod reasoning;
 mod router;
 mod serve;
 mod status;

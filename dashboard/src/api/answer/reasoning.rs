@@ -1,12 +1,17 @@
-//! Splits the reasoning off an answer: the text between `<think>` and `</think>` at the answer's start.
+//! Splits the reasoning off an answer: the text between `<think>` and `</think>`, or `[THINK]` and `[/THINK]`, at the
+//! answer's start.
 
-const OPEN: &str = "<think>";
-const CLOSE: &str = "</think>";
+use super::held_back;
+
+/// Opening and closing tags; Mistral has its own.
+const TAGS: [(&str, &str); 2] = [("<think>", "</think>"), ("[THINK]", "[/THINK]")];
 
 /// Splits a streamed answer into reasoning (`thought`) and content (`words`).
 #[derive(Debug, Default)]
 pub(super) struct Splitter {
     section: Section,
+    /// The tags of this answer: an index into [`TAGS`].
+    tags: usize,
     /// Text held back: it may be the start of a tag.
     held: String,
 }
@@ -34,7 +39,7 @@ pub(super) struct SplitText {
 impl Splitter {
     /// A splitter for an answer whose prompt ends with the opening tag.
     pub(super) fn within_thought() -> Self {
-        Self { section: Section::Opened, held: String::new() }
+        Self { section: Section::Opened, ..Self::default() }
     }
 
     /// Adds the next piece. Returns the text that can be classified now.
@@ -45,23 +50,23 @@ impl Splitter {
             match self.section {
                 Section::Start => {
                     let rest = self.held.trim_start();
-                    if let Some(behind) = rest.strip_prefix(OPEN) {
-                        self.held = behind.to_owned();
-                        self.section = Section::Opened;
-                    } else if OPEN.starts_with(rest) {
+                    if let Some(tags) = TAGS.iter().position(|(open, _)| rest.starts_with(open)) {
+                        self.held = rest[TAGS[tags].0.len()..].to_owned();
+                        (self.section, self.tags) = (Section::Opened, tags);
+                    } else if TAGS.iter().any(|(open, _)| open.starts_with(rest)) {
                         return parts;
                     } else {
                         self.section = Section::Words;
                     }
                 }
-                Section::Thought => match self.held.find(CLOSE) {
+                Section::Thought => match self.held.find(TAGS[self.tags].1) {
                     Some(at) => {
                         parts.thought.push_str(self.held[..at].trim_end_matches('\n'));
-                        self.held.drain(..at + CLOSE.len());
+                        self.held.drain(..at + TAGS[self.tags].1.len());
                         self.section = Section::Gap;
                     }
                     None => {
-                        let keep = held_back(&self.held);
+                        let keep = kept_back(&self.held, TAGS[self.tags].1);
                         parts.thought.extend(self.held.drain(..self.held.len() - keep));
                         return parts;
                     }
@@ -91,11 +96,11 @@ impl Splitter {
     }
 }
 
-/// The number of bytes at the end of `text` to hold back: line breaks, and the start of a closing tag.
-fn held_back(text: &str) -> usize {
-    let longest = (1..CLOSE.len()).rev().find(|&length| text.ends_with(&CLOSE[..length])).unwrap_or(0);
-    let before = &text[..text.len() - longest];
-    longest + before.len() - before.trim_end_matches('\n').len()
+/// The number of bytes at the end of `text` to hold back: line breaks, and the start of the closing tag.
+fn kept_back(text: &str, close: &str) -> usize {
+    let tag = held_back(text, &[close]);
+    let before = &text[..text.len() - tag];
+    tag + before.len() - before.trim_end_matches('\n').len()
 }
 
 #[cfg(test)]
@@ -124,6 +129,8 @@ mod tests {
         let cases = [
             ("<think>\nhm, é\n</think>\n\nYes <b>", parts("hm, é", "Yes <b>")),
             ("Plain words", parts("", "Plain words")),
+            ("[THINK]hm[/THINK]Yes", parts("hm", "Yes")),
+            ("[THIN air", parts("", "[THIN air")),
             ("\n<think>only</think>", parts("only", "")),
             ("Words with <think> inside</think>", parts("", "Words with <think> inside</think>")),
             ("<think>cut off </thin", parts("cut off </thin", "")),

@@ -1,110 +1,247 @@
-//! Parses the tool calls in an answer.
+//! Parses calls of tools in an answer's words.
 //!
-//! Two formats are supported: `<tool_call>{"name": …, "arguments": …}</tool_call>` (Hermes, Qwen), and an answer that
-//! consists of `{"name": …, "parameters": …}` alone (Llama 3). All other text is content.
+//! | families | format |
+//! |---|---|
+//! | Hermes, Qwen | `<tool_call>{"name": …, "arguments": …}</tool_call>` |
+//! | Qwen 3 Coder | `<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>` |
+//! | Mistral | `[TOOL_CALLS][{"name": …, "arguments": …}]`, `[TOOL_CALLS]NAME[ARGS]{…}` |
+//! | Phi, Granite | `<|tool_call|>[{"name": …, "arguments": …}]<|/tool_call|>` |
+//! | Llama 3 | `{"name": …, "parameters": …}` alone, with or without `<|python_tag|>` before it |
+//!
+//! Everything else is text.
 
-use serde_json::{Value, json};
+use super::{Delta, held_back};
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 
-const OPEN: &str = "<tool_call>";
-const CLOSE: &str = "</tool_call>";
-
-/// A tool call in OpenAI's format: the arguments are JSON text.
+/// A call of a tool. The arguments are JSON text, as OpenAI's interface has them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Call {
-    id: String,
-    name: String,
-    arguments: String,
-}
-
-/// Splits an answer into its text and its tool calls.
-pub(super) fn parse(answer: &str) -> (String, Vec<Call>) {
-    let mut words = String::new();
-    let mut calls = Vec::new();
-    let mut rest = answer;
-    while let Some(at) = rest.find(OPEN) {
-        let (before, inside) = (&rest[..at], &rest[at + OPEN.len()..]);
-        // The last call may lack its closing tag, because the answer was cut off.
-        let (inside, behind) = inside.split_once(CLOSE).unwrap_or((inside, ""));
-        let Some(call) = call(inside, calls.len()) else {
-            return (answer.to_owned(), Vec::new());
-        };
-        words.push_str(before);
-        calls.push(call);
-        rest = behind;
-    }
-    words.push_str(rest);
-    if calls.is_empty()
-        && let Some(call) = call(answer.trim().trim_start_matches("<|python_tag|>"), 0)
-    {
-        return (String::new(), vec![call]);
-    }
-    match calls.is_empty() {
-        true => (answer.to_owned(), calls),
-        false => (words.trim().to_owned(), calls),
-    }
-}
-
-fn call(text: &str, number: usize) -> Option<Call> {
-    let value: Value = serde_json::from_str(text.trim()).ok()?;
-    let arguments = value.get("arguments").or(value.get("parameters"))?;
-    let arguments = match arguments {
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    };
-    let id = format!("call_{:016x}{number}", exo_actors::fresh_seed());
-    Some(Call { id, name: value["name"].as_str()?.to_owned(), arguments })
-}
-
-/// The calls as a whole message has them.
-pub(super) fn whole(calls: &[Call]) -> Value {
-    calls.iter().map(Call::json).collect()
-}
-
-/// The calls as a stream's delta has them, each with its index.
-pub(super) fn deltas(calls: &[Call]) -> Value {
-    let numbered = calls.iter().enumerate().map(|(index, call)| {
-        let mut call = call.json();
-        call["index"] = Value::from(index);
-        call
-    });
-    numbered.collect()
+pub(in crate::api) struct Call {
+    pub(in crate::api) name: String,
+    pub(in crate::api) arguments: String,
 }
 
 impl Call {
-    fn json(&self) -> Value {
-        json!({
-            "id": self.id, "type": "function", "function": { "name": self.name, "arguments": self.arguments }
-        })
+    pub(super) fn new(name: String, arguments: String) -> Self {
+        Self { name, arguments }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Whether a text is a JSON object, as arguments are.
+pub(super) fn is_object(text: &str) -> bool {
+    serde_json::from_str::<Map<String, Value>>(text).is_ok()
+}
 
-    fn read(answer: &str) -> (String, Vec<(String, String)>) {
-        let (words, calls) = parse(answer);
-        (words, calls.into_iter().map(|call| (call.name, call.arguments)).collect())
+/// The types of the tools' parameters: by tool, then by parameter.
+#[derive(Debug, Clone, Default)]
+pub(super) struct ToolTypes(BTreeMap<String, BTreeMap<String, Value>>);
+
+impl ToolTypes {
+    pub(super) fn of(tools: &[Value]) -> Self {
+        let tool = |tool: &Value| {
+            let function = tool.get("function")?;
+            let properties = function["parameters"]["properties"].as_object().cloned().unwrap_or_default();
+            let types = properties.into_iter().map(|(name, schema)| (name, schema["type"].clone()));
+            Some((function["name"].as_str()?.to_owned(), types.collect()))
+        };
+        Self(tools.iter().filter_map(tool).collect())
     }
 
-    fn pair(name: &str, arguments: &str) -> (String, String) {
-        (name.to_owned(), arguments.to_owned())
-    }
-
-    #[test]
-    fn calls_are_parsed_and_other_text_is_kept() {
-        let two = "I look.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>\n<tool_call>{\"name\": \"g\", \"arguments\": {}}</tool_call>";
-        assert_eq!(read(two), ("I look.".to_owned(), vec![pair("f", "{\"a\":1}"), pair("g", "{}")]));
-        let llama = "{\"name\": \"f\", \"parameters\": {\"a\": [1]}}";
-        assert_eq!(read(llama), (String::new(), vec![pair("f", "{\"a\":[1]}")]));
-        let cut = "<tool_call>{\"name\": \"f\", \"arguments\": {}}";
-        assert_eq!(read(cut).1.len(), 1);
-    }
-
-    #[test]
-    fn text_without_valid_calls_is_unchanged() {
-        for words in ["plain", " {\"a\": 1} ", "<tool_call>nonsense</tool_call> x", "<tool_call>", ""] {
-            assert_eq!(read(words), (words.to_owned(), Vec::new()), "{words}");
+    /// The value that a parameter's text stands for: text where the schema says so, or where the text is not JSON.
+    fn value(&self, tool: &str, parameter: &str, text: &str) -> Value {
+        let kind = self.0.get(tool).and_then(|types| types.get(parameter));
+        match kind.and_then(Value::as_str) {
+            Some("string") => Value::from(text),
+            _ => serde_json::from_str(text).unwrap_or_else(|_| Value::from(text)),
         }
     }
+}
+
+/// The markers around calls.
+#[derive(Debug, Clone, Copy)]
+struct Markers {
+    open: &'static str,
+    /// `None`: the calls end with the answer, or at the next opening marker.
+    close: Option<&'static str>,
+}
+
+const MARKERS: [Markers; 4] = [
+    Markers { open: "<tool_call>", close: Some("</tool_call>") },
+    Markers { open: "<|tool_call|>", close: Some("<|/tool_call|>") },
+    Markers { open: "[TOOL_CALLS]", close: None },
+    Markers { open: "<|python_tag|>", close: None },
+];
+const OPENS: [&str; 4] = [MARKERS[0].open, MARKERS[1].open, MARKERS[2].open, MARKERS[3].open];
+
+/// Splits streamed words into text and calls.
+#[derive(Debug)]
+pub(super) struct CallStream {
+    tools: ToolTypes,
+    state: State,
+    /// Text that is not parsed yet.
+    held: String,
+    /// Whitespace that belongs to the text before it, if no call follows.
+    blank: String,
+    has_calls: bool,
+    /// Whether only whitespace followed the last call so far.
+    is_behind_call: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum State {
+    /// Before any text but whitespace: the answer may be one JSON object.
+    Start,
+    Words,
+    Calls(Markers),
+    /// The answer begins as a call in bare JSON. It is parsed at its end.
+    Json,
+}
+
+impl CallStream {
+    pub(super) fn new(tools: ToolTypes) -> Self {
+        let (held, blank) = (String::new(), String::new());
+        Self { tools, state: State::Start, held, blank, has_calls: false, is_behind_call: false }
+    }
+
+    /// Adds words. Returns text and calls that can be told now.
+    pub(super) fn push(&mut self, words: &str) -> Vec<Delta> {
+        self.held.push_str(words);
+        let mut deltas = Vec::new();
+        loop {
+            match self.state {
+                State::Json => return deltas,
+                State::Start => match begins_json(self.held.trim_start()) {
+                    None => return deltas,
+                    Some(true) => self.state = State::Json,
+                    Some(false) => self.state = State::Words,
+                },
+                State::Words => {
+                    let open = MARKERS.iter().filter_map(|markers| Some((self.held.find(markers.open)?, markers)));
+                    let Some((at, markers)) = open.min_by_key(|(at, _)| *at) else {
+                        let shown = self.held.len() - held_back(&self.held, &OPENS);
+                        let text: String = self.held.drain(..shown).collect();
+                        deltas.extend(self.text(&text));
+                        return deltas;
+                    };
+                    let text: String = self.held.drain(..at).collect();
+                    deltas.extend(self.text(&text));
+                    self.held.drain(..markers.open.len());
+                    self.state = State::Calls(*markers);
+                }
+                State::Calls(markers) => {
+                    let end = markers.close.unwrap_or(markers.open);
+                    let Some(at) = self.held.find(end) else { return deltas };
+                    let inside: String = self.held.drain(..at).collect();
+                    if markers.close.is_some() {
+                        self.held.drain(..end.len());
+                    }
+                    deltas.extend(self.calls(markers, &inside, markers.close));
+                    self.state = State::Words;
+                }
+            }
+        }
+    }
+
+    /// Ends the words. A call that lacks its closing marker counts if it is whole.
+    pub(super) fn finish(&mut self) -> Vec<Delta> {
+        let held = std::mem::take(&mut self.held);
+        let mut deltas = match self.state {
+            State::Calls(markers) => self.calls(markers, held.trim_end(), None),
+            State::Json => match self.parse(&held) {
+                Some(calls) => self.found(calls),
+                None => self.text(&held).into_iter().collect(),
+            },
+            State::Start | State::Words => self.text(&held).into_iter().collect(),
+        };
+        let blank = std::mem::take(&mut self.blank);
+        if !self.has_calls && !blank.is_empty() {
+            deltas.push(Delta::Words(blank));
+        }
+        deltas
+    }
+
+    /// Text for the user. Whitespace at its end waits, because calls are set off by it.
+    fn text(&mut self, text: &str) -> Option<Delta> {
+        let mut all = std::mem::take(&mut self.blank);
+        all.push_str(text);
+        let length = all.trim_end().len();
+        self.blank = all.split_off(length);
+        if all.is_empty() {
+            return None;
+        }
+        // Whitespace between a call and the text behind it is none of the text's.
+        let words = if self.is_behind_call { all.trim_start().to_owned() } else { all };
+        self.is_behind_call = false;
+        Some(Delta::Words(words))
+    }
+
+    /// The calls between markers, or the text as it is if they cannot be parsed.
+    fn calls(&mut self, markers: Markers, inside: &str, close: Option<&str>) -> Vec<Delta> {
+        match self.parse(inside) {
+            Some(calls) => self.found(calls),
+            None => self.text(&format!("{}{inside}{}", markers.open, close.unwrap_or_default())).into_iter().collect(),
+        }
+    }
+
+    fn found(&mut self, calls: Vec<Call>) -> Vec<Delta> {
+        self.blank.clear();
+        (self.has_calls, self.is_behind_call) = (true, true);
+        calls.into_iter().map(Delta::Call).collect()
+    }
+
+    fn parse(&self, text: &str) -> Option<Vec<Call>> {
+        let text = text.trim();
+        if let Some(function) = text.strip_prefix("<function=") {
+            return Some(vec![self.xml_call(function)?]);
+        }
+        if let Ok(value) = serde_json::from_str::<Value>(text) {
+            return match value {
+                Value::Array(calls) if !calls.is_empty() => calls.iter().map(json_call).collect(),
+                value => Some(vec![json_call(&value)?]),
+            };
+        }
+        // Mistral's newer form: the name, then the arguments.
+        let cut = text.find("[ARGS]").or_else(|| text.find('{'))?;
+        let (name, arguments) = (text[..cut].trim(), text[cut..].trim_start_matches("[ARGS]").trim());
+        let is_name = !name.is_empty() && !name.contains(char::is_whitespace);
+        (is_name && is_object(arguments)).then(|| vec![Call::new(name.to_owned(), arguments.to_owned())])
+    }
+
+    /// `NAME>` with parameters as tags.
+    fn xml_call(&self, text: &str) -> Option<Call> {
+        let (name, mut rest) = text.split_once('>')?;
+        let mut arguments = Map::new();
+        while let Some((_, parameter)) = rest.split_once("<parameter=") {
+            let (key, behind) = parameter.split_once('>')?;
+            let (value, behind) = behind.split_once("</parameter>")?;
+            let value = value.strip_prefix('\n').unwrap_or(value);
+            let value = value.strip_suffix('\n').unwrap_or(value);
+            arguments.insert(key.to_owned(), self.tools.value(name, key, value));
+            rest = behind;
+        }
+        Some(Call::new(name.to_owned(), Value::Object(arguments).to_string()))
+    }
+}
+
+/// Whether a text begins as a call in bare JSON, `{"name"`; `None` while more text decides.
+fn begins_json(text: &str) -> Option<bool> {
+    let mut expected = "{\"name\"".chars().peekable();
+    for c in text.chars() {
+        match expected.peek() {
+            None => return Some(true),
+            Some(&next) if next == c => drop(expected.next()),
+            Some('"') if c.is_whitespace() => {}
+            Some(_) => return Some(false),
+        }
+    }
+    if expected.peek().is_none() { Some(true) } else { None }
+}
+
+fn json_call(value: &Value) -> Option<Call> {
+    let arguments = match value.get("arguments").or(value.get("parameters"))? {
+        Value::String(text) if text.trim().is_empty() => "{}".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    Some(Call::new(value["name"].as_str()?.to_owned(), arguments))
 }

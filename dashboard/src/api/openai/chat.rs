@@ -2,12 +2,12 @@
 
 use super::answers::{AnswerPlan, Answers, FinishedAnswer, Piece, Shape};
 use super::sampling::Sampling;
-use super::tools;
+use crate::api::answer::{AnswerParser, Beginning, Call, Delta};
 use crate::api::body::{FromBody, read_json};
 use crate::api::context::ApiContext;
 use crate::api::error::ApiError;
-use crate::api::reasoning::{SplitText, Splitter};
-use exo_actors::{Conversation, Message, Prompt, Role, RunningModel, ToolCall};
+use exo_actors::core::scheduler::FinishReason;
+use exo_actors::{Conversation, Message, Prompt, Role, RunningModel, ToolCall, fresh_seed};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -92,7 +92,7 @@ impl Spoken {
     fn message(self) -> Result<Message, ApiError> {
         Ok(Message {
             role: self.role,
-            content: self.content.map(Content::text).transpose()?.unwrap_or_default(),
+            content: self.content.map(Content::text).transpose()?,
             reasoning_content: self.reasoning_content,
             tool_calls: self.tool_calls.unwrap_or_default(),
             tool_call_id: self.tool_call_id,
@@ -119,11 +119,8 @@ impl ChatRequest {
         if let Some(effort) = self.own.reasoning_effort {
             arguments.entry("reasoning_effort").or_insert(Value::from(effort));
         }
-        let chat = Chat {
-            has_tools: !tools.is_empty(),
-            wants_logprobs: self.own.logprobs.unwrap_or(false),
-            choices: Vec::new(),
-        };
+        let chat =
+            Chat { tools: tools.clone(), wants_logprobs: self.own.logprobs.unwrap_or(false), choices: Vec::new() };
         let prompt = Prompt::Chat(Conversation { messages, tools, arguments });
         let requests = self.sampling.requests(&model, &[prompt], top_logprobs, None)?;
         let answers_per_prompt = self.sampling.choices()?;
@@ -163,19 +160,50 @@ impl ChatRequest {
 /// The schema of chat completions.
 #[derive(Debug)]
 pub(super) struct Chat {
-    has_tools: bool,
+    tools: Vec<Value>,
     wants_logprobs: bool,
     choices: Vec<ChatChoice>,
 }
 
-/// One answer, as received so far.
-#[derive(Debug, Default)]
+/// One answer, as received so far. A stream takes its parts as they come.
+#[derive(Debug)]
 struct ChatChoice {
-    splitter: Splitter,
-    parts: SplitText,
+    parser: AnswerParser,
+    thought: String,
+    words: String,
+    calls: Vec<Value>,
+    /// The number of calls so far, those included that a stream has sent.
+    calls_so_far: usize,
     logprobs: Vec<Value>,
-    /// Words that are held back until the answer's end, because they may be tool calls.
-    held: String,
+}
+
+impl ChatChoice {
+    fn new(parser: AnswerParser) -> Self {
+        let (calls, logprobs) = (Vec::new(), Vec::new());
+        Self { parser, thought: String::new(), words: String::new(), calls, calls_so_far: 0, logprobs }
+    }
+
+    fn add(&mut self, delta: Delta) {
+        match delta {
+            Delta::Thought(text) => self.thought.push_str(&text),
+            Delta::Words(text) => self.words.push_str(&text),
+            Delta::Call(Call { name, arguments }) => {
+                let id = format!("call_{:016x}{}", fresh_seed(), self.calls_so_far);
+                self.calls.push(json!({
+                    "id": id, "type": "function", "function": { "name": name, "arguments": arguments }
+                }));
+                self.calls_so_far += 1;
+            }
+        }
+    }
+
+    /// An answer that was cut off stays so, whatever calls it has.
+    fn finish_name(&self, finish: FinishReason) -> &'static str {
+        match finish {
+            FinishReason::Stop if self.calls_so_far > 0 => "tool_calls",
+            finish => super::finish_name(finish),
+        }
+    }
 }
 
 impl Shape for Chat {
@@ -184,12 +212,9 @@ impl Shape for Chat {
     const ID: &'static str = "chatcmpl";
 
     fn begin(&mut self, answers: &Answers) {
-        let splitter = || match answers.opens_thought() {
-            true => Splitter::within_thought(),
-            false => Splitter::default(),
-        };
-        self.choices =
-            (0..answers.count()).map(|_| ChatChoice { splitter: splitter(), ..ChatChoice::default() }).collect();
+        let beginning = if answers.opens_thought() { Beginning::InThought } else { Beginning::Plain };
+        let choice = |_| ChatChoice::new(AnswerParser::new(&self.tools, beginning));
+        self.choices = (0..answers.count()).map(choice).collect();
     }
 
     fn first_chunk(&mut self, index: usize) -> Option<Value> {
@@ -198,30 +223,23 @@ impl Shape for Chat {
     }
 
     fn chunk(&mut self, piece: &Piece, model: &RunningModel) -> Option<Value> {
-        let parts = self.take(piece, model);
-        let mut delta = Map::new();
-        if !parts.thought.is_empty() {
-            delta.insert("reasoning_content".to_owned(), Value::from(parts.thought));
-        }
+        self.collect(piece, model);
         let choice = &mut self.choices[piece.index];
-        let mut finish = piece.finish.map(super::finish_name);
-        match self.has_tools {
-            false if !parts.words.is_empty() => drop(delta.insert("content".to_owned(), Value::from(parts.words))),
-            false => {}
-            true => {
-                choice.held.push_str(&parts.words);
-                if finish.is_some() {
-                    let (words, calls) = tools::parse(&choice.held);
-                    if !calls.is_empty() {
-                        finish = Some("tool_calls");
-                        delta.insert("tool_calls".to_owned(), tools::deltas(&calls));
-                    }
-                    if !words.is_empty() {
-                        delta.insert("content".to_owned(), Value::from(words));
-                    }
-                }
+        let mut delta = Map::new();
+        for (key, text) in [("reasoning_content", &mut choice.thought), ("content", &mut choice.words)] {
+            if !text.is_empty() {
+                delta.insert(key.to_owned(), Value::from(std::mem::take(text)));
             }
         }
+        if !choice.calls.is_empty() {
+            let first = choice.calls_so_far - choice.calls.len();
+            let numbered = (first..).zip(choice.calls.drain(..)).map(|(index, mut call)| {
+                call["index"] = Value::from(index);
+                call
+            });
+            delta.insert("tool_calls".to_owned(), numbered.collect());
+        }
+        let finish = piece.finish.map(|finish| choice.finish_name(finish));
         let logprobs = std::mem::take(&mut choice.logprobs);
         if delta.is_empty() && finish.is_none() && logprobs.is_empty() {
             return None;
@@ -231,32 +249,6 @@ impl Shape for Chat {
     }
 
     fn collect(&mut self, piece: &Piece, model: &RunningModel) {
-        let parts = self.take(piece, model);
-        let choice = &mut self.choices[piece.index];
-        choice.parts.thought.push_str(&parts.thought);
-        choice.parts.words.push_str(&parts.words);
-    }
-
-    fn choice(&mut self, answer: &FinishedAnswer) -> Value {
-        let ChatChoice { parts, logprobs, .. } = std::mem::take(&mut self.choices[answer.index]);
-        let (words, calls) = if self.has_tools { tools::parse(&parts.words) } else { (parts.words, Vec::new()) };
-        let content = if words.is_empty() && !calls.is_empty() { Value::Null } else { Value::from(words) };
-        let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
-        if !parts.thought.is_empty() {
-            message["reasoning_content"] = Value::from(parts.thought);
-        }
-        let mut finish = super::finish_name(answer.finish);
-        if !calls.is_empty() {
-            finish = "tool_calls";
-            message["tool_calls"] = tools::whole(&calls);
-        }
-        let logprobs = self.wants_logprobs.then(|| json!({ "content": logprobs, "refusal": null }));
-        json!({ "index": answer.index, "message": message, "logprobs": logprobs, "finish_reason": finish })
-    }
-}
-
-impl Chat {
-    fn take(&mut self, piece: &Piece, model: &RunningModel) -> SplitText {
         let choice = &mut self.choices[piece.index];
         if let Some(sampled) = piece.sampled.as_ref().filter(|_| self.wants_logprobs) {
             let entry = |id: u32, logprob: f32| {
@@ -268,12 +260,27 @@ impl Chat {
             own["top_logprobs"] = Value::from(top);
             choice.logprobs.push(own);
         }
-        let mut parts = choice.splitter.push(&piece.text);
+        let mut deltas = choice.parser.push(&piece.text);
         if piece.finish.is_some() {
-            let rest = choice.splitter.finish();
-            parts.thought.push_str(&rest.thought);
-            parts.words.push_str(&rest.words);
+            deltas.extend(choice.parser.finish());
         }
-        parts
+        deltas.into_iter().for_each(|delta| choice.add(delta));
+    }
+
+    fn choice(&mut self, answer: &FinishedAnswer) -> Value {
+        let choice = &mut self.choices[answer.index];
+        let finish = choice.finish_name(answer.finish);
+        let (thought, words) = (std::mem::take(&mut choice.thought), std::mem::take(&mut choice.words));
+        let (calls, logprobs) = (std::mem::take(&mut choice.calls), std::mem::take(&mut choice.logprobs));
+        let content = if words.is_empty() && !calls.is_empty() { Value::Null } else { Value::from(words) };
+        let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
+        if !thought.is_empty() {
+            message["reasoning_content"] = Value::from(thought);
+        }
+        if !calls.is_empty() {
+            message["tool_calls"] = Value::from(calls);
+        }
+        let logprobs = self.wants_logprobs.then(|| json!({ "content": logprobs, "refusal": null }));
+        json!({ "index": answer.index, "message": message, "logprobs": logprobs, "finish_reason": finish })
     }
 }

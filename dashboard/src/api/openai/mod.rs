@@ -10,7 +10,6 @@ mod answers;
 mod chat;
 mod completions;
 mod sampling;
-mod tools;
 
 use super::body::Body;
 use super::context::ApiContext;

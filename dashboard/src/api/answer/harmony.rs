@@ -1,0 +1,134 @@
+//! OpenAI's harmony format, which gpt-oss answers in.
+//!
+//! ```text
+//! <|start|>assistant<|channel|>analysis<|message|>…<|end|>
+//! <|start|>assistant<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{…}<|call|>
+//! <|start|>assistant<|channel|>final<|message|>…<|return|>
+//! ```
+//! The prompt ends with `<|start|>assistant`, and tokens that end the turn have no text. Source: the format's guide in
+//! the repository openai/harmony.
+
+use super::tool_calls::{Call, is_object};
+use super::{Delta, held_back};
+
+const START: &str = "<|start|>";
+const CHANNEL: &str = "<|channel|>";
+const CONSTRAIN: &str = "<|constrain|>";
+const MESSAGE: &str = "<|message|>";
+/// What ends the text of a message. The last two are seen only where a vocabulary does not end the answer with them.
+const ENDS: [&str; 5] = ["<|end|>", START, CHANNEL, "<|return|>", "<|call|>"];
+
+/// Parses an answer in harmony.
+#[derive(Debug)]
+pub(super) struct Harmony {
+    has_tools: bool,
+    part: Part,
+    /// Text that is not parsed yet.
+    held: String,
+}
+
+#[derive(Debug)]
+enum Part {
+    /// The author, channel and recipient of a message.
+    Header,
+    Analysis,
+    /// Text for the user: the final answer, and what the model says before a call.
+    Words,
+    Call {
+        name: String,
+        arguments: String,
+    },
+}
+
+impl Harmony {
+    pub(super) fn new(has_tools: bool) -> Self {
+        Self { has_tools, part: Part::Header, held: String::new() }
+    }
+
+    /// Whether an answer that begins with `text` is in harmony.
+    pub(super) fn begins(text: &str) -> bool {
+        text.starts_with(CHANNEL) || text.starts_with(START)
+    }
+
+    /// Whether more text may show that the answer is in harmony.
+    pub(super) fn may_begin(text: &str) -> bool {
+        CHANNEL.starts_with(text) || START.starts_with(text)
+    }
+
+    pub(super) fn push(&mut self, text: &str) -> Vec<Delta> {
+        self.held.push_str(text);
+        let mut deltas = Vec::new();
+        loop {
+            if let Part::Header = self.part {
+                let Some((header, rest)) = self.held.split_once(MESSAGE) else { return deltas };
+                let (part, rest) = (part(header), rest.to_owned());
+                (self.part, self.held) = (part, rest);
+                continue;
+            }
+            let end = ENDS.iter().filter_map(|end| Some((self.held.find(end)?, *end))).min();
+            let Some((at, end)) = end else {
+                let shown = self.held.len() - held_back(&self.held, &ENDS);
+                let text: String = self.held.drain(..shown).collect();
+                deltas.extend(self.take(text));
+                return deltas;
+            };
+            let text: String = self.held.drain(..at).collect();
+            // A marker that begins the next header belongs to it.
+            if end != START && end != CHANNEL {
+                self.held.drain(..end.len());
+            }
+            deltas.extend(self.take(text));
+            deltas.extend(self.end_message());
+        }
+    }
+
+    pub(super) fn finish(&mut self) -> Vec<Delta> {
+        let held = std::mem::take(&mut self.held);
+        let mut deltas: Vec<Delta> = match self.part {
+            // Without its text, a message is nothing.
+            Part::Header => Vec::new(),
+            _ => self.take(held).into_iter().collect(),
+        };
+        deltas.extend(self.end_message());
+        deltas
+    }
+
+    /// Takes text of the current message.
+    fn take(&mut self, text: String) -> Option<Delta> {
+        if text.is_empty() {
+            return None;
+        }
+        match &mut self.part {
+            Part::Analysis => Some(Delta::Thought(text)),
+            Part::Words => Some(Delta::Words(text)),
+            Part::Call { arguments, .. } => {
+                arguments.push_str(&text);
+                None
+            }
+            Part::Header => None,
+        }
+    }
+
+    fn end_message(&mut self) -> Option<Delta> {
+        match std::mem::replace(&mut self.part, Part::Header) {
+            // A call that was cut off, or that no tool can answer, is text.
+            Part::Call { name, arguments } if self.has_tools && is_object(&arguments) => {
+                Some(Delta::Call(Call::new(name, arguments.trim().to_owned())))
+            }
+            Part::Call { arguments, .. } if !arguments.is_empty() => Some(Delta::Words(arguments)),
+            _ => None,
+        }
+    }
+}
+
+/// The part of an answer that a message with this header is.
+fn part(header: &str) -> Part {
+    let channel = header.split_once(CHANNEL).map_or("", |(_, channel)| channel);
+    let channel = channel.split(CONSTRAIN).next().unwrap_or_default();
+    let recipient = header.split(&[' ', '<'][..]).find_map(|word| word.strip_prefix("to="));
+    match recipient.and_then(|recipient| recipient.strip_prefix("functions.")) {
+        Some(name) => Part::Call { name: name.to_owned(), arguments: String::new() },
+        None if channel.trim_start().starts_with("analysis") => Part::Analysis,
+        None => Part::Words,
+    }
+}

@@ -1,0 +1,145 @@
+//! Parses an answer while it streams: reasoning, words, and calls of tools.
+//!
+//! ```text
+//! text ─► harmony (channels: analysis, commentary, final) ─────────► Delta
+//!     └─► reasoning (<think>…</think>) ─► tool_calls (<tool_call>…) ─┘
+//! ```
+//! A model's output format is recognised by its first marker. Only text that may be the beginning of a marker or of a
+//! call is held back.
+
+mod harmony;
+mod reasoning;
+mod tool_calls;
+
+use harmony::Harmony;
+use reasoning::Splitter;
+use serde_json::Value;
+pub(super) use tool_calls::Call;
+use tool_calls::{CallStream, ToolTypes};
+
+/// A part of an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Delta {
+    /// Text of the model's reasoning.
+    Thought(String),
+    /// Text for the user.
+    Words(String),
+    /// A whole call.
+    Call(Call),
+}
+
+/// Whether an answer begins within a thought: its prompt ends with the opening tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Beginning {
+    InThought,
+    Plain,
+}
+
+/// Parses one answer.
+#[derive(Debug)]
+pub(super) struct AnswerParser {
+    format: Format,
+    tools: Option<ToolTypes>,
+}
+
+#[derive(Debug)]
+enum Format {
+    /// Before any text but whitespace, which is held.
+    Unknown(String),
+    Plain {
+        thoughts: Splitter,
+        calls: Option<CallStream>,
+    },
+    Harmony(Harmony),
+}
+
+impl AnswerParser {
+    /// A parser for an answer to a request with these tools. Without tools, calls are words.
+    pub(super) fn new(tools: &[Value], beginning: Beginning) -> Self {
+        let tools = Some(tools).filter(|tools| !tools.is_empty()).map(ToolTypes::of);
+        let mut parser = Self { format: Format::Unknown(String::new()), tools };
+        if beginning == Beginning::InThought {
+            parser.format = parser.plain(Splitter::within_thought());
+        }
+        parser
+    }
+
+    fn plain(&self, thoughts: Splitter) -> Format {
+        Format::Plain { thoughts, calls: self.tools.clone().map(CallStream::new) }
+    }
+
+    /// Adds the next text. Returns what can be told now.
+    pub(super) fn push(&mut self, text: &str) -> Vec<Delta> {
+        let Format::Unknown(held) = &mut self.format else { return self.parse(text) };
+        held.push_str(text);
+        let begun = held.trim_start();
+        if !Harmony::begins(begun) && Harmony::may_begin(begun) {
+            return Vec::new();
+        }
+        let is_harmony = Harmony::begins(begun);
+        let held = std::mem::take(held);
+        self.format = match is_harmony {
+            true => Format::Harmony(Harmony::new(self.tools.is_some())),
+            false => self.plain(Splitter::default()),
+        };
+        self.parse(&held)
+    }
+
+    fn parse(&mut self, text: &str) -> Vec<Delta> {
+        match &mut self.format {
+            Format::Unknown(_) => Vec::new(),
+            Format::Harmony(harmony) => harmony.push(text),
+            Format::Plain { thoughts, calls } => {
+                let parts = thoughts.push(text);
+                deltas(parts.thought, parts.words, |words| match calls {
+                    Some(calls) => calls.push(&words),
+                    None => vec![Delta::Words(words)],
+                })
+            }
+        }
+    }
+
+    /// Ends the answer. Returns what was held back.
+    pub(super) fn finish(&mut self) -> Vec<Delta> {
+        match &mut self.format {
+            Format::Unknown(held) => {
+                Some(std::mem::take(held)).filter(|held| !held.is_empty()).map(Delta::Words).into_iter().collect()
+            }
+            Format::Harmony(harmony) => harmony.finish(),
+            Format::Plain { thoughts, calls } => {
+                let parts = thoughts.finish();
+                let mut rest = deltas(parts.thought, parts.words, |words| match calls {
+                    Some(calls) => calls.push(&words),
+                    None => vec![Delta::Words(words)],
+                });
+                rest.extend(calls.iter_mut().flat_map(CallStream::finish));
+                rest
+            }
+        }
+    }
+}
+
+/// The deltas of a thought, and of words as `parse` splits them. Empty texts give none.
+fn deltas(thought: String, words: String, parse: impl FnOnce(String) -> Vec<Delta>) -> Vec<Delta> {
+    let mut deltas = Vec::new();
+    if !thought.is_empty() {
+        deltas.push(Delta::Thought(thought));
+    }
+    if !words.is_empty() {
+        deltas.extend(parse(words));
+    }
+    deltas
+}
+
+/// The number of bytes at the end of `text` that may be the beginning of one of `markers`.
+fn held_back(text: &str, markers: &[&str]) -> usize {
+    let longest = markers.iter().map(|marker| marker.len() - 1).max().unwrap_or(0).min(text.len());
+    let may_begin = |length: &usize| {
+        text.is_char_boundary(text.len() - length)
+            && markers.iter().any(|marker| marker.starts_with(&text[text.len() - length..]))
+    };
+    (1..=longest).rev().find(may_begin).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests;
