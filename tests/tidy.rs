@@ -133,7 +133,7 @@ fn the_core_is_pure() {
 #[test]
 fn tls_configurations_name_their_provider() {
     for folder in ["src", "actors/src", "benches/src", "dashboard/src", "engines/src", "net/src"] {
-        forbid(folder, &["Config::builder()", "install_default", "aws_lc_rs"]);
+        forbid(folder, &["ServerConfig::builder()", "ClientConfig::builder()", "install_default", "aws_lc_rs"]);
     }
 }
 

@@ -127,14 +127,10 @@ impl ChatTemplate {
         let Err(TemplateError::Malformed { .. }) = first else { return first };
         let has_calls = conversation.messages.iter().any(|message| !message.tool_calls.is_empty());
         let lacks_content = conversation.messages.iter().any(|message| message.content.is_none());
-        let other = self.null_content.other();
-        let others = [
-            (lacks_content, CallArguments::Objects, other),
-            (has_calls, CallArguments::Texts, self.null_content),
-            (has_calls && lacks_content, CallArguments::Texts, other),
-        ];
-        let mut tries = others.into_iter().filter(|(differs, ..)| *differs);
-        tries.find_map(|(_, calls, null)| self.render_with(conversation, calls, null).ok()).map_or(first, Ok)
+        let calls = if has_calls { &CallArguments::ALL[..] } else { &CallArguments::ALL[..1] };
+        let contents = if lacks_content { &NullContent::ALL[..] } else { &NullContent::ALL[..1] };
+        let ways = calls.iter().flat_map(|&calls| contents.iter().map(move |&content| (calls, content)));
+        ways.filter_map(|(calls, content)| self.render_with(conversation, calls, content).ok()).next().map_or(first, Ok)
     }
 
     fn render_with(
@@ -232,6 +228,54 @@ mod tests {
             Ok("{\"a\": [1, \"é<\"], \"b\": null}".to_owned())
         );
         assert_eq!(render("{%- generation %}x{% endgeneration -%}"), Ok("x".to_owned()));
+    }
+
+    /// Templates append a past call's arguments as text, or walk them; they ask for missing content, or append it.
+    #[test]
+    fn calls_and_missing_content_come_as_a_template_needs_them() {
+        let arguments = serde_json::json!({ "a": 1 });
+        let function = FunctionCall { name: "f".to_owned(), arguments };
+        let call = ToolCall { id: None, kind: "function".to_owned(), function };
+        let message = Message { content: None, tool_calls: vec![call], ..Message::new(Role::Assistant, "") };
+        let conversation = Conversation::from(vec![message]);
+        let with = |body: &str| {
+            let source = format!("{{% for m in messages %}}{body}{{% endfor %}}");
+            let template = ChatTemplate::new(&source, None, None)?;
+            template.render(&conversation, NaiveDateTime::default())
+        };
+        let arguments = "m.tool_calls[0].function.arguments";
+        assert_eq!(with(&format!("{{{{ 'x' + {arguments} }}}}")), Ok("x{\"a\":1}".to_owned()));
+        assert_eq!(
+            with(&format!("{{% for k, v in {arguments}|items %}}{{{{ k }}}}={{{{ v }}}}{{% endfor %}}")),
+            Ok("a=1".to_owned())
+        );
+        assert_eq!(with("{{ m.content is none }}"), Ok("True".to_owned()));
+        assert_eq!(with("[{{ m.content }}]"), Ok("[]".to_owned()));
+        assert_eq!(with("{{ '[' + m.content + ']' }}"), Ok("[]".to_owned()));
+    }
+
+    #[test]
+    fn a_long_conversation_of_calls_renders() {
+        let source = "{% for m in messages %}{% for n in messages[::-1] %}{% if n.role == 'user' %}{% set q = loop.index %}{% endif %}{% endfor %}{{ m.role }}: {{ m.content or (m.tool_calls | tojson) }}\n{% endfor %}";
+        let function =
+            || FunctionCall { name: "f".to_owned(), arguments: serde_json::json!({ "text": "x".repeat(2000) }) };
+        let call = || ToolCall { id: None, kind: "function".to_owned(), function: function() };
+        let mut messages = vec![Message::new(Role::User, "Hi")];
+        for _ in 0..300 {
+            messages.push(Message { content: None, tool_calls: vec![call()], ..Message::new(Role::Assistant, "") });
+            messages.push(Message::new(Role::Tool, "y".repeat(2000)));
+        }
+        let template = ChatTemplate::new(source, None, None).expect("it compiles");
+        let text = template.render(&messages.into(), NaiveDateTime::default()).expect("it renders");
+        assert!(text.len() > 300 * 4000);
+    }
+
+    #[test]
+    fn a_text_that_doubles_is_stopped() {
+        let doubled =
+            "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+        assert_eq!(render(doubled), Err(TemplateError::Limit));
+        assert_eq!(render("{{ 'abc'.count('') }}{{ ''[::-1] }}"), Ok("4".to_owned()));
     }
 
     #[test]

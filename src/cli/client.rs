@@ -1,12 +1,12 @@
 //! A client of a running node, over the Unix socket in its data folder.
 
-use crate::api::{ErrorBody, Eviction, GenerateLine, SOCKET_NAME};
+use crate::api::{ErrorBody, Eviction, GenerateLine, SocketPlace};
 use crate::{GenerateRequest, Generated, ModelSpec, NodeId, NodeStatus, Preview};
 use anyhow::{Context, anyhow, bail};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use reqwest::{Client, Method, RequestBuilder, Response};
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use tokio::net::UnixStream;
 use tokio_util::codec::{FramedRead, LinesCodec, LinesCodecError};
@@ -20,22 +20,26 @@ const LINE_BYTES_MAX: usize = 256 << 20;
 #[derive(Debug)]
 pub(super) struct NodeClient {
     client: Client,
-    socket: PathBuf,
+    socket: SocketPlace,
 }
 
 impl NodeClient {
     /// Returns a client of the node that runs on `data_dir`, if there is one.
     pub(super) async fn find(data_dir: &Path) -> anyhow::Result<Option<Self>> {
-        let socket = data_dir.join(SOCKET_NAME);
-        match UnixStream::connect(&socket).await {
+        let socket = match SocketPlace::of(data_dir) {
+            Ok(socket) => socket,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| data_dir.display().to_string()),
+        };
+        match UnixStream::connect(socket.address()).await {
             Ok(_) => {}
             // A node that was killed leaves its socket behind.
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
                 return Ok(None);
             }
-            Err(error) => return Err(error).with_context(|| format!("cannot connect to {}", socket.display())),
+            Err(error) => return Err(error).with_context(|| format!("cannot connect to {}", socket.path().display())),
         }
-        let client = Client::builder().no_proxy().unix_socket(socket.as_path()).build()?;
+        let client = Client::builder().no_proxy().unix_socket(socket.address()).build()?;
         Ok(Some(Self { client, socket }))
     }
 
@@ -73,7 +77,8 @@ impl NodeClient {
 
     async fn send(&self, request: RequestBuilder) -> anyhow::Result<Response> {
         let response = request.send().await;
-        let response = response.with_context(|| format!("{}: the node does not answer", self.socket.display()))?;
+        let response =
+            response.with_context(|| format!("{}: the node does not answer", self.socket.path().display()))?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);

@@ -1,8 +1,9 @@
 //! `exo-node up`: starts a node that keeps running and serves the HTTP API.
 
+use super::client::NodeClient;
 use super::model_args::{expand_home, note_path};
 use super::outcome::Outcome;
-use crate::api::{ApiConfig, SOCKET_NAME, serve};
+use crate::api::{ApiConfig, ServeError, serve};
 use crate::config::data_folder;
 use crate::{
     ClusterSettings, Discover, JoinToken, ModelSpec, Node, NodeBuilder, NodeHandle, PORT_DEFAULT, StartError, WireType,
@@ -37,6 +38,9 @@ pub(super) struct UpArguments {
     /// Key that all TCP clients must send; required unless the API listens on loopback
     #[arg(long, value_name = "KEY", env = "EXO_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
+    /// Origin of a page or app that may use the API, such as app://obsidian.md; may be repeated
+    #[arg(long = "allow-origin", value_name = "ORIGIN")]
+    allowed_origins: Vec<String>,
     /// How long an unused model stays in memory: 90s, 30m, 2h, or `never` to keep it for ever
     #[arg(long, value_name = "TIME", default_value = UNLOAD_AFTER_DEFAULT)]
     unload_after: String,
@@ -89,14 +93,22 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     arguments.models.iter().for_each(|name| note_path(name));
     let config = ApiConfig {
         listen: arguments.listen()?,
-        socket: Some(data_dir.join(SOCKET_NAME)),
+        socket_folder: Some(data_dir.clone()),
         api_key: arguments.api_key.clone(),
         named_models: models.iter().map(|spec| spec.model.clone()).collect(),
+        allowed_origins: arguments.allowed_origins.iter().cloned().collect(),
     };
+    // A second node with the same identity would confuse the members, so it is refused before it touches the network.
+    if NodeClient::find(&data_dir).await?.is_some() {
+        return Err(ServeError::AlreadyRunning { path: data_dir }.into());
+    }
     // From here on SIGTERM shuts the node down cleanly.
     let mut terminated = signal(SignalKind::terminate())?;
     let node = arguments.start(builder.data_dir(&data_dir)).await?;
     let served = serve(node.clone(), config).await?;
+    if let Some(error) = &served.socket_error {
+        eprintln!("warning: {error}; other commands of this machine do not reach this node");
+    }
     eprintln!("exo-node {}, node {}", env!("CARGO_PKG_VERSION"), node.id());
     let status = node.status().await?;
     for address in &status.addresses {

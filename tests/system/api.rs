@@ -51,7 +51,7 @@ fn mistakes_have_the_right_status() {
         ("/v1/chat/completions", chat(object!({ "temperature": "warm" })), 400, "temperature"),
         ("/v1/chat/completions", chat(object!({ "top_p": 7 })), 400, "top_p"),
         ("/v1/chat/completions", chat(object!({ "max_tokens": 0 })), 400, "max_tokens"),
-        ("/v1/chat/completions", chat(object!({ "stop": [""] })), 400, "stop"),
+        ("/v1/chat/completions", chat(object!({ "stop": vec!["x"; 17] })), 400, "stop"),
         (
             "/v1/chat/completions",
             chat(object!({ "response_format": { "type": "json_object" } })),
@@ -127,6 +127,78 @@ fn paths_over_tcp_are_unknown_models() {
     let output = node.prepare(&["run", "sub", "Hi"]).current_dir(node.folder()).output().expect("exo-node starts");
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("write ./sub"), "{}", stderr(&output));
+}
+
+/// R4.4, R4.5: what clients send besides the specification: fields twice and under two names, numbers as floats, no
+/// limits, empty stops, other spellings of paths, half characters.
+#[test]
+fn habits_of_clients_are_understood() {
+    models();
+    let node = Node::up(&["--allow-origin", "app://obsidian.md"]);
+    let post = |path: &str, body: &str| {
+        let answer = node.request("POST", path, &[], body);
+        assert_eq!(answer.status, 200, "{path} {body}: {}", answer.body);
+        answer.json()
+    };
+    let chat = |more: &str| {
+        let message = r#"{"role": "user", "content": "Name a colour."}"#;
+        post("/v1/chat/completions", &format!(r#"{{"model": "{SMOLLM2}", "messages": [{message}], {more}}}"#))
+    };
+    let greedy = chat(r#""temperature": 0, "max_tokens": 4"#);
+    let text = |answer: &Value| answer["choices"][0]["message"]["content"].clone();
+    for same in [
+        r#""top_p": 0, "max_tokens": 4"#,
+        r#""temperature": 0, "max_tokens": 9, "max_tokens": 4"#,
+        r#""temperature": 0, "max_tokens": 4.0, "stop": """#,
+        r#""temperature": 0, "max_tokens": 9, "max_completion_tokens": 4, "stop": ["", "zzzz"]"#,
+        r#""temperature": 0, "max_tokens": 4, "repeat_penalty": 1.0, "repetition_penalty": 1.0"#,
+    ] {
+        assert_eq!(text(&chat(same)), text(&greedy), "{same}");
+    }
+    let unlimited = chat(r#""temperature": 0, "max_tokens": -1, "stop": ["."]"#);
+    assert_eq!(unlimited["choices"][0]["finish_reason"], "stop", "{unlimited}");
+    let messages = r#"[{"role": "user", "content": "Hi \ud83d"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}], "reasoning": "hm", "reasoning_content": "hm"},
+        {"role": "assistant", "content": null, "tool_calls": [{"id": "1", "type": "function",
+          "function": {"name": "f", "arguments": ""}}]},
+        {"role": "function", "name": "f", "content": "42"}, {"role": "user", "content": "And?"}]"#;
+    post("/v1/chat/completions", &format!(r#"{{"model": "{SMOLLM2}", "messages": {messages}, "max_tokens": 2}}"#));
+    for prompt in ["", r#""prompt": "","#] {
+        post("/v1/completions", &format!(r#"{{"model": "{SMOLLM2}", {prompt} "max_tokens": 2}}"#));
+    }
+    let body = question("Hi", object!({ "max_tokens": 2 })).to_string();
+    for path in ["/chat/completions", "/v1/chat/completions/", "//v1//chat/completions", "/v1/v1/chat/completions"] {
+        post(path, &body);
+    }
+    for (method, path, status) in [("HEAD", "/v1/models", 200), ("OPTIONS", "/v1/chat/completions", 200)] {
+        assert_eq!(node.request(method, path, &[], "").status, status, "{method} {path}");
+    }
+    let preflight = [
+        ("origin", "app://obsidian.md"),
+        ("access-control-request-method", "POST"),
+        ("access-control-request-headers", "authorization, content-type"),
+    ];
+    let answer = node.request("OPTIONS", "/v1/chat/completions", &preflight, "");
+    assert!(answer.headers.contains("access-control-allow-origin: app://obsidian.md"), "{}", answer.headers);
+    assert!(answer.headers.contains("authorization"), "{}", answer.headers);
+    let answer = node.request("POST", "/v1/chat/completions", &[("origin", "app://obsidian.md")], &body);
+    assert_eq!(answer.status, 200);
+    assert!(answer.headers.contains("access-control-allow-origin: app://obsidian.md"), "{}", answer.headers);
+}
+
+/// A second node on a data folder is refused before it reaches the network; a data folder with a path that is too long
+/// for a socket's address serves all the same.
+#[test]
+fn one_node_runs_on_a_data_folder_of_any_length() {
+    let long = "a-name-of-forty-characters-".repeat(6);
+    let folder = tempfile::Builder::new().prefix(&long).tempdir().expect("a temporary folder");
+    let node = Node::start(Setup::default(), folder);
+    assert!(node.command(&["status"]).status.success());
+    let second = node.command(&["up", "--listen", "127.0.0.1:0", "--api", "127.0.0.1:0"]);
+    assert_eq!(second.status.code(), Some(1));
+    let text = stderr(&second);
+    assert!(text.contains("another node is running") && !text.contains("listens for members"), "{text}");
+    assert_eq!(node.get("/health").status, 200);
 }
 
 /// Requests from pages of other sites, with host names rebound to this machine, or without the key are refused.

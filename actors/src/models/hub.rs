@@ -62,16 +62,21 @@ pub(super) async fn fetch_file(
     file: &str,
     target: &Path,
 ) -> Result<Option<String>, ModelError> {
-    let repo = api(config)?.model(repository.to_owned());
-    let cached = cached(config, &repo, file).await?;
+    let cached = match config.is_offline {
+        true => {
+            let (cache, name, known) = (config.hub_cache.clone(), repository.to_owned(), file.to_owned());
+            let found = blocking(move || Ok(hf_hub::Cache::new(cache).model(name).get(&known))).await?;
+            found.ok_or_else(|| ModelError::Offline { what: repository.to_owned() })?
+        }
+        false => cached(config, &api(config)?.model(repository.to_owned()), file).await?.0,
+    };
     let target = target.to_owned();
     blocking(move || {
         let blob = std::fs::canonicalize(&cached).map_err(|e| ModelError::disk(&cached, &e))?;
-        // The bytes move to the models folder, so that the disk does not hold them twice.
-        let moved = std::fs::rename(&blob, &target)
-            .or_else(|_| std::fs::copy(&blob, &target).and_then(|_| std::fs::remove_file(&blob)));
-        moved.map_err(|e| ModelError::disk(&target, &e))?;
-        let _ = std::fs::remove_file(&cached);
+        // Other programs use the cache, too, so the file stays there. A link takes no space.
+        let _ = std::fs::remove_file(&target);
+        let linked = std::fs::hard_link(&blob, &target).or_else(|_| std::fs::copy(&blob, &target).map(drop));
+        linked.map_err(|e| ModelError::disk(&target, &e))?;
         Ok(digest_of(&blob))
     })
     .await
@@ -142,32 +147,55 @@ fn is_part_of_a_model(name: &str) -> bool {
 
 /// The path of a file in the client's cache, fetched if it is missing, and verified if its SHA-256 is known.
 async fn verified(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<PathBuf, ModelError> {
-    let path = cached(config, repo, file).await?;
+    let (path, presence) = cached(config, repo, file).await?;
     let (file, progress) = (file.to_owned(), Arc::clone(&config.progress));
-    blocking(move || verify(&path, &file, &progress).map(|()| path)).await
+    let marks = config.folders.first().map(|folder| folder.join("verified"));
+    blocking(move || verify(&path, presence, &file, marks.as_deref(), &progress).map(|()| path)).await
 }
 
-/// Compares the hash of a cached file with the hub's, if the hub has told it.
-fn verify(path: &Path, file: &str, progress: &ProgressSink) -> Result<(), ModelError> {
+/// Whether a file of the cache was there before. Another program may have fetched it then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Presence {
+    Before,
+    FetchedNow,
+}
+
+/// Compares the hash of a cached file with the hub's, if the hub has told it. Removes a damaged file that was fetched
+/// now, so that the next try fetches it again. The folder `marks` has an empty file for each hash that was verified, so
+/// that a file of many gigabytes is not hashed at every start.
+fn verify(
+    path: &Path,
+    presence: Presence,
+    file: &str,
+    marks: Option<&Path>,
+    progress: &ProgressSink,
+) -> Result<(), ModelError> {
     let blob = std::fs::canonicalize(path).map_err(|e| ModelError::disk(path, &e))?;
     let Some(expected) = digest_of(&blob) else { return Ok(()) };
-    // A marker file beside a blob records its verification, so that a file of many gigabytes is not hashed at every
-    // start.
-    let mark = blob.with_extension("verified");
-    if mark.exists() {
+    let mark = marks.map(|marks| marks.join(&expected));
+    if mark.as_ref().is_some_and(|mark| mark.exists()) {
         return Ok(());
     }
     progress(Progress::Verifying);
     let got = sha256(&blob)?;
     if got != expected {
-        let _ = std::fs::remove_file(path);
-        let _ = std::fs::remove_file(&blob);
-        return Err(ModelError::WrongHash { what: file.to_owned(), got, expected });
+        if presence == Presence::FetchedNow {
+            let _ = std::fs::remove_file(path);
+            let _ = std::fs::remove_file(&blob);
+        }
+        let what = if presence == Presence::FetchedNow { file.to_owned() } else { blob.display().to_string() };
+        return Err(ModelError::WrongHash { what, got, expected });
     }
-    std::fs::write(&mark, b"").map_err(|e| ModelError::disk(&mark, &e))
+    match (marks, mark) {
+        (Some(marks), Some(mark)) => {
+            let marked = std::fs::create_dir_all(marks).and_then(|()| std::fs::write(&mark, b""));
+            marked.map_err(|e| ModelError::disk(&mark, &e))
+        }
+        _ => Ok(()),
+    }
 }
 
-async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<PathBuf, ModelError> {
+async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<(PathBuf, Presence), ModelError> {
     let url = repo.url(file);
     let mut wait = FIRST_WAIT;
     for attempt in 1.. {
@@ -176,7 +204,7 @@ async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<Pat
         let (cache, name) = (config.hub_cache.clone(), repository_of(repo));
         let known = file.to_owned();
         if let Some(path) = blocking(move || Ok(hf_hub::Cache::new(cache).model(name).get(&known))).await? {
-            return Ok(path);
+            return Ok((path, Presence::Before));
         }
         let outcome = tokio::select! {
             outcome = repo.download_with_progress(file, meter) => outcome.map_err(|e| failed(config, &url, &e)),
@@ -185,7 +213,7 @@ async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<Pat
             }
         };
         match outcome {
-            Ok(path) => return Ok(path),
+            Ok(path) => return Ok((path, Presence::FetchedNow)),
             Err(error) if attempt >= TRIES || is_final(&error) => return Err(error),
             Err(error) => tracing::warn!(%error, attempt, "retrying a download"),
         }
@@ -250,5 +278,43 @@ mod tests {
     fn only_plain_files_are_part_of_a_model() {
         assert!(is_part_of_a_model("model-00001-of-00002.safetensors") && is_part_of_a_model("config.json"));
         assert!(!is_part_of_a_model("x/config.json") && !is_part_of_a_model(".model.safetensors"));
+    }
+
+    /// The cache of another program, with one file in the layout of the Hub's libraries.
+    fn filled_cache(cache: &Path, content: &[u8], name: &str) -> PathBuf {
+        let model = cache.join("models--owner--model");
+        let (blobs, snapshot) = (model.join("blobs"), model.join("snapshots/main-commit"));
+        for folder in [&blobs, &snapshot, &model.join("refs")] {
+            std::fs::create_dir_all(folder).expect("a folder");
+        }
+        std::fs::write(model.join("refs/main"), "main-commit").expect("written");
+        std::fs::write(blobs.join(name), content).expect("written");
+        std::os::unix::fs::symlink(format!("../../blobs/{name}"), snapshot.join("m.gguf")).expect("a link");
+        snapshot.join("m.gguf")
+    }
+
+    /// R4.1: a file that another program has fetched is used where it lies, also offline, and stays as it is.
+    #[tokio::test]
+    async fn a_cache_of_another_program_is_used_and_not_changed() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let config = ModelsConfig::of_folder(folder.path());
+        let digest = "ab".repeat(32);
+        let snapshot = filled_cache(&config.hub_cache, b"weights", &digest);
+        let listing = || {
+            let blobs = config.hub_cache.join("models--owner--model/blobs");
+            let names = std::fs::read_dir(blobs).expect("readable").map(|entry| entry.expect("an entry").file_name());
+            names.collect::<Vec<_>>()
+        };
+        let before = listing();
+        let target = folder.path().join("m.part");
+        let hash = fetch_file(&config, "owner/model", "m.gguf", &target).await.expect("it is cached");
+        assert_eq!((hash.as_deref(), std::fs::read(&target).expect("readable")), (Some(&*digest), b"weights".to_vec()));
+        // A damaged file of another program is reported by its path, and left to its owner.
+        let verified = verify(&snapshot, Presence::Before, "m.gguf", None, &config.progress);
+        let Err(ModelError::WrongHash { what, .. }) = verified else { panic!("{verified:?}") };
+        assert!(what.contains("blobs"), "{what}");
+        std::fs::remove_file(&target).expect("removed");
+        assert_eq!(std::fs::read(&snapshot).expect("the snapshot is whole"), b"weights");
+        assert_eq!(listing(), before);
     }
 }

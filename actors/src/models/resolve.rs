@@ -120,7 +120,7 @@ async fn fetch(
     source: &Source,
     target: &Path,
 ) -> Result<(), ModelError> {
-    if config.is_offline {
+    if config.is_offline && !matches!(source, Source::Hub { .. }) {
         return Err(ModelError::Offline { what: source_name(source) });
     }
     let part = beside(target, ".part");

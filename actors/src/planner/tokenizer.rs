@@ -105,7 +105,11 @@ fn ids(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>, RequestError>
                 None => Ok(tokens.clone()),
             }
         }
-        Prompt::Text(text) => tokenizer.encode(text, SpecialTokens::Add).map_err(|e| bad(e.to_string())),
+        Prompt::Text(text) => {
+            let ids = tokenizer.encode(text, SpecialTokens::Add).map_err(|e| bad(e.to_string()))?;
+            // Without a text, the model begins one.
+            Ok(if ids.is_empty() { tokenizer.bos().into_iter().collect() } else { ids })
+        }
         Prompt::Chat(conversation) => match tokenizer.template(tools(conversation)) {
             Some(template) => {
                 let text = template

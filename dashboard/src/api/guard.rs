@@ -9,6 +9,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 
@@ -17,6 +18,8 @@ use subtle::ConstantTimeEq;
 pub(super) struct Guard {
     /// The API key that requests must have. `None`: no key is needed, and only loopback is served.
     pub(super) key: Option<Arc<str>>,
+    /// Origins besides the node's own whose pages may use the API.
+    pub(super) origins: Arc<BTreeSet<String>>,
 }
 
 impl std::fmt::Debug for Guard {
@@ -45,8 +48,9 @@ impl Guard {
         if let Some(origin) = headers.get(header::ORIGIN) {
             let origin = origin.to_str().unwrap_or_default();
             let authority = origin.split_once("://").map_or("", |(_, authority)| authority);
-            if authority.is_empty() || !authority.eq_ignore_ascii_case(host) {
-                let what = format!("pages of `{origin}` may not use this node");
+            let is_own = !authority.is_empty() && authority.eq_ignore_ascii_case(host);
+            if !is_own && !self.origins.contains(origin) {
+                let what = format!("pages of `{origin}` may not use this node: it allows no such origin");
                 return Err(ApiError::new(StatusCode::FORBIDDEN, "foreign_origin", what));
             }
         }
@@ -70,7 +74,9 @@ fn is_loopback(host: &str) -> bool {
 
 fn is_key(key: &str, headers: &HeaderMap) -> bool {
     let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let bearer = bearer.and_then(|value| value.strip_prefix("Bearer "));
+    let bearer = bearer.and_then(|value| value.split_once(' '));
+    // The name of the scheme may be in any case (RFC 9110, §11.1).
+    let bearer = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, key)| key);
     let given = bearer.or_else(|| headers.get("x-api-key").and_then(|value| value.to_str().ok()));
     given.is_some_and(|given| given.trim().as_bytes().ct_eq(key.as_bytes()).into())
 }
@@ -81,7 +87,8 @@ mod tests {
     use axum::http::HeaderName;
 
     fn check(key: Option<&str>, headers: &[(&'static str, &str)]) -> Option<u16> {
-        let guard = Guard { key: key.map(Arc::from) };
+        let origins = Arc::new(BTreeSet::from(["app://obsidian.md".to_owned()]));
+        let guard = Guard { key: key.map(Arc::from), origins };
         let headers = headers.iter().map(|&(name, value)| {
             (HeaderName::from_static(name), value.parse().unwrap_or_else(|_| header::HeaderValue::from_static("")))
         });
@@ -101,6 +108,7 @@ mod tests {
         for host in ["evil.example", "evil.example:52415", "127.0.0.1.evil.example", "", "192.168.0.4:52415"] {
             assert_eq!(check(None, &[("host", host)]), Some(403), "{host}");
         }
+        assert_eq!(check(None, &[("host", "localhost:1"), ("origin", "app://obsidian.md")]), None);
         for origin in ["http://evil.example", "null", "http://localhost:2", "https://localhost.evil.example:1"] {
             assert_eq!(check(None, &[("host", "localhost:1"), ("origin", origin)]), Some(403), "{origin}");
         }
@@ -112,6 +120,8 @@ mod tests {
         assert_eq!(check(Some("secret"), &[host]), Some(401));
         assert_eq!(check(Some("secret"), &[host, ("authorization", "Bearer wrong")]), Some(401));
         assert_eq!(check(Some("secret"), &[host, ("authorization", "Bearer secret")]), None);
+        assert_eq!(check(Some("secret"), &[host, ("authorization", "bearer secret")]), None);
+        assert_eq!(check(Some("secret"), &[host, ("authorization", "Basic secret")]), Some(401));
         assert_eq!(check(Some("secret"), &[host, ("x-api-key", "secret")]), None);
         let foreign = [host, ("authorization", "Bearer secret"), ("origin", "http://evil.example")];
         assert_eq!(check(Some("secret"), &foreign), Some(403));

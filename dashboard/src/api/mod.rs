@@ -15,10 +15,13 @@ mod guard;
 mod metrics;
 mod native;
 mod openai;
+mod paths;
 mod router;
 mod serve;
+mod socket;
 mod status;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail};
-pub use native::{Eviction, GenerateLine, SOCKET_NAME};
+pub use native::{Eviction, GenerateLine};
 pub use serve::{ApiConfig, ServeError, Served, serve};
+pub use socket::SocketPlace;

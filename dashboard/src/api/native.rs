@@ -15,9 +15,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::convert::Infallible;
 
-/// The file name of a node's Unix socket in its data folder.
-pub const SOCKET_NAME: &str = "api.sock";
-
 /// One line of the answer of `/generate`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -2,7 +2,12 @@
 
 use super::context::{ApiContext, Caller, NamedModels};
 use super::guard::{Guard, guard};
+use super::paths::lenient_paths;
 use super::router::router;
+use super::socket::SocketPlace;
+use axum::ServiceExt;
+use axum::extract::Request;
+use axum::http::HeaderValue;
 use axum::middleware::from_fn_with_state;
 use exo_actors::NodeHandle;
 use std::collections::BTreeSet;
@@ -12,23 +17,29 @@ use std::sync::Arc;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 /// Where the API listens, and which callers are admitted.
 #[derive(Clone, Default)]
 pub struct ApiConfig {
     /// The TCP address to listen on; `None`: no TCP.
     pub listen: Option<SocketAddr>,
-    /// The path of the Unix socket; `None`: no Unix socket.
-    pub socket: Option<PathBuf>,
+    /// The data folder in which the Unix socket is made; `None`: no Unix socket.
+    pub socket_folder: Option<PathBuf>,
     /// The key that callers over TCP must send. Without a key only loopback is served.
     pub api_key: Option<String>,
     /// The models that clients over TCP may name by path, as the user wrote them.
     pub named_models: BTreeSet<String>,
+    /// Origins of pages on other hosts that may use the API over TCP, such as `app://obsidian.md`.
+    pub allowed_origins: BTreeSet<String>,
 }
 
 impl std::fmt::Debug for ApiConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ApiConfig").field("listen", &self.listen).field("socket", &self.socket).finish_non_exhaustive()
+        f.debug_struct("ApiConfig")
+            .field("listen", &self.listen)
+            .field("socket_folder", &self.socket_folder)
+            .finish_non_exhaustive()
     }
 }
 
@@ -59,9 +70,9 @@ pub enum ServeError {
         path: PathBuf,
     },
     /// The Unix socket cannot be created.
-    #[error("cannot create the socket {path}: {reason}")]
+    #[error("cannot create a socket in {path}: {reason}")]
     Socket {
-        /// The socket's path.
+        /// The data folder.
         path: PathBuf,
         /// The system's error.
         reason: String,
@@ -73,7 +84,9 @@ pub enum ServeError {
 pub struct Served {
     /// The TCP address, with the port that the system chose where port 0 was configured; `None`: no TCP.
     pub address: Option<SocketAddr>,
-    socket: Option<PathBuf>,
+    /// Why there is no Unix socket, where one was configured and TCP is served.
+    pub socket_error: Option<ServeError>,
+    socket: Option<SocketPlace>,
     stop: CancellationToken,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -95,22 +108,41 @@ pub async fn serve(node: NodeHandle, config: ApiConfig) -> Result<Served, ServeE
     let named = Arc::new(NamedModels::new(config.named_models));
     let api = |caller| ApiContext { node: node.clone(), caller, named: Arc::clone(&named) };
     let stop = CancellationToken::new();
-    let mut served = Served { address: None, socket: None, stop: stop.clone(), tasks: Vec::new() };
-    if let Some(path) = config.socket {
-        let listener = bind_socket(&path).await?;
-        served.socket = Some(path);
-        let service = router(api(Caller::Owner)).into_make_service();
-        served.run(axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned()).into_future());
+    let mut served = Served { address: None, socket_error: None, socket: None, stop: stop.clone(), tasks: Vec::new() };
+    if let Some(folder) = config.socket_folder {
+        match bind_socket(&folder).await {
+            Ok((listener, place)) => {
+                served.socket = Some(place);
+                let service = ServiceExt::<Request>::into_make_service(lenient_paths(router(api(Caller::Owner))));
+                let serving = axum::serve(listener, service).with_graceful_shutdown(stop.clone().cancelled_owned());
+                served.run(serving.into_future());
+            }
+            // Without the socket, TCP still serves.
+            Err(error @ ServeError::Socket { .. }) if config.listen.is_some() => served.socket_error = Some(error),
+            Err(error) => return Err(error),
+        }
     }
     if let Some(address) = config.listen {
         let failed = |error: std::io::Error| ServeError::Listen { address, reason: error.to_string() };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         served.address = Some(listener.local_addr().map_err(failed)?);
-        let routes = router(api(Caller::Network)).layer(from_fn_with_state(Guard { key }, guard));
-        let service = routes.into_make_service();
+        let guarded = Guard { key, origins: Arc::new(config.allowed_origins) };
+        // A browser must be told of a refusal, too, so the guard is within.
+        let cors = cors(&guarded.origins);
+        let routes = router(api(Caller::Network)).layer(from_fn_with_state(guarded, guard)).layer(cors);
+        let service = ServiceExt::<Request>::into_make_service(lenient_paths(routes));
         served.run(axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).into_future());
     }
     Ok(served)
+}
+
+/// Tells browsers that pages of these origins may use the API.
+fn cors(origins: &BTreeSet<String>) -> CorsLayer {
+    let origins = origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok());
+    CorsLayer::new()
+        .allow_origin(AllowOrigin::list(origins))
+        .allow_methods(AllowMethods::mirror_request())
+        .allow_headers(AllowHeaders::mirror_request())
 }
 
 impl Served {
@@ -125,9 +157,9 @@ impl Served {
     /// Stops accepting requests, and removes the socket. Running requests end with the node.
     pub fn stop(&self) {
         self.stop.cancel();
-        if let Some(path) = &self.socket {
+        if let Some(place) = &self.socket {
             // The socket may have been removed already.
-            let _ = std::fs::remove_file(path);
+            let _ = std::fs::remove_file(place.path());
         }
     }
 }
@@ -140,16 +172,18 @@ impl Drop for Served {
 }
 
 /// Binds a socket that only its owner can open. Replaces a stale socket, but not one on which a node answers.
-async fn bind_socket(path: &Path) -> Result<UnixListener, ServeError> {
+async fn bind_socket(folder: &Path) -> Result<(UnixListener, SocketPlace), ServeError> {
     use std::os::unix::fs::PermissionsExt;
-    let failed = |error: std::io::Error| ServeError::Socket { path: path.to_owned(), reason: error.to_string() };
-    if UnixStream::connect(path).await.is_ok() {
-        return Err(ServeError::AlreadyRunning { path: path.to_owned() });
+    let failed = |error: std::io::Error| ServeError::Socket { path: folder.to_owned(), reason: error.to_string() };
+    let place = SocketPlace::of(folder).map_err(failed)?;
+    let address = place.address();
+    if UnixStream::connect(address).await.is_ok() {
+        return Err(ServeError::AlreadyRunning { path: place.path().to_owned() });
     }
-    if path.exists() {
-        std::fs::remove_file(path).map_err(failed)?;
+    if address.exists() {
+        std::fs::remove_file(address).map_err(failed)?;
     }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    Ok(listener)
+    let listener = UnixListener::bind(address).map_err(failed)?;
+    std::fs::set_permissions(address, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok((listener, place))
 }

@@ -27,6 +27,10 @@ pub(super) enum CallArguments {
     Texts,
 }
 
+impl CallArguments {
+    pub(super) const ALL: [Self; 2] = [Self::Objects, Self::Texts];
+}
+
 /// How templates get a message without content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NullContent {
@@ -34,20 +38,17 @@ pub(super) enum NullContent {
     Absent,
     /// As null.
     Null,
+    /// As an empty text, for templates that append it without a question.
+    Empty,
 }
 
 impl NullContent {
+    pub(super) const ALL: [Self; 3] = [Self::Absent, Self::Null, Self::Empty];
+
     /// Null where the template asks for it, as DeepSeek's do to find messages of calls.
     pub(super) fn for_template(source: &str) -> Self {
         let asks = ["content is none", "content'] is none", "content\"] is none"];
         if asks.iter().any(|ask| source.contains(ask)) { Self::Null } else { Self::Absent }
-    }
-
-    pub(super) fn other(self) -> Self {
-        match self {
-            Self::Absent => Self::Null,
-            Self::Null => Self::Absent,
-        }
     }
 }
 
@@ -63,8 +64,10 @@ impl Conversation {
             let Ok(Value::Object(mut fields)) = serde_json::to_value(&message) else {
                 return minijinja::Value::from(());
             };
-            if message.content.is_none() && null_content == NullContent::Absent {
-                fields.shift_remove("content");
+            match (&message.content, null_content) {
+                (None, NullContent::Absent) => drop(fields.shift_remove("content")),
+                (None, NullContent::Empty) => drop(fields.insert("content".to_owned(), Value::from(""))),
+                _ => {}
             }
             let thought = message.reasoning_content.map(|thought| ("thinking".to_owned(), Value::from(thought)));
             from_fields(&thought.into_iter().chain(fields).collect())

@@ -3,7 +3,7 @@
 use super::answers::{AnswerPlan, Answers, FinishedAnswer, Piece, Shape};
 use super::sampling::Sampling;
 use crate::api::answer::{AnswerParser, Beginning, Call, Delta};
-use crate::api::body::{FromBody, read_json};
+use crate::api::body::{FromBody, decode, read_value};
 use crate::api::context::ApiContext;
 use crate::api::error::ApiError;
 use exo_actors::core::scheduler::FinishReason;
@@ -23,7 +23,8 @@ pub(in crate::api) struct ChatRequest {
 
 impl FromBody for ChatRequest {
     fn read(bytes: &[u8]) -> Result<Self, ApiError> {
-        Ok(Self { own: read_json(bytes)?, sampling: read_json(bytes)? })
+        let body = read_value(bytes)?;
+        Ok(Self { own: decode(&body)?, sampling: decode(&body)? })
     }
 }
 
@@ -54,8 +55,11 @@ struct Spoken {
     role: Role,
     #[serde(default)]
     content: Option<Content>,
-    #[serde(default, alias = "reasoning")]
+    #[serde(default)]
     reasoning_content: Option<String>,
+    /// Another name of `reasoning_content`, which takes precedence.
+    #[serde(default)]
+    reasoning: Option<String>,
     #[serde(default)]
     tool_calls: Option<Vec<ToolCall>>,
     #[serde(default)]
@@ -77,9 +81,9 @@ impl Content {
             Self::Text(text) => return Ok(text),
             Self::Parts(parts) => parts,
         };
-        let text = |part: &Value| match (part["type"].as_str(), part["text"].as_str()) {
-            (Some("text"), Some(text)) => Ok(text.to_owned()),
-            (kind, _) => {
+        let text = |part: &Value| match (part["type"].as_str(), part["text"].as_str(), part["refusal"].as_str()) {
+            (Some("text"), Some(text), _) | (Some("refusal"), _, Some(text)) => Ok(text.to_owned()),
+            (kind, ..) => {
                 let what = format!("has a part of type `{}`; only `text` is supported", kind.unwrap_or("none"));
                 Err(ApiError::bad_value("messages", what))
             }
@@ -93,7 +97,7 @@ impl Spoken {
         Ok(Message {
             role: self.role,
             content: self.content.map(Content::text).transpose()?,
-            reasoning_content: self.reasoning_content,
+            reasoning_content: self.reasoning_content.or(self.reasoning),
             tool_calls: self.tool_calls.unwrap_or_default(),
             tool_call_id: self.tool_call_id,
             name: self.name,

@@ -2,7 +2,7 @@
 
 use super::answers::{AnswerPlan, Answers, FinishedAnswer, Piece, Shape};
 use super::sampling::Sampling;
-use crate::api::body::{FromBody, read_json};
+use crate::api::body::{FromBody, decode, read_value};
 use crate::api::context::ApiContext;
 use crate::api::error::ApiError;
 use exo_actors::{Prompt, RunningModel};
@@ -23,14 +23,17 @@ pub(in crate::api) struct CompletionRequest {
 
 impl FromBody for CompletionRequest {
     fn read(bytes: &[u8]) -> Result<Self, ApiError> {
-        Ok(Self { own: read_json(bytes)?, sampling: read_json(bytes)? })
+        let body = read_value(bytes)?;
+        Ok(Self { own: decode(&body)?, sampling: decode(&body)? })
     }
 }
 
 #[derive(Debug, Clone, Deserialize)]
 struct Own {
     model: String,
-    prompt: Prompts,
+    /// Without a prompt, the model begins a text.
+    #[serde(default)]
+    prompt: Option<Prompts>,
     #[serde(default)]
     logprobs: Option<u32>,
     #[serde(default)]
@@ -77,7 +80,7 @@ impl CompletionRequest {
         if self.own.logprobs.is_some_and(|count| count > LOGPROBS_MAX) {
             return Err(ApiError::bad_value("logprobs", format!("exceeds the limit of {LOGPROBS_MAX}")));
         }
-        let prompts = self.own.prompt.all();
+        let prompts = self.own.prompt.unwrap_or(Prompts::Text(String::new())).all();
         if prompts.is_empty() || prompts.len() > PROMPTS_MAX {
             let what = format!("has {} prompts, not 1 to {PROMPTS_MAX}", prompts.len());
             return Err(ApiError::bad_value("prompt", what));
@@ -171,8 +174,12 @@ impl Completions {
         *offset += token.chars().count();
         logprobs.tokens.push(token);
         logprobs.token_logprobs.push(sampled.logprob);
-        let top = sampled.top_logprobs.iter().map(|&(id, logprob)| (name(id), Value::from(logprob)));
-        logprobs.top_logprobs.push(top.collect());
+        // Several tokens may have one text, as parts of characters do: the likeliest comes first, and stays.
+        let mut top = Map::new();
+        for &(id, logprob) in &sampled.top_logprobs {
+            top.entry(name(id)).or_insert(Value::from(logprob));
+        }
+        logprobs.top_logprobs.push(top);
     }
 
     fn logprobs(&mut self, index: usize) -> Value {
