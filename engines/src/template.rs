@@ -16,8 +16,10 @@ use std::sync::Arc;
 const FUEL: u64 = 500_000;
 /// Fuel for each message besides: templates look at each message several times, and some at all others, too.
 const FUEL_PER_MESSAGE: u64 = 20_000;
-/// Fuel for each byte of the conversation: a byte that is escaped or written as JSON costs a quarter each time.
-const FUEL_PER_BYTE: u64 = 8;
+/// Fuel for each byte of the conversation: a byte that is copied or written as JSON costs up to a sixteenth each time.
+const FUEL_PER_BYTE: u64 = 1;
+/// The most fuel of a rendering, which bounds all bytes that it makes to 3 GB.
+const FUEL_MAX: u64 = 48_000_000;
 /// Stack of a rendering. Every eight instructions can nest a list in another, and comparing or dropping the lists takes
 /// one to three calls for each level. The stack occupies memory only as far as it is used.
 const STACK_BYTES: usize = 256 << 20;
@@ -169,7 +171,7 @@ impl ChatTemplate {
 fn fuel(conversation: &Conversation) -> u64 {
     // A conversation that cannot be serialised is not rendered either.
     let bytes = serde_json::to_vec(conversation).map_or(0, |json| json.len() as u64);
-    FUEL + FUEL_PER_MESSAGE * conversation.messages.len() as u64 + FUEL_PER_BYTE * bytes
+    FUEL_MAX.min(FUEL + FUEL_PER_MESSAGE * conversation.messages.len() as u64 + FUEL_PER_BYTE * bytes)
 }
 
 fn malformed(error: &Error) -> TemplateError {
@@ -276,6 +278,24 @@ mod tests {
             "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
         assert_eq!(render(doubled), Err(TemplateError::Limit));
         assert_eq!(render("{{ 'abc'.count('') }}{{ ''[::-1] }}"), Ok("4".to_owned()));
+        let long = "{% set ns = namespace(x='a') %}{% for i in range(20) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+        for made in [
+            "ns.x | replace('a', ns.x)",
+            "ns.x | wordwrap(1, wrapstring=ns.x)",
+            "ns.x.join(ns.x)",
+            "ns.x | list | join(ns.x)",
+            "(ns.x | replace('a', '\t')).expandtabs(4096)",
+            "(ns.x | replace('a', '\n')) | indent(256, true, true)",
+        ] {
+            assert!(render(&format!("{long}{{{{ {made} }}}}")).is_err(), "{made}");
+        }
+        assert_eq!(render(&format!("{long}{{{{ ns.x | wordwrap(1) | length }}}}")), Ok("2097151".to_owned()));
+        assert_eq!(render(&format!("{long}{{{{ ns.x.strip(ns.x) }}}}")), Ok(String::new()));
+        let wide = "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+        for made in ["ns.x is lower", "[ns.x] | join(',')", "ns.x | upper", "ns.x | trim"] {
+            let rendered = render(&format!("{wide}{{{{ {made} }}}}"));
+            assert!(rendered.is_err() || rendered == Ok("False".to_owned()), "{made}: {rendered:?}");
+        }
     }
 
     #[test]

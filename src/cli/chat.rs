@@ -4,6 +4,7 @@ use super::model_args::ModelArguments;
 use super::outcome::Outcome;
 use super::progress::Display;
 use super::session::Session;
+use super::shown::ShownAnswer;
 use crate::config::data_folder;
 use crate::{
     FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams, fresh_seed,
@@ -13,7 +14,7 @@ use clap::Args;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use serde::{Deserialize, Serialize};
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -271,7 +272,7 @@ impl Chat {
 
     async fn say(&mut self, text: &str) -> anyhow::Result<()> {
         self.conversation.messages.push(Message::new(Role::User, text));
-        let mut answer = String::new();
+        let mut answer = ShownAnswer::new();
         let outcome = tokio::select! {
             outcome = self.answer(&mut answer) => Some(outcome),
             _ = tokio::signal::ctrl_c() => None,
@@ -288,12 +289,14 @@ impl Chat {
             Some(Ok(FinishReason::Stop)) => {}
             None => eprintln!("(stopped)"),
         }
-        self.conversation.messages.push(Message::new(Role::Assistant, answer));
+        let thought = Some(answer.thought).filter(|thought| !thought.is_empty());
+        let message = Message { reasoning_content: thought, ..Message::new(Role::Assistant, answer.words) };
+        self.conversation.messages.push(message);
         Ok(())
     }
 
     /// Prints the answer while it is generated, and appends it to `answer`.
-    async fn answer(&self, answer: &mut String) -> anyhow::Result<FinishReason> {
+    async fn answer(&self, answer: &mut ShownAnswer) -> anyhow::Result<FinishReason> {
         let request = GenerateRequest {
             model: self.arguments.model.spec(),
             prompt: Prompt::Chat(self.conversation.messages.clone().into()),
@@ -308,11 +311,9 @@ impl Chat {
                 Generated::Token { text, .. } => (text, None),
                 Generated::Finished { text, reason, .. } => (text, Some(reason)),
             };
-            answer.push_str(&text);
-            let mut out = std::io::stdout().lock();
-            out.write_all(text.as_bytes())?;
-            out.flush()?;
+            answer.push(&text)?;
             if let Some(reason) = finish {
+                answer.finish()?;
                 return Ok(reason);
             }
         }

@@ -19,6 +19,7 @@ mod pull;
 mod report;
 mod run;
 mod session;
+mod shown;
 mod status;
 mod token;
 mod up;

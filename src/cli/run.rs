@@ -5,6 +5,7 @@ use super::outcome::Outcome;
 use super::progress::Display;
 use super::report::{StageReport, milliseconds, rate};
 use super::session::{Answered, Answering, Session};
+use super::shown::ShownAnswer;
 use crate::{
     FinishReason, GenerateRequest, Generated, InstanceId, Message, Prompt, RequestError, Role, SamplingParams,
     fresh_seed,
@@ -106,6 +107,8 @@ struct CollectedAnswer {
     /// The instance that answers; `None` before its head accepted the request.
     instance: Option<InstanceId>,
     text: String,
+    /// How the answer is shown; `None`: not at all, or as it is.
+    shown: Option<ShownAnswer>,
     prompt_tokens: Vec<u32>,
     tokens: Vec<TokenReport>,
     finish: Option<FinishReason>,
@@ -128,7 +131,8 @@ pub(super) async fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         eprintln!("{} is a base model without a chat template: it continues the raw prompt", arguments.model.model);
     }
     let started = Instant::now();
-    let mut answer = CollectedAnswer::default();
+    let is_chat = !arguments.raw && !arguments.json;
+    let mut answer = CollectedAnswer { shown: is_chat.then(ShownAnswer::new), ..CollectedAnswer::default() };
     let answering = async {
         let generation = session.generate(arguments.request(prompt, params)).await?;
         answer.collect(generation, started, !arguments.json).await
@@ -221,6 +225,7 @@ impl CollectedAnswer {
                 }
                 Generated::Finished { reason, text, .. } => {
                     self.add(&text, shows)?;
+                    self.shown.as_mut().map_or(Ok(()), ShownAnswer::finish)?;
                     self.finish = Some(reason);
                     return Ok(());
                 }
@@ -231,12 +236,15 @@ impl CollectedAnswer {
 
     fn add(&mut self, text: &str, shows: bool) -> std::io::Result<()> {
         self.text.push_str(text);
-        if shows && !text.is_empty() {
-            let mut out = std::io::stdout().lock();
-            out.write_all(text.as_bytes())?;
-            out.flush()?;
+        match &mut self.shown {
+            Some(shown) => shown.push(text),
+            None if shows && !text.is_empty() => {
+                let mut out = std::io::stdout().lock();
+                out.write_all(text.as_bytes())?;
+                out.flush()
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn decode_rate(&self) -> f64 {

@@ -38,8 +38,8 @@ pub(super) struct UpArguments {
     /// Key that all TCP clients must send; required unless the API listens on loopback
     #[arg(long, value_name = "KEY", env = "EXO_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
-    /// Origin of a page or app that may use the API, such as app://obsidian.md; may be repeated
-    #[arg(long = "allow-origin", value_name = "ORIGIN")]
+    /// Origin of a page or app that may use the API, such as app://obsidian.md, or * for all; may be repeated
+    #[arg(long = "allow-origin", value_name = "ORIGIN", value_parser = origin)]
     allowed_origins: Vec<String>,
     /// How long an unused model stays in memory: 90s, 30m, 2h, or `never` to keep it for ever
     #[arg(long, value_name = "TIME", default_value = UNLOAD_AFTER_DEFAULT)]
@@ -136,6 +136,17 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     served.stop();
     node.shutdown().await;
     Ok(Outcome::Done)
+}
+
+/// An origin as browsers send it: the scheme and the host in lower case, with the port, and no path.
+fn origin(text: &str) -> Result<String, String> {
+    let origin = text.trim_end_matches('/').to_lowercase();
+    let authority = origin.split_once("://").map_or("", |(_, authority)| authority);
+    let is_origin = !authority.is_empty() && !authority.contains('/') && origin.bytes().all(|b| b.is_ascii_graphic());
+    match is_origin || text == "*" {
+        true => Ok(if text == "*" { text.to_owned() } else { origin }),
+        false => Err("neither SCHEME://HOST nor `*`".to_owned()),
+    }
 }
 
 impl UpArguments {

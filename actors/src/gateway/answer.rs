@@ -57,6 +57,13 @@ impl Answer {
         }
     }
 
+    /// Names the instance whose head is asked next.
+    pub(super) fn ask(&mut self, instance: InstanceId) {
+        if !self.is_started {
+            self.instance = instance;
+        }
+    }
+
     /// The tokens that were sent to the client.
     pub(super) fn journal(&self) -> &[u32] {
         &self.journal

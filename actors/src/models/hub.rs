@@ -62,21 +62,31 @@ pub(super) async fn fetch_file(
     file: &str,
     target: &Path,
 ) -> Result<Option<String>, ModelError> {
-    let cached = match config.is_offline {
+    let (cached, presence) = match config.is_offline {
         true => {
             let (cache, name, known) = (config.hub_cache.clone(), repository.to_owned(), file.to_owned());
             let found = blocking(move || Ok(hf_hub::Cache::new(cache).model(name).get(&known))).await?;
-            found.ok_or_else(|| ModelError::Offline { what: repository.to_owned() })?
+            (found.ok_or_else(|| ModelError::Offline { what: repository.to_owned() })?, Presence::Before)
         }
-        false => cached(config, &api(config)?.model(repository.to_owned()), file).await?.0,
+        false => cached(config, &api(config)?.model(repository.to_owned()), file).await?,
     };
     let target = target.to_owned();
     blocking(move || {
         let blob = std::fs::canonicalize(&cached).map_err(|e| ModelError::disk(&cached, &e))?;
-        // Other programs use the cache, too, so the file stays there. A link takes no space.
         let _ = std::fs::remove_file(&target);
-        let linked = std::fs::hard_link(&blob, &target).or_else(|_| std::fs::copy(&blob, &target).map(drop));
-        linked.map_err(|e| ModelError::disk(&target, &e))?;
+        let copied = || std::fs::copy(&blob, &target).map(drop);
+        let placed = match presence {
+            // The file of another program stays where it is. A link takes no space.
+            Presence::Before => std::fs::hard_link(&blob, &target).or_else(|_| copied()),
+            // A file that was fetched now moves: a damaged one must not stay in the cache.
+            Presence::FetchedNow => {
+                let moved =
+                    std::fs::rename(&blob, &target).or_else(|_| copied().and_then(|()| std::fs::remove_file(&blob)));
+                let _ = std::fs::remove_file(&cached);
+                moved
+            }
+        };
+        placed.map_err(|e| ModelError::disk(&target, &e))?;
         Ok(digest_of(&blob))
     })
     .await
@@ -149,7 +159,7 @@ fn is_part_of_a_model(name: &str) -> bool {
 async fn verified(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<PathBuf, ModelError> {
     let (path, presence) = cached(config, repo, file).await?;
     let (file, progress) = (file.to_owned(), Arc::clone(&config.progress));
-    let marks = config.folders.first().map(|folder| folder.join("verified"));
+    let marks = config.folders.first().map(|folder| folder.join(".verified"));
     blocking(move || verify(&path, presence, &file, marks.as_deref(), &progress).map(|()| path)).await
 }
 
@@ -173,7 +183,7 @@ fn verify(
     let blob = std::fs::canonicalize(path).map_err(|e| ModelError::disk(path, &e))?;
     let Some(expected) = digest_of(&blob) else { return Ok(()) };
     let mark = marks.map(|marks| marks.join(&expected));
-    if mark.as_ref().is_some_and(|mark| mark.exists()) {
+    if presence == Presence::Before && mark.as_ref().is_some_and(|mark| mark.exists()) {
         return Ok(());
     }
     progress(Progress::Verifying);
@@ -186,13 +196,13 @@ fn verify(
         let what = if presence == Presence::FetchedNow { file.to_owned() } else { blob.display().to_string() };
         return Err(ModelError::WrongHash { what, got, expected });
     }
-    match (marks, mark) {
-        (Some(marks), Some(mark)) => {
-            let marked = std::fs::create_dir_all(marks).and_then(|()| std::fs::write(&mark, b""));
-            marked.map_err(|e| ModelError::disk(&mark, &e))
+    if let (Some(marks), Some(mark)) = (marks, mark) {
+        let marked = std::fs::create_dir_all(marks).and_then(|()| std::fs::write(&mark, b""));
+        if let Err(error) = marked {
+            tracing::warn!(%error, mark = %mark.display(), "a verified file is verified again at the next start");
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<(PathBuf, Presence), ModelError> {

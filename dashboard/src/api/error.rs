@@ -142,11 +142,7 @@ pub(super) async fn no_route(uri: Uri) -> ApiError {
     ApiError::new(StatusCode::NOT_FOUND, "not_found", format!("the path {} does not exist", uri.path()))
 }
 
-/// 405; but a client that asks for the methods of a path gets an answer.
-pub(super) async fn no_method(method: Method, uri: Uri) -> Response {
-    if method == Method::OPTIONS {
-        return (StatusCode::NO_CONTENT, [(header::ALLOW, "GET, HEAD, POST, OPTIONS")]).into_response();
-    }
+pub(super) async fn no_method(method: Method, uri: Uri) -> ApiError {
     let what = format!("{} does not accept {method}", uri.path());
-    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", what).into_response()
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", what)
 }

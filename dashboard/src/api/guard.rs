@@ -1,7 +1,7 @@
 //! Decides which requests over TCP are admitted.
 //!
 //! Any page in a browser can make the browser send requests to this machine. `Origin` then has the page's address, as
-//! does `Host` after DNS rebinding: both must be this node's. Where a key is configured, requests without the key are
+//! does `Host` after DNS rebinding: both must be this node's, but for origins that the user allows. Where a key is configured, requests without the key are
 //! rejected, whatever their headers say.
 
 use super::error::ApiError;
@@ -12,6 +12,9 @@ use axum::response::{IntoResponse, Response};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
+
+/// Stands for all origins.
+pub(super) const ANY_ORIGIN: &str = "*";
 
 /// The guard's settings.
 #[derive(Clone)]
@@ -49,7 +52,8 @@ impl Guard {
             let origin = origin.to_str().unwrap_or_default();
             let authority = origin.split_once("://").map_or("", |(_, authority)| authority);
             let is_own = !authority.is_empty() && authority.eq_ignore_ascii_case(host);
-            if !is_own && !self.origins.contains(origin) {
+            let is_allowed = self.origins.contains(ANY_ORIGIN) || self.origins.contains(origin);
+            if !is_own && !is_allowed {
                 let what = format!("pages of `{origin}` may not use this node: it allows no such origin");
                 return Err(ApiError::new(StatusCode::FORBIDDEN, "foreign_origin", what));
             }

@@ -21,6 +21,7 @@ mod serve;
 mod socket;
 mod status;
 
+pub use answer::{AnswerParser, Call, Delta};
 pub use error::{ApiError, ErrorBody, ErrorDetail};
 pub use native::{Eviction, GenerateLine};
 pub use serve::{ApiConfig, ServeError, Served, serve};

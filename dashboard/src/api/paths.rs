@@ -9,6 +9,8 @@ use tower::util::{MapRequest, ServiceExt};
 /// OpenAI's paths, which clients send without `/v1` if their base address lacks it.
 const UNVERSIONED: [&str; 2] = ["/chat/completions", "/completions"];
 
+const MODELS: &str = "/v1/models/";
+
 /// The service of the routes, which also serves other spellings of their paths.
 pub(super) fn lenient_paths(routes: Router) -> MapRequest<Router, fn(Request) -> Request> {
     routes.map_request(with_usual_path as fn(Request) -> Request)
@@ -28,6 +30,10 @@ fn with_usual_path(mut request: Request) -> Request {
 
 /// The usual spelling of a path; `None` if it is spelt so.
 fn usual(path: &str) -> Option<String> {
+    // What follows is a model's name, which may be a path of its own.
+    if path.starts_with(MODELS) {
+        return None;
+    }
     let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     let mut usual = format!("/{}", parts.join("/"));
     if UNVERSIONED.contains(&usual.as_str()) {
@@ -55,6 +61,7 @@ mod tests {
             ("/completions//", Some("/v1/completions")),
             ("/v1/v1/models", Some("/v1/models")),
             ("/health/", Some("/health")),
+            ("/v1/models//folder/m.gguf", None),
         ];
         for (path, expected) in cases {
             assert_eq!(usual(path).as_deref(), expected, "{path}");

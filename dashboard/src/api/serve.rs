@@ -1,7 +1,7 @@
 //! Serves the API over TCP and over a Unix socket.
 
 use super::context::{ApiContext, Caller, NamedModels};
-use super::guard::{Guard, guard};
+use super::guard::{ANY_ORIGIN, Guard, guard};
 use super::paths::lenient_paths;
 use super::router::router;
 use super::socket::SocketPlace;
@@ -30,7 +30,7 @@ pub struct ApiConfig {
     pub api_key: Option<String>,
     /// The models that clients over TCP may name by path, as the user wrote them.
     pub named_models: BTreeSet<String>,
-    /// Origins of pages on other hosts that may use the API over TCP, such as `app://obsidian.md`.
+    /// Origins of pages on other hosts that may use the API over TCP, such as `app://obsidian.md`; `*`: all origins.
     pub allowed_origins: BTreeSet<String>,
 }
 
@@ -138,9 +138,10 @@ pub async fn serve(node: NodeHandle, config: ApiConfig) -> Result<Served, ServeE
 
 /// Tells browsers that pages of these origins may use the API.
 fn cors(origins: &BTreeSet<String>) -> CorsLayer {
-    let origins = origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok());
+    let listed = origins.iter().filter(|origin| *origin != ANY_ORIGIN);
+    let listed = AllowOrigin::list(listed.filter_map(|origin| HeaderValue::from_str(origin).ok()));
     CorsLayer::new()
-        .allow_origin(AllowOrigin::list(origins))
+        .allow_origin(if origins.contains(ANY_ORIGIN) { AllowOrigin::mirror_request() } else { listed })
         .allow_methods(AllowMethods::mirror_request())
         .allow_headers(AllowHeaders::mirror_request())
 }

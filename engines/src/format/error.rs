@@ -31,6 +31,12 @@ pub enum FormatError {
         /// The part that is incomplete.
         what: String,
     },
+    /// Another program wrote to the file while it was read.
+    #[error("{path}: the file was changed while it was read")]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// A count or length is above the reader's limit.
     #[error("{path}: {what} claims {claimed}, more than the limit of {limit}")]
     TooLarge {
@@ -124,6 +130,7 @@ impl FormatError {
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Io { .. } => "check that the path exists and that you may read it",
+            Self::Changed { .. } => "wait until the other program has written the file, then load the model again",
             Self::NotAModel { .. } => {
                 "give a .gguf file, or a folder with config.json, tokenizer.json and *.safetensors"
             }

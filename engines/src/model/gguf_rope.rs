@@ -145,7 +145,8 @@ impl Metadata<'_> {
             None => self.divisors("rope_factors_short.weight")?,
         };
         match (kind, divisors) {
-            ("none" | "linear" | "longrope", Some(divisors)) => self.divided(divisors),
+            ("linear" | "longrope", Some(divisors)) => self.divided(divisors),
+            ("none", Some(divisors)) => Ok(Scaling::Divisors { divisors, magnitude: self.stretch()?.magnitude }),
             ("linear", None) => match self.stretch()? {
                 Stretch { factor: 1.0, magnitude: 1.0 } => Ok(Scaling::None),
                 Stretch { factor, magnitude: 1.0 } => Ok(Scaling::Linear { factor }),

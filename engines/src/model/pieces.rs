@@ -14,11 +14,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// The files of a model folder besides its safetensors.
-pub const FOLDER_FILES: [&str; 6] = [
+pub const FOLDER_FILES: [&str; 7] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
     "model.safetensors.index.json",
 ];

@@ -25,8 +25,9 @@ pub(super) fn python_like(now: &Arc<Mutex<NaiveDateTime>>) -> Result<Environment
     environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
         let now = *now.lock();
         let mut text = String::new();
-        // Python writes microseconds.
-        write!(text, "{}", now.format(&format.replace("%f", "%6f")))
+        // Python writes microseconds; `%%` is a percent sign.
+        let parts: Vec<String> = format.split("%%").map(|part| part.replace("%f", "%6f")).collect();
+        write!(text, "{}", now.format(&parts.join("%%")))
             .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("`{format}` is not a date format")))?;
         Ok(text)
     });

@@ -28,6 +28,16 @@ pub(super) fn open(path: &Path) -> Result<Tokenizer, FormatError> {
     }
 }
 
+/// What becomes of whitespace behind a control token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum BlanksBehind {
+    Kept,
+    /// Phi-3's control tokens swallow it, but for [`KEEP_BLANKS`].
+    Swallowed,
+}
+
+const KEEP_BLANKS: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
 /// Texts and kinds of tokens, by id.
 struct Vocabulary<'a> {
     texts: Vec<&'a str>,
@@ -54,9 +64,13 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// Tokens that are cut out of a text before it is split.
-    fn added(&self) -> Vec<AddedToken> {
+    fn added(&self, blanks: BlanksBehind) -> Vec<AddedToken> {
         let special = self.tokens().filter(|(_, text, kind)| *kind != Kind::Normal && !text.is_empty());
-        special.map(|(_, text, kind)| AddedToken::from(text, kind == Kind::Control).normalized(false)).collect()
+        let token = |(_, text, kind): (u32, &str, Kind)| {
+            let swallows = blanks == BlanksBehind::Swallowed && !KEEP_BLANKS.contains(&text);
+            AddedToken::from(text, kind == Kind::Control).normalized(false).rstrip(swallows && kind == Kind::Control)
+        };
+        special.map(token).collect()
     }
 }
 
@@ -79,6 +93,13 @@ impl Reader<'_> {
         }
     }
 
+    /// GGUF does not say which tokens swallow whitespace, so llama.cpp goes by the model's name.
+    fn blanks_behind(&self) -> Result<BlanksBehind, FormatError> {
+        let name = self.file.get("general.name", Value::as_text)?.unwrap_or_default().to_lowercase();
+        let is_phi3 = name.contains("phi-3") || name.contains("phi3");
+        Ok(if is_phi3 { BlanksBehind::Swallowed } else { BlanksBehind::Kept })
+    }
+
     fn flag(&self, key: &str, default: bool) -> Result<bool, FormatError> {
         Ok(self.file.get(&format!("tokenizer.ggml.{key}"), Value::as_bool)?.unwrap_or(default))
     }
@@ -95,7 +116,7 @@ impl Reader<'_> {
         if rule.composes {
             tokenizer.with_normalizer(Some(NFC)).map_err(|e| self.bad(e))?;
         }
-        tokenizer.add_special_tokens(self.vocabulary.added()).map_err(|e| self.bad(e))?;
+        tokenizer.add_special_tokens(self.vocabulary.added(self.blanks_behind()?)).map_err(|e| self.bad(e))?;
         let affixes = self.affixes(rule.adds_bos)?;
         self.finish(Encoder::Affixed(Box::new(tokenizer), affixes), Spelling::ByteLevel)
     }
@@ -132,7 +153,7 @@ impl Reader<'_> {
         steps.push(Replace::new(" ", "▁").map_err(|e| self.bad(e))?.into());
         let normalizer = tokenizers::normalizers::Sequence::new(steps);
         tokenizer.with_normalizer(Some(normalizer)).map_err(|e| self.bad(e))?;
-        tokenizer.add_special_tokens(self.vocabulary.added()).map_err(|e| self.bad(e))?;
+        tokenizer.add_special_tokens(self.vocabulary.added(self.blanks_behind()?)).map_err(|e| self.bad(e))?;
         let affixes = self.affixes(true)?;
         self.finish(Encoder::Spm(Box::new(tokenizer), affixes), Spelling::SentencePiece)
     }

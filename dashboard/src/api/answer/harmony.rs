@@ -14,6 +14,8 @@ use super::{Delta, held_back};
 const START: &str = "<|start|>";
 const CHANNEL: &str = "<|channel|>";
 const CONSTRAIN: &str = "<|constrain|>";
+/// The most bytes of a header. What is longer is text.
+const HEADER_BYTES_MAX: usize = 512;
 const MESSAGE: &str = "<|message|>";
 /// What ends the text of a message. The last two are seen only where a vocabulary does not end the answer with them.
 const ENDS: [&str; 5] = ["<|end|>", START, CHANNEL, "<|return|>", "<|call|>"];
@@ -23,6 +25,8 @@ const ENDS: [&str; 5] = ["<|end|>", START, CHANNEL, "<|return|>", "<|call|>"];
 pub(super) struct Harmony {
     has_tools: bool,
     part: Part,
+    /// Whether a message has begun: until then, the answer may be a text that only looks like harmony.
+    has_message: bool,
     /// Text that is not parsed yet.
     held: String,
 }
@@ -38,11 +42,13 @@ enum Part {
         name: String,
         arguments: String,
     },
+    /// No harmony after all.
+    Text,
 }
 
 impl Harmony {
     pub(super) fn new(has_tools: bool) -> Self {
-        Self { has_tools, part: Part::Header, held: String::new() }
+        Self { has_tools, part: Part::Header, has_message: false, held: String::new() }
     }
 
     /// Whether an answer that begins with `text` is in harmony.
@@ -60,10 +66,20 @@ impl Harmony {
         let mut deltas = Vec::new();
         loop {
             if let Part::Header = self.part {
-                let Some((header, rest)) = self.held.split_once(MESSAGE) else { return deltas };
-                let (part, rest) = (part(header), rest.to_owned());
-                (self.part, self.held) = (part, rest);
+                let Some((header, rest)) = self.held.split_once(MESSAGE) else {
+                    if self.held.len() <= HEADER_BYTES_MAX {
+                        return deltas;
+                    }
+                    self.part = Part::Text;
+                    continue;
+                };
+                (self.part, self.held) = (part(header), rest.to_owned());
+                self.has_message = true;
                 continue;
+            }
+            if let Part::Text = self.part {
+                deltas.extend(self.take_all());
+                return deltas;
             }
             let end = ENDS.iter().filter_map(|end| Some((self.held.find(end)?, *end))).min();
             let Some((at, end)) = end else {
@@ -85,12 +101,18 @@ impl Harmony {
     pub(super) fn finish(&mut self) -> Vec<Delta> {
         let held = std::mem::take(&mut self.held);
         let mut deltas: Vec<Delta> = match self.part {
-            // Without its text, a message is nothing.
-            Part::Header => Vec::new(),
+            // A header that was cut off is nothing; a text that only looked like one is text.
+            Part::Header if self.has_message && (held.starts_with(START) || held.starts_with(CHANNEL)) => Vec::new(),
+            Part::Header => Some(held).filter(|held| !held.is_empty()).map(Delta::Words).into_iter().collect(),
             _ => self.take(held).into_iter().collect(),
         };
         deltas.extend(self.end_message());
         deltas
+    }
+
+    fn take_all(&mut self) -> Option<Delta> {
+        let text = std::mem::take(&mut self.held);
+        self.take(text)
     }
 
     /// Takes text of the current message.
@@ -100,7 +122,7 @@ impl Harmony {
         }
         match &mut self.part {
             Part::Analysis => Some(Delta::Thought(text)),
-            Part::Words => Some(Delta::Words(text)),
+            Part::Words | Part::Text => Some(Delta::Words(text)),
             Part::Call { arguments, .. } => {
                 arguments.push_str(&text);
                 None
@@ -111,6 +133,9 @@ impl Harmony {
 
     fn end_message(&mut self) -> Option<Delta> {
         match std::mem::replace(&mut self.part, Part::Header) {
+            Part::Call { name, arguments } if self.has_tools && arguments.trim().is_empty() => {
+                Some(Delta::Call(Call::new(name, "{}".to_owned())))
+            }
             // A call that was cut off, or that no tool can answer, is text.
             Part::Call { name, arguments } if self.has_tools && is_object(&arguments) => {
                 Some(Delta::Call(Call::new(name, arguments.trim().to_owned())))

@@ -14,12 +14,12 @@ mod tool_calls;
 use harmony::Harmony;
 use reasoning::Splitter;
 use serde_json::Value;
-pub(super) use tool_calls::Call;
+pub use tool_calls::Call;
 use tool_calls::{CallStream, ToolTypes};
 
 /// A part of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Delta {
+pub enum Delta {
     /// Text of the model's reasoning.
     Thought(String),
     /// Text for the user.
@@ -37,9 +37,11 @@ pub(super) enum Beginning {
 
 /// Parses one answer.
 #[derive(Debug)]
-pub(super) struct AnswerParser {
+pub struct AnswerParser {
     format: Format,
     tools: Option<ToolTypes>,
+    /// Whether only harmony is parsed, and all other answers are words as they are.
+    leaves_text: bool,
 }
 
 #[derive(Debug)]
@@ -51,25 +53,36 @@ enum Format {
         calls: Option<CallStream>,
     },
     Harmony(Harmony),
+    /// All text is words.
+    Text,
 }
 
 impl AnswerParser {
     /// A parser for an answer to a request with these tools. Without tools, calls are words.
     pub(super) fn new(tools: &[Value], beginning: Beginning) -> Self {
         let tools = Some(tools).filter(|tools| !tools.is_empty()).map(ToolTypes::of);
-        let mut parser = Self { format: Format::Unknown(String::new()), tools };
+        let mut parser = Self { format: Format::Unknown(String::new()), tools, leaves_text: false };
         if beginning == Beginning::InThought {
             parser.format = parser.plain(Splitter::within_thought());
         }
         parser
     }
 
+    /// A parser for people's eyes: it tells harmony's channels apart, whose markers nobody wants to read, and leaves all
+    /// other answers as they are.
+    pub fn of_channels() -> Self {
+        Self { format: Format::Unknown(String::new()), tools: None, leaves_text: true }
+    }
+
     fn plain(&self, thoughts: Splitter) -> Format {
+        if self.leaves_text {
+            return Format::Text;
+        }
         Format::Plain { thoughts, calls: self.tools.clone().map(CallStream::new) }
     }
 
     /// Adds the next text. Returns what can be told now.
-    pub(super) fn push(&mut self, text: &str) -> Vec<Delta> {
+    pub fn push(&mut self, text: &str) -> Vec<Delta> {
         let Format::Unknown(held) = &mut self.format else { return self.parse(text) };
         held.push_str(text);
         let begun = held.trim_start();
@@ -88,6 +101,7 @@ impl AnswerParser {
     fn parse(&mut self, text: &str) -> Vec<Delta> {
         match &mut self.format {
             Format::Unknown(_) => Vec::new(),
+            Format::Text => vec![Delta::Words(text.to_owned())],
             Format::Harmony(harmony) => harmony.push(text),
             Format::Plain { thoughts, calls } => {
                 let parts = thoughts.push(text);
@@ -100,11 +114,12 @@ impl AnswerParser {
     }
 
     /// Ends the answer. Returns what was held back.
-    pub(super) fn finish(&mut self) -> Vec<Delta> {
+    pub fn finish(&mut self) -> Vec<Delta> {
         match &mut self.format {
             Format::Unknown(held) => {
                 Some(std::mem::take(held)).filter(|held| !held.is_empty()).map(Delta::Words).into_iter().collect()
             }
+            Format::Text => Vec::new(),
             Format::Harmony(harmony) => harmony.finish(),
             Format::Plain { thoughts, calls } => {
                 let parts = thoughts.finish();

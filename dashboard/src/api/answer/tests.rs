@@ -51,6 +51,8 @@ fn calls_are_parsed_in_each_format() {
         &[f],
     );
     check("<tool_call>{\"name\": \"f\", \"arguments\": \"\"}", "", "", &[("f", "{}")]);
+    let between = "I look.\n<tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1}}</tool_call>\nDone.";
+    check(between, "", "I look.\n\nDone.", &[f]);
     let xml = "<tool_call>\n<function=f>\n<parameter=s>\n42\n</parameter>\n<parameter=n>\n42\n</parameter>\n</function>\n</tool_call>";
     check(xml, "", "", &[("f", "{\"s\":\"42\",\"n\":42}")]);
     check("[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {\"a\": 1}}]", "", "", &[f]);
@@ -89,6 +91,11 @@ fn harmony_is_parsed_by_its_channels() {
     check("<|channel|>commentary to=functions.f<|message|>{\"a\":", "", "{\"a\":", &[]);
     check("<|channel|>analysis<|message|>hm<|end|><|start|>assis", "hm", "", &[]);
     check("<|chan", "", "<|chan", &[]);
+    check("<|channel|>commentary to=functions.f<|message|>", "", "", &[("f", "{}")]);
+    // Text that only looks like harmony.
+    check("<|channel|> is a token of gpt-oss.", "", "<|channel|> is a token of gpt-oss.", &[]);
+    let long = format!("<|start|>{}", "word ".repeat(300));
+    check(&long, "", &long, &[]);
 }
 
 /// Words stream: only what may become a marker waits.

@@ -16,9 +16,11 @@ use std::collections::BTreeMap;
 
 /// A call of a tool. The arguments are JSON text, as OpenAI's interface has them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::api) struct Call {
-    pub(in crate::api) name: String,
-    pub(in crate::api) arguments: String,
+pub struct Call {
+    /// The tool's name.
+    pub name: String,
+    /// A JSON object.
+    pub arguments: String,
 }
 
 impl Call {
@@ -50,9 +52,11 @@ impl ToolTypes {
     /// The value that a parameter's text stands for: text where the schema says so, or where the text is not JSON.
     fn value(&self, tool: &str, parameter: &str, text: &str) -> Value {
         let kind = self.0.get(tool).and_then(|types| types.get(parameter));
-        match kind.and_then(Value::as_str) {
-            Some("string") => Value::from(text),
-            _ => serde_json::from_str(text).unwrap_or_else(|_| Value::from(text)),
+        let is_text =
+            |kind: &Value| kind == "string" || kind.as_array().is_some_and(|kinds| kinds.contains(&"string".into()));
+        match kind.is_some_and(is_text) {
+            true => Value::from(text),
+            false => serde_json::from_str(text).unwrap_or_else(|_| Value::from(text)),
         }
     }
 }
@@ -83,8 +87,9 @@ pub(super) struct CallStream {
     /// Whitespace that belongs to the text before it, if no call follows.
     blank: String,
     has_calls: bool,
-    /// Whether only whitespace followed the last call so far.
-    is_behind_call: bool,
+    has_words: bool,
+    /// Bytes of `held` that have no closing marker.
+    searched: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -100,7 +105,7 @@ enum State {
 impl CallStream {
     pub(super) fn new(tools: ToolTypes) -> Self {
         let (held, blank) = (String::new(), String::new());
-        Self { tools, state: State::Start, held, blank, has_calls: false, is_behind_call: false }
+        Self { tools, state: State::Start, held, blank, has_calls: false, has_words: false, searched: 0 }
     }
 
     /// Adds words. Returns text and calls that can be told now.
@@ -130,7 +135,12 @@ impl CallStream {
                 }
                 State::Calls(markers) => {
                     let end = markers.close.unwrap_or(markers.open);
-                    let Some(at) = self.held.find(end) else { return deltas };
+                    let from = self.held.floor_char_boundary(self.searched.saturating_sub(end.len()));
+                    let Some(at) = self.held[from..].find(end).map(|at| from + at) else {
+                        self.searched = self.held.len();
+                        return deltas;
+                    };
+                    self.searched = 0;
                     let inside: String = self.held.drain(..at).collect();
                     if markers.close.is_some() {
                         self.held.drain(..end.len());
@@ -169,9 +179,9 @@ impl CallStream {
         if all.is_empty() {
             return None;
         }
-        // Whitespace between a call and the text behind it is none of the text's.
-        let words = if self.is_behind_call { all.trim_start().to_owned() } else { all };
-        self.is_behind_call = false;
+        // Whitespace between a call and the first text is none of the text's.
+        let words = if self.has_calls && !self.has_words { all.trim_start().to_owned() } else { all };
+        self.has_words = true;
         Some(Delta::Words(words))
     }
 
@@ -184,8 +194,7 @@ impl CallStream {
     }
 
     fn found(&mut self, calls: Vec<Call>) -> Vec<Delta> {
-        self.blank.clear();
-        (self.has_calls, self.is_behind_call) = (true, true);
+        self.has_calls = true;
         calls.into_iter().map(Delta::Call).collect()
     }
 

@@ -37,7 +37,7 @@ impl<'a> Cursor<'a> {
 
     pub(super) fn take(&mut self, length: u64, what: &str) -> Result<&'a [u8], FormatError> {
         let end = self.at.saturating_add(length);
-        let bytes = self.file.slice(self.at..end, what)?;
+        let bytes = self.file.header(self.at..end, what)?;
         self.at = end;
         Ok(bytes)
     }

@@ -2,10 +2,11 @@
 
 use super::arguments::Arguments;
 use super::methods::{WIDTH_MAX, padded};
-use super::text::string;
+use super::text::{check_length, string};
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
 use minijinja_contrib::{filters as more, globals};
+use std::collections::BTreeSet;
 
 /// The most characters of one level's indentation.
 const INDENT_MAX: usize = 256;
@@ -45,20 +46,28 @@ fn install_texts(environment: &mut Environment<'static>) {
     }
     environment.add_filter("forceescape", escape);
     environment.add_filter("urlencode", urlencode);
-    environment.add_filter("replace", |value: &Value, given: Rest<Value>, named: Kwargs| -> Result<String, Error> {
-        let mut given = Arguments::new(given, named, &["old", "new", "count"])?;
-        let (old, new) = (given.needed_text("old")?, given.needed_text("new")?);
-        let count = given.count("count")?.unwrap_or(usize::MAX);
-        Ok(string(value)?.replacen(&old, &new, count))
-    });
+    environment.add_filter("replace", replace);
     environment.add_filter("trim", |value: &Value, given: Rest<Value>, named: Kwargs| -> Result<String, Error> {
         let mut given = Arguments::new(given, named, &["chars"])?;
         let text = string(value)?;
         Ok(match given.text("chars")? {
-            Some(chars) => text.trim_matches(|c| chars.contains(c)).to_owned(),
+            Some(chars) => {
+                let chars: BTreeSet<char> = chars.chars().collect();
+                text.trim_matches(|c| chars.contains(&c)).to_owned()
+            }
             None => text.trim().to_owned(),
         })
     });
+    environment.add_filter("upper", |value: &Value| string(value).map(|text| text.to_uppercase()));
+    environment.add_filter("lower", |value: &Value| string(value).map(|text| text.to_lowercase()));
+    environment.add_filter("title", |value: &Value| string(value).map(|text| filters::title(text.into())));
+    environment.add_filter("capitalize", |value: &Value| -> Result<String, Error> {
+        let text = string(value)?;
+        let mut chars = text.chars();
+        let first = chars.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
+        Ok(first + &chars.as_str().to_lowercase())
+    });
+    environment.add_filter("join", join);
 }
 
 fn install_lists(environment: &mut Environment<'static>) {
@@ -118,6 +127,38 @@ fn install_lists(environment: &mut Environment<'static>) {
         }
         Ok(Value::from_pairs(entries))
     });
+}
+
+/// `replace(text, old, new, count=None)`.
+fn replace(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+    let mut given = Arguments::new(given, named, &["old", "new", "count"])?;
+    let (old, new) = (given.needed_text("old")?, given.needed_text("new")?);
+    let count = given.count("count")?.unwrap_or(usize::MAX);
+    let text = string(value)?;
+    let found = text.matches(&old).take(count).count();
+    check_length(text.len().saturating_add(found.saturating_mul(new.len())))?;
+    Ok(text.replacen(&old, &new, count))
+}
+
+/// `join(list, d='', attribute=None)`.
+fn join(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+    let mut given = Arguments::new(given, named, &["d", "attribute"])?;
+    let separator = given.text("d")?.unwrap_or_default();
+    let attribute = given.take("attribute");
+    let mut joined = String::new();
+    for (index, item) in value.try_iter()?.enumerate() {
+        let item = match attribute.as_ref().map(|attribute| (attribute, attribute.as_str())) {
+            None => item,
+            Some((_, Some(path))) => path.split('.').try_fold(item, |item, name| item.get_attr(name))?,
+            Some((key, None)) => item.get_item(key)?,
+        };
+        if index > 0 {
+            joined.push_str(&separator);
+        }
+        joined.push_str(&string(&item)?);
+        check_length(joined.len())?;
+    }
+    Ok(joined)
 }
 
 /// The length of what has one: 0 for an undefined value.
@@ -194,6 +235,7 @@ fn indent(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<String, Er
             indented.push_str(&indentation);
         }
         indented.push_str(line);
+        check_length(indented.len())?;
     }
     Ok(indented)
 }
@@ -208,21 +250,28 @@ fn wordwrap(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<String, 
     let mut wrapped: Vec<String> = Vec::new();
     for line in text.lines() {
         let mut current = String::new();
+        let mut used = 0;
         for word in line.split(' ') {
-            let mut word: Vec<char> = word.chars().collect();
-            let used = current.chars().count();
-            if used > 0 && used + 1 + word.len() > width {
+            let length = word.chars().count();
+            if used > 0 && used + 1 + length > width {
                 wrapped.push(std::mem::take(&mut current));
+                used = 0;
             } else if used > 0 {
                 current.push(' ');
+                used += 1;
             }
-            while breaks && word.len() > width {
-                wrapped.push(word.drain(..width).collect());
+            for c in word.chars() {
+                if breaks && used == width {
+                    wrapped.push(std::mem::take(&mut current));
+                    used = 0;
+                }
+                current.push(c);
+                used += 1;
             }
-            current.extend(word);
         }
         wrapped.push(current);
     }
+    check_length(text.len().saturating_add(wrapped.len().saturating_mul(end.len())))?;
     Ok(wrapped.join(&end))
 }
 

@@ -31,7 +31,7 @@ pub(super) fn to_json(
     check_size(value, 0, &mut 0)?;
     let mut out = Bounded(Vec::new());
     style.write(value, 0, &mut out)?;
-    state.consume_fuel(out.0.len() as u64 / 4)?;
+    state.consume_fuel(out.0.len() as u64 / 16)?;
     Ok(Value::from(String::from_utf8_lossy(&out.0).into_owned()))
 }
 

@@ -1,10 +1,11 @@
 //! Methods of Python's strings, lists and maps that minijinja-contrib lacks, or has with other results.
 
 use super::tests_of_values::has_one_case;
-use super::text::{float, is_printable};
+use super::text::{check_length, float, is_printable};
 use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
+use std::collections::BTreeSet;
 
 /// The widest field that padding may make.
 pub(super) const WIDTH_MAX: usize = 4096;
@@ -38,6 +39,14 @@ fn invalid(what: impl Into<String>) -> Error {
 }
 
 fn of_text(text: &str, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
+    match ask_text(text, method, arguments)? {
+        Some(answer) => Ok(Some(answer)),
+        None => change_text(text, method, arguments),
+    }
+}
+
+/// The methods that make another text, or parts of the text.
+fn change_text(text: &str, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
     let result = match method {
         "casefold" => Value::from(text.to_lowercase()),
         "swapcase" => {
@@ -82,6 +91,38 @@ fn of_text(text: &str, method: &str, arguments: &[Value]) -> Result<Option<Value
             options.assert_all_used()?;
             lines(text, named.or(keeps).unwrap_or(false))
         }
+        "strip" | "lstrip" | "rstrip" => {
+            let (chars,): (Option<&str>,) = from_args(arguments)?;
+            let chars: Option<BTreeSet<char>> = chars.map(|chars| chars.chars().collect());
+            let is_cut = |c: char| chars.as_ref().map_or_else(|| is_space(c), |chars| chars.contains(&c));
+            let start = if method == "rstrip" { text } else { text.trim_start_matches(is_cut) };
+            Value::from(if method == "lstrip" { start } else { start.trim_end_matches(is_cut) })
+        }
+        "title" => Value::from(title(text)),
+        "expandtabs" => {
+            let (size,): (Option<usize>,) = from_args(arguments)?;
+            Value::from(expand_tabs(text, size.unwrap_or(8).min(WIDTH_MAX))?)
+        }
+        "join" => {
+            let (items,): (&Value,) = from_args(arguments)?;
+            let items: Vec<Value> = items.try_iter()?.collect();
+            match items.iter().map(Value::as_str).collect::<Option<Vec<&str>>>() {
+                Some(texts) => {
+                    let separators = texts.len().saturating_mul(text.len());
+                    check_length(texts.iter().fold(separators, |sum, part| sum.saturating_add(part.len())))?;
+                    Value::from(texts.join(text))
+                }
+                None => return Err(invalid("`join` takes strings only")),
+            }
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(result))
+}
+
+/// The methods that ask something of the text.
+fn ask_text(text: &str, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
+    let answer = match method {
         "index" | "rindex" | "find" | "rfind" => {
             let (needle, start, end): (&str, Option<i64>, Option<i64>) = from_args(arguments)?;
             let (part, offset) = range(text, start, end);
@@ -120,32 +161,13 @@ fn of_text(text: &str, method: &str, arguments: &[Value]) -> Result<Option<Value
                 None => affixes.try_iter()?.any(|affix| affix.as_str().is_some_and(is_there)),
             })
         }
-        "strip" | "lstrip" | "rstrip" => {
-            let (chars,): (Option<&str>,) = from_args(arguments)?;
-            let is_cut = |c: char| chars.map_or_else(|| is_space(c), |chars| chars.contains(c));
-            let start = if method == "rstrip" { text } else { text.trim_start_matches(is_cut) };
-            Value::from(if method == "lstrip" { start } else { start.trim_end_matches(is_cut) })
-        }
         "isalpha" => Value::from(all(text, char::is_alphabetic)),
         "isalnum" => Value::from(all(text, char::is_alphanumeric)),
         "isspace" => Value::from(all(text, is_space)),
         "istitle" => Value::from(!text.is_empty() && title(text) == text && text.chars().any(char::is_uppercase)),
-        "title" => Value::from(title(text)),
-        "expandtabs" => {
-            let (size,): (Option<usize>,) = from_args(arguments)?;
-            Value::from(expand_tabs(text, size.unwrap_or(8).min(WIDTH_MAX)))
-        }
-        "join" => {
-            let (items,): (&Value,) = from_args(arguments)?;
-            let items: Vec<Value> = items.try_iter()?.collect();
-            match items.iter().map(Value::as_str).collect::<Option<Vec<&str>>>() {
-                Some(texts) => Value::from(texts.join(text)),
-                None => return Err(invalid("`join` takes strings only")),
-            }
-        }
         _ => return Ok(None),
     };
-    Ok(Some(result))
+    Ok(Some(answer))
 }
 
 fn of_list(value: &Value, method: &str, arguments: &[Value]) -> Result<Option<Value>, Error> {
@@ -295,13 +317,14 @@ fn title(text: &str) -> String {
     titled
 }
 
-fn expand_tabs(text: &str, size: usize) -> String {
+fn expand_tabs(text: &str, size: usize) -> Result<String, Error> {
     let (mut expanded, mut column) = (String::new(), 0);
     for c in text.chars() {
         match c {
             '\t' if size > 0 => {
                 let spaces = size - column % size;
                 expanded.push_str(&" ".repeat(spaces));
+                check_length(expanded.len())?;
                 column += spaces;
             }
             '\t' => {}
@@ -311,5 +334,5 @@ fn expand_tabs(text: &str, size: usize) -> String {
             }
         }
     }
-    expanded
+    Ok(expanded)
 }

@@ -14,8 +14,10 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_test("callable", |value: &Value| {
         matches!(value.kind(), ValueKind::Plain | ValueKind::Undefined) && float(value).is_none()
     });
-    environment.add_test("lower", |value: &Value| has_one_case(&value.to_string(), char::is_lowercase));
-    environment.add_test("upper", |value: &Value| has_one_case(&value.to_string(), char::is_uppercase));
+    environment
+        .add_test("lower", |value: &Value| value.as_str().is_some_and(|text| has_one_case(text, char::is_lowercase)));
+    environment
+        .add_test("upper", |value: &Value| value.as_str().is_some_and(|text| has_one_case(text, char::is_uppercase)));
 }
 
 /// Whether `iter(value)` works. Templates ask it of `tools`, which may be none.

@@ -16,7 +16,7 @@ pub(super) fn print(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Val
         return minijinja::escape_formatter(out, state, value);
     }
     let text = string(value)?;
-    state.consume_fuel(text.len() as u64 / 4)?;
+    state.consume_fuel(text.len() as u64 / 16)?;
     out.write_str(&text).map_err(Error::from)
 }
 
@@ -29,6 +29,14 @@ pub(super) fn string(value: &Value) -> Result<String, Error> {
     let mut text = String::new();
     represent(value, &mut text)?;
     Ok(text)
+}
+
+/// Fails before a text is made that would be longer than any output.
+pub(super) fn check_length(bytes: usize) -> Result<(), Error> {
+    match bytes > OUTPUT_BYTES_MAX {
+        true => Err(Error::new(ErrorKind::OutOfFuel, format!("a text of {bytes} bytes is too long"))),
+        false => Ok(()),
+    }
 }
 
 /// Whether a value is a list, tuple, map or view of one. Objects such as macros print as minijinja has them.

@@ -112,3 +112,14 @@ fn unusable_vocabularies_are_reported() {
         assert!(!error.remedy().is_empty());
     }
 }
+
+/// Phi-3's control tokens swallow the whitespace behind them, but for the tokens that begin and end a text.
+#[test]
+fn phi_3_swallows_whitespace_behind_control_tokens() {
+    let split = |name: &str| {
+        let file = byte_level("gpt-2", &[]).text("general.name", name);
+        pieces(&open(&file).expect("a tokenizer"), "<tool>  a<s> a")
+    };
+    assert_eq!(split("Phi-3 mini"), ["<tool>", "a", "<s>", " ", "a"]);
+    assert_eq!(split("Other"), ["<tool>", " ", " ", "a", "<s>", " ", "a"]);
+}
