@@ -1,7 +1,8 @@
 //! Chat templates: Jinja as Hugging Face's `apply_chat_template` runs it, under limits.
 //!
-//! A template comes with a model and is not trusted: its fuel and its output are limited, and it has no access to the
-//! disk or the clock (the date that `strftime_now` formats is an argument).
+//! A template comes with a model and is not trusted: its fuel, output and stack are limited, and it has no access to
+//! the disk or the clock (`strftime_now` formats a time that the caller passes). minijinja's `~` and `==` on lists that
+//! hold one list many times are not limited: ARCHITECTURE.md has the consequences.
 
 use chrono::NaiveDateTime;
 use conversation::{CallArguments, NullContent};
@@ -11,8 +12,8 @@ use serde_json::Value as Json;
 use std::io;
 use std::sync::Arc;
 
-/// Fuel of one rendering: an instruction costs 1, and 64 bytes that are made cost 1. A short conversation takes some
-/// thousands.
+/// The fuel of one rendering. An instruction costs 1, and so do 64 bytes of a value; text that is printed from a list
+/// or float, or written by `tojson`, costs 1 more for 16 bytes. A short conversation takes some thousands.
 const FUEL: u64 = 500_000;
 /// Fuel for each message besides: templates look at each message several times, and some at all others, too.
 const FUEL_PER_MESSAGE: u64 = 20_000;
@@ -65,7 +66,7 @@ pub enum TemplateError {
         /// The template's own message.
         what: String,
     },
-    /// The rendering takes too many instructions for the conversation's length, or writes more than 16 MiB.
+    /// The rendering takes more fuel than the conversation's length allows, or makes a text longer than 16 MiB.
     #[error("the chat template takes too long or writes too much")]
     Limit,
     /// The rendering thread cannot be started.
@@ -83,7 +84,9 @@ impl ChatTemplate {
     /// [`TemplateError::Malformed`], with the faulty line, or for a source that is too long.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TemplateError> {
         if source.len() > SOURCE_BYTES_MAX {
-            return Err(TemplateError::Malformed { what: format!("its source of {} bytes is too long", source.len()) });
+            return Err(TemplateError::Malformed {
+                what: format!("its source has {} bytes; the limit is {SOURCE_BYTES_MAX}", source.len()),
+            });
         }
         let now = Arc::new(Mutex::new(NaiveDateTime::default()));
         let mut environment = environment::python_like(&now).map_err(|e| malformed(&e))?;
@@ -112,7 +115,7 @@ impl ChatTemplate {
     /// Renders the prompt for the next answer to `conversation`, at the local time `now`.
     ///
     /// # Errors
-    /// [`TemplateError`] if the template refuses, fails, or exceeds its limits.
+    /// [`TemplateError`] if the template refuses, fails or exceeds its limits, or if its thread cannot be started.
     pub fn render(&self, conversation: &Conversation, now: NaiveDateTime) -> Result<String, TemplateError> {
         *self.now.lock() = now;
         let thread = std::thread::Builder::new().name("template".to_owned()).stack_size(STACK_BYTES);
@@ -123,7 +126,7 @@ impl ChatTemplate {
         })
     }
 
-    /// Renders with calls and missing content as most templates need them, and in the other ways where a template fails.
+    /// Renders as most templates need calls and missing content. Where the template fails, tries the other forms.
     fn render_here(&self, conversation: &Conversation) -> Result<String, TemplateError> {
         let first = self.render_with(conversation, CallArguments::Objects, self.null_content);
         let Err(TemplateError::Malformed { .. }) = first else { return first };

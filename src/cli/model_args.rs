@@ -100,7 +100,8 @@ pub(super) fn expand_home(model: &str) -> String {
     }
 }
 
-/// Warns where a file or folder of the working directory has a model's name, which does not mean that path.
+/// Warns if the working directory has a file or folder with the name of a model outside the catalogue: the name does
+/// not mean that path.
 pub(super) fn note_path(model: &str) {
     let model = &ModelSpec::new(model).model;
     let is_other = matches!(ModelName::parse(model), ModelName::Plain(_) | ModelName::Hub(_));

@@ -102,7 +102,7 @@ impl ModelError {
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Unknown { .. } => "take a name from the catalogue, or a path to a .gguf file or a model's folder",
-            Self::NoFile { .. } => "check the path; it is relative to the working directory of the node",
+            Self::NoFile { .. } => "check the path; a relative one counts from the working directory of the node",
             Self::Format(error) => error.remedy(),
             Self::NoSource { .. } | Self::Network { .. } => {
                 "check the connection to the hub, or put the files into a models folder"

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A download without progress for this long is given up.
+/// A try of a download fails after this time without progress, at the latest after twice this time.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// The most tries of a download. The client does not retry by itself; each try continues where the last one stopped.
 const TRIES: u32 = 4;

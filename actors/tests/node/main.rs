@@ -10,7 +10,7 @@ mod recovery;
 mod sabotage;
 mod scheduling;
 
-use exo_actors::{Generated, Prompt, RequestError};
+use exo_actors::{GenerateRequest, Generated, Prompt, RequestError};
 use exo_engines::sampler::SamplingParams;
 use fake::{How, Script, When, World, answer};
 use std::time::Duration;
@@ -114,6 +114,21 @@ async fn a_stop_string_ends_the_answer() {
         }
     }
     assert_eq!(text, format!("{}{}w", words[0], words[1]));
+    world.node.shutdown().await;
+}
+
+/// A stop string that is a control token's name stops at the token, which has no text.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_name_of_a_control_token_ends_the_answer() {
+    let world = World::new(Script::default()).await;
+    let tokens = answer(&PROMPT, 12);
+    let name = format!("w{}", tokens[3]);
+    let config = serde_json::json!({ "additional_special_tokens": [name] });
+    std::fs::write(world.model.join("tokenizer_config.json"), config.to_string()).expect("written");
+    let stopped = GenerateRequest { stop: vec![name], ..world.request(1, &PROMPT, 12) };
+    let first = tokens.iter().position(|&token| token == tokens[3]).expect("it is there");
+    assert_eq!(world.ask(stopped).await, Ok(tokens[..=first].to_vec()));
+    assert_eq!(world.ask(world.request(1, &PROMPT, 12)).await, Ok(tokens));
     world.node.shutdown().await;
 }
 

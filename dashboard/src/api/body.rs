@@ -14,7 +14,8 @@ use tokio::sync::Semaphore;
 const BODY_BYTES_MAX: usize = 32 << 20;
 /// How many bytes of an oversized body are read and discarded: most clients read no response before they have sent all.
 const DRAINED_BYTES_MAX: usize = 4 * BODY_BYTES_MAX;
-/// The most bodies that are read at once: with the limit above, this bounds the memory that callers can use.
+/// The most bodies that are read at once: with [`BODY_BYTES_MAX`], this bounds the bytes that callers hold here, to 2
+/// GiB.
 const BODIES_MAX: usize = 64;
 /// The time that a body may take. A slower one holds up others.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);

@@ -32,7 +32,7 @@ pub(super) struct NamedModels {
 }
 
 impl NamedModels {
-    /// Blocks on the disk.
+    /// Keeps those of `names` that are paths. Blocks on the disk.
     pub(super) fn new(names: impl IntoIterator<Item = String>) -> Self {
         let mut paths = BTreeMap::new();
         for name in names {
@@ -54,7 +54,8 @@ impl ApiContext {
     /// The spec of the model that the caller names.
     ///
     /// # Errors
-    /// 400 for an empty name. 404 for a path over TCP: only the owner may use paths, which reveal the disk.
+    /// 400 for an empty name. 404 for a path over TCP, unless the node was started with that path: other paths reveal
+    /// the disk.
     pub(super) fn spec(&self, model: &str) -> Result<ModelSpec, ApiError> {
         self.admit(ModelSpec::new(model))
     }

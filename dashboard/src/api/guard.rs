@@ -1,8 +1,8 @@
 //! Decides which requests over TCP are admitted.
 //!
 //! Any page in a browser can make the browser send requests to this machine. `Origin` then has the page's address, as
-//! does `Host` after DNS rebinding: both must be this node's, but for origins that the user allows. Where a key is configured, requests without the key are
-//! rejected, whatever their headers say.
+//! does `Host` after DNS rebinding: both must be this node's, but for origins that the user allows. Where a key is
+//! configured, requests without the key are rejected, whatever their headers say.
 
 use super::error::ApiError;
 use axum::extract::{Request, State};

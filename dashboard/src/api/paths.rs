@@ -28,7 +28,7 @@ fn with_usual_path(mut request: Request) -> Request {
     request
 }
 
-/// The usual spelling of a path; `None` if it is spelt so.
+/// The usual spelling of a path; `None` if the path has it already, or ends with a model's name.
 fn usual(path: &str) -> Option<String> {
     // What follows is a model's name, which may be a path of its own.
     if path.starts_with(MODELS) {

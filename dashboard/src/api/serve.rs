@@ -127,7 +127,7 @@ pub async fn serve(node: NodeHandle, config: ApiConfig) -> Result<Served, ServeE
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         served.address = Some(listener.local_addr().map_err(failed)?);
         let guarded = Guard { key, origins: Arc::new(config.allowed_origins) };
-        // A browser must be told of a refusal, too, so the guard is within.
+        // CORS is outside the guard, so that refusals have its headers, too: a page cannot read an answer without them.
         let cors = cors(&guarded.origins);
         let routes = router(api(Caller::Network)).layer(from_fn_with_state(guarded, guard)).layer(cors);
         let service = ServiceExt::<Request>::into_make_service(lenient_paths(routes));

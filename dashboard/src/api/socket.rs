@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 /// The file name of a node's Unix socket in its data folder.
 const NAME: &str = "api.sock";
-/// The longest path that all systems accept (`sun_path` of macOS and the BSDs, with its final zero).
+/// The longest path, in bytes, that all systems accept: `sun_path` of macOS and the BSDs has 104 bytes, one for the
+/// final zero.
 const PATH_BYTES_MAX: usize = 103;
 
 /// The place of a node's Unix socket.

@@ -75,7 +75,8 @@ impl Mapped {
         self.header(range, what)
     }
 
-    /// Like [`Mapped::slice`], but does not look for changes: for the many small reads of a header that was just opened.
+    /// Like [`Mapped::slice`], but does not look for changes: for the many small reads of a header that was just
+    /// opened.
     ///
     /// # Errors
     /// [`FormatError::Truncated`].

@@ -1,7 +1,7 @@
 //! The rotary embedding that a GGUF file's metadata describes.
 //!
-//! Source: `llama-model.cpp` and `llama-context.cpp` of llama.cpp for the keys and for what absent keys mean. A key that
-//! would change the frequencies and is not understood is refused by name.
+//! Source: `llama-model.cpp` and `llama-context.cpp` of llama.cpp for the keys and for what absent keys mean. A key
+//! that would change the frequencies and is not understood is refused by name.
 
 use super::gguf::Metadata;
 use super::rope::{RopeParameters, Scaling};
@@ -104,7 +104,10 @@ impl Metadata<'_> {
     fn build(&self, rope: &RopeParameters) -> Result<Rope, FormatError> {
         match rope.is_complete() {
             true => Ok(rope.build(self.family.gguf_pairing)),
-            false => Err(self.bad("rope_freqs.weight", "does not have one divisor for each pair of dimensions")),
+            false => {
+                let what = "of frequencies, such as rope_freqs.weight, are not one for each pair of dimensions";
+                Err(self.bad("divisors", what))
+            }
         }
     }
 
@@ -116,7 +119,8 @@ impl Metadata<'_> {
         Ok(Some(divisors))
     }
 
-    /// The factor that files name now, or the one that they named first. 0 means none.
+    /// The factor of `rope.scaling.factor`, or of the older `rope.scale_linear`, and the factor of cos and sin. A
+    /// factor of 0 means no stretch.
     fn stretch(&self) -> Result<Stretch, FormatError> {
         let factor = match self.float("rope.scaling.factor")? {
             Some(factor) => factor,

@@ -163,7 +163,8 @@ fn function() -> String {
 pub struct FunctionCall {
     /// The function's name.
     pub name: String,
-    /// An object, as templates expect it. OpenAI's clients send JSON text, which is parsed.
+    /// An object, as templates expect it. JSON text, as OpenAI's clients send it, is parsed; blank text is an empty
+    /// object; other text stays text.
     #[serde(deserialize_with = "object_or_text")]
     pub arguments: Value,
 }

@@ -34,8 +34,8 @@ pub(super) fn python_like(now: &Arc<Mutex<NaiveDateTime>>) -> Result<Environment
     Ok(environment)
 }
 
-/// The source with Python's line ends. Hugging Face's `generation` blocks, which mark text for training only, become
-/// scopes.
+/// The source with `\n` as its only line end. Hugging Face's `generation` blocks, which mark text for training only,
+/// become `with` blocks.
 pub(super) fn prepared(source: &str) -> String {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut prepared = String::with_capacity(source.len());

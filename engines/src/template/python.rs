@@ -5,6 +5,7 @@
 
 mod arguments;
 mod filters;
+mod floats;
 mod json;
 mod methods;
 mod tests_of_values;

@@ -68,7 +68,7 @@ pub(super) fn open(folder: &Path) -> Result<Tokenizer, FormatError> {
     Ok(Tokenizer { encoder: ManuallyDrop::new(encoder), pieces, bos, ends, templates })
 }
 
-/// Reads tokenizer.json, without the truncation and padding that it was trained with.
+/// Reads tokenizer.json, without its truncation and padding, and adds the added and special tokens of `config`.
 fn parse(text: &str, config: &FolderConfig) -> tokenizers::Result<tokenizers::Tokenizer> {
     let mut tokenizer = tokenizers::Tokenizer::from_bytes(text.as_bytes())?;
     tokenizer.with_truncation(None)?;

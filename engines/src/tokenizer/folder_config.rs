@@ -52,7 +52,8 @@ const AFFIX_CLASSES: [AffixClass; 5] = [
     },
 ];
 
-/// tokenizer_config.json, with special_tokens_map.json where the first is of an old kind.
+/// tokenizer_config.json; special_tokens_map.json, where the former has no `added_tokens_decoder`; and the `model_type`
+/// of config.json.
 pub(super) struct FolderConfig {
     config: Value,
     special_map: Value,

@@ -1,7 +1,7 @@
 //! The pre-tokenizers of GGUF vocabularies, by the name in `tokenizer.ggml.pre`.
 //!
 //! Source: `llama-vocab.cpp` of llama.cpp for the names and flags. The patterns are those of the models' own
-//! tokenizer.json: llama.cpp's differ in places (combining marks, letters without ASCII).
+//! tokenizer.json: llama.cpp's differ in places (combining marks, letters outside ASCII).
 
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
@@ -66,12 +66,12 @@ enum Step {
 }
 use Step::{Bytes, DigitRuns, EachDigit, Gpt2Words, Pattern, PunctuationRuns};
 
-/// The rule of a name.
+/// The pre-tokenizer of one or more names.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PreTokenizer {
     names: &'static [&'static str],
     steps: &'static [Step],
-    /// Whether a piece that is a token is not merged from its parts.
+    /// Whether a piece that is a token is taken whole, without merges.
     pub(super) ignores_merges: bool,
     /// Whether a text begins with BOS where the file does not say.
     pub(super) adds_bos: bool,

@@ -2,7 +2,7 @@
 
 use crate::template::{ChatTemplate, TemplateError};
 
-/// A model's chat templates. One that cannot be compiled keeps its error, which is told when a chat needs it.
+/// A model's chat templates. One that cannot be compiled keeps its error, which is returned when a chat needs it.
 #[derive(Debug, Default)]
 pub(super) struct Templates {
     default: Option<Result<ChatTemplate, TemplateError>>,

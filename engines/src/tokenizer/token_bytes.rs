@@ -95,7 +95,7 @@ impl Pieces {
         }
     }
 
-    /// The control token with this name. Shown markers are none.
+    /// The id of the control token with this name. The shown [`MARKERS`] are not found.
     pub(super) fn control(&self, name: &str) -> Option<u32> {
         self.controls.iter().find(|(_, text)| text.as_ref() == name).map(|(&id, _)| id)
     }

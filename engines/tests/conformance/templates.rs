@@ -31,8 +31,8 @@ struct JinjaCase {
     expected: Option<String>,
 }
 
-/// R4.1: filters, tests, methods and operators give what Python's Jinja gives (`fixtures/templates/jinja.json`), but for
-/// the differences that `jinja_known.txt` lists: syntax that no published template uses.
+/// R4.1: filters, tests, methods and operators give what Python's Jinja gives (`fixtures/templates/jinja.json`), but
+/// for the differences that `jinja_known.txt` lists: syntax that no published template uses.
 #[test]
 fn jinja_behaves_as_pythons() {
     let read = |name: &str| std::fs::read_to_string(fixtures().join("templates").join(name)).expect("it is there");

@@ -101,7 +101,8 @@ impl Harmony {
     pub(super) fn finish(&mut self) -> Vec<Delta> {
         let held = std::mem::take(&mut self.held);
         let mut deltas: Vec<Delta> = match self.part {
-            // A header that was cut off is nothing; a text that only looked like one is text.
+            // A header that was cut off is dropped. Before the first message it is text: the answer may only look like
+            // harmony.
             Part::Header if self.has_message && (held.starts_with(START) || held.starts_with(CHANNEL)) => Vec::new(),
             Part::Header => Some(held).filter(|held| !held.is_empty()).map(Delta::Words).into_iter().collect(),
             _ => self.take(held).into_iter().collect(),
@@ -136,7 +137,7 @@ impl Harmony {
             Part::Call { name, arguments } if self.has_tools && arguments.trim().is_empty() => {
                 Some(Delta::Call(Call::new(name, "{}".to_owned())))
             }
-            // A call that was cut off, or that no tool can answer, is text.
+            // A call is text if its arguments are no JSON object, or if the request has no tools.
             Part::Call { name, arguments } if self.has_tools && is_object(&arguments) => {
                 Some(Delta::Call(Call::new(name, arguments.trim().to_owned())))
             }

@@ -4,8 +4,8 @@
 //! text ─► harmony (channels: analysis, commentary, final) ─────────► Delta
 //!     └─► reasoning (<think>…</think>) ─► tool_calls (<tool_call>…) ─┘
 //! ```
-//! A model's output format is recognised by its first marker. Only text that may be the beginning of a marker or of a
-//! call is held back.
+//! A model's output format is recognised by its first marker. Text is held back only
+//! while it may begin a marker, belongs to a call, or is whitespace that may precede one.
 
 mod harmony;
 mod reasoning;
@@ -40,7 +40,7 @@ pub(super) enum Beginning {
 pub struct AnswerParser {
     format: Format,
     tools: Option<ToolTypes>,
-    /// Whether only harmony is parsed, and all other answers are words as they are.
+    /// Whether only harmony is parsed: every other answer is words, unchanged.
     leaves_text: bool,
 }
 
@@ -68,8 +68,8 @@ impl AnswerParser {
         parser
     }
 
-    /// A parser for people's eyes: it tells harmony's channels apart, whose markers nobody wants to read, and leaves all
-    /// other answers as they are.
+    /// A parser for people's eyes: it tells harmony's channels apart, whose markers nobody wants to read, and leaves
+    /// all other answers as they are.
     pub fn of_channels() -> Self {
         Self { format: Format::Unknown(String::new()), tools: None, leaves_text: true }
     }

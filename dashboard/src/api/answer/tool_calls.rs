@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 pub struct Call {
     /// The tool's name.
     pub name: String,
-    /// A JSON object.
+    /// A JSON object, or the text that the model wrote as its arguments.
     pub arguments: String,
 }
 
@@ -84,11 +84,11 @@ pub(super) struct CallStream {
     state: State,
     /// Text that is not parsed yet.
     held: String,
-    /// Whitespace that belongs to the text before it, if no call follows.
+    /// Whitespace at the end of the text. It is shown before further text, or at the end of an answer without calls.
     blank: String,
     has_calls: bool,
     has_words: bool,
-    /// Bytes of `held` that have no closing marker.
+    /// How many bytes of `held` were searched for the closing marker.
     searched: usize,
 }
 
@@ -179,7 +179,7 @@ impl CallStream {
         if all.is_empty() {
             return None;
         }
-        // Whitespace between a call and the first text is none of the text's.
+        // Whitespace between a call and the first text is dropped.
         let words = if self.has_calls && !self.has_words { all.trim_start().to_owned() } else { all };
         self.has_words = true;
         Some(Delta::Words(words))

@@ -53,6 +53,24 @@ fn tensors_are_found_in_one_file_and_in_several() {
     assert_eq!(several.tensors.len(), 3);
 }
 
+/// R4.1: of the files of a folder those are a model's that transformers takes: one whole file before a stale index;
+/// hidden files of macOS, adapters and Mistral's copy never.
+#[test]
+fn other_files_beside_a_model_are_left_alone() {
+    let index = json!({"weight_map": {"a": "model-00001-of-00002.safetensors"}}).to_string();
+    let others: [(&str, &[u8]); 4] = [
+        ("._model.safetensors", b"resource fork"),
+        ("consolidated.safetensors", b"Mistral's copy"),
+        ("adapter_model.safetensors", b"an adapter"),
+        ("model.safetensors.index.json", index.as_bytes()),
+    ];
+    let whole = sound();
+    let with_index = [&[("model.safetensors", &whole[..])], &others[..]].concat();
+    assert_eq!(open(&with_index).expect("a whole file").tensors.len(), 2);
+    let shards = [&[("x.safetensors", &whole[..])], &others[..3]].concat();
+    assert_eq!(open(&shards).expect("shards without an index").tensors.len(), 2);
+}
+
 #[test]
 fn an_index_cannot_point_elsewhere() {
     for name in ["../x.safetensors", "/etc/passwd", ".hidden"] {

@@ -1,4 +1,4 @@
-//! Jinja's filters and global functions that minijinja lacks, or whose arguments it names in another way.
+//! Jinja's filters and global functions that minijinja lacks, or whose arguments or results differ from Jinja's.
 
 use super::arguments::Arguments;
 use super::methods::{WIDTH_MAX, padded};
@@ -184,7 +184,7 @@ fn int(value: Value, given: Rest<Value>, named: Kwargs) -> Filtered {
     let base = given.count("base")?.and_then(|base| u32::try_from(base).ok()).unwrap_or(10);
     let Some(text) = value.as_str() else {
         let whole = i128::try_from(value.clone()).ok();
-        let whole = whole.or_else(|| super::text::float(&value).filter(|x| x.is_finite()).map(|x| x as i128));
+        let whole = whole.or_else(|| super::floats::float(&value).filter(|x| x.is_finite()).map(|x| x as i128));
         let whole = whole.or_else(|| (value.kind() == ValueKind::Bool).then(|| i128::from(value.is_true())));
         return Ok(whole.map_or(default, Value::from));
     };
@@ -208,7 +208,7 @@ fn float(value: Value, given: Rest<Value>, named: Kwargs) -> Filtered {
     let default = given.take("default").unwrap_or_else(|| Value::from(0.0));
     let number = match value.as_str() {
         Some(text) => text.trim().parse().ok(),
-        None => super::text::float(&value).or_else(|| f64::try_from(value).ok()),
+        None => super::floats::float(&value).or_else(|| f64::try_from(value).ok()),
     };
     Ok(number.map_or(default, Value::from))
 }

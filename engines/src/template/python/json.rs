@@ -1,6 +1,7 @@
 //! The filter `tojson`: `json.dumps` with `ensure_ascii=False` by default, as transformers defines the filter.
 
-use super::text::{check_size, float, python_float};
+use super::floats::{float, python_float};
+use super::text::check_size;
 use super::{Bounded, OUTPUT_BYTES_MAX};
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};

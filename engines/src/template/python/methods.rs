@@ -1,13 +1,14 @@
-//! Methods of Python's strings, lists and maps that minijinja-contrib lacks, or has with other results.
+//! Methods of Python's strings, lists, maps and numbers that minijinja-contrib lacks, or has with other results.
 
+use super::floats::float;
 use super::tests_of_values::has_one_case;
-use super::text::{check_length, float, is_printable};
+use super::text::{check_length, is_printable};
 use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use std::collections::BTreeSet;
 
-/// The widest field that padding may make.
+/// The most characters of a padded field; also the limit of other widths and counts.
 pub(super) const WIDTH_MAX: usize = 4096;
 
 /// Calls a method of a value.
@@ -136,14 +137,14 @@ fn ask_text(text: &str, method: &str, arguments: &[Value]) -> Result<Option<Valu
         "count" => {
             let (needle, start, end): (&str, Option<i64>, Option<i64>) = from_args(arguments)?;
             let (part, _) = range(text, start, end);
-            // An empty string is between all characters.
+            // An empty string is found before each character, and at the end.
             Value::from(if needle.is_empty() { part.chars().count() + 1 } else { part.matches(needle).count() })
         }
         "islower" => Value::from(has_one_case(text, char::is_lowercase)),
         "isupper" => Value::from(has_one_case(text, char::is_uppercase)),
         "isnumeric" => Value::from(all(text, char::is_numeric)),
-        "isdecimal" => Value::from(all(text, |c| c.is_numeric() && !is_digit_like(c))),
-        "isdigit" => Value::from(all(text, |c| c.is_numeric() && !is_fraction(c))),
+        "isdecimal" => Value::from(all(text, |c| c.is_numeric() && !is_not_decimal(c))),
+        "isdigit" => Value::from(all(text, |c| c.is_numeric() && !is_not_digit(c))),
         "isidentifier" => {
             let starts = text.starts_with(|c: char| c.is_alphabetic() || c == '_');
             Value::from(starts && text.chars().all(|c| c.is_alphanumeric() || c == '_'))
@@ -190,13 +191,13 @@ fn all(text: &str, is: fn(char) -> bool) -> bool {
     !text.is_empty() && text.chars().all(is)
 }
 
-/// Superscripts and the like, which are digits but not decimal.
-fn is_digit_like(c: char) -> bool {
-    matches!(c, '\u{b2}' | '\u{b3}' | '\u{b9}' | '\u{2070}'..='\u{2089}' | '\u{2460}'..='\u{249b}') || is_fraction(c)
+/// Numeric characters that are not decimal: superscripts, circled numbers, and those of [`is_not_digit`].
+fn is_not_decimal(c: char) -> bool {
+    matches!(c, '\u{b2}' | '\u{b3}' | '\u{b9}' | '\u{2070}'..='\u{2089}' | '\u{2460}'..='\u{249b}') || is_not_digit(c)
 }
 
-/// Fractions and Roman numerals, which are numeric but no digits.
-fn is_fraction(c: char) -> bool {
+/// Numeric characters that are no digits: fractions, Roman numerals, ideographs.
+fn is_not_digit(c: char) -> bool {
     matches!(c, '\u{bc}'..='\u{be}' | '\u{2150}'..='\u{2189}' | '\u{3007}' | '\u{3021}'..='\u{3029}' | '\u{4e00}'..='\u{9fff}')
 }
 
@@ -205,7 +206,7 @@ fn is_space(c: char) -> bool {
     c.is_whitespace() || matches!(c, '\u{1c}'..='\u{1f}')
 }
 
-/// The characters that are missing to `width`, within the limit.
+/// How many characters `text` lacks to the width, which counts as at most [`WIDTH_MAX`].
 fn missing(text: &str, width: usize) -> usize {
     width.min(WIDTH_MAX).saturating_sub(text.chars().count())
 }
@@ -293,7 +294,7 @@ fn lines(text: &str, keeps_ends: bool) -> Value {
     Value::from(lines)
 }
 
-/// The part of a text that `start` and `end` name, and its offset, in characters. Negative positions count from the end.
+/// The part of a text that `start` and `end` name, and its offset, in characters. Negative: from the end.
 fn range(text: &str, start: Option<i64>, end: Option<i64>) -> (&str, usize) {
     let length = text.chars().count() as i64;
     let place = |at: i64| if at < 0 { (length + at).max(0) } else { at.min(length) };
@@ -303,7 +304,7 @@ fn range(text: &str, start: Option<i64>, end: Option<i64>) -> (&str, usize) {
     (&text[byte(start)..byte(end)], start as usize)
 }
 
-/// `str.title`: a letter behind a character that is none begins a word.
+/// `str.title`: a letter after a character that is no letter begins a word.
 fn title(text: &str) -> String {
     let mut within = false;
     let mut titled = String::with_capacity(text.len());

@@ -1,6 +1,6 @@
 //! Jinja's tests (`value is iterable`), where minijinja's differ.
 
-use super::text::float;
+use super::floats::float;
 use minijinja::value::ValueKind;
 use minijinja::{Environment, Value};
 
@@ -38,7 +38,7 @@ fn is_sequence(value: &Value) -> bool {
     }
 }
 
-/// `str.islower` and `str.isupper`: all letters with a case have this case, and there is one.
+/// `str.islower` and `str.isupper`: at least one letter has a case, and all that have one have this case.
 pub(super) fn has_one_case(text: &str, is_case: fn(char) -> bool) -> bool {
     let mut cased = text.chars().filter(|c| c.is_lowercase() || c.is_uppercase()).peekable();
     cased.peek().is_some() && cased.all(is_case)

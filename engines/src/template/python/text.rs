@@ -1,11 +1,11 @@
 //! `str(value)` and `repr(value)`.
 
 use super::OUTPUT_BYTES_MAX;
-use super::values::ExponentFloat;
+use super::floats::{float, python_float};
 use minijinja::value::{Enumerator, ValueKind};
 use minijinja::{Error, ErrorKind, Output, State, Value};
 
-/// Levels of nested lists. Deeper lists serve only to overflow a stack.
+/// The most levels of nested lists and maps. Deeper ones serve only to overflow a stack.
 const DEPTH_MAX: usize = 64;
 /// Elements of a value, nested ones included. A list that holds another list twice doubles them at each level.
 const ELEMENTS_MAX: usize = 1 << 20;
@@ -43,21 +43,12 @@ pub(super) fn check_length(bytes: usize) -> Result<(), Error> {
 fn is_container(value: &Value) -> bool {
     match value.kind() {
         ValueKind::Seq | ValueKind::Map => true,
-        // A range prints as such.
+        // A range prints as a list of its numbers.
         ValueKind::Iterable => {
             value.as_object().is_some_and(|object| !matches!(object.enumerate(), Enumerator::NonEnumerable))
         }
         _ => false,
     }
-}
-
-/// The number that a float has; `None` for other values.
-pub(super) fn float(value: &Value) -> Option<f64> {
-    if let Some(float) = value.downcast_object_ref::<ExponentFloat>() {
-        return Some(float.0);
-    }
-    let is_float = value.kind() == ValueKind::Number && !value.is_integer();
-    if is_float { f64::try_from(value.clone()).ok() } else { None }
 }
 
 /// Fails if a value is too deep or too large to be written. `elements` counts the elements so far.
@@ -147,7 +138,7 @@ fn represent_text(text: &str, out: &mut String) {
     out.push(quote);
 }
 
-/// `str.isprintable` of one character, for the blocks that texts contain: controls, format characters, private use, and
+/// `str.isprintable` of one character, except in rare scripts: controls, format characters, private use, and
 /// separators except the space are not printable.
 pub(super) fn is_printable(c: char) -> bool {
     let is_hidden = matches!(c,
@@ -155,45 +146,4 @@ pub(super) fn is_printable(c: char) -> bool {
         | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
         | '\u{fff9}'..='\u{fffb}' | '\u{e000}'..='\u{f8ff}' | '\u{e0000}'..='\u{10ffff}');
     c == ' ' || !(c.is_control() || c.is_whitespace() || is_hidden)
-}
-
-/// `repr(number)`: the shortest digits that give the number back, with an exponent below 1e-4 and from 1e16 on.
-pub(super) fn python_float(number: f64) -> String {
-    if !number.is_finite() {
-        return format!("{number}").to_lowercase();
-    }
-    let scientific = format!("{number:e}");
-    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
-    let exponent: i32 = exponent.parse().unwrap_or(0);
-    if (-4..16).contains(&exponent) {
-        let positional = format!("{number}");
-        return if positional.contains('.') { positional } else { positional + ".0" };
-    }
-    let sign = if exponent < 0 { '-' } else { '+' };
-    format!("{digits}e{sign}{:02}", exponent.abs())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn floats_print_as_python_prints_them() {
-        let cases = [
-            (1.0, "1.0"),
-            (1e-5, "1e-05"),
-            (0.0001, "0.0001"),
-            (1.5e-7, "1.5e-07"),
-            (1e15, "1000000000000000.0"),
-            (1e16, "1e+16"),
-            (-1.25e100, "-1.25e+100"),
-            (0.1 + 0.2, "0.30000000000000004"),
-            (-0.0, "-0.0"),
-            (f64::INFINITY, "inf"),
-            (f64::NAN, "nan"),
-        ];
-        for (number, text) in cases {
-            assert_eq!(python_float(number), text);
-        }
-    }
 }

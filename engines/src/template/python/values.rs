@@ -1,26 +1,8 @@
 //! JSON as a template's values.
 
-use super::text::python_float;
+use super::floats::{ExponentFloat, python_float};
 use minijinja::Value;
-use minijinja::value::Object;
 use serde_json::{Map, Value as Json};
-use std::fmt;
-use std::sync::Arc;
-
-/// A float that Python prints with an exponent. minijinja prints floats without one where a template joins texts, so
-/// such a float is an object of its own.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct ExponentFloat(pub(super) f64);
-
-impl Object for ExponentFloat {
-    fn repr(self: &Arc<Self>) -> minijinja::value::ObjectRepr {
-        minijinja::value::ObjectRepr::Plain
-    }
-
-    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&python_float(self.0))
-    }
-}
 
 /// The value of JSON. Objects keep the order of their keys.
 pub(in crate::template) fn from_json(json: &Json) -> Value {
