@@ -6,7 +6,7 @@
 
 use chrono::NaiveDateTime;
 use conversation::{CallArguments, NullContent};
-use minijinja::{Environment, Error, ErrorKind, Value};
+use minijinja::{Environment, Error, ErrorKind, Template, Value};
 use parking_lot::Mutex;
 use serde_json::Value as Json;
 use std::io;
@@ -128,18 +128,24 @@ impl ChatTemplate {
 
     /// Renders as most templates need calls and missing content. Where the template fails, tries the other forms.
     fn render_here(&self, conversation: &Conversation) -> Result<String, TemplateError> {
-        let first = self.render_with(conversation, CallArguments::Objects, self.null_content);
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel(conversation)));
+        let template = environment.get_template("chat").map_err(|e| malformed(&e))?;
+        let render = |calls, content| self.render_with(&template, conversation, calls, content);
+        let first = render(CallArguments::Objects, self.null_content);
         let Err(TemplateError::Malformed { .. }) = first else { return first };
         let has_calls = conversation.messages.iter().any(|message| !message.tool_calls.is_empty());
         let lacks_content = conversation.messages.iter().any(|message| message.content.is_none());
         let calls = if has_calls { &CallArguments::ALL[..] } else { &CallArguments::ALL[..1] };
         let contents = if lacks_content { &NullContent::ALL[..] } else { &NullContent::ALL[..1] };
         let ways = calls.iter().flat_map(|&calls| contents.iter().map(move |&content| (calls, content)));
-        ways.filter_map(|(calls, content)| self.render_with(conversation, calls, content).ok()).next().map_or(first, Ok)
+        let mut others = ways.filter(|&way| way != (CallArguments::Objects, self.null_content));
+        others.find_map(|(calls, content)| render(calls, content).ok()).map_or(first, Ok)
     }
 
     fn render_with(
         &self,
+        template: &Template<'_, '_>,
         conversation: &Conversation,
         calls: CallArguments,
         null_content: NullContent,
@@ -159,9 +165,6 @@ impl ChatTemplate {
             variables.entry(name).or_insert(value);
         }
         let context = minijinja::context! { messages, tools, ..python::from_fields(&variables) };
-        let mut environment = self.environment.clone();
-        environment.set_fuel(Some(fuel(conversation)));
-        let template = environment.get_template("chat").map_err(|e| malformed(&e))?;
         let mut output = Bounded(Vec::new());
         match template.render_captured_to(context, &mut output) {
             Ok(_) => String::from_utf8(output.0).map_err(|e| TemplateError::Malformed { what: e.to_string() }),

@@ -41,9 +41,9 @@ pub(super) fn open(folder: &Path) -> Result<Tokenizer, FormatError> {
     let special_id = |key: &str| config.special_text(key).and_then(id_of);
     let added = tokenizer.get_added_tokens_decoder();
     let mut named: BTreeSet<u32> = special_id("eos_token").into_iter().collect();
-    for file in ["generation_config.json", "config.json"] {
-        let json = optional_json(&folder.join(file))?;
-        named.extend(eos_ids(&json));
+    let generation = optional_json(&folder.join("generation_config.json"))?;
+    for json in [&generation, config.model()] {
+        named.extend(eos_ids(json));
         named.extend(eos_ids(&json["text_config"]));
     }
     let special = added.iter().filter(|(_, token)| token.special);

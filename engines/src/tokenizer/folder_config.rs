@@ -52,12 +52,12 @@ const AFFIX_CLASSES: [AffixClass; 5] = [
     },
 ];
 
-/// tokenizer_config.json; special_tokens_map.json, where the former has no `added_tokens_decoder`; and the `model_type`
-/// of config.json.
+/// tokenizer_config.json; special_tokens_map.json, where the former has no `added_tokens_decoder`; and config.json.
 pub(super) struct FolderConfig {
     config: Value,
     special_map: Value,
-    model_type: String,
+    /// config.json.
+    model: Value,
 }
 
 impl FolderConfig {
@@ -69,8 +69,17 @@ impl FolderConfig {
             None => optional_json(&folder.join("special_tokens_map.json"))?,
         };
         let model = optional_json(&folder.join("config.json"))?;
-        let model_type = model["text_config"]["model_type"].as_str().or(model["model_type"].as_str());
-        Ok(Self { config, special_map, model_type: model_type.unwrap_or_default().to_owned() })
+        Ok(Self { config, special_map, model })
+    }
+
+    /// config.json; null if there is none.
+    pub(super) fn model(&self) -> &Value {
+        &self.model
+    }
+
+    fn model_type(&self) -> &str {
+        let inner = self.model["text_config"]["model_type"].as_str();
+        inner.or(self.model["model_type"].as_str()).unwrap_or_default()
     }
 
     /// The value of a special token; `None` if no file has the key.
@@ -113,7 +122,7 @@ impl FolderConfig {
         let named = self.config.get("tokenizer_class").and_then(Value::as_str);
         let class = AFFIX_CLASSES.iter().find(|class| match named {
             Some(named) => named.trim_end_matches("Fast").strip_suffix("Tokenizer") == Some(class.name),
-            None => class.model_types.contains(&self.model_type.as_str()),
+            None => class.model_types.contains(&self.model_type()),
         })?;
         let adds = |key: &str, default: bool| match self.config.get(key) {
             Some(flag) => flag.as_bool().unwrap_or(false),

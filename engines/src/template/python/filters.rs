@@ -12,6 +12,8 @@ use std::collections::BTreeSet;
 const INDENT_MAX: usize = 256;
 
 type Filtered = Result<Value, Error>;
+/// A filter of minijinja on a list.
+type ListFilter = fn(&State<'_, '_>, Value, Kwargs) -> Filtered;
 
 pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_filter("string", |value: &Value| string(value));
@@ -82,34 +84,19 @@ fn install_lists(environment: &mut Environment<'static>) {
     environment.add_filter("dictsort", |value: &Value, given: Rest<Value>, named: Kwargs| -> Filtered {
         filters::dictsort(value, Arguments::new(given, named, &["case_sensitive", "by", "reverse"])?.into_kwargs())
     });
-    environment.add_filter(
-        "sort",
-        |state: &State<'_, '_>, value: Value, given: Rest<Value>, named: Kwargs| -> Filtered {
-            filters::sort(
-                state,
-                value,
-                Arguments::new(given, named, &["reverse", "case_sensitive", "attribute"])?.into_kwargs(),
-            )
-        },
-    );
-    environment.add_filter(
-        "unique",
-        |state: &State<'_, '_>, value: Value, given: Rest<Value>, named: Kwargs| -> Filtered {
-            filters::unique(state, value, Arguments::new(given, named, &["case_sensitive", "attribute"])?.into_kwargs())
-        },
-    );
-    environment.add_filter(
-        "min",
-        |state: &State<'_, '_>, value: Value, given: Rest<Value>, named: Kwargs| -> Filtered {
-            filters::min(state, value, Arguments::new(given, named, &["case_sensitive", "attribute"])?.into_kwargs())
-        },
-    );
-    environment.add_filter(
-        "max",
-        |state: &State<'_, '_>, value: Value, given: Rest<Value>, named: Kwargs| -> Filtered {
-            filters::max(state, value, Arguments::new(given, named, &["case_sensitive", "attribute"])?.into_kwargs())
-        },
-    );
+    // minijinja takes the arguments of these filters by name only.
+    let by_name: [(&str, ListFilter, &'static [&'static str]); 4] = [
+        ("sort", filters::sort, &["reverse", "case_sensitive", "attribute"]),
+        ("unique", filters::unique, &["case_sensitive", "attribute"]),
+        ("min", filters::min, &["case_sensitive", "attribute"]),
+        ("max", filters::max, &["case_sensitive", "attribute"]),
+    ];
+    for (name, filter, names) in by_name {
+        let call = move |state: &State<'_, '_>, value: Value, given: Rest<Value>, named: Kwargs| -> Filtered {
+            filter(state, value, Arguments::new(given, named, names)?.into_kwargs())
+        };
+        environment.add_filter(name, call);
+    }
     environment.add_function("dict", |pairs: Option<Value>, named: Kwargs| -> Filtered {
         let mut entries = Vec::new();
         for pair in pairs.iter().filter(|pairs| pairs.kind() != ValueKind::Map).map(Value::try_iter) {
