@@ -205,7 +205,7 @@ impl RequestTask {
                 prompt: answer.prompt().to_vec(),
                 generated: answer.journal().to_vec(),
             };
-            let max_tokens = max_tokens.unwrap_or(u32::MAX).min(running.context_tokens);
+            let max_tokens = max_tokens.unwrap_or(u32::MAX).min(running.context.tokens);
             let request = HeadRequest { sampler, max_tokens, ends: running.tokenizer.ends().clone() };
             let outcome = match &running.head {
                 HeadLocation::Local(head) => self.ask_local(head, &running, request, &mut answer).await,

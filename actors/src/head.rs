@@ -152,17 +152,8 @@ impl Actor for Head {
     async fn pre_start(&self, myself: HeadRef, args: HeadArgs) -> Result<HeadState, ActorProcessingErr> {
         myself.send_interval(WATCH_EVERY, || HeadMsg::Watch);
         let pipeline = Pipeline::new(args.stamp, Arc::clone(&args.deployment), Duration::ZERO);
-        let limits = Limits {
-            pages: args.deployment.demand.kv_pages,
-            context_tokens: args.deployment.model.context_tokens,
-            vocabulary: args.deployment.model.vocabulary,
-            steps_in_flight: args.deployment.placement.stages.len(),
-            running: RUNNING_MAX,
-            rows_alone: ROWS_ALONE,
-            rows_shared: ROWS_SHARED,
-        };
         let mut state = HeadState {
-            scheduler: Scheduler::new(limits),
+            scheduler: Scheduler::new(limits(&args.deployment)),
             requests: HashMap::new(),
             pipeline,
             incoming: None,
@@ -209,6 +200,19 @@ impl Actor for Head {
         }
         state.pump();
         Ok(())
+    }
+}
+
+/// The limits of a deployment's pipeline.
+fn limits(deployment: &Deployment) -> Limits {
+    Limits {
+        pages: deployment.demand.kv_pages,
+        context: deployment.model.context,
+        vocabulary: deployment.model.vocabulary,
+        steps_in_flight: deployment.placement.stages.len(),
+        running: RUNNING_MAX,
+        rows_alone: ROWS_ALONE,
+        rows_shared: ROWS_SHARED,
     }
 }
 

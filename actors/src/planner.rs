@@ -120,7 +120,7 @@ pub(crate) enum PlannerMsg {
     Preview {
         spec: ModelSpec,
         model: Arc<ResolvedModel>,
-        reply: RpcReplyPort<Vec<Preview>>,
+        reply: RpcReplyPort<Result<Vec<Preview>, RequestError>>,
     },
     /// Takes this node out of the cluster. The reply comes when nothing runs on it.
     Drain(RpcReplyPort<()>),
@@ -325,11 +325,11 @@ impl PlannerState {
         }
     }
 
-    fn preview(&mut self, spec: &ModelSpec, model: &ResolvedModel) -> Vec<Preview> {
-        let request = pending::placement_request(spec, model);
+    fn preview(&mut self, spec: &ModelSpec, model: &ResolvedModel) -> Result<Vec<Preview>, RequestError> {
+        let request = pending::placement_request(spec, model)?;
         let mut previews = Vec::new();
         self.lead(|leader, round| previews = leader.preview(round, &request));
-        previews
+        Ok(previews)
     }
 
     /// Brings this node closer to the desired list: runs a round of the leader if this node leads, starts and retires

@@ -29,7 +29,7 @@ pub(super) struct ModelArguments {
     /// Device to run on, such as cpu or candle:cpu [default: the best one]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
-    /// Context length: tokens of prompt and answer together [default: the model's, at most 4096]
+    /// Context length: tokens of prompt and answer together [default: the model's, as far as memory allows]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) context: Option<u32>,
     /// Quantise dense weights while they are loaded: q4_0, q4_k or q8_0

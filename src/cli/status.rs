@@ -114,6 +114,7 @@ fn draw_instance(out: &mut String, status: &NodeStatus, id: InstanceId, instance
         let on = format!("{} of {}", stage.device, name_of(status, stage.node));
         let _ = writeln!(out, "         layers {first}–{last} on {on}, {bytes} GB");
     }
+    let _ = writeln!(out, "         context of {}", instance.model.context);
     let totals = &instance.totals;
     let _ = writeln!(
         out,

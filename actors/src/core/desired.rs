@@ -73,6 +73,23 @@ pub struct Deployment {
 }
 
 impl Deployment {
+    /// This deployment with the [least context](crate::core::context::Context::least), if that saves memory.
+    pub fn with_least_context(&self) -> Option<Self> {
+        let context = self.model.context.least();
+        let pages = context.cache_pages();
+        if pages >= self.demand.kv_pages {
+            return None;
+        }
+        let demand = self.demand.with_pages(pages);
+        let model = Model { context, ..self.model.clone() };
+        Some(Self { model, placement: self.placement.with_demand(&demand), demand, ..self.clone() })
+    }
+
+    /// Bytes of memory of all shards.
+    pub fn memory_bytes(&self) -> u64 {
+        self.placement.stages.iter().map(|stage| stage.memory_bytes).fold(0, u64::saturating_add)
+    }
+
     /// The node of the head, which is the node of the first shard.
     pub fn owner(&self) -> Option<NodeId> {
         self.placement.stages.first().map(|stage| stage.node)
@@ -299,7 +316,7 @@ impl Deployment {
             name: model.to_owned(),
             family: String::new(),
             quantization: String::new(),
-            context_tokens: 1,
+            context: crate::core::context::Context::largest(Some(1), 1, None),
             vocabulary: 256,
             files: crate::core::spec::FilesId([0; 32]),
         };

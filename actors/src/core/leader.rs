@@ -10,6 +10,7 @@
 
 mod capacity;
 mod churn;
+mod context;
 mod interface;
 mod repair;
 
@@ -20,7 +21,7 @@ use crate::core::desired::{Deployment, MoveStrategy, Stamp, Target};
 use crate::core::members::Members;
 use crate::core::plan::{Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason};
 use crate::core::request::RequestError;
-use crate::core::spec::{InstanceId, ModelSpec};
+use crate::core::spec::{InstanceId, Model, ModelSpec};
 use churn::Churn;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
@@ -243,6 +244,7 @@ impl Leader {
                 Err(RequestError::Plan(PlanError::DoesNotFit { .. }))
                     if self.churn.is_recent(round.now)
                         || self.releasing.is_coming(round.now)
+                        || self.shorten_for(round, &ask, near, None)
                         || self.unload_for(round, &ask, near, None) => {}
                 Err(RequestError::Plan(PlanError::DoesNotFit { needed_bytes, .. }))
                     if round.desired.running().next().is_some() =>
@@ -258,9 +260,9 @@ impl Leader {
     fn plan(&self, round: &RoundContext<'_>, ask: &PlacementRequest, near: NodeId) -> Result<Deployment, RequestError> {
         let links = round.members.links();
         let (offers, shards) = (self.offers_for(round, ask, near)?, shard_count(round.members, &ask.spec)?);
-        let placement = place(&ask.demand, &offers, &links, &shards, ask.spec.policy)?;
-        let reason = reason(&ask.demand, &placement, &offers, &links, &shards, ask.spec.policy);
-        let PlacementRequest { spec, model, demand } = ask.clone();
+        let (context, demand, placement) = ask.place(&offers, &links, &shards)?;
+        let reason = reason(&demand, &placement, &offers, &links, &shards, ask.spec.policy);
+        let (spec, model) = (ask.spec.clone(), Model { context, ..ask.model.clone() });
         Ok(Deployment { spec, model, demand, strategy: MoveStrategy::Beside { rollback: None }, placement, reason })
     }
 
@@ -282,8 +284,9 @@ impl Leader {
         let links = round.members.links();
         let of = |policy| {
             let (offers, shards) = (self.offers_for(round, ask, round.own)?, shard_count(round.members, &ask.spec)?);
-            let placement = place(&ask.demand, &offers, &links, &shards, policy)?;
-            Ok(preview(&ask.demand, placement, &offers, &links, &shards, policy))
+            let ask = PlacementRequest { spec: ModelSpec { policy, ..ask.spec.clone() }, ..ask.clone() };
+            let (context, demand, placement) = ask.place(&offers, &links, &shards)?;
+            Ok(preview(&demand, placement, context, &offers, &links, &shards, policy))
         };
         let refused = |policy, error: RequestError| Preview {
             policy,
@@ -320,8 +323,8 @@ impl Leader {
         let free = idle.iter().copied().chain(own).collect();
         let offers = self.offers(round, own, ask.spec.device.as_ref(), near, &free);
         let shards = shard_count(round.members, &ask.spec);
-        let fits =
-            shards.and_then(|shards| place(&ask.demand, &offers, &round.members.links(), &shards, ask.spec.policy));
+        let fits = shards
+            .and_then(|shards| place(&ask.least_demand(), &offers, &round.members.links(), &shards, ask.spec.policy));
         let Some(id) = idle.into_iter().min_by_key(used).filter(|_| fits.is_ok()) else { return false };
         tracing::info!(instance = %id, "unloading an idle model: another model needs its memory");
         self.releasing.changed = Some(round.now);

@@ -5,7 +5,7 @@
 //!
 //! What a user asks for and sees:
 //! - [`request`]: requests to generate, events and errors; [`model_error`]: why a model's files are not available;
-//! - [`spec`]: which model is asked for, and how it runs;
+//! - [`spec`]: which model is asked for, and how it runs; [`context`]: how many tokens a sequence may have;
 //! - [`status`], [`node_status`]: the reported status of machines, instances and the node.
 //!
 //! What runs where:
@@ -21,6 +21,7 @@
 //! - [`watchdog`]: how long work may take before it counts as hung.
 
 pub mod clique;
+pub mod context;
 pub mod desired;
 pub mod leader;
 pub mod members;

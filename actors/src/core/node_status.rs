@@ -284,7 +284,7 @@ mod tests {
             name: "m".to_owned(),
             family: String::new(),
             quantization: String::new(),
-            context_tokens: 1,
+            context: crate::core::context::Context::largest(Some(1), 1, None),
             vocabulary: 256,
             files: FilesId([0; 32]),
         }

@@ -113,7 +113,7 @@ impl Pipeline {
             files: self.deployment.model.files,
             layers: placed.layers.clone(),
             device: placed.device.clone(),
-            context_tokens: self.deployment.model.context_tokens,
+            context_tokens: self.deployment.model.context.tokens,
             kv_pages: self.deployment.demand.kv_pages,
             memory_bytes: placed.memory_bytes,
         };

@@ -132,6 +132,23 @@ impl Placement {
         self.stages.iter().map(|stage| stage.node).collect::<BTreeSet<_>>().len()
     }
 
+    /// The number of devices that the placement uses.
+    pub fn devices(&self) -> usize {
+        self.stages.iter().map(|stage| (stage.node, &stage.device)).collect::<BTreeSet<_>>().len()
+    }
+
+    /// Whether a shard is on this device.
+    pub fn uses(&self, node: NodeId, device: &DeviceId) -> bool {
+        self.stages.iter().any(|stage| (stage.node, &stage.device) == (node, device))
+    }
+
+    /// This placement of a model, with the memory that its shards take under another demand.
+    #[must_use]
+    pub fn with_demand(&self, demand: &Demand) -> Self {
+        let stage = |stage: &Stage| Stage { memory_bytes: demand.memory_bytes(&stage.layers), ..stage.clone() };
+        Self { stages: self.stages.iter().map(stage).collect() }
+    }
+
     /// Whether the stages cover all layers of a model with this demand, once and in order.
     pub fn is_of(&self, demand: &Demand) -> bool {
         let mut end = 0;
@@ -216,6 +233,13 @@ impl Demand {
             && of_layers.iter().all(|bytes| bytes.len() == layers)
             && of_layers.into_iter().flatten().chain(&ends).all(|&bytes| bytes <= BYTES_MAX)
             && self.kv_pages <= KV_PAGES_MAX
+    }
+
+    /// This demand, with caches of `pages` pages. Cache bytes are proportional to pages.
+    pub fn with_pages(&self, pages: u32) -> Self {
+        let now = u64::from(self.kv_pages.max(1));
+        let kv_bytes = self.kv_bytes.iter().map(|bytes| (bytes / now).saturating_mul(u64::from(pages)));
+        Self { kv_pages: pages, kv_bytes: kv_bytes.collect(), ..self.clone() }
     }
 
     /// Bytes of weights of a shard of `layers`.

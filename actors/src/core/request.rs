@@ -97,6 +97,14 @@ pub enum RequestError {
     /// The scheduler does not accept the request.
     #[error(transparent)]
     Admit(#[from] AdmitError),
+    /// The request demands a longer context than the model's own.
+    #[error("a context of {requested_tokens} tokens is requested, and the model's own has {model_tokens}")]
+    ContextTooLong {
+        /// The requested context.
+        requested_tokens: u32,
+        /// The model's own context.
+        model_tokens: u32,
+    },
     /// Other models that are in use hold the memory that the model needs.
     #[error("`{model}` needs {needed_bytes} bytes, which other models use now")]
     MemoryBusy {
@@ -144,12 +152,13 @@ impl RequestError {
         match self {
             Self::Model(error) => error.remedy(),
             Self::Plan(error) => error.remedy(),
+            Self::ContextTooLong { .. } => "request no context, or at most the model's own",
             Self::NoDevice { .. } => "name no device to use the best one",
             Self::Params(_) | Self::BadPrompt { .. } | Self::Admit(AdmitError::NoSuchToken { .. }) => {
                 "change the request"
             }
             Self::Admit(AdmitError::EmptyPrompt) => "give a prompt",
-            Self::Admit(AdmitError::TooLong { .. }) => "shorten the prompt, or start the model with a larger context",
+            Self::Admit(AdmitError::TooLong { context, .. }) => context.remedy(),
             Self::Overloaded { .. } | Self::NotReady | Self::MemoryBusy { .. } | Self::Moved => "try again in a moment",
             Self::Engine { remedy, .. } => remedy,
             Self::NotClustered => "start the node with a network",

@@ -124,11 +124,6 @@ impl Scheduler {
         self.pages.used()
     }
 
-    /// Sets the limit on steps in flight after the number of stages changed. No step may be in flight.
-    pub fn set_steps_in_flight(&mut self, steps: usize) {
-        self.limits.steps_in_flight = steps;
-    }
-
     /// Sets the model's number of tokens as the first shard reports it: the desired list may hold another number.
     pub fn set_vocabulary(&mut self, vocabulary: u32) {
         self.limits.vocabulary = vocabulary;
@@ -153,12 +148,12 @@ impl Scheduler {
         if prompt_tokens == 0 {
             return Err(AdmitError::EmptyPrompt);
         }
-        let context_tokens = self.limits.context_tokens.min(self.limits.pages.saturating_mul(PAGE_TOKENS));
-        if prompt_tokens >= context_tokens as usize {
-            return Err(AdmitError::TooLong { prompt_tokens, context_tokens });
-        }
-        let room = context_tokens - prompt_tokens as u32;
         let SamplerSpec { params, prompt: mut tokens, generated } = request.sampler;
+        let room = match self.room_for(prompt_tokens) {
+            Err(error) if generated.is_empty() => return Err(error),
+            // The answer began where the context was longer.
+            room => room.unwrap_or(0),
+        };
         tokens.extend(generated);
         let vocabulary = self.limits.vocabulary;
         if let Some(&token) = tokens.iter().find(|&&token| token >= vocabulary) {
@@ -223,6 +218,36 @@ impl Scheduler {
         for seq in std::mem::take(&mut self.running).into_iter().rev() {
             self.preempt(seq);
         }
+    }
+
+    /// Handles a pipeline of other limits in place of the one before, whose steps and caches are lost. Sequences for
+    /// which the new context is too small end.
+    pub fn handle_pipeline_replaced(&mut self, limits: Limits) {
+        self.handle_pipeline_lost();
+        self.pages = PageTable::new(limits.pages);
+        self.limits = limits;
+        for seq in self.sequences.keys().copied().collect::<Vec<_>>() {
+            let Some(sequence) = self.sequences.get(&seq) else { continue };
+            let (prompt_tokens, generated) = (sequence.prompt_tokens, sequence.generated());
+            let end = match self.room_for(prompt_tokens) {
+                Ok(room) if generated < room as usize => {
+                    let sequence = self.sequences.get_mut(&seq);
+                    sequence.into_iter().for_each(|sequence| sequence.max_tokens = sequence.max_tokens.min(room));
+                    continue;
+                }
+                Err(error) if generated == 0 => Event::Refused { seq, error },
+                _ => Event::Finished { seq, reason: FinishReason::Length },
+            };
+            self.forget(seq);
+            self.events.push_back(end);
+        }
+    }
+
+    /// The tokens that an answer to a prompt can have.
+    fn room_for(&self, prompt_tokens: usize) -> Result<u32, AdmitError> {
+        let context = self.limits.context.limited(self.limits.pages.saturating_mul(PAGE_TOKENS));
+        let room = (context.tokens as usize).checked_sub(prompt_tokens).filter(|room| *room > 0);
+        room.map(|room| room as u32).ok_or(AdmitError::TooLong { prompt_tokens, context })
     }
 
     /// Drops all requests, and returns their sequences.

@@ -1,5 +1,6 @@
 //! The requested model, how it runs, and the names of running instances.
 
+use crate::core::context::Context;
 use crate::core::plan::{Policy, Split};
 use exo_engines::engine::DeviceId;
 use exo_engines::model::Recipe;
@@ -14,7 +15,7 @@ pub struct ModelSpec {
     pub shards: Option<usize>,
     /// The id of the devices that may host shards; `None`: any device.
     pub device: Option<DeviceId>,
-    /// Tokens of one sequence at most; `None`: the model's context, up to a default limit.
+    /// Tokens of one sequence at most; `None`: the largest [context](crate::core::context) for which memory suffices.
     pub context_tokens: Option<u32>,
     /// The recipe that quantises dense weights while they load.
     pub quantize: Option<Recipe>,
@@ -92,8 +93,8 @@ pub struct Model {
     pub family: String,
     /// The format of most of its weights.
     pub quantization: String,
-    /// Tokens of one sequence at most.
-    pub context_tokens: u32,
+    /// Tokens of one sequence at most, and why.
+    pub context: Context,
     /// The number of the model's tokens; valid ids are below it.
     pub vocabulary: u32,
     /// The identity of its files.

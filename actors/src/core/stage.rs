@@ -21,6 +21,7 @@ pub(crate) struct StageTask {
     pub files: FilesId,
     pub layers: Range<usize>,
     pub device: DeviceId,
+    /// Tokens of one sequence at most: some models compute positions by it.
     pub context_tokens: u32,
     pub kv_pages: u32,
     /// Planned bytes of the weights and the cache.

@@ -1,6 +1,6 @@
 //! The placements of an instance and their incarnations: orders to stages, and reactions to their events.
 
-use super::{HeadMsg, HeadRef, HeadReport, HeadState, StageUpdate};
+use super::{HeadMsg, HeadRef, HeadReport, HeadState, StageUpdate, limits};
 use crate::core::desired::{Deployment, MoveStrategy, Stamp};
 use crate::core::node_status::Fact;
 use crate::core::pipeline::{Pipeline, PipelineEvent};
@@ -159,8 +159,7 @@ impl HeadState {
     fn switch(&mut self, myself: &HeadRef) {
         let Some(incoming) = self.incoming.take() else { return };
         self.pipeline = incoming;
-        self.scheduler.handle_pipeline_lost();
-        self.scheduler.set_steps_in_flight(self.pipeline.deployment().placement.stages.len());
+        self.scheduler.handle_pipeline_replaced(limits(self.pipeline.deployment()));
         if self.pipeline.is_loaded() {
             self.begin_incarnation(myself);
         } else {

@@ -66,6 +66,7 @@ impl HeadState {
                     (HeadEvent::Token(sampled), false)
                 }
                 Event::Finished { reason, .. } => (HeadEvent::Finished(reason), true),
+                Event::Refused { error, .. } => (HeadEvent::Failed(RequestError::Admit(error)), true),
                 Event::Failed { error, .. } => {
                     let remedy = "the model's weights may be damaged: download it again".into();
                     (HeadEvent::Failed(RequestError::Engine { what: error.to_string(), remedy }), true)
@@ -83,7 +84,7 @@ impl HeadState {
             running: self.scheduler.running(),
             waiting: self.scheduler.waiting(),
             pages_used: self.scheduler.pages_used(),
-            pages_total: self.args.deployment.demand.kv_pages,
+            pages_total: self.pipeline.deployment().demand.kv_pages,
         };
         if self.reported != Some(load) {
             self.reported = Some(load);

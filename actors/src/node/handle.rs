@@ -96,7 +96,7 @@ impl NodeHandle {
         let model = crate::models::get_spec(&self.models, &spec, None, Extent::Outline, ignore).await?;
         let called = self.planner.call(|reply| PlannerMsg::Preview { spec, model, reply }, Some(QUERY_TIMEOUT)).await;
         match called {
-            Ok(CallResult::Success(previews)) => Ok(previews),
+            Ok(CallResult::Success(previews)) => previews,
             _ => Err(RequestError::ShuttingDown),
         }
     }

@@ -3,6 +3,7 @@
 
 use super::{ClusterConfig, Node, NodeActors, NodeArgs, NodeConfig};
 use crate::cluster::{Cluster, Evicted};
+use crate::core::context::Context;
 use crate::core::desired::{DesiredEntry, Stamp, Target};
 use crate::core::leader::{BrokenShard, PlacementRequest};
 use crate::core::members::MemberReport;
@@ -114,7 +115,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
         name: "m".to_owned(),
         family: String::new(),
         quantization: String::new(),
-        context_tokens: 0,
+        context: Context::largest(None, 0, None),
         vocabulary: 256,
         files: FilesId([2; 32]),
     };

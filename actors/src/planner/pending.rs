@@ -2,6 +2,7 @@
 
 use super::tokenizer::{Opened, TokenizerActor, TokenizerArgs, TokenizerRef};
 use super::{EnsureReply, PlannerMsg, PlannerRef, PlannerState, Reconcile, demand};
+use crate::core::context::Context;
 use crate::core::leader::PlacementRequest;
 use crate::core::model_error::ModelError;
 use crate::core::plan::Placement;
@@ -11,8 +12,6 @@ use crate::head::HeadRef;
 use crate::models::{Extent, ResolvedModel};
 use crate::transport::callback::EventCallback;
 use crate::transport::protocol::ControlMessage;
-use exo_engines::decoder::pages_for;
-use exo_engines::engine::PAGE_TOKENS;
 use exo_engines::tokenizer::{Tokenizer, Tools};
 use exo_net::NodeId;
 use ractor::Actor;
@@ -20,10 +19,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The context of a model whose spec names none: cache for the whole context is reserved, and more is seldom used.
-const CONTEXT_DEFAULT_TOKENS: u32 = 4096;
-/// Sequences of full context that the cache holds at once. More shorter ones fit.
-const FULL_SEQUENCES: u32 = 4;
 /// How often the leader is asked for a model again: a leader may be lost, or may not have received the request.
 const ASK_EVERY: Duration = Duration::from_secs(2);
 
@@ -42,7 +37,7 @@ pub struct RunningModel {
     pub(crate) tokenizer_ref: TokenizerRef,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) spec: ModelSpec,
-    pub(crate) context_tokens: u32,
+    pub(crate) context: Context,
     pub(crate) in_use: Arc<()>,
     model: Arc<ResolvedModel>,
     placement: Placement,
@@ -74,9 +69,9 @@ impl RunningModel {
         &self.placement
     }
 
-    /// The most tokens of a prompt and its answer together.
-    pub fn context_tokens(&self) -> u32 {
-        self.context_tokens
+    /// The most tokens of a prompt and its answer together, and what set that number.
+    pub fn context(&self) -> Context {
+        self.context
     }
 
     /// The number of tokens in the model's vocabulary. Token ids are less than this number.
@@ -247,8 +242,10 @@ impl PlannerState {
             None if pending.asked.is_some_and(|asked| asked.elapsed() < ASK_EVERY) => {}
             None => {
                 pending.asked = Some(Instant::now());
-                let request = placement_request(spec, model);
-                self.tell_leader(ControlMessage::Want(Box::new(request)));
+                match placement_request(spec, model) {
+                    Ok(request) => self.tell_leader(ControlMessage::Want(Box::new(request))),
+                    Err(error) => self.refuse_here(spec, &error),
+                }
             }
         }
     }
@@ -260,14 +257,14 @@ impl PlannerState {
         let (tokenizer_ref, in_use) = (pending.tokenizer_ref.clone()?, Arc::clone(&pending.in_use));
         let (id, _, deployment) = self.desired.find(spec)?;
         let head = self.head_location(id, deployment.owner()?)?;
-        let Model { context_tokens, files, .. } = deployment.model;
+        let Model { context, files, .. } = deployment.model;
         let (placement, spec) = (deployment.placement.clone(), spec.clone());
         if files != model.id {
             return None;
         }
         let now = self.now();
         self.leader.handle_use(id, now);
-        Some(RunningModel { id, head, tokenizer_ref, tokenizer, spec, context_tokens, in_use, model, placement })
+        Some(RunningModel { id, head, tokenizer_ref, tokenizer, spec, context, in_use, model, placement })
     }
 
     /// The location of an instance's head; `None` while the head accepts no requests.
@@ -293,21 +290,28 @@ impl PlannerState {
 }
 
 /// The request with which the leader can place a model.
-pub(super) fn placement_request(spec: &ModelSpec, model: &ResolvedModel) -> PlacementRequest {
+///
+/// # Errors
+/// [`RequestError::ContextTooLong`] if the spec demands a longer context than the model's own.
+pub(super) fn placement_request(spec: &ModelSpec, model: &ResolvedModel) -> Result<PlacementRequest, RequestError> {
     let files = &model.files;
-    let trained = u32::try_from(files.architecture.context_tokens).unwrap_or(u32::MAX);
-    let context_tokens = spec.context_tokens.unwrap_or(CONTEXT_DEFAULT_TOKENS).min(trained).max(PAGE_TOKENS);
-    let kv_pages = pages_for(context_tokens) * FULL_SEQUENCES;
-    PlacementRequest {
+    let tokens = |tokens: usize| u32::try_from(tokens).unwrap_or(u32::MAX);
+    let model_tokens = tokens(files.architecture.context_tokens);
+    if let Some(requested_tokens) = spec.context_tokens.filter(|&requested| requested > model_tokens) {
+        return Err(RequestError::ContextTooLong { requested_tokens, model_tokens });
+    }
+    let original = files.architecture.long_ropes.as_ref().map(|long| tokens(long.above_tokens));
+    let context = Context::largest(spec.context_tokens, model_tokens, original);
+    Ok(PlacementRequest {
         spec: spec.clone(),
         model: Model {
             name: model.name.clone(),
             family: files.architecture.family.clone(),
             quantization: files.quantization.clone(),
-            context_tokens,
-            vocabulary: u32::try_from(files.architecture.vocabulary).unwrap_or(u32::MAX),
+            context,
+            vocabulary: tokens(files.architecture.vocabulary),
             files: model.id,
         },
-        demand: demand::demand(files, kv_pages),
-    }
+        demand: demand::demand(files, context.cache_pages()),
+    })
 }

@@ -14,9 +14,9 @@ use std::time::Duration;
 pub struct PlacementRequest {
     /// The requested spec.
     pub spec: ModelSpec,
-    /// The model that the spec resolves to.
+    /// The model that the spec resolves to, with the largest context that it may get.
     pub model: Model,
-    /// The memory and work that the model needs.
+    /// The memory and work that the model needs, with the cache of that context.
     pub demand: Demand,
 }
 

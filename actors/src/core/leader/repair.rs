@@ -57,21 +57,25 @@ impl Leader {
         }
     }
 
-    /// Moves the latest instance off an overcommitted node, or stops it: two leaders that did not see each other may
-    /// both have filled the node.
+    /// Shortens the context of the latest instance on an overcommitted node, or moves the instance off the node, or
+    /// stops it: two leaders that did not see each other may both have filled the node.
     fn move_off(&self, round: &mut RoundContext<'_>, node: NodeId) {
         let is_there = |deployment: &Deployment| deployment.placement.stages.iter().any(|stage| stage.node == node);
         let there = round.desired.running().filter(|(.., deployment)| is_there(deployment));
         let Some((id, _, deployment)) = there.max_by_key(|(_, stamp, _)| *stamp) else { return };
         let deployment = deployment.clone();
-        let target = match self.place_again(round, id, &deployment, &[id].into()) {
-            Ok((placement, _)) => {
-                let reason = "the models on a machine did not fit its memory together".to_owned();
-                Target::Run(Box::new(Deployment { placement, reason, strategy: MoveStrategy::InPlace, ..deployment }))
-            }
-            Err(error) => Target::Stopped { error: Some(error.into()) },
+        let moved = || {
+            let (placement, _) = self.place_again(round, id, &deployment, &[id].into())?;
+            Ok(Deployment { placement, ..deployment.clone() })
         };
-        tracing::warn!(instance = %id, node = %node.short(), "models exceed a machine's memory: removing the latest");
+        let target = match deployment.with_least_context().map_or_else(moved, Ok) {
+            Ok(deployment) => {
+                let reason = "the models on a machine did not fit its memory together".to_owned();
+                Target::Run(Box::new(Deployment { reason, strategy: MoveStrategy::InPlace, ..deployment }))
+            }
+            Err(error) => Target::Stopped { error: Some(PlanError::into(error)) },
+        };
+        tracing::warn!(instance = %id, node = %node.short(), "models exceed a machine's memory: the latest gives way");
         round.set(id, target);
     }
 
@@ -103,27 +107,37 @@ impl Leader {
     }
 
     /// A placement for an instance with shards that lost their device: only those shards move; or else all may, beside
-    /// the old shards; or else, for lack of memory, after the old shards stop.
+    /// the old shards; or else, for lack of memory, after the old shards stop, if need be with a shorter context.
     fn find_replacement(
         &self,
         round: &RoundContext<'_>,
         id: InstanceId,
         deployment: &Deployment,
-    ) -> Result<(Placement, MoveStrategy), PlanError> {
+    ) -> Result<Deployment, PlanError> {
         let near = deployment.owner().unwrap_or(round.own);
         let (device, links) = (deployment.spec.device.as_ref(), round.members.links());
         let nothing = BTreeSet::new();
         let staying = self.offers(round, Some(id), device, near, &nothing);
         // If all nodes are still members, for example if one drains, the old shards can serve until the move is done.
         let all_here = deployment.placement.stages.iter().all(|stage| round.members.0.contains_key(&stage.node));
-        let beside = || MoveStrategy::Beside { rollback: all_here.then(|| deployment.placement.clone()) };
+        let beside = |placement| {
+            let strategy = MoveStrategy::Beside { rollback: all_here.then(|| deployment.placement.clone()) };
+            Deployment { placement, strategy, ..deployment.clone() }
+        };
         if let Some(repaired) = repair(&deployment.demand, &deployment.placement, &staying, &links) {
-            return Ok((repaired, beside()));
+            return Ok(beside(repaired));
         }
         if let Ok((placement, _)) = self.place_again(round, id, deployment, &nothing) {
-            return Ok((placement, beside()));
+            return Ok(beside(placement));
         }
-        self.place_again(round, id, deployment, &[id].into()).map(|(placement, _)| (placement, MoveStrategy::InPlace))
+        let in_place = |deployment: Deployment| {
+            let (placement, _) = self.place_again(round, id, &deployment, &[id].into())?;
+            Ok(Deployment { placement, strategy: MoveStrategy::InPlace, ..deployment })
+        };
+        in_place(deployment.clone()).or_else(|error| match deployment.with_least_context() {
+            Some(shorter) => in_place(shorter),
+            None => Err(error),
+        })
     }
 
     /// Moves an instance off lost devices and draining nodes, or stops it if no placement is left.
@@ -136,11 +150,12 @@ impl Leader {
     ) {
         let near = deployment.owner().unwrap_or(round.own);
         match self.find_replacement(round, id, deployment) {
-            Ok((placement, _)) if placement == deployment.placement => {}
-            Ok((placement, strategy)) => {
-                tracing::info!(instance = %id, stages = ?placement.stages, ?strategy, "moving a model to new devices");
+            Ok(found) if found.placement == deployment.placement => {}
+            Ok(found) => {
+                let (stages, strategy) = (&found.placement.stages, &found.strategy);
+                tracing::info!(instance = %id, ?stages, ?strategy, "moving a model to new devices");
                 let reason = "a shard needed another device".to_owned();
-                round.set(id, Target::Run(Box::new(Deployment { placement, strategy, reason, ..deployment.clone() })));
+                round.set(id, Target::Run(Box::new(Deployment { reason, ..found })));
             }
             // A draining machine keeps a model that fits nowhere else, and waits.
             Err(_) if error.is_none() && deployment.placement.stages.iter().all(|s| !self.is_lost(round, s.node)) => {}
@@ -148,6 +163,7 @@ impl Leader {
             Err(_) if self.churn.is_recent(round.now) => {}
             Err(PlanError::DoesNotFit { .. })
                 if self.releasing.is_coming(round.now)
+                    || self.shorten_for(round, &ask_of(deployment), near, Some(id))
                     || self.unload_for(round, &ask_of(deployment), near, Some(id)) => {}
             Err(missing) => {
                 // Every device failed the instance: the last failure says more than that no device is left.

@@ -1,6 +1,7 @@
 //! Single decisions of the leader. `core/tests/cluster.rs` simulates members that plan together.
 
 use super::*;
+use crate::core::context::{Context, ContextLimit};
 use crate::core::desired::{Desired, DesiredEntry};
 use crate::core::members::MemberReport;
 use crate::core::plan::Demand;
@@ -35,7 +36,7 @@ fn ask(spec: ModelSpec) -> PlacementRequest {
         name: spec.model.clone(),
         family: String::new(),
         quantization: String::new(),
-        context_tokens: 4096,
+        context: Context::largest(None, 4096, None),
         vocabulary: 256,
         files: FilesId([0; 32]),
     };
@@ -43,7 +44,7 @@ fn ask(spec: ModelSpec) -> PlacementRequest {
         layer_bytes: vec![GB; LAYERS as usize],
         layer_cost_bytes: vec![GB; LAYERS as usize],
         head_cost_bytes: 0,
-        kv_pages: 1,
+        kv_pages: model.context.cache_pages(),
         kv_bytes: vec![1 << 20; LAYERS as usize],
         embedding_bytes: 0,
         head_bytes: 0,
@@ -114,6 +115,93 @@ impl Cluster {
         let stages = &self.placement(instance).stages;
         stages.iter().map(|stage| (number(stage.node), stage.layers.len())).collect()
     }
+}
+
+/// A request for the model of [`ask`] whose own context is `tokens`. Each 16,384 tokens of it take 4 GB.
+fn ask_long(spec: ModelSpec, tokens: u32) -> PlacementRequest {
+    let mut ask = ask(spec);
+    ask.demand.kv_bytes = vec![GB / 2; LAYERS as usize];
+    ask.model.context = Context::largest(ask.spec.context_tokens, tokens, None);
+    ask.demand = ask.demand.with_pages(ask.model.context.cache_pages());
+    ask
+}
+
+impl Cluster {
+    /// Requests a model with a long context, and returns its instance if the model is placed.
+    fn run_long(&mut self, spec: &ModelSpec, tokens: u32) -> Option<InstanceId> {
+        self.leader.handle_request(id(1), ask_long(spec.clone(), tokens));
+        self.rounds(5);
+        self.desired.find(spec).map(|(id, ..)| id)
+    }
+
+    fn context(&self, instance: InstanceId) -> (u32, ContextLimit) {
+        let deployment = self.desired.get(instance).and_then(DesiredEntry::deployment).expect("the instance runs");
+        let Context { tokens, limit, .. } = deployment.model.context;
+        assert!(deployment.demand.kv_pages * exo_engines::engine::PAGE_TOKENS >= tokens, "the cache holds a context");
+        (tokens, limit)
+    }
+}
+
+/// R7.1–R7.5: a model gets the largest context that needs no more devices than a short one would. It gets more of them
+/// only for a context that the request demands.
+#[test]
+fn a_context_is_as_long_as_memory_allows() {
+    let own = 65_536;
+    for (gigabytes, context) in [
+        // 8 GB of weights and 4 GB of cache are the least.
+        (12, (16_384, ContextLimit::Memory)),
+        (16, (32_768, ContextLimit::Memory)),
+        (18, (40_960, ContextLimit::Memory)),
+        (24, (own, ContextLimit::Model)),
+        (100, (own, ContextLimit::Model)),
+    ] {
+        let members = || vec![(1, member(gigabytes, 1e10, &[2])), (2, member(gigabytes, 1e10, &[1]))];
+        let mut cluster = Cluster::of(members());
+        let instance = cluster.run_long(&ModelSpec::new("m"), own).expect("the model fits");
+        assert_eq!((cluster.context(instance), cluster.placement(instance).devices()), (context, 1), "{gigabytes} GB");
+        let mut cluster = Cluster::of(members());
+        let demand = ModelSpec { context_tokens: Some(own), ..ModelSpec::new("m") };
+        let instance = cluster.run_long(&demand, own).expect("the model fits two machines");
+        let machines = if gigabytes < 24 { 2 } else { 1 };
+        let found = (cluster.context(instance), cluster.placement(instance).devices());
+        assert_eq!(found, ((own, ContextLimit::Request), machines), "{gigabytes} GB");
+    }
+}
+
+/// R7.1–R7.5: memory that a model has only for a longer context goes to another model, before a model is unloaded or
+/// refused. A context that a request demanded stays.
+#[test]
+fn a_long_context_gives_way_to_another_model() {
+    let mut cluster = Cluster::of(vec![(1, member(24, 1e10, &[]))]);
+    let (long, other) = (ModelSpec::new("m"), ModelSpec::new("n"));
+    let first = cluster.run_long(&long, 65_536).expect("the model fits");
+    assert_eq!(cluster.context(first), (65_536, ContextLimit::Model));
+    let second = cluster.run_long(&other, 65_536).expect("the model fits beside a short context");
+    assert_eq!(cluster.context(first), (4096, ContextLimit::Memory));
+    assert_eq!(cluster.context(second), (16_384, ContextLimit::Memory));
+    let mut cluster = Cluster::of(vec![(1, member(24, 1e10, &[]))]);
+    let demand = ModelSpec { context_tokens: Some(65_536), ..ModelSpec::new("m") };
+    let first = cluster.run_long(&demand, 65_536).expect("the model fits");
+    let second = cluster.run_long(&other, 65_536).expect("the idle model is unloaded");
+    assert!(cluster.desired.get(first).and_then(DesiredEntry::deployment).is_none());
+    assert_eq!(cluster.context(second).1, ContextLimit::Model);
+}
+
+/// R7.1–R7.5: a model survives the loss of a machine with a shorter context, if the machines that are left hold no
+/// more.
+#[test]
+fn a_model_keeps_running_with_a_shorter_context() {
+    let members = vec![(1, member(13, 1e10, &[2])), (2, member(24, 2e10, &[1]))];
+    let mut cluster = Cluster::of(members);
+    let instance = cluster.run_long(&ModelSpec::new("m"), 65_536).expect("the model fits");
+    assert_eq!(cluster.split(instance), [(2, 8)]);
+    assert_eq!(cluster.context(instance), (65_536, ContextLimit::Model));
+    cluster.members.0.remove(&id(2));
+    cluster.lose_links(2);
+    cluster.leader.handle_lost(id(2), cluster.now, 1);
+    cluster.rounds(30);
+    assert_eq!(cluster.split(instance), [(1, 8)]);
+    assert_eq!(cluster.context(instance), (4096, ContextLimit::Memory));
 }
 
 /// R7.1–R7.5: uneven machines get uneven layers: in proportion to their speeds, as far as their memory allows.

@@ -1,6 +1,7 @@
 //! A placement explained in words and figures.
 
 use super::{Demand, Links, Offer, Placement, PlanError, Policy, ShardCount, place, token_seconds};
+use crate::core::context::Context;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -22,6 +23,8 @@ pub enum PreviewOutcome {
     Placed {
         /// The placement.
         placement: Placement,
+        /// The context that the model would get.
+        context: Context,
         /// Why it is the best one.
         reason: String,
         /// Seconds per token of one answer; unmeasured devices and links count by guesses.
@@ -42,6 +45,7 @@ pub enum PreviewOutcome {
 pub fn preview(
     demand: &Demand,
     placement: Placement,
+    context: Context,
     offers: &[Offer],
     links: &Links,
     shards: &ShardCount,
@@ -53,7 +57,7 @@ pub fn preview(
         stages.map(|stage| speed(stage.node, &stage.device).map_or(0.0, |offer| demand.seconds(&stage.layers, offer)));
     let (stages_s, token_s) = (stages_s.collect(), token_seconds(demand, &placement, offers, links));
     let reason = reason(demand, &placement, offers, links, shards, policy);
-    Preview { policy, outcome: PreviewOutcome::Placed { placement, reason, token_s, stages_s } }
+    Preview { policy, outcome: PreviewOutcome::Placed { placement, context, reason, token_s, stages_s } }
 }
 
 /// Returns why this placement was chosen.

@@ -1,5 +1,6 @@
 //! The inputs and outputs of the scheduler.
 
+use crate::core::context::Context;
 use exo_engines::engine::{Operation, Row, SeqId};
 use exo_engines::sampler::{SampleError, Sampled, SamplerSpec};
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,7 @@ pub struct Limits {
     /// Pages of each shard's cache.
     pub pages: u32,
     /// Tokens of one sequence at most, prompt and answer.
-    pub context_tokens: u32,
+    pub context: Context,
     /// The number of the model's tokens; valid ids are below it.
     pub vocabulary: u32,
     /// Steps in flight at most: the number of stages.
@@ -44,12 +45,12 @@ pub enum AdmitError {
     #[error("the prompt is empty")]
     EmptyPrompt,
     /// The prompt leaves no space for an answer.
-    #[error("the prompt has {prompt_tokens} tokens, and the context {context_tokens}: at least one must be left")]
+    #[error("the prompt has {prompt_tokens} tokens, which leaves no room for an answer in the context: {context}")]
     TooLong {
         /// Tokens of the prompt.
         prompt_tokens: usize,
-        /// Tokens of the context, or of the whole cache if that is smaller.
-        context_tokens: u32,
+        /// The context, or the whole cache if that is smaller.
+        context: Context,
     },
     /// A token is outside the model's vocabulary.
     #[error("token {token} is not one of the model's {vocabulary} tokens")]
@@ -125,6 +126,13 @@ pub enum Event {
         /// Why it ended.
         reason: FinishReason,
     },
+    /// The request can no longer run: the pipeline that replaced its own has a smaller context.
+    Refused {
+        /// The sequence.
+        seq: SeqId,
+        /// Why.
+        error: AdmitError,
+    },
     /// The answer ends because no valid token was drawn.
     Failed {
         /// The sequence.
@@ -141,6 +149,7 @@ impl Event {
             Self::Admitted { seq, .. }
             | Self::Token { seq, .. }
             | Self::Finished { seq, .. }
+            | Self::Refused { seq, .. }
             | Self::Failed { seq, .. } => *seq,
         }
     }

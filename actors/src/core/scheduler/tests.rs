@@ -1,6 +1,7 @@
 //! Single decisions of the scheduler. Whole interleavings are simulated in `core/tests/head.rs`.
 
 use super::*;
+use crate::core::context::{Context, ContextLimit};
 
 fn request(seq: u64, prompt: usize, max_tokens: u32) -> Request {
     let sampler = SamplerSpec { params: SamplingParams::greedy(), prompt: vec![1; prompt], generated: Vec::new() };
@@ -10,7 +11,7 @@ fn request(seq: u64, prompt: usize, max_tokens: u32) -> Request {
 fn limits() -> Limits {
     Limits {
         pages: 64,
-        context_tokens: 1024,
+        context: Context::largest(Some(1024), 1024, None),
         vocabulary: 1000,
         steps_in_flight: 1,
         running: 8,
@@ -160,4 +161,35 @@ fn tokens_outside_the_vocabulary_are_refused() {
     assert!(told.iter().any(|event| matches!(event, Event::Failed { seq: SeqId(2), .. })), "{told:?}");
     let plan = scheduler.poll_step().expect("the other sequence continues");
     assert!(plan.rows.iter().all(|row| row.seq == SeqId(3)) && plan.tokens == [5]);
+}
+
+/// A pipeline with a shorter context takes over: a prompt that it cannot hold is refused, an answer beyond it ends, and
+/// a shorter one goes on to the new end.
+#[test]
+fn a_shorter_context_ends_what_it_cannot_hold() {
+    let mut scheduler = Scheduler::new(limits());
+    for (seq, prompt_tokens) in [(1, 10), (2, 60), (3, 100), (4, 63)] {
+        scheduler.handle_request(request(seq, prompt_tokens, 500)).expect("the long context holds each");
+    }
+    for _ in 0..6 {
+        let plan = scheduler.poll_step().expect("there is work");
+        draw(&mut scheduler, &plan);
+    }
+    let shorter = Context { tokens: 64, model_tokens: 1024, limit: ContextLimit::Memory };
+    scheduler.handle_request(request(5, 100, 500)).expect("the long context holds it");
+    scheduler.handle_pipeline_replaced(Limits { pages: 8, context: shorter, ..limits() });
+    let mut ends = BTreeMap::new();
+    for _ in 0..200 {
+        if let Some(plan) = scheduler.poll_step() {
+            draw(&mut scheduler, &plan);
+        }
+        ends.extend(events(&mut scheduler).into_iter().filter_map(|event| match event {
+            Event::Finished { seq, reason } => Some((seq.0, Ok(reason))),
+            Event::Refused { seq, error } => Some((seq.0, Err(error))),
+            _ => None,
+        }));
+    }
+    let too_long = AdmitError::TooLong { prompt_tokens: 100, context: shorter };
+    let length = Ok(FinishReason::Length);
+    assert_eq!(ends, [(1, length), (2, length), (3, length), (4, length), (5, Err(too_long))].into());
 }

@@ -4,6 +4,7 @@
 //! computed on a wrong cache changes every later one.
 
 use super::{Random, seeds};
+use crate::core::context::Context;
 use crate::core::scheduler::{Event, FinishReason, Limits, Request, SamplerOperation, Scheduler, StepPlan};
 use exo_engines::decoder::PageTable;
 use exo_engines::engine::{Operation, SeqId};
@@ -105,7 +106,7 @@ impl World {
         let mut random = Random::of(seed);
         let limits = Limits {
             pages: 4 + random.below(8) as u32,
-            context_tokens: 100,
+            context: Context::largest(Some(100), 100, None),
             vocabulary: VOCABULARY as u32,
             steps_in_flight: 1 + random.below(3) as usize,
             running: 1 + random.below(6) as usize,
@@ -151,7 +152,7 @@ impl World {
         }
         let max_tokens = 1 + self.random.below(30) as u32;
         self.submit(seq, prompt.clone(), Vec::new(), max_tokens);
-        let room = self.limits.context_tokens.min(self.limits.pages * 32) - length as u32;
+        let room = self.limits.context.tokens.min(self.limits.pages * 32) - length as u32;
         let client = Client { prompt, max_tokens: max_tokens.min(room), got: Vec::new(), finished: None };
         self.clients.insert(seq, client);
     }
@@ -220,6 +221,7 @@ impl World {
                     assert!(cached_tokens < tokens, "at least one token is left to compute");
                     self.cached_tokens += cached_tokens;
                 }
+                Event::Refused { seq, error } => panic!("{seq:?} was refused: {error}"),
                 Event::Failed { seq, error } => panic!("{seq:?} failed: {error}"),
             }
         }
@@ -237,7 +239,7 @@ impl World {
         }
         assert!(self.clients.is_empty(), "{} requests hang", self.clients.len());
         // Cached prefixes are dropped for a request that needs all pages; after it nothing may be left.
-        let length = self.limits.context_tokens.min(self.limits.pages * 32) as usize - 1;
+        let length = self.limits.context.tokens.min(self.limits.pages * 32) as usize - 1;
         self.submit(SeqId(u64::MAX), vec![1; length], Vec::new(), 1);
         while let Some(plan) = self.scheduler.poll_step() {
             self.pipeline.sent.push_back(plan);

@@ -2,6 +2,7 @@
 
 use super::GB;
 use crate::core::clique::Clique;
+use crate::core::context::Context;
 use crate::core::desired::{Desired, DesiredEntry, DesiredSnapshot, Stamp};
 use crate::core::leader::{BrokenShard, Leader, PlacementRequest};
 use crate::core::members::{MemberReport, Members, OwnedInstance};
@@ -68,7 +69,7 @@ pub(super) fn demand(layers: u64, layer_bytes: u64) -> Demand {
         layer_bytes: vec![layer_bytes; layers as usize],
         layer_cost_bytes: vec![layer_bytes; layers as usize],
         head_cost_bytes: layer_bytes / 4,
-        kv_pages: 16,
+        kv_pages: 512,
         kv_bytes: vec![layer_bytes / 16; layers as usize],
         embedding_bytes: layer_bytes / 4,
         head_bytes: layer_bytes / 4,
@@ -79,16 +80,19 @@ pub(super) fn demand(layers: u64, layer_bytes: u64) -> Demand {
 
 pub(super) fn request_model(number: u64) -> PlacementRequest {
     let name = format!("model-{number}");
+    // The longer context takes twice the memory for its cache.
+    let context = Context::largest(None, if number == 1 { 32_768 } else { 4096 }, None);
     let model = Model {
         name: name.clone(),
         family: String::new(),
         quantization: String::new(),
-        context_tokens: 4096,
+        context,
         vocabulary: 256,
         files: FilesId([number as u8; 32]),
     };
     // The last model fits no node, nor all nodes together.
     let demand = if number == 3 { demand(8, 100 * GB) } else { demand(4 + number * 2, GB / 4 * (1 + number)) };
+    let demand = demand.with_pages(context.cache_pages());
     PlacementRequest { spec: ModelSpec::new(name), model, demand }
 }
 

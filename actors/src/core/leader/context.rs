@@ -1,0 +1,88 @@
+//! The contexts of instances: as long as memory allows, and shorter where something else needs the memory.
+
+use super::capacity::memory_by_node;
+use super::{Leader, PlacementRequest, RoundContext, shard_count};
+use crate::core::context::Context;
+use crate::core::desired::{Deployment, MoveStrategy, Target};
+use crate::core::plan::{Demand, Links, Offer, Placement, PlanError, ShardCount, place};
+use crate::core::spec::InstanceId;
+use exo_net::NodeId;
+
+/// The search for the largest context tries multiples of this many tokens.
+const STEP_TOKENS: u32 = 1024;
+
+/// A placement, and the context and the demand that it is for.
+pub(super) type Placed = (Context, Demand, Placement);
+
+impl PlacementRequest {
+    /// The demand of the model with its [least context](Context::least).
+    pub(super) fn least_demand(&self) -> Demand {
+        self.demand.with_pages(self.model.context.least().cache_pages())
+    }
+
+    /// Places the model with the largest context that needs no more devices than its least context does.
+    pub(super) fn place(&self, offers: &[Offer], links: &Links, shards: &ShardCount) -> Result<Placed, PlanError> {
+        let (largest, policy) = (self.model.context, self.spec.policy);
+        let (least, demand) = (largest.least(), self.least_demand());
+        let base = place(&demand, offers, links, shards, policy)?;
+        let used: Vec<Offer> = offers.iter().filter(|offer| base.uses(offer.node, &offer.device)).cloned().collect();
+        let fits = |tokens: u32| {
+            let context = largest.limited(tokens);
+            let demand = self.demand.with_pages(context.cache_pages());
+            let placement = place(&demand, &used, links, shards, policy).ok()?;
+            (placement.devices() <= base.devices()).then_some((context, demand, placement))
+        };
+        if let Some(placed) = fits(largest.tokens) {
+            return Ok(placed);
+        }
+        let mut best = None;
+        let (mut fitting, mut failing) = (least.tokens / STEP_TOKENS, largest.tokens.div_ceil(STEP_TOKENS));
+        while failing.saturating_sub(fitting) > 1 {
+            let middle = fitting.midpoint(failing);
+            match fits(middle * STEP_TOKENS) {
+                Some(placed) => (best, fitting) = (Some(placed), middle),
+                None => failing = middle,
+            }
+        }
+        Ok(best.unwrap_or((least, demand, base)))
+    }
+}
+
+impl Leader {
+    /// Shortens the context of the instance that gives back most memory, unless the memory that all instances together
+    /// can give back would not suffice for `ask`. Returns whether it shortened one. Memory of the instance `own`, which
+    /// needs the space, counts as free.
+    pub(super) fn shorten_for(
+        &mut self,
+        round: &mut RoundContext<'_>,
+        ask: &PlacementRequest,
+        near: NodeId,
+        own: Option<InstanceId>,
+    ) -> bool {
+        let running = round.desired.running().filter(|(id, ..)| Some(*id) != own);
+        let shorter: Vec<(InstanceId, Deployment, u64)> = running
+            .filter_map(|(id, _, deployment)| {
+                let shorter = deployment.with_least_context()?;
+                let saved = deployment.memory_bytes().saturating_sub(shorter.memory_bytes());
+                Some((id, shorter, saved))
+            })
+            .collect();
+        let mut memory = self.memory(round, &own.into_iter().collect());
+        for (id, deployment, _) in &shorter {
+            let before = memory_by_node(round.desired.get(*id).and_then(|entry| entry.deployment()).into_iter());
+            let after = memory_by_node(std::iter::once(deployment));
+            memory.give_back(&before, &after);
+        }
+        let offers = self.offers_of(round, own, ask.spec.device.as_ref(), near, &memory);
+        let fits = shard_count(round.members, &ask.spec)
+            .and_then(|shards| place(&ask.least_demand(), &offers, &round.members.links(), &shards, ask.spec.policy));
+        let largest = shorter.into_iter().max_by_key(|(_, _, saved)| *saved).filter(|_| fits.is_ok());
+        let Some((id, deployment, _)) = largest else { return false };
+        tracing::info!(instance = %id, "shortening a model's context: another model needs its memory");
+        self.releasing.changed = Some(round.now);
+        let reason = "another model needed the memory of its longer context".to_owned();
+        let target = Deployment { reason, strategy: MoveStrategy::InPlace, ..deployment };
+        round.set(id, Target::Run(Box::new(target)));
+        true
+    }
+}
