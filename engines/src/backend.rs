@@ -8,8 +8,8 @@
 
 use crate::engine::KvElement;
 use crate::error::EngineError;
-use crate::format::ElementType;
-use crate::model::{Activation, Attention, Experts, Rope, TensorBytes};
+use crate::format::{ElementType, TensorBytes};
+use crate::model::{Activation, Attention, Experts, Rope};
 use std::ops::Range;
 
 /// The stored bytes of a tensor, with its type and shape.

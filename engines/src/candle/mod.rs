@@ -198,14 +198,15 @@ impl Backend for CandleBackend {
 
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Matrix, EngineError> {
         let shape = (tensor.rows, tensor.columns);
+        let bytes = tensor.bytes.whole()?;
         let form = match ggml_type(tensor.element) {
             Some(kind) => {
-                let storage = QStorage::from_data(Cow::Borrowed(tensor.bytes.get()), &self.device, kind)?;
+                let storage = QStorage::from_data(Cow::Borrowed(&*bytes), &self.device, kind)?;
                 Form::Quantised(QTensor::new(storage, shape)?)
             }
             None if tensor.element.is_quantised() => {
                 let mut values = vec![0.0; shape.0 * shape.1];
-                let rows = tensor.bytes.get().chunks(tensor.bytes.get().len() / shape.0.max(1));
+                let rows = bytes.chunks(bytes.len() / shape.0.max(1));
                 for (row, out) in rows.zip(values.chunks_mut(shape.1)) {
                     dequantise_row(tensor.element, row, out);
                 }
@@ -213,7 +214,7 @@ impl Backend for CandleBackend {
             }
             None => {
                 let kind = dense_type(tensor.element);
-                Form::Dense(Tensor::from_raw_buffer(tensor.bytes.get(), kind, &[shape.0, shape.1], &self.device)?)
+                Form::Dense(Tensor::from_raw_buffer(&bytes, kind, &[shape.0, shape.1], &self.device)?)
             }
         };
         Ok(Matrix { form, element: tensor.element, rows: tensor.rows, columns: tensor.columns })

@@ -105,8 +105,8 @@ impl CpuBackend {
 mod tests {
     use super::*;
     use crate::backend::{Backend, FeedForwardKind, FeedForwardWeights, TensorData};
-    use crate::format::ElementType;
-    use crate::model::{Experts, TensorBytes, Weighting};
+    use crate::format::{ElementType, TensorBytes};
+    use crate::model::{Experts, Weighting};
     use crate::simd::Tier;
 
     const HIDDEN: usize = 32;

@@ -138,15 +138,11 @@ impl Backend for CpuBackend {
     }
 
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Packed, EngineError> {
-        let source = Source {
-            element: tensor.element,
-            rows: tensor.rows,
-            columns: tensor.columns,
-            bytes: tensor.bytes.get(),
-            forget: &|part| tensor.bytes.forget(part),
-        };
+        let source =
+            Source { element: tensor.element, rows: tensor.rows, columns: tensor.columns, bytes: &tensor.bytes };
         Packed::pack(&mut self.pool, &source).map_err(|error| match error {
             PackError::NotANumber { row } => EngineError::Format(not_a_number(tensor.name, row)),
+            PackError::Unreadable(error) => EngineError::Format(error),
             PackError::Panicked => Panicked.into(),
         })
     }

@@ -1,23 +1,20 @@
 //! Packing: converts weights from a file's order to the kernels' order.
 //!
-//! The pool's threads share ranges of panels, and write each range to its own part of the target. The file pages of a
-//! large range are released as soon as it is packed, so that memory never holds a large matrix twice.
+//! The pool's threads share ranges of panels: each reads a range of the file and writes it to its own part of the target,
+//! so that memory never holds a large matrix twice.
 
 use super::disjoint::DisjointMut;
 use super::packed::{Coded, Dense, Form, Lines, Packed, code_position, scale_bits};
 use super::thread_pool::{Panicked, ThreadPool};
-use crate::format::ElementType;
 use crate::format::blocks::{self, BLOCK, Coding};
+use crate::format::{ElementType, FormatError, TensorBytes};
 use crate::simd::LANES;
 use half::f16;
-use std::ops::Range;
+use parking_lot::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Least and most file bytes of one task: enough to be worth a task, little beside a large matrix.
 const TASK_BYTES: (usize, usize) = (128 << 10, 4 << 20);
-/// Tasks of fewer bytes do not release their file pages: that takes longer than packing, and the loader releases the
-/// pages of each packed matrix.
-const FORGET_BYTES: usize = 1 << 20;
 /// Tasks per thread.
 const TASKS_PER_THREAD: usize = 4;
 
@@ -27,18 +24,18 @@ pub(super) struct Source<'a> {
     pub(super) rows: usize,
     pub(super) columns: usize,
     /// The bytes of exactly the matrix's rows.
-    pub(super) bytes: &'a [u8],
-    /// Called with each range of bytes that will not be read again.
-    pub(super) forget: &'a (dyn Fn(Range<usize>) + Sync),
+    pub(super) bytes: &'a TensorBytes<'a>,
 }
 
 /// The reason why a matrix cannot be packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum PackError {
     /// A value, scale or minimum in this row is not a finite number.
     NotANumber {
         row: usize,
     },
+    /// The matrix's file cannot be read.
+    Unreadable(FormatError),
     Panicked,
 }
 
@@ -65,28 +62,37 @@ impl Source<'_> {
     }
 
     fn row_bytes(&self) -> usize {
-        self.bytes.len() / self.rows.max(1)
+        self.bytes.length() / self.rows.max(1)
     }
 
     /// Calls `pack` with (row, its bytes) for every row. One task packs all rows of a panel. `pack` returns whether all
     /// of the row's values are finite.
     fn for_rows(&self, pool: &mut ThreadPool, pack: &(dyn Fn(usize, &[u8]) -> bool + Sync)) -> Result<(), PackError> {
         let row_bytes = self.row_bytes();
-        let task_bytes = (self.bytes.len() / (pool.threads() * TASKS_PER_THREAD)).clamp(TASK_BYTES.0, TASK_BYTES.1);
+        let task_bytes = (self.bytes.length() / (pool.threads() * TASKS_PER_THREAD)).clamp(TASK_BYTES.0, TASK_BYTES.1);
         let rows_per_task = (task_bytes / (LANES * row_bytes).max(1)).max(1) * LANES;
         let first_bad = AtomicUsize::new(usize::MAX);
+        let unreadable = Mutex::new(None);
         pool.run(self.rows.div_ceil(rows_per_task), &|task| {
             let rows = task * rows_per_task..((task + 1) * rows_per_task).min(self.rows);
-            for row in rows.clone() {
-                if !pack(row, &self.bytes[row * row_bytes..][..row_bytes]) {
+            let mut buffer = Vec::new();
+            let bytes = match self.bytes.part(rows.start * row_bytes..rows.end * row_bytes, &mut buffer) {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    unreadable.lock().get_or_insert(error);
+                    return;
+                }
+            };
+            for (row, bytes) in rows.zip(bytes.chunks(row_bytes.max(1))) {
+                if !pack(row, bytes) {
                     first_bad.fetch_min(row, Ordering::Relaxed);
                     return;
                 }
             }
-            if rows.len() * row_bytes >= FORGET_BYTES {
-                (self.forget)(rows.start * row_bytes..rows.end * row_bytes);
-            }
         })?;
+        if let Some(error) = unreadable.into_inner() {
+            return Err(PackError::Unreadable(error));
+        }
         match first_bad.into_inner() {
             usize::MAX => Ok(()),
             row => Err(PackError::NotANumber { row }),
@@ -201,6 +207,7 @@ impl Panel<'_> {
 mod tests {
     use super::*;
     use crate::cpu::test_weights;
+    use crate::format::SourceFile;
     use proptest::prelude::*;
 
     proptest! {
@@ -216,7 +223,7 @@ mod tests {
             let columns = blocks_per_row * 256;
             let bytes = test_weights::bytes(element, rows, columns, seed);
             let mut pool = ThreadPool::new(threads).expect("threads");
-            let source = Source { element, rows, columns, bytes: &bytes, forget: &|_| {} };
+            let source = Source { element, rows, columns, bytes: &TensorBytes::Gathered(bytes.clone()) };
             let packed = Packed::pack(&mut pool, &source).expect("finite weights");
             let row_bytes = element.row_bytes(columns).unwrap_or(1);
             let (mut got, mut expected) = (vec![0.0; columns], vec![0.0; columns]);
@@ -237,18 +244,29 @@ mod tests {
         }
     }
 
+    /// A large matrix is packed in parts from its file. A file that is cut off is reported.
     #[test]
-    fn the_file_pages_of_a_large_matrix_are_released_during_packing() {
+    fn a_large_matrix_is_read_in_parts() {
         let (rows, columns) = (16_384, 256);
         let bytes = test_weights::bytes(ElementType::F32, rows, columns, 1);
-        let forgotten = parking_lot::Mutex::new(Vec::new());
-        let forget = |part| forgotten.lock().push(part);
-        let source = Source { element: ElementType::F32, rows, columns, bytes: &bytes, forget: &forget };
-        Packed::pack(&mut ThreadPool::new(2).expect("threads"), &source).expect("finite weights");
-        let mut forgotten: Vec<Range<usize>> = forgotten.into_inner();
-        forgotten.sort_by_key(|part| part.start);
-        assert!(forgotten.len() > 1 && forgotten.windows(2).all(|pair| pair[0].end == pair[1].start), "{forgotten:?}");
-        assert_eq!((forgotten[0].start, forgotten[forgotten.len() - 1].end), (0, bytes.len()));
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("weights");
+        std::fs::write(&path, [&[0; 100], &bytes[..]].concat()).expect("written");
+        let file = SourceFile::open(&path).expect("a file");
+        let in_file = TensorBytes::InFile { file: &file, range: 100..100 + bytes.len() as u64, name: "x" };
+        let mut pool = ThreadPool::new(2).expect("threads");
+        let mut pack = |bytes| Packed::pack(&mut pool, &Source { element: ElementType::F32, rows, columns, bytes });
+        let in_memory = TensorBytes::Gathered(bytes.clone());
+        let expected = pack(&in_memory).expect("finite weights");
+        let packed = pack(&in_file).expect("finite weights");
+        let (mut got, mut wanted) = (vec![0.0; columns], vec![0.0; columns]);
+        for row in 0..rows {
+            packed.read_row(row, &mut got);
+            expected.read_row(row, &mut wanted);
+            assert_eq!(got, wanted, "row {row}");
+        }
+        std::fs::File::options().write(true).open(&path).and_then(|file| file.set_len(1 << 20)).expect("cut");
+        assert_eq!(pack(&in_file).err(), Some(PackError::Unreadable(FormatError::Changed { path })));
     }
 
     #[test]
@@ -257,7 +275,8 @@ mod tests {
         bytes[2 * 64 * 4..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
         let pack = |element, rows, columns, bytes: &[u8]| {
             let mut pool = ThreadPool::new(1).expect("threads");
-            Packed::pack(&mut pool, &Source { element, rows, columns, bytes, forget: &|_| {} }).err()
+            Packed::pack(&mut pool, &Source { element, rows, columns, bytes: &TensorBytes::Gathered(bytes.to_vec()) })
+                .err()
         };
         assert_eq!(pack(ElementType::F32, 3, 64, &bytes), Some(PackError::NotANumber { row: 2 }));
         let mut block = vec![0; 18];

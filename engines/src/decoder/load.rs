@@ -7,10 +7,8 @@ use crate::engine::{LoadProgress, ShardSpec};
 use crate::error::EngineError;
 use crate::format::blocks::dequantise_row;
 use crate::format::quantise::{self, QuantiseError};
-use crate::format::{ElementType, FormatError};
-use crate::model::{
-    FeedForward, Layer, LayerRole, Part, QueryKeyNorm, Role, TensorBytes, TensorSlice, WeightReader, WeightSource,
-};
+use crate::format::{ElementType, FormatError, TensorBytes};
+use crate::model::{FeedForward, Layer, LayerRole, Part, QueryKeyNorm, Role, TensorSlice, WeightReader, WeightSource};
 use std::ops::ControlFlow;
 
 /// The weights of a shard.
@@ -96,7 +94,6 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         let mut layers = Vec::new();
         for index in self.shard.layers.clone() {
             layers.push(self.layer(index)?);
-            self.reader.forget_all();
         }
         let mut output_norm = None;
         let mut output = None;
@@ -249,8 +246,9 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
 
     fn quantised(&self, slice: &TensorSlice, bytes: &TensorBytes<'_>) -> Result<Vec<u8>, FormatError> {
         let types = (slice.element, slice.kept_as);
-        quantise::rows(types, bytes.get(), slice.columns, &|part| bytes.forget(part)).map_err(|error| {
+        quantise::rows(types, bytes, slice.columns).map_err(|error| {
             let what = match error {
+                QuantiseError::Unreadable(error) => return error,
                 QuantiseError::NotANumber { row } => format!("row {row} has a value that is not a finite number"),
                 QuantiseError::Failed { what } => format!("it cannot be quantised: {what}"),
             };
@@ -261,7 +259,7 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
     fn vector(&mut self, role: Role, length: usize) -> Result<Vec<f32>, EngineError> {
         let slice = self.slice(role, 1, length)?;
         let mut values = vec![0.0; length];
-        dequantise_row(slice.element, self.reader.bytes(slice)?.get(), &mut values);
+        dequantise_row(slice.element, &self.reader.bytes(slice)?.whole()?, &mut values);
         if values.iter().any(|value| !value.is_finite()) {
             return Err(self.bad(slice, "it has a value that is not a finite number".to_owned()).into());
         }
@@ -306,7 +304,6 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
     }
 
     fn done(&mut self, slice: &TensorSlice) -> Result<(), EngineError> {
-        self.reader.forget(slice);
         self.progress.loaded_bytes += slice.length_bytes;
         match (self.on)(self.progress) {
             ControlFlow::Continue(()) => Ok(()),

@@ -6,7 +6,7 @@
 //! Source of the format: `docs/gguf.md` of the ggml project.
 
 use super::tensor::check_disjoint;
-use super::{FormatError, Mapped, TensorInfo};
+use super::{FormatError, SourceFile, TensorInfo};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -23,14 +23,20 @@ const PAIRS_MAX: u64 = 65_536;
 const TENSORS_MAX: u64 = 1 << 20;
 const ALIGNMENT_DEFAULT: u64 = 32;
 
-/// An opened GGUF file: the positions of its metadata values and tensors.
+/// Bytes of a header. Real ones, with the largest vocabularies, have under 40 MB.
+const HEADER_BYTES_MAX: u64 = 256 << 20;
+/// Bytes of a header that are read first. Where they do not suffice, four times as many are.
+const HEADER_BYTES_FIRST: u64 = 1 << 20;
+
+/// An opened GGUF file: its header, and the positions of its metadata values and tensors.
 ///
-/// Values stay in the mapped file and are read on demand: reading the layer count does not copy a vocabulary of a
-/// quarter of a million tokens.
+/// Values stay encoded and are decoded on demand: reading the layer count does not copy a vocabulary of a quarter of a
+/// million tokens.
 #[derive(Debug, Clone)]
 pub struct Gguf {
-    /// The mapped file.
-    pub file: Mapped,
+    /// The file.
+    pub file: SourceFile,
+    header: Vec<u8>,
     metadata: BTreeMap<String, ValuePosition>,
     /// The location of each tensor, by name.
     pub tensors: BTreeMap<String, TensorInfo>,
@@ -57,8 +63,22 @@ impl Gguf {
     /// [`FormatError`] for a file that is not GGUF, is cut short, claims more data than it has, has tensors
     /// that overlap or lie outside it, or has a type that no engine supports.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
-        let file = Mapped::open(path)?;
-        let mut cursor = Cursor { file: &file, at: 0 };
+        let file = SourceFile::open(path)?;
+        let longest = file.length_bytes().min(HEADER_BYTES_MAX);
+        let mut length = longest.min(HEADER_BYTES_FIRST);
+        loop {
+            let header = file.read(0..length, "its header")?;
+            match Self::parse(&file, header) {
+                // The header may go on behind the bytes read.
+                Err(FormatError::Truncated { .. }) if length < longest => length = longest.min(length * 4),
+                parsed => return parsed,
+            }
+        }
+    }
+
+    /// Reads the header in the first bytes of `file`.
+    fn parse(file: &SourceFile, header: Vec<u8>) -> Result<Self, FormatError> {
+        let mut cursor = Cursor { file, header: &header, at: 0 };
         if cursor.take(4, "the magic number")? != b"GGUF" {
             return Err(cursor.malformed("it does not start with `GGUF`"));
         }
@@ -71,11 +91,11 @@ impl Gguf {
         let metadata = cursor.metadata(pair_count)?;
         let infos = cursor.tensor_infos(tensor_count)?;
         let header_end = cursor.at;
-        let mut read = Self { file: file.clone(), metadata, tensors: BTreeMap::new() };
+        let mut read = Self { file: file.clone(), header, metadata, tensors: BTreeMap::new() };
+        read.header.truncate(usize::try_from(header_end).unwrap_or(usize::MAX));
+        read.header.shrink_to_fit();
         let alignment = alignment(&read)?;
-        read.tensors = place_tensors(&file, infos, header_end.next_multiple_of(alignment), alignment)?;
-        // The vocabulary is most of the header, and is rarely read again.
-        file.forget(0..header_end);
+        read.tensors = place_tensors(file, infos, header_end.next_multiple_of(alignment), alignment)?;
         Ok(read)
     }
 
@@ -88,7 +108,7 @@ impl Gguf {
     pub fn value(&self, key: &str) -> Option<Value<'_>> {
         let place = self.metadata.get(key)?;
         // Opening the file read and checked this value, so that it can be read again.
-        Cursor { file: &self.file, at: place.at }.value(place.kind, key).ok()
+        Cursor { file: &self.file, header: &self.header, at: place.at }.value(place.kind, key).ok()
     }
 
     /// The metadata value at `key`, converted by `read`; `None` if the key is missing.
@@ -137,7 +157,7 @@ fn alignment(file: &Gguf) -> Result<u64, FormatError> {
 }
 
 fn place_tensors(
-    file: &Mapped,
+    file: &SourceFile,
     infos: Vec<RawInfo>,
     data_start: u64,
     alignment: u64,

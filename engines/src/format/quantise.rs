@@ -3,8 +3,8 @@
 //! candle's quantisers do the rounding (they follow ggml's reference quantisers). This module hands the rows to threads
 //! a few at a time, so that little more than source and target is ever in memory.
 
-use super::ElementType;
 use super::blocks::dequantise_row;
+use super::{ElementType, FormatError, TensorBytes};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use parking_lot::Mutex;
@@ -20,6 +20,8 @@ pub(crate) enum QuantiseError {
     NotANumber { row: usize },
     /// The quantiser's error message.
     Failed { what: String },
+    /// The source cannot be read.
+    Unreadable(FormatError),
 }
 
 fn target_type(element: ElementType) -> Option<GgmlDType> {
@@ -33,16 +35,15 @@ fn target_type(element: ElementType) -> Option<GgmlDType> {
     })
 }
 
-/// Quantises rows of `columns` values from `from` to `to`. Calls `forget` with each range of `bytes` that is not read
-/// again.
+/// Quantises rows of `columns` values from `from` to `to`.
 ///
 /// # Errors
-/// [`QuantiseError`] for a value that is not finite, a type without a quantiser, or rows that are not whole blocks.
+/// [`QuantiseError`] for a value that is not finite, a type without a quantiser, rows that are not whole blocks, or a
+/// file that cannot be read.
 pub(crate) fn rows(
     (from, to): (ElementType, ElementType),
-    bytes: &[u8],
+    bytes: &TensorBytes<'_>,
     columns: usize,
-    forget: &(dyn Fn(std::ops::Range<usize>) + Sync),
 ) -> Result<Vec<u8>, QuantiseError> {
     let failed = |what: &str| QuantiseError::Failed { what: what.to_owned() };
     let kind = target_type(to).ok_or_else(|| failed(&format!("quantisation to {to} is not supported")))?;
@@ -50,19 +51,21 @@ pub(crate) fn rows(
         return Err(failed(&format!("{columns} columns are not whole blocks of {to}")));
     };
     let rows_per_piece = (PIECE_VALUES / columns.max(1)).max(1);
-    let mut out = vec![0; bytes.len() / row_bytes.max(1) * target_row_bytes];
+    let mut out = vec![0; bytes.length() / row_bytes.max(1) * target_row_bytes];
     let pieces: Vec<_> =
         out.chunks_mut(rows_per_piece * target_row_bytes).map(|piece| Mutex::new(Some(piece))).collect();
     let next = AtomicUsize::new(0);
     let failure = Mutex::new(None);
     let work = || {
+        let mut buffer = Vec::new();
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(piece) = pieces.get(index).and_then(|piece| piece.lock().take()) else { return };
             let start = index * rows_per_piece * row_bytes;
-            let source = &bytes[start..bytes.len().min(start + rows_per_piece * row_bytes)];
-            let done = quantise_piece((from, kind), source, columns, index * rows_per_piece, piece);
-            forget(start..start + source.len());
+            let part = start..bytes.length().min(start + rows_per_piece * row_bytes);
+            let source = bytes.part(part, &mut buffer).map_err(QuantiseError::Unreadable);
+            let done =
+                source.and_then(|source| quantise_piece((from, kind), source, columns, index * rows_per_piece, piece));
             if let Err(error) = done {
                 failure.lock().get_or_insert(error);
                 return;
@@ -136,7 +139,8 @@ mod tests {
         let bytes = fixture("values.f32");
         let source: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         for element in [ElementType::Q4_0, ElementType::Q5_0, ElementType::Q8_0, ElementType::Q4_K, ElementType::Q6_K] {
-            let ours = rows((ElementType::F32, element), &bytes, columns, &|_| {}).expect("finite values");
+            let bytes = TensorBytes::Gathered(bytes.clone());
+            let ours = rows((ElementType::F32, element), &bytes, columns).expect("finite values");
             let ours = squared_error(element, &ours, columns, &source);
             let theirs = squared_error(element, &fixture(&format!("{element}.blocks")), columns, &source);
             let norm: f32 = source.iter().map(|v| v * v).sum();
@@ -149,12 +153,11 @@ mod tests {
     fn rows_quantised_in_pieces_equal_rows_quantised_alone() {
         let (count, columns) = (5000, 512);
         let bytes: Vec<u8> = (0..count * columns).flat_map(|i| ((i as f32 * 0.37).sin()).to_le_bytes()).collect();
-        let forgotten = Mutex::new(0);
-        let forget = |part: std::ops::Range<usize>| *forgotten.lock() += part.len();
-        let all = rows((ElementType::F32, ElementType::Q8_0), &bytes, columns, &forget).expect("finite values");
-        assert_eq!(forgotten.into_inner(), bytes.len());
+        let of =
+            |bytes: &[u8]| rows((ElementType::F32, ElementType::Q8_0), &TensorBytes::Gathered(bytes.to_vec()), columns);
+        let all = of(&bytes).expect("finite values");
         let row = 4321;
-        let one = rows((ElementType::F32, ElementType::Q8_0), &bytes[row * 2048..(row + 1) * 2048], columns, &|_| {});
+        let one = of(&bytes[row * 2048..(row + 1) * 2048]);
         let row_bytes = all.len() / count;
         assert_eq!(one.expect("finite values"), all[row * row_bytes..(row + 1) * row_bytes]);
     }
@@ -163,7 +166,8 @@ mod tests {
     fn rows_that_cannot_be_quantised_are_reported() {
         let mut bytes = vec![0; 3 * 32 * 4];
         bytes[2 * 128..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
-        let of = |to| rows((ElementType::F32, to), &bytes, 32, &|_| {}).expect_err("an error");
+        let bytes = TensorBytes::Gathered(bytes);
+        let of = |to| rows((ElementType::F32, to), &bytes, 32).expect_err("an error");
         assert_eq!(of(ElementType::Q8_0), QuantiseError::NotANumber { row: 2 });
         assert!(matches!(of(ElementType::Q4_K), QuantiseError::Failed { .. }));
         assert!(matches!(of(ElementType::IQ4_NL), QuantiseError::Failed { .. }));

@@ -7,7 +7,7 @@
 //! error names its file and tensor, and the data stays in the mapped file.
 
 use super::tensor::{check_disjoint, length_bytes};
-use super::{ElementType, FormatError, Mapped, TensorInfo};
+use super::{ElementType, FormatError, SourceFile, TensorInfo};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -26,7 +26,7 @@ const INDEX_BYTES_MAX: u64 = 100_000_000;
 #[derive(Debug, Clone)]
 pub struct SafeTensors {
     /// The files, sorted by path.
-    pub files: Vec<Mapped>,
+    pub files: Vec<SourceFile>,
     /// By name: index into `files`, and the location in that file.
     pub tensors: BTreeMap<String, (usize, TensorInfo)>,
     /// The same for tensors of plain bytes (`U8`). Their names tell what the bytes mean.
@@ -70,7 +70,7 @@ impl SafeTensors {
         let paths = file_paths(folder)?;
         let mut all = Self { files: Vec::new(), tensors: BTreeMap::new(), bytes: BTreeMap::new() };
         for path in paths {
-            let file = Mapped::open(&path)?;
+            let file = SourceFile::open(&path)?;
             let number = all.files.len();
             for (name, described) in read_header(&file)? {
                 let is_new = match described {
@@ -150,10 +150,10 @@ pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, FormatError> 
     std::fs::read_to_string(path).map_err(|e| FormatError::io(path, &e))
 }
 
-fn read_header(file: &Mapped) -> Result<BTreeMap<String, Described>, FormatError> {
+fn read_header(file: &SourceFile) -> Result<BTreeMap<String, Described>, FormatError> {
     let malformed = |what: String| FormatError::Malformed { path: file.path().to_owned(), what };
     let mut length = [0; 8];
-    length.copy_from_slice(file.slice(0..8, "the header's length")?);
+    length.copy_from_slice(&file.read(0..8, "the header's length")?);
     let header_length = u64::from_le_bytes(length);
     if header_length > HEADER_BYTES_MAX {
         return Err(FormatError::TooLarge {
@@ -164,9 +164,9 @@ fn read_header(file: &Mapped) -> Result<BTreeMap<String, Described>, FormatError
         });
     }
     let data_start = 8 + header_length;
-    let header = file.slice(8..data_start, "the header")?;
+    let header = file.read(8..data_start, "the header")?;
     let entries: BTreeMap<String, serde_json::Value> =
-        serde_json::from_slice(header).map_err(|e| malformed(format!("the header is not JSON: {e}")))?;
+        serde_json::from_slice(&header).map_err(|e| malformed(format!("the header is not JSON: {e}")))?;
     let mut tensors = BTreeMap::new();
     let mut extents = Vec::new();
     for (name, entry) in entries {
@@ -191,7 +191,7 @@ fn read_header(file: &Mapped) -> Result<BTreeMap<String, Described>, FormatError
 }
 
 fn place(
-    file: &Mapped,
+    file: &SourceFile,
     name: &str,
     entry: HeaderEntry,
     data_start: u64,

@@ -115,7 +115,7 @@ impl Metadata<'_> {
         let Some(info) = self.file.tensors.get(tensor) else { return Ok(None) };
         let range = info.offset_bytes..info.offset_bytes + info.length_bytes;
         let mut divisors = vec![0.0; info.shape.iter().product()];
-        dequantise_row(info.element, self.file.file.slice(range, tensor)?, &mut divisors);
+        dequantise_row(info.element, &self.file.file.read(range, tensor)?, &mut divisors);
         Ok(Some(divisors))
     }
 

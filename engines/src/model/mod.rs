@@ -25,7 +25,7 @@ mod weights;
 pub use architecture::*;
 pub use pieces::{FOLDER_FILES, PartedFile, Piece, Pieces};
 pub use recipe::{Recipe, UnknownRecipe};
-pub use weights::{LayerRole, Layout, Part, Role, TensorBytes, TensorSlice, WeightReader, WeightSource};
+pub use weights::{LayerRole, Layout, Part, Role, TensorSlice, WeightReader, WeightSource};
 
 use crate::format::{FormatError, Gguf};
 use serde::{Deserialize, Serialize};

@@ -4,7 +4,7 @@
 //! over one. The reader always returns contiguous rows.
 
 use super::{Recipe, gather};
-use crate::format::{ElementType, FormatError, Mapped, MappedBytes, TensorInfo};
+use crate::format::{ElementType, FormatError, SourceFile, TensorBytes, TensorInfo};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -155,32 +155,6 @@ impl TensorSlice {
     }
 }
 
-/// A tensor's rows, contiguous, as its element type stores them.
-#[derive(Debug)]
-pub enum TensorBytes<'a> {
-    /// Read in place from the mapped file.
-    InFile(MappedBytes<'a>),
-    /// Copied into row order, or newly quantised.
-    Gathered(Vec<u8>),
-}
-
-impl TensorBytes<'_> {
-    /// The bytes of all rows.
-    pub fn get(&self) -> &[u8] {
-        match self {
-            Self::InFile(bytes) => bytes.get(),
-            Self::Gathered(bytes) => bytes,
-        }
-    }
-
-    /// Advises the kernel that `part` of these bytes is not read again, and need not stay in memory.
-    pub fn forget(&self, part: std::ops::Range<usize>) {
-        if let Self::InFile(bytes) = self {
-            bytes.forget(part);
-        }
-    }
-}
-
 /// A model's tensors as paths and byte ranges. Plain data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WeightSource {
@@ -227,23 +201,23 @@ impl WeightSource {
 /// The files of a [`WeightSource`], opened for reading.
 #[derive(Debug)]
 pub struct WeightReader {
-    files: Vec<Mapped>,
+    files: Vec<SourceFile>,
 }
 
 impl WeightReader {
     /// Opens all files. No tensor is read yet.
     pub fn open(source: &WeightSource) -> Result<Self, FormatError> {
-        let files = source.files.iter().map(|path| Mapped::open(path)).collect::<Result<_, _>>()?;
+        let files = source.files.iter().map(|path| SourceFile::open(path)).collect::<Result<_, _>>()?;
         Ok(Self { files })
     }
 
     /// The rows of `slice`.
-    pub fn bytes(&self, slice: &TensorSlice) -> Result<TensorBytes<'_>, FormatError> {
+    pub fn bytes<'a>(&'a self, slice: &'a TensorSlice) -> Result<TensorBytes<'a>, FormatError> {
         let file = self.file(slice, slice.file)?;
         match slice.layout {
             Layout::Rows => {
                 let range = slice.offset_bytes..slice.offset_bytes.saturating_add(slice.length_bytes);
-                Ok(TensorBytes::InFile(file.part(range, &slice.name)?))
+                Ok(TensorBytes::InFile { file, range, name: &slice.name })
             }
             Layout::Strided { row_step, column_step } => {
                 Ok(TensorBytes::Gathered(gather::strided(file, slice, row_step, column_step)?))
@@ -255,25 +229,12 @@ impl WeightReader {
         }
     }
 
-    /// Advises the kernel that `slice` has been copied and its pages need not stay resident.
-    pub fn forget(&self, slice: &TensorSlice) {
-        if let Ok(file) = self.file(slice, slice.file) {
-            file.forget(slice.offset_bytes..slice.offset_bytes.saturating_add(slice.length_bytes));
-        }
-    }
-
-    /// Advises the kernel that no page of the files need stay resident. The kernel maps more than is read (with large
-    /// folios, 2 MB for a norm of some kilobytes), and [`WeightReader::forget`] does not release this excess.
-    pub fn forget_all(&self) {
-        self.files.iter().for_each(|file| file.forget(0..file.length_bytes()));
-    }
-
     /// The path of `slice`'s file, for errors.
     pub fn path(&self, slice: &TensorSlice) -> PathBuf {
         self.file(slice, slice.file).map(|file| file.path().to_owned()).unwrap_or_default()
     }
 
-    fn file(&self, slice: &TensorSlice, number: usize) -> Result<&Mapped, FormatError> {
+    fn file(&self, slice: &TensorSlice, number: usize) -> Result<&SourceFile, FormatError> {
         self.files.get(number).ok_or_else(|| FormatError::BadTensor {
             path: PathBuf::new(),
             tensor: slice.name.clone(),

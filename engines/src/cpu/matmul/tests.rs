@@ -4,6 +4,7 @@ use super::*;
 use crate::cpu::activation::CodedRowMut;
 use crate::cpu::pack::Source;
 use crate::cpu::test_weights;
+use crate::format::TensorBytes;
 use proptest::prelude::*;
 
 struct Encode<'a> {
@@ -59,7 +60,7 @@ proptest! {
         let columns = 512;
         let bytes = test_weights::bytes(element, outputs, columns, seed);
         let mut pool = ThreadPool::new(1).expect("threads");
-        let source = Source { element, rows: outputs, columns, bytes: &bytes, forget: &|_| {} };
+        let source = Source { element, rows: outputs, columns, bytes: &TensorBytes::Gathered(bytes) };
         let weights = Packed::pack(&mut pool, &source).expect("finite weights");
         let input = input(rows, columns);
         for tier in Tier::available() {

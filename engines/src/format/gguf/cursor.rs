@@ -2,7 +2,7 @@
 
 use super::{List, Value, ValuePosition};
 use crate::format::tensor::length_bytes;
-use crate::format::{ElementType, FormatError, Mapped};
+use crate::format::{ElementType, FormatError, SourceFile};
 use std::collections::BTreeMap;
 
 /// Bytes of a metadata key or a tensor's name. The format's own limit for names is 64.
@@ -23,10 +23,11 @@ pub(super) struct RawInfo {
     pub(super) offset_bytes: u64,
 }
 
-/// A position in the header. Every read is checked against the file's end.
+/// A position in the header. Every read is checked against the end of the bytes that were read of the file.
 #[derive(Debug, Clone)]
 pub(super) struct Cursor<'a> {
-    pub(super) file: &'a Mapped,
+    pub(super) file: &'a SourceFile,
+    pub(super) header: &'a [u8],
     pub(super) at: u64,
 }
 
@@ -37,7 +38,10 @@ impl<'a> Cursor<'a> {
 
     pub(super) fn take(&mut self, length: u64, what: &str) -> Result<&'a [u8], FormatError> {
         let end = self.at.saturating_add(length);
-        let bytes = self.file.header(self.at..end, what)?;
+        let range = usize::try_from(self.at).ok().zip(usize::try_from(end).ok());
+        let bytes = range.and_then(|(start, end)| self.header.get(start..end));
+        let bytes =
+            bytes.ok_or_else(|| FormatError::Truncated { path: self.file.path().to_owned(), what: what.to_owned() })?;
         self.at = end;
         Ok(bytes)
     }

@@ -1,4 +1,4 @@
-//! A metadata value, borrowed from the file.
+//! A metadata value, borrowed from the header.
 
 use super::cursor::Cursor;
 use crate::format::FormatError;
