@@ -6,13 +6,14 @@
 
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
+use exo_actors::core::context::Context;
 use exo_actors::core::scheduler::{Limits, Request, Scheduler};
 use exo_engines::backend::{Backend, Norm, TensorData};
 use exo_engines::cpu::{CpuBackend, Tier};
 use exo_engines::engine::{Row, SeqId};
 use exo_engines::format::ElementType;
+use exo_engines::format::TensorBytes;
 use exo_engines::format::blocks::dequantise_row;
-use exo_engines::model::TensorBytes;
 use exo_engines::sampler::{Sampled, Sampler, SamplerSpec, SamplingParams, TokenSampler};
 use exo_net::{FrameReader, FrameWriter, Payload, WireType, wire};
 use std::collections::BTreeSet;
@@ -126,7 +127,7 @@ fn schedule(bencher: Bencher<'_, '_>, sequences: u64) {
     let scheduler = || {
         let mut scheduler = Scheduler::new(Limits {
             pages: 64 * 128,
-            context_tokens,
+            context: Context::largest(Some(context_tokens), context_tokens, None),
             vocabulary: VOCABULARY as u32,
             steps_in_flight: 1,
             running: 64,

@@ -64,8 +64,7 @@ pub(super) async fn fetch_file(
 ) -> Result<Option<String>, ModelError> {
     let (cached, presence) = match config.is_offline {
         true => {
-            let (cache, name, known) = (config.hub_cache.clone(), repository.to_owned(), file.to_owned());
-            let found = blocking(move || Ok(hf_hub::Cache::new(cache).model(name).get(&known))).await?;
+            let found = find_cached(config, repository.to_owned(), file).await?;
             (found.ok_or_else(|| ModelError::Offline { what: repository.to_owned() })?, Presence::Before)
         }
         false => cached(config, &api(config)?.model(repository.to_owned()), file).await?,
@@ -137,8 +136,17 @@ pub(super) fn is_cached(config: &ModelsConfig, wanted: &HubName) -> bool {
 }
 
 fn in_cache(cache: &Path, wanted: &HubName) -> Option<PathBuf> {
-    let cache = hf_hub::Cache::new(cache.to_owned()).model(wanted.repository.clone());
-    cache.get(wanted.file.as_deref().unwrap_or("config.json"))
+    cached_path(cache, wanted.repository.clone(), wanted.file.as_deref().unwrap_or("config.json"))
+}
+
+/// The path of a repository's file in the client's cache. Blocks on the disk.
+fn cached_path(cache: &Path, repository: String, file: &str) -> Option<PathBuf> {
+    hf_hub::Cache::new(cache.to_owned()).model(repository).get(file)
+}
+
+async fn find_cached(config: &ModelsConfig, repository: String, file: &str) -> Result<Option<PathBuf>, ModelError> {
+    let (cache, file) = (config.hub_cache.clone(), file.to_owned());
+    blocking(move || Ok(cached_path(&cache, repository, &file))).await
 }
 
 fn offline(cache: &Path, wanted: &HubName) -> Result<PathBuf, ModelError> {
@@ -211,9 +219,7 @@ async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<(Pa
     for attempt in 1.. {
         let fetched = Arc::new(AtomicU64::new(0));
         let meter = Meter { fetched: Arc::clone(&fetched), total: 0, sink: Arc::clone(&config.progress) };
-        let (cache, name) = (config.hub_cache.clone(), repository_of(repo));
-        let known = file.to_owned();
-        if let Some(path) = blocking(move || Ok(hf_hub::Cache::new(cache).model(name).get(&known))).await? {
+        if let Some(path) = find_cached(config, repository_of(repo), file).await? {
             return Ok((path, Presence::Before));
         }
         let outcome = tokio::select! {

@@ -27,19 +27,39 @@ pub(super) struct LayerCache {
 }
 
 impl KvCache {
-    /// Reserves `pages` pages for each layer; `None` if the number of bytes overflows.
+    /// Reserves `pages` pages for each layer; `None` if the operating system refuses the memory.
     pub(super) fn new(layers: &[Attention], element: KvElement, pages: u32) -> Option<Self> {
         let layers = layers.iter().map(|spec| LayerCache::new(spec, element, pages));
         Some(Self { layers: layers.collect::<Option<_>>()? })
     }
+
+    /// The memory of such a cache when all pages are used, in bytes.
+    pub(super) fn bytes(layers: &[Attention], element: KvElement, pages: u32) -> u64 {
+        let page = |spec: &Attention| {
+            let layer = LayerCache::empty(spec, element);
+            (layer.key_page_bytes() as u64).saturating_add(layer.value_page_bytes() as u64)
+        };
+        layers.iter().map(page).fold(0, u64::saturating_add).saturating_mul(u64::from(pages))
+    }
+}
+
+/// Memory that becomes resident as it is written to; `None` if the operating system refuses it.
+fn reserved(pages: u32, page_bytes: usize) -> Option<Vec<u8>> {
+    let bytes = page_bytes.checked_mul(pages as usize)?;
+    // `vec!` ends the process where memory is refused.
+    Vec::<u8>::new().try_reserve_exact(bytes).ok()?;
+    Some(vec![0; bytes])
 }
 
 impl LayerCache {
+    fn empty(spec: &Attention, element: KvElement) -> Self {
+        Self { element, kv_heads: spec.kv_heads, head_dim: spec.head_dim, keys: Vec::new(), values: Vec::new() }
+    }
+
     fn new(spec: &Attention, element: KvElement, pages: u32) -> Option<Self> {
-        let mut cache =
-            Self { element, kv_heads: spec.kv_heads, head_dim: spec.head_dim, keys: Vec::new(), values: Vec::new() };
-        cache.keys = vec![0; cache.key_page_bytes().checked_mul(pages as usize)?];
-        cache.values = vec![0; cache.value_page_bytes().checked_mul(pages as usize)?];
+        let mut cache = Self::empty(spec, element);
+        cache.keys = reserved(pages, cache.key_page_bytes())?;
+        cache.values = reserved(pages, cache.value_page_bytes())?;
         Some(cache)
     }
 

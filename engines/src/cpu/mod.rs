@@ -158,7 +158,7 @@ impl Backend for CpuBackend {
     fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<KvCache, EngineError> {
         KvCache::new(layers, element, pages).ok_or_else(|| EngineError::OutOfMemory {
             what: format!("a cache of {pages} pages"),
-            needed_bytes: u64::MAX,
+            needed_bytes: KvCache::bytes(layers, element, pages),
             free_bytes: 0,
         })
     }

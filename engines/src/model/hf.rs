@@ -281,12 +281,7 @@ impl Reader<'_> {
         let mut ropes = vec![full];
         if let Some(default) = self.family.sliding_theta {
             let theta = self.config.float("rope_local_base_freq")?.unwrap_or(default);
-            let mut sliding = self.config.rope("sliding_attention", theta, head_dim, ScalingUse::IsForOtherLayers)?;
-            // In the old layout `rope_theta` holds for layers with full attention only.
-            if self.config.nested("rope_parameters").is_none() {
-                sliding.theta = theta;
-            }
-            ropes.push(sliding);
+            ropes.push(self.config.rope("sliding_attention", theta, head_dim, ScalingUse::IsForOtherLayers)?);
         }
         ropes.iter().map(|rope| self.build(rope)).collect()
     }

@@ -101,12 +101,15 @@ impl Config {
         dimensions: usize,
         scales: ScalingUse,
     ) -> Result<RopeParameters, FormatError> {
-        let (section, nested) = self.rope_section(layer_type, scales);
+        let section = self.rope_section(layer_type, scales);
         let own_theta = match &section {
             Some(section) => section.float("rope_theta")?,
             None => None,
         };
-        let outer_theta = if nested { None } else { self.float("rope_theta")? };
+        let outer_theta = match scales {
+            ScalingUse::Applies => self.float("rope_theta")?,
+            ScalingUse::IsForOtherLayers => None,
+        };
         let scaling = match &section {
             Some(section) => section.scaling(self)?,
             None => Scaling::None,
@@ -120,35 +123,47 @@ impl Config {
         Ok(RopeParameters { theta: own_theta.or(outer_theta).unwrap_or(theta), dimensions, scaling })
     }
 
-    /// The object that describes the rotary embedding, and whether it holds for this layer type only.
-    fn rope_section(&self, layer_type: &str, scales: ScalingUse) -> (Option<Self>, bool) {
+    /// The object that describes the rotary embedding of these layers. Where a config has both layouts, the old one's
+    /// scaling counts, as it does for transformers: it replaces a flat section, and changes a section by layer type.
+    fn rope_section(&self, layer_type: &str, scales: ScalingUse) -> Option<Self> {
         let new = self.nested("rope_parameters");
+        let is_by_type = new.as_ref().is_some_and(|parameters| parameters.fields.values().any(Value::is_object));
         let by_type = new.as_ref().and_then(|parameters| parameters.nested(layer_type));
-        let nested = by_type.is_some();
-        let old = self.nested("rope_scaling").filter(|_| scales == ScalingUse::Applies);
-        (by_type.or(new).or(old), nested)
+        if scales == ScalingUse::IsForOtherLayers {
+            return by_type;
+        }
+        let old = self.nested("rope_scaling").filter(|scaling| !scaling.fields.is_empty());
+        match (by_type, old) {
+            (Some(mut section), Some(old)) => {
+                section.fields.extend(old.fields);
+                Some(section)
+            }
+            (None, Some(old)) => Some(old),
+            (by_type, None) => by_type.or(new.filter(|_| !is_by_type)),
+        }
     }
 
     /// LongRoPE, if the model has it: the context length above which the long divisors apply, and their scaling.
     pub(super) fn long_rope(&self) -> Result<Option<(usize, Scaling)>, FormatError> {
-        let (Some(section), _) = self.rope_section("full_attention", ScalingUse::Applies) else { return Ok(None) };
-        if !section.is_long_rope()? {
+        let Some(section) = self.rope_section("full_attention", ScalingUse::Applies) else { return Ok(None) };
+        if section.rope_type(self)? != "longrope" {
             return Ok(None);
         }
         let original = section.original_context(self)?;
         Ok(Some((original as usize, section.long_scaling(self, "long_factor")?)))
     }
 
-    fn rope_type(&self) -> Result<&str, FormatError> {
-        match self.text("rope_type")? {
-            Some(kind) => Ok(kind),
-            None => Ok(self.text("type")?.unwrap_or("default")),
+    /// The kind of scaling. LongRoPE is called `su` in the first checkpoints of phi3, and `yarn` in some others.
+    fn rope_type(&self, outer: &Self) -> Result<&str, FormatError> {
+        let named = match self.text("rope_type")? {
+            Some(kind) => kind,
+            None => self.text("type")?.unwrap_or("default"),
+        };
+        match named {
+            "su" => Ok("longrope"),
+            "yarn" if outer.text("model_type")? == Some("phi3") => Ok("longrope"),
+            named => Ok(named),
         }
-    }
-
-    /// `su` is LongRoPE's name in the first checkpoints of phi3.
-    fn is_long_rope(&self) -> Result<bool, FormatError> {
-        Ok(matches!(self.rope_type()?, "longrope" | "su"))
     }
 
     fn long_scaling(&self, outer: &Self, key: &str) -> Result<Scaling, FormatError> {
@@ -183,14 +198,11 @@ impl Config {
     }
 
     fn scaling(&self, outer: &Self) -> Result<Scaling, FormatError> {
-        let kind = self.rope_type()?;
-        if self.is_long_rope()? {
-            return self.long_scaling(outer, "short_factor");
-        }
         let factor = || self.float("factor")?.ok_or_else(|| self.bad("factor", "is missing"));
         let original = || self.original_context(outer);
-        match kind {
+        match self.rope_type(outer)? {
             "default" => Ok(Scaling::None),
+            "longrope" => self.long_scaling(outer, "short_factor"),
             "linear" => Ok(Scaling::Linear { factor: factor()? }),
             "llama3" => Ok(Scaling::Llama3 {
                 factor: factor()?,
@@ -213,9 +225,72 @@ impl Config {
     }
 }
 
-/// Whether the old layout's `rope_scaling` applies to these layers.
+/// Whether the model's scaling and its `rope_theta` apply to these layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ScalingUse {
     Applies,
     IsForOtherLayers,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Configs with both layouts, or with parts of them: what transformers 5.24 makes of each.
+    #[test]
+    fn mixed_layouts_mean_what_transformers_takes_them_for() {
+        let linear = |factor: f64| json!({"rope_type": "linear", "factor": factor});
+        let by_type = json!({
+            "full_attention": {"rope_type": "default", "rope_theta": 3e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 4e4},
+        });
+        let full_only = json!({"full_attention": {"rope_type": "linear", "factor": 2.0}});
+        // The config, and theta and factor of layers with full attention and of sliding ones.
+        let cases = [
+            (json!({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}), (2e4, 1.0), (7.0, 1.0)),
+            (json!({"rope_theta": 5e4, "rope_scaling": linear(8.0)}), (5e4, 8.0), (7.0, 1.0)),
+            (
+                json!({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}, "rope_scaling": linear(8.0)}),
+                (1e4, 8.0),
+                (7.0, 1.0),
+            ),
+            (json!({"rope_parameters": by_type, "rope_theta": 5e4}), (3e4, 1.0), (4e4, 1.0)),
+            (json!({"rope_parameters": by_type, "rope_scaling": linear(8.0)}), (3e4, 8.0), (4e4, 1.0)),
+            (json!({"rope_parameters": full_only, "rope_theta": 5e4}), (5e4, 2.0), (7.0, 1.0)),
+            (json!({"rope_parameters": full_only, "rope_scaling": {}}), (1e4, 2.0), (7.0, 1.0)),
+        ];
+        for (config, full, sliding) in cases {
+            let Value::Object(fields) = config.clone() else { unreachable!("an object") };
+            let config_file = Config { path: PathBuf::new(), fields };
+            let read = |layer_type, theta, scales| {
+                let RopeParameters { theta, scaling, .. } =
+                    config_file.rope(layer_type, theta, 64, scales).expect("a sound config");
+                match scaling {
+                    Scaling::Linear { factor } => (theta, factor),
+                    _ => (theta, 1.0),
+                }
+            };
+            let got = read("full_attention", 1e4, ScalingUse::Applies);
+            assert_eq!(got, full, "{config}");
+            let got = read("sliding_attention", 7.0, ScalingUse::IsForOtherLayers);
+            assert_eq!(got, sliding, "{config}");
+        }
+    }
+
+    /// Phi 3's LongRoPE under its older names.
+    #[test]
+    fn the_older_names_of_long_rope() {
+        let config = |model_type: &str, kind: &str| {
+            let scaling = json!({
+                "type": kind, "factor": 2.0, "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0],
+            });
+            let config = json!({"model_type": model_type, "max_position_embeddings": 8192,
+                "original_max_position_embeddings": 4096, "rope_scaling": scaling});
+            let Value::Object(fields) = config else { unreachable!("an object") };
+            Config { path: PathBuf::new(), fields }.long_rope().expect("a sound config").map(|(above, _)| above)
+        };
+        assert_eq!(["longrope", "su", "yarn"].map(|kind| config("phi3", kind)), [Some(4096); 3]);
+        assert_eq!(config("qwen2", "yarn"), None);
+    }
 }

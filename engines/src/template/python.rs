@@ -6,6 +6,7 @@
 mod arguments;
 mod filters;
 mod floats;
+mod integers;
 mod json;
 mod methods;
 mod tests_of_values;

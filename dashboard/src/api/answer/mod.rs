@@ -12,7 +12,7 @@ mod reasoning;
 mod tool_calls;
 
 use harmony::Harmony;
-use reasoning::Splitter;
+use reasoning::{SplitText, Splitter};
 use serde_json::Value;
 pub use tool_calls::Call;
 use tool_calls::{CallStream, ToolTypes};
@@ -103,13 +103,7 @@ impl AnswerParser {
             Format::Unknown(_) => Vec::new(),
             Format::Text => vec![Delta::Words(text.to_owned())],
             Format::Harmony(harmony) => harmony.push(text),
-            Format::Plain { thoughts, calls } => {
-                let parts = thoughts.push(text);
-                deltas(parts.thought, parts.words, |words| match calls {
-                    Some(calls) => calls.push(&words),
-                    None => vec![Delta::Words(words)],
-                })
-            }
+            Format::Plain { thoughts, calls } => deltas(thoughts.push(text), calls.as_mut()),
         }
     }
 
@@ -122,11 +116,7 @@ impl AnswerParser {
             Format::Text => Vec::new(),
             Format::Harmony(harmony) => harmony.finish(),
             Format::Plain { thoughts, calls } => {
-                let parts = thoughts.finish();
-                let mut rest = deltas(parts.thought, parts.words, |words| match calls {
-                    Some(calls) => calls.push(&words),
-                    None => vec![Delta::Words(words)],
-                });
+                let mut rest = deltas(thoughts.finish(), calls.as_mut());
                 rest.extend(calls.iter_mut().flat_map(CallStream::finish));
                 rest
             }
@@ -134,14 +124,16 @@ impl AnswerParser {
     }
 }
 
-/// The deltas of a thought, and of words as `parse` splits them. Empty texts give none.
-fn deltas(thought: String, words: String, parse: impl FnOnce(String) -> Vec<Delta>) -> Vec<Delta> {
+/// The deltas of a thought, and of words, in which calls are looked for. Empty texts give none.
+fn deltas(parts: SplitText, calls: Option<&mut CallStream>) -> Vec<Delta> {
     let mut deltas = Vec::new();
-    if !thought.is_empty() {
-        deltas.push(Delta::Thought(thought));
+    if !parts.thought.is_empty() {
+        deltas.push(Delta::Thought(parts.thought));
     }
-    if !words.is_empty() {
-        deltas.extend(parse(words));
+    match calls {
+        _ if parts.words.is_empty() => {}
+        Some(calls) => deltas.extend(calls.push(&parts.words)),
+        None => deltas.push(Delta::Words(parts.words)),
     }
     deltas
 }

@@ -1,6 +1,7 @@
 //! The filter `tojson`: `json.dumps` with `ensure_ascii=False` by default, as transformers defines the filter.
 
 use super::floats::{float, python_float};
+use super::integers::is_long;
 use super::text::check_size;
 use super::{Bounded, OUTPUT_BYTES_MAX};
 use minijinja::value::{Kwargs, ValueKind};
@@ -92,7 +93,7 @@ impl Style {
                     self.write(value, depth + 1, out)
                 })
             }
-            _ if float(value).is_some() => put(&number(value), out),
+            _ if float(value).is_some() || is_long(value) => put(&number(value), out),
             kind => Err(invalid(format!("a value of the kind `{kind}` cannot be written as JSON"))),
         }
     }

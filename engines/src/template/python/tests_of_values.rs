@@ -1,6 +1,7 @@
 //! Jinja's tests (`value is iterable`), where minijinja's differ.
 
 use super::floats::float;
+use super::integers::is_long;
 use minijinja::value::ValueKind;
 use minijinja::{Environment, Value};
 
@@ -8,11 +9,12 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_test("iterable", is_iterable);
     environment.add_test("sequence", is_sequence);
     environment.add_test("number", |value: &Value| {
-        matches!(value.kind(), ValueKind::Number | ValueKind::Bool) || float(value).is_some()
+        matches!(value.kind(), ValueKind::Number | ValueKind::Bool) || float(value).is_some() || is_long(value)
     });
+    environment.add_test("integer", |value: &Value| value.is_integer() || is_long(value));
     environment.add_test("float", |value: &Value| float(value).is_some());
     environment.add_test("callable", |value: &Value| {
-        matches!(value.kind(), ValueKind::Plain | ValueKind::Undefined) && float(value).is_none()
+        matches!(value.kind(), ValueKind::Plain | ValueKind::Undefined) && float(value).is_none() && !is_long(value)
     });
     environment
         .add_test("lower", |value: &Value| value.as_str().is_some_and(|text| has_one_case(text, char::is_lowercase)));

@@ -1,6 +1,7 @@
 //! JSON as a template's values.
 
 use super::floats::{ExponentFloat, python_float};
+use super::integers::integer;
 use minijinja::Value;
 use serde_json::{Map, Value as Json};
 
@@ -16,7 +17,11 @@ pub(in crate::template) fn from_json(json: &Json) -> Value {
             (Some(whole), ..) => Value::from(whole),
             (_, Some(whole), _) => Value::from(whole),
             (.., float) => {
-                let float = float.unwrap_or(f64::NAN);
+                let text = number.to_string();
+                if let Some(integer) = integer(&text) {
+                    return integer;
+                }
+                let float = float.or_else(|| text.parse().ok()).unwrap_or(f64::NAN);
                 let has_exponent = python_float(float).contains('e');
                 if has_exponent { Value::from_object(ExponentFloat(float)) } else { Value::from(float) }
             }
