@@ -5,7 +5,7 @@ use exo_actors::{ClusterConfig, Evicted, WireType};
 use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, SecretError, reachable};
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use tempfile::NamedTempFile;
@@ -22,7 +22,7 @@ pub const PORT_DEFAULT: u16 = 52416;
 /// The settings of a cluster's member.
 #[derive(Debug, Clone)]
 pub struct ClusterSettings {
-    /// The UDP address to listen on; with port 0 the system chooses a port.
+    /// The UDP address to listen on; with port 0 the system chooses a port. `::` means IPv4, too.
     pub listen: SocketAddr,
     /// The token of the cluster to change to. It is stored: later starts need none.
     pub join: Option<JoinToken>,
@@ -37,7 +37,7 @@ pub struct ClusterSettings {
 impl Default for ClusterSettings {
     fn default() -> Self {
         Self {
-            listen: SocketAddr::from(([0, 0, 0, 0], PORT_DEFAULT)),
+            listen: SocketAddr::from((Ipv6Addr::UNSPECIFIED, PORT_DEFAULT)),
             join: None,
             peers: Vec::new(),
             discover: Discover::Multicast,
@@ -53,7 +53,6 @@ pub(crate) fn join(
     name: String,
     settings: ClusterSettings,
 ) -> Result<ClusterConfig, StartError> {
-    let mut peers = settings.peers;
     match settings.join {
         // A service that always starts with its first token must not undo a renewal of the secret.
         Some(token) if is_renounced(data_dir, &token.secret) => tracing::warn!(
@@ -65,13 +64,13 @@ pub(crate) fn join(
         }
         None => {}
     }
-    peers.extend(remembered(data_dir));
+    let (peers, token_peers) = (settings.peers, remembered(data_dir));
     let secret = ClusterSecret::load_or_create(data_dir)?;
     let cookie = secret.cookie();
     let (listen, discover) = (settings.listen, settings.discover);
     let evicted = evicted(data_dir)?;
     let not_let_in = evicted.nodes().clone();
-    let config = NetworkConfig { identity, secret, name, listen, peers, discover, evicted: not_let_in };
+    let config = NetworkConfig { identity, secret, name, listen, peers, token_peers, discover, evicted: not_let_in };
     let (network, events) = Network::start(config)?;
     let addresses = network.address().map(reachable).unwrap_or_default();
     Ok(ClusterConfig { network, events, cookie, addresses, evicted })

@@ -16,15 +16,17 @@ mod evicted;
 mod probe;
 mod sessions;
 mod streams;
+mod trouble;
 
 pub use evicted::Evicted;
 
 use crate::core::members::MemberReport;
+use crate::core::node_status::KeyClash;
 use crate::core::plan::Link;
 use crate::gateway::GatewayMsg;
 use crate::models::ModelsRef;
 use crate::planner::{PlannerMsg, PlannerRef};
-use crate::transport::callback::EventCallback;
+use crate::transport::callback::{EventCallback, Facts};
 use crate::transport::control::{Control, ControlArgs, ControlMsg, ReceivedMessage, Senders};
 use crate::transport::protocol::ControlMessage;
 use crate::transport::router::{PeerChannel, Router};
@@ -78,6 +80,7 @@ pub(crate) struct ClusterArgs {
     pub models: ModelsRef,
     /// Passes messages to this node's other actors.
     pub deliver: EventCallback<ReceivedMessage>,
+    pub facts: Facts,
 }
 
 #[derive(Debug)]
@@ -91,6 +94,9 @@ pub(crate) struct ClusterState {
     gateway: ActorRef<GatewayMsg>,
     models: ModelsRef,
     deliver: EventCallback<ReceivedMessage>,
+    facts: Facts,
+    /// Pairs of nodes with the same key that the user was told of, and when.
+    clashes: BTreeMap<KeyClash, Instant>,
     senders: Senders,
     server: ActorRef<NodeServerMessage>,
     peers: BTreeMap<NodeId, ConnectedPeer>,
@@ -139,6 +145,7 @@ impl Actor for Cluster {
             gateway,
             models,
             deliver,
+            facts,
         } = args;
         let senders = Senders::default();
         let control =
@@ -164,6 +171,8 @@ impl Actor for Cluster {
             gateway,
             models,
             deliver,
+            facts,
+            clashes: BTreeMap::new(),
             senders,
             server,
             peers: BTreeMap::new(),
@@ -186,6 +195,7 @@ impl Actor for Cluster {
         match message {
             ClusterMsg::Network(NetworkEvent::PeerUp(peer)) => state.on_up(peer),
             ClusterMsg::Network(NetworkEvent::PeerDown { id, session, reason }) => state.on_down(id, session, &reason),
+            ClusterMsg::Network(event) => state.on_trouble(event),
             ClusterMsg::Session(event) => state.on_session(event),
             ClusterMsg::Received(received) => state.on_received(received),
             ClusterMsg::Probed { id, session, bytes_per_s } => state.on_probed(id, session, bytes_per_s),
@@ -267,8 +277,8 @@ impl ClusterState {
         self.end_sessions(id);
         let reported = match peer.is_ready {
             true => {
-                tracing::warn!(peer = %id, reason, "peer lost");
-                PlannerMsg::NodeDown(id)
+                tracing::info!(peer = %id, reason, "peer lost");
+                PlannerMsg::NodeDown(id, reason.to_owned())
             }
             // The session was never ready, but the planner may have received reports of the peer.
             false => PlannerMsg::NodeMissed(id),
@@ -331,7 +341,7 @@ impl ClusterState {
             return;
         }
         for node in new {
-            tracing::warn!(peer = %node, "member evicted");
+            tracing::info!(peer = %node, "member evicted");
             self.network.evict(node);
         }
         self.router.tell_others(&ControlMessage::Evicted(self.evicted.nodes().clone()));
@@ -347,6 +357,7 @@ impl ClusterState {
         }
         if let ControlMessage::Report(report) = &mut received.message {
             report.name = exo_net::shown_name(&report.name);
+            self.note_reported_clashes(report);
             self.note_reported_peers(received.from, report);
         }
         self.deliver.tell(received);
@@ -375,11 +386,13 @@ impl ClusterState {
             if peer.is_ready {
                 let link = Link { rtt_s: peer.data.rtt().as_secs_f64(), bytes_per_s: peer.bytes_per_s };
                 links.insert(*id, link);
-                peers.push(peer.address);
+                peers.extend(Some(peer.address).filter(|&address| exo_net::is_shareable(address)));
             } else if peer.since.elapsed() > SESSION_DEADLINE {
                 peer.data.close("the session did not begin in time");
             }
         }
-        let _ = self.planner.send_message(PlannerMsg::LinksMeasured { links, peers });
+        self.clashes.retain(|_, told| told.elapsed() < trouble::CLASH_KEPT);
+        let clashes = self.clashes.keys().copied().collect();
+        let _ = self.planner.send_message(PlannerMsg::LinksMeasured { links, peers, clashes });
     }
 }

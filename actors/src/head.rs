@@ -225,11 +225,12 @@ impl HeadState {
     fn submit(&mut self, submission: Submission) {
         let Submission { seq, request, events, lease } = submission;
         let HeadRequest { sampler, max_tokens, ends } = request;
-        self.totals.prompt_tokens += sampler.prompt.len() as u64;
+        let prompt_tokens = sampler.prompt.len() as u64;
         match self.scheduler.handle_request(Request { seq, sampler, max_tokens, ends }) {
             // The channel has capacity, so sending fails only if the caller has closed it.
             Err(error) => drop(events.try_send(HeadEvent::Failed(RequestError::Admit(error)))),
             Ok(()) => {
+                self.totals.prompt_tokens += prompt_tokens;
                 let _ = events.try_send(HeadEvent::Accepted);
                 self.requests.insert(seq, (events, lease));
             }

@@ -217,7 +217,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
     router.deliver_locally(EventCallback::new(move |message| {
         local.tell(ReceivedMessage { from: own, message, slot: None });
     }));
-    let monitor_args = MonitorArgs { planner: planner.clone(), facts };
+    let monitor_args = MonitorArgs { planner: planner.clone(), facts: facts.clone() };
     Monitor::spawn_linked(None, Monitor, monitor_args, cell()).await?;
     let handle = GatewayHandle::new(planner.clone(), router.clone());
     let (gateway, _) = Gateway::spawn_linked(None, Gateway, handle.clone(), cell()).await?;
@@ -238,6 +238,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
             gateway,
             models,
             deliver,
+            facts,
         };
         cluster = Some(Cluster::spawn_linked(None, Cluster, cluster_args, cell()).await?.0);
     }

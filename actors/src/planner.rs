@@ -36,7 +36,7 @@ use crate::core::clique::Clique;
 use crate::core::desired::{Desired, Target};
 use crate::core::leader::{Effect, Leader, RoundContext};
 use crate::core::members::Members;
-use crate::core::node_status::Fact;
+use crate::core::node_status::{Fact, KeyClash};
 use crate::core::plan::{Link, Preview};
 use crate::core::request::RequestError;
 use crate::core::spec::{InstanceId, ModelSpec};
@@ -109,13 +109,18 @@ pub(crate) enum PlannerMsg {
     /// A message from a member, or from this node.
     Received(Box<ReceivedMessage>),
     NodeUp(NodeId),
-    NodeDown(NodeId),
+    /// A peer was lost, and why.
+    NodeDown(NodeId, String),
     /// A peer disconnected before its session was ready.
     NodeMissed(NodeId),
     LinksMeasured {
         links: BTreeMap<NodeId, Link>,
         peers: Vec<SocketAddr>,
+        /// Pairs of nodes with the same key.
+        clashes: Vec<KeyClash>,
     },
+    /// Other nodes reach this one at these addresses now.
+    AddressesChanged(Vec<SocketAddr>),
     /// Asks where each policy would place a model now.
     Preview {
         spec: ModelSpec,
@@ -176,6 +181,7 @@ pub(crate) struct PlannerState {
     speeds: HashMap<DeviceId, f64>,
     links: BTreeMap<NodeId, Link>,
     peers: Vec<SocketAddr>,
+    clashes: Vec<KeyClash>,
     /// When each member was last sent the whole desired list because its own copy differed.
     list_sent: BTreeMap<NodeId, Duration>,
     draining: Option<Drain>,
@@ -206,6 +212,7 @@ impl Actor for Planner {
             speeds: HashMap::new(),
             links: BTreeMap::new(),
             peers: Vec::new(),
+            clashes: Vec::new(),
             list_sent: BTreeMap::new(),
             draining: None,
             last_tick: Instant::now(),
@@ -240,10 +247,14 @@ impl Actor for Planner {
             PlannerMsg::Worker(fact) => state.on_worker(&myself, fact),
             PlannerMsg::Received(received) => state.on_received(*received),
             PlannerMsg::NodeUp(node) => state.on_node_up(node),
-            PlannerMsg::NodeDown(node) => state.on_node_down(node),
+            PlannerMsg::NodeDown(node, reason) => state.on_node_down(node, reason),
             PlannerMsg::NodeMissed(node) => state.on_node_missed(node),
-            PlannerMsg::LinksMeasured { links, peers } => {
-                (state.links, state.peers) = (links, peers);
+            PlannerMsg::LinksMeasured { links, peers, clashes } => {
+                (state.links, state.peers, state.clashes) = (links, peers, clashes);
+                Reconcile::No
+            }
+            PlannerMsg::AddressesChanged(addresses) => {
+                state.args.addresses = addresses;
                 Reconcile::No
             }
             PlannerMsg::Preview { spec, model, reply } => {

@@ -27,13 +27,17 @@ const WAIT_MAX: Duration = Duration::from_secs(15);
 const STAYS_MIN: Duration = Duration::from_secs(10);
 /// The failures in a row, over minutes, after which an address that the user did not name is forgotten.
 const FAILURES_MAX: u32 = 24;
+/// The wait after a member refused this node because another node has its key: only a user can change that.
+const SAME_KEY_WAIT: Duration = Duration::from_secs(60);
 
 /// The source of an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Source {
     /// Discovery or a peer: may be wrong or out of date.
     Heard,
-    /// The user: the address is never forgotten.
+    /// The token that this node joined with: never forgotten.
+    Token,
+    /// The user: never forgotten.
     Named,
 }
 
@@ -138,6 +142,28 @@ impl DialPolicy {
         let wait = wait(known.failures, &mut self.random);
         // The node may have started during the dial.
         known.due = if std::mem::take(&mut known.is_sighted) { now } else { now + wait };
+    }
+
+    /// Handles the refusal of a member there to admit a second node with this node's key.
+    pub fn handle_same_key(&mut self, address: SocketAddr, now: Duration) {
+        let Some(known) = self.addresses.get_mut(&address) else { return };
+        (known.is_dialling, known.is_sighted) = (false, false);
+        known.due = now + SAME_KEY_WAIT;
+    }
+
+    /// Handles a change of this machine's addresses, or its return from sleep: all addresses are due, since failures
+    /// from before say nothing about now.
+    pub fn handle_network_changed(&mut self, now: Duration) {
+        self.own.clear();
+        for known in self.addresses.values_mut().filter(|known| !known.is_flapping) {
+            known.failures = 0;
+            known.due = known.due.min(now);
+        }
+    }
+
+    /// Where an address comes from; `None` for an unknown one.
+    pub fn source(&self, address: SocketAddr) -> Option<Source> {
+        self.addresses.get(&address).map(|known| known.source)
     }
 
     /// Handles the connection of `id` at `address`.
@@ -257,6 +283,32 @@ mod tests {
         let mut policy = DialPolicy::new(id(), 7);
         policy.handle_address(address(1), Source::Heard, Duration::ZERO);
         assert_eq!(dials(&mut policy, 3600), FAILURES_MAX as usize);
+    }
+
+    #[test]
+    fn all_addresses_are_due_when_the_network_has_changed() {
+        let mut policy = DialPolicy::new(id(), 5);
+        policy.handle_address(address(1), Source::Heard, Duration::ZERO);
+        for _ in 0..12 {
+            let now = policy.next_due().expect("another dial is due");
+            assert_eq!(policy.poll_dial(now), Some(address(1)));
+            policy.handle_failed(address(1), now);
+        }
+        let before = policy.next_due().expect("another dial is due");
+        let now = before.saturating_sub(3 * SECOND);
+        policy.handle_network_changed(now);
+        assert_eq!(policy.poll_dial(now), Some(address(1)));
+        policy.handle_failed(address(1), now);
+        assert!(policy.next_due().expect("another dial is due") < now + SECOND, "earlier failures do not count");
+    }
+
+    #[test]
+    fn a_member_that_knows_this_key_from_elsewhere_is_left_alone() {
+        let mut policy = DialPolicy::new(id(), 5);
+        policy.handle_address(address(1), Source::Named, Duration::ZERO);
+        assert_eq!(policy.poll_dial(Duration::ZERO), Some(address(1)));
+        policy.handle_same_key(address(1), SECOND);
+        assert_eq!(policy.next_due(), Some(SECOND + SAME_KEY_WAIT));
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! fingerprint. An announcement may be false: it only gives an address to dial, and the node there must authenticate.
 
 use crate::identity::NodeId;
-use mdns_sd::{ServiceDaemon, ServiceEvent, ServiceInfo};
-use std::net::{IpAddr, SocketAddr};
+use mdns_sd::{ScopedIp, ServiceDaemon, ServiceEvent, ServiceInfo};
+use std::net::{SocketAddr, SocketAddrV6};
 use tokio::sync::mpsc;
 
 const SERVICE: &str = "_exo._udp.local.";
@@ -62,15 +62,23 @@ impl Discovery {
                 if !has("cluster", &fingerprint) || has("id", &digits) {
                     continue;
                 }
-                for ip in service.addresses.iter().map(mdns_sd::ScopedIp::to_ip_addr) {
-                    // Link-local addresses need a scope that other nodes do not know.
-                    let is_of_the_link = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
-                    if !is_of_the_link && found.send(SocketAddr::new(ip, service.port)).await.is_err() {
+                for ip in &service.addresses {
+                    if found.send(with_scope(ip, service.port)).await.is_err() {
                         return;
                     }
                 }
             }
         });
         Ok(Self { daemon })
+    }
+}
+
+/// The address to dial. A link-local address holds on one interface only, which its scope names.
+fn with_scope(ip: &ScopedIp, port: u16) -> SocketAddr {
+    match ip {
+        ScopedIp::V6(ip) if ip.addr().is_unicast_link_local() => {
+            SocketAddrV6::new(*ip.addr(), port, 0, ip.scope_id().index).into()
+        }
+        ip => SocketAddr::new(ip.to_ip_addr(), port),
     }
 }

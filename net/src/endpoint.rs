@@ -60,6 +60,9 @@ const DATA_STREAMS_MAX: u32 = 1024;
 /// The kernel's socket buffers: smaller ones lose datagrams of a burst, and QUIC waits for their retransmission.
 const SOCKET_BYTES: usize = 4 << 20;
 
+/// The reason that a node gives when it stops.
+pub(crate) const LEAVING: &[u8] = b"leaving";
+
 /// This node's identity and its cluster's secret.
 #[derive(Debug, Clone)]
 pub(crate) struct Local {
@@ -118,7 +121,14 @@ pub(crate) struct Endpoint {
 impl Endpoint {
     /// Opens the socket and answers handshakes; the channel yields members' connections. Runs on the network's runtime.
     pub(crate) fn open(local: Local, listen: SocketAddr) -> Result<(Self, mpsc::Receiver<Authenticated>), BindError> {
-        let socket = socket(listen).map_err(|source| BindError::Socket { address: listen, source })?;
+        let socket = match socket(listen) {
+            // A system without IPv6 still has IPv4.
+            Err(error) if listen.ip().is_unspecified() && is_without_ipv6(&error) => {
+                socket(SocketAddr::from(([0, 0, 0, 0], listen.port())))
+            }
+            opened => opened,
+        };
+        let socket = socket.map_err(|source| BindError::Socket { address: listen, source })?;
         let server = server_config(&local)?;
         let runtime = Arc::new(quinn::TokioRuntime);
         let quinn = quinn::Endpoint::new(quinn::EndpointConfig::default(), Some(server), socket, runtime)
@@ -148,7 +158,7 @@ impl Endpoint {
 
     /// Tells all peers that this node leaves, and waits a moment for the delivery.
     pub(crate) async fn close(&self) {
-        self.quinn.close(VarInt::from_u32(0), b"leaving");
+        self.quinn.close(VarInt::from_u32(0), LEAVING);
         let _ = tokio::time::timeout(KEEP_ALIVE, self.quinn.wait_idle()).await;
     }
 }
@@ -297,6 +307,12 @@ fn transport(streams: u32) -> TransportConfig {
         .max_concurrent_uni_streams(VarInt::from_u32(1))
         .datagram_receive_buffer_size(None);
     config
+}
+
+/// Whether the system has no IPv6: it knows no such sockets, or has no such addresses.
+fn is_without_ipv6(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::AddrNotAvailable
+        || error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error())
 }
 
 fn socket(listen: SocketAddr) -> std::io::Result<UdpSocket> {

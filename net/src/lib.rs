@@ -13,6 +13,7 @@ mod backlog;
 mod certificate;
 mod control;
 mod dial;
+mod dial_failure;
 mod dial_guard;
 mod discovery;
 mod endpoint;
@@ -28,11 +29,12 @@ mod tests;
 mod token;
 pub mod wire;
 
-pub use addresses::reachable;
+pub use addresses::{is_shareable, reachable};
 pub use backlog::{Inbox, InboxSlot, Outbox};
 pub use certificate::{CertificateError, PeerIdError};
 pub use control::{CONTROL_FRAME_BYTES_MAX, ControlStream, cluster_name, session_label};
 pub use dial::{DialPolicy, Source};
+pub use dial_failure::DialFailure;
 pub use endpoint::BindError;
 pub use frame::{
     Announced, FrameError, FrameReader, FrameWriter, PAYLOAD_BYTES_MAX, Payload, Received, UnknownWireType, WireType,

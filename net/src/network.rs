@@ -9,12 +9,14 @@
 
 mod driver;
 
+use crate::addresses::AddressWatch;
 use crate::dial::{DialPolicy, Source};
+use crate::dial_failure::DialFailure;
 use crate::dial_guard::DialRegistry;
 use crate::discovery::Discovery;
 use crate::endpoint::{BindError, Endpoint, Local};
 use crate::identity::{Identity, IdentityError, NodeId};
-use crate::peer::{ConnectError, Introduced, Peer, PeerConnections};
+use crate::peer::{ConnectError, Introduced, OwnHello, Peer, PeerConnections};
 use crate::secret::ClusterSecret;
 use driver::Driver;
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,6 +35,8 @@ const HALVES_MAX: usize = 64;
 const PEERS_MAX: usize = 256;
 /// The interval between checks of the clock that decide whether the certificate is renewed.
 const CLOCK_EVERY: Duration = Duration::from_secs(60);
+/// The interval between looks at the machine's addresses: a laptop that changes its network is soon back.
+const WATCH_EVERY: Duration = Duration::from_secs(3);
 
 /// Whether the node looks for members on the local network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +58,10 @@ pub struct NetworkConfig {
     pub name: String,
     /// The UDP address to listen on; with port 0 the system chooses a port.
     pub listen: SocketAddr,
-    /// The addresses of members to dial.
+    /// The addresses of members to dial, as the user named them.
     pub peers: Vec<SocketAddr>,
+    /// The addresses of members in the token that this node joined with.
+    pub token_peers: Vec<SocketAddr>,
     /// Whether the node looks for members on the local network.
     pub discover: Discover,
     /// Nodes that are not admitted, even if they have the cluster's secret.
@@ -75,6 +81,7 @@ impl NetworkConfig {
             name: "loopback".to_owned(),
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             peers,
+            token_peers: Vec::new(),
             discover: Discover::Off,
             evicted: BTreeSet::new(),
         })
@@ -90,9 +97,17 @@ pub enum NetworkError {
     /// The system gives no thread.
     #[error("cannot start the network's thread: {0}")]
     Thread(#[from] std::io::Error),
+    /// A named member has an IPv6 address, and this node listens on IPv4 only.
+    #[error("the member {peer} has an IPv6 address, and this node listens on {listen} only")]
+    Family {
+        /// The member's address.
+        peer: SocketAddr,
+        /// The address on which this node listens.
+        listen: SocketAddr,
+    },
 }
 
-/// A change in the set of connected peers.
+/// A change in the set of connected peers, or in what else the user should know of the network.
 #[derive(Debug)]
 pub enum NetworkEvent {
     /// A peer is connected.
@@ -106,6 +121,25 @@ pub enum NetworkEvent {
         /// Why the connections closed.
         reason: String,
     },
+    /// The user should know why no member answers at an address. Sent when the reason changes; `None` when a member
+    /// answers.
+    Dialled {
+        /// The address.
+        address: SocketAddr,
+        /// Why it was dialled in vain.
+        failure: Option<DialFailure>,
+    },
+    /// Two running nodes have the same key. The first stays connected.
+    SameKey {
+        /// The id of both.
+        id: NodeId,
+        /// The address of the node that was there before.
+        first: SocketAddr,
+        /// The address of the node that came.
+        second: SocketAddr,
+    },
+    /// Other nodes reach this one at these addresses now.
+    AddressesChanged(Vec<SocketAddr>),
 }
 
 #[derive(Debug)]
@@ -114,8 +148,22 @@ enum DriverEvent {
     Sighted(SocketAddr),
     Dialled(SocketAddr, Box<Result<PeerConnections, ConnectError>>),
     Introduced(Box<Introduced>),
-    Data { id: NodeId, nonce: u64, connection: quinn::Connection },
-    Closed { id: NodeId, session: u64, reason: String },
+    Data {
+        id: NodeId,
+        nonce: u64,
+        connection: quinn::Connection,
+    },
+    Closed {
+        id: NodeId,
+        session: u64,
+        error: quinn::ConnectionError,
+    },
+    /// Whether the connected peer still answered when a node with the same key connected.
+    KeyChecked {
+        session: u64,
+        is_alive: bool,
+        newcomer: Box<PeerConnections>,
+    },
     Evict(NodeId),
     Stop(tokio::sync::oneshot::Sender<()>),
 }
@@ -186,6 +234,13 @@ impl Network {
             }
         };
         let address = endpoint.address();
+        if let Some(listen) = address.filter(SocketAddr::is_ipv4)
+            && let Some(&peer) = config.peers.iter().find(|peer| peer.is_ipv6())
+        {
+            drop(_context);
+            runtime.shutdown_background();
+            return Err(NetworkError::Family { peer, listen });
+        }
         let (driver_events, inputs) = mpsc::channel(DRIVER_EVENTS_MAX);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let own = config.identity.node_id();
@@ -194,8 +249,9 @@ impl Network {
             _ => None,
         };
         let driver = Driver {
-            own,
-            name: config.name.into(),
+            own: OwnHello { id: own, name: config.name.into(), run: fastrand::u64(..) },
+            watch: address.map(AddressWatch::new),
+            failures: BTreeMap::new(),
             endpoint,
             certified: SystemTime::now(),
             policy: DialPolicy::new(own, fastrand::u64(..)),
@@ -210,9 +266,11 @@ impl Network {
             evicted: config.evicted,
             _discovery: discovery,
         };
-        let named = config.peers;
+        let named = config.peers.into_iter().map(|peer| (peer, Source::Named));
+        let of_token = config.token_peers.into_iter().map(|peer| (peer, Source::Token));
+        let known = named.chain(of_token).collect();
         drop(_context);
-        let driver = runtime.spawn(driver.run(named, inputs, accepted)).abort_handle();
+        let driver = runtime.spawn(driver.run(known, inputs, accepted)).abort_handle();
         let thread = NetworkThread(Arc::new(Thread(Some(runtime))));
         Ok((Self { address, driver_events, driver, thread }, receiver))
     }

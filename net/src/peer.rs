@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! dialler                                              listener
-//!   control connection ─ Hello{nonce, sender_token} ─►
-//!                      ◄─ Hello{nonce, sender_token} ─
+//!   control connection ─ Hello{run, nonce, sender_token} ─►
+//!                      ◄─ Hello{run, nonce, sender_token} ─
 //!   data connection    ─ nonce ─►                 connections with the same nonce are a pair
 //! ```
 //! ractor_cluster does not tell an actor which peer sent a message. So each side gives the other a token when they
 //! connect. Every message to the control actor carries the token that its receiver gave, and so identifies its sender.
 
+use crate::addresses::canonical;
 use crate::backlog::{Emptying, Inbox, Outbox};
 use crate::control::{ControlStream, filter};
 use crate::dial_guard::{DialGuard, DialRegistry};
@@ -20,11 +21,12 @@ use quinn::{Connection, VarInt};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// The protocol version; a peer of another version is refused, with that reason.
-const PROTOCOL: u32 = 6;
+const PROTOCOL: u32 = 7;
 /// The time limit of the introduction on each connection.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// The most bytes of a name; longer names are cut.
@@ -40,8 +42,18 @@ pub struct SenderToken(pub [u8; 16]);
 pub(crate) struct Hello {
     pub(crate) protocol: u32,
     pub(crate) name: String,
+    /// The number of the sender's process: two nodes with a copied key have different ones.
+    pub(crate) run: u64,
     pub(crate) nonce: u64,
     pub(crate) sender_token: SenderToken,
+}
+
+/// What this node tells of itself in each hello.
+#[derive(Debug, Clone)]
+pub(crate) struct OwnHello {
+    pub(crate) id: NodeId,
+    pub(crate) name: Arc<str>,
+    pub(crate) run: u64,
 }
 
 /// A connected member.
@@ -115,6 +127,11 @@ impl DataConnection {
         self.runtime.spawn(task);
     }
 
+    /// Datagrams received so far.
+    pub(crate) fn received(&self) -> u64 {
+        self.connection.stats().udp_rx.datagrams
+    }
+
     /// The smoothed round-trip time.
     pub fn rtt(&self) -> Duration {
         self.connection.rtt()
@@ -147,6 +164,8 @@ pub(crate) enum ConnectError {
     AlreadyConnected { id: NodeId },
     #[error("the address is this node's own")]
     Ourselves,
+    #[error("another node there has this node's key")]
+    SameKey,
     #[error("the system gave no random bytes")]
     NoRandomness,
     #[error("the peer did not introduce itself in time")]
@@ -157,6 +176,7 @@ pub(crate) enum ConnectError {
 #[derive(Debug)]
 pub(crate) struct Introduced {
     pub(crate) id: NodeId,
+    pub(crate) run: u64,
     pub(crate) nonce: u64,
     pub(crate) name: String,
     pub(crate) control: Connection,
@@ -184,9 +204,14 @@ impl PeerConnections {
         self.introduced.is_dialled
     }
 
-    pub(crate) fn close(&self, reason: &str) {
+    /// The address of the peer.
+    pub(crate) fn address(&self) -> SocketAddr {
+        canonical(self.data.remote_address())
+    }
+
+    pub(crate) fn close(&self, code: u32, reason: &str) {
         for connection in [&self.introduced.control, &self.data] {
-            connection.close(VarInt::from_u32(0), reason.as_bytes());
+            connection.close(VarInt::from_u32(code), reason.as_bytes());
         }
     }
 
@@ -217,7 +242,7 @@ impl PeerConnections {
             id,
             session,
             name,
-            address: self.data.remote_address(),
+            address: canonical(self.data.remote_address()),
             is_dialled,
             control: ControlStream { peer: id, session, reader: from, writer },
             inbox,
@@ -233,23 +258,44 @@ impl PeerConnections {
 pub(crate) async fn dial(
     endpoint: &Endpoint,
     address: SocketAddr,
-    own: NodeId,
-    name: &str,
+    own: &OwnHello,
     dials: &DialRegistry,
 ) -> Result<PeerConnections, ConnectError> {
     let Authenticated { id, connection: control, .. } = endpoint.dial(address, Purpose::Control).await?;
-    if id == own {
-        return Err(ConnectError::Ourselves);
-    }
     let guard = Some(dials.claim(id).ok_or(ConnectError::AlreadyConnected { id })?);
-    let hello = hello(name)?;
+    let connection = control.clone();
+    let paired = pair(endpoint, address, own, Authenticated { id, purpose: Purpose::Control, connection: control });
+    match paired.await {
+        Ok((introduced, data)) => Ok(PeerConnections { introduced, data, guard }),
+        // The peer's reason says more than the error of a stream.
+        Err(ConnectError::Frame(error)) => match connection.close_reason() {
+            Some(reason) => Err(ConnectError::Connection(reason)),
+            None => Err(ConnectError::Frame(error)),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+/// Exchanges hellos on a dialled control connection, and dials its data connection.
+async fn pair(
+    endpoint: &Endpoint,
+    address: SocketAddr,
+    own: &OwnHello,
+    dialled: Authenticated,
+) -> Result<(Introduced, Connection), ConnectError> {
+    let Authenticated { id, connection: control, .. } = dialled;
+    let hello = hello(own)?;
     let introduced = tokio::time::timeout(HELLO_DEADLINE, async {
         let (sender, receiver) = control.open_bi().await?;
         let (mut writer, mut reader) = (FrameWriter::new(sender), FrameReader::new(receiver));
         writer.send(&hello, Payload::Nothing).await?;
         let theirs = read_hello(&mut reader).await?;
+        if id == own.id {
+            return Err(if theirs.run == own.run { ConnectError::Ourselves } else { ConnectError::SameKey });
+        }
         Ok::<_, ConnectError>(Introduced {
             id,
+            run: theirs.run,
             nonce: hello.nonce,
             name: theirs.name,
             control,
@@ -269,20 +315,21 @@ pub(crate) async fn dial(
     written.map_err(|error| FrameError::Io(error.into()))?;
     // The nonce is all that this stream carries.
     let _ = stream.finish();
-    Ok(PeerConnections { introduced, data: data.connection, guard })
+    Ok((introduced, data.connection))
 }
 
 /// Exchanges hellos on an accepted control connection.
-pub(crate) async fn introduce(id: NodeId, control: Connection, name: &str) -> Result<Introduced, ConnectError> {
+pub(crate) async fn introduce(id: NodeId, control: Connection, own: &OwnHello) -> Result<Introduced, ConnectError> {
     let introduced = async {
         let (sender, receiver) = control.accept_bi().await?;
         let (mut writer, mut reader) = (FrameWriter::new(sender), FrameReader::new(receiver));
         let theirs = read_hello(&mut reader).await?;
-        let mut ours = hello(name)?;
+        let mut ours = hello(own)?;
         ours.nonce = theirs.nonce;
         writer.send(&ours, Payload::Nothing).await?;
         Ok(Introduced {
             id,
+            run: theirs.run,
             nonce: theirs.nonce,
             name: theirs.name,
             control,
@@ -306,7 +353,7 @@ pub(crate) async fn nonce_of(data: &Connection) -> Result<u64, ConnectError> {
     tokio::time::timeout(HELLO_DEADLINE, read).await.map_err(|_| ConnectError::TimedOut)?
 }
 
-pub(crate) fn hello(name: &str) -> Result<Hello, ConnectError> {
+pub(crate) fn hello(own: &OwnHello) -> Result<Hello, ConnectError> {
     let mut random = [0; 24];
     SystemRandom::new().fill(&mut random).map_err(|_| ConnectError::NoRandomness)?;
     let (mut nonce, mut sender_token) = ([0; 8], [0; 16]);
@@ -314,7 +361,8 @@ pub(crate) fn hello(name: &str) -> Result<Hello, ConnectError> {
     sender_token.copy_from_slice(&random[8..]);
     Ok(Hello {
         protocol: PROTOCOL,
-        name: shown_name(name),
+        name: shown_name(&own.name),
+        run: own.run,
         nonce: u64::from_le_bytes(nonce),
         sender_token: SenderToken(sender_token),
     })

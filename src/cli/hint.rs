@@ -4,8 +4,11 @@
 
 use crate::api::ServeError;
 use crate::{ModelError, PlanError, RequestError, StartError};
+use exo_actors::core::context::ContextLimit;
+use exo_actors::core::scheduler::AdmitError;
 use exo_engines::EngineError;
 use exo_engines::format::FormatError;
+use exo_net::{NetworkError, TokenError};
 
 /// The remedy for an error, with the flags and commands that help; `None` where no remedy is known.
 pub(super) fn hint(error: &anyhow::Error) -> Option<String> {
@@ -18,16 +21,26 @@ pub(super) fn hint(error: &anyhow::Error) -> Option<String> {
     if let Some(error) = error.downcast_ref::<FormatError>() {
         return Some(error.remedy().to_owned());
     }
-    if let Some(StartError::Network(_)) = error.downcast_ref::<StartError>() {
-        return Some("`--listen ADDR:PORT` chooses another address".to_owned());
+    match error.downcast_ref::<StartError>() {
+        Some(StartError::Network(NetworkError::Family { .. })) => {
+            return Some("`--listen [::]:52416` listens on both families".to_owned());
+        }
+        Some(StartError::Network(_)) => return Some("`--listen ADDR:PORT` chooses another address".to_owned()),
+        _ => {}
+    }
+    if error.is::<TokenError>() {
+        return Some("copy what `exo-node token` prints on a member: `--join -` reads it from stdin".to_owned());
     }
     match error.downcast_ref::<ServeError>()? {
         ServeError::NeedsKey { .. } => {
             Some("`--api-key KEY` sets the key; `--api 127.0.0.1:52415` needs no key".to_owned())
         }
-        ServeError::BadKey => Some("choose another `--api-key`".to_owned()),
-        ServeError::Listen { .. } => {
-            Some("`--api ADDR:PORT` chooses another address; `--api none` turns TCP off".to_owned())
+        ServeError::BadKey => Some("choose another key for `--api-key` or `--api-key-file`".to_owned()),
+        ServeError::Listen { address, .. } => {
+            let holder = listeners::get_process_by_port(address.port(), listeners::Protocol::TCP).ok();
+            let holder = holder.map(|process| format!("process {} ({}) has the port; ", process.pid, process.name));
+            let flags = "`--api ADDR:PORT` chooses another address; `--api none` turns TCP off";
+            Some(holder.unwrap_or_default() + flags)
         }
         ServeError::AlreadyRunning { .. } => {
             Some("`exo-node status` shows the running node; `--data-dir FOLDER` starts another one".to_owned())
@@ -54,7 +67,11 @@ fn request_flags(error: &RequestError) -> Option<&'static str> {
         RequestError::Plan(PlanError::NoDevice) | RequestError::NoDevice { .. } => {
             Some("leave --device out; `exo-node status` lists the devices")
         }
-        RequestError::Admit(_) => Some("--context N"),
+        RequestError::Admit(AdmitError::TooLong { context, .. })
+            if matches!(context.limit, ContextLimit::Request | ContextLimit::LongRope) =>
+        {
+            Some("--context N")
+        }
         RequestError::NotClustered => Some("leave `--listen none` out"),
         _ => None,
     }

@@ -6,7 +6,9 @@
 mod bench;
 mod chat;
 mod client;
+mod descriptors;
 mod drain;
+mod events;
 mod evict;
 mod hint;
 mod model_args;
@@ -18,6 +20,7 @@ mod progress;
 mod pull;
 mod report;
 mod run;
+mod secrets;
 mod session;
 mod shown;
 mod status;
@@ -71,7 +74,8 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let command = arguments.command.unwrap_or_else(|| Command::Up(up::UpArguments::parse_from(["up"])));
     start_logging(match command {
-        Command::Up(_) => "info",
+        // Events are told in words; the log has what else is wrong.
+        Command::Up(_) => "warn",
         // Other commands print their own messages.
         _ => "off",
     });
@@ -118,7 +122,8 @@ fn fail(error: &anyhow::Error) -> ExitCode {
 /// Sends logs to stderr, filtered by `EXO_LOG` (else by `default`), and as JSON with `EXO_LOG_FORMAT=json`.
 fn start_logging(default: &str) {
     use tracing_subscriber::EnvFilter;
-    let filter = std::env::var("EXO_LOG").unwrap_or_else(|_| default.to_owned());
+    let wanted = std::env::var("EXO_LOG");
+    let (is_wanted, filter) = (wanted.is_ok(), wanted.unwrap_or_else(|_| default.to_owned()));
     // ractor_cluster warns of every closed session; exo logs lost peers itself. `EXO_LOG` can turn the warnings on.
     let filter = EnvFilter::try_new(format!("ractor_cluster=error,{filter}"));
     let filter = filter.unwrap_or_else(|_| EnvFilter::new("ractor_cluster=error,info"));
@@ -126,7 +131,10 @@ fn start_logging(default: &str) {
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
     if std::env::var("EXO_LOG_FORMAT").is_ok_and(|format| format == "json") {
         builder.json().init();
-    } else {
+    } else if is_wanted {
         builder.init();
+    } else {
+        // Lines for people: times and places in the code are for those who ask for a log.
+        builder.without_time().with_target(false).init();
     }
 }

@@ -69,13 +69,15 @@ fn stages(status: &NodeStatus, placement: &Placement, stages_s: &[f64]) -> Strin
     placement.stages.iter().zip(stages_s).map(line).collect()
 }
 
-/// The name of a node, or its short id where the name is unknown.
+/// The name of a node, with its short id where another node has the same name; the short id alone where the name is
+/// unknown.
 pub(super) fn name_of(status: &NodeStatus, node: NodeId) -> String {
-    match status.members.get(&node) {
-        Some(member) => member.name.clone(),
-        None if node == status.node => status.name.clone(),
-        None => status.outside.get(&node).map_or(node.short(), |outside| outside.name.clone()),
-    }
+    let members = status.members.iter().map(|(&id, member)| (id, &member.name));
+    let outside = status.outside.iter().map(|(&id, outside)| (id, &outside.name));
+    let names: Vec<_> = members.chain(outside).chain([(status.node, &status.name)]).collect();
+    let Some((_, name)) = names.iter().find(|(id, _)| *id == node) else { return node.short() };
+    let is_shared = names.iter().any(|(id, other)| *id != node && other == name);
+    if is_shared { format!("{name} ({})", node.short()) } else { (*name).clone() }
 }
 
 #[cfg(test)]

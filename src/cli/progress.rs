@@ -10,25 +10,37 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(super) struct Display {
     bar: Mutex<ProgressBar>,
-    is_quiet: bool,
+    shows: Shows,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shows {
+    BarsAndNotes,
+    Notes,
+    Nothing,
 }
 
 impl Display {
     pub(super) fn new() -> Self {
-        Self::with(false)
+        Self::with(Shows::BarsAndNotes)
     }
 
     /// A display that shows nothing.
     pub(super) fn quiet() -> Self {
-        Self::with(true)
+        Self::with(Shows::Nothing)
     }
 
-    fn with(is_quiet: bool) -> Self {
-        Self { bar: Mutex::new(ProgressBar::hidden()), is_quiet }
+    /// A display of notes alone.
+    pub(super) fn notes() -> Self {
+        Self::with(Shows::Notes)
+    }
+
+    fn with(shows: Shows) -> Self {
+        Self { bar: Mutex::new(ProgressBar::hidden()), shows }
     }
 
     fn note(&self, text: &str) {
-        if !self.is_quiet {
+        if self.shows != Shows::Nothing {
             self.clear();
             eprintln!("{text}");
         }
@@ -62,7 +74,7 @@ impl Display {
     }
 
     fn bytes(&self, what: &'static str, done: u64, total: Option<u64>) {
-        if self.is_quiet || !std::io::stderr().is_terminal() {
+        if self.shows != Shows::BarsAndNotes || !std::io::stderr().is_terminal() {
             return;
         }
         let mut bar = self.bar.lock();

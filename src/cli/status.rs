@@ -6,8 +6,13 @@ use super::plan::name_of;
 use crate::config::data_folder;
 use crate::{InstanceId, InstanceStatus, Machine, MemberReport, NodeId, NodeStatus, Outside, Phase};
 use clap::Args;
+use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// How long a member that has gone is shown.
+const GONE_SHOWN_S: u64 = 3600;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -29,16 +34,37 @@ pub(super) async fn run(arguments: StatusArguments) -> anyhow::Result<Outcome> {
     };
     let status = node.status().await?;
     match arguments.json {
-        true => println!("{}", serde_json::to_string(&status)?),
+        true => println!("{}", cluster_json(&status)?),
         false => print!("{}", draw(&status)),
     }
     Ok(Outcome::Done)
+}
+
+/// The status as JSON. `instances` has those of all members, each with the names of the nodes of its head and stages.
+fn cluster_json(status: &NodeStatus) -> serde_json::Result<Value> {
+    let mut value = serde_json::to_value(status)?;
+    let mut instances = serde_json::Map::new();
+    for (id, instance) in status.everywhere() {
+        let mut entry = serde_json::to_value(instance)?;
+        let stages = &instance.placement.stages;
+        entry["head"] = stages.first().map(|stage| name_of(status, stage.node)).into();
+        for (index, stage) in stages.iter().enumerate() {
+            entry["placement"]["stages"][index]["name"] = name_of(status, stage.node).into();
+        }
+        instances.insert(id.to_string(), entry);
+    }
+    value["instances"] = instances.into();
+    value["leader"] = name_of(status, status.leader()).into();
+    Ok(value)
 }
 
 fn draw(status: &NodeStatus) -> String {
     let mut out = String::new();
     // Writing to a string does not fail.
     let _ = writeln!(out, "node     {} ({})", status.name, status.node);
+    if !status.members.is_empty() {
+        let _ = writeln!(out, "leader   {}", name_of(status, status.leader()));
+    }
     draw_machine(&mut out, &status.machine);
     for device in &status.devices {
         let _ = writeln!(out, "device   {:12} {} {}, {}", device.id, device.engine, device.tier, device.name);
@@ -49,6 +75,8 @@ fn draw(status: &NodeStatus) -> String {
     for (id, outside) in &status.outside {
         draw_outside(&mut out, status, *id, outside);
     }
+    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    draw_troubles(&mut out, status, now_s);
     let mut live = status.everywhere().peekable();
     if live.peek().is_none() {
         let _ = writeln!(out, "models   none in memory");
@@ -80,7 +108,7 @@ fn draw_member(out: &mut String, status: &NodeStatus, id: NodeId, member: &Membe
     let _ = writeln!(
         out,
         "member   {:12} {} {rtt} away{carries}, {free} of {total} GB free{leaving}",
-        member.name,
+        name_of(status, id),
         id.short()
     );
     for (to, link) in member.links.iter().filter(|(to, _)| **to != status.node) {
@@ -103,6 +131,27 @@ fn draw_outside(out: &mut String, status: &NodeStatus, id: NodeId, outside: &Out
     };
     let _ = writeln!(out, "outside  {:12} {} works without this node: {why}", outside.name, id.short());
     let _ = writeln!(out, "         open UDP port 52416, or the port of --listen, between the two");
+}
+
+/// Draws members that have gone, addresses where no member answers, and copied keys.
+fn draw_troubles(out: &mut String, status: &NodeStatus, now_s: u64) {
+    for (id, gone) in status.gone.iter().filter(|(_, gone)| now_s.saturating_sub(gone.at_s) < GONE_SHOWN_S) {
+        let since = match now_s.saturating_sub(gone.at_s) {
+            seconds @ ..120 => format!("{seconds} s"),
+            seconds => format!("{} min", seconds / 60),
+        };
+        let _ = writeln!(out, "gone     {:12} {} since {since}: {}", gone.name, id.short(), gone.reason);
+    }
+    for (address, failure) in &status.unreached {
+        let _ = writeln!(out, "missing  {address} {failure}");
+    }
+    for clash in status.same_key.values() {
+        let _ = writeln!(
+            out,
+            "copy     {} and {} have the same key: delete node.key on the copy",
+            clash.first, clash.second
+        );
+    }
 }
 
 fn draw_instance(out: &mut String, status: &NodeStatus, id: InstanceId, instance: &InstanceStatus) {

@@ -1,22 +1,28 @@
 //! `exo-node up`: starts a node that keeps running and serves the HTTP API.
 
-use super::client::NodeClient;
+use super::descriptors::raise_limit;
+use super::events::print_events;
 use super::model_args::{expand_home, note_path};
 use super::outcome::Outcome;
-use crate::api::{ApiConfig, ServeError, serve};
+use super::progress::Display;
+use super::secrets::{self, SecretArgument};
+use crate::api::{ApiConfig, listen};
 use crate::config::data_folder;
 use crate::{
     ClusterSettings, Discover, JoinToken, ModelSpec, Node, NodeBuilder, NodeHandle, PORT_DEFAULT, StartError, WireType,
 };
 use anyhow::Context;
 use clap::Parser;
-use std::net::SocketAddr;
+use exo_net::NetworkError;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The default address of the HTTP API.
 const API_DEFAULT: &str = "127.0.0.1:52415";
+/// Connections over TCP at once, if there are descriptors enough: more than a household has clients.
+const CONNECTIONS_MAX: usize = 1024;
 /// Longer than a pause in a conversation; short enough that yesterday's models do not fill the memory.
 const UNLOAD_AFTER_DEFAULT: &str = "30m";
 
@@ -25,8 +31,8 @@ const UNLOAD_AFTER_DEFAULT: &str = "30m";
 #[command(after_help = "Examples:
   exo-node up
   exo-node up smollm2 --unload-after never
-  exo-node up --join \"$(ssh desktop exo-node token)\"
-  exo-node up --api 0.0.0.0:52415 --api-key \"$(openssl rand -hex 24)\"
+  ssh desktop exo-node token | exo-node up --join -
+  exo-node up --api 0.0.0.0:52415 --api-key-file ~/exo.key
   curl http://127.0.0.1:52415/v1/chat/completions -d \\
     '{\"model\": \"smollm2\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")]
 pub(super) struct UpArguments {
@@ -35,25 +41,35 @@ pub(super) struct UpArguments {
     /// TCP address of the HTTP API, or `none` for no TCP
     #[arg(long, value_name = "ADDR:PORT", default_value = API_DEFAULT)]
     api: String,
-    /// Key that all TCP clients must send; required unless the API listens on loopback
+    /// Key that all TCP clients must send, or - to read it from stdin; required unless the API listens on loopback
     #[arg(long, value_name = "KEY", env = "EXO_API_KEY", hide_env_values = true)]
-    api_key: Option<String>,
+    api_key: Option<SecretArgument>,
+    /// File that holds the API key
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
     /// Origin of a page or app that may use the API, such as app://obsidian.md, or * for all; may be repeated
     #[arg(long = "allow-origin", value_name = "ORIGIN", value_parser = origin)]
     allowed_origins: Vec<String>,
+    /// Address of a reverse proxy, which may have more connections than other clients; may be repeated
+    #[arg(long = "proxy", value_name = "IP")]
+    proxies: Vec<IpAddr>,
     /// How long an unused model stays in memory: 90s, 30m, 2h, or `never` to keep it for ever
     #[arg(long, value_name = "TIME", default_value = UNLOAD_AFTER_DEFAULT)]
     unload_after: String,
     /// Most memory of all models together, in gigabytes [default: what is free]
     #[arg(long, value_name = "GB")]
     memory: Option<f64>,
-    /// UDP address for other members, or `none` for no network [default: 0.0.0.0:52416, or any port where
+    /// UDP address for other members, or `none` for no network [default: [::]:52416, or any port where
     /// that one is taken]
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<String>,
-    /// Join the cluster of this token, which `exo-node token` prints on a member; stored for later starts
+    /// Join the cluster of this token, which `exo-node token` prints on a member, or - to read it from stdin; stored
+    /// for later starts
     #[arg(long, value_name = "TOKEN", env = "EXO_JOIN", hide_env_values = true)]
-    join: Option<JoinToken>,
+    join: Option<SecretArgument>,
+    /// File that holds the token
+    #[arg(long, value_name = "FILE")]
+    join_file: Option<PathBuf>,
     /// Address of a member that discovery does not find
     #[arg(long = "peer", value_name = "ADDR:PORT")]
     peers: Vec<SocketAddr>,
@@ -75,7 +91,8 @@ pub(super) struct UpArguments {
 }
 
 pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
-    let mut builder = Node::builder().on_fetch(|progress| tracing::info!(?progress, "fetching"));
+    let notes = Display::notes();
+    let mut builder = Node::builder().on_fetch(move |progress| notes.fetch(progress));
     if let Some(idle) = arguments.unload_after()? {
         builder = builder.unload_after(idle);
     }
@@ -88,24 +105,27 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     if let Some(name) = &arguments.name {
         builder = builder.name(name.clone());
     }
+    let join = secrets::read(arguments.join.as_ref(), arguments.join_file.as_deref())?;
+    let join = join.map(|token| token.parse::<JoinToken>()).transpose()?;
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
     let models: Vec<ModelSpec> = arguments.models.iter().map(|name| ModelSpec::new(expand_home(name))).collect();
     arguments.models.iter().for_each(|name| note_path(name));
     let config = ApiConfig {
         listen: arguments.listen()?,
         socket_folder: Some(data_dir.clone()),
-        api_key: arguments.api_key.clone(),
+        api_key: secrets::read(arguments.api_key.as_ref(), arguments.api_key_file.as_deref())?,
         named_models: models.iter().map(|spec| spec.model.clone()).collect(),
         allowed_origins: arguments.allowed_origins.iter().cloned().collect(),
+        connections_max: connections_max(raise_limit()),
+        proxies: arguments.proxies.iter().copied().collect(),
     };
-    // A second node with the same identity would confuse the members, so it is refused before it touches the network.
-    if NodeClient::find(&data_dir).await?.is_some() {
-        return Err(ServeError::AlreadyRunning { path: data_dir }.into());
-    }
+    // The sockets come first: a second node with the same identity would confuse the members, and a node whose API has
+    // no address must not join.
+    let listeners = listen(config).await?;
     // From here on SIGTERM shuts the node down cleanly.
     let mut terminated = signal(SignalKind::terminate())?;
-    let node = arguments.start(builder.data_dir(&data_dir)).await?;
-    let served = serve(node.clone(), config).await?;
+    let node = arguments.start(builder.data_dir(&data_dir), join).await?;
+    let served = listeners.serve(&node);
     if let Some(error) = &served.socket_error {
         eprintln!("warning: {error}; other commands of this machine do not reach this node");
     }
@@ -114,21 +134,26 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     for address in &status.addresses {
         eprintln!("`{}` listens for members on {address}", status.name);
     }
+    if arguments.is_alone(&status.addresses) {
+        eprintln!("warning: this machine has no address that others reach: only nodes on it find this one");
+    }
     if let Some(address) = served.address {
         eprintln!("API on http://{address}/v1");
     }
+    let events = print_events(node.clone());
     let loading = async {
         for model in models {
-            match node.load(model.clone()).await {
-                Ok(_) => eprintln!("{model} is loaded"),
+            if let Err(error) = node.load(model.clone()).await {
                 // The node can still serve other models.
-                Err(error) => eprintln!("error: {model}: {error}\n  remedy: {}", error.remedy()),
+                eprintln!("error: {model}: {error}\n  remedy: {}", error.remedy());
             }
         }
         std::future::pending::<()>().await;
     };
     tokio::select! {
         () = loading => {}
+        // The node has stopped by itself.
+        () = events => {}
         _ = tokio::signal::ctrl_c() => {}
         _ = terminated.recv() => {}
     }
@@ -136,6 +161,11 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     served.stop();
     node.shutdown().await;
     Ok(Outcome::Done)
+}
+
+/// Connections over TCP at once: at most half of the descriptors, since models, members and the owner need some, too.
+fn connections_max(descriptors: u64) -> usize {
+    usize::try_from(descriptors / 2).unwrap_or(usize::MAX).min(CONNECTIONS_MAX)
 }
 
 /// An origin as browsers send it: the scheme and the host in lower case, with the port, and no path.
@@ -151,15 +181,15 @@ fn origin(text: &str) -> Result<String, String> {
 
 impl UpArguments {
     /// Starts the node, as a member of its cluster unless `--listen` is `none`.
-    async fn start(&self, builder: NodeBuilder) -> anyhow::Result<NodeHandle> {
+    async fn start(&self, builder: NodeBuilder, join: Option<JoinToken>) -> anyhow::Result<NodeHandle> {
         let settings = |listen| ClusterSettings {
             listen,
-            join: self.join.clone(),
+            join: join.clone(),
             peers: self.peers.clone(),
             discover: if self.no_discovery { Discover::Off } else { Discover::Multicast },
             wire_type: self.wire_dtype,
         };
-        let any = SocketAddr::from(([0, 0, 0, 0], PORT_DEFAULT));
+        let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
         match self.listen.as_deref() {
             Some("none") => Ok(builder.start().await?),
             Some(address) => {
@@ -167,15 +197,19 @@ impl UpArguments {
                     address.parse().with_context(|| format!("--listen {address}: neither ADDR:PORT nor `none`"))?;
                 Ok(builder.cluster(settings(address)).start().await?)
             }
-            None => match builder.clone().cluster(settings(any)).start().await {
+            None => match builder.clone().cluster(settings(any(PORT_DEFAULT))).start().await {
                 // Another node of this machine has the port; members find this one by discovery, or from each other.
-                Err(StartError::Network(_)) => {
-                    let free = SocketAddr::from(([0, 0, 0, 0], 0));
-                    Ok(builder.cluster(settings(free)).start().await?)
+                Err(StartError::Network(NetworkError::Bind(_))) => {
+                    Ok(builder.cluster(settings(any(0))).start().await?)
                 }
                 started => Ok(started?),
             },
         }
+    }
+
+    /// Whether the node listens on all interfaces in vain: none but loopback has an address.
+    fn is_alone(&self, addresses: &[SocketAddr]) -> bool {
+        self.listen.is_none() && !addresses.is_empty() && addresses.iter().all(|address| address.ip().is_loopback())
     }
 
     fn listen(&self) -> anyhow::Result<Option<SocketAddr>> {

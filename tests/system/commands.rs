@@ -2,7 +2,7 @@
 
 use super::*;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// R8.1–R8.5: wrong usage exits with 2; a failure exits with 1, and stderr names what failed.
 #[test]
@@ -32,38 +32,6 @@ fn mistakes_are_reported_by_name() {
         assert!(output.stdout.is_empty());
         assert!(!text.contains("panicked"), "{text}");
     }
-}
-
-#[test]
-fn a_prompt_over_the_context_is_refused_with_its_numbers() {
-    models();
-    let prompt = "word ".repeat(500);
-    let output = output(&["run", SMOLLM2, &prompt, "--context", "64"]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("context 64"), "{}", stderr(&output));
-}
-
-/// R7.1–R7.5: a model that does not fit is refused with the number of missing bytes.
-#[test]
-fn a_model_that_does_not_fit_is_refused_with_its_numbers() {
-    models();
-    let copy = huge_context_model();
-    let output =
-        output(&["run", copy.path().join("huge.gguf").to_str().expect("UTF-8"), "x", "--context", "268435456"]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("bytes are missing"), "{}", stderr(&output));
-}
-
-/// SmolLM2's file with a context length in its header that is too large for any memory.
-fn huge_context_model() -> tempfile::TempDir {
-    let path = PathBuf::from(json(&["pull", SMOLLM2, "--json"])["path"].as_str().expect("a path"));
-    let mut bytes = std::fs::read(path).expect("readable");
-    let key = b"llama.context_length";
-    let at = bytes.windows(key.len()).position(|window| window == key).expect("the key is there") + key.len() + 4;
-    bytes[at..at + 4].copy_from_slice(&(1_u32 << 28).to_le_bytes());
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    std::fs::write(folder.path().join("huge.gguf"), bytes).expect("written");
-    folder
 }
 
 /// R6.1–R6.5: `bench` reports its figures.

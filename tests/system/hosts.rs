@@ -28,7 +28,7 @@ pub(crate) fn members_with(lan: &Lan, count: usize, more: &[&str]) -> Cluster {
         let name = ["a", "b", "c"][host];
         let arguments = ["--listen", &listen, "--name", name, "--threads", "1", "--join", &token];
         let arguments = arguments.iter().chain(more).map(|&argument| argument.to_owned()).collect();
-        Node::start(Setup { arguments, variables: Vec::new(), namespace: Some(lan.host(host)) }, folder)
+        Node::start(Setup { arguments, namespace: Some(lan.host(host)), ..Setup::default() }, folder)
     });
     let cluster = Cluster { nodes: nodes.collect() };
     for node in &cluster.nodes {

@@ -9,6 +9,8 @@ mod api;
 mod chaos;
 mod cluster;
 mod commands;
+mod connections;
+mod context;
 mod hosts;
 mod joining;
 mod lan;

@@ -26,6 +26,15 @@ pub(crate) struct Setup {
     pub(crate) variables: Vec<(String, String)>,
     /// The network namespace of the node. From outside it, only the node's Unix socket can be reached.
     pub(crate) namespace: Option<String>,
+    /// The limit on the process's descriptors.
+    pub(crate) descriptors: Option<u32>,
+}
+
+impl Setup {
+    pub(crate) fn of(arguments: &[&str]) -> Self {
+        let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        Self { arguments, ..Self::default() }
+    }
 }
 
 /// An HTTP answer.
@@ -37,7 +46,7 @@ pub(crate) struct HttpAnswer {
 }
 
 impl HttpAnswer {
-    fn read(mut from: impl Read) -> Self {
+    pub(crate) fn read(mut from: impl Read) -> Self {
         let mut text = Vec::new();
         from.read_to_end(&mut text).expect("an answer");
         let text = String::from_utf8(text).expect("UTF-8");
@@ -58,10 +67,9 @@ impl Node {
     }
 
     pub(crate) fn up_with(arguments: &[&str], variables: &[(&str, &str)]) -> Self {
-        let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let variables = variables.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
         let folder = tempfile::tempdir().expect("a temporary folder");
-        Self::start(Setup { arguments, variables, namespace: None }, folder)
+        Self::start(Setup { variables, ..Setup::of(arguments) }, folder)
     }
 
     pub(crate) fn start(setup: Setup, folder: tempfile::TempDir) -> Self {
@@ -187,11 +195,15 @@ impl Drop for Node {
 }
 
 fn spawn(setup: &Setup, folder: &Path) -> (Child, u16) {
+    let wrapper = match (&setup.namespace, setup.descriptors) {
+        (Some(namespace), _) => vec!["ip".to_owned(), "netns".to_owned(), "exec".to_owned(), namespace.clone()],
+        (None, Some(limit)) => vec!["prlimit".to_owned(), format!("--nofile={limit}:{limit}")],
+        (None, None) => Vec::new(),
+    };
     let mut command = exo(&["up", "--data-dir"]);
-    if let Some(namespace) = &setup.namespace {
-        command = Command::new("ip");
-        command.args(["netns", "exec", namespace, env!("CARGO_BIN_EXE_exo-node"), "up", "--data-dir"]);
-        command.stdin(Stdio::null());
+    if let Some((program, arguments)) = wrapper.split_first() {
+        command = Command::new(program);
+        command.args(arguments).args([env!("CARGO_BIN_EXE_exo-node"), "up", "--data-dir"]).stdin(Stdio::null());
     }
     // Relative paths of a request would be found here.
     command.arg(folder).args(&setup.arguments).current_dir(folder);

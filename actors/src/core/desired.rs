@@ -85,6 +85,17 @@ impl Deployment {
         Some(Self { model, placement: self.placement.with_demand(&demand), demand, ..self.clone() })
     }
 
+    /// Whether the instance is what `spec` demands. A spec that names only the model demands nothing else; its policy
+    /// is a wish of whoever places the model.
+    pub fn meets(&self, spec: &ModelSpec) -> bool {
+        let stages = &self.placement.stages;
+        (&self.spec.model, self.spec.quantize) == (&spec.model, spec.quantize)
+            && spec.shards.is_none_or(|shards| stages.len() == shards)
+            && spec.device.as_ref().is_none_or(|device| stages.iter().all(|stage| stage.device == *device))
+            && spec.context_tokens.is_none_or(|tokens| self.model.context.tokens >= tokens)
+            && (spec.split.is_none() || self.spec.split == spec.split)
+    }
+
     /// Bytes of memory of all shards.
     pub fn memory_bytes(&self) -> u64 {
         self.placement.stages.iter().map(|stage| stage.memory_bytes).fold(0, u64::saturating_add)
@@ -232,6 +243,13 @@ impl Desired {
     /// The instance that is to run `spec`; of several, the instance with the highest stamp.
     pub fn find(&self, spec: &ModelSpec) -> Option<(InstanceId, Stamp, &Deployment)> {
         self.running().filter(|(.., deployment)| deployment.spec == *spec).max_by_key(|(_, stamp, _)| *stamp)
+    }
+
+    /// The instance that is to answer requests for `spec`: the one that was requested so, else one that meets all that
+    /// `spec` demands; of several, the instance with the highest stamp.
+    pub fn find_for(&self, spec: &ModelSpec) -> Option<(InstanceId, Stamp, &Deployment)> {
+        let meets = |(.., deployment): &(InstanceId, Stamp, &Deployment)| deployment.meets(spec);
+        self.find(spec).or_else(|| self.running().filter(meets).max_by_key(|(_, stamp, _)| *stamp))
     }
 
     /// A digest of the deployments that are to run: FNV-1a over ids and stamps. Members with different digests send

@@ -224,7 +224,7 @@ impl Leader {
     fn place_requested(&mut self, round: &mut RoundContext<'_>) {
         for key in self.requests.keys().cloned().collect::<Vec<_>>() {
             let Some((ask, by)) = self.requests.get(&key).cloned() else { continue };
-            if round.desired.find(&ask.spec).is_some() {
+            if round.desired.find_for(&ask.spec).is_some() {
                 self.requests.remove(&key);
                 continue;
             }

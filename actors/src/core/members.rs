@@ -1,6 +1,7 @@
 //! Each member's report, and what the planner derives from all reports.
 
 use crate::core::desired::Stamp;
+use crate::core::node_status::KeyClash;
 use crate::core::plan::{Link, Links, Offer};
 use crate::core::spec::InstanceId;
 use crate::core::status::{InstanceStatus, Machine};
@@ -80,6 +81,9 @@ pub struct MemberReport {
     pub outside: Vec<NodeId>,
     /// Pairs that cannot connect, as far as the member knows.
     pub cuts: Vec<Pair>,
+    /// Pairs of nodes with the same key that the member has seen lately.
+    #[serde(default)]
+    pub clashes: Vec<KeyClash>,
 }
 
 impl MemberReport {
@@ -94,6 +98,7 @@ impl MemberReport {
             self.addresses.len(),
             self.outside.len(),
             self.cuts.len(),
+            self.clashes.len(),
         ];
         let speeds =
             self.devices.iter().filter_map(|device| device.bytes_per_s).all(|speed| speed.is_finite() && speed > 0.0);
@@ -210,6 +215,7 @@ impl MemberReport {
             peers: Vec::new(),
             outside: Vec::new(),
             cuts: Vec::new(),
+            clashes: Vec::new(),
         }
     }
 }

@@ -94,7 +94,22 @@ pub enum Fact {
     MemberLost {
         /// The peer.
         node: NodeId,
+        /// Why.
+        reason: String,
+        /// When, in seconds since 1970.
+        at_s: u64,
     },
+    /// Other nodes reach this one at these addresses now.
+    AddressesChanged(Vec<SocketAddr>),
+    /// A member is missing at an address, or is there again.
+    AddressTried {
+        /// The address.
+        address: SocketAddr,
+        /// Why no member answers there; `None`: one answers.
+        failure: Option<String>,
+    },
+    /// Two running nodes have the same key.
+    SameKey(KeyClash),
     /// A connected peer is outside this node's clique.
     PeerOutside {
         /// The peer.
@@ -119,6 +134,9 @@ impl Fact {
             | Self::MachineMeasured(_)
             | Self::MemberReported { .. }
             | Self::MemberLost { .. }
+            | Self::AddressesChanged(_)
+            | Self::AddressTried { .. }
+            | Self::SameKey(_)
             | Self::PeerOutside { .. } => None,
         }
     }
@@ -144,10 +162,48 @@ pub struct NodeStatus {
     /// Connected peers outside this node's clique.
     #[serde(rename = "apart")]
     pub outside: BTreeMap<NodeId, Outside>,
+    /// Members that have gone, and have not come back.
+    #[serde(default)]
+    pub gone: BTreeMap<NodeId, Gone>,
+    /// Addresses that are dialled in vain, and why.
+    #[serde(default)]
+    pub unreached: BTreeMap<SocketAddr, String>,
+    /// Pairs of running nodes that have the same key, by the address of the second.
+    #[serde(default)]
+    pub same_key: BTreeMap<SocketAddr, KeyClash>,
+    /// What the heads of this node have done since it started, by the model's name.
+    #[serde(default)]
+    pub totals: BTreeMap<String, Totals>,
     /// The number of facts applied so far.
     pub version: u64,
 }
 
+/// A member that has gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gone {
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+    /// When, in seconds since 1970.
+    pub at_s: u64,
+}
+
+/// Two running nodes with the same key: the data folder of one is a copy of the other's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct KeyClash {
+    /// The id of both.
+    pub node: NodeId,
+    /// The address of the node that stays connected.
+    pub first: SocketAddr,
+    /// The address of the node that is refused.
+    pub second: SocketAddr,
+}
+
+/// The most addresses that are listed as dialled in vain, and of nodes with a copied key.
+const TROUBLES_MAX: usize = 64;
+/// The most models whose totals are kept by name.
+const COUNTED_MAX: usize = 256;
 /// How many stopped instances stay visible.
 const STOPPED_KEPT: usize = 16;
 
@@ -164,8 +220,19 @@ impl NodeStatus {
             instances: BTreeMap::new(),
             members: BTreeMap::new(),
             outside: BTreeMap::new(),
+            gone: BTreeMap::new(),
+            unreached: BTreeMap::new(),
+            same_key: BTreeMap::new(),
+            totals: BTreeMap::new(),
             version: 0,
         }
+    }
+
+    /// The member that plans: see [`Members::leader`](crate::core::members::Members::leader). This node counts as one
+    /// that does not drain.
+    pub fn leader(&self) -> NodeId {
+        let others = self.members.iter().filter(|(_, member)| !member.is_draining).map(|(&id, _)| id);
+        others.chain([self.node]).min().unwrap_or(self.node)
     }
 
     /// The instances with a head on this node that have not stopped.
@@ -206,7 +273,10 @@ impl NodeStatus {
             | Fact::InstanceStopped { instance, .. }
             | Fact::RequestsChanged { instance, .. } => {
                 if let Some(status) = self.instances.get_mut(instance) {
+                    let before = status.totals;
                     status.apply(fact);
+                    let (name, done) = (status.model.name.clone(), status.totals.since(before));
+                    self.count(name, done);
                 }
                 if matches!(fact, Fact::InstanceStopped { .. }) {
                     self.forget_old();
@@ -214,17 +284,44 @@ impl NodeStatus {
             }
             Fact::MemberReported { node, report } => {
                 self.outside.remove(node);
+                self.gone.remove(node);
                 self.members.insert(*node, MemberReport::clone(report));
             }
-            Fact::MemberLost { node } => {
+            Fact::MemberLost { node, reason, at_s } => {
                 self.outside.remove(node);
-                self.members.remove(node);
+                if let Some(member) = self.members.remove(node) {
+                    self.gone.insert(*node, Gone { name: member.name, reason: reason.clone(), at_s: *at_s });
+                    while self.gone.len() > TROUBLES_MAX {
+                        let oldest = self.gone.iter().min_by_key(|(_, gone)| gone.at_s).map(|(&id, _)| id);
+                        oldest.map(|id| self.gone.remove(&id));
+                    }
+                }
+            }
+            Fact::AddressesChanged(addresses) => self.addresses.clone_from(addresses),
+            Fact::AddressTried { address, failure: None } => drop(self.unreached.remove(address)),
+            Fact::AddressTried { address, failure: Some(failure) } => {
+                if self.unreached.len() < TROUBLES_MAX || self.unreached.contains_key(address) {
+                    self.unreached.insert(*address, failure.clone());
+                }
+            }
+            Fact::SameKey(clash) => {
+                if self.same_key.len() < TROUBLES_MAX || self.same_key.contains_key(&clash.second) {
+                    self.same_key.insert(clash.second, *clash);
+                }
             }
             Fact::PeerOutside { node, outside } => {
                 self.members.remove(node);
                 self.outside.insert(*node, outside.clone());
             }
         }
+    }
+
+    /// Adds what a head has done to the node's totals, which outlive heads and instances.
+    fn count(&mut self, model: String, done: Totals) {
+        if done == Totals::default() || self.totals.len() >= COUNTED_MAX && !self.totals.contains_key(&model) {
+            return;
+        }
+        self.totals.entry(model).or_default().add(done);
     }
 
     /// Drops the stopped instances beyond [`STOPPED_KEPT`], lowest ids first.
@@ -269,6 +366,9 @@ impl InstanceStatus {
             | Fact::MachineMeasured(_)
             | Fact::MemberReported { .. }
             | Fact::MemberLost { .. }
+            | Fact::AddressesChanged(_)
+            | Fact::AddressTried { .. }
+            | Fact::SameKey(_)
             | Fact::PeerOutside { .. } => {}
         }
     }

@@ -23,13 +23,35 @@ pub struct Load {
 pub struct Totals {
     /// Requests that have ended, successfully or not.
     pub requests: u64,
-    /// Tokens of all prompts.
+    /// Tokens of the prompts that were admitted to the pipeline.
     pub prompt_tokens: u64,
     /// Tokens of prompts found in the prefix cache.
     #[serde(rename = "reused_tokens")]
     pub cached_tokens: u64,
     /// Sampled tokens.
     pub generated_tokens: u64,
+}
+
+impl Totals {
+    /// What was done since `before`. A head that has started again counts from 0.
+    pub(crate) fn since(self, before: Self) -> Self {
+        if self.requests < before.requests || self.generated_tokens < before.generated_tokens {
+            return self;
+        }
+        Self {
+            requests: self.requests - before.requests,
+            prompt_tokens: self.prompt_tokens.saturating_sub(before.prompt_tokens),
+            cached_tokens: self.cached_tokens.saturating_sub(before.cached_tokens),
+            generated_tokens: self.generated_tokens - before.generated_tokens,
+        }
+    }
+
+    pub(crate) fn add(&mut self, done: Self) {
+        self.requests += done.requests;
+        self.prompt_tokens += done.prompt_tokens;
+        self.cached_tokens += done.cached_tokens;
+        self.generated_tokens += done.generated_tokens;
+    }
 }
 
 /// A measurement of a machine. A value that cannot be read is `None`, never 0.

@@ -80,16 +80,16 @@ impl HeadState {
             PipelineEvent::Loaded => self.begin_incarnation(myself),
             PipelineEvent::Running => self.on_running(),
             PipelineEvent::Down(stage, error) => {
-                tracing::warn!(instance = %self.args.id, stage, error, "a shard failed: requests wait for its restart");
+                tracing::info!(instance = %self.args.id, stage, error, "a shard failed: requests wait for its restart");
                 self.pause(stage, &error);
             }
             PipelineEvent::Lost(stage, error) => {
-                tracing::warn!(instance = %self.args.id, stage, %error, "a shard is lost: requests wait for another device");
+                tracing::info!(instance = %self.args.id, stage, %error, "a shard is lost: requests wait for another device");
                 self.pause(stage, &error.to_string());
                 self.report_broken(self.pipeline.stamp(), stage, error);
             }
             PipelineEvent::Cut(stage, what, wait) => {
-                tracing::warn!(instance = %self.args.id, stage, what, "the pipeline broke: connecting shards again");
+                tracing::info!(instance = %self.args.id, stage, what, "the pipeline broke: connecting shards again");
                 self.pause(stage, &what);
                 myself.send_after(wait, || HeadMsg::Rewire);
             }
@@ -102,7 +102,7 @@ impl HeadState {
         }
         if let Some(stage) = self.pipeline.on_node_lost(node) {
             let what = format!("node {} is lost", node.short());
-            tracing::warn!(instance = %self.args.id, stage, what, "requests wait for devices for the lost shards");
+            tracing::info!(instance = %self.args.id, stage, what, "requests wait for devices for the lost shards");
             self.pause(stage, &what);
             self.report_all_lost();
         }

@@ -9,7 +9,7 @@ use crate::core::spec::InstanceId;
 use crate::transport::control::ReceivedMessage;
 use crate::transport::protocol::ControlMessage;
 use exo_net::NodeId;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Entries in one message: an entry takes at most a twenty-fifth of the largest message.
 const ENTRIES_PER_MESSAGE: usize = 24;
@@ -65,7 +65,7 @@ impl PlannerState {
         let change = self.clique.update(self.args.node, &mut self.members, now);
         for (node, outside) in change.left {
             let (name, between) = (&outside.name, outside.between.map(|(one, other)| [one.short(), other.short()]));
-            tracing::warn!(
+            tracing::info!(
                 peer = %node, name, ?between,
                 "a peer is outside this node's clique, because two nodes cannot connect: open exo's UDP port between them"
             );
@@ -134,8 +134,8 @@ impl PlannerState {
         is_due
     }
 
-    pub(super) fn on_node_down(&mut self, node: NodeId) -> Reconcile {
-        let was_outside = self.forget(node);
+    pub(super) fn on_node_down(&mut self, node: NodeId, reason: String) -> Reconcile {
+        let was_outside = self.forget(node, reason);
         // The other members wait for a node that some member still sees, so this report must not name the lost one.
         self.links.remove(&node);
         self.renew_report();
@@ -147,14 +147,15 @@ impl PlannerState {
     }
 
     pub(super) fn on_node_missed(&mut self, node: NodeId) -> Reconcile {
-        self.forget(node);
+        self.forget(node, "it did not introduce itself".to_owned());
         Reconcile::Yes
     }
 
     /// Drops the report of a lost peer. Returns whether the peer was outside the clique.
-    fn forget(&mut self, node: NodeId) -> bool {
+    fn forget(&mut self, node: NodeId, reason: String) -> bool {
         self.list_sent.remove(&node);
-        self.args.facts.tell(Fact::MemberLost { node });
+        let at_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        self.args.facts.tell(Fact::MemberLost { node, reason, at_s });
         let now = self.now();
         self.clique.handle_lost(&mut self.members, node, now)
     }

@@ -228,7 +228,7 @@ impl PlannerState {
             }
             return;
         }
-        let files = self.desired.find(spec).map(|(.., deployment)| deployment.model.files);
+        let files = self.desired.find_for(spec).map(|(.., deployment)| deployment.model.files);
         let Some(pending) = self.pending.get_mut(spec) else { return };
         // A model without a tokenizer could not be used, so it is not loaded.
         let (Some(model), Some(_)) = (&pending.model, &pending.tokenizer) else { return };
@@ -255,7 +255,7 @@ impl PlannerState {
         let pending = self.pending.get(spec)?;
         let (model, tokenizer) = (pending.model.clone()?, pending.tokenizer.clone()?);
         let (tokenizer_ref, in_use) = (pending.tokenizer_ref.clone()?, Arc::clone(&pending.in_use));
-        let (id, _, deployment) = self.desired.find(spec)?;
+        let (id, _, deployment) = self.desired.find_for(spec)?;
         let head = self.head_location(id, deployment.owner()?)?;
         let Model { context, files, .. } = deployment.model;
         let (placement, spec) = (deployment.placement.clone(), spec.clone());
@@ -279,13 +279,13 @@ impl PlannerState {
     /// Drops models that are not deployed, and that no request of this node uses or waits for.
     pub(super) fn forget_unused(&mut self) {
         let desired = &self.desired;
-        self.pending.retain(|spec, pending| pending.is_in_use() || desired.find(spec).is_some());
+        self.pending.retain(|spec, pending| pending.is_in_use() || desired.find_for(spec).is_some());
     }
 
     /// Instances that requests of this node use.
     pub(super) fn used_here(&self) -> Vec<InstanceId> {
         let used = self.pending.iter().filter(|(_, pending)| pending.is_in_use());
-        used.filter_map(|(spec, _)| self.desired.find(spec)).map(|(id, ..)| id).collect()
+        used.filter_map(|(spec, _)| self.desired.find_for(spec)).map(|(id, ..)| id).collect()
     }
 }
 

@@ -39,6 +39,7 @@ impl PlannerState {
             peers: self.peers.clone(),
             outside: self.clique.announced(),
             cuts: self.clique.cuts(),
+            clashes: self.clashes.clone(),
         };
         self.members.0.insert(self.args.node, report);
     }

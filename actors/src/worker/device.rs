@@ -152,7 +152,7 @@ impl DeviceState {
         if !matches!(verdict, Verdict::Restart { .. }) {
             self.histories.remove(&(task.instance, task.stage));
         }
-        tracing::warn!(
+        tracing::info!(
             instance = %task.instance, stage = task.stage, device = %self.args.report.id, class = ?error.class(),
             %error, remedy = error.remedy(), ?verdict, "a shard failed"
         );

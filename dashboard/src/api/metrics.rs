@@ -6,7 +6,7 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use exo_actors::core::node_status::NodeStatus;
-use exo_actors::core::status::InstanceStatus;
+use exo_actors::core::status::{InstanceStatus, Totals};
 use std::fmt::Write as _;
 
 pub(super) async fn metrics(State(api): State<ApiContext>) -> Result<Response, ApiError> {
@@ -62,21 +62,33 @@ fn render(status: &NodeStatus) -> String {
         .map(|device| (labels(&[("device", &device.id.0), ("engine", &device.engine), ("tier", &device.tier)]), 1.0));
     gauge("device_info", "Devices on which engines can be opened.").write(&mut out, devices);
     instances(status, &mut out);
+    totals(status, &mut out);
     out
+}
+
+/// What the heads of this node have done since it started. Counters never fall: they outlive instances.
+fn totals(status: &NodeStatus, out: &mut String) {
+    type Read = fn(&Totals) -> u64;
+    let metrics: [(Metric<'_>, Read); 4] = [
+        (counter("requests_total", "Requests that have ended."), |totals| totals.requests),
+        (counter("prompt_tokens_total", "Prompt tokens of admitted requests."), |totals| totals.prompt_tokens),
+        (counter("reused_tokens_total", "Prompt tokens found in the prefix cache."), |totals| totals.cached_tokens),
+        (counter("generated_tokens_total", "Sampled tokens."), |totals| totals.generated_tokens),
+    ];
+    for (metric, read) in metrics {
+        let values = status.totals.iter().map(|(model, totals)| (labels(&[("model", model)]), read(totals) as f64));
+        metric.write(out, values);
+    }
 }
 
 fn instances(status: &NodeStatus, out: &mut String) {
     type Read = fn(&InstanceStatus) -> f64;
-    let metrics: [(Metric<'_>, Read); 9] = [
+    let metrics: [(Metric<'_>, Read); 5] = [
         (gauge("requests_running", "Requests in prefill or decode."), |i| i.requests_running as f64),
         (gauge("requests_waiting", "Requests that wait for pages or their turn."), |i| i.requests_waiting as f64),
         (gauge("kv_pages_used", "KV cache pages in use, cached prefixes included."), |i| f64::from(i.pages_used)),
         (gauge("kv_pages_total", "KV cache pages."), |i| f64::from(i.pages_total)),
         (gauge("instance_epoch", "Epoch of the instance's latest incarnation."), |i| i.epoch as f64),
-        (counter("requests_total", "Requests that have ended."), |i| i.totals.requests as f64),
-        (counter("prompt_tokens_total", "Prompt tokens."), |i| i.totals.prompt_tokens as f64),
-        (counter("reused_tokens_total", "Prompt tokens found in the prefix cache."), |i| i.totals.cached_tokens as f64),
-        (counter("generated_tokens_total", "Sampled tokens."), |i| i.totals.generated_tokens as f64),
     ];
     for (metric, read) in metrics {
         let values = status.live().map(|(id, instance)| {

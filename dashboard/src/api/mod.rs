@@ -1,14 +1,15 @@
 //! The HTTP API: one router, served over TCP and over a Unix socket.
 //!
 //! ```text
-//! TCP ─► guard (host, origin, key) ─┐
-//! Unix socket (its folder's owner) ─┴► router ─► openai/, native, status, metrics ─► NodeHandle
+//! TCP ─► connections ─► guard (host, origin, key) ─┐
+//! Unix socket (its folder's owner) ─► connections ─┴► router ─► openai/, native, status, metrics ─► NodeHandle
 //! ```
 //! Only the owner of the node's data can open the socket, so requests over the socket need no key. All input is
 //! bounded; errors have OpenAI's format.
 
 mod answer;
 mod body;
+mod connections;
 mod context;
 mod error;
 mod guard;
@@ -16,6 +17,7 @@ mod metrics;
 mod native;
 mod openai;
 mod paths;
+mod places;
 mod router;
 mod serve;
 mod socket;
@@ -26,5 +28,5 @@ mod tests;
 pub use answer::{AnswerParser, Call, Delta};
 pub use error::{ApiError, ErrorBody, ErrorDetail};
 pub use native::{Eviction, GenerateLine};
-pub use serve::{ApiConfig, ServeError, Served, serve};
+pub use serve::{ApiConfig, ApiListeners, ServeError, Served, listen};
 pub use socket::SocketPlace;

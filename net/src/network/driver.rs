@@ -1,20 +1,23 @@
 //! The network's task: dials the addresses that are due, pairs connections, elects one pair per member, and reports
 //! which peers connect and disconnect.
 
-use super::{CLOCK_EVERY, DriverEvent, HALVES_MAX, NetworkEvent, PEERS_MAX};
+use super::{CLOCK_EVERY, DriverEvent, HALVES_MAX, NetworkEvent, PEERS_MAX, WATCH_EVERY};
+use crate::addresses::AddressWatch;
 use crate::certificate::is_stale;
 use crate::control::session_label;
 use crate::dial::{DialPolicy, Source};
+use crate::dial_failure::{DialFailure, close};
 use crate::dial_guard::DialRegistry;
 use crate::discovery::Discovery;
-use crate::endpoint::{Authenticated, Endpoint, Purpose};
+use crate::endpoint::{Authenticated, Endpoint, LEAVING, Purpose};
 use crate::identity::NodeId;
-use crate::peer::{ConnectError, DataConnection, Introduced, PeerConnections, dial, introduce, nonce_of};
+use crate::peer::{ConnectError, DataConnection, Introduced, OwnHello, PeerConnections, dial, introduce, nonce_of};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
+
+mod trouble;
 
 /// The result of electing a pair of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,14 +30,27 @@ enum Elected {
 
 pub(super) struct ConnectedPeer {
     session: u64,
+    /// The number of its process.
+    run: u64,
+    address: SocketAddr,
     is_dialled: bool,
     control: quinn::Connection,
     data: DataConnection,
 }
 
+impl ConnectedPeer {
+    /// Datagrams received from the peer so far.
+    fn received(&self) -> u64 {
+        self.control.stats().udp_rx.datagrams + self.data.received()
+    }
+}
+
 pub(super) struct Driver {
-    pub(super) own: NodeId,
-    pub(super) name: Arc<str>,
+    pub(super) own: OwnHello,
+    /// `None` where the endpoint has no address.
+    pub(super) watch: Option<AddressWatch>,
+    /// Why addresses that concern the user are dialled in vain.
+    pub(super) failures: BTreeMap<SocketAddr, DialFailure>,
     pub(super) endpoint: Endpoint,
     /// When the endpoint's certificate was made.
     pub(super) certified: SystemTime,
@@ -56,14 +72,15 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) async fn run(
         mut self,
-        named: Vec<SocketAddr>,
+        known: Vec<(SocketAddr, Source)>,
         mut driver_events: mpsc::Receiver<DriverEvent>,
         mut accepted: mpsc::Receiver<Authenticated>,
     ) {
-        for address in named {
-            self.policy.handle_address(address, Source::Named, self.now());
+        for (address, source) in known {
+            self.policy.handle_address(address, source, self.now());
         }
         let mut clock = tokio::time::interval(CLOCK_EVERY);
+        let mut watch = tokio::time::interval(WATCH_EVERY);
         loop {
             self.dial_due();
             let due = self.policy.next_due().map(|due| self.started + due);
@@ -82,6 +99,7 @@ impl Driver {
                 Some(connection) = accepted.recv() => self.on_accepted(connection),
                 () = tokio::time::sleep_until(due.into()) => {}
                 _ = clock.tick() => self.certify(SystemTime::now()),
+                _ = watch.tick() => self.watch().await,
             }
         }
     }
@@ -102,11 +120,10 @@ impl Driver {
 
     fn dial_due(&mut self) {
         while let Some(address) = self.policy.poll_dial(self.now()) {
-            let (endpoint, own, name, driver_events) =
-                (self.endpoint.clone(), self.own, Arc::clone(&self.name), self.driver_events.clone());
-            let dials = self.dials.clone();
+            let (endpoint, own) = (self.endpoint.clone(), self.own.clone());
+            let (dials, driver_events) = (self.dials.clone(), self.driver_events.clone());
             tokio::spawn(async move {
-                let dialled = dial(&endpoint, address, own, &name, &dials).await;
+                let dialled = dial(&endpoint, address, &own, &dials).await;
                 // An error means that the driver has ended.
                 let _ = driver_events.send(DriverEvent::Dialled(address, Box::new(dialled))).await;
             });
@@ -115,16 +132,16 @@ impl Driver {
 
     /// Handles an accepted connection: exchanges hellos on a control connection, reads the nonce of a data connection.
     fn on_accepted(&self, Authenticated { id, purpose, connection }: Authenticated) {
-        if self.evicted.contains(&id) || id == self.own {
-            connection.close(quinn::VarInt::from_u32(3), b"not admitted");
+        if self.evicted.contains(&id) {
+            connection.close(quinn::VarInt::from_u32(close::NOT_ADMITTED), b"not admitted");
             return;
         }
-        let (name, driver_events, accepted) = (Arc::clone(&self.name), self.driver_events.clone(), connection.clone());
+        let (own, driver_events, accepted) = (self.own.clone(), self.driver_events.clone(), connection.clone());
         tokio::spawn(async move {
             let told = match purpose {
                 Purpose::Control => {
                     connection.set_max_concurrent_bi_streams(quinn::VarInt::from_u32(1));
-                    introduce(id, connection, &name)
+                    introduce(id, connection, &own)
                         .await
                         .map(|introduced| DriverEvent::Introduced(Box::new(introduced)))
                 }
@@ -146,6 +163,7 @@ impl Driver {
             DriverEvent::Found(address, source) => self.policy.handle_address(address, source, self.now()),
             DriverEvent::Sighted(address) => self.policy.handle_sight(address, self.now()),
             DriverEvent::Dialled(address, dialled) => self.on_dialled(address, *dialled).await,
+            DriverEvent::Introduced(introduced) if introduced.id == self.own.id => self.on_own_key(&introduced).await,
             DriverEvent::Introduced(introduced) => {
                 let is_its = |(id, nonce, _): &(NodeId, u64, quinn::Connection)| {
                     (*id, *nonce) == (introduced.id, introduced.nonce)
@@ -184,7 +202,10 @@ impl Driver {
                     }
                 }
             }
-            DriverEvent::Closed { id, session, reason } => self.on_closed(id, session, reason).await,
+            DriverEvent::Closed { id, session, error } => self.on_lost(id, session, &error).await,
+            DriverEvent::KeyChecked { session, is_alive, newcomer } => {
+                self.on_key_checked(session, is_alive, *newcomer).await;
+            }
             DriverEvent::Evict(id) => {
                 self.evicted.insert(id);
                 if let Some(peer) = self.peers.get(&id) {
@@ -200,6 +221,7 @@ impl Driver {
         match dialled {
             Ok(connections) => {
                 self.policy.handle_dialled(address, connections.id());
+                self.tell_failure(address, None).await;
                 if self.elect(connections).await == Elected::Unwanted {
                     self.policy.handle_failed(address, self.now());
                 }
@@ -208,16 +230,24 @@ impl Driver {
             Err(ConnectError::AlreadyConnected { id }) => {
                 self.policy.handle_dialled(address, id);
                 self.policy.handle_failed(address, self.now());
+                self.tell_failure(address, None).await;
             }
-            Err(ConnectError::Ourselves) => self.policy.handle_dialled(address, self.own),
+            Err(ConnectError::Ourselves) => {
+                self.policy.handle_dialled(address, self.own.id);
+                self.tell_failure(address, None).await;
+            }
+            Err(ConnectError::SameKey) => {
+                self.policy.handle_same_key(address, self.now());
+                self.tell_same_key(self.own.id, self.own_address(), address).await;
+            }
             Err(error) => {
-                match error {
-                    ConnectError::Protocol { .. } => {
-                        tracing::warn!(%address, %error, "a member speaks another protocol version")
-                    }
-                    _ => tracing::debug!(%address, %error, "dial failed"),
+                tracing::debug!(%address, %error, "dial failed");
+                let failure = DialFailure::of(address, &error);
+                match failure {
+                    DialFailure::SameKey { .. } => self.policy.handle_same_key(address, self.now()),
+                    _ => self.policy.handle_failed(address, self.now()),
                 }
-                self.policy.handle_failed(address, self.now());
+                self.tell_failure(address, Some(failure)).await;
             }
         }
     }
@@ -228,45 +258,70 @@ impl Driver {
         // Held until this pair is elected or closed.
         let _guard = connections.guard.take();
         if self.evicted.contains(&id) {
-            connections.close("not admitted");
+            connections.close(close::NOT_ADMITTED, "not admitted");
             return Elected::Unwanted;
+        }
+        if let Some(peer) = self.peers.get(&id).filter(|peer| peer.run != connections.introduced.run) {
+            self.check_key(peer, connections);
+            return Elected::Kept;
         }
         if let Some(peer) = self.peers.get(&id) {
             // The lower id's dial wins. A second dial by the same side means that this side has lost the first pair.
-            let lower_dialled = is_dialled == (self.own < id);
+            let lower_dialled = is_dialled == (self.own.id < id);
             if peer.is_dialled != is_dialled && !lower_dialled {
-                connections.close("already connected");
+                connections.close(0, "already connected");
                 return Elected::Kept;
             }
             let session = peer.session;
             self.on_closed(id, session, "the peer connected again".to_owned()).await;
         }
         if self.peers.len() >= PEERS_MAX {
-            connections.close("the node has its maximum of peers");
+            connections.close(0, "the node has its maximum of peers");
             return Elected::Unwanted;
         }
         let session = self.next_session;
         self.next_session += 1;
-        let control = connections.introduced.control.clone();
+        let (control, run) = (connections.introduced.control.clone(), connections.introduced.run);
         let peer = connections.into_peer(session);
         let address = peer.address;
-        let connected = ConnectedPeer { session, is_dialled, control: control.clone(), data: peer.data.clone() };
+        let data = peer.data.clone();
+        let connected = ConnectedPeer { session, run, address, is_dialled, control: control.clone(), data };
         self.policy.handle_up(id, address, self.now());
         tracing::info!(peer = %id, name = peer.name, %address, session = session_label(id, session), "peer connected");
         let (data, driver_events) = (peer.data.clone(), self.driver_events.clone());
         tokio::spawn(async move {
-            let reason = tokio::select! {
-                reason = control.closed() => reason,
-                reason = data.closed() => reason,
+            let error = tokio::select! {
+                error = control.closed() => error,
+                error = data.closed() => error,
             };
             // An error means that the driver has ended.
-            let _ = driver_events.send(DriverEvent::Closed { id, session, reason: reason.to_string() }).await;
+            let _ = driver_events.send(DriverEvent::Closed { id, session, error }).await;
         });
         self.peers.insert(id, connected);
         self.dials.set_connected(id, true);
         // An error means that the node is stopping.
         let _ = self.events.send(NetworkEvent::PeerUp(Box::new(peer))).await;
         Elected::Kept
+    }
+
+    /// Handles the end of a peer's connections.
+    async fn on_lost(&mut self, id: NodeId, session: u64, error: &quinn::ConnectionError) {
+        let Some(peer) = self.peers.get(&id).filter(|peer| peer.session == session) else { return };
+        let address = peer.address;
+        let reason = match error {
+            quinn::ConnectionError::TimedOut => "it does not answer any more".to_owned(),
+            quinn::ConnectionError::ApplicationClosed(closed) if &closed.reason[..] == LEAVING => {
+                "it was stopped".to_owned()
+            }
+            error => error.to_string(),
+        };
+        self.on_closed(id, session, reason).await;
+        // A member that refuses this node may do so only after both sides have elected the pair.
+        let failure = DialFailure::of_connection(address, error);
+        if matches!(failure, DialFailure::SameKey { .. } | DialFailure::Evicted) {
+            self.policy.handle_same_key(address, self.now());
+            self.tell_failure(address, Some(failure)).await;
+        }
     }
 
     async fn on_closed(&mut self, id: NodeId, session: u64, reason: String) {

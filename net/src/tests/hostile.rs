@@ -1,12 +1,12 @@
 //! Hostile members: garbage on an admitted member's connections ends those connections, and no other member's.
 
 use super::loopback::{connected, network, resident_bytes, secret};
-use crate::Identity;
 use crate::dial_guard::DialRegistry;
 use crate::endpoint::{Endpoint, Local, Purpose};
 use crate::frame::{FrameWriter, Payload};
 use crate::link::Priority;
-use crate::peer::{DataConnection, Hello, dial, hello};
+use crate::peer::{DataConnection, Hello, OwnHello, dial, hello};
+use crate::{Identity, NodeId};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,7 +48,7 @@ async fn noise_of_a_member_harms_no_other_member() {
     let (endpoint, _accepted) = Endpoint::open(local, SocketAddr::from(([127, 0, 0, 1], 0))).expect("started");
     for noise in noises() {
         let mut met =
-            dial(&endpoint, address, own, "hostile", &DialRegistry::default()).await.expect("a member is admitted");
+            dial(&endpoint, address, &own_hello(own), &DialRegistry::default()).await.expect("a member is admitted");
         let peer = loop {
             let peer = connected(&mut of_victim).await;
             if peer.id == own {
@@ -85,6 +85,10 @@ async fn noise_of_a_member_harms_no_other_member() {
     tokio::task::spawn_blocking(move || drop((victim, honest, endpoint))).await.expect("dropped");
 }
 
+fn own_hello(id: NodeId) -> OwnHello {
+    OwnHello { id, name: "hostile".into(), run: 1 }
+}
+
 /// A member of another protocol version does not connect, and is sent the reason.
 #[tokio::test(flavor = "multi_thread")]
 async fn another_protocol_version_is_refused_with_the_reason() {
@@ -94,7 +98,8 @@ async fn another_protocol_version_is_refused_with_the_reason() {
     let address = victim.address().expect("an address");
     let control = endpoint.dial(address, Purpose::Control).await.expect("a member").connection;
     let (sender, _receiver) = control.open_bi().await.expect("a stream");
-    let other = Hello { protocol: 99, ..hello("other").expect("random bytes") };
+    let own = own_hello(Identity::ephemeral().expect("random bytes").node_id());
+    let other = Hello { protocol: 99, ..hello(&own).expect("random bytes") };
     FrameWriter::new(sender).send(&other, Payload::Nothing).await.expect("sent");
     let closed = tokio::time::timeout(Duration::from_secs(5), control.closed()).await.expect("in time").to_string();
     assert!(closed.contains("protocol 99") && closed.contains("same version"), "{closed}");

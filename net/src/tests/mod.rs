@@ -4,3 +4,4 @@ mod admission;
 mod hostile;
 mod link;
 mod loopback;
+mod trouble;

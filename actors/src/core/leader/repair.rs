@@ -26,7 +26,7 @@ impl Leader {
             // The owner repeats the report as long as it holds.
             return;
         }
-        tracing::warn!(instance = %id, node = %node.short(), %device, %error, "a shard cannot run on its device");
+        tracing::info!(instance = %id, node = %node.short(), %device, %error, "a shard cannot run on its device");
         if is_here {
             self.excluded.entry(id).or_default().push(((node, device), round.now));
         }
@@ -75,7 +75,7 @@ impl Leader {
             }
             Err(error) => Target::Stopped { error: Some(PlanError::into(error)) },
         };
-        tracing::warn!(instance = %id, node = %node.short(), "models exceed a machine's memory: the latest gives way");
+        tracing::info!(instance = %id, node = %node.short(), "models exceed a machine's memory: the latest gives way");
         round.set(id, target);
     }
 
@@ -168,7 +168,7 @@ impl Leader {
             Err(missing) => {
                 // Every device failed the instance: the last failure says more than that no device is left.
                 let error = error.filter(|_| missing == PlanError::NoDevice).unwrap_or(RequestError::Plan(missing));
-                tracing::error!(instance = %id, %error, remedy = error.remedy(), "a model cannot be placed any more");
+                tracing::info!(instance = %id, %error, remedy = error.remedy(), "a model cannot be placed any more");
                 round.set(id, Target::Stopped { error: Some(error) });
             }
         }

@@ -66,7 +66,7 @@ async fn peer(events: &mut tokio::sync::mpsc::Receiver<NetworkEvent>) -> anyhow:
         match events.recv().await.context("the network has stopped")? {
             // Dropping the peer closes its connections.
             NetworkEvent::PeerUp(peer) => return Ok(peer),
-            NetworkEvent::PeerDown { .. } => {}
+            _ => {}
         }
     }
 }

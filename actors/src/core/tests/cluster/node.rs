@@ -121,7 +121,7 @@ impl Node {
             let (stamp, is_ready) = (head.pipeline.stamp(), head.pipeline.is_running());
             (id, OwnedInstance { stamp, is_ready, is_in_use: false, state: None })
         });
-        let used = self.wants.values().filter_map(|(ask, ..)| Some(self.desired.find(&ask.spec)?.0));
+        let used = self.wants.values().filter_map(|(ask, ..)| Some(self.desired.find_for(&ask.spec)?.0));
         let mut report = MemberReport::of_cpu(self.memory_bytes, self.bytes_per_s);
         report.machine.memory_free_bytes = Some(self.memory_bytes.saturating_sub(held));
         MemberReport {

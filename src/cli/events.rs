@@ -1,0 +1,191 @@
+//! What happens on a node and in its cluster, one line an event, in the user's words. `up` prints these lines.
+
+use crate::{Fact, InstanceId, NodeHandle, NodeId, NodeStatus};
+use exo_actors::core::plan::Placement;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+/// Prints a line for each event, until the node stops.
+pub(super) async fn print_events(node: NodeHandle) {
+    let mut narrator = None;
+    while let Ok(mut facts) = node.subscribe().await {
+        let narrator = narrator.get_or_insert_with(|| Narrator::new(facts.status()));
+        // A reader that was too slow subscribes anew.
+        while let Ok(next) = facts.next().await {
+            let Some(fact) = next else { return };
+            if let Some(line) = narrator.tell(&fact, Instant::now()) {
+                eprintln!("{line}");
+            }
+        }
+    }
+}
+
+/// Turns facts into lines. Holds what a line needs of earlier facts.
+#[derive(Debug)]
+struct Narrator {
+    names: BTreeMap<NodeId, String>,
+    connected: BTreeSet<NodeId>,
+    models: BTreeMap<InstanceId, Told>,
+}
+
+/// What was told of an instance.
+#[derive(Debug)]
+struct Told {
+    name: String,
+    placement: Placement,
+    is_ready: bool,
+    /// Since when its answers wait for a failed shard.
+    broken: Option<Instant>,
+}
+
+impl Narrator {
+    fn new(status: &NodeStatus) -> Self {
+        let names = BTreeMap::from([(status.node, status.name.clone())]);
+        Self { names, connected: BTreeSet::new(), models: BTreeMap::new() }
+    }
+
+    /// The line for a fact; `None` for facts that are no news for people.
+    fn tell(&mut self, fact: &Fact, now: Instant) -> Option<String> {
+        match fact {
+            Fact::MemberReported { node, report } => {
+                self.names.insert(*node, report.name.clone());
+                self.connected.insert(*node).then(|| format!("{} joined", self.name(*node)))
+            }
+            Fact::MemberLost { node, reason, .. } => {
+                self.connected.remove(node).then(|| format!("{} has gone: {reason}", self.name(*node)))
+            }
+            Fact::PeerOutside { node, outside } => {
+                self.connected.remove(node);
+                let between = outside.between.map(|(one, other)| {
+                    format!(
+                        "{} and {} do not reach each other: open UDP port 52416 between them",
+                        self.name(one),
+                        self.name(other)
+                    )
+                });
+                Some(format!(
+                    "{} works without this node: {}",
+                    outside.name,
+                    between.unwrap_or("two nodes do not reach each other".to_owned())
+                ))
+            }
+            Fact::AddressTried { address, failure: Some(failure) } => Some(format!("warning: {address} {failure}")),
+            Fact::AddressTried { address, failure: None } => Some(format!("{address} answers")),
+            Fact::SameKey(clash) => Some(format!(
+                "error: {} and {} have the same key, so one data folder is a copy of the other; {} goes on\n  remedy: \
+                 delete node.key in the copy, and start it again",
+                clash.first, clash.second, clash.first
+            )),
+            Fact::AddressesChanged(addresses) => {
+                let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+                Some(format!("this machine has other addresses now: {}", addresses.join(", ")))
+            }
+            Fact::InstancePlaced { instance, model, placement } => self.placed(*instance, &model.name, placement),
+            Fact::InstanceReady { instance, .. } => self.ready(*instance, now),
+            Fact::ShardFailed { instance, stage, error } => self.failed(*instance, *stage, error, now),
+            Fact::InstanceStopped { instance, error } => {
+                let told = self.models.remove(instance)?;
+                Some(match error {
+                    Some(error) => format!("error: {} has stopped: {error}", told.name),
+                    None => format!("{} is unloaded", told.name),
+                })
+            }
+            Fact::DeviceFound(_)
+            | Fact::MachineMeasured(_)
+            | Fact::ShardFetching { .. }
+            | Fact::ShardLoading { .. }
+            | Fact::RequestsChanged { .. } => None,
+        }
+    }
+
+    fn name(&self, node: NodeId) -> String {
+        self.names.get(&node).map_or_else(|| node.short(), Clone::clone)
+    }
+
+    fn placed(&mut self, instance: InstanceId, model: &str, placement: &Placement) -> Option<String> {
+        let places = self.places(placement);
+        match self.models.get_mut(&instance) {
+            Some(told) if told.placement == *placement => None,
+            Some(told) => {
+                told.placement = placement.clone();
+                Some(format!("{model} moves: {places}"))
+            }
+            None => {
+                let told = Told { name: model.to_owned(), placement: placement.clone(), is_ready: false, broken: None };
+                self.models.insert(instance, told);
+                Some(format!("loading {model}: {places}"))
+            }
+        }
+    }
+
+    fn places(&self, placement: &Placement) -> String {
+        let place = |stage: &exo_actors::core::plan::Stage| {
+            let (first, last) = (stage.layers.start, stage.layers.end.saturating_sub(1));
+            format!("layers {first}–{last} on {} of {}", stage.device, self.name(stage.node))
+        };
+        placement.stages.iter().map(place).collect::<Vec<_>>().join(", ")
+    }
+
+    fn ready(&mut self, instance: InstanceId, now: Instant) -> Option<String> {
+        let told = self.models.get_mut(&instance)?;
+        let (was_ready, broken) = (std::mem::replace(&mut told.is_ready, true), told.broken.take());
+        match broken {
+            Some(since) => Some(format!("{} goes on after {:.1} s", told.name, (now - since).as_secs_f64())),
+            None if was_ready => None,
+            None => Some(format!("{} is ready", told.name)),
+        }
+    }
+
+    /// Tells the first failure of a row of them: the others follow from it.
+    fn failed(&mut self, instance: InstanceId, stage: usize, error: &str, now: Instant) -> Option<String> {
+        let at = self.models.get(&instance)?.placement.stages.get(stage).map(|stage| self.name(stage.node));
+        let told = self.models.get_mut(&instance).filter(|told| told.broken.is_none())?;
+        told.broken = Some(now);
+        let at = at.map_or(String::new(), |name| format!(" on {name}"));
+        Some(format!("{}: a shard{at} failed, its answers wait: {error}", told.name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::status::tests::status;
+    use std::time::Duration;
+
+    /// The lines of a model's life on two machines.
+    #[test]
+    fn events_are_told_in_words() {
+        let status = status();
+        let (instance, known) = status.everywhere().next().expect("an instance");
+        let (member, report) = status.members.iter().next().expect("a member");
+        let placed = |placement: &Placement| Fact::InstancePlaced {
+            instance,
+            model: known.model.clone(),
+            placement: placement.clone(),
+        };
+        let failed = || Fact::ShardFailed { instance, stage: 0, error: "the device is lost".to_owned() };
+        let reported = || Fact::MemberReported { node: *member, report: Box::new(report.clone()) };
+        let address = "10.0.0.2:52416".parse().expect("an address");
+        let facts = [
+            reported(),
+            reported(),
+            placed(&known.placement),
+            placed(&known.placement),
+            Fact::InstanceReady { instance, epoch: 1 },
+            failed(),
+            failed(),
+            Fact::InstanceReady { instance, epoch: 2 },
+            Fact::InstanceReady { instance, epoch: 3 },
+            Fact::MemberLost { node: *member, reason: "it does not answer any more".to_owned(), at_s: 0 },
+            Fact::AddressTried { address, failure: Some("does not answer: check the address".to_owned()) },
+            Fact::AddressTried { address, failure: None },
+            Fact::InstanceStopped { instance, error: None },
+        ];
+        let (mut narrator, begun) = (Narrator::new(&status), Instant::now());
+        let lines = facts
+            .iter()
+            .enumerate()
+            .filter_map(|(second, fact)| narrator.tell(fact, begun + Duration::from_millis(second as u64 * 500)));
+        insta::assert_snapshot!(lines.collect::<Vec<_>>().join("\n"));
+    }
+}
