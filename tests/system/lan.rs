@@ -8,6 +8,12 @@ pub(crate) struct Lan {
     hosts: usize,
 }
 
+#[derive(Debug, Clone, Copy)]
+enum Family {
+    V4,
+    V6,
+}
+
 fn ip(arguments: &[&str]) -> Result<(), String> {
     let output = Command::new("ip").args(arguments).output().map_err(|error| format!("ip: {error}"))?;
     match output.status.success() {
@@ -19,11 +25,20 @@ fn ip(arguments: &[&str]) -> Result<(), String> {
 impl Lan {
     /// Builds a network of `hosts` hosts; `None`, with a message on stderr, if this machine does not permit it.
     pub(crate) fn of(hosts: usize) -> Option<Self> {
+        Self::with(hosts, Family::V4)
+    }
+
+    /// The same network, with IPv6 alone.
+    pub(crate) fn of_ipv6(hosts: usize) -> Option<Self> {
+        Self::with(hosts, Family::V6)
+    }
+
+    fn with(hosts: usize, family: Family) -> Option<Self> {
         use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let lan = Self { name: format!("exo{}x{count}", std::process::id()), hosts };
-        match lan.build() {
+        match lan.build(family) {
             Ok(()) => Some(lan),
             Err(error) => {
                 eprintln!("SKIPPED: no network namespaces here, so nothing is tested between hosts ({error})");
@@ -32,7 +47,7 @@ impl Lan {
         }
     }
 
-    fn build(&self) -> Result<(), String> {
+    fn build(&self, family: Family) -> Result<(), String> {
         let switch = self.switch();
         ip(&["netns", "add", &switch])?;
         ip(&["-n", &switch, "link", "add", "switch", "type", "bridge", "mcast_snooping", "0"])?;
@@ -43,9 +58,17 @@ impl Lan {
             ip(&["-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "lan", "netns", &namespace])?;
             ip(&["-n", &switch, "link", "set", &port, "master", "switch", "up"])?;
             ip(&["-n", &namespace, "link", "set", "lo", "up"])?;
-            ip(&["-n", &namespace, "address", "add", &format!("{}/24", Self::address(host)), "dev", "lan"])?;
+            let address = match family {
+                Family::V4 => format!("{}/24", Self::address(host)),
+                Family::V6 => format!("{}/64", Self::address_v6(host)),
+            };
+            // Without duplicate detection, which takes a second, an address can be used at once.
+            ip(&["-n", &namespace, "address", "add", &address, "dev", "lan", "nodad"])
+                .or_else(|_| ip(&["-n", &namespace, "address", "add", &address, "dev", "lan"]))?;
             ip(&["-n", &namespace, "link", "set", "lan", "up"])?;
-            ip(&["-n", &namespace, "route", "add", "224.0.0.0/4", "dev", "lan"])?;
+            if matches!(family, Family::V4) {
+                ip(&["-n", &namespace, "route", "add", "224.0.0.0/4", "dev", "lan"])?;
+            }
         }
         Ok(())
     }
@@ -61,6 +84,19 @@ impl Lan {
 
     pub(crate) fn address(host: usize) -> String {
         format!("10.77.0.{}", host + 1)
+    }
+
+    pub(crate) fn address_v6(host: usize) -> String {
+        format!("fd00:77::{}", host + 1)
+    }
+
+    /// Gives a host another address, as a router does to a laptop that has moved.
+    pub(crate) fn readdress(&self, host: usize, address: &str) {
+        let (namespace, old) = (self.host(host), format!("{}/24", Self::address(host)));
+        ip(&["-n", &namespace, "address", "delete", &old, "dev", "lan"]).expect("an address");
+        ip(&["-n", &namespace, "address", "add", &format!("{address}/24"), "dev", "lan"]).expect("an address");
+        // The route went with the address.
+        let _ = ip(&["-n", &namespace, "route", "replace", "224.0.0.0/4", "dev", "lan"]);
     }
 
     /// Unplugs a host's cable (`down`), or plugs it in again (`up`).

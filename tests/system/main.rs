@@ -18,6 +18,7 @@ mod members;
 mod node;
 mod references;
 mod relay;
+mod troubles;
 mod weights;
 
 use serde_json::Value;

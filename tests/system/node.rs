@@ -8,6 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// A running node, stopped on drop.
@@ -16,6 +17,8 @@ pub(crate) struct Node {
     pub(crate) port: u16,
     pub(crate) folder: tempfile::TempDir,
     setup: Setup,
+    /// The lines that the node has written to stderr, its start included.
+    told: Arc<Mutex<Vec<String>>>,
 }
 
 /// How a node is started.
@@ -73,15 +76,25 @@ impl Node {
     }
 
     pub(crate) fn start(setup: Setup, folder: tempfile::TempDir) -> Self {
-        let (child, port) = spawn(&setup, folder.path());
-        Self { child, port, folder, setup }
+        let told = Arc::default();
+        let (child, port) = spawn(&setup, folder.path(), &told);
+        Self { child, port, folder, setup, told }
     }
 
     /// Restarts a node that has died, in its folder.
     pub(crate) fn again(&mut self) {
         // Reaps the dead process, which no other code does.
         let _ = self.child.wait();
-        (self.child, self.port) = spawn(&self.setup, self.folder.path());
+        (self.child, self.port) = spawn(&self.setup, self.folder.path(), &self.told);
+    }
+
+    /// The lines that the node has written to stderr.
+    pub(crate) fn told(&self) -> Vec<String> {
+        self.told.lock().expect("no thread panics with the lock").clone()
+    }
+
+    pub(crate) fn has_told(&self, part: &str) -> bool {
+        self.told().iter().any(|line| line.contains(part))
     }
 
     /// The node's status, over its Unix socket.
@@ -194,7 +207,7 @@ impl Drop for Node {
     }
 }
 
-fn spawn(setup: &Setup, folder: &Path) -> (Child, u16) {
+fn spawn(setup: &Setup, folder: &Path, told: &Arc<Mutex<Vec<String>>>) -> (Child, u16) {
     let wrapper = match (&setup.namespace, setup.descriptors) {
         (Some(namespace), _) => vec!["ip".to_owned(), "netns".to_owned(), "exec".to_owned(), namespace.clone()],
         (None, Some(limit)) => vec!["prlimit".to_owned(), format!("--nofile={limit}:{limit}")],
@@ -221,11 +234,18 @@ fn spawn(setup: &Setup, folder: &Path) -> (Child, u16) {
     let mut lines = BufReader::new(child.stderr.take().expect("it is piped")).lines();
     let address = lines.find_map(|line| {
         let line = line.expect("UTF-8");
+        told.lock().expect("no thread panics with the lock").push(line.clone());
         Some(line.strip_prefix("API on http://")?.strip_suffix("/v1")?.to_owned())
     });
     let address = address.expect("the node prints its API address");
     // Later lines go to the test's output.
-    std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("node: {line}")));
+    let told = Arc::clone(told);
+    std::thread::spawn(move || {
+        lines.map_while(Result::ok).for_each(|line| {
+            eprintln!("node: {line}");
+            told.lock().expect("no thread panics with the lock").push(line);
+        });
+    });
     (child, address.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port"))
 }
 
