@@ -91,6 +91,7 @@ fn modules_of_the_core_import_downwards_only() {
         "watchdog",
         "restart_policy",
         "model_error",
+        "context",
         "plan",
         "spec",
         "scheduler",

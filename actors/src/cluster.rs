@@ -21,8 +21,8 @@ mod trouble;
 pub use evicted::Evicted;
 
 use crate::core::members::MemberReport;
-use crate::core::node_status::KeyClash;
 use crate::core::plan::Link;
+use crate::core::status::KeyClash;
 use crate::gateway::GatewayMsg;
 use crate::models::ModelsRef;
 use crate::planner::{PlannerMsg, PlannerRef};

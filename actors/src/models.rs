@@ -13,6 +13,7 @@
 mod catalogue;
 mod config;
 mod files;
+mod hashes;
 mod hub;
 mod name;
 mod partial;
@@ -200,7 +201,8 @@ impl FetchJob {
     }
 
     async fn open(&self, path: PathBuf, origin: Origin) -> Result<ResolvedModel, ModelError> {
-        let model = blocking(move || RegisteredModel::whole(ModelFiles::open(&path)?)).await?;
+        let (config, registry) = (Arc::clone(&self.config), self.registry.clone());
+        let model = blocking(move || registry.open(&config, &path)).await?;
         let model = self.registry.insert(&self.request.model, model);
         Ok(self.resolved(&model, origin))
     }

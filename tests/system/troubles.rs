@@ -195,8 +195,8 @@ fn a_taken_port_ends_the_start_before_it_joins() {
     drop(Node::start(Setup::of(&MEMBER), folder));
 }
 
-/// R8.1–R8.5: a refused prompt computes nothing, and counts as nothing. Counters stay when the model has gone. A request
-/// that names only the model is answered by the instance that was split by hand.
+/// R8.1–R8.5: a refused prompt computes nothing, and counts as nothing. Counters stay when the model has gone. A
+/// request that names only the model is answered by the instance that was split by hand.
 #[test]
 fn counters_and_instances_are_those_of_the_cluster() {
     models();

@@ -2,7 +2,8 @@
 
 use super::ClusterState;
 use crate::core::members::MemberReport;
-use crate::core::node_status::{Fact, KeyClash};
+use crate::core::node_status::Fact;
+use crate::core::status::KeyClash;
 use crate::planner::PlannerMsg;
 use exo_net::NetworkEvent;
 use std::time::{Duration, Instant};

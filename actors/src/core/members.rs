@@ -1,10 +1,9 @@
 //! Each member's report, and what the planner derives from all reports.
 
 use crate::core::desired::Stamp;
-use crate::core::node_status::KeyClash;
 use crate::core::plan::{Link, Links, Offer};
 use crate::core::spec::InstanceId;
-use crate::core::status::{InstanceStatus, Machine};
+use crate::core::status::{InstanceStatus, KeyClash, Machine};
 use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};

@@ -6,7 +6,7 @@ use crate::core::clique::Outside;
 use crate::core::members::MemberReport;
 use crate::core::plan::Placement;
 use crate::core::spec::{InstanceId, Model};
-use crate::core::status::{InstanceStatus, Load, Machine, Phase, Totals};
+use crate::core::status::{InstanceStatus, KeyClash, Load, Machine, Phase, Totals};
 use exo_engines::engine::DeviceReport;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
@@ -187,17 +187,6 @@ pub struct Gone {
     pub reason: String,
     /// When, in seconds since 1970.
     pub at_s: u64,
-}
-
-/// Two running nodes with the same key: the data folder of one is a copy of the other's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct KeyClash {
-    /// The id of both.
-    pub node: NodeId,
-    /// The address of the node that stays connected.
-    pub first: SocketAddr,
-    /// The address of the node that is refused.
-    pub second: SocketAddr,
 }
 
 /// The most addresses that are listed as dialled in vain, and of nodes with a copied key.

@@ -47,8 +47,8 @@ impl ModelSpec {
     }
 }
 
-/// The identity of a model's files: the SHA-256 of their lengths and of all their bytes before the tensors. It lets
-/// nodes detect different files under one name.
+/// The identity of a model's files: the SHA-256 of their lengths, of all their bytes before the tensors, and of the
+/// hashes of the tensors' pieces. Files with different weights have different ids, also under one name.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct FilesId(pub [u8; 32]);
 

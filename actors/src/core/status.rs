@@ -2,8 +2,10 @@
 
 use crate::core::plan::Placement;
 use crate::core::spec::Model;
+use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 /// The present load of an instance.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +54,17 @@ impl Totals {
         self.cached_tokens += done.cached_tokens;
         self.generated_tokens += done.generated_tokens;
     }
+}
+
+/// Two running nodes with the same key: the data folder of one is a copy of the other's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct KeyClash {
+    /// The id of both.
+    pub node: NodeId,
+    /// The address of the node that stays connected.
+    pub first: SocketAddr,
+    /// The address of the node that is refused.
+    pub second: SocketAddr,
 }
 
 /// A measurement of a machine. A value that cannot be read is `None`, never 0.

@@ -8,20 +8,21 @@
 //! A number is added to `have` after its piece is on the disk, so an interrupted fetch continues from there.
 
 use super::ModelError;
+use super::hashes::{Hash, read_hashes};
 use crate::core::spec::FilesId;
+use exo_engines::format::FormatError;
 use exo_engines::model::{ModelFiles, Piece, Pieces};
 use parking_lot::{Mutex, MutexGuard};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub(super) type Hash = [u8; 32];
-
-const HASH_BYTES: usize = size_of::<Hash>();
+/// The file with the hashes of all pieces, in the folder of a copy.
+pub(super) const HASHES: &str = "hashes";
 
 /// The folder of a model's copy in a models folder.
 pub(super) fn folder(models: &Path, id: FilesId) -> PathBuf {
@@ -49,13 +50,12 @@ pub(super) fn open_model(folder: &Path) -> Result<ModelFiles, ModelError> {
 pub(super) struct PartialCopy {
     folder: PathBuf,
     pieces: Arc<Pieces>,
+    hashes: Vec<Hash>,
     known: Mutex<Known>,
 }
 
 #[derive(Debug, Default)]
 struct Known {
-    /// Empty until a peer has sent them.
-    hashes: Vec<Hash>,
     have: BTreeSet<u32>,
     /// Pieces that are written but not added to `have` on the disk yet.
     fresh: Vec<u32>,
@@ -63,8 +63,16 @@ struct Known {
 
 impl PartialCopy {
     /// Opens the copy in `folder`, whose model has `pieces`.
+    ///
+    /// # Errors
+    /// The copy lacks the hashes of its pieces, or cannot be read.
     pub(super) fn open(folder: &Path, pieces: Arc<Pieces>) -> Result<Self, ModelError> {
-        let copy = Self { folder: folder.to_owned(), pieces, known: Mutex::default() };
+        let path = folder.join(HASHES);
+        let hashes = read_hashes(&path, pieces.pieces.len()).ok_or_else(|| FormatError::Malformed {
+            path,
+            what: "it does not have one hash for each piece".to_owned(),
+        })?;
+        let copy = Self { folder: folder.to_owned(), pieces, hashes, known: Mutex::default() };
         copy.look_again()?;
         Ok(copy)
     }
@@ -73,39 +81,18 @@ impl PartialCopy {
         self.known.lock()
     }
 
-    /// Reads the hashes and piece numbers that this or another process has written.
+    /// Reads the piece numbers that this or another process has written.
     pub(super) fn look_again(&self) -> Result<(), ModelError> {
-        let (hashes, have) = (read(&self.folder.join("hashes"))?, read(&self.folder.join("have"))?);
+        let have = read(&self.folder.join("have"))?;
         let count = self.pieces.pieces.len();
         let mut known = self.known();
-        if hashes.len() == count * HASH_BYTES {
-            known.hashes = hashes.chunks_exact(HASH_BYTES).filter_map(|hash| hash.try_into().ok()).collect();
-        }
         let numbers = have.chunks_exact(4).filter_map(|number| Some(!u32::from_le_bytes(number.try_into().ok()?)));
         known.have.extend(numbers.filter(|&number| (number as usize) < count));
         Ok(())
     }
 
-    pub(super) fn hashes(&self) -> Vec<Hash> {
-        self.known().hashes.clone()
-    }
-
-    /// Stores the hashes of all pieces, in memory and on the disk.
-    pub(super) fn set_hashes(&self, hashes: Vec<Hash>) -> Result<(), ModelError> {
-        let path = self.folder.join("hashes");
-        let disk = |e: std::io::Error| ModelError::disk(&path, &e);
-        // Other users may share the models folder; the umask applies.
-        let mode = std::fs::Permissions::from_mode(0o666);
-        let mut draft = tempfile::Builder::new().permissions(mode).tempfile_in(&self.folder).map_err(disk)?;
-        draft.write_all(&hashes.concat()).map_err(disk)?;
-        draft.persist(&path).map_err(|e| disk(e.error))?;
-        self.known().hashes = hashes;
-        Ok(())
-    }
-
-    /// Whether the copy has no piece.
-    pub(super) fn is_empty(&self) -> bool {
-        self.known().have.is_empty()
+    pub(super) fn hashes(&self) -> &[Hash] {
+        &self.hashes
     }
 
     pub(super) fn has(&self, number: u32) -> bool {
@@ -121,7 +108,7 @@ impl PartialCopy {
     pub(super) fn write(&self, number: u32, bytes: &[u8]) -> Result<(), ModelError> {
         let piece = self.pieces.pieces[number as usize];
         let path = &self.pieces.files[piece.file].path;
-        let expected = self.known().hashes.get(number as usize).copied().unwrap_or_default();
+        let expected = self.hashes.get(number as usize).copied().unwrap_or_default();
         let got: Hash = Sha256::digest(bytes).into();
         if got != expected || bytes.len() as u64 != piece.length_bytes {
             let what = format!("piece {number} of {}", path.display());
@@ -189,21 +176,9 @@ pub(super) fn read_at(path: &Path, offset_bytes: u64, length: usize) -> Result<V
     Ok(bytes)
 }
 
-/// Computes the [`FilesId`] of a model with these pieces.
-pub(super) fn id_of(pieces: &Pieces) -> Result<FilesId, ModelError> {
-    let mut hasher = Sha256::new();
-    for file in &pieces.files {
-        hasher.update(file.length_bytes.to_le_bytes());
-        hasher.update(file.outline_bytes().to_le_bytes());
-        let disk = |e: std::io::Error| ModelError::disk(&file.path, &e);
-        let mut outline = File::open(&file.path).map_err(disk)?.take(file.outline_bytes());
-        super::files::update(&mut hasher, &mut outline).map_err(disk)?;
-    }
-    Ok(FilesId(hasher.finalize().into()))
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::hashes::write_hashes;
     use super::*;
 
     /// A copy's folder with a model's header and a hole for its tensors; the model's pieces; the tensors' bytes.
@@ -224,11 +199,13 @@ mod tests {
     #[test]
     fn a_copy_continues_after_an_interruption() {
         let (folder, pieces, weights) = outlined();
+        let parts = [&weights[..16], &weights[16..]];
+        assert!(PartialCopy::open(folder.path(), Arc::clone(&pieces)).is_err(), "it has no hashes");
+        let hashes = parts.map(|part| Sha256::digest(part).into());
+        write_hashes(&folder.path().join(HASHES), &hashes).expect("written");
         let copy = PartialCopy::open(folder.path(), Arc::clone(&pieces)).expect("a copy");
         let needed = BTreeSet::from([0, 1]);
         assert_eq!(copy.missing(&needed), needed);
-        let parts = [&weights[..16], &weights[16..]];
-        copy.set_hashes(parts.map(|part| Sha256::digest(part).into()).to_vec()).expect("kept");
         assert!(matches!(copy.write(1, parts[0]), Err(ModelError::WrongHash { .. })));
         assert_eq!(copy.missing(&needed), needed);
         copy.write(1, parts[1]).and_then(|()| copy.keep()).expect("written");

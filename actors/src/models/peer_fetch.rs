@@ -8,7 +8,8 @@
 
 use super::config::Progress;
 use super::files::{blocking, lock};
-use super::partial::{self, Hash, PartialCopy};
+use super::hashes::{Hash, write_hashes};
+use super::partial::{self, PartialCopy};
 use super::registry::{Content, RegisteredModel};
 use super::{Extent, FetchJob, ModelError};
 use crate::core::spec::FilesId;
@@ -153,9 +154,15 @@ impl FetchJob {
         data: &DataConnection,
     ) -> Result<Option<Arc<RegisteredModel>>, PeerFetchError> {
         let mut stream = self.ask(data, WeightsQuery::Outline).await?;
-        let (id, is_folder, files) = match answer(&mut stream, SILENCE_MAX).await? {
+        let (id, is_folder, files, hashes) = match prepared(&mut stream, SILENCE_MAX).await? {
             (WeightsResponse::Nothing, _) => return Ok(None),
-            (WeightsResponse::Outline { id, is_folder, files }, _) => (id, is_folder, files),
+            (WeightsResponse::Outline { id, is_folder, files }, Received::Bytes(hashes)) => {
+                (id, is_folder, files, hashes)
+            }
+            // A model without tensors has no pieces.
+            (WeightsResponse::Outline { id, is_folder, files }, Received::Nothing) => {
+                (id, is_folder, files, Vec::new())
+            }
             _ => return Err(PeerFetchError::WrongAnswer("the answer is not the headers")),
         };
         if self.request.files.is_some_and(|expected| expected != id) {
@@ -168,7 +175,7 @@ impl FetchJob {
             return Ok(Some(shared));
         }
         let fresh = models.join("shared").join(format!("{id}.{}-{}", std::process::id(), self.number));
-        let received = receive_outline(&mut stream, &fresh, &files).await;
+        let received = receive_outline(&mut stream, &fresh, &files, hashes).await;
         let checked = match received {
             Ok(()) => {
                 let fresh = fresh.clone();
@@ -226,13 +233,37 @@ async fn answer(stream: &mut DataStream, within: Duration) -> Result<(WeightsRes
     }
 }
 
+/// Receives an answer for which the peer may have to hash a model first.
+async fn prepared(stream: &mut DataStream, within: Duration) -> Result<(WeightsResponse, Received), PeerFetchError> {
+    let (mut done, mut advanced) = (0, Instant::now());
+    loop {
+        match answer(stream, within).await? {
+            (WeightsResponse::Preparing { done_bytes }, _) if done_bytes > done => {
+                (done, advanced) = (done_bytes, Instant::now());
+            }
+            (WeightsResponse::Preparing { .. }, _) if advanced.elapsed() < ADVANCES_WITHIN => {}
+            (WeightsResponse::Preparing { .. }, _) => {
+                return Err(PeerFetchError::WrongAnswer("the computation of its hashes has stalled"));
+            }
+            answer => return Ok(answer),
+        }
+    }
+}
+
 /// Receives the headers, and writes them into files of the model's full length.
-async fn receive_outline(stream: &mut DataStream, fresh: &Path, files: &[OutlinedFile]) -> Result<(), PeerFetchError> {
+async fn receive_outline(
+    stream: &mut DataStream,
+    fresh: &Path,
+    files: &[OutlinedFile],
+    hashes: Vec<u8>,
+) -> Result<(), PeerFetchError> {
     let model = partial::model_path(fresh, None);
     let path = |file: &OutlinedFile| model.join(&file.name);
     let (folder, sizes) = (model.clone(), files.iter().map(|file| (path(file), file.length_bytes)).collect::<Vec<_>>());
+    let kept = fresh.join(partial::HASHES);
     blocking(move || {
         std::fs::create_dir_all(&folder).map_err(|e| ModelError::disk(&folder, &e))?;
+        write_hashes(&kept, hashes.as_chunks().0)?;
         sizes.iter().try_for_each(|(path, length_bytes)| {
             let created = std::fs::File::create(path).and_then(|file| file.set_len(*length_bytes));
             created.map_err(|e| ModelError::disk(path, &e))
@@ -307,7 +338,7 @@ impl Fetch<'_> {
             let mut stream = self.job.ask(data, WeightsQuery::Pieces(batch.to_vec())).await?;
             for &expected in batch {
                 let (WeightsResponse::Piece { number }, Received::Bytes(bytes)) =
-                    answer(&mut stream, PIECE_WITHIN).await?
+                    prepared(&mut stream, PIECE_WITHIN).await?
                 else {
                     return Err(PeerFetchError::WrongAnswer("a piece is missing"));
                 };
@@ -327,35 +358,18 @@ impl Fetch<'_> {
         Ok(())
     }
 
-    /// Requests the numbers of the pieces that a peer has; `None` if it has no such model or no hashes. The peer's
-    /// hashes must equal the known ones.
+    /// Requests the numbers of the pieces that a peer has; `None` if it has no such model. The peer's hashes must equal
+    /// the known ones.
     async fn hashes(&self, data: &DataConnection) -> Result<Option<BTreeSet<u32>>, PeerFetchError> {
         let mut stream = self.job.ask(data, WeightsQuery::Hashes).await?;
-        let (mut done, mut advanced) = (0, Instant::now());
-        let told = loop {
-            match answer(&mut stream, SILENCE_MAX).await? {
-                (WeightsResponse::Nothing, _) => return Ok(None),
-                (WeightsResponse::Preparing { done_bytes, .. }, _) if done_bytes > done => {
-                    (done, advanced) = (done_bytes, Instant::now());
-                }
-                (WeightsResponse::Preparing { .. }, _) if advanced.elapsed() < ADVANCES_WITHIN => {}
-                (WeightsResponse::Hashes { count }, Received::Bytes(told)) if self.is_count(count, &told) => {
-                    break told;
-                }
-                _ => return Err(PeerFetchError::WrongAnswer("no hashes, or their computation stalled")),
-            }
+        let told = match prepared(&mut stream, SILENCE_MAX).await? {
+            (WeightsResponse::Nothing, _) => return Ok(None),
+            (WeightsResponse::Hashes { count }, Received::Bytes(told)) if self.is_count(count, &told) => told,
+            _ => return Err(PeerFetchError::WrongAnswer("it sent no hashes")),
         };
         let (hashes, have) = told.split_at(self.shared.pieces.pieces.len() * size_of::<Hash>());
-        let hashes: Vec<Hash> =
-            hashes.chunks_exact(size_of::<Hash>()).filter_map(|hash| hash.try_into().ok()).collect();
-        match self.copy.hashes() {
-            known if known == hashes => {}
-            // No piece has confirmed the known hashes yet, so this peer's hashes are as good.
-            _ if self.copy.is_empty() => {
-                let copy = Arc::clone(self.copy);
-                blocking(move || copy.set_hashes(hashes)).await?;
-            }
-            _ => return Err(PeerFetchError::WrongAnswer("its hashes differ from those of other peers")),
+        if hashes != self.copy.hashes().as_flattened() {
+            return Err(PeerFetchError::WrongAnswer("its hashes are those of another model"));
         }
         Ok(Some((0u32..).zip(have).filter(|(_, has)| **has != 0).map(|(number, _)| number).collect()))
     }

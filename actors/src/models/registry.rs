@@ -4,17 +4,16 @@
 //! name. It never serves a path that another node chooses.
 
 use super::config::ModelsConfig;
-use super::partial::{self, Hash, PartialCopy, id_of};
+use super::hashes::{Hash, PieceHasher, id_of};
+use super::partial::{self, PartialCopy};
 use super::{ModelError, ModelName};
 use crate::core::spec::FilesId;
 use crate::transport::protocol::WeightsRequest;
 use exo_engines::model::{ModelFiles, Pieces};
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use tokio::sync::OnceCell;
 
 /// A model whose headers are on this machine.
 #[derive(Debug)]
@@ -28,32 +27,34 @@ pub(super) struct RegisteredModel {
 /// The part of a registered model that is on this machine.
 #[derive(Debug)]
 pub(super) enum Content {
-    Whole(PieceHashes),
+    Whole(Arc<Vec<Hash>>),
     Part(Arc<PartialCopy>),
 }
 
-/// The hashes of a whole model's pieces, computed when a peer first requests them.
-#[derive(Debug, Default)]
-pub(super) struct PieceHashes {
-    pub(super) computed: OnceCell<Vec<Hash>>,
-    /// Bytes hashed so far.
-    pub(super) done_bytes: AtomicU64,
-}
-
 impl RegisteredModel {
-    /// Creates the entry of a model with all its files.
-    pub(super) fn whole(files: ModelFiles) -> Result<Self, ModelError> {
+    /// Creates the entry of a model with all its files. Hashes them, unless their hashes are kept in the models folder
+    /// `models`.
+    fn whole(files: ModelFiles, hasher: &PieceHasher, models: Option<&Path>) -> Result<Self, ModelError> {
         let pieces = Arc::new(Pieces::of(&files)?);
-        let content = Content::Whole(PieceHashes::default());
-        Ok(Self { id: id_of(&pieces)?, files: Arc::new(files), pieces, content })
+        let hashes = hasher.hashes(&pieces, models)?;
+        Ok(Self { id: id_of(&pieces, &hashes)?, files: Arc::new(files), pieces, content: Content::Whole(hashes) })
     }
 
     /// Opens the model in the folder of a partial copy.
     pub(super) fn part(folder: &Path) -> Result<Self, ModelError> {
         let files = partial::open_model(folder)?;
         let pieces = Arc::new(Pieces::of(&files)?);
-        let content = Content::Part(Arc::new(PartialCopy::open(folder, Arc::clone(&pieces))?));
-        Ok(Self { id: id_of(&pieces)?, files: Arc::new(files), pieces, content })
+        let copy = Arc::new(PartialCopy::open(folder, Arc::clone(&pieces))?);
+        let id = id_of(&pieces, copy.hashes())?;
+        Ok(Self { id, files: Arc::new(files), pieces, content: Content::Part(copy) })
+    }
+
+    /// The hashes of all pieces.
+    pub(super) fn hashes(&self) -> &[Hash] {
+        match &self.content {
+            Content::Whole(hashes) => hashes,
+            Content::Part(copy) => copy.hashes(),
+        }
     }
 
     /// Whether the bytes of a piece are on this machine.
@@ -67,7 +68,10 @@ impl RegisteredModel {
 
 /// The registered models, at most as many as this machine's disks hold. Clones share one index.
 #[derive(Debug, Clone, Default)]
-pub(super) struct ModelRegistry(Arc<Mutex<Index>>);
+pub(super) struct ModelRegistry {
+    index: Arc<Mutex<Index>>,
+    hasher: PieceHasher,
+}
 
 #[derive(Debug, Default)]
 struct Index {
@@ -77,12 +81,23 @@ struct Index {
 
 impl ModelRegistry {
     pub(super) fn find(&self, id: FilesId) -> Option<Arc<RegisteredModel>> {
-        self.0.lock().models.get(&id).cloned()
+        self.index.lock().models.get(&id).cloned()
+    }
+
+    /// Opens the model of a path, with all its files, and hashes them. Blocks on the disk.
+    pub(super) fn open(&self, config: &ModelsConfig, path: &Path) -> Result<RegisteredModel, ModelError> {
+        let models = config.folders.first().map(PathBuf::as_path);
+        RegisteredModel::whole(ModelFiles::open(path)?, &self.hasher, models)
+    }
+
+    /// Bytes hashed so far: see [`PieceHasher::done_bytes`].
+    pub(super) fn hashed_bytes(&self) -> u64 {
+        self.hasher.done_bytes()
     }
 
     /// Registers a model, and returns its entry. A whole model replaces a partial copy.
     pub(super) fn insert(&self, name: &str, model: RegisteredModel) -> Arc<RegisteredModel> {
-        let mut index = self.0.lock();
+        let mut index = self.index.lock();
         index.names.insert(name.to_owned(), model.id);
         let is_new = |known: &Arc<RegisteredModel>| {
             matches!((&known.content, &model.content), (Content::Part(_), Content::Whole(_)))
@@ -100,7 +115,7 @@ impl ModelRegistry {
 
     /// Finds the model that a peer requests, if this node has any part of it. Blocks on the disk.
     pub(super) fn look_up(&self, config: &ModelsConfig, request: &WeightsRequest) -> Option<Arc<RegisteredModel>> {
-        let known = request.files.or_else(|| self.0.lock().names.get(&request.model).copied());
+        let known = request.files.or_else(|| self.index.lock().names.get(&request.model).copied());
         if let Some(model) = known.and_then(|id| self.find(id)) {
             return Some(model);
         }
@@ -111,7 +126,7 @@ impl ModelRegistry {
         }
         let name = ModelName::parse(&request.model);
         let path = name.find_in(&config.folders)?;
-        match ModelFiles::open(&path).map_err(Into::into).and_then(RegisteredModel::whole) {
+        match self.open(config, &path) {
             Ok(model) => {
                 Some(self.insert(&request.model, model)).filter(|model| request.files.is_none_or(|id| id == model.id))
             }

@@ -3,14 +3,12 @@
 use super::ModelError;
 use super::config::ModelsConfig;
 use super::files::blocking;
-use super::partial::{Hash, read_at, read_piece};
-use super::registry::{Content, ModelRegistry, RegisteredModel};
+use super::partial::{read_at, read_piece};
+use super::registry::{ModelRegistry, RegisteredModel};
 use crate::transport::protocol::{OutlinedFile, WeightsQuery, WeightsRequest, WeightsResponse};
 use exo_engines::model::TokenizerSource;
 use exo_net::{DataStream, FrameError, Payload, Priority};
-use sha2::{Digest, Sha256};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// How often a peer that waits for hashes receives a progress report.
@@ -30,7 +28,9 @@ pub(super) async fn serve(
 ) {
     stream.set_priority(Priority::Low);
     let (model, query) = (request.model.clone(), request.query.clone());
-    let served = match blocking(move || Ok(registry.look_up(&config, &request))).await {
+    let hasher = registry.clone();
+    let looking = blocking(move || Ok(registry.look_up(&config, &request)));
+    let served = match found(looking, &hasher, &mut stream).await {
         Ok(Some(found)) => match query {
             WeightsQuery::Outline => send_outline(&found, &mut stream).await,
             WeightsQuery::Hashes => send_hashes(&found, &mut stream).await,
@@ -40,6 +40,24 @@ pub(super) async fn serve(
     };
     if let Err(error) = served {
         tracing::info!(model, %error, "a model's bytes could not be sent to a peer");
+    }
+}
+
+/// Waits for a model that may have to be hashed first. Tells the peer how that goes.
+async fn found(
+    looking: impl Future<Output = Result<Option<Arc<RegisteredModel>>, ModelError>>,
+    registry: &ModelRegistry,
+    stream: &mut DataStream,
+) -> Result<Option<Arc<RegisteredModel>>, ServeError> {
+    tokio::pin!(looking);
+    loop {
+        tokio::select! {
+            found = &mut looking => return Ok(found?),
+            () = tokio::time::sleep(PROGRESS_EVERY) => {
+                let preparing = WeightsResponse::Preparing { done_bytes: registry.hashed_bytes() };
+                send(stream, &preparing, Payload::Nothing).await?;
+            }
+        }
     }
 }
 
@@ -72,7 +90,7 @@ async fn send_outline(model: &Arc<RegisteredModel>, stream: &mut DataStream) -> 
     });
     let is_folder = matches!(model.files.tokenizer, TokenizerSource::Folder(_));
     let outline = WeightsResponse::Outline { id: model.id, is_folder, files: files.collect() };
-    send(stream, &outline, Payload::Nothing).await?;
+    send(stream, &outline, Payload::Bytes(model.hashes().as_flattened())).await?;
     for (number, file) in model.pieces.files.iter().enumerate() {
         for offset_bytes in (0..file.outline_bytes()).step_by(CHUNK_BYTES as usize) {
             let length = CHUNK_BYTES.min(file.outline_bytes() - offset_bytes) as usize;
@@ -86,50 +104,10 @@ async fn send_outline(model: &Arc<RegisteredModel>, stream: &mut DataStream) -> 
 }
 
 async fn send_hashes(model: &Arc<RegisteredModel>, stream: &mut DataStream) -> Result<(), ServeError> {
-    let hashes = match &model.content {
-        Content::Part(copy) => copy.hashes(),
-        Content::Whole(hashes) => {
-            let total_bytes = model.pieces.pieces.iter().map(|piece| piece.length_bytes).sum();
-            // If this peer disconnects, the computation continues for the next one.
-            let mut computing = tokio::spawn(compute(Arc::clone(model)));
-            loop {
-                tokio::select! {
-                    computed = &mut computing => break computed.map_err(|_| ModelError::Interrupted)??,
-                    () = tokio::time::sleep(PROGRESS_EVERY) => {
-                        let done_bytes = hashes.done_bytes.load(Ordering::Relaxed);
-                        let preparing = WeightsResponse::Preparing { done_bytes, total_bytes };
-                        send(stream, &preparing, Payload::Nothing).await?;
-                    }
-                }
-            }
-        }
-    };
-    // A peer cannot verify pieces without their hashes.
-    if hashes.is_empty() {
-        return send_nothing(stream).await;
-    }
+    let hashes = model.hashes();
     let have: Vec<u8> = (0..hashes.len() as u32).map(|number| u8::from(model.has(number))).collect();
     let count = hashes.len() as u32;
-    send(stream, &WeightsResponse::Hashes { count }, Payload::Bytes(&[hashes.concat(), have].concat())).await
-}
-
-/// Computes the hashes of a whole model's pieces, once for all peers.
-async fn compute(model: Arc<RegisteredModel>) -> Result<Vec<Hash>, ModelError> {
-    let Content::Whole(hashes) = &model.content else { return Ok(Vec::new()) };
-    let computing = || {
-        let model = Arc::clone(&model);
-        blocking(move || {
-            let hash = |&piece| {
-                let bytes = read_piece(&model.pieces, piece)?;
-                if let Content::Whole(hashes) = &model.content {
-                    hashes.done_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                }
-                Ok(Sha256::digest(&bytes).into())
-            };
-            model.pieces.pieces.iter().map(hash).collect()
-        })
-    };
-    hashes.computed.get_or_try_init(computing).await.cloned()
+    send(stream, &WeightsResponse::Hashes { count }, Payload::Bytes(&[hashes.as_flattened(), &have].concat())).await
 }
 
 async fn send_pieces(model: &Arc<RegisteredModel>, numbers: &[u32], stream: &mut DataStream) -> Result<(), ServeError> {

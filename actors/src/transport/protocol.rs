@@ -93,10 +93,11 @@ pub(crate) enum WeightsQuery {
     Pieces(Vec<u32>),
 }
 
-/// A frame of the answer to a [`WeightsRequest`]. An `Outline` lists the files; `OutlineBytes` frames follow it.
+/// A frame of the answer to a [`WeightsRequest`]. An `Outline` lists the files, with the hashes of all pieces as
+/// payload; `OutlineBytes` frames follow it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum WeightsResponse {
-    /// The peer has no such model, or no hashes of its pieces.
+    /// The peer has no such model.
     Nothing,
     Outline {
         id: FilesId,
@@ -108,10 +109,9 @@ pub(crate) enum WeightsResponse {
         file: u32,
         offset_bytes: u64,
     },
-    /// The peer is computing the hashes.
+    /// The peer is computing the hashes, which must be known before it can answer.
     Preparing {
         done_bytes: u64,
-        total_bytes: u64,
     },
     /// The payload has a hash of 32 bytes for each piece, then a byte for each piece: 1 if the peer has it, else 0.
     Hashes {

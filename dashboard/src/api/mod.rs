@@ -22,8 +22,6 @@ mod router;
 mod serve;
 mod socket;
 mod status;
-#[cfg(test)]
-mod tests;
 
 pub use answer::{AnswerParser, Call, Delta};
 pub use error::{ApiError, ErrorBody, ErrorDetail};

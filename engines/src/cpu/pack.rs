@@ -1,7 +1,7 @@
 //! Packing: converts weights from a file's order to the kernels' order.
 //!
-//! The pool's threads share ranges of panels: each reads a range of the file and writes it to its own part of the target,
-//! so that memory never holds a large matrix twice.
+//! The pool's threads share ranges of panels: each reads a range of the file and writes it to its own part of the
+//! target, so that memory never holds a large matrix twice.
 
 use super::disjoint::DisjointMut;
 use super::packed::{Coded, Dense, Form, Lines, Packed, code_position, scale_bits};

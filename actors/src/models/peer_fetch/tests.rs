@@ -74,7 +74,7 @@ async fn give(
     ask: WeightsRequest,
     mut stream: DataStream,
 ) {
-    let shared = RegisteredModel::whole(ModelFiles::open(&models.folders[0].join("tiny")).expect("a model"));
+    let shared = registry.open(&models, &models.folders[0].join("tiny"));
     let pieces = Arc::clone(&shared.expect("headers").pieces);
     let count = pieces.pieces.len();
     let writer = &mut stream.writer;

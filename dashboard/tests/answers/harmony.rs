@@ -1,6 +1,6 @@
 //! R4.5: answers in OpenAI's harmony format: channels, and the tokens that end a turn.
 
-use super::scripted::World;
+use crate::scripted::World;
 use serde_json::{Value, json};
 
 const THOUGHT: [&str; 8] =

@@ -1,12 +1,9 @@
 //! A node with an engine that draws the tokens of a script, whatever the prompt is.
 
-use crate::api::context::{ApiContext, Caller, NamedModels};
-use crate::api::router::router;
-use axum::body::{Body, to_bytes};
-use axum::http::{Request, StatusCode, header};
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::ModelsConfig;
 use exo_actors::{NodeConfig, NodeHandle, PlannerLimits, WireType};
+use exo_dashboard::api::{ApiConfig, Served, listen};
 use exo_engines::engine::*;
 use exo_engines::model::WeightSource;
 use exo_engines::{Engine, EngineError};
@@ -16,12 +13,11 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tower::ServiceExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 
 /// The number of tokens of the fixture's model.
 const VOCABULARY: usize = 96;
-/// The most bytes of a response.
-const RESPONSE_BYTES_MAX: usize = 1 << 20;
 
 /// The text of each token, from id 0. Text in `<|…|>` is a control token.
 #[derive(Debug, Clone)]
@@ -126,15 +122,16 @@ impl Engine for ScriptedEngine {
 }
 
 /// A running node, and the path of its model.
-pub(super) struct World {
+pub(crate) struct World {
     node: NodeHandle,
+    served: Served,
     model: String,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl World {
     /// A node whose model answers with the pieces of `script`, each of which is a token.
-    pub(super) async fn answering(script: &[&str]) -> Self {
+    pub(crate) async fn answering(script: &[&str]) -> Self {
         let vocabulary = Vocabulary::of(&[script]);
         let folder = tempfile::tempdir().expect("a temporary folder");
         let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engines/tests/fixtures/llama");
@@ -161,30 +158,31 @@ impl World {
             hang_timeouts: HangTimeouts::default(),
         };
         let node = exo_actors::start(config).await.expect("the node starts");
-        Self { node, model: folder.path().display().to_string(), _folder: folder }
+        let socket = ApiConfig { socket_folder: Some(folder.path().to_owned()), ..ApiConfig::default() };
+        let served = listen(socket).await.expect("a socket").serve(&node);
+        Self { node, served, model: folder.path().display().to_string(), folder }
     }
 
     /// Sends a chat request with these further fields. Returns the text of the response.
-    pub(super) async fn chat(&self, fields: Value) -> String {
+    pub(crate) async fn chat(&self, fields: Value) -> String {
         let mut body = json!({"model": self.model, "messages": [{"role": "user", "content": "user"}]});
         let (Value::Object(body_fields), Value::Object(fields)) = (&mut body, fields) else { panic!("an object") };
         body_fields.extend(fields);
-        let api = ApiContext {
-            node: self.node.clone(),
-            caller: Caller::Owner,
-            named: Arc::new(NamedModels::new(Vec::new())),
-        };
-        let request = Request::post("/v1/chat/completions").header(header::CONTENT_TYPE, "application/json");
-        let request = request.body(Body::from(body.to_string())).expect("a request");
-        let response = router(api).oneshot(request).await.expect("a response");
-        let status = response.status();
-        let bytes = to_bytes(response.into_body(), RESPONSE_BYTES_MAX).await.expect("the whole body");
-        let text = String::from_utf8(bytes.to_vec()).expect("text");
-        assert_eq!(status, StatusCode::OK, "{text}");
-        text
+        let body = body.to_string();
+        let mut socket = UnixStream::connect(self.folder.path().join("api.sock")).await.expect("the node listens");
+        let head = format!("content-length: {}\r\nhost: localhost\r\nconnection: close\r\n", body.len());
+        let request = format!("POST /v1/chat/completions HTTP/1.0\r\n{head}\r\n{body}");
+        socket.write_all(request.as_bytes()).await.expect("sent");
+        let mut response = String::new();
+        socket.read_to_string(&mut response).await.expect("a whole response");
+        // HTTP/1.0 has no chunks.
+        let (head, body) = response.split_once("\r\n\r\n").expect("a head and a body");
+        assert!(head.starts_with("HTTP/1.0 200"), "{response}");
+        body.to_owned()
     }
 
-    pub(super) async fn shutdown(self) {
+    pub(crate) async fn shutdown(self) {
+        self.served.stop();
         self.node.shutdown().await;
     }
 }
