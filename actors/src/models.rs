@@ -38,6 +38,7 @@ use crate::transport::router::Router;
 use exo_engines::model::{ModelFiles, Recipe};
 use exo_net::DataStream;
 use files::blocking;
+use hashes::Reading;
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
@@ -201,8 +202,20 @@ impl FetchJob {
     }
 
     async fn open(&self, path: PathBuf, origin: Origin) -> Result<ResolvedModel, ModelError> {
+        let origin_is_folder = origin == Origin::Folder;
         let (config, registry) = (Arc::clone(&self.config), self.registry.clone());
-        let model = blocking(move || registry.open(&config, &path)).await?;
+        let name = self.request.name();
+        let (model, unlike) = blocking(move || {
+            let (model, reading) = registry.open(&config, &path)?;
+            // A file that was not fetched by this program may be another one than its name says.
+            let is_to_check = reading == Reading::Now && origin_is_folder;
+            let unlike = is_to_check && resolve::is_unlike_catalogue(&name, &path)?;
+            Ok((model, unlike.then_some(path)))
+        })
+        .await?;
+        if let Some(path) = unlike {
+            (self.config.progress)(Progress::Unlike { model: self.request.model.clone(), path });
+        }
         let model = self.registry.insert(&self.request.model, model);
         Ok(self.resolved(&model, origin))
     }

@@ -50,7 +50,7 @@ const AUTHENTICATED_MAX: usize = 64;
 /// The silence after which a peer counts as dead, in milliseconds: a killed peer closes no connection.
 const IDLE_TIMEOUT_MS: u32 = 2000;
 /// The interval of keep-alives: several must be missed before a peer counts as dead.
-const KEEP_ALIVE: Duration = Duration::from_millis(300);
+const KEEP_ALIVE: Duration = Duration::from_millis(150);
 /// A connection's window: the bytes in flight on a fast link with some latency, 10 Gbit/s over 25 ms.
 const WINDOW_BYTES: u32 = 32 << 20;
 /// A stream's window: a stream whose receiver does not read leaves the others seven eighths of the connection's window.

@@ -142,6 +142,15 @@ pub enum NetworkEvent {
     AddressesChanged(Vec<SocketAddr>),
 }
 
+/// How a peer ended.
+#[derive(Debug)]
+enum PeerEnd {
+    /// A connection was closed.
+    Closed(quinn::ConnectionError),
+    /// Its process has died.
+    Died,
+}
+
 #[derive(Debug)]
 enum DriverEvent {
     Found(SocketAddr, Source),
@@ -153,10 +162,10 @@ enum DriverEvent {
         nonce: u64,
         connection: quinn::Connection,
     },
-    Closed {
+    Ended {
         id: NodeId,
         session: u64,
-        error: quinn::ConnectionError,
+        end: PeerEnd,
     },
     /// Whether the connected peer still answered when a node with the same key connected.
     KeyChecked {

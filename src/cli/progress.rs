@@ -52,6 +52,11 @@ impl Display {
             Progress::Trying { model, source } => self.note(&format!("fetching {model} from {source}")),
             Progress::Failed { source, reason } => self.note(&format!("{source} failed: {reason}")),
             Progress::Fetching { fetched_bytes, total_bytes } => self.bytes("fetching", fetched_bytes, total_bytes),
+            Progress::Unlike { model, path } => self.note(&format!(
+                "warning: {} is not the catalogue's {model}: its SHA-256 differs\n  remedy: delete it, and fetch the \
+                 model again",
+                path.display()
+            )),
             Progress::Verifying => self.bytes("verifying", 0, None),
             Progress::Fetched { path, source } => {
                 self.note(&format!("fetched from {source} to {}", path.display()));

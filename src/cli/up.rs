@@ -9,7 +9,8 @@ use super::secrets::{self, SecretArgument};
 use crate::api::{ApiConfig, listen};
 use crate::config::data_folder;
 use crate::{
-    ClusterSettings, Discover, JoinToken, ModelSpec, Node, NodeBuilder, NodeHandle, PORT_DEFAULT, StartError, WireType,
+    ClusterSettings, Discover, JoinToken, ModelSpec, Node, NodeBuilder, NodeHandle, PORT_DEFAULT, PlanError,
+    RequestError, Split, StartError, WireType,
 };
 use anyhow::Context;
 use clap::Parser;
@@ -23,6 +24,8 @@ use tokio::signal::unix::{SignalKind, signal};
 const API_DEFAULT: &str = "127.0.0.1:52415";
 /// Connections over TCP at once, if there are descriptors enough: more than a household has clients.
 const CONNECTIONS_MAX: usize = 1024;
+/// The wait for a node that a split names.
+const RETRY_LOAD_AFTER: Duration = Duration::from_secs(2);
 /// Longer than a pause in a conversation; short enough that yesterday's models do not fill the memory.
 const UNLOAD_AFTER_DEFAULT: &str = "30m";
 
@@ -38,6 +41,13 @@ const UNLOAD_AFTER_DEFAULT: &str = "30m";
 pub(super) struct UpArguments {
     /// Models to load at the start; others are loaded when a request names them
     models: Vec<String>,
+    /// Split the model by hand: a node's name or id and its layers, from the first layers to the last
+    #[arg(long, value_name = "NODE:FIRST-LAST,…")]
+    split: Option<Split>,
+    /// Context length of the models: tokens of prompt and answer together [default: the model's, as far as memory
+    /// allows]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    context: Option<u32>,
     /// TCP address of the HTTP API, or `none` for no TCP
     #[arg(long, value_name = "ADDR:PORT", default_value = API_DEFAULT)]
     api: String,
@@ -108,7 +118,7 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     let join = secrets::read(arguments.join.as_ref(), arguments.join_file.as_deref())?;
     let join = join.map(|token| token.parse::<JoinToken>()).transpose()?;
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
-    let models: Vec<ModelSpec> = arguments.models.iter().map(|name| ModelSpec::new(expand_home(name))).collect();
+    let models = arguments.specs()?;
     arguments.models.iter().for_each(|name| note_path(name));
     let config = ApiConfig {
         listen: arguments.listen()?,
@@ -143,10 +153,7 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     let events = print_events(node.clone());
     let loading = async {
         for model in models {
-            if let Err(error) = node.load(model.clone()).await {
-                // The node can still serve other models.
-                eprintln!("error: {model}: {error}\n  remedy: {}", error.remedy());
-            }
+            load(&node, model).await;
         }
         std::future::pending::<()>().await;
     };
@@ -161,6 +168,24 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     served.stop();
     node.shutdown().await;
     Ok(Outcome::Done)
+}
+
+/// Loads a model. A split may name nodes that have not joined yet: waits for them.
+async fn load(node: &NodeHandle, model: ModelSpec) {
+    let mut missing = None;
+    while let Err(error) = node.load(model.clone()).await {
+        match &error {
+            RequestError::Plan(PlanError::NoSuchNode { node }) => {
+                if missing.as_ref() != Some(node) {
+                    eprintln!("{model} waits for the node `{node}`");
+                    missing = Some(node.clone());
+                }
+                tokio::time::sleep(RETRY_LOAD_AFTER).await;
+            }
+            // The node can still serve other models.
+            _ => return eprintln!("error: {model}: {error}\n  remedy: {}", error.remedy()),
+        }
+    }
 }
 
 /// Connections over TCP at once: at most half of the descriptors, since models, members and the owner need some, too.
@@ -180,6 +205,19 @@ fn origin(text: &str) -> Result<String, String> {
 }
 
 impl UpArguments {
+    /// The models to load at the start.
+    fn specs(&self) -> anyhow::Result<Vec<ModelSpec>> {
+        if self.split.is_some() && self.models.len() != 1 {
+            anyhow::bail!("--split names the layers of one model, and {} are given", self.models.len());
+        }
+        let spec = |name: &String| ModelSpec {
+            split: self.split.clone(),
+            context_tokens: self.context,
+            ..ModelSpec::new(expand_home(name))
+        };
+        Ok(self.models.iter().map(spec).collect())
+    }
+
     /// Starts the node, as a member of its cluster unless `--listen` is `none`.
     async fn start(&self, builder: NodeBuilder, join: Option<JoinToken>) -> anyhow::Result<NodeHandle> {
         let settings = |listen| ClusterSettings {

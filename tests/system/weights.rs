@@ -114,6 +114,46 @@ fn lost_layers_without_a_source_are_reported() {
     assert!(!output.status.success() && said.contains("offline"), "{said}");
 }
 
+/// A copy of SmolLM2's file in which two tensors of equal shape have changed places.
+fn write_other_weights(path: &Path) {
+    let original = crate::json(&["pull", SMOLLM2, "--json"])["path"].as_str().expect("a path").to_owned();
+    let gguf = exo_engines::format::Gguf::open(Path::new(&original)).expect("a model");
+    let mut bytes = std::fs::read(&original).expect("readable");
+    let range = |layer: usize| {
+        let tensor = &gguf.tensors[&format!("blk.{layer}.attn_q.weight")];
+        tensor.offset_bytes as usize..(tensor.offset_bytes + tensor.length_bytes) as usize
+    };
+    let (one, other) = (range(22), range(27));
+    let kept = bytes[one.clone()].to_vec();
+    assert_eq!(one.len(), other.len());
+    bytes.copy_within(other.clone(), one.start);
+    bytes[other].copy_from_slice(&kept);
+    std::fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+    std::fs::write(path, bytes).expect("written");
+}
+
+/// R7.1–R7.5: a node with other weights under the same name does not compute with them for others: it gets the right
+/// ones. It says that its file is not the catalogue's.
+#[test]
+fn different_weights_under_one_name_do_not_mix() {
+    let (expected, mut cluster) = (alone_with(SMOLLM2), Cluster::up_with(&NOTHING));
+    let other = cluster.nodes[2].folder().join("models").join(FILE);
+    write_other_weights(&other);
+    assert_eq!(cluster.ask(0, "a:0-19,c:20-29"), expected);
+    // By itself, the node uses the file that it has.
+    let node = &mut cluster.nodes[2];
+    node.signal("TERM");
+    let verified = node.command(&["models", "--verify"]);
+    assert!(verified.status.success(), "the folder of the environment has the right file");
+    let mut command = node.prepare(&["models", "--verify"]);
+    let verified = command.env("EXO_MODELS_DIR", node.folder().join("models")).output().expect("exo-node starts");
+    assert!(!verified.status.success(), "{}", String::from_utf8_lossy(&verified.stdout));
+    let mut alone = node.prepare(&["run", SMOLLM2, "Hello", "--max-tokens", "2", "--standalone"]);
+    let alone = alone.env("EXO_MODELS_DIR", node.folder().join("models")).output().expect("exo-node starts");
+    let said = crate::stderr(&alone);
+    assert!(alone.status.success() && said.contains("is not the catalogue's smollm2"), "{said}");
+}
+
 /// A running hub that has SmolLM2.
 struct Hub {
     process: Child,

@@ -3,6 +3,10 @@
 //! Any other model of a supported family runs from its path, or by its hub name (`owner/name`, or
 //! `owner/name:file.gguf`).
 
+use super::ModelError;
+use super::files::sha256;
+use std::path::Path;
+
 /// A model of the catalogue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CatalogueEntry {
@@ -214,6 +218,17 @@ pub const CATALOGUE: &[CatalogueEntry] = &[
         "google_gemma-3-4b-it-Q8_0.gguf"
     ),
 ];
+
+impl CatalogueEntry {
+    /// Whether the file at `path` is the catalogue's; `None` where its SHA-256 is not in the catalogue. Blocks on the
+    /// disk.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn is_file(&self, path: &Path) -> Result<Option<bool>, ModelError> {
+        self.sha256.map(|expected| Ok(sha256(path)? == expected)).transpose()
+    }
+}
 
 /// Finds the entry with this name, regardless of case.
 pub(super) fn find(name: &str) -> Option<&'static CatalogueEntry> {

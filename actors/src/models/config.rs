@@ -55,6 +55,13 @@ pub enum Progress {
         /// Bytes to fetch in all, if known.
         total_bytes: Option<u64>,
     },
+    /// A file of a models folder is not the catalogue's file with that name. It is used all the same.
+    Unlike {
+        /// The model's name.
+        model: String,
+        /// The file.
+        path: PathBuf,
+    },
     /// The SHA-256 is being computed.
     Verifying,
     /// The model is on this machine.

@@ -27,6 +27,13 @@ const FOLDER: &str = ".hashes";
 /// The most models whose hashes stay in memory.
 const REMEMBERED_MAX: usize = 64;
 
+/// When files were read to hash them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reading {
+    Now,
+    Before,
+}
+
 /// Hashes models, one at a time. Clones share their results.
 #[derive(Debug, Clone, Default)]
 pub(super) struct PieceHasher(Arc<State>);
@@ -39,22 +46,26 @@ struct State {
 }
 
 impl PieceHasher {
-    /// The hashes of all pieces, in their order. Kept in the models folder `models`, where there is one. Blocks on the
-    /// disk.
+    /// The hashes of all pieces, in their order, and whether the files were read for them. Kept in the models folder
+    /// `models`, where there is one. Blocks on the disk.
     ///
     /// # Errors
     /// A file cannot be read, or has changed in the meantime.
-    pub(super) fn hashes(&self, pieces: &Pieces, models: Option<&Path>) -> Result<Arc<Vec<Hash>>, ModelError> {
+    pub(super) fn hashes(
+        &self,
+        pieces: &Pieces,
+        models: Option<&Path>,
+    ) -> Result<(Arc<Vec<Hash>>, Reading), ModelError> {
         let version = version(pieces)?;
         // Held while hashing: a second caller with the same model finds the result.
         let mut known = self.0.known.lock();
         if let Some(hashes) = known.get(&version) {
-            return Ok(Arc::clone(hashes));
+            return Ok((Arc::clone(hashes), Reading::Before));
         }
         let kept = models.map(|models| models.join(FOLDER).join(FilesId(version).to_string()));
         let found = kept.as_deref().and_then(|kept| read_hashes(kept, pieces.pieces.len()));
-        let hashes = match found {
-            Some(hashes) => hashes,
+        let (hashes, reading) = match found {
+            Some(hashes) => (hashes, Reading::Before),
             None => {
                 let hashes = self.hash_all(pieces)?;
                 if self::version(pieces)? != version {
@@ -64,7 +75,7 @@ impl PieceHasher {
                 if let Some(error) = kept.and_then(|kept| write_hashes(&kept, &hashes).err()) {
                     tracing::info!(%error, "a model is hashed again at the next start");
                 }
-                hashes
+                (hashes, Reading::Now)
             }
         };
         if known.len() >= REMEMBERED_MAX {
@@ -72,7 +83,7 @@ impl PieceHasher {
         }
         let hashes = Arc::new(hashes);
         known.insert(version, Arc::clone(&hashes));
-        Ok(hashes)
+        Ok((hashes, reading))
     }
 
     /// Bytes hashed so far, of all models: grows as long as a caller of [`PieceHasher::hashes`] waits for its hashes.
@@ -182,7 +193,7 @@ mod tests {
         let (folder, models) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
         let pieces = tiny(folder.path());
         let id = |hasher: &PieceHasher| {
-            id_of(&pieces, &hasher.hashes(&pieces, Some(models.path())).expect("readable")).expect("readable")
+            id_of(&pieces, &hasher.hashes(&pieces, Some(models.path())).expect("readable").0).expect("readable")
         };
         let hasher = PieceHasher::default();
         let first = id(&hasher);
@@ -205,6 +216,7 @@ mod tests {
         let blocked = folder.path().join("blocked");
         std::fs::write(&blocked, "no folder").expect("written");
         let hasher = PieceHasher::default();
-        assert_eq!(hasher.hashes(&pieces, Some(&blocked)).expect("readable").len(), pieces.pieces.len());
+        let (hashes, reading) = hasher.hashes(&pieces, Some(&blocked)).expect("readable");
+        assert_eq!((hashes.len(), reading), (pieces.pieces.len(), Reading::Now));
     }
 }

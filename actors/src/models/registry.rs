@@ -4,7 +4,7 @@
 //! name. It never serves a path that another node chooses.
 
 use super::config::ModelsConfig;
-use super::hashes::{Hash, PieceHasher, id_of};
+use super::hashes::{Hash, PieceHasher, Reading, id_of};
 use super::partial::{self, PartialCopy};
 use super::{ModelError, ModelName};
 use crate::core::spec::FilesId;
@@ -34,10 +34,11 @@ pub(super) enum Content {
 impl RegisteredModel {
     /// Creates the entry of a model with all its files. Hashes them, unless their hashes are kept in the models folder
     /// `models`.
-    fn whole(files: ModelFiles, hasher: &PieceHasher, models: Option<&Path>) -> Result<Self, ModelError> {
+    fn whole(files: ModelFiles, hasher: &PieceHasher, models: Option<&Path>) -> Result<(Self, Reading), ModelError> {
         let pieces = Arc::new(Pieces::of(&files)?);
-        let hashes = hasher.hashes(&pieces, models)?;
-        Ok(Self { id: id_of(&pieces, &hashes)?, files: Arc::new(files), pieces, content: Content::Whole(hashes) })
+        let (hashes, reading) = hasher.hashes(&pieces, models)?;
+        let id = id_of(&pieces, &hashes)?;
+        Ok((Self { id, files: Arc::new(files), pieces, content: Content::Whole(hashes) }, reading))
     }
 
     /// Opens the model in the folder of a partial copy.
@@ -85,7 +86,7 @@ impl ModelRegistry {
     }
 
     /// Opens the model of a path, with all its files, and hashes them. Blocks on the disk.
-    pub(super) fn open(&self, config: &ModelsConfig, path: &Path) -> Result<RegisteredModel, ModelError> {
+    pub(super) fn open(&self, config: &ModelsConfig, path: &Path) -> Result<(RegisteredModel, Reading), ModelError> {
         let models = config.folders.first().map(PathBuf::as_path);
         RegisteredModel::whole(ModelFiles::open(path)?, &self.hasher, models)
     }
@@ -127,7 +128,7 @@ impl ModelRegistry {
         let name = ModelName::parse(&request.model);
         let path = name.find_in(&config.folders)?;
         match self.open(config, &path) {
-            Ok(model) => {
+            Ok((model, _)) => {
                 Some(self.insert(&request.model, model)).filter(|model| request.files.is_none_or(|id| id == model.id))
             }
             Err(error) => {

@@ -47,6 +47,14 @@ pub(super) fn find_here(config: &ModelsConfig, name: &ModelName) -> Option<(Path
     name.find(&config.folders).map(|path| (path, origin))
 }
 
+/// Whether a file is another one than the catalogue's file with that name. Blocks on the disk.
+pub(super) fn is_unlike_catalogue(name: &ModelName, path: &Path) -> Result<bool, ModelError> {
+    match name {
+        ModelName::Catalogue(entry) => Ok(entry.is_file(path)? == Some(false)),
+        _ => Ok(false),
+    }
+}
+
 /// Whether the hub client's cache has a model, or a part of it. Blocks on the disk.
 pub(super) fn is_cached(config: &ModelsConfig, name: &ModelName) -> bool {
     matches!(name, ModelName::Hub(hub_name) if hub::is_cached(config, hub_name))

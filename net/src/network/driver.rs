@@ -1,7 +1,7 @@
 //! The network's task: dials the addresses that are due, pairs connections, elects one pair per member, and reports
 //! which peers connect and disconnect.
 
-use super::{CLOCK_EVERY, DriverEvent, HALVES_MAX, NetworkEvent, PEERS_MAX, WATCH_EVERY};
+use super::{CLOCK_EVERY, DriverEvent, HALVES_MAX, NetworkEvent, PEERS_MAX, PeerEnd, WATCH_EVERY};
 use crate::addresses::AddressWatch;
 use crate::certificate::is_stale;
 use crate::control::session_label;
@@ -17,6 +17,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
 
+mod liveness;
 mod trouble;
 
 /// The result of electing a pair of connections.
@@ -202,7 +203,7 @@ impl Driver {
                     }
                 }
             }
-            DriverEvent::Closed { id, session, error } => self.on_lost(id, session, &error).await,
+            DriverEvent::Ended { id, session, end } => self.on_ended(id, session, &end).await,
             DriverEvent::KeyChecked { session, is_alive, newcomer } => {
                 self.on_key_checked(session, is_alive, *newcomer).await;
             }
@@ -290,12 +291,13 @@ impl Driver {
         tracing::info!(peer = %id, name = peer.name, %address, session = session_label(id, session), "peer connected");
         let (data, driver_events) = (peer.data.clone(), self.driver_events.clone());
         tokio::spawn(async move {
-            let error = tokio::select! {
-                error = control.closed() => error,
-                error = data.closed() => error,
+            let end = tokio::select! {
+                error = control.closed() => PeerEnd::Closed(error),
+                error = data.closed() => PeerEnd::Closed(error),
+                () = liveness::has_died(address, control.clone(), data.clone()) => PeerEnd::Died,
             };
             // An error means that the driver has ended.
-            let _ = driver_events.send(DriverEvent::Closed { id, session, error }).await;
+            let _ = driver_events.send(DriverEvent::Ended { id, session, end }).await;
         });
         self.peers.insert(id, connected);
         self.dials.set_connected(id, true);
@@ -304,18 +306,20 @@ impl Driver {
         Elected::Kept
     }
 
-    /// Handles the end of a peer's connections.
-    async fn on_lost(&mut self, id: NodeId, session: u64, error: &quinn::ConnectionError) {
+    /// Handles the end of a peer, or of its connections.
+    async fn on_ended(&mut self, id: NodeId, session: u64, end: &PeerEnd) {
         let Some(peer) = self.peers.get(&id).filter(|peer| peer.session == session) else { return };
         let address = peer.address;
-        let reason = match error {
-            quinn::ConnectionError::TimedOut => "it does not answer any more".to_owned(),
-            quinn::ConnectionError::ApplicationClosed(closed) if &closed.reason[..] == LEAVING => {
+        let reason = match end {
+            PeerEnd::Died => "its process has died".to_owned(),
+            PeerEnd::Closed(quinn::ConnectionError::TimedOut) => "it does not answer any more".to_owned(),
+            PeerEnd::Closed(quinn::ConnectionError::ApplicationClosed(closed)) if &closed.reason[..] == LEAVING => {
                 "it was stopped".to_owned()
             }
-            error => error.to_string(),
+            PeerEnd::Closed(error) => error.to_string(),
         };
         self.on_closed(id, session, reason).await;
+        let PeerEnd::Closed(error) = end else { return };
         // A member that refuses this node may do so only after both sides have elected the pair.
         let failure = DialFailure::of_connection(address, error);
         if matches!(failure, DialFailure::SameKey { .. } | DialFailure::Evicted) {

@@ -75,7 +75,7 @@ async fn give(
     mut stream: DataStream,
 ) {
     let shared = registry.open(&models, &models.folders[0].join("tiny"));
-    let pieces = Arc::clone(&shared.expect("headers").pieces);
+    let pieces = Arc::clone(&shared.expect("headers").0.pieces);
     let count = pieces.pieces.len();
     let writer = &mut stream.writer;
     // Sending fails if the fetch has given up this giver.
