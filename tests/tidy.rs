@@ -92,6 +92,7 @@ fn modules_of_the_core_import_downwards_only() {
         "restart_policy",
         "model_error",
         "context",
+        "speed",
         "plan",
         "spec",
         "scheduler",

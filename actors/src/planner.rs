@@ -40,6 +40,7 @@ use crate::core::node_status::Fact;
 use crate::core::plan::{Link, Preview};
 use crate::core::request::RequestError;
 use crate::core::spec::{InstanceId, ModelSpec};
+use crate::core::speed::SpeedEstimate;
 use crate::core::status::{KeyClash, Machine};
 use crate::core::watchdog::HangTimeouts;
 use crate::head::{HeadRef, HeadReport, StageUpdate};
@@ -178,7 +179,7 @@ pub(crate) struct PlannerState {
     held: BTreeMap<InstanceId, u64>,
     /// Shards of this node that serve or load, without those that only release their memory.
     hosted_shards: usize,
-    speeds: HashMap<DeviceId, f64>,
+    speeds: HashMap<DeviceId, SpeedEstimate>,
     links: BTreeMap<NodeId, Link>,
     peers: Vec<SocketAddr>,
     clashes: Vec<KeyClash>,
@@ -385,9 +386,7 @@ impl PlannerState {
                 }
             }
             WorkerFact::Measured { device, bytes_per_s } => {
-                // A disturbed measurement is too low, so the highest one is kept.
-                let known = self.speeds.entry(device).or_insert(bytes_per_s);
-                *known = known.max(bytes_per_s);
+                self.speeds.entry(device).or_default().add(bytes_per_s);
             }
         }
         Reconcile::Yes

@@ -171,7 +171,7 @@ pub struct LoadReport {
 /// The first timing of a loaded engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WarmUpReport {
-    /// The time to compute one row in all layers of the shard.
+    /// The least time to compute one row in all layers of the shard, of a few rows.
     pub row: Duration,
 }
 

@@ -116,7 +116,11 @@ fn draw_member(out: &mut String, status: &NodeStatus, id: NodeId, member: &Membe
         let _ = writeln!(out, "         to {:9} {:.1} ms away{carries}", name_of(status, *to), link.rtt_s * 1e3);
     }
     for device in &member.devices {
-        let speed = device.bytes_per_s.map_or(String::new(), |speed| format!(", {:.1} GB/s", speed / 1e9));
+        let speed = device.speed.map_or(String::new(), |speed| {
+            // Within these bounds the speed lies.
+            let (slow, fast) = (speed.bytes_per_s / speed.spread / 1e9, speed.bytes_per_s * speed.spread / 1e9);
+            format!(", {:.1} GB/s ({slow:.1} to {fast:.1})", speed.bytes_per_s / 1e9)
+        });
         let report = &device.report;
         let _ = writeln!(out, "         {:12} {} {}, {}{speed}", report.id, report.engine, report.tier, report.name);
     }

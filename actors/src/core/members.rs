@@ -3,6 +3,7 @@
 use crate::core::desired::Stamp;
 use crate::core::plan::{Link, Links, Offer};
 use crate::core::spec::InstanceId;
+use crate::core::speed::Speed;
 use crate::core::status::{InstanceStatus, KeyClash, Machine};
 use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::NodeId;
@@ -14,6 +15,8 @@ use std::net::SocketAddr;
 const RESERVE_BYTES: u64 = 512 << 20;
 /// The assumed speed of a CPU until a device is measured: what a desktop's memory delivers per second.
 const SPEED_GUESS_BYTES_PER_S: f64 = 2e10;
+/// How far a guessed speed may be off.
+const SPREAD_OF_GUESS: f64 = 4.0;
 /// The most items of each list of a report, and bytes of its name: a larger report is ignored.
 pub(super) const LISTED_MAX: usize = 256;
 
@@ -31,7 +34,7 @@ pub struct DeviceOffer {
     /// The device's description.
     pub report: DeviceReport,
     /// Bytes of work that the device computes per second of decoding; `None`: not measured yet.
-    pub bytes_per_s: Option<f64>,
+    pub speed: Option<Speed>,
 }
 
 /// A member's report of an instance whose head it runs.
@@ -99,8 +102,7 @@ impl MemberReport {
             self.cuts.len(),
             self.clashes.len(),
         ];
-        let speeds =
-            self.devices.iter().filter_map(|device| device.bytes_per_s).all(|speed| speed.is_finite() && speed > 0.0);
+        let speeds = self.devices.iter().filter_map(|device| device.speed).all(|speed| speed.is_plausible());
         let links = self.links.values().all(|link| {
             let is_speed = link.bytes_per_s.is_none_or(|speed| speed.is_finite() && speed > 0.0);
             is_speed && link.rtt_s.is_finite() && link.rtt_s >= 0.0
@@ -131,11 +133,12 @@ impl MemberReport {
             Some(id) => offer.report.id == *id,
             None => Some(&offer.report.engine) == best,
         };
+        let guessed = Speed { bytes_per_s: guess.unwrap_or(SPEED_GUESS_BYTES_PER_S), spread: SPREAD_OF_GUESS };
         let offer = |offer: &DeviceOffer| Offer {
             node,
             device: offer.report.id.clone(),
             free_bytes,
-            bytes_per_s: offer.bytes_per_s.or(guess).unwrap_or(SPEED_GUESS_BYTES_PER_S),
+            speed: offer.speed.unwrap_or(guessed),
         };
         self.devices.iter().filter(is_wanted).map(offer).collect()
     }
@@ -202,7 +205,7 @@ impl MemberReport {
         Self {
             name: String::new(),
             addresses: Vec::new(),
-            devices: vec![DeviceOffer { report, bytes_per_s: Some(bytes_per_s) }],
+            devices: vec![DeviceOffer { report, speed: Some(Speed { bytes_per_s, spread: 1.0 }) }],
             machine: Machine { memory_total_bytes, memory_free_bytes, ..Machine::default() },
             memory_limit_bytes: None,
             releasing_bytes: 0,

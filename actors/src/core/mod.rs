@@ -9,6 +9,7 @@
 //! - [`status`], [`node_status`]: the reported status of machines, instances and the node.
 //!
 //! What runs where:
+//! - [`speed`]: how fast a device is, and how certain that is;
 //! - [`members`]: the report of each member; [`clique`]: which members plan together;
 //! - [`desired`]: the deployments that are to run, as every member knows them;
 //! - [`plan`]: chooses the placement of a model on devices;
@@ -33,6 +34,7 @@ pub mod request;
 pub mod restart_policy;
 pub mod scheduler;
 pub mod spec;
+pub mod speed;
 pub(crate) mod stage;
 pub mod status;
 #[cfg(test)]

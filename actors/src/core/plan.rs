@@ -14,6 +14,7 @@ pub use policy::{Policy, Split, SplitError, UnknownPolicy};
 pub use preview::{Preview, PreviewOutcome, preview, reason};
 pub use repair::{fits_beside, repair, why_move};
 
+use crate::core::speed::Speed;
 use exo_engines::engine::DeviceId;
 use exo_engines::model::LAYERS_MAX;
 use exo_net::NodeId;
@@ -33,7 +34,7 @@ pub struct Offer {
     pub free_bytes: u64,
     /// Bytes of work ([`Demand::layer_cost_bytes`]) that the device computes per second while decoding: measured or
     /// guessed.
-    pub bytes_per_s: f64,
+    pub speed: Speed,
 }
 
 /// The link between two nodes.
@@ -260,7 +261,7 @@ impl Demand {
     fn seconds(&self, layers: &Range<usize>, offer: &Offer) -> f64 {
         let head = if layers.end == self.layers() { self.head_cost_bytes } else { 0 };
         let work = head + self.layer_cost_bytes[layers.clone()].iter().sum::<u64>();
-        work as f64 / offer.bytes_per_s.max(1.0)
+        work as f64 / offer.speed.bytes_per_s.max(1.0)
     }
 }
 
@@ -338,7 +339,7 @@ fn placement_seconds(demand: &Demand, placement: &Placement, offers: &[Offer], l
 fn in_order(offers: &[Offer]) -> Vec<&Offer> {
     let mut by_speed: Vec<&Offer> = offers.iter().collect();
     // The sort is stable: equally fast devices stay in the order of the offers.
-    by_speed.sort_by(|a, b| b.bytes_per_s.total_cmp(&a.bytes_per_s));
+    by_speed.sort_by(|a, b| b.speed.bytes_per_s.total_cmp(&a.speed.bytes_per_s));
     let mut ranked: Vec<(usize, &Offer)> = Vec::new();
     for offer in by_speed {
         let rank = ranked.iter().filter(|(_, other)| other.node == offer.node).count();
@@ -354,7 +355,8 @@ fn whole(demand: &Demand, ordered: &[&Offer]) -> Option<Vec<Stage>> {
     let needed = demand.memory_bytes(&whole);
     let mut fits = ordered.iter().filter(|offer| offer.free_bytes >= needed);
     let first = fits.next()?;
-    let offer = fits.fold(first, |best, offer| if offer.bytes_per_s > best.bytes_per_s { offer } else { best });
+    let offer =
+        fits.fold(first, |best, offer| if offer.speed.bytes_per_s > best.speed.bytes_per_s { offer } else { best });
     Some(vec![stage(demand, offer, whole)])
 }
 

@@ -3,6 +3,7 @@
 use super::{PlannerMsg, PlannerRef, PlannerState};
 use crate::core::members::{DeviceOffer, MemberReport};
 use crate::core::spec::InstanceId;
+use crate::core::speed::SpeedEstimate;
 use crate::transport::protocol::ControlMessage;
 use crate::worker::machine::measure_once;
 use exo_engines::engine::DeviceReport;
@@ -21,7 +22,7 @@ impl PlannerState {
     pub(super) fn renew_report(&mut self) {
         let device = |report: &DeviceReport| DeviceOffer {
             report: report.clone(),
-            bytes_per_s: self.speeds.get(&report.id).copied(),
+            speed: self.speeds.get(&report.id).and_then(SpeedEstimate::speed),
         };
         let owned = self.owned.iter().filter(|(_, head)| !head.is_retired()).map(|(&id, head)| (id, head.report()));
         let report = MemberReport {

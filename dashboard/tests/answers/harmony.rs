@@ -56,7 +56,7 @@ async fn the_channels_are_reasoning_and_words() {
     let world = World::answering(&[&THOUGHT[..], &WORDS[..]].concat()).await;
     let answer: Value = serde_json::from_str(&world.chat(json!({})).await).expect("JSON");
     let choice = &answer["choices"][0];
-    assert_eq!(choice["message"]["reasoning_content"], "Think hard.");
+    assert_eq!(choice["message"]["reasoning_content"], "Think hard.", "{answer}");
     assert_eq!(choice["message"]["content"], "It is warm.");
     assert_eq!(choice["finish_reason"], "stop");
     let streamed = add_up(&world.chat(json!({"stream": true})).await);
@@ -76,7 +76,7 @@ async fn a_message_to_a_function_is_a_call() {
     let world = World::answering(&[&THOUGHT[..], &CALL[..]].concat()).await;
     let answer: Value = serde_json::from_str(&world.chat(json!({"tools": tools()})).await).expect("JSON");
     let choice = &answer["choices"][0];
-    assert_eq!(choice["message"]["reasoning_content"], "Think hard.");
+    assert_eq!(choice["message"]["reasoning_content"], "Think hard.", "{answer}");
     assert_eq!(choice["message"]["content"], Value::Null);
     let calls = choice["message"]["tool_calls"].as_array().expect("a list of calls");
     assert_eq!(calls.len(), 1);

@@ -97,7 +97,7 @@ pub(super) fn memory_by_node<'a>(deployment: impl Iterator<Item = &'a Deployment
 /// The assumed speed of a device that was not measured: the median of the measured ones, in bytes per second.
 fn speed_guess(members: &Members) -> Option<f64> {
     let devices = members.0.values().flat_map(|report| &report.devices);
-    let mut known: Vec<f64> = devices.filter_map(|device| device.bytes_per_s).collect();
+    let mut known: Vec<f64> = devices.filter_map(|device| Some(device.speed?.bytes_per_s)).collect();
     known.sort_by(f64::total_cmp);
     known.get(known.len() / 2).copied()
 }

@@ -1,10 +1,11 @@
 //! Changes of a placement when devices appear or are lost.
 
 use super::{Demand, Links, Offer, Placement, Policy, Stage, slowest_seconds, stage, token_seconds};
+use crate::core::speed::Speed;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
 
-/// A move must make tokens this many times as fast: loading and replaying cost time, and measurements vary.
+/// A move must make tokens this many times as fast: loading and replaying cost time.
 const GAIN_MIN: f64 = 1.3;
 
 /// Moves each shard whose device is not in `offers` to an offered device with enough memory; other shards stay. Returns
@@ -36,7 +37,8 @@ fn is_on(stage: &Stage, node: NodeId, device: &DeviceId) -> bool {
     (stage.node, &stage.device) == (node, device)
 }
 
-/// Returns why a move to a better placement is worth its cost by the policy, or `None` if it is not.
+/// Returns why a move to a better placement is worth its cost by the policy, or `None` if it is not, or if the speeds
+/// are too uncertain to tell.
 pub fn why_move(
     demand: &Demand,
     current: &Placement,
@@ -46,8 +48,11 @@ pub fn why_move(
     policy: Policy,
 ) -> Option<String> {
     let ratio = |of: fn(&Demand, &Placement, &[Offer], &Links) -> f64| {
-        let ratio = of(demand, current, offers, links) / of(demand, better, offers, links);
-        (ratio > GAIN_MIN).then_some(ratio)
+        // The devices that the move gives up may be faster than estimated, and those that it takes slower.
+        let at_best = at_bounds(offers, current, better, |speed| speed.bytes_per_s * speed.spread);
+        let at_worst = at_bounds(offers, better, current, |speed| speed.bytes_per_s / speed.spread);
+        let certain = of(demand, current, &at_best, links) / of(demand, better, &at_worst, links);
+        (certain > GAIN_MIN).then(|| of(demand, current, offers, links) / of(demand, better, offers, links))
     };
     match policy {
         Policy::FewestNodes if better.machines() < current.machines() => Some("on fewer machines".to_owned()),
@@ -59,6 +64,18 @@ pub fn why_move(
             ratio(slowest_seconds).map(|ratio| format!("its slowest device or link is {ratio:.1} times as fast"))
         }
     }
+}
+
+/// The offers, with other speeds for the devices that `only` uses and `not` does not.
+fn at_bounds(offers: &[Offer], only: &Placement, not: &Placement, bound: impl Fn(Speed) -> f64) -> Vec<Offer> {
+    let bounded = |offer: &Offer| {
+        let mut offer = offer.clone();
+        if only.uses(offer.node, &offer.device) && !not.uses(offer.node, &offer.device) {
+            offer.speed.bytes_per_s = bound(offer.speed);
+        }
+        offer
+    };
+    offers.iter().map(bounded).collect()
 }
 
 /// Whether a placement fits beside the shards of the current one. The free memory in `offers` excludes those shards.

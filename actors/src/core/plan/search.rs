@@ -102,7 +102,7 @@ pub(super) fn exact_split(demand: &Demand, slots: &[Slot<'_>], policy: Policy) -
                 if table.memory_bytes(start, end) > slot.free_bytes {
                     continue;
                 }
-                let cost = before.and_shard(table.work(start, end) / slot.offer.bytes_per_s.max(1.0));
+                let cost = before.and_shard(table.work(start, end) / slot.offer.speed.bytes_per_s.max(1.0));
                 let is_better = cheapest.is_none_or(|(other, _)| even(cost, other, policy));
                 if is_better {
                     cheapest = Some((cost, start));
@@ -293,7 +293,7 @@ impl Search<'_> {
                     // More layers need at least as much memory.
                     break;
                 }
-                let compute_s = self.table.work(start, end) / offer.bytes_per_s.max(1.0);
+                let compute_s = self.table.work(start, end) / offer.speed.bytes_per_s.max(1.0);
                 let cost = before.and_shard(compute_s);
                 if bound.is_some_and(|bound| cost.exceeds(bound, self.policy)) {
                     // More layers cost at least as much.

@@ -28,7 +28,7 @@ fn offers(free: &[(u64, f64)]) -> Vec<Offer> {
         node,
         device: DeviceId(format!("gpu:{index}")),
         free_bytes,
-        bytes_per_s,
+        speed: Speed { bytes_per_s, spread: 1.0 },
     };
     free.iter().enumerate().map(offer).collect()
 }
@@ -251,13 +251,27 @@ fn a_move_is_judged_by_its_policy() {
     assert!(pays(&apart, &slow, Policy::FewestNodes) && !pays(&slow, &apart, Policy::FewestNodes));
 }
 
+/// Measurements that may be off by a factor move no model: the gain must be certain.
+#[test]
+fn an_uncertain_gain_moves_nothing() {
+    let whole = |offers: &[Offer]| automatic(&demand(vec![10; 4], 5), offers).expect("it fits");
+    let mut offers = offers(&[(1000, 1e3), (1000, 16e3)]);
+    let (slow, fast) = (whole(&offers[..1]), whole(&offers[1..]));
+    let why = |offers: &[Offer]| why_move(&demand(vec![10; 4], 5), &slow, &fast, offers, &Links::default(), Policy::Latency);
+    assert!(why(&offers).is_some_and(|why| why.contains("16.0 times")));
+    offers.iter_mut().for_each(|offer| offer.speed.spread = 3.0);
+    assert!(why(&offers).is_some(), "16 / 9 is still more than the cost of a move");
+    offers.iter_mut().for_each(|offer| offer.speed.spread = 4.0);
+    assert_eq!(why(&offers), None);
+}
+
 /// One device on each of several nodes, from pairs of memory and speed.
 fn of_nodes(devices: &[(u64, u32)]) -> Vec<Offer> {
     let offer = |&(free_bytes, speed): &(u64, u32)| Offer {
         node: node(),
         device: DeviceId("gpu:0".to_owned()),
         free_bytes,
-        bytes_per_s: f64::from(speed),
+        speed: Speed { bytes_per_s: f64::from(speed), spread: 1.0 },
     };
     devices.iter().map(offer).collect()
 }

@@ -1,0 +1,77 @@
+//! The speed of a device, estimated from measurements that other work on the machine disturbs.
+
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+
+/// The measurements that count: older ones were of a machine that may have changed.
+const SAMPLES_MAX: usize = 9;
+/// How far one, two, three, … measurements may be off at least: other work on a machine slows one of them down by more
+/// than a second measurement shows.
+const SPREADS_MIN: [f64; 5] = [2.0, 1.7, 1.4, 1.25, 1.15];
+
+/// A speed, and how certain it is.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Speed {
+    /// The estimate, in bytes of weights per second of decoding.
+    pub bytes_per_s: f64,
+    /// The speed is likely between the estimate divided by this factor and the estimate times this factor. At least 1.
+    pub spread: f64,
+}
+
+impl Speed {
+    /// Whether the numbers are possible.
+    pub fn is_plausible(&self) -> bool {
+        self.bytes_per_s.is_finite() && self.bytes_per_s > 0.0 && self.spread.is_finite() && self.spread >= 1.0
+    }
+}
+
+/// The latest measurements of a device.
+#[derive(Debug, Clone, Default)]
+pub struct SpeedEstimate {
+    samples: VecDeque<f64>,
+}
+
+impl SpeedEstimate {
+    /// Adds a measurement, in bytes of weights per second.
+    pub fn add(&mut self, bytes_per_s: f64) {
+        self.samples.push_back(bytes_per_s);
+        if self.samples.len() > SAMPLES_MAX {
+            self.samples.pop_front();
+        }
+    }
+
+    /// The median of the measurements, and how far they are apart without the slowest and the fastest of many; `None`
+    /// before the first.
+    pub fn speed(&self) -> Option<Speed> {
+        let mut sorted: Vec<f64> = self.samples.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        let median = *sorted.get(sorted.len() / 2)?;
+        let cut = usize::from(sorted.len() >= SPREADS_MIN.len());
+        let (slowest, fastest) = (sorted[cut], sorted[sorted.len() - 1 - cut]);
+        let least = SPREADS_MIN[sorted.len().min(SPREADS_MIN.len()) - 1];
+        let spread = (fastest / median).max(median / slowest).max(least);
+        Some(Speed { bytes_per_s: median, spread })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn speed(samples: &[f64]) -> Option<(f64, f64)> {
+        let mut estimate = SpeedEstimate::default();
+        samples.iter().for_each(|&sample| estimate.add(sample));
+        estimate.speed().map(|speed| (speed.bytes_per_s, speed.spread))
+    }
+
+    /// One disturbed measurement of many changes neither the estimate nor its certainty; two that contradict each other
+    /// leave both open.
+    #[test]
+    fn a_disturbed_measurement_does_not_count() {
+        assert_eq!(speed(&[]), None);
+        assert_eq!(speed(&[8e9]), Some((8e9, 2.0)));
+        assert_eq!(speed(&[0.5e9, 8e9]), Some((8e9, 16.0)));
+        assert_eq!(speed(&[8e9, 0.3e9, 8.1e9, 7.9e9, 8e9]), Some((8e9, 1.15)));
+        assert_eq!(speed(&[1.0; 20]), Some((1.0, 1.15)));
+    }
+}
