@@ -257,7 +257,8 @@ fn an_uncertain_gain_moves_nothing() {
     let whole = |offers: &[Offer]| automatic(&demand(vec![10; 4], 5), offers).expect("it fits");
     let mut offers = offers(&[(1000, 1e3), (1000, 16e3)]);
     let (slow, fast) = (whole(&offers[..1]), whole(&offers[1..]));
-    let why = |offers: &[Offer]| why_move(&demand(vec![10; 4], 5), &slow, &fast, offers, &Links::default(), Policy::Latency);
+    let why =
+        |offers: &[Offer]| why_move(&demand(vec![10; 4], 5), &slow, &fast, offers, &Links::default(), Policy::Latency);
     assert!(why(&offers).is_some_and(|why| why.contains("16.0 times")));
     offers.iter_mut().for_each(|offer| offer.speed.spread = 3.0);
     assert!(why(&offers).is_some(), "16 / 9 is still more than the cost of a move");

@@ -2,6 +2,7 @@
 
 use exo_actors::NodeId;
 use exo_actors::core::plan::{Demand, Link, Links, Offer, Policy, ShardCount, place};
+use exo_actors::core::speed::Speed;
 use exo_engines::engine::DeviceId;
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -28,7 +29,7 @@ pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
         node,
         device: DeviceId("gpu:0".to_owned()),
         free_bytes: (3 + index as u64 % 5) << 30,
-        bytes_per_s: 1e11 + 1e9 * index as f64,
+        speed: Speed { bytes_per_s: 1e11 + 1e9 * index as f64, spread: 1.0 },
     };
     let offers: Vec<Offer> = ids.iter().enumerate().map(offer).collect();
     let mut links = BTreeMap::new();
