@@ -2,8 +2,7 @@
 
 use crate::error::StartError;
 use exo_actors::{ClusterConfig, Evicted, WireType};
-use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, SecretError, reachable};
-use std::collections::BTreeSet;
+use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, SecretError, reachable};
 use std::io::Write;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -14,7 +13,7 @@ use tempfile::NamedTempFile;
 const MEMBERS_FILE: &str = "cluster.members";
 /// The file with the fingerprints of renewed secrets, one a line.
 const RENOUNCED_FILE: &str = "cluster.renounced";
-/// The file with the ids of evicted members, one a line.
+/// The file with the ids of evicted members, one a line, each with its revision.
 const EVICTED_FILE: &str = "cluster.evicted";
 /// The default UDP port of the cluster's network; the API's default port is 52415.
 pub const PORT_DEFAULT: u16 = 52416;
@@ -69,7 +68,7 @@ pub(crate) fn join(
     let cookie = secret.cookie();
     let (listen, discover) = (settings.listen, settings.discover);
     let evicted = evicted(data_dir)?;
-    let not_let_in = evicted.nodes().clone();
+    let not_let_in = evicted.nodes();
     let config = NetworkConfig { identity, secret, name, listen, peers, token_peers, discover, evicted: not_let_in };
     let (network, events) = Network::start(config)?;
     let addresses = network.address().map(reachable).unwrap_or_default();
@@ -115,10 +114,13 @@ fn evicted(data_dir: &Path) -> Result<Evicted, StartError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
         read => read.map_err(|source| StartError::Members { path: path.clone(), source })?,
     };
-    // Lines that are not ids are ignored.
-    let nodes: BTreeSet<NodeId> = lines.lines().filter_map(|line| line.parse().ok()).collect();
-    Ok(Evicted::new(nodes, move |nodes| {
-        let lines: String = nodes.iter().map(|node| format!("{node}\n")).collect();
+    // Lines that are not ids are ignored. An id alone is one of a node that was evicted once.
+    let revision = |line: &str| {
+        let mut words = line.split_whitespace();
+        Some((words.next()?.parse().ok()?, words.next().map_or(Some(1), |revision| revision.parse().ok())?))
+    };
+    Ok(Evicted::new(lines.lines().filter_map(revision).collect(), move |revisions| {
+        let lines: String = revisions.iter().map(|(node, revision)| format!("{node} {revision}\n")).collect();
         let mut draft = NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
         draft.write_all(lines.as_bytes())?;
         draft.persist(&path).map(drop).map_err(|error| error.error)

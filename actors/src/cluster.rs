@@ -18,9 +18,11 @@ mod sessions;
 mod streams;
 mod trouble;
 
-pub use evicted::Evicted;
+use evicted::EvictionChange;
+pub use evicted::{Evicted, Revisions};
 
 use crate::core::members::MemberReport;
+use crate::core::node_status::Fact;
 use crate::core::plan::Link;
 use crate::core::status::KeyClash;
 use crate::gateway::GatewayMsg;
@@ -62,6 +64,8 @@ pub(crate) enum ClusterMsg {
     },
     /// This node's user evicts members.
     Evict(BTreeSet<NodeId>),
+    /// This node's user undoes an eviction.
+    Readmit(NodeId),
     Tick,
 }
 
@@ -161,6 +165,7 @@ impl Actor for Cluster {
             }
         });
         myself.send_interval(TICK_EVERY, || ClusterMsg::Tick);
+        facts.tell(Fact::EvictionsChanged(evicted.nodes()));
         Ok(ClusterState {
             own,
             network,
@@ -200,8 +205,12 @@ impl Actor for Cluster {
             ClusterMsg::Received(received) => state.on_received(received),
             ClusterMsg::Probed { id, session, bytes_per_s } => state.on_probed(id, session, bytes_per_s),
             ClusterMsg::Evict(nodes) => {
-                let new = state.evicted.add(nodes.into_iter().filter(|node| *node != state.own));
-                state.evict(new);
+                let changes = state.evicted.evict(nodes.into_iter().filter(|node| *node != state.own));
+                state.apply_evictions(&changes);
+            }
+            ClusterMsg::Readmit(node) => {
+                let changes = state.evicted.readmit(node);
+                state.apply_evictions(&changes);
             }
             ClusterMsg::Tick => state.on_tick(&myself),
         }
@@ -329,22 +338,26 @@ impl ClusterState {
                 accepting.spawn(streams::serve(id, stream, handlers.clone()));
             }
         });
-        if !self.evicted.nodes().is_empty() {
-            self.router.tell(id, ControlMessage::Evicted(self.evicted.nodes().clone()));
+        if !self.evicted.revisions().is_empty() {
+            self.router.tell(id, ControlMessage::Evicted(self.evicted.revisions().clone()));
         }
         let _ = self.planner.send_message(PlannerMsg::NodeUp(id));
     }
 
-    /// Disconnects evicted members, and reports the eviction to the other members.
-    fn evict(&self, new: Vec<NodeId>) {
-        if new.is_empty() {
+    /// Disconnects evicted members, admits others again, and reports the changes to the other members.
+    fn apply_evictions(&self, changes: &[EvictionChange]) {
+        if changes.is_empty() {
             return;
         }
-        for node in new {
-            tracing::info!(peer = %node, "member evicted");
-            self.network.evict(node);
+        for change in changes {
+            tracing::info!(?change, "evictions changed");
+            match *change {
+                EvictionChange::Evicted(node) => self.network.evict(node),
+                EvictionChange::Readmitted(node) => self.network.readmit(node),
+            }
         }
-        self.router.tell_others(&ControlMessage::Evicted(self.evicted.nodes().clone()));
+        self.facts.tell(Fact::EvictionsChanged(self.evicted.nodes()));
+        self.router.tell_others(&ControlMessage::Evicted(self.evicted.revisions().clone()));
     }
 
     fn on_received(&mut self, mut received: ReceivedMessage) {
@@ -352,8 +365,9 @@ impl ClusterState {
             return;
         }
         if let ControlMessage::Evicted(nodes) = received.message {
-            let new = self.evicted.add_heard(nodes.into_iter().filter(|node| *node != self.own));
-            return self.evict(new);
+            let others = nodes.into_iter().filter(|(node, _)| *node != self.own).collect();
+            let changes = self.evicted.merge(&others);
+            return self.apply_evictions(&changes);
         }
         if let ControlMessage::Report(report) = &mut received.message {
             report.name = exo_net::shown_name(&report.name);

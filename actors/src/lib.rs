@@ -20,7 +20,7 @@ mod planner;
 mod transport;
 mod worker;
 
-pub use cluster::Evicted;
+pub use cluster::{Evicted, Revisions};
 pub use core::request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError};
 // The types of requests and answers.
 pub use exo_engines::sampler::{Sampled, SamplingParams};

@@ -39,6 +39,7 @@ use exo_engines::model::{ModelFiles, Recipe};
 use exo_net::DataStream;
 use files::blocking;
 use hashes::Reading;
+use parking_lot::Mutex;
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use ractor_cluster::RactorMessage;
@@ -144,7 +145,8 @@ impl ModelsState {
         }
         self.next += 1;
         let (config, registry) = (Arc::clone(&self.config), self.registry.clone());
-        let job = FetchJob { config, registry, request, progress, number: self.next };
+        let tried = Mutex::default();
+        let job = FetchJob { config, registry, request, progress, number: self.next, tried };
         let (router, myself) = (self.router.clone(), myself.clone());
         tokio::spawn(async move {
             let outcome = job.run(&router).await.map(Arc::new);
@@ -173,6 +175,8 @@ struct FetchJob {
     progress: EventCallback<Fetched>,
     /// Distinguishes the fetch from other fetches of this process.
     number: u64,
+    /// The nodes that did not give the model, each with its reason.
+    tried: Mutex<Vec<String>>,
 }
 
 impl FetchJob {
@@ -193,11 +197,21 @@ impl FetchJob {
                 return Ok(self.resolved(&model, Origin::Peers));
             }
         }
-        let (path, origin) = resolve::locate(&self.config, &self.request.model).await?;
+        let located = resolve::locate(&self.config, &self.request.model).await;
+        let (path, origin) = located.map_err(|otherwise| self.with_tried(otherwise))?;
         let model = self.open(path, origin).await?;
         match self.request.files {
             Some(files) if files != model.id => Err(ModelError::OtherFiles { model: self.request.model.clone() }),
             _ => Ok(model),
+        }
+    }
+
+    /// The error of the last source, with the reasons of the nodes that were asked before.
+    fn with_tried(&self, otherwise: ModelError) -> ModelError {
+        let tried = self.tried.lock();
+        match tried.is_empty() {
+            true => otherwise,
+            false => ModelError::NotGiven { tried: tried.join("; "), otherwise: Box::new(otherwise) },
         }
     }
 

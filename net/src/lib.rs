@@ -42,7 +42,7 @@ pub use frame::{
 pub use identity::{Identity, IdentityError, NodeId, NodeIdError};
 pub use link::{CREDITS, DataStream, LinkReceiver, LinkSender, Priority};
 pub use network::{Discover, Network, NetworkConfig, NetworkError, NetworkEvent, NetworkThread};
-pub use peer::{DataConnection, NAME_BYTES_MAX, Peer, SenderToken, shown_name};
+pub use peer::{DataConnection, NAME_BYTES_MAX, Peer, SenderToken, shown, shown_name};
 pub use private_file::PrivateFileError;
 pub use secret::{ClusterSecret, SecretError};
 pub use token::{JoinToken, TokenError};

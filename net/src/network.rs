@@ -174,6 +174,7 @@ enum DriverEvent {
         newcomer: Box<PeerConnections>,
     },
     Evict(NodeId),
+    Readmit(NodeId),
     Stop(tokio::sync::oneshot::Sender<()>),
 }
 
@@ -305,6 +306,13 @@ impl Network {
         let driver_events = self.driver_events.clone();
         // A driver that has ended has no peers.
         self.thread.spawn(async move { drop(driver_events.send(DriverEvent::Evict(id)).await) });
+    }
+
+    /// Admits `id` again, after an eviction.
+    pub fn readmit(&self, id: NodeId) {
+        let driver_events = self.driver_events.clone();
+        // A driver that has ended has no peers.
+        self.thread.spawn(async move { drop(driver_events.send(DriverEvent::Readmit(id)).await) });
     }
 
     /// The thread that the network runs on.

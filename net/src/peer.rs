@@ -380,9 +380,17 @@ async fn read_hello(reader: &mut FrameReader<quinn::RecvStream>) -> Result<Hello
 
 /// The name without control characters, which a terminal would obey, cut to [`NAME_BYTES_MAX`] bytes.
 pub fn shown_name(name: &str) -> String {
-    let mut shown: String = name.chars().filter(|c| !c.is_control()).collect();
-    while shown.len() > NAME_BYTES_MAX {
-        shown.pop();
+    shown(name, NAME_BYTES_MAX)
+}
+
+/// A peer's text without control characters, which a terminal would obey, cut to `bytes_max` bytes.
+pub fn shown(text: &str, bytes_max: usize) -> String {
+    let mut shown = String::new();
+    for c in text.chars().filter(|c| !c.is_control()) {
+        if shown.len() + c.len_utf8() > bytes_max {
+            break;
+        }
+        shown.push(c);
     }
     shown
 }

@@ -58,6 +58,11 @@ impl NodeClient {
         self.send(self.request(Method::POST, "/evict").json(&Eviction { node })).await.map(drop)
     }
 
+    /// Undoes the eviction of a node.
+    pub(super) async fn readmit(&self, node: NodeId) -> anyhow::Result<()> {
+        self.send(self.request(Method::POST, "/readmit").json(&Eviction { node })).await.map(drop)
+    }
+
     /// Returns where each policy would place a model, and why.
     pub(super) async fn plan(&self, spec: &ModelSpec) -> anyhow::Result<Vec<Preview>> {
         Ok(self.send(self.request(Method::POST, "/plan").json(spec)).await?.json().await?)

@@ -9,7 +9,11 @@ use std::time::Instant;
 pub(super) async fn print_events(node: NodeHandle) {
     let mut narrator = None;
     while let Ok(mut facts) = node.subscribe().await {
-        let narrator = narrator.get_or_insert_with(|| Narrator::new(facts.status()));
+        let narrator = narrator.get_or_insert_with(|| {
+            let mut narrator = Narrator::new(facts.status());
+            narrator.catch_up(facts.status()).iter().for_each(|line| eprintln!("{line}"));
+            narrator
+        });
         // A reader that was too slow subscribes anew.
         while let Ok(next) = facts.next().await {
             let Some(fact) = next else { return };
@@ -42,6 +46,20 @@ impl Narrator {
     fn new(status: &NodeStatus) -> Self {
         let names = BTreeMap::from([(status.node, status.name.clone())]);
         Self { names, connected: BTreeSet::new(), models: BTreeMap::new() }
+    }
+
+    /// The lines for what happened before the first fact: the network is faster than whoever listens.
+    fn catch_up(&mut self, status: &NodeStatus) -> Vec<String> {
+        let joined = status.members.iter().map(|(&node, report)| {
+            let report = Box::new(report.clone());
+            Fact::MemberReported { node, report }
+        });
+        let tried = status.unreached.iter().map(|(&address, failure)| {
+            let failure = Some(failure.clone());
+            Fact::AddressTried { address, failure }
+        });
+        let facts = joined.chain(tried).chain(status.same_key.values().copied().map(Fact::SameKey));
+        facts.filter_map(|fact| self.tell(&fact, Instant::now())).collect()
     }
 
     /// The line for a fact; `None` for facts that are no news for people.
@@ -91,6 +109,7 @@ impl Narrator {
                 })
             }
             Fact::DeviceFound(_)
+            | Fact::EvictionsChanged(_)
             | Fact::MachineMeasured(_)
             | Fact::ShardFetching { .. }
             | Fact::ShardLoading { .. }

@@ -14,7 +14,14 @@ secret (`exo-node token --renew`), and join the other machines again."
 )]
 pub(super) struct EvictArguments {
     /// Name of the member, its id, or the first four or more digits of its id
-    member: String,
+    #[arg(required_unless_present = "list")]
+    member: Option<String>,
+    /// List the evicted nodes
+    #[arg(long, conflicts_with_all = ["member", "undo"])]
+    list: bool,
+    /// Admit an evicted node again: its id, or the first four or more digits of it
+    #[arg(long)]
+    undo: bool,
     /// Folder of this node's identity and settings
     #[arg(long, value_name = "FOLDER")]
     data_dir: Option<PathBuf>,
@@ -25,7 +32,21 @@ pub(super) async fn run(arguments: EvictArguments) -> anyhow::Result<Outcome> {
     let Some(node) = NodeClient::find(&data_dir).await? else {
         anyhow::bail!("no node is running on {}", data_dir.display());
     };
-    let member = find(&node.status().await?, &arguments.member)?;
+    let status = node.status().await?;
+    if arguments.list {
+        for id in &status.evicted {
+            println!("{id}  {}", status.gone.get(id).map_or("", |gone| &gone.name));
+        }
+        return Ok(Outcome::Done);
+    }
+    let wanted = arguments.member.unwrap_or_default();
+    if arguments.undo {
+        let evicted = find_evicted(&status, &wanted)?;
+        node.readmit(evicted).await?;
+        eprintln!("{evicted} may be a member again: it connects within a minute, if it has the cluster's secret");
+        return Ok(Outcome::Done);
+    }
+    let member = find(&status, &wanted)?;
     node.evict(member).await?;
     eprintln!("{member} is evicted: no member admits it any more");
     Ok(Outcome::Done)
@@ -44,5 +65,17 @@ fn find(status: &NodeStatus, wanted: &str) -> anyhow::Result<NodeId> {
         [one] => Ok(one),
         [] => anyhow::bail!("no member is called `{wanted}`: `exo-node status` lists them"),
         _ => anyhow::bail!("`{wanted}` matches {} members: give a whole id", meant.len()),
+    }
+}
+
+/// Finds an evicted node by its id, a prefix of it, or the name that it had.
+fn find_evicted(status: &NodeStatus, wanted: &str) -> anyhow::Result<NodeId> {
+    let had_name = |id: &NodeId| status.gone.get(id).is_some_and(|gone| gone.name == wanted);
+    let is_meant = |id: &&NodeId| had_name(id) || wanted.len() >= 4 && id.to_string().starts_with(wanted);
+    let meant: Vec<NodeId> = status.evicted.iter().filter(is_meant).copied().collect();
+    match meant[..] {
+        [one] => Ok(one),
+        [] => anyhow::bail!("no evicted node is called `{wanted}`: `exo-node evict --list` lists them"),
+        _ => anyhow::bail!("`{wanted}` matches {} evicted nodes: give a whole id", meant.len()),
     }
 }

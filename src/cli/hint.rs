@@ -82,7 +82,8 @@ fn model_flags(error: &ModelError) -> Option<&'static str> {
         ModelError::Unknown { .. } => Some("`exo-node models` lists the names"),
         ModelError::NoSource { .. } | ModelError::Network { .. } => Some("HF_ENDPOINT, HF_TOKEN, EXO_MODELS_DIR"),
         ModelError::Forbidden { .. } | ModelError::NotOnHub { .. } => Some("HF_TOKEN"),
-        ModelError::Disk { .. } => Some("EXO_MODELS_DIR"),
+        ModelError::Disk { .. } | ModelError::DiskFull { .. } => Some("EXO_MODELS_DIR"),
+        ModelError::NotGiven { otherwise, .. } => model_flags(otherwise),
         ModelError::Offline { .. } => Some("HF_HUB_OFFLINE"),
         _ => None,
     }

@@ -1,6 +1,7 @@
 //! Why a model's files are not available.
 
 use exo_engines::format::FormatError;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 /// Why a model's files are not available.
@@ -47,6 +48,26 @@ pub enum ModelError {
         path: PathBuf,
         /// What failed.
         reason: String,
+    },
+    /// The disk has no space for a file that is fetched. What was fetched of it is removed.
+    #[error("{path}: the disk is full")]
+    DiskFull {
+        /// The file or folder.
+        path: PathBuf,
+    },
+    /// A file has changed since its content was hashed.
+    #[error("{path}: the file has changed since it was hashed")]
+    Stale {
+        /// The file.
+        path: PathBuf,
+    },
+    /// No member gave the model's bytes, and there is no other source.
+    #[error("{otherwise}; other nodes did not give it either: {tried}")]
+    NotGiven {
+        /// The nodes that were asked, each with its reason.
+        tried: String,
+        /// Why there is no other source.
+        otherwise: Box<ModelError>,
     },
     /// A download failed.
     #[error("{url}: {reason}")]
@@ -95,7 +116,16 @@ pub enum ModelError {
 
 impl ModelError {
     pub(crate) fn disk(path: &std::path::Path, error: &std::io::Error) -> Self {
-        Self::Disk { path: path.to_owned(), reason: error.to_string() }
+        let path = path.to_owned();
+        match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::DiskFull { path },
+            _ => Self::Disk { path, reason: error.to_string() },
+        }
+    }
+
+    /// Whether this machine's disk failed: another source does not help then.
+    pub(crate) fn is_of_disk(&self) -> bool {
+        matches!(self, Self::Disk { .. } | Self::DiskFull { .. })
     }
 
     /// Returns what the user can do about the error.
@@ -113,7 +143,9 @@ impl ModelError {
             }
             Self::OtherFiles { .. } => "rename one of the two models, or ask for it by its path",
             Self::WrongHash { .. } => "the download was thrown away: try again, or take another source",
-            Self::Disk { .. } => "free space on the disk, or choose another models folder",
+            Self::NotGiven { otherwise, .. } => otherwise.remedy(),
+            Self::Stale { .. } => "load the model again on that machine",
+            Self::Disk { .. } | Self::DiskFull { .. } => "free space on the disk, or choose another models folder",
             Self::Command { .. } => "install Python 3 with pip, or put the files into a models folder",
             Self::Offline { .. } => "end offline mode, or put the files into a models folder",
             Self::Interrupted => "start the download again: it continues where it stopped",

@@ -10,7 +10,7 @@ use crate::core::status::{InstanceStatus, KeyClash, Load, Machine, Phase, Totals
 use exo_engines::engine::DeviceReport;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 /// Something that happened on this node, or to its peers.
@@ -110,6 +110,8 @@ pub enum Fact {
     },
     /// Two running nodes have the same key.
     SameKey(KeyClash),
+    /// These nodes are not admitted.
+    EvictionsChanged(BTreeSet<NodeId>),
     /// A connected peer is outside this node's clique.
     PeerOutside {
         /// The peer.
@@ -137,6 +139,7 @@ impl Fact {
             | Self::AddressesChanged(_)
             | Self::AddressTried { .. }
             | Self::SameKey(_)
+            | Self::EvictionsChanged(_)
             | Self::PeerOutside { .. } => None,
         }
     }
@@ -171,6 +174,9 @@ pub struct NodeStatus {
     /// Pairs of running nodes that have the same key, by the address of the second.
     #[serde(default)]
     pub same_key: BTreeMap<SocketAddr, KeyClash>,
+    /// Nodes that are not admitted.
+    #[serde(default)]
+    pub evicted: BTreeSet<NodeId>,
     /// What the heads of this node have done since it started, by the model's name.
     #[serde(default)]
     pub totals: BTreeMap<String, Totals>,
@@ -212,6 +218,7 @@ impl NodeStatus {
             gone: BTreeMap::new(),
             unreached: BTreeMap::new(),
             same_key: BTreeMap::new(),
+            evicted: BTreeSet::new(),
             totals: BTreeMap::new(),
             version: 0,
         }
@@ -293,6 +300,7 @@ impl NodeStatus {
                     self.unreached.insert(*address, failure.clone());
                 }
             }
+            Fact::EvictionsChanged(nodes) => self.evicted.clone_from(nodes),
             Fact::SameKey(clash) => {
                 if self.same_key.len() < TROUBLES_MAX || self.same_key.contains_key(&clash.second) {
                     self.same_key.insert(clash.second, *clash);
@@ -358,6 +366,7 @@ impl InstanceStatus {
             | Fact::AddressesChanged(_)
             | Fact::AddressTried { .. }
             | Fact::SameKey(_)
+            | Fact::EvictionsChanged(_)
             | Fact::PeerOutside { .. } => {}
         }
     }

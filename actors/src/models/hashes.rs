@@ -127,7 +127,7 @@ impl PieceHasher {
 }
 
 /// What changes when one of the files is written to or replaced.
-fn version(pieces: &Pieces) -> Result<Hash, ModelError> {
+pub(super) fn version(pieces: &Pieces) -> Result<Hash, ModelError> {
     let mut hasher = Sha256::new();
     for file in &pieces.files {
         let metadata = std::fs::metadata(&file.path).map_err(|e| ModelError::disk(&file.path, &e))?;

@@ -250,7 +250,7 @@ fn repository_of(repo: &ApiRepo) -> String {
 
 /// Whether another try would fail with the same error.
 fn is_final(error: &ModelError) -> bool {
-    matches!(error, ModelError::Forbidden { .. } | ModelError::NotOnHub { .. } | ModelError::Disk { .. })
+    error.is_of_disk() || matches!(error, ModelError::Forbidden { .. } | ModelError::NotOnHub { .. })
 }
 
 async fn stalled(fetched: &AtomicU64) {

@@ -38,6 +38,8 @@ const FILES_MAX: usize = 1024;
 const BATCH: usize = 256;
 /// The most pieces that are lost when the process dies.
 const KEEP_EVERY: usize = 8;
+/// The most bytes of a peer's reason that are shown.
+const REASON_BYTES_MAX: usize = 300;
 /// How often progress is reported.
 const REPORT_EVERY: Duration = Duration::from_millis(200);
 
@@ -48,6 +50,8 @@ enum PeerFetchError {
     Frame(#[from] FrameError),
     #[error(transparent)]
     Model(#[from] ModelError),
+    #[error("{0}")]
+    Refused(String),
     #[error("the peer sent nothing for {} s", SILENCE_MAX.as_secs())]
     Silent,
     #[error("the peer sent a wrong answer: {0}")]
@@ -83,11 +87,18 @@ impl FetchJob {
             if copy.missing(&needed).is_empty() {
                 break;
             }
-            fetch.take_from(peer).await?;
+            let taken = fetch.take_from(peer).await;
+            if let Err(ModelError::DiskFull { .. }) = &taken {
+                // What cannot be finished must not fill the disk. The shards that run hold their layers in memory.
+                self.registry.forget(shared.id);
+                let folder = partial::folder(models, shared.id);
+                let _ = blocking(move || Ok(std::fs::remove_dir_all(folder))).await;
+            }
+            taken?;
         }
         let missing = copy.missing(&needed).len();
         if missing > 0 {
-            tracing::warn!(model = self.request.model, missing, "the peers lack pieces that this node needs");
+            tracing::info!(model = self.request.model, missing, "the peers lack pieces that this node needs");
             return Ok(None);
         }
         Ok(Some(shared))
@@ -110,10 +121,8 @@ impl FetchJob {
                     return Ok(Some(shared));
                 }
                 Ok(None) => {}
-                Err(PeerFetchError::Model(error @ ModelError::Disk { .. })) => return Err(error),
-                Err(error) => {
-                    tracing::warn!(model = self.request.model, peer = %peer, %error, "a peer sent no headers")
-                }
+                Err(PeerFetchError::Model(error)) if error.is_of_disk() => return Err(error),
+                Err(error) => self.note_failure(*peer, &error),
             }
         }
         Ok(None)
@@ -126,7 +135,7 @@ impl FetchJob {
         match part.await {
             Ok(None) => Ok(None),
             Ok(Some(shared)) if shared.id == id => Ok(Some(self.registry.insert(&self.request.model, shared))),
-            Err(error @ ModelError::Disk { .. }) => Err(error),
+            Err(error) if error.is_of_disk() => Err(error),
             // A power cut or an editor may have damaged the headers.
             damaged => {
                 let why = damaged.err().map(|error| error.to_string());
@@ -135,6 +144,12 @@ impl FetchJob {
                 Ok(None)
             }
         }
+    }
+
+    /// Keeps a peer's reason for the error that the user reads if no peer and no source has the model.
+    fn note_failure(&self, peer: NodeId, error: &PeerFetchError) {
+        tracing::info!(model = self.request.model, peer = %peer, %error, "a peer did not give all that is needed");
+        self.tried.lock().push(format!("node {}: {error}", peer.short()));
     }
 
     async fn ask(&self, data: &DataConnection, query: WeightsQuery) -> Result<DataStream, PeerFetchError> {
@@ -245,6 +260,9 @@ async fn prepared(stream: &mut DataStream, within: Duration) -> Result<(WeightsR
             (WeightsResponse::Preparing { .. }, _) => {
                 return Err(PeerFetchError::WrongAnswer("the computation of its hashes has stalled"));
             }
+            (WeightsResponse::Failed { why }, _) => {
+                return Err(PeerFetchError::Refused(exo_net::shown(&why, REASON_BYTES_MAX)));
+            }
             answer => return Ok(answer),
         }
     }
@@ -312,7 +330,7 @@ impl Fetch<'_> {
     /// Fetches the missing pieces that one peer has. Logs the peer's errors.
     ///
     /// # Errors
-    /// [`ModelError::Disk`] if the disk fails; other peers do not help then.
+    /// [`ModelError`] if the disk fails; other peers do not help then.
     async fn take_from(&mut self, (peer, data): &Connected) -> Result<(), ModelError> {
         let (model, source) = (self.job.request.model.clone(), format!("node {}", peer.short()));
         (self.job.config.progress)(Progress::Trying { model, source: source.clone() });
@@ -321,9 +339,9 @@ impl Fetch<'_> {
         blocking(move || copy.keep()).await?;
         match fetched {
             Ok(()) => Ok(()),
-            Err(PeerFetchError::Model(error @ ModelError::Disk { .. })) => Err(error),
+            Err(PeerFetchError::Model(error)) if error.is_of_disk() => Err(error),
             Err(error) => {
-                tracing::warn!(model = self.job.request.model, peer = %peer, %error, "a peer did not send all weights");
+                self.job.note_failure(*peer, &error);
                 (self.job.config.progress)(Progress::Failed { source, reason: error.to_string() });
                 Ok(())
             }

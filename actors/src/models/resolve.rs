@@ -103,8 +103,12 @@ async fn fetch_catalogued(
                 (config.progress)(Progress::Fetched { path: target.clone(), source: name.clone() });
                 return Ok((target, Origin::Fetched { source: name }));
             }
-            // No other source helps if the disk is full or damaged.
-            Err(error @ ModelError::Disk { .. }) => return Err(error),
+            // No other source helps if the disk is full or damaged. What cannot be finished must not fill it.
+            Err(error) if error.is_of_disk() => {
+                let part = beside(&target, ".part");
+                let _ = blocking(move || Ok(std::fs::remove_file(part))).await;
+                return Err(error);
+            }
             Err(error) => {
                 tracing::warn!(model = entry.name, source = name, %error, "a source of a model failed");
                 (config.progress)(Progress::Failed { source: name.clone(), reason: error.to_string() });

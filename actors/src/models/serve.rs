@@ -29,16 +29,22 @@ pub(super) async fn serve(
     stream.set_priority(Priority::Low);
     let (model, query) = (request.model.clone(), request.query.clone());
     let hasher = registry.clone();
-    let looking = blocking(move || Ok(registry.look_up(&config, &request)));
+    let looking = blocking(move || registry.look_up(&config, &request));
     let served = match found(looking, &hasher, &mut stream).await {
         Ok(Some(found)) => match query {
             WeightsQuery::Outline => send_outline(&found, &mut stream).await,
             WeightsQuery::Hashes => send_hashes(&found, &mut stream).await,
             WeightsQuery::Pieces(numbers) => send_pieces(&found, &numbers, &mut stream).await,
         },
-        _ => send_nothing(&mut stream).await,
+        Ok(None) => send_nothing(&mut stream).await,
+        Err(error) => Err(error),
     };
     if let Err(error) = served {
+        if let ServeError::Model(error) = &error {
+            let failed = WeightsResponse::Failed { why: error.to_string() };
+            // The peer may have gone.
+            let _ = send(&mut stream, &failed, Payload::Nothing).await;
+        }
         tracing::info!(model, %error, "a model's bytes could not be sent to a peer");
     }
 }

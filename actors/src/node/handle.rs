@@ -133,6 +133,15 @@ impl NodeHandle {
         }
     }
 
+    /// Undoes an eviction: all members admit the node again.
+    ///
+    /// # Errors
+    /// [`RequestError::NotClustered`] without a network; [`RequestError::ShuttingDown`].
+    pub fn readmit(&self, member: NodeId) -> Result<(), RequestError> {
+        let cluster = self.cluster.as_ref().ok_or(RequestError::NotClustered)?;
+        cluster.send_message(ClusterMsg::Readmit(member)).map_err(|_| RequestError::ShuttingDown)
+    }
+
     /// Evicts a member: all members disconnect it, and admit it no more. The evicted machine still has the cluster's
     /// secret: under a new identity it is admitted, until the secret is renewed.
     ///

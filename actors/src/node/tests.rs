@@ -22,7 +22,7 @@ use exo_engines::engine::{DeviceId, Incarnation};
 use exo_engines::sampler::{SamplerSpec, SamplingParams};
 use exo_net::{ClusterSecret, Identity, JoinToken, Network, NetworkConfig, NodeId, Payload, Priority, WireType};
 use ractor::Actor;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -37,7 +37,7 @@ fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Pat
     let (network, events) = Network::start(network).expect("it listens");
     let address = network.address();
     let addresses = address.into_iter().collect();
-    let evicted = Evicted::new(BTreeSet::new(), |_| Ok(()));
+    let evicted = Evicted::new(BTreeMap::new(), |_| Ok(()));
     let models = ModelsConfig::of_folder(models);
     let config = NodeConfig {
         id,
@@ -148,7 +148,8 @@ fn reports(round: u64) -> Vec<ControlMessage> {
         ..MemberReport::of_cpu(1 << 30, 1e10)
     };
     let absurd = MemberReport { in_use: vec![InstanceId(round); 100_000], ..report.clone() };
-    let nobody = (0..100).map(|number: u64| format!("{:064x}", round << 8 | number).parse().expect("an id")).collect();
+    let nobody =
+        (0..100).map(|number: u64| (format!("{:064x}", round << 8 | number).parse().expect("an id"), 1)).collect();
     let reports = [report, absurd].map(|report| ControlMessage::Report(Box::new(report)));
     reports.into_iter().chain([ControlMessage::Evicted(nobody)]).collect()
 }

@@ -19,7 +19,7 @@ use exo_engines::engine::Incarnation;
 use exo_engines::sampler::{Sampled, SamplerSpec};
 use exo_net::{NodeId, WireType};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// A message from node to node.
@@ -40,7 +40,7 @@ pub(crate) enum ControlMessage {
     /// A shard cannot run on its device.
     Broken(Box<BrokenShard>),
     /// The members that are no longer admitted.
-    Evicted(BTreeSet<NodeId>),
+    Evicted(BTreeMap<NodeId, u64>),
 }
 
 impl ControlMessage {
@@ -120,6 +120,10 @@ pub(crate) enum WeightsResponse {
     /// A piece, with its bytes as payload.
     Piece {
         number: u32,
+    },
+    /// The peer has the model, and cannot give it.
+    Failed {
+        why: String,
     },
 }
 

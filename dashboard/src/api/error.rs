@@ -118,6 +118,7 @@ impl From<RequestError> for ApiError {
 
 fn model_error(error: &ModelError, message: &str) -> ApiError {
     let (status, code) = match error {
+        ModelError::NotGiven { otherwise, .. } => return model_error(otherwise, message),
         ModelError::Unknown { .. } | ModelError::NoFile { .. } | ModelError::NotOnHub { .. } => {
             (StatusCode::NOT_FOUND, "model_not_found")
         }

@@ -32,7 +32,7 @@ pub(super) async fn drain(State(api): State<ApiContext>) -> Result<Json<Value>, 
     Ok(Json(json!({ "status": "drained" })))
 }
 
-/// The body of `/evict`: the member to evict.
+/// The body of `/evict` and `/readmit`: the node that is meant.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Eviction {
     /// The member's id.
@@ -53,6 +53,16 @@ pub(super) async fn evict(
     api.require_owner()?;
     api.node.evict(eviction.node)?;
     Ok(Json(json!({ "status": "evicted" })))
+}
+
+/// Undoes an eviction. For the owner only.
+pub(super) async fn readmit(
+    State(api): State<ApiContext>,
+    Body(eviction): Body<Eviction>,
+) -> Result<Json<Value>, ApiError> {
+    api.require_owner()?;
+    api.node.readmit(eviction.node)?;
+    Ok(Json(json!({ "status": "readmitted" })))
 }
 
 impl FromBody for ModelSpec {

@@ -15,6 +15,7 @@ pub(super) fn router(api: ApiContext) -> Router {
         .route("/generate", post(native::generate))
         .route("/drain", post(native::drain))
         .route("/evict", post(native::evict))
+        .route("/readmit", post(native::readmit))
         .route("/plan", post(native::plan))
         .route("/health", get(status::health))
         .route("/state", get(status::status))

@@ -213,6 +213,7 @@ impl Driver {
                     peer.data.close("evicted");
                 }
             }
+            DriverEvent::Readmit(id) => drop(self.evicted.remove(&id)),
             // `run` handles this event, since it ends the loop.
             DriverEvent::Stop(_) => {}
         }

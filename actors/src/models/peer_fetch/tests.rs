@@ -20,6 +20,8 @@ enum Giver {
     WrongHashes,
     /// Sends two pieces, then ends the stream.
     GoesAway,
+    /// Says that it cannot send the pieces.
+    Refuses,
     /// Answers that it has no such model.
     HasNothing,
     /// Sends unrelated answers.
@@ -82,6 +84,10 @@ async fn give(
     let _ = match (giver, &ask.query) {
         (Giver::HasNothing, _) => writer.send(&WeightsResponse::Nothing, Payload::Nothing).await,
         (Giver::Nonsense, _) => writer.send(&WeightsResponse::Piece { number: 7 }, Payload::Bytes(&[7; 7])).await,
+        (Giver::Refuses, WeightsQuery::Pieces(_)) => {
+            let why = "tiny: the file has changed since it was hashed\u{7}".to_owned();
+            writer.send(&WeightsResponse::Failed { why }, Payload::Nothing).await
+        }
         (Giver::WrongHashes, WeightsQuery::Hashes) => {
             let told = [vec![7; count * size_of::<Hash>()], vec![1; count]].concat();
             writer.send(&WeightsResponse::Hashes { count: count as u32 }, Payload::Bytes(&told)).await
@@ -105,10 +111,15 @@ async fn give(
 
 /// Fetches all layers from the givers, one after the other. Returns the outcome, and the queries that the givers
 /// received.
-async fn fetch(
-    givers: &[Giver],
-    into: &Path,
-) -> (Result<Option<Arc<RegisteredModel>>, ModelError>, Vec<(Giver, WeightsQuery)>) {
+async fn fetch(givers: &[Giver], into: &Path) -> (Fetched, Vec<(Giver, WeightsQuery)>) {
+    let (got, asked, _) = fetch_with_reasons(givers, into).await;
+    (got, asked)
+}
+
+type Fetched = Result<Option<Arc<RegisteredModel>>, ModelError>;
+
+/// The same, with the reasons of the givers that did not give all.
+async fn fetch_with_reasons(givers: &[Giver], into: &Path) -> (Fetched, Vec<(Giver, WeightsQuery)>, Vec<String>) {
     let (secret, source) = (ClusterSecret::random().expect("random bytes"), with_model());
     let (getter, mut events) = network(&secret, Vec::new());
     let address = getter.address().expect("it listens");
@@ -130,11 +141,11 @@ async fn fetch(
     let request = ModelRequest { model: "tiny".to_owned(), files: None, extent: Extent::Layers(0..layers) };
     let (config, registry, progress) =
         (Arc::new(ModelsConfig::of_folder(into)), ModelRegistry::default(), EventCallback::new(drop));
-    let job = FetchJob { config, registry, request, progress, number: 1 };
+    let job = FetchJob { config, registry, request, progress, number: 1, tried: Mutex::default() };
     let got = job.fetch_from_peers(&peers).await;
     tokio::task::spawn_blocking(move || drop((getter, held))).await.expect("dropped");
-    let asked = asked.lock().clone();
-    (got, asked)
+    let (asked, tried) = (asked.lock().clone(), job.tried.into_inner());
+    (got, asked, tried)
 }
 
 /// The numbers of the pieces that a giver was asked for.
@@ -182,4 +193,32 @@ async fn an_interrupted_fetch_continues_and_a_damaged_copy_is_fetched_again() {
     let (got, asked) = fetch(&[Giver::Honest], folder.path()).await;
     assert!(got.is_ok_and(|got| got.is_some()), "the damaged copy is fetched again");
     assert_eq!(pieces_of(Giver::Honest, &asked).len(), shared.pieces.pieces.len());
+}
+
+/// A peer that cannot give a model's bytes says why, and its reason is kept for the error that the user reads.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_reason_of_a_peer_is_kept() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (got, _, tried) = fetch_with_reasons(&[Giver::Refuses], folder.path()).await;
+    assert!(got.expect("no error of ours").is_none());
+    assert!(
+        matches!(&tried[..], [why] if why.ends_with(": tiny: the file has changed since it was hashed")),
+        "{tried:?}"
+    );
+}
+
+/// A file that has changed since it was hashed is not given under its old id: who asks is told, and may ask again.
+#[test]
+fn a_changed_file_is_not_given_under_its_old_id() {
+    let source = with_model();
+    let (config, registry) = (ModelsConfig::of_folder(source.path()), ModelRegistry::default());
+    let ask = WeightsRequest { model: "tiny".to_owned(), files: None, query: WeightsQuery::Outline };
+    let before = registry.look_up(&config, &ask).expect("readable").expect("it is there");
+    let path = source.path().join("tiny/model.safetensors");
+    let mut bytes = std::fs::read(&path).expect("readable");
+    *bytes.last_mut().expect("a byte") ^= 1;
+    std::fs::write(&path, bytes).expect("written");
+    assert!(matches!(registry.look_up(&config, &ask), Err(ModelError::Stale { .. })));
+    let after = registry.look_up(&config, &ask).expect("readable").expect("it is there");
+    assert_ne!(after.id, before.id);
 }
