@@ -63,6 +63,15 @@ fn an_evicted_member_stays_disconnected() {
     });
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!([0, 1, 2].map(|index| members(&cluster.nodes[index]).len()), [1, 1, 0]);
+    // An eviction can be undone, on any member, and made again.
+    let listed = String::from_utf8(cluster.nodes[1].command(&["evict", "--list"]).stdout).expect("UTF-8");
+    let id = cluster.nodes[2].state()["node"].as_str().expect("an id").to_owned();
+    assert!(listed.lines().any(|line| line.starts_with(&id) && line.ends_with('c')), "{listed}");
+    let undone = cluster.nodes[1].command(&["evict", "--undo", &id[..8]]);
+    assert!(undone.status.success(), "{}", crate::stderr(&undone));
+    until("the member is not back", || [0, 1, 2].iter().all(|&index| members(&cluster.nodes[index]).len() == 2));
+    assert!(cluster.nodes[0].command(&["evict", "c"]).status.success());
+    until("the evicted member is still connected", || members(&cluster.nodes[2]).is_empty());
     let not_there = cluster.nodes[0].command(&["evict", "nobody"]);
     assert!(crate::stderr(&not_there).contains("no member is called"), "{}", crate::stderr(&not_there));
     let old = cluster.nodes[1].command(&["token"]).stdout;
