@@ -262,7 +262,7 @@ async fn a_full_disk_is_reported() {
     let script = "echo 'OSError: [Errno 28] No space left on device' >&2; exit 1";
     let client = Client::with(&hub, cache.path(), |models| models.python = python(cache.path(), script)).await;
     let error = client.resolve("smollm2").await.expect_err("the disk is full");
-    assert!(matches!(error, ModelError::Disk { .. }) && error.remedy().contains("free space"), "{error}");
+    assert!(matches!(error, ModelError::DiskFull { .. }) && error.remedy().contains("free space"), "{error}");
     client.node.shutdown().await;
 
     let Some(small) = SmallDisk::mount() else {
@@ -272,7 +272,7 @@ async fn a_full_disk_is_reported() {
     let hub = Hub::new(state(BTreeMap::from([("m.gguf".to_owned(), large())]))).await;
     let client = Client::new(&hub, small.folder.path()).await;
     let error = client.resolve("owner/model:m.gguf").await.expect_err("the disk is full");
-    assert!(matches!(error, ModelError::Disk { .. }) && error.remedy().contains("free space"), "{error}");
+    assert!(matches!(error, ModelError::Disk { .. } | ModelError::DiskFull { .. }) && error.remedy().contains("free space"), "{error}");
     assert!(client.blobs().is_empty());
     client.node.shutdown().await;
 }
