@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn an_address_without_a_route_is_told() {
         assert!(no_route(address("127.0.0.1:9")).is_none());
-        // The discard prefix (RFC 6666) with a scope of an interface that does not exist.
+        // A link-local address whose scope names an interface that does not exist.
         assert!(no_route(address("[fe80::1%999999]:9")).is_some());
     }
 

@@ -27,7 +27,8 @@ const WAIT_MAX: Duration = Duration::from_secs(15);
 const STAYS_MIN: Duration = Duration::from_secs(10);
 /// The failures in a row, over minutes, after which an address that the user did not name is forgotten.
 const FAILURES_MAX: u32 = 24;
-/// The wait after a member refused this node because another node has its key: only a user can change that.
+/// The wait after a member refused this node because another node has its key, or because this node was evicted: only a
+/// user can change that.
 const SAME_KEY_WAIT: Duration = Duration::from_secs(60);
 
 /// The source of an address.

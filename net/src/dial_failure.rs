@@ -1,4 +1,4 @@
-//! Why an address was dialled in vain, as a user reads it.
+//! Why a dial failed, as a user reads it.
 
 use crate::addresses::no_route;
 use crate::endpoint::DialError;
@@ -45,7 +45,7 @@ pub enum DialFailure {
         first: String,
     },
     /// Another failure.
-    #[error("{what}")]
+    #[error("cannot be connected: {what}")]
     Other {
         /// The error.
         what: String,
@@ -59,10 +59,10 @@ impl DialFailure {
             Self::OtherCluster => "join that node's cluster with a new token of one of its members",
             Self::Silent => "check the address, that the node runs, and that no firewall blocks its UDP port",
             Self::NoRoute { .. } => "give an address in a network that this machine is in",
-            Self::Evicted => "start this node in another data folder, with a new token",
+            Self::Evicted => "undo the eviction on a member, or start this node in another data folder with a token",
             Self::Protocol { .. } => "run the same version on both machines",
             Self::SameKey { .. } => "one data folder is a copy of the other: delete node.key on the copy",
-            Self::Other { .. } => "see the log of that machine",
+            Self::Other { .. } => "turn on the log of the node at that address, and try again",
         }
     }
 
@@ -95,7 +95,9 @@ impl DialFailure {
         match u32::try_from(closed.error_code.into_inner()) {
             Ok(close::NOT_ADMITTED) => Self::Evicted,
             Ok(close::SAME_KEY) => Self::SameKey { first: crate::shown_name(&reason()) },
-            _ => Self::Other { what: format!("closed the connection: {}", crate::shown_name(&reason())) },
+            _ => {
+                Self::Other { what: format!("the node there closed the connection: {}", crate::shown_name(&reason())) }
+            }
         }
     }
 

@@ -126,7 +126,7 @@ pub enum NetworkEvent {
     Dialled {
         /// The address.
         address: SocketAddr,
-        /// Why it was dialled in vain.
+        /// Why the dial failed.
         failure: Option<DialFailure>,
     },
     /// Two running nodes have the same key. The first stays connected.

@@ -1,4 +1,4 @@
-//! What happens on a node and in its cluster, one line an event, in the user's words. `up` prints these lines.
+//! What happens on a node and in its cluster, one line for each event, in the user's words. `up` prints these lines.
 
 use crate::{Fact, InstanceId, NodeHandle, NodeId, NodeStatus};
 use exo_actors::core::plan::Placement;
@@ -48,7 +48,7 @@ impl Narrator {
         Self { names, connected: BTreeSet::new(), models: BTreeMap::new() }
     }
 
-    /// The lines for what happened before the first fact: the network is faster than whoever listens.
+    /// The lines for what happened before this subscription began.
     fn catch_up(&mut self, status: &NodeStatus) -> Vec<String> {
         let joined = status.members.iter().map(|(&node, report)| {
             let report = Box::new(report.clone());
@@ -76,7 +76,7 @@ impl Narrator {
                 self.connected.remove(node);
                 let between = outside.between.map(|(one, other)| {
                     format!(
-                        "{} and {} do not reach each other: open UDP port 52416 between them",
+                        "{} and {} do not reach each other: open UDP port 52416, or the port of --listen, between them",
                         self.name(one),
                         self.name(other)
                     )
@@ -149,7 +149,7 @@ impl Narrator {
         let told = self.models.get_mut(&instance)?;
         let (was_ready, broken) = (std::mem::replace(&mut told.is_ready, true), told.broken.take());
         match broken {
-            Some(since) => Some(format!("{} goes on after {:.1} s", told.name, (now - since).as_secs_f64())),
+            Some(since) => Some(format!("{} answers again after {:.1} s", told.name, (now - since).as_secs_f64())),
             None if was_ready => None,
             None => Some(format!("{} is ready", told.name)),
         }
@@ -161,7 +161,7 @@ impl Narrator {
         let told = self.models.get_mut(&instance).filter(|told| told.broken.is_none())?;
         told.broken = Some(now);
         let at = at.map_or(String::new(), |name| format!(" on {name}"));
-        Some(format!("{}: a shard{at} failed, its answers wait: {error}", told.name))
+        Some(format!("{}: a shard{at} failed, and answers wait until it runs again: {error}", told.name))
     }
 }
 

@@ -19,7 +19,7 @@ pub(super) struct EvictArguments {
     /// List the evicted nodes
     #[arg(long, conflicts_with_all = ["member", "undo"])]
     list: bool,
-    /// Admit an evicted node again: its id, or the first four or more digits of it
+    /// Admit the evicted node MEMBER again: its id, the first four or more digits of it, or its former name
     #[arg(long)]
     undo: bool,
     /// Folder of this node's identity and settings

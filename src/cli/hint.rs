@@ -33,7 +33,7 @@ pub(super) fn hint(error: &anyhow::Error) -> Option<String> {
     }
     match error.downcast_ref::<ServeError>()? {
         ServeError::NeedsKey { .. } => {
-            Some("`--api-key KEY` sets the key; `--api 127.0.0.1:52415` needs no key".to_owned())
+            Some("`--api-key-file FILE` sets the key; `--api 127.0.0.1:52415` needs no key".to_owned())
         }
         ServeError::BadKey => Some("choose another key for `--api-key` or `--api-key-file`".to_owned()),
         ServeError::Listen { address, .. } => {
@@ -72,6 +72,7 @@ fn request_flags(error: &RequestError) -> Option<&'static str> {
         {
             Some("--context N")
         }
+        RequestError::ContextTooLong { .. } => Some("--context N"),
         RequestError::NotClustered => Some("leave `--listen none` out"),
         _ => None,
     }

@@ -25,6 +25,13 @@ impl FromStr for SecretArgument {
     }
 }
 
+impl SecretArgument {
+    /// Whether the secret is on stdin.
+    pub(super) fn is_stdin(&self) -> bool {
+        self.0 == "-"
+    }
+}
+
 impl std::fmt::Debug for SecretArgument {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("SecretArgument(…)")

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 Examples:
   exo-node token
-  exo-node up --join \"$(ssh desktop exo-node token)\"")]
+  ssh desktop exo-node token | exo-node up --join -")]
 pub(super) struct TokenArguments {
     /// Create a new secret first: from its next start on, this node admits only nodes with the new token
     #[arg(long)]
@@ -27,7 +27,7 @@ pub(super) async fn run(arguments: TokenArguments) -> anyhow::Result<Outcome> {
     let data_dir = data_folder(arguments.data_dir.as_deref())?;
     if arguments.renew {
         crate::cluster::renew_secret(&data_dir)?;
-        eprintln!("Restart this node, then start the others with `exo-node up --join` and this token:");
+        eprintln!("Restart this node, then run `exo-node up --join -` on each other one, and paste this token:");
     }
     let secret = ClusterSecret::load_or_create(&data_dir)?;
     // Without a running node the token has no addresses: a joining node finds members by discovery.
@@ -36,7 +36,7 @@ pub(super) async fn run(arguments: TokenArguments) -> anyhow::Result<Outcome> {
         None => Vec::new(),
     };
     if std::io::stdout().is_terminal() && !arguments.renew {
-        eprintln!("On another machine: exo-node up --join");
+        eprintln!("On another machine, run `exo-node up --join -`, and paste this token:");
     }
     println!("{}", JoinToken { secret, addresses });
     Ok(Outcome::Done)

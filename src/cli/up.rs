@@ -2,6 +2,7 @@
 
 use super::descriptors::raise_limit;
 use super::events::print_events;
+use super::hint::hint;
 use super::model_args::{expand_home, note_path};
 use super::outcome::Outcome;
 use super::progress::Display;
@@ -54,13 +55,13 @@ pub(super) struct UpArguments {
     /// Key that all TCP clients must send, or - to read it from stdin; required unless the API listens on loopback
     #[arg(long, value_name = "KEY", env = "EXO_API_KEY", hide_env_values = true)]
     api_key: Option<SecretArgument>,
-    /// File that holds the API key
+    /// File that holds the API key; takes precedence over --api-key and EXO_API_KEY
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
     /// Origin of a page or app that may use the API, such as app://obsidian.md, or * for all; may be repeated
     #[arg(long = "allow-origin", value_name = "ORIGIN", value_parser = origin)]
     allowed_origins: Vec<String>,
-    /// Address of a reverse proxy, which may have more connections than other clients; may be repeated
+    /// Address of a reverse proxy: exempt from the limit of 64 connections from one address; may be repeated
     #[arg(long = "proxy", value_name = "IP")]
     proxies: Vec<IpAddr>,
     /// How long an unused model stays in memory: 90s, 30m, 2h, or `never` to keep it for ever
@@ -73,11 +74,11 @@ pub(super) struct UpArguments {
     /// that one is taken]
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<String>,
-    /// Join the cluster of this token, which `exo-node token` prints on a member, or - to read it from stdin; stored
-    /// for later starts
+    /// Token of the cluster to join, which `exo-node token` prints on a member; - reads it from stdin. Stored for later
+    /// starts
     #[arg(long, value_name = "TOKEN", env = "EXO_JOIN", hide_env_values = true)]
     join: Option<SecretArgument>,
-    /// File that holds the token
+    /// File that holds the token; takes precedence over --join and EXO_JOIN
     #[arg(long, value_name = "FILE")]
     join_file: Option<PathBuf>,
     /// Address of a member that discovery does not find
@@ -114,6 +115,9 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     }
     if let Some(name) = &arguments.name {
         builder = builder.name(name.clone());
+    }
+    if [&arguments.join, &arguments.api_key].into_iter().flatten().filter(|secret| secret.is_stdin()).count() > 1 {
+        anyhow::bail!("only one of --join and --api-key can be read from stdin");
     }
     let join = secrets::read(arguments.join.as_ref(), arguments.join_file.as_deref())?;
     let join = join.map(|token| token.parse::<JoinToken>()).transpose()?;
@@ -183,7 +187,10 @@ async fn load(node: &NodeHandle, model: ModelSpec) {
                 tokio::time::sleep(RETRY_LOAD_AFTER).await;
             }
             // The node can still serve other models.
-            _ => return eprintln!("error: {model}: {error}\n  remedy: {}", error.remedy()),
+            _ => {
+                let error = anyhow::Error::from(error);
+                return eprintln!("error: {model}: {error}\n  remedy: {}", hint(&error).unwrap_or_default());
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What the user should know of the network: addresses that are dialled in vain, copies of a key, new addresses.
+//! What the user should know of the network: failed dials, copies of a key, new addresses.
 
 use super::ClusterState;
 use crate::core::members::MemberReport;
@@ -20,7 +20,7 @@ impl ClusterState {
                 self.facts.tell(Fact::AddressTried { address, failure: None });
             }
             NetworkEvent::Dialled { address, failure: Some(failure) } => {
-                tracing::info!(%address, %failure, "dialled in vain");
+                tracing::info!(%address, %failure, "dial failed");
                 let failure = Some(format!("{failure}: {}", failure.remedy()));
                 self.facts.tell(Fact::AddressTried { address, failure });
             }

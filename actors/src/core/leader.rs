@@ -322,10 +322,9 @@ impl Leader {
         let idle: BTreeSet<InstanceId> = running.filter(is_idle).collect();
         let free = idle.iter().copied().chain(own).collect();
         let offers = self.offers(round, own, ask.spec.device.as_ref(), near, &free);
-        let shards = shard_count(round.members, &ask.spec);
-        let fits = shards
-            .and_then(|shards| place(&ask.least_demand(), &offers, &round.members.links(), &shards, ask.spec.policy));
-        let Some(id) = idle.into_iter().min_by_key(used).filter(|_| fits.is_ok()) else { return false };
+        let Some(id) = idle.into_iter().min_by_key(used).filter(|_| ask.fits(round.members, &offers)) else {
+            return false;
+        };
         tracing::info!(instance = %id, "unloading an idle model: another model needs its memory");
         self.releasing.changed = Some(round.now);
         round.set(id, Target::Stopped { error: None });

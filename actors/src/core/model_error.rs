@@ -62,7 +62,7 @@ pub enum ModelError {
         path: PathBuf,
     },
     /// No member gave the model's bytes, and there is no other source.
-    #[error("{otherwise}; other nodes did not give it either: {tried}")]
+    #[error("{otherwise}; the members that were asked did not send the model: {tried}")]
     NotGiven {
         /// The nodes that were asked, each with its reason.
         tried: String,
@@ -144,7 +144,7 @@ impl ModelError {
             Self::OtherFiles { .. } => "rename one of the two models, or ask for it by its path",
             Self::WrongHash { .. } => "the download was thrown away: try again, or take another source",
             Self::NotGiven { otherwise, .. } => otherwise.remedy(),
-            Self::Stale { .. } => "load the model again on that machine",
+            Self::Stale { .. } => "try again: the file is then hashed anew",
             Self::Disk { .. } | Self::DiskFull { .. } => "free space on the disk, or choose another models folder",
             Self::Command { .. } => "install Python 3 with pip, or put the files into a models folder",
             Self::Offline { .. } => "end offline mode, or put the files into a models folder",

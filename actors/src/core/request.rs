@@ -98,7 +98,7 @@ pub enum RequestError {
     #[error(transparent)]
     Admit(#[from] AdmitError),
     /// The request demands a longer context than the model's own.
-    #[error("a context of {requested_tokens} tokens is requested, and the model's own has {model_tokens}")]
+    #[error("the requested context has {requested_tokens} tokens, more than the {model_tokens} of the model's own")]
     ContextTooLong {
         /// The requested context.
         requested_tokens: u32,

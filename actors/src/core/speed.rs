@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 
 /// The measurements that count: older ones were of a machine that may have changed.
 const SAMPLES_MAX: usize = 9;
-/// How far one, two, three, … measurements may be off at least: other work on a machine slows one of them down by more
-/// than a second measurement shows.
+/// The least [`Speed::spread`] after one, two, three, … measurements: a few disturbed measurements can agree with each
+/// other and still be wrong.
 const SPREADS_MIN: [f64; 5] = [2.0, 1.7, 1.4, 1.25, 1.15];
 
 /// A speed, and how certain it is.
@@ -40,8 +40,8 @@ impl SpeedEstimate {
         }
     }
 
-    /// The median of the measurements, and how far they are apart without the slowest and the fastest of many; `None`
-    /// before the first.
+    /// The median and its spread; `None` before the first measurement. From five measurements on, the slowest and the
+    /// fastest do not count.
     pub fn speed(&self) -> Option<Speed> {
         let mut sorted: Vec<f64> = self.samples.iter().copied().collect();
         sorted.sort_by(f64::total_cmp);

@@ -1,8 +1,11 @@
-//! Helpers for files that several processes may fetch: paths beside them, locks, hashes.
+//! Files that several processes may fetch: paths beside them, locks, hashes, ranges.
 
 use super::ModelError;
+use exo_engines::model::{Piece, Pieces};
 use sha2::{Digest, Sha256};
+use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// The path of `target` with `ending` appended to its name.
@@ -49,4 +52,18 @@ pub(super) fn update(hasher: &mut Sha256, reader: &mut impl Read) -> std::io::Re
             read => hasher.update(&buffer[..read]),
         }
     }
+}
+
+/// Reads the bytes of a piece.
+pub(super) fn read_piece(pieces: &Pieces, piece: Piece) -> Result<Vec<u8>, ModelError> {
+    let path = &pieces.files[piece.file].path;
+    read_at(path, piece.offset_bytes, piece.length_bytes as usize)
+}
+
+/// Reads `length` bytes of a file, from `offset_bytes`.
+pub(super) fn read_at(path: &Path, offset_bytes: u64, length: usize) -> Result<Vec<u8>, ModelError> {
+    let mut bytes = vec![0; length];
+    let read = File::open(path).and_then(|file| file.read_exact_at(&mut bytes, offset_bytes));
+    read.map_err(|e| ModelError::disk(path, &e))?;
+    Ok(bytes)
 }

@@ -1,10 +1,10 @@
-//! The hashes of a model's pieces, which tell its content from that of other files with the same name.
+//! Hashes of a model's pieces. They distinguish files of the same name by their content.
 //!
-//! Hashing reads the files once. The hashes are kept in the models folder, by the files' paths, lengths and times, so
-//! that no later start reads them again.
+//! Hashing reads the files once. The hashes are kept in the models folder, by the files' paths, lengths, times and inode
+//! numbers, so that no later start reads them again.
 
 use super::ModelError;
-use super::partial::read_piece;
+use super::files::read_piece;
 use crate::core::spec::FilesId;
 use exo_engines::format::FormatError;
 use exo_engines::model::Pieces;
@@ -73,7 +73,7 @@ impl PieceHasher {
                     return Err(FormatError::Changed { path }.into());
                 }
                 if let Some(error) = kept.and_then(|kept| write_hashes(&kept, &hashes).err()) {
-                    tracing::info!(%error, "a model is hashed again at the next start");
+                    tracing::info!(%error, "the hashes of a model could not be stored: it is hashed again at the next start");
                 }
                 (hashes, Reading::Now)
             }

@@ -11,7 +11,7 @@ use super::ModelError;
 use super::hashes::{Hash, read_hashes};
 use crate::core::spec::FilesId;
 use exo_engines::format::FormatError;
-use exo_engines::model::{ModelFiles, Piece, Pieces};
+use exo_engines::model::{ModelFiles, Pieces};
 use parking_lot::{Mutex, MutexGuard};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
@@ -162,22 +162,9 @@ fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
     }
 }
 
-/// Reads the bytes of a piece.
-pub(super) fn read_piece(pieces: &Pieces, piece: Piece) -> Result<Vec<u8>, ModelError> {
-    let path = &pieces.files[piece.file].path;
-    read_at(path, piece.offset_bytes, piece.length_bytes as usize)
-}
-
-/// Reads `length` bytes of a file, from `offset_bytes`.
-pub(super) fn read_at(path: &Path, offset_bytes: u64, length: usize) -> Result<Vec<u8>, ModelError> {
-    let mut bytes = vec![0; length];
-    let read = File::open(path).and_then(|file| file.read_exact_at(&mut bytes, offset_bytes));
-    read.map_err(|e| ModelError::disk(path, &e))?;
-    Ok(bytes)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::files::read_piece;
     use super::super::hashes::write_hashes;
     use super::*;
 

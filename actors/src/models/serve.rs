@@ -2,8 +2,7 @@
 
 use super::ModelError;
 use super::config::ModelsConfig;
-use super::files::blocking;
-use super::partial::{read_at, read_piece};
+use super::files::{blocking, read_at, read_piece};
 use super::registry::{ModelRegistry, RegisteredModel};
 use crate::transport::protocol::{OutlinedFile, WeightsQuery, WeightsRequest, WeightsResponse};
 use exo_engines::model::TokenizerSource;

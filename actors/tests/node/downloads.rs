@@ -272,7 +272,10 @@ async fn a_full_disk_is_reported() {
     let hub = Hub::new(state(BTreeMap::from([("m.gguf".to_owned(), large())]))).await;
     let client = Client::new(&hub, small.folder.path()).await;
     let error = client.resolve("owner/model:m.gguf").await.expect_err("the disk is full");
-    assert!(matches!(error, ModelError::Disk { .. } | ModelError::DiskFull { .. }) && error.remedy().contains("free space"), "{error}");
+    assert!(
+        matches!(error, ModelError::Disk { .. } | ModelError::DiskFull { .. }) && error.remedy().contains("free space"),
+        "{error}"
+    );
     assert!(client.blobs().is_empty());
     client.node.shutdown().await;
 }

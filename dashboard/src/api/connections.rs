@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! accept ─► bound reached? ─► 503, and closed
-//!        └► a place ─► hyper ─► service         a client that is silent for HEADER_TIMEOUT is closed
+//!        └► a place ─► hyper ─► service         a client without headers for HEADER_TIMEOUT is closed
 //! ```
 //! Each listener has places of its own, so that clients over TCP, however many, leave room for the owner's socket.
 
@@ -27,8 +27,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
-/// The time for a request's headers, which includes the time between two requests: longer than a page between two of
-/// its questions, and short enough that connections nobody uses give their places back.
+/// The time for a request's headers, counted from the end of the request before. Long enough for a page's next request,
+/// short enough to free unused connections.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 /// The wait after an accept failed: mostly for lack of descriptors, which others give back.
 const ACCEPT_WAIT: Duration = Duration::from_millis(100);

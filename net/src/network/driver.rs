@@ -50,7 +50,7 @@ pub(super) struct Driver {
     pub(super) own: OwnHello,
     /// `None` where the endpoint has no address.
     pub(super) watch: Option<AddressWatch>,
-    /// Why addresses that concern the user are dialled in vain.
+    /// Why no member answers at addresses that concern the user.
     pub(super) failures: BTreeMap<SocketAddr, DialFailure>,
     pub(super) endpoint: Endpoint,
     /// When the endpoint's certificate was made.

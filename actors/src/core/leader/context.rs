@@ -4,6 +4,7 @@ use super::capacity::memory_by_node;
 use super::{Leader, PlacementRequest, RoundContext, shard_count};
 use crate::core::context::Context;
 use crate::core::desired::{Deployment, MoveStrategy, Target};
+use crate::core::members::Members;
 use crate::core::plan::{Demand, Links, Offer, Placement, PlanError, ShardCount, place};
 use crate::core::spec::InstanceId;
 use exo_net::NodeId;
@@ -18,6 +19,13 @@ impl PlacementRequest {
     /// The demand of the model with its [least context](Context::least).
     pub(super) fn least_demand(&self) -> Demand {
         self.demand.with_pages(self.model.context.least().cache_pages())
+    }
+
+    /// Whether the model, with its least context, fits the offers.
+    pub(super) fn fits(&self, members: &Members, offers: &[Offer]) -> bool {
+        let shards = shard_count(members, &self.spec);
+        let demand = self.least_demand();
+        shards.is_ok_and(|shards| place(&demand, offers, &members.links(), &shards, self.spec.policy).is_ok())
     }
 
     /// Places the model with the largest context that needs no more devices than its least context does.
@@ -74,9 +82,8 @@ impl Leader {
             memory.give_back(&before, &after);
         }
         let offers = self.offers_of(round, own, ask.spec.device.as_ref(), near, &memory);
-        let fits = shard_count(round.members, &ask.spec)
-            .and_then(|shards| place(&ask.least_demand(), &offers, &round.members.links(), &shards, ask.spec.policy));
-        let largest = shorter.into_iter().max_by_key(|(_, _, saved)| *saved).filter(|_| fits.is_ok());
+        let largest =
+            shorter.into_iter().max_by_key(|(_, _, saved)| *saved).filter(|_| ask.fits(round.members, &offers));
         let Some((id, deployment, _)) = largest else { return false };
         tracing::info!(instance = %id, "shortening a model's context: another model needs its memory");
         self.releasing.changed = Some(round.now);

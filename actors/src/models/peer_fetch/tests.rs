@@ -2,6 +2,7 @@
 //! from the next peer.
 
 use super::*;
+use crate::models::files::read_piece;
 use crate::models::{ModelRegistry, ModelRequest, ModelsConfig, serve};
 use crate::transport::callback::EventCallback;
 use exo_engines::model::ModelFiles;
@@ -95,7 +96,7 @@ async fn give(
         (Giver::WrongPieces | Giver::GoesAway, WeightsQuery::Pieces(numbers)) => {
             let given = if giver == Giver::GoesAway { 2 } else { numbers.len() };
             for &number in numbers.iter().take(given) {
-                let mut bytes = partial::read_piece(&pieces, pieces.pieces[number as usize]).expect("read");
+                let mut bytes = read_piece(&pieces, pieces.pieces[number as usize]).expect("read");
                 if giver == Giver::WrongPieces {
                     bytes[0] ^= 1;
                 }

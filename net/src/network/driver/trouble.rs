@@ -1,4 +1,4 @@
-//! What the user should know of: addresses that are dialled in vain, copies of a key, changes of the machine's network.
+//! What the user should know of: failed dials, copies of a key, changes of the machine's network.
 
 use super::{ConnectedPeer, Driver};
 use crate::addresses::{NetworkChange, canonical};
@@ -14,7 +14,7 @@ use std::time::Duration;
 const KEY_CHECK: Duration = Duration::from_millis(800);
 
 impl Driver {
-    /// Tells the node why an address is dialled in vain, if the user should know: if the user named the address, or no
+    /// Tells the node why no member answers at an address, if the user should know: if the user named the address, or no
     /// member is connected and it is in the token, or its members refuse this node. Tells changes only.
     pub(super) async fn tell_failure(&mut self, address: SocketAddr, failure: Option<DialFailure>) {
         let failure = failure.filter(|failure| match (self.policy.source(address), failure) {
@@ -79,7 +79,7 @@ impl Driver {
         let id = newcomer.id();
         let first = self.peers.get(&id).filter(|peer| is_alive && peer.session == session).map(|peer| peer.address);
         let Some(first) = first else {
-            self.on_closed(id, session, "the peer has started again".to_owned()).await;
+            self.on_closed(id, session, "it has started again".to_owned()).await;
             self.elect(newcomer).await;
             return;
         };
