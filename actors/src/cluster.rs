@@ -405,7 +405,7 @@ impl ClusterState {
                 peer.data.close("the session did not begin in time");
             }
         }
-        self.clashes.retain(|_, told| told.elapsed() < trouble::CLASH_KEPT);
+        self.forget_old_clashes();
         let clashes = self.clashes.keys().copied().collect();
         let _ = self.planner.send_message(PlannerMsg::LinksMeasured { links, peers, clashes });
     }

@@ -55,6 +55,8 @@ type Outcome = Result<Arc<ResolvedModel>, ModelError>;
 
 /// The most streams of other nodes that are served at once. Each holds a piece in memory.
 const SERVED_MAX: usize = 8;
+/// How often the progress of hashing is reported.
+const HASHED_EVERY: Duration = Duration::from_millis(500);
 /// How long a stream waits for its turn. Its peer waits longer.
 const SERVED_WITHIN: Duration = Duration::from_secs(15);
 
@@ -219,19 +221,38 @@ impl FetchJob {
         let origin_is_folder = origin == Origin::Folder;
         let (config, registry) = (Arc::clone(&self.config), self.registry.clone());
         let name = self.request.name();
-        let (model, unlike) = blocking(move || {
+        let opening = blocking(move || {
             let (model, reading) = registry.open(&config, &path)?;
             // A file that was not fetched by this program may be another one than its name says.
             let is_to_check = reading == Reading::Now && origin_is_folder;
             let unlike = is_to_check && resolve::is_unlike_catalogue(&name, &path)?;
             Ok((model, unlike.then_some(path)))
-        })
-        .await?;
+        });
+        let (model, unlike) = self.with_progress(opening).await?;
         if let Some(path) = unlike {
             (self.config.progress)(Progress::Unlike { model: self.request.model.clone(), path });
         }
         let model = self.registry.insert(&self.request.model, model);
         Ok(self.resolved(&model, origin))
+    }
+
+    /// Reports the bytes that are hashed while a model is opened: the head of an instance takes silence for a hang.
+    async fn with_progress<T>(&self, opening: impl Future<Output = Result<T, ModelError>>) -> Result<T, ModelError> {
+        tokio::pin!(opening);
+        let begun = self.registry.hashed_bytes();
+        let mut told = begun;
+        loop {
+            tokio::select! {
+                opened = &mut opening => return opened,
+                () = tokio::time::sleep(HASHED_EVERY) => {
+                    let hashed = self.registry.hashed_bytes();
+                    if hashed > told {
+                        told = hashed;
+                        self.progress.tell(Fetched { fetched_bytes: hashed - begun, total_bytes: 0 });
+                    }
+                }
+            }
+        }
     }
 
     fn resolved(&self, model: &RegisteredModel, origin: Origin) -> ResolvedModel {

@@ -14,6 +14,9 @@ pub(crate) mod close {
     pub(crate) const SAME_KEY: u32 = 6;
 }
 
+/// The most bytes of a peer's reason that are shown.
+pub(crate) const REASON_BYTES_MAX: usize = 300;
+
 /// Why no member answers at an address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DialFailure {
@@ -74,7 +77,7 @@ impl DialFailure {
                 Self::of_connection(address, error)
             }
             ConnectError::Dial(DialError::TimedOut) | ConnectError::TimedOut => Self::silent(address),
-            error => Self::Other { what: error.to_string() },
+            error => Self::other(&error.to_string()),
         }
     }
 
@@ -86,7 +89,7 @@ impl DialFailure {
             // Either side refuses a certificate that the cluster's secret has not made.
             ConnectionError::TransportError(error) if is_tls(error.code) => Self::OtherCluster,
             ConnectionError::ConnectionClosed(closed) if is_tls(closed.error_code) => Self::OtherCluster,
-            error => Self::Other { what: error.to_string() },
+            error => Self::other(&error.to_string()),
         }
     }
 
@@ -99,6 +102,11 @@ impl DialFailure {
                 Self::Other { what: format!("the node there closed the connection: {}", crate::shown_name(&reason())) }
             }
         }
+    }
+
+    /// A failure in words that a stranger may have chosen.
+    fn other(what: &str) -> Self {
+        Self::Other { what: crate::shown(what, REASON_BYTES_MAX) }
     }
 
     fn silent(address: SocketAddr) -> Self {

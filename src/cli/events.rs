@@ -3,6 +3,7 @@
 use crate::{Fact, InstanceId, NodeHandle, NodeId, NodeStatus};
 use exo_actors::core::plan::Placement;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::time::Instant;
 
 /// Prints a line for each event, until the node stops.
@@ -11,17 +12,28 @@ pub(super) async fn print_events(node: NodeHandle) {
     while let Ok(mut facts) = node.subscribe().await {
         let narrator = narrator.get_or_insert_with(|| {
             let mut narrator = Narrator::new(facts.status());
-            narrator.catch_up(facts.status()).iter().for_each(|line| eprintln!("{line}"));
+            narrator.catch_up(facts.status()).iter().for_each(|line| print(line));
             narrator
         });
         // A reader that was too slow subscribes anew.
         while let Ok(next) = facts.next().await {
             let Some(fact) = next else { return };
             if let Some(line) = narrator.tell(&fact, Instant::now()) {
-                eprintln!("{line}");
+                print(&line);
             }
         }
     }
+}
+
+/// Prints a line on stderr. Whoever reads it may have gone.
+fn print(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", printable(line));
+}
+
+/// A text without the control characters that a terminal would obey, but with its lines: parts of it come from other
+/// nodes.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control() || *c == '\n').collect()
 }
 
 /// Turns facts into lines. Holds what a line needs of earlier facts.
@@ -110,6 +122,7 @@ impl Narrator {
             }
             Fact::DeviceFound(_)
             | Fact::EvictionsChanged(_)
+            | Fact::SameKeyOver(_)
             | Fact::MachineMeasured(_)
             | Fact::ShardFetching { .. }
             | Fact::ShardLoading { .. }

@@ -1,6 +1,7 @@
 //! `exo-node status`: shows the status of the running node and its cluster.
 
 use super::client::NodeClient;
+use super::events::printable;
 use super::outcome::Outcome;
 use super::plan::name_of;
 use crate::config::data_folder;
@@ -35,7 +36,7 @@ pub(super) async fn run(arguments: StatusArguments) -> anyhow::Result<Outcome> {
     let status = node.status().await?;
     match arguments.json {
         true => println!("{}", cluster_json(&status)?),
-        false => print!("{}", draw(&status)),
+        false => print!("{}", printable(&draw(&status))),
     }
     Ok(Outcome::Done)
 }

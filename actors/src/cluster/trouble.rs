@@ -9,7 +9,7 @@ use exo_net::NetworkEvent;
 use std::time::{Duration, Instant};
 
 /// How long after its last sign a pair of nodes with the same key is reported to other members.
-pub(super) const CLASH_KEPT: Duration = Duration::from_secs(150);
+const CLASH_KEPT: Duration = Duration::from_secs(150);
 /// The most pairs that are kept.
 const CLASHES_MAX: usize = 16;
 
@@ -43,6 +43,17 @@ impl ClusterState {
             .filter(|clash| clash.node == own)
             .take(CLASHES_MAX)
             .for_each(|&clash| self.note_clash(clash));
+    }
+
+    /// Forgets the pairs of which there was no sign for [`CLASH_KEPT`].
+    pub(super) fn forget_old_clashes(&mut self) {
+        let is_old = |told: &Instant| told.elapsed() >= CLASH_KEPT;
+        let old: Vec<KeyClash> =
+            self.clashes.iter().filter(|(_, told)| is_old(told)).map(|(&clash, _)| clash).collect();
+        for clash in old {
+            self.clashes.remove(&clash);
+            self.facts.tell(Fact::SameKeyOver(clash));
+        }
     }
 
     fn note_clash(&mut self, clash: KeyClash) {

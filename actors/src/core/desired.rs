@@ -92,7 +92,8 @@ impl Deployment {
         (&self.spec.model, self.spec.quantize) == (&spec.model, spec.quantize)
             && spec.shards.is_none_or(|shards| stages.len() == shards)
             && spec.device.as_ref().is_none_or(|device| stages.iter().all(|stage| stage.device == *device))
-            && spec.context_tokens.is_none_or(|tokens| self.model.context.tokens >= tokens)
+            // What is beyond the least context may be given back.
+            && spec.context_tokens.is_none_or(|tokens| self.model.context.least().tokens >= tokens)
             && (spec.split.is_none() || self.spec.split == spec.split)
     }
 

@@ -19,7 +19,7 @@ pub use interface::{Effect, PlacementRequest, RoundContext};
 use crate::core::clique::OUTSIDE_AFTER;
 use crate::core::desired::{Deployment, MoveStrategy, Stamp, Target};
 use crate::core::members::Members;
-use crate::core::plan::{Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, place, preview, reason};
+use crate::core::plan::{Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, preview, reason};
 use crate::core::request::RequestError;
 use crate::core::spec::{InstanceId, Model, ModelSpec};
 use churn::Churn;
@@ -322,7 +322,7 @@ impl Leader {
         let idle: BTreeSet<InstanceId> = running.filter(is_idle).collect();
         let free = idle.iter().copied().chain(own).collect();
         let offers = self.offers(round, own, ask.spec.device.as_ref(), near, &free);
-        let Some(id) = idle.into_iter().min_by_key(used).filter(|_| ask.fits(round.members, &offers)) else {
+        let Some(id) = idle.into_iter().min_by_key(used).filter(|_| ask.fit(round.members, &offers).is_some()) else {
             return false;
         };
         tracing::info!(instance = %id, "unloading an idle model: another model needs its memory");

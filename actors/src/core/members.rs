@@ -122,7 +122,11 @@ impl MemberReport {
         guess: Option<f64>,
     ) -> Vec<Offer> {
         let promised = promised_bytes.saturating_add(self.releasing_bytes);
-        let free = self.machine.memory_free_bytes.unwrap_or(u64::MAX).saturating_add(freed_bytes);
+        // Reserved cache pages take memory only as they fill: what is not touched yet is free now, and soon is not.
+        let held = promised.saturating_add(freed_bytes);
+        let untouched = self.machine.process_bytes.map_or(0, |process| held.saturating_sub(process));
+        let free = self.machine.memory_free_bytes.unwrap_or(u64::MAX);
+        let free = free.saturating_sub(untouched).saturating_add(freed_bytes);
         let total = self.machine.memory_total_bytes.unwrap_or(u64::MAX);
         // Promised memory counts as used before a shard touches it.
         let free_bytes = free.min(total.saturating_sub(promised)).saturating_sub(RESERVE_BYTES);
@@ -233,6 +237,26 @@ mod tests {
     fn members(names: &[&str]) -> Members {
         let id = || exo_net::Identity::ephemeral().expect("random bytes").node_id();
         Members(names.iter().map(|name| (id(), report(name))).collect())
+    }
+
+    /// Pages that are reserved and not touched yet are no free memory.
+    #[test]
+    fn reserved_memory_is_not_free() {
+        let gigabytes = |bytes: u64| bytes << 30;
+        let mut member = report("a");
+        member.machine = Machine {
+            memory_total_bytes: Some(gigabytes(16)),
+            memory_free_bytes: Some(gigabytes(7)),
+            process_bytes: Some(gigabytes(2)),
+            ..Machine::default()
+        };
+        let node = exo_net::Identity::ephemeral().expect("random bytes").node_id();
+        let free = |promised, freed| {
+            let offers = member.offers(node, gigabytes(promised), gigabytes(freed), None, None);
+            offers[0].free_bytes.saturating_add(RESERVE_BYTES)
+        };
+        assert_eq!(free(6, 0), gigabytes(3), "four of the six promised are not touched yet");
+        assert_eq!(free(0, 6), gigabytes(9), "stopping the instance gives back what it holds, and what it would touch");
     }
 
     #[test]

@@ -110,6 +110,8 @@ pub enum Fact {
     },
     /// Two running nodes have the same key.
     SameKey(KeyClash),
+    /// Two nodes have not been seen with the same key for a while.
+    SameKeyOver(KeyClash),
     /// These nodes are not admitted.
     EvictionsChanged(BTreeSet<NodeId>),
     /// A connected peer is outside this node's clique.
@@ -139,6 +141,7 @@ impl Fact {
             | Self::AddressesChanged(_)
             | Self::AddressTried { .. }
             | Self::SameKey(_)
+            | Self::SameKeyOver(_)
             | Self::EvictionsChanged(_)
             | Self::PeerOutside { .. } => None,
         }
@@ -301,6 +304,7 @@ impl NodeStatus {
                 }
             }
             Fact::EvictionsChanged(nodes) => self.evicted.clone_from(nodes),
+            Fact::SameKeyOver(clash) => drop(self.same_key.remove(&clash.second)),
             Fact::SameKey(clash) => {
                 if self.same_key.len() < TROUBLES_MAX || self.same_key.contains_key(&clash.second) {
                     self.same_key.insert(clash.second, *clash);
@@ -337,7 +341,10 @@ impl InstanceStatus {
     pub(crate) fn apply(&mut self, fact: &Fact) {
         let is_stopped = matches!(self.phase, Phase::Stopped { .. });
         match fact {
-            Fact::InstancePlaced { placement, .. } => self.move_to(placement.clone()),
+            Fact::InstancePlaced { model, placement, .. } => {
+                self.model.clone_from(model);
+                self.move_to(placement.clone());
+            }
             Fact::ShardLoading { .. }
             | Fact::ShardFetching { .. }
             | Fact::InstanceReady { .. }
@@ -366,6 +373,7 @@ impl InstanceStatus {
             | Fact::AddressesChanged(_)
             | Fact::AddressTried { .. }
             | Fact::SameKey(_)
+            | Fact::SameKeyOver(_)
             | Fact::EvictionsChanged(_)
             | Fact::PeerOutside { .. } => {}
         }

@@ -1,7 +1,7 @@
 //! Hashes of a model's pieces. They distinguish files of the same name by their content.
 //!
-//! Hashing reads the files once. The hashes are kept in the models folder, by the files' paths, lengths, times and inode
-//! numbers, so that no later start reads them again.
+//! Hashing reads the files once. The hashes are kept in the models folder, by the files' paths, lengths, times and
+//! inode numbers, so that no later start reads them again.
 
 use super::ModelError;
 use super::files::read_piece;
@@ -34,13 +34,16 @@ pub(super) enum Reading {
     Before,
 }
 
-/// Hashes models, one at a time. Clones share their results.
+/// Hashes models, each once. Clones share their results.
 #[derive(Debug, Clone, Default)]
 pub(super) struct PieceHasher(Arc<State>);
 
+type Entry = Arc<Mutex<Option<Arc<Vec<Hash>>>>>;
+
 #[derive(Debug, Default)]
 struct State {
-    known: Mutex<HashMap<Hash, Arc<Vec<Hash>>>>,
+    /// By the files' version. The lock of an entry is held while its files are hashed.
+    known: Mutex<HashMap<Hash, Entry>>,
     /// Bytes hashed so far, of all models.
     done_bytes: AtomicU64,
 }
@@ -57,9 +60,16 @@ impl PieceHasher {
         models: Option<&Path>,
     ) -> Result<(Arc<Vec<Hash>>, Reading), ModelError> {
         let version = version(pieces)?;
-        // Held while hashing: a second caller with the same model finds the result.
-        let mut known = self.0.known.lock();
-        if let Some(hashes) = known.get(&version) {
+        let entry = {
+            let mut known = self.0.known.lock();
+            if known.len() >= REMEMBERED_MAX && !known.contains_key(&version) {
+                known.clear();
+            }
+            Arc::clone(known.entry(version).or_default())
+        };
+        // A second caller with the same model waits for the result, callers with others do not.
+        let mut entry = entry.lock();
+        if let Some(hashes) = &*entry {
             return Ok((Arc::clone(hashes), Reading::Before));
         }
         let kept = models.map(|models| models.join(FOLDER).join(FilesId(version).to_string()));
@@ -78,11 +88,8 @@ impl PieceHasher {
                 (hashes, Reading::Now)
             }
         };
-        if known.len() >= REMEMBERED_MAX {
-            known.clear();
-        }
         let hashes = Arc::new(hashes);
-        known.insert(version, Arc::clone(&hashes));
+        *entry = Some(Arc::clone(&hashes));
         Ok((hashes, reading))
     }
 

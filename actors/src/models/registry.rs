@@ -115,8 +115,12 @@ impl ModelRegistry {
         let mut index = self.index.lock();
         index.names.insert(name.to_owned(), model.id);
         let is_new = |known: &Arc<RegisteredModel>| {
-            matches!((&known.content, &model.content), (Content::Part(_), Content::Whole { .. }))
-                || known.files.path != model.files.path
+            let is_fresher = match (&known.content, &model.content) {
+                (Content::Part(_), Content::Whole { .. }) => true,
+                (Content::Whole { version: known, .. }, Content::Whole { version, .. }) => known != version,
+                _ => false,
+            };
+            is_fresher || known.files.path != model.files.path
         };
         match index.models.get(&model.id) {
             Some(known) if !is_new(known) => Arc::clone(known),

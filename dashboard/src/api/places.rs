@@ -38,7 +38,7 @@ impl Places {
 
     /// A place for a connection of this client, if one is free.
     pub(super) fn take(self: &Arc<Self>, client: Option<IpAddr>) -> Option<Place> {
-        let client = client.filter(|client| !client.is_loopback() && !self.proxies.contains(client));
+        let client = client.filter(|client| !client.is_loopback() && !self.proxies.contains(client)).map(network_of);
         let mut taken = self.taken.lock();
         if taken.total >= self.total_max {
             return None;
@@ -52,6 +52,14 @@ impl Places {
         }
         taken.total += 1;
         Some(Place { places: Arc::clone(self), client })
+    }
+}
+
+/// The network that counts as one client: a /64 of IPv6, of which one machine can have many addresses.
+fn network_of(client: IpAddr) -> IpAddr {
+    match client {
+        IpAddr::V6(address) => IpAddr::V6((address.to_bits() & (u128::MAX << 64)).into()),
+        address => address,
     }
 }
 
@@ -91,6 +99,9 @@ mod tests {
             places.take(ip("10.0.0.2")).is_none() && places.take(ip("::1")).is_none() && places.take(None).is_none()
         );
         drop(_proxied);
+        let _of_one_network = ["fd00::1", "fd00::2"].map(|address| places.take(ip(address)).expect("free"));
+        assert!(places.take(ip("fd00::3")).is_none(), "a /64 counts as one client");
+        drop(_of_one_network);
         let _loopback: Vec<Place> = (0..3).map(|_| places.take(ip("127.0.0.1")).expect("loopback may")).collect();
         assert!(places.take(None).is_none());
     }

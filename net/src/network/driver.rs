@@ -6,12 +6,14 @@ use crate::addresses::AddressWatch;
 use crate::certificate::is_stale;
 use crate::control::session_label;
 use crate::dial::{DialPolicy, Source};
-use crate::dial_failure::{DialFailure, close};
+use crate::dial_failure::{DialFailure, REASON_BYTES_MAX, close};
 use crate::dial_guard::DialRegistry;
 use crate::discovery::Discovery;
 use crate::endpoint::{Authenticated, Endpoint, LEAVING, Purpose};
 use crate::identity::NodeId;
-use crate::peer::{ConnectError, DataConnection, Introduced, OwnHello, PeerConnections, dial, introduce, nonce_of};
+use crate::peer::{
+    ConnectError, DataConnection, Introduced, OwnHello, PeerConnections, dial, introduce, nonce_of, shown,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
@@ -289,6 +291,7 @@ impl Driver {
         let data = peer.data.clone();
         let connected = ConnectedPeer { session, run, address, is_dialled, control: control.clone(), data };
         self.policy.handle_up(id, address, self.now());
+        self.tell_failure(address, None).await;
         tracing::info!(peer = %id, name = peer.name, %address, session = session_label(id, session), "peer connected");
         let (data, driver_events) = (peer.data.clone(), self.driver_events.clone());
         tokio::spawn(async move {
@@ -317,7 +320,7 @@ impl Driver {
             PeerEnd::Closed(quinn::ConnectionError::ApplicationClosed(closed)) if &closed.reason[..] == LEAVING => {
                 "it was stopped".to_owned()
             }
-            PeerEnd::Closed(error) => error.to_string(),
+            PeerEnd::Closed(error) => shown(&error.to_string(), REASON_BYTES_MAX),
         };
         self.on_closed(id, session, reason).await;
         let PeerEnd::Closed(error) = end else { return };

@@ -12,6 +12,9 @@ use exo_net::NodeId;
 /// The search for the largest context tries multiples of this many tokens.
 const STEP_TOKENS: u32 = 1024;
 
+/// The most halvings of the range in which the largest context lies: each is a search for a placement.
+const HALVINGS_MAX: usize = 8;
+
 /// A placement, and the context and the demand that it is for.
 pub(super) type Placed = (Context, Demand, Placement);
 
@@ -21,11 +24,10 @@ impl PlacementRequest {
         self.demand.with_pages(self.model.context.least().cache_pages())
     }
 
-    /// Whether the model, with its least context, fits the offers.
-    pub(super) fn fits(&self, members: &Members, offers: &[Offer]) -> bool {
-        let shards = shard_count(members, &self.spec);
-        let demand = self.least_demand();
-        shards.is_ok_and(|shards| place(&demand, offers, &members.links(), &shards, self.spec.policy).is_ok())
+    /// Where the model would run with its least context, if it fits the offers.
+    pub(super) fn fit(&self, members: &Members, offers: &[Offer]) -> Option<Placement> {
+        let shards = shard_count(members, &self.spec).ok()?;
+        place(&self.least_demand(), offers, &members.links(), &shards, self.spec.policy).ok()
     }
 
     /// Places the model with the largest context that needs no more devices than its least context does.
@@ -45,7 +47,10 @@ impl PlacementRequest {
         }
         let mut best = None;
         let (mut fitting, mut failing) = (least.tokens / STEP_TOKENS, largest.tokens.div_ceil(STEP_TOKENS));
-        while failing.saturating_sub(fitting) > 1 {
+        for _ in 0..HALVINGS_MAX {
+            if failing.saturating_sub(fitting) <= 1 {
+                break;
+            }
             let middle = fitting.midpoint(failing);
             match fits(middle * STEP_TOKENS) {
                 Some(placed) => (best, fitting) = (Some(placed), middle),
@@ -82,8 +87,13 @@ impl Leader {
             memory.give_back(&before, &after);
         }
         let offers = self.offers_of(round, own, ask.spec.device.as_ref(), near, &memory);
-        let largest =
-            shorter.into_iter().max_by_key(|(_, _, saved)| *saved).filter(|_| ask.fits(round.members, &offers));
+        let Some(wanted) = ask.fit(round.members, &offers) else { return false };
+        // Memory of other nodes would not help.
+        let helps = |(_, deployment, _): &(InstanceId, Deployment, u64)| {
+            let nodes = || deployment.placement.stages.iter().map(|stage| stage.node);
+            wanted.stages.iter().any(|stage| nodes().any(|node| node == stage.node))
+        };
+        let largest = shorter.into_iter().filter(helps).max_by_key(|(_, _, saved)| *saved);
         let Some((id, deployment, _)) = largest else { return false };
         tracing::info!(instance = %id, "shortening a model's context: another model needs its memory");
         self.releasing.changed = Some(round.now);

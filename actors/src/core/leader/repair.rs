@@ -5,7 +5,7 @@ use super::{BrokenShard, Leader, PlacementRequest, RoundContext, shard_count};
 use crate::core::desired::{Deployment, MoveStrategy, Target};
 use crate::core::plan::{Offer, Placement, PlanError, ShardCount, Stage, fits_beside, place, repair, why_move};
 use crate::core::request::RequestError;
-use crate::core::spec::InstanceId;
+use crate::core::spec::{InstanceId, Model};
 use exo_net::NodeId;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -64,10 +64,7 @@ impl Leader {
         let there = round.desired.running().filter(|(.., deployment)| is_there(deployment));
         let Some((id, _, deployment)) = there.max_by_key(|(_, stamp, _)| *stamp) else { return };
         let deployment = deployment.clone();
-        let moved = || {
-            let (placement, _) = self.place_again(round, id, &deployment, &[id].into())?;
-            Ok(Deployment { placement, ..deployment.clone() })
-        };
+        let moved = || self.place_again(round, id, &deployment, &[id].into());
         let target = match deployment.with_least_context().map_or_else(moved, Ok) {
             Ok(deployment) => {
                 let reason = "the models on a machine did not fit its memory together".to_owned();
@@ -90,20 +87,21 @@ impl Leader {
         }
     }
 
-    /// The placement that the instance would get if it were requested now, and the offers. Memory of the instances in
-    /// `except` counts as free.
+    /// The deployment that the instance would get if it were requested now, with at most the context that it has.
+    /// Memory of the instances in `except` counts as free.
     fn place_again(
         &self,
         round: &RoundContext<'_>,
         id: InstanceId,
         deployment: &Deployment,
         except: &BTreeSet<InstanceId>,
-    ) -> Result<(Placement, Vec<Offer>), PlanError> {
+    ) -> Result<Deployment, PlanError> {
         let near = deployment.owner().unwrap_or(round.own);
         let offers = self.offers(round, Some(id), deployment.spec.device.as_ref(), near, except);
         let links = round.members.links();
-        let placement = place(&deployment.demand, &offers, &links, &ShardCount::Automatic, deployment.spec.policy)?;
-        Ok((placement, offers))
+        let (context, demand, placement) = ask_of(deployment).place(&offers, &links, &ShardCount::Automatic)?;
+        let model = Model { context, ..deployment.model.clone() };
+        Ok(Deployment { model, demand, placement, strategy: MoveStrategy::InPlace, ..deployment.clone() })
     }
 
     /// A placement for an instance with shards that lost their device: only those shards move; or else all may, beside
@@ -127,17 +125,12 @@ impl Leader {
         if let Some(repaired) = repair(&deployment.demand, &deployment.placement, &staying, &links) {
             return Ok(beside(repaired));
         }
-        if let Ok((placement, _)) = self.place_again(round, id, deployment, &nothing) {
-            return Ok(beside(placement));
+        // Shards with another cache are loaded anew, so they do not load beside those that serve.
+        let has_context = |moved: &Deployment| moved.model.context == deployment.model.context;
+        if let Some(moved) = self.place_again(round, id, deployment, &nothing).ok().filter(has_context) {
+            return Ok(beside(moved.placement));
         }
-        let in_place = |deployment: Deployment| {
-            let (placement, _) = self.place_again(round, id, &deployment, &[id].into())?;
-            Ok(Deployment { placement, strategy: MoveStrategy::InPlace, ..deployment })
-        };
-        in_place(deployment.clone()).or_else(|error| match deployment.with_least_context() {
-            Some(shorter) => in_place(shorter),
-            None => Err(error),
-        })
+        self.place_again(round, id, deployment, &[id].into())
     }
 
     /// Moves an instance off lost devices and draining nodes, or stops it if no placement is left.

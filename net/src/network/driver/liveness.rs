@@ -17,12 +17,12 @@ use tokio::time::Instant;
 
 /// How often datagrams are counted.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// The silence after which a peer is suspected: it has missed two keep-alives.
-const SUSPECT_AFTER: Duration = Duration::from_millis(350);
+/// The silence after which a peer is suspected: it has missed a keep-alive.
+const SUSPECT_AFTER: Duration = Duration::from_millis(250);
 /// The time for the answer of the peer's host. On a local network it takes a millisecond.
 const ICMP_WITHIN: Duration = Duration::from_millis(100);
-/// The time in which a suspected peer must be heard: it sends two keep-alives in it.
-const PROBE_WITHIN: Duration = Duration::from_millis(300);
+/// The time in which a suspected peer must be heard: it sends a keep-alive in it.
+const PROBE_WITHIN: Duration = Duration::from_millis(200);
 
 /// Ends when the process of a connected peer has died.
 pub(super) async fn has_died(address: SocketAddr, control: Connection, data: DataConnection) {

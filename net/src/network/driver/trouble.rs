@@ -14,8 +14,8 @@ use std::time::Duration;
 const KEY_CHECK: Duration = Duration::from_millis(800);
 
 impl Driver {
-    /// Tells the node why no member answers at an address, if the user should know: if the user named the address, or no
-    /// member is connected and it is in the token, or its members refuse this node. Tells changes only.
+    /// Tells the node why no member answers at an address, if the user should know: if the user named the address, or
+    /// no member is connected and it is in the token, or its members refuse this node. Tells changes only.
     pub(super) async fn tell_failure(&mut self, address: SocketAddr, failure: Option<DialFailure>) {
         let failure = failure.filter(|failure| match (self.policy.source(address), failure) {
             (_, DialFailure::Evicted | DialFailure::SameKey { .. } | DialFailure::Protocol { .. }) => true,
