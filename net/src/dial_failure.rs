@@ -2,6 +2,7 @@
 
 use crate::addresses::no_route;
 use crate::endpoint::DialError;
+use crate::frame::FrameError;
 use crate::peer::ConnectError;
 use quinn::{ApplicationClose, ConnectionError, TransportErrorCode};
 use std::net::SocketAddr;
@@ -41,6 +42,9 @@ pub enum DialFailure {
         /// Its protocol version.
         theirs: u32,
     },
+    /// The node there speaks a protocol of which this version cannot read the first message.
+    #[error("runs a version of exo whose messages this one cannot read")]
+    Unreadable,
     /// A node with the same key is connected there.
     #[error("is connected to another node with this node's key, at {first}")]
     SameKey {
@@ -63,7 +67,7 @@ impl DialFailure {
             Self::Silent => "check the address, that the node runs, and that no firewall blocks its UDP port",
             Self::NoRoute { .. } => "give an address in a network that this machine is in",
             Self::Evicted => "undo the eviction on a member, or start this node in another data folder with a token",
-            Self::Protocol { .. } => "run the same version on both machines",
+            Self::Protocol { .. } | Self::Unreadable => "run the same version on both machines",
             Self::SameKey { .. } => "one data folder is a copy of the other: delete node.key on the copy",
             Self::Other { .. } => "turn on the log of the node at that address, and try again",
         }
@@ -73,6 +77,7 @@ impl DialFailure {
     pub(crate) fn of(address: SocketAddr, error: &ConnectError) -> Self {
         match error {
             ConnectError::Protocol { theirs } => Self::Protocol { theirs: *theirs },
+            ConnectError::Frame(FrameError::Wire(_)) => Self::Unreadable,
             ConnectError::Dial(DialError::Connection(error)) | ConnectError::Connection(error) => {
                 Self::of_connection(address, error)
             }

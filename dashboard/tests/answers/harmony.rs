@@ -57,7 +57,7 @@ async fn the_channels_are_reasoning_and_words() {
     let answer: Value = serde_json::from_str(&world.chat(json!({})).await).expect("JSON");
     let choice = &answer["choices"][0];
     assert_eq!(choice["message"]["reasoning_content"], "Think hard.", "{answer}");
-    assert_eq!(choice["message"]["content"], "It is warm.");
+    assert_eq!(choice["message"]["content"], "It is warm.", "{answer}");
     assert_eq!(choice["finish_reason"], "stop");
     let streamed = add_up(&world.chat(json!({"stream": true})).await);
     let expected = Streamed {

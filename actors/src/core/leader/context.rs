@@ -7,13 +7,14 @@ use crate::core::desired::{Deployment, MoveStrategy, Target};
 use crate::core::members::Members;
 use crate::core::plan::{Demand, Links, Offer, Placement, PlanError, ShardCount, place};
 use crate::core::spec::InstanceId;
+use exo_engines::engine::PAGE_TOKENS;
 use exo_net::NodeId;
 
 /// The search for the largest context tries multiples of this many tokens.
 const STEP_TOKENS: u32 = 1024;
 
 /// The most halvings of the range in which the largest context lies: each is a search for a placement.
-const HALVINGS_MAX: usize = 8;
+const HALVINGS_MAX: usize = 10;
 
 /// A placement, and the context and the demand that it is for.
 pub(super) type Placed = (Context, Demand, Placement);
@@ -46,7 +47,14 @@ impl PlacementRequest {
             return Ok(placed);
         }
         let mut best = None;
-        let (mut fitting, mut failing) = (least.tokens / STEP_TOKENS, largest.tokens.div_ceil(STEP_TOKENS));
+        // No cache takes more than all memory.
+        let page_bytes =
+            self.demand.kv_bytes.iter().copied().fold(0, u64::saturating_add) / u64::from(self.demand.kv_pages.max(1));
+        let free_bytes = used.iter().map(|offer| offer.free_bytes).fold(0, u64::saturating_add);
+        let affordable =
+            (free_bytes / page_bytes.max(1)).saturating_mul(u64::from(PAGE_TOKENS)) / u64::from(STEP_TOKENS) + 1;
+        let roof = largest.tokens.div_ceil(STEP_TOKENS).min(u32::try_from(affordable).unwrap_or(u32::MAX));
+        let (mut fitting, mut failing) = (least.tokens / STEP_TOKENS, roof);
         for _ in 0..HALVINGS_MAX {
             if failing.saturating_sub(fitting) <= 1 {
                 break;

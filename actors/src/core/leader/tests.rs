@@ -201,7 +201,7 @@ fn a_model_keeps_running_with_a_shorter_context() {
     cluster.leader.handle_lost(id(2), cluster.now, 1);
     cluster.rounds(30);
     assert_eq!(cluster.split(instance), [(1, 8)]);
-    assert_eq!(cluster.context(instance), (4096, ContextLimit::Memory));
+    assert_eq!(cluster.context(instance), (20_480, ContextLimit::Memory));
 }
 
 /// R7.1–R7.5: uneven machines get uneven layers: in proportion to their speeds, as far as their memory allows.

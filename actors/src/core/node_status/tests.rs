@@ -71,3 +71,32 @@ fn a_late_fact_does_not_revive_a_stopped_instance() {
     state.apply(&Fact::InstanceReady { instance, epoch: 2 });
     assert_eq!(state.instances[&instance].phase, Phase::Ready);
 }
+
+/// An instance that is placed again with another context shows that context.
+#[test]
+fn a_new_context_is_shown() {
+    let instance = InstanceId(1);
+    let mut state = placed(instance);
+    let context = crate::core::context::Context::largest(Some(2), 2, None);
+    let placement = Placement { stages: Vec::new() };
+    state.apply(&Fact::InstancePlaced { instance, model: Model { context, ..model() }, placement });
+    assert_eq!(state.instances[&instance].model.context, context);
+}
+
+/// Totals are the node's: they stay when an instance has stopped, and a head that starts again adds to them.
+#[test]
+fn totals_outlive_instances() {
+    let instance = InstanceId(1);
+    let mut state = placed(instance);
+    let done = |requests| {
+        let totals = Totals { requests, prompt_tokens: 10 * requests, ..Totals::default() };
+        Fact::RequestsChanged { instance, load: Load::default(), totals }
+    };
+    for requests in [1, 3] {
+        state.apply(&done(requests));
+    }
+    state.apply(&Fact::InstanceStopped { instance, error: None });
+    state.apply(&Fact::InstancePlaced { instance, model: model(), placement: Placement { stages: Vec::new() } });
+    state.apply(&done(2));
+    assert_eq!((state.totals["m"].requests, state.totals["m"].prompt_tokens), (5, 50));
+}

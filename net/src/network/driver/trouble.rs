@@ -18,7 +18,13 @@ impl Driver {
     /// no member is connected and it is in the token, or its members refuse this node. Tells changes only.
     pub(super) async fn tell_failure(&mut self, address: SocketAddr, failure: Option<DialFailure>) {
         let failure = failure.filter(|failure| match (self.policy.source(address), failure) {
-            (_, DialFailure::Evicted | DialFailure::SameKey { .. } | DialFailure::Protocol { .. }) => true,
+            (
+                _,
+                DialFailure::Evicted
+                | DialFailure::SameKey { .. }
+                | DialFailure::Protocol { .. }
+                | DialFailure::Unreadable,
+            ) => true,
             (Some(Source::Named), _) => true,
             (Some(Source::Token), _) => self.peers.is_empty(),
             (Some(Source::Heard) | None, _) => false,
