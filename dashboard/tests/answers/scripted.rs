@@ -115,7 +115,7 @@ impl Engine for ScriptedEngine {
             if row.wants_logits {
                 let drawn = (0..self.script.len()).rev().find(|&drawn| cache.ends_with(&self.script[..drawn]));
                 let next = self.script[drawn.unwrap_or(0)];
-                logits.extend((0..VOCABULARY as u32).map(|id| if id == next { 10.0 } else { 0.0 }));
+                logits.extend((0..VOCABULARY as u32).map(|id| if id == next { 100.0 } else { 0.0 }));
             }
         }
         Ok(Output { rows: OutputRows::Logits(logits), memory_bytes: 0, pages_used: 0 })
