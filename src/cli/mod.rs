@@ -44,7 +44,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Start a node that keeps running and serves the HTTP API
-    Up(up::UpArguments),
+    Up(Box<up::UpArguments>),
     /// Answer a prompt with a model
     Run(Box<run::RunArguments>),
     /// Chat with a model interactively
@@ -72,7 +72,7 @@ enum Command {
 /// Parses the arguments of this process, and runs their command. Returns the exit code.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let command = arguments.command.unwrap_or_else(|| Command::Up(up::UpArguments::parse_from(["up"])));
+    let command = arguments.command.unwrap_or_else(|| Command::Up(Box::new(up::UpArguments::parse_from(["up"]))));
     start_logging(match command {
         // Events are told in words; the log has what else is wrong.
         Command::Up(_) => "warn",
@@ -85,7 +85,7 @@ pub fn main() -> ExitCode {
     };
     let outcome = runtime.block_on(async {
         match command {
-            Command::Up(arguments) => up::run(arguments).await,
+            Command::Up(arguments) => up::run(*arguments).await,
             Command::Run(arguments) => run::run(*arguments).await,
             Command::Chat(arguments) => chat::run(*arguments).await,
             Command::Status(arguments) => status::run(arguments).await,

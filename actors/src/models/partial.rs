@@ -10,7 +10,7 @@
 use super::ModelError;
 use super::hashes::{Hash, read_hashes};
 use crate::core::spec::FilesId;
-use exo_engines::format::FormatError;
+use exo_engines::format::{FormatError, Writers};
 use exo_engines::model::{ModelFiles, Pieces};
 use parking_lot::{Mutex, MutexGuard};
 use sha2::{Digest, Sha256};
@@ -42,7 +42,10 @@ pub(super) fn open_model(folder: &Path) -> Result<ModelFiles, ModelError> {
     let mut ggufs = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|e| e == "gguf"));
-    Ok(ModelFiles::open(&ggufs.next().unwrap_or(model))?)
+    let mut files = ModelFiles::open(&ggufs.next().unwrap_or(model))?;
+    // Pieces of other layers may arrive while a shard loads its own.
+    files.weights.writers = Writers::Transfer;
+    Ok(files)
 }
 
 /// The pieces of a model that are on this machine, and the hashes of all its pieces.

@@ -22,5 +22,5 @@ pub use element::ElementType;
 pub use error::FormatError;
 pub use gguf::{Gguf, Value};
 pub use safetensors::SafeTensors;
-pub use source_file::{SourceFile, TensorBytes};
+pub use source_file::{SourceFile, TensorBytes, Writers};
 pub use tensor::TensorInfo;

@@ -1,6 +1,7 @@
 //! Reading of byte ranges of a model's file.
 
 use super::FormatError;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -15,7 +16,18 @@ use std::time::SystemTime;
 pub struct SourceFile {
     path: PathBuf,
     file: Arc<File>,
+    writers: Writers,
     opened_as: Version,
+}
+
+/// Who may write to a file while it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Writers {
+    /// Nobody: a write means that the file is being replaced.
+    #[default]
+    Nobody,
+    /// A transfer, which fills holes and leaves all other bytes as they are.
+    Transfer,
 }
 
 /// What changes when a file is written to.
@@ -26,21 +38,27 @@ struct Version {
 }
 
 impl Version {
-    fn of(file: &File) -> std::io::Result<Self> {
+    fn of(file: &File, writers: Writers) -> std::io::Result<Self> {
         let metadata = file.metadata()?;
-        Ok(Self { length_bytes: metadata.len(), modified: metadata.modified().ok() })
+        let modified = metadata.modified().ok().filter(|_| writers == Writers::Nobody);
+        Ok(Self { length_bytes: metadata.len(), modified })
     }
 }
 
 impl SourceFile {
-    /// Opens `path`. An empty file is an error: no supported format allows one.
+    /// Opens `path`, to which nobody writes. An empty file is an error: no supported format allows one.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
+        Self::open_beside(path, Writers::Nobody)
+    }
+
+    /// Opens `path`, to which these writers may write. An empty file is an error.
+    pub fn open_beside(path: &Path, writers: Writers) -> Result<Self, FormatError> {
         let file = File::open(path).map_err(|e| FormatError::io(path, &e))?;
-        let opened_as = Version::of(&file).map_err(|e| FormatError::io(path, &e))?;
+        let opened_as = Version::of(&file, writers).map_err(|e| FormatError::io(path, &e))?;
         if opened_as.length_bytes == 0 {
             return Err(FormatError::Truncated { path: path.to_owned(), what: "its header".to_owned() });
         }
-        Ok(Self { path: path.to_owned(), file: Arc::new(file), opened_as })
+        Ok(Self { path: path.to_owned(), file: Arc::new(file), writers, opened_as })
     }
 
     /// The file's path, for errors.
@@ -77,7 +95,7 @@ impl SourceFile {
         buffer.resize(length, 0);
         let read = self.file.read_exact_at(buffer, range.start);
         // The check comes last, so that it notices a write during the read, too.
-        let version = Version::of(&self.file).map_err(|e| FormatError::io(&self.path, &e))?;
+        let version = Version::of(&self.file, self.writers).map_err(|e| FormatError::io(&self.path, &e))?;
         if version != self.opened_as {
             return Err(FormatError::Changed { path: self.path.clone() });
         }
@@ -162,6 +180,21 @@ mod tests {
         assert!(!changed.remedy().is_empty());
         let bytes = TensorBytes::InFile { file: &replaced, range: 2..8, name: "x" };
         assert_eq!((bytes.length(), bytes.whole().err()), (6, Some(FormatError::Changed { path })));
+    }
+
+    /// A transfer that fills holes of a file disturbs no reader of its other ranges. A cut does.
+    #[test]
+    fn a_transfer_may_write_beside_a_reader() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("m.gguf");
+        std::fs::write(&path, [1; 8]).expect("written");
+        let opened = SourceFile::open_beside(&path, Writers::Transfer).expect("a file");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let file = File::options().write(true).open(&path).expect("a file");
+        file.write_all_at(&[2; 2], 6).expect("written");
+        assert_eq!(opened.read(0..4, "x").expect("it is there"), [1; 4]);
+        file.set_len(6).expect("cut");
+        assert_eq!(opened.read(0..4, "x"), Err(FormatError::Changed { path }));
     }
 
     /// A range that the file never had is reported with what it was to hold.

@@ -4,7 +4,7 @@
 
 use super::families::{self, Biases, Family, Windows};
 use super::{Architecture, Attention, Experts, FeedForward, Layer, ModelFiles, TokenizerSource, WeightSource, names};
-use crate::format::{ElementType, FormatError, Gguf, Value};
+use crate::format::{ElementType, FormatError, Gguf, Value, Writers};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -44,7 +44,7 @@ fn weights(file: &Gguf, architecture: &Architecture) -> Result<WeightSource, For
         })?;
         tensors.insert(role, slice);
     }
-    Ok(WeightSource { files: vec![file.file.path().to_owned()], tensors })
+    Ok(WeightSource { files: vec![file.file.path().to_owned()], tensors, writers: Writers::Nobody })
 }
 
 /// The keys of a GGUF file of a family.

@@ -7,7 +7,7 @@ use super::{
     Activation, Architecture, Attention, Experts, FeedForward, Layer, Layout, LongRopes, ModelFiles, Pairing, Role,
     TensorSlice, TokenizerSource, WeightSource, Weighting, names,
 };
-use crate::format::{ElementType, FormatError, SafeTensors};
+use crate::format::{ElementType, FormatError, SafeTensors, Writers};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -76,7 +76,11 @@ fn weights(
         })?;
         tensors.insert(role, slice);
     }
-    Ok(WeightSource { files: found.files.iter().map(|file| file.path().to_owned()).collect(), tensors })
+    Ok(WeightSource {
+        files: found.files.iter().map(|file| file.path().to_owned()).collect(),
+        tensors,
+        writers: Writers::Nobody,
+    })
 }
 
 /// The slice at `place`; `None` if its two tensors are missing or have too few values.

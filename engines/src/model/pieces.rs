@@ -173,7 +173,7 @@ fn parted(path: &Path, length_bytes: u64, starts: impl Iterator<Item = u64>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::ElementType;
+    use crate::format::{ElementType, Writers};
     use crate::model::{LayerRole, Role};
     use std::collections::BTreeMap;
 
@@ -213,7 +213,7 @@ mod tests {
             (Role::Layer(1, LayerRole::AttentionNorm), slice(0, 164 + long, 64)),
             (Role::OutputNorm, slice(0, 228 + long, 60)),
         ]);
-        let weights = WeightSource { files: vec![path], tensors };
+        let weights = WeightSource { files: vec![path], tensors, writers: Writers::Nobody };
         let needed = |range| all.of_shard(&weights, range, 2).into_iter().collect::<Vec<_>>();
         assert_eq!(needed(0..1), [0, 1, 2]);
         assert_eq!(needed(1..2), [0, 1, 3, 4]);

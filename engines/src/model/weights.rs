@@ -4,7 +4,7 @@
 //! over one. The reader always returns contiguous rows.
 
 use super::{Recipe, gather};
-use crate::format::{ElementType, FormatError, SourceFile, TensorBytes, TensorInfo};
+use crate::format::{ElementType, FormatError, SourceFile, TensorBytes, TensorInfo, Writers};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -162,6 +162,9 @@ pub struct WeightSource {
     pub files: Vec<PathBuf>,
     /// The location of each role's tensor.
     pub tensors: BTreeMap<Role, TensorSlice>,
+    /// Who may write to the files while they are read.
+    #[serde(default)]
+    pub writers: Writers,
 }
 
 impl WeightSource {
@@ -207,7 +210,8 @@ pub struct WeightReader {
 impl WeightReader {
     /// Opens all files. No tensor is read yet.
     pub fn open(source: &WeightSource) -> Result<Self, FormatError> {
-        let files = source.files.iter().map(|path| SourceFile::open(path)).collect::<Result<_, _>>()?;
+        let opened = source.files.iter().map(|path| SourceFile::open_beside(path, source.writers));
+        let files = opened.collect::<Result<_, _>>()?;
         Ok(Self { files })
     }
 

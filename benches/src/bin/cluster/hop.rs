@@ -63,10 +63,9 @@ fn network(
 
 async fn peer(events: &mut tokio::sync::mpsc::Receiver<NetworkEvent>) -> anyhow::Result<Box<Peer>> {
     loop {
-        match events.recv().await.context("the network has stopped")? {
-            // Dropping the peer closes its connections.
-            NetworkEvent::PeerUp(peer) => return Ok(peer),
-            _ => {}
+        // Dropping the peer closes its connections.
+        if let NetworkEvent::PeerUp(peer) = events.recv().await.context("the network has stopped")? {
+            return Ok(peer);
         }
     }
 }
