@@ -117,6 +117,10 @@ async fn one_socket_serves_both_families() {
     let port = a.address().expect("an address").port();
     for listen in ["127.0.0.1", "::1"] {
         let ip = listen.parse().expect("an address");
+        if UdpSocket::bind(SocketAddr::new(ip, 0)).is_err() {
+            eprintln!("SKIPPED: this machine has no {ip}");
+            continue;
+        }
         let (b, mut of_b, _) = network_at(ip, 1, vec![SocketAddr::new(ip, port)]);
         let (at_a, at_b) = (connected(&mut of_a).await, connected(&mut of_b).await);
         assert_eq!((at_a.address.ip(), at_b.address), (ip, SocketAddr::new(ip, port)));
