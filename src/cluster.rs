@@ -1,8 +1,8 @@
 //! A node's membership of its user's cluster: the secret, known members' addresses, and evicted nodes.
 
 use crate::error::StartError;
-use exo_actors::{ClusterConfig, Evicted, WireType};
-use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, SecretError, reachable};
+use exo_actors::{ClusterConfig, Evicted, Revision, WireType};
+use exo_net::{ClusterSecret, Discover, Identity, JoinToken, Network, NetworkConfig, NodeId, SecretError, reachable};
 use std::io::Write;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -13,7 +13,7 @@ use tempfile::NamedTempFile;
 const MEMBERS_FILE: &str = "cluster.members";
 /// The file with the fingerprints of renewed secrets, one a line.
 const RENOUNCED_FILE: &str = "cluster.renounced";
-/// The file with the ids of evicted members, one a line, each with its revision.
+/// The file with the ids of evicted members, one a line, each with its revision: a number, and a member's name.
 const EVICTED_FILE: &str = "cluster.evicted";
 /// The default UDP port of the cluster's network; the API's default port is 52415.
 pub const PORT_DEFAULT: u16 = 52416;
@@ -67,7 +67,7 @@ pub(crate) fn join(
     let secret = ClusterSecret::load_or_create(data_dir)?;
     let cookie = secret.cookie();
     let (listen, discover) = (settings.listen, settings.discover);
-    let evicted = evicted(data_dir)?;
+    let evicted = evicted(data_dir, name.clone())?;
     let not_let_in = evicted.nodes();
     let config = NetworkConfig { identity, secret, name, listen, peers, token_peers, discover, evicted: not_let_in };
     let (network, events) = Network::start(config)?;
@@ -108,7 +108,7 @@ fn is_renounced(data_dir: &Path, secret: &ClusterSecret) -> bool {
 
 /// Loads the evicted nodes. A list that exists but cannot be read stops the start: without it, evicted nodes would be
 /// admitted.
-fn evicted(data_dir: &Path) -> Result<Evicted, StartError> {
+fn evicted(data_dir: &Path, name: String) -> Result<Evicted, StartError> {
     let path = data_dir.join(EVICTED_FILE);
     let lines = match std::fs::read_to_string(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -116,11 +116,14 @@ fn evicted(data_dir: &Path) -> Result<Evicted, StartError> {
     };
     // Lines that are not ids are ignored. An id alone is one of a node that was evicted once.
     let revision = |line: &str| {
-        let mut words = line.split_whitespace();
-        Some((words.next()?.parse().ok()?, words.next().map_or(Some(1), |revision| revision.parse().ok())?))
+        let mut words = line.splitn(3, ' ');
+        let node = words.next()?.parse().ok()?;
+        let number = words.next().map_or(Some(1), |number| number.parse().ok())?;
+        Some((node, Revision { number, by: words.next().unwrap_or_default().to_owned() }))
     };
-    Ok(Evicted::new(lines.lines().filter_map(revision).collect(), move |revisions| {
-        let lines: String = revisions.iter().map(|(node, revision)| format!("{node} {revision}\n")).collect();
+    Ok(Evicted::new(name, lines.lines().filter_map(revision).collect(), move |revisions| {
+        let line = |(node, Revision { number, by }): (&NodeId, &Revision)| format!("{node} {number} {by}\n");
+        let lines: String = revisions.iter().map(line).collect();
         let mut draft = NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
         draft.write_all(lines.as_bytes())?;
         draft.persist(&path).map(drop).map_err(|error| error.error)

@@ -18,8 +18,8 @@ mod sessions;
 mod streams;
 mod trouble;
 
+pub use evicted::Evicted;
 use evicted::EvictionChange;
-pub use evicted::{Evicted, Revisions};
 
 use crate::core::members::MemberReport;
 use crate::core::node_status::Fact;
@@ -351,9 +351,9 @@ impl ClusterState {
         }
         for change in changes {
             tracing::info!(?change, "evictions changed");
-            match *change {
-                EvictionChange::Evicted(node) => self.network.evict(node),
-                EvictionChange::Readmitted(node) => self.network.readmit(node),
+            match change {
+                EvictionChange::Evicted { node, by } => self.network.evict(*node, by.clone()),
+                EvictionChange::Readmitted(node) => self.network.readmit(*node),
             }
         }
         self.facts.tell(Fact::EvictionsChanged(self.evicted.nodes()));

@@ -20,7 +20,7 @@ mod planner;
 mod transport;
 mod worker;
 
-pub use cluster::{Evicted, Revisions};
+pub use cluster::Evicted;
 pub use core::request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError};
 // The types of requests and answers.
 pub use exo_engines::sampler::{Sampled, SamplingParams};
@@ -29,4 +29,5 @@ pub use exo_net::{NodeId, WireType};
 pub use gateway::Generation;
 pub use node::{ClusterConfig, Lagged, NodeConfig, NodeHandle, Subscription, start};
 pub use planner::{PlannerLimits, RunningModel, fresh_seed};
+pub use transport::protocol::{Revision, Revisions};
 pub use worker::machine::host_name;

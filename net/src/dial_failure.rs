@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 
 /// The codes with which a node closes connections to others.
 pub(crate) mod close {
-    /// The node has been evicted.
+    /// The node has been evicted. The reason is the name of the member whose user evicted it.
     pub(crate) const NOT_ADMITTED: u32 = 3;
     /// Another node with the same key is connected. The reason is that node's address.
     pub(crate) const SAME_KEY: u32 = 6;
@@ -34,8 +34,11 @@ pub enum DialFailure {
         what: String,
     },
     /// The members have evicted this node.
-    #[error("does not admit this node, which was evicted")]
-    Evicted,
+    #[error("does not admit this node, which was evicted on {by}")]
+    Evicted {
+        /// The name of the member whose user evicted it.
+        by: String,
+    },
     /// The node there speaks another protocol version.
     #[error("runs another version of exo (protocol {theirs})")]
     Protocol {
@@ -66,7 +69,9 @@ impl DialFailure {
             Self::OtherCluster => "join that node's cluster with a new token of one of its members",
             Self::Silent => "check the address, that the node runs, and that no firewall blocks its UDP port",
             Self::NoRoute { .. } => "give an address in a network that this machine is in",
-            Self::Evicted => "undo the eviction on a member, or start this node in another data folder with a token",
+            Self::Evicted { .. } => {
+                "undo the eviction on a member, or start this node in another data folder with a token"
+            }
             Self::Protocol { .. } | Self::Unreadable => "run the same version on both machines",
             Self::SameKey { .. } => "one data folder is a copy of the other: delete node.key on the copy",
             Self::Other { .. } => "turn on the log of the node at that address, and try again",
@@ -101,7 +106,7 @@ impl DialFailure {
     fn of_close(closed: &ApplicationClose) -> Self {
         let reason = || String::from_utf8_lossy(&closed.reason).into_owned();
         match u32::try_from(closed.error_code.into_inner()) {
-            Ok(close::NOT_ADMITTED) => Self::Evicted,
+            Ok(close::NOT_ADMITTED) => Self::Evicted { by: crate::shown_name(&reason()) },
             Ok(close::SAME_KEY) => Self::SameKey { first: crate::shown_name(&reason()) },
             _ => {
                 Self::Other { what: format!("the node there closed the connection: {}", crate::shown_name(&reason())) }

@@ -19,7 +19,7 @@ use crate::identity::{Identity, IdentityError, NodeId};
 use crate::peer::{ConnectError, Introduced, OwnHello, Peer, PeerConnections};
 use crate::secret::ClusterSecret;
 use driver::Driver;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -64,8 +64,8 @@ pub struct NetworkConfig {
     pub token_peers: Vec<SocketAddr>,
     /// Whether the node looks for members on the local network.
     pub discover: Discover,
-    /// Nodes that are not admitted, even if they have the cluster's secret.
-    pub evicted: BTreeSet<NodeId>,
+    /// Nodes that are not admitted, even if they have the cluster's secret, and who evicted each.
+    pub evicted: BTreeMap<NodeId, String>,
 }
 
 impl NetworkConfig {
@@ -83,7 +83,7 @@ impl NetworkConfig {
             peers,
             token_peers: Vec::new(),
             discover: Discover::Off,
-            evicted: BTreeSet::new(),
+            evicted: BTreeMap::new(),
         })
     }
 }
@@ -173,7 +173,7 @@ enum DriverEvent {
         is_alive: bool,
         newcomer: Box<PeerConnections>,
     },
-    Evict(NodeId),
+    Evict(NodeId, String),
     Readmit(NodeId),
     Stop(tokio::sync::oneshot::Sender<()>),
 }
@@ -301,11 +301,11 @@ impl Network {
         let _ = self.driver_events.try_send(DriverEvent::Sighted(address));
     }
 
-    /// Closes the connections of `id`, and admits it no more.
-    pub fn evict(&self, id: NodeId) {
+    /// Closes the connections of `id`, and admits it no more: it is told that the member `by` has evicted it.
+    pub fn evict(&self, id: NodeId, by: String) {
         let driver_events = self.driver_events.clone();
         // A driver that has ended has no peers.
-        self.thread.spawn(async move { drop(driver_events.send(DriverEvent::Evict(id)).await) });
+        self.thread.spawn(async move { drop(driver_events.send(DriverEvent::Evict(id, by)).await) });
     }
 
     /// Admits `id` again, after an eviction.

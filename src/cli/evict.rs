@@ -1,6 +1,7 @@
 //! `exo-node evict`: removes a member from the cluster.
 
 use super::client::NodeClient;
+use super::events::printable;
 use super::outcome::Outcome;
 use crate::config::data_folder;
 use crate::{NodeId, NodeStatus};
@@ -34,8 +35,9 @@ pub(super) async fn run(arguments: EvictArguments) -> anyhow::Result<Outcome> {
     };
     let status = node.status().await?;
     if arguments.list {
-        for id in &status.evicted {
-            println!("{id}  {}", status.gone.get(id).map_or("", |gone| &gone.name));
+        for (id, by) in &status.evicted {
+            let name = status.gone.get(id).map_or("", |gone| &gone.name);
+            println!("{id}  {}  evicted on {}", printable(name), printable(by));
         }
         return Ok(Outcome::Done);
     }
@@ -72,7 +74,7 @@ fn find(status: &NodeStatus, wanted: &str) -> anyhow::Result<NodeId> {
 fn find_evicted(status: &NodeStatus, wanted: &str) -> anyhow::Result<NodeId> {
     let had_name = |id: &NodeId| status.gone.get(id).is_some_and(|gone| gone.name == wanted);
     let is_meant = |id: &&NodeId| had_name(id) || wanted.len() >= 4 && id.to_string().starts_with(wanted);
-    let meant: Vec<NodeId> = status.evicted.iter().filter(is_meant).copied().collect();
+    let meant: Vec<NodeId> = status.evicted.keys().filter(is_meant).copied().collect();
     match meant[..] {
         [one] => Ok(one),
         [] => anyhow::bail!("no evicted node is called `{wanted}`: `exo-node evict --list` lists them"),

@@ -63,10 +63,14 @@ fn an_evicted_member_stays_disconnected() {
     });
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!([0, 1, 2].map(|index| members(&cluster.nodes[index]).len()), [1, 1, 0]);
+    until("c does not know why nobody answers", || {
+        let status = cluster.nodes[2].command(&["status"]).stdout;
+        String::from_utf8_lossy(&status).contains("does not admit this node, which was evicted on a")
+    });
     // An eviction can be undone, on any member, and made again.
     let listed = String::from_utf8(cluster.nodes[1].command(&["evict", "--list"]).stdout).expect("UTF-8");
     let id = cluster.nodes[2].state()["node"].as_str().expect("an id").to_owned();
-    assert!(listed.lines().any(|line| line.starts_with(&id) && line.ends_with('c')), "{listed}");
+    assert!(listed.lines().any(|line| line.starts_with(&id) && line.ends_with("c  evicted on a")), "{listed}");
     let undone = cluster.nodes[1].command(&["evict", "--undo", &id[..8]]);
     assert!(undone.status.success(), "{}", crate::stderr(&undone));
     until("the member is not back", || [0, 1, 2].iter().all(|&index| members(&cluster.nodes[index]).len() == 2));

@@ -10,7 +10,7 @@ use crate::core::status::{InstanceStatus, KeyClash, Load, Machine, Phase, Totals
 use exo_engines::engine::DeviceReport;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 /// Something that happened on this node, or to its peers.
@@ -113,7 +113,7 @@ pub enum Fact {
     /// Two nodes have not been seen with the same key for a while.
     SameKeyOver(KeyClash),
     /// These nodes are not admitted.
-    EvictionsChanged(BTreeSet<NodeId>),
+    EvictionsChanged(BTreeMap<NodeId, String>),
     /// A connected peer is outside this node's clique.
     PeerOutside {
         /// The peer.
@@ -177,9 +177,9 @@ pub struct NodeStatus {
     /// Pairs of running nodes that have the same key, by the address of the second.
     #[serde(default)]
     pub same_key: BTreeMap<SocketAddr, KeyClash>,
-    /// Nodes that are not admitted.
+    /// Nodes that are not admitted, and the name of the member whose user evicted each.
     #[serde(default)]
-    pub evicted: BTreeSet<NodeId>,
+    pub evicted: BTreeMap<NodeId, String>,
     /// What the heads of this node have done since it started, by the model's name.
     #[serde(default)]
     pub totals: BTreeMap<String, Totals>,
@@ -221,7 +221,7 @@ impl NodeStatus {
             gone: BTreeMap::new(),
             unreached: BTreeMap::new(),
             same_key: BTreeMap::new(),
-            evicted: BTreeSet::new(),
+            evicted: BTreeMap::new(),
             totals: BTreeMap::new(),
             version: 0,
         }

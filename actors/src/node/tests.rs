@@ -15,7 +15,7 @@ use crate::core::watchdog::HangTimeouts;
 use crate::models::ModelsConfig;
 use crate::planner::PlannerLimits;
 use crate::transport::protocol::{
-    ControlMessage, DataHello, HeadRequest, LinkEnd, LinkHello, StageOrder, WeightsQuery, WeightsRequest,
+    ControlMessage, DataHello, HeadRequest, LinkEnd, LinkHello, Revision, StageOrder, WeightsQuery, WeightsRequest,
 };
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{DeviceId, Incarnation};
@@ -37,7 +37,7 @@ fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Pat
     let (network, events) = Network::start(network).expect("it listens");
     let address = network.address();
     let addresses = address.into_iter().collect();
-    let evicted = Evicted::new(BTreeMap::new(), |_| Ok(()));
+    let evicted = Evicted::new("test".to_owned(), BTreeMap::new(), |_| Ok(()));
     let models = ModelsConfig::of_folder(models);
     let config = NodeConfig {
         id,
@@ -148,8 +148,11 @@ fn reports(round: u64) -> Vec<ControlMessage> {
         ..MemberReport::of_cpu(1 << 30, 1e10)
     };
     let absurd = MemberReport { in_use: vec![InstanceId(round); 100_000], ..report.clone() };
-    let nobody =
-        (0..100).map(|number: u64| (format!("{:064x}", round << 8 | number).parse().expect("an id"), 1)).collect();
+    let evicted = |number: u64| {
+        let node = format!("{:064x}", round << 8 | number).parse().expect("an id");
+        (node, Revision { number: 1, by: "x".repeat(1000) })
+    };
+    let nobody = (0..100).map(evicted).collect();
     let reports = [report, absurd].map(|report| ControlMessage::Report(Box::new(report)));
     reports.into_iter().chain([ControlMessage::Evicted(nobody)]).collect()
 }

@@ -40,7 +40,25 @@ pub(crate) enum ControlMessage {
     /// A shard cannot run on its device.
     Broken(Box<BrokenShard>),
     /// The members that are no longer admitted.
-    Evicted(BTreeMap<NodeId, u64>),
+    Evicted(Revisions),
+}
+
+/// The revision of each node that was ever evicted.
+pub type Revisions = BTreeMap<NodeId, Revision>;
+
+/// How often a node was evicted and admitted again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revision {
+    /// Odd: the node is evicted; even: it may be a member.
+    pub number: u64,
+    /// The name of the member whose user decided so last.
+    pub by: String,
+}
+
+impl Revision {
+    pub(crate) fn is_evicted(&self) -> bool {
+        self.number % 2 == 1
+    }
 }
 
 impl ControlMessage {

@@ -14,7 +14,7 @@ use crate::identity::NodeId;
 use crate::peer::{
     ConnectError, DataConnection, Introduced, OwnHello, PeerConnections, dial, introduce, nonce_of, shown,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::mpsc;
@@ -68,7 +68,7 @@ pub(super) struct Driver {
     pub(super) dials: DialRegistry,
     pub(super) peers: BTreeMap<NodeId, ConnectedPeer>,
     pub(super) next_session: u64,
-    pub(super) evicted: BTreeSet<NodeId>,
+    pub(super) evicted: BTreeMap<NodeId, String>,
     pub(super) _discovery: Option<Discovery>,
 }
 
@@ -135,8 +135,8 @@ impl Driver {
 
     /// Handles an accepted connection: exchanges hellos on a control connection, reads the nonce of a data connection.
     fn on_accepted(&self, Authenticated { id, purpose, connection }: Authenticated) {
-        if self.evicted.contains(&id) {
-            connection.close(quinn::VarInt::from_u32(close::NOT_ADMITTED), b"not admitted");
+        if let Some(by) = self.evicted.get(&id) {
+            connection.close(quinn::VarInt::from_u32(close::NOT_ADMITTED), by.as_bytes());
             return;
         }
         let (own, driver_events, accepted) = (self.own.clone(), self.driver_events.clone(), connection.clone());
@@ -209,8 +209,8 @@ impl Driver {
             DriverEvent::KeyChecked { session, is_alive, newcomer } => {
                 self.on_key_checked(session, is_alive, *newcomer).await;
             }
-            DriverEvent::Evict(id) => {
-                self.evicted.insert(id);
+            DriverEvent::Evict(id, by) => {
+                self.evicted.insert(id, by);
                 if let Some(peer) = self.peers.get(&id) {
                     peer.data.close("evicted");
                 }
@@ -261,8 +261,8 @@ impl Driver {
         let (id, is_dialled) = (connections.id(), connections.is_dialled());
         // Held until this pair is elected or closed.
         let _guard = connections.guard.take();
-        if self.evicted.contains(&id) {
-            connections.close(close::NOT_ADMITTED, "not admitted");
+        if let Some(by) = self.evicted.get(&id) {
+            connections.close(close::NOT_ADMITTED, by);
             return Elected::Unwanted;
         }
         if let Some(peer) = self.peers.get(&id).filter(|peer| peer.run != connections.introduced.run) {
@@ -326,7 +326,7 @@ impl Driver {
         let PeerEnd::Closed(error) = end else { return };
         // A member that refuses this node may do so only after both sides have elected the pair.
         let failure = DialFailure::of_connection(address, error);
-        if matches!(failure, DialFailure::SameKey { .. } | DialFailure::Evicted) {
+        if matches!(failure, DialFailure::SameKey { .. } | DialFailure::Evicted { .. }) {
             self.policy.handle_same_key(address, self.now());
             self.tell_failure(address, Some(failure)).await;
         }

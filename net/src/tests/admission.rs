@@ -209,7 +209,7 @@ async fn an_evicted_member_is_not_dialled_repeatedly() {
     let (b, mut of_b, id_b) = network(1, Vec::new());
     let (a, mut of_a, _) = network(1, vec![b.address().expect("an address")]);
     let _peers = (connected(&mut of_a).await, connected(&mut of_b).await);
-    a.evict(id_b);
+    a.evict(id_b, "a".to_owned());
     let at_b = told(&mut of_b, Duration::from_secs(4)).await;
     let met = at_b.iter().filter(|event| matches!(event, NetworkEvent::PeerUp(_))).count();
     assert!(met <= 8, "the evicted member was dialled {met} times in four seconds");

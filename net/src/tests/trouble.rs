@@ -55,9 +55,9 @@ async fn a_dial_in_vain_has_a_reason() {
     let (c, _of_c, _) = network(1, Vec::new());
     let address = c.address().expect("an address");
     let config = NetworkConfig::loopback(secret(1), vec![address]).expect("random bytes");
-    c.evict(config.identity.node_id());
+    c.evict(config.identity.node_id(), "c".to_owned());
     let (evicted, mut of_evicted) = Network::start(config).expect("started");
-    assert_eq!(failure(&mut of_evicted).await, (address, Some(DialFailure::Evicted)));
+    assert_eq!(failure(&mut of_evicted).await, (address, Some(DialFailure::Evicted { by: "c".to_owned() })));
     tokio::task::spawn_blocking(move || drop((stranger, a, b, late, c, evicted))).await.expect("dropped");
 }
 

@@ -20,7 +20,7 @@ impl Driver {
         let failure = failure.filter(|failure| match (self.policy.source(address), failure) {
             (
                 _,
-                DialFailure::Evicted
+                DialFailure::Evicted { .. }
                 | DialFailure::SameKey { .. }
                 | DialFailure::Protocol { .. }
                 | DialFailure::Unreadable,
