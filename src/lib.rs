@@ -49,8 +49,8 @@ pub use exo_actors::core::status::{InstanceStatus, Load, Machine, Phase, Totals}
 pub use exo_actors::core::watchdog::HangTimeouts;
 pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};
 pub use exo_actors::{
-    Conversation, FunctionCall, GenerateRequest, Generated, Generation, Lagged, Message, ModelSpec, NodeHandle, Prompt,
-    RequestError, Role, RunningModel, Sampled, SamplingParams, Subscription, ToolCall, fresh_seed,
+    Answerer, Conversation, FunctionCall, GenerateRequest, Generated, Generation, Lagged, Message, ModelSpec,
+    NodeHandle, Prompt, RequestError, Role, RunningModel, Sampled, SamplingParams, Subscription, ToolCall, fresh_seed,
 };
 pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory};
 pub use exo_engines::model::Recipe;

@@ -199,7 +199,7 @@ impl RequestTask {
         let mut heads = 0;
         loop {
             let given = answer.journal().len();
-            answer.ask(running.id);
+            answer.ask(&running);
             let sampler = SamplerSpec {
                 params: params.clone(),
                 prompt: answer.prompt().to_vec(),

@@ -21,7 +21,7 @@ mod transport;
 mod worker;
 
 pub use cluster::Evicted;
-pub use core::request::{GenerateRequest, Generated, ModelSpec, Prompt, RequestError};
+pub use core::request::{Answerer, GenerateRequest, Generated, ModelSpec, Prompt, RequestError};
 // The types of requests and answers.
 pub use exo_engines::sampler::{Sampled, SamplingParams};
 pub use exo_engines::template::{Conversation, FunctionCall, Message, Role, ToolCall};

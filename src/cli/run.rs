@@ -7,8 +7,7 @@ use super::report::{StageReport, milliseconds, rate};
 use super::session::{Answered, Answering, Session};
 use super::shown::ShownAnswer;
 use crate::{
-    FinishReason, GenerateRequest, Generated, InstanceId, Message, Prompt, RequestError, Role, SamplingParams,
-    fresh_seed,
+    Answerer, FinishReason, GenerateRequest, Generated, Message, Prompt, RequestError, Role, SamplingParams, fresh_seed,
 };
 use clap::Args;
 use serde::Serialize;
@@ -81,7 +80,7 @@ struct Report {
     prefill_tokens_per_s: f64,
     decode_tokens_per_s: f64,
     model: String,
-    /// The type of the weights; `None` where the running node has unloaded the model meanwhile.
+    /// The type of the weights; `None` where the answer did not begin.
     quantization: Option<String>,
     stages: Vec<StageReport>,
 }
@@ -104,8 +103,8 @@ struct TopReport {
 /// An answer, as received so far. Times count from the request.
 #[derive(Debug, Default)]
 struct CollectedAnswer {
-    /// The instance that answers; `None` before its head accepted the request.
-    instance: Option<InstanceId>,
+    /// What answers; `None` before its head accepted the request.
+    by: Option<Box<Answerer>>,
     text: String,
     /// How the answer is shown; `None`: not at all, or as it is.
     shown: Option<ShownAnswer>,
@@ -141,7 +140,7 @@ pub(super) async fn run(arguments: RunArguments) -> anyhow::Result<Outcome> {
         outcome = answering => { outcome?; false }
         _ = tokio::signal::ctrl_c() => true,
     };
-    let answered = session.answered(&arguments.model.spec(), answer.instance).await;
+    let answered = session.answered(&arguments.model.spec(), answer.by.as_deref()).await;
     if arguments.json && !interrupted {
         println!("{}", serde_json::to_string(&answer.report(answered?, arguments.logprobs.is_some()))?);
     } else if !arguments.json {
@@ -205,8 +204,8 @@ impl CollectedAnswer {
     async fn collect(&mut self, mut generation: Answering, started: Instant, shows: bool) -> anyhow::Result<()> {
         while let Some(event) = generation.next().await {
             match event? {
-                Generated::Started { instance, prompt_tokens, .. } => {
-                    (self.instance, self.prompt_tokens) = (Some(instance), prompt_tokens);
+                Generated::Started { by, prompt_tokens, .. } => {
+                    (self.by, self.prompt_tokens) = (Some(by), prompt_tokens);
                 }
                 Generated::Token { sampled, names, text } => {
                     let now = started.elapsed();

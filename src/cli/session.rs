@@ -4,7 +4,7 @@ use super::client::{ClientAnswer, NodeClient};
 use super::model_args::ModelArguments;
 use super::progress::Display;
 use super::report::{StageReport, stages};
-use crate::{Fact, GenerateRequest, Generated, Generation, InstanceId, ModelSpec, NodeHandle, Phase, RunningModel};
+use crate::{Answerer, Fact, GenerateRequest, Generated, Generation, ModelSpec, NodeHandle, Phase, RunningModel};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -55,7 +55,7 @@ pub(super) enum Answering {
 /// The model and placement that answered a request.
 pub(super) struct Answered {
     pub(super) model: String,
-    /// The type of the weights; `None` where the model has been unloaded meanwhile.
+    /// The type of the weights; `None` where the answer did not begin.
     pub(super) quantization: Option<String>,
     pub(super) stages: Vec<StageReport>,
     /// The time that the load took; `None` where the running node answered.
@@ -96,32 +96,18 @@ impl Session {
         }
     }
 
-    /// Returns the model and placement that answered a request for `spec`. `instance` is the one that answered, where
-    /// the answer has started.
-    pub(super) async fn answered(&self, spec: &ModelSpec, instance: Option<InstanceId>) -> anyhow::Result<Answered> {
-        match self {
-            Self::Own { node, loaded } => {
-                let Loaded { model, load } = &**loaded;
-                Ok(Answered {
-                    model: model.name().to_owned(),
-                    quantization: Some(model.quantization().to_owned()),
-                    stages: stages(&node.status().await?, model.placement()),
-                    load: Some(*load),
-                })
-            }
-            Self::Running(client) => {
-                let status = client.status().await?;
-                // The model may have been unloaded by now.
-                let found = instance.and_then(|id| status.everywhere().find(|(found, _)| *found == id));
-                let found = found.map(|(_, instance)| instance);
-                Ok(Answered {
-                    model: found.map_or_else(|| spec.to_string(), |instance| instance.model.name.clone()),
-                    quantization: found.map(|instance| instance.model.quantization.clone()),
-                    stages: found.map(|instance| stages(&status, &instance.placement)).unwrap_or_default(),
-                    load: None,
-                })
-            }
-        }
+    /// Reports what answered a request for `spec`: `by`, where the answer has started.
+    pub(super) async fn answered(&self, spec: &ModelSpec, by: Option<&Answerer>) -> anyhow::Result<Answered> {
+        let (status, load) = match self {
+            Self::Own { node, loaded } => (node.status().await?, Some(loaded.load)),
+            Self::Running(client) => (client.status().await?, None),
+        };
+        Ok(Answered {
+            model: by.map_or_else(|| spec.to_string(), |by| by.model.clone()),
+            quantization: by.map(|by| by.quantization.clone()),
+            stages: by.map(|by| stages(&status, &by.placement)).unwrap_or_default(),
+            load,
+        })
     }
 
     pub(super) async fn close(self) {

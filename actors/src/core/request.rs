@@ -1,7 +1,7 @@
 //! Requests to generate, the events of their answers, and their errors.
 
 use crate::core::model_error::ModelError;
-use crate::core::plan::PlanError;
+use crate::core::plan::{Placement, PlanError};
 use crate::core::scheduler::{AdmitError, FinishReason};
 use crate::core::spec::InstanceId;
 pub use crate::core::spec::ModelSpec;
@@ -37,14 +37,27 @@ pub struct GenerateRequest {
     pub stop: Vec<String>,
 }
 
+/// What answers a request: an instance of a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Answerer {
+    /// Its id.
+    pub instance: InstanceId,
+    /// The model's name, with the recipe that its weights are quantised by.
+    pub model: String,
+    /// How most of its weights are stored: `Q4_K`, `F16`, ….
+    pub quantization: String,
+    /// Where its shards ran when the answer began.
+    pub placement: Placement,
+}
+
 /// An event of an answer's stream. In order: `Started`, tokens, `Finished`; an error can come at any point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Generated {
     /// The model's head accepted the request.
     Started {
-        /// The instance that answers.
-        instance: InstanceId,
+        /// What answers.
+        by: Box<Answerer>,
         /// The prompt, encoded.
         prompt_tokens: Vec<u32>,
         /// Whether the prompt ends with `<think>`: the answer begins within a thought.

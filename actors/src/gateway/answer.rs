@@ -1,9 +1,8 @@
 //! One answer: turns tokens into text for the client, and keeps a journal from which another head can continue.
 
 use super::Events;
-use crate::core::request::Generated;
+use crate::core::request::{Answerer, Generated};
 use crate::core::scheduler::FinishReason;
-use crate::core::spec::InstanceId;
 use crate::planner::RunningModel;
 use crate::transport::protocol::HeadEvent;
 use exo_engines::sampler::Sampled;
@@ -26,7 +25,7 @@ pub(super) enum StreamState {
 #[derive(Debug)]
 pub(super) struct Answer {
     /// The instance whose head accepted the request first.
-    instance: InstanceId,
+    by: Answerer,
     tokenizer: Arc<Tokenizer>,
     utf8: Utf8Stream,
     stop: StopStream,
@@ -44,7 +43,7 @@ pub(super) struct Answer {
 impl Answer {
     pub(super) fn new(running: &RunningModel, stop: &[String], prompt: Vec<u32>, events: Events) -> Self {
         Self {
-            instance: running.id,
+            by: running.answerer(),
             tokenizer: Arc::clone(&running.tokenizer),
             utf8: Utf8Stream::default(),
             stop: StopStream::new(stop),
@@ -58,9 +57,9 @@ impl Answer {
     }
 
     /// Names the instance whose head is asked next.
-    pub(super) fn ask(&mut self, instance: InstanceId) {
+    pub(super) fn ask(&mut self, running: &RunningModel) {
         if !self.is_started {
-            self.instance = instance;
+            self.by = running.answerer();
         }
     }
 
@@ -79,8 +78,8 @@ impl Answer {
             HeadEvent::Accepted if self.is_started => StreamState::Open,
             HeadEvent::Accepted => {
                 self.is_started = true;
-                let (instance, prompt_tokens) = (self.instance, self.prompt.clone());
-                self.send(Generated::Started { instance, prompt_tokens, opens_thought: self.opens_thought() })
+                let (by, prompt_tokens) = (Box::new(self.by.clone()), self.prompt.clone());
+                self.send(Generated::Started { by, prompt_tokens, opens_thought: self.opens_thought() })
             }
             HeadEvent::Admitted { cached_tokens } => {
                 self.cached_tokens.get_or_insert(cached_tokens);

@@ -6,7 +6,7 @@ use crate::core::context::Context;
 use crate::core::leader::PlacementRequest;
 use crate::core::model_error::ModelError;
 use crate::core::plan::Placement;
-use crate::core::request::RequestError;
+use crate::core::request::{Answerer, RequestError};
 use crate::core::spec::{InstanceId, Model, ModelSpec};
 use crate::head::HeadRef;
 use crate::models::{Extent, ResolvedModel};
@@ -47,6 +47,16 @@ impl RunningModel {
     /// The instance that serves the model.
     pub fn id(&self) -> InstanceId {
         self.id
+    }
+
+    /// What answers a request of this model now.
+    pub(crate) fn answerer(&self) -> Answerer {
+        Answerer {
+            instance: self.id,
+            model: self.name().to_owned(),
+            quantization: self.quantization().to_owned(),
+            placement: self.placement.clone(),
+        }
     }
 
     /// The model's name, with the recipe that its weights are quantised by.
