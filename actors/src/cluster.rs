@@ -23,7 +23,7 @@ use evicted::EvictionChange;
 
 use crate::core::members::MemberReport;
 use crate::core::node_status::Fact;
-use crate::core::plan::Link;
+use crate::core::speed::Estimate;
 use crate::core::status::KeyClash;
 use crate::gateway::GatewayMsg;
 use crate::models::ModelsRef;
@@ -121,7 +121,12 @@ struct ConnectedPeer {
     outbox: Outbox,
     since: Instant,
     is_ready: bool,
-    bytes_per_s: Option<f64>,
+    /// The measured bandwidth, in bytes per second.
+    bandwidth: Estimate,
+    /// The measured round-trip time, in seconds.
+    rtt: Estimate,
+    /// When the round-trip time was last taken.
+    rtt_taken: Option<Instant>,
     /// When the last measurement of bandwidth began.
     probed: Option<Instant>,
     /// The addresses of other nodes in the peer's last report.
@@ -257,7 +262,9 @@ impl ClusterState {
             outbox,
             since: Instant::now(),
             is_ready: false,
-            bytes_per_s: None,
+            bandwidth: Estimate::default(),
+            rtt: Estimate::default(),
+            rtt_taken: None,
             probed: None,
             reported: BTreeSet::new(),
         };
@@ -396,10 +403,9 @@ impl ClusterState {
     fn on_tick(&mut self, myself: &ClusterRef) {
         self.probe(myself);
         let (mut links, mut peers) = (BTreeMap::new(), Vec::new());
-        for (id, peer) in &self.peers {
+        for (id, peer) in &mut self.peers {
             if peer.is_ready {
-                let link = Link { rtt_s: peer.data.rtt().as_secs_f64(), bytes_per_s: peer.bytes_per_s };
-                links.insert(*id, link);
+                links.insert(*id, peer.link());
                 peers.extend(Some(peer.address).filter(|&address| exo_net::is_shareable(address)));
             } else if peer.since.elapsed() > SESSION_DEADLINE {
                 peer.data.close("the session did not begin in time");

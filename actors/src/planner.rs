@@ -40,7 +40,7 @@ use crate::core::node_status::Fact;
 use crate::core::plan::{Link, Preview};
 use crate::core::request::RequestError;
 use crate::core::spec::{InstanceId, ModelSpec};
-use crate::core::speed::SpeedEstimate;
+use crate::core::speed::Estimate;
 use crate::core::status::{KeyClash, Machine};
 use crate::core::watchdog::HangTimeouts;
 use crate::head::{HeadRef, HeadReport, StageUpdate};
@@ -179,7 +179,7 @@ pub(crate) struct PlannerState {
     held: BTreeMap<InstanceId, u64>,
     /// Shards of this node that serve or load, without those that only release their memory.
     hosted_shards: usize,
-    speeds: HashMap<DeviceId, SpeedEstimate>,
+    speeds: HashMap<DeviceId, Estimate>,
     links: BTreeMap<NodeId, Link>,
     peers: Vec<SocketAddr>,
     clashes: Vec<KeyClash>,

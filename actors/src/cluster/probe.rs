@@ -4,6 +4,7 @@
 //! several links begin one after the other. The first frames open the congestion window, and are not counted.
 
 use super::{ClusterMsg, ClusterRef, ClusterState, ConnectedPeer};
+use crate::core::plan::Link;
 use crate::transport::protocol::DataHello;
 use exo_net::{Announced, DataConnection, DataStream, FrameError, NodeId, Payload, Priority};
 use std::time::{Duration, Instant};
@@ -17,19 +18,38 @@ const NOT_COUNTED: u32 = 3;
 /// in this time.
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// The time between two round-trip times that count.
+const RTT_EVERY: Duration = Duration::from_secs(5);
 /// The time from a peer's connection to the first measurement of its link: an earlier one would compete with the first
 /// messages.
 const PROBE_AFTER: Duration = Duration::from_secs(2);
-/// The time between two measurements of one link.
+/// The time between two of the first measurements of one link: several make an estimate that one disturbance does not
+/// change.
+const PROBE_AGAIN: Duration = Duration::from_secs(10);
+/// The time between two later measurements.
 const PROBE_EVERY: Duration = Duration::from_secs(600);
-/// A disturbed measurement is too low, so one measurement lowers the known bandwidth to no less than this factor of it.
-const DISTURBED: f64 = 0.7;
+
+impl ConnectedPeer {
+    /// The link to the peer, as measured so far.
+    pub(super) fn link(&mut self) -> Link {
+        if self.rtt_taken.is_none_or(|taken| taken.elapsed() > RTT_EVERY) {
+            self.rtt_taken = Some(Instant::now());
+            self.rtt.add(self.data.rtt().as_secs_f64());
+        }
+        let (rtt, bandwidth) = (self.rtt.median(), self.bandwidth.median());
+        let spreads = [rtt, bandwidth].into_iter().flatten().map(|median| median.spread);
+        Link {
+            rtt_s: rtt.map_or(0.0, |rtt| rtt.value),
+            bytes_per_s: bandwidth.map(|bandwidth| bandwidth.value),
+            spread: spreads.fold(1.0, f64::max),
+        }
+    }
+}
 
 impl ClusterState {
     pub(super) fn on_probed(&mut self, id: NodeId, session: u64, bytes_per_s: f64) {
         if let Some(peer) = self.peers.get_mut(&id).filter(|peer| peer.session == session) {
-            let known = peer.bytes_per_s.unwrap_or(0.0);
-            peer.bytes_per_s = Some(bytes_per_s.max(known * DISTURBED));
+            peer.bandwidth.add(bytes_per_s);
         }
     }
 
@@ -37,6 +57,7 @@ impl ClusterState {
     pub(super) fn probe(&mut self, myself: &ClusterRef) {
         let is_due = |peer: &ConnectedPeer| match peer.probed {
             None => peer.since.elapsed() > PROBE_AFTER,
+            Some(probed) if peer.bandwidth.is_early() => probed.elapsed() > PROBE_AGAIN,
             Some(probed) => probed.elapsed() > PROBE_EVERY,
         };
         let due = self.peers.iter_mut().filter(|(_, peer)| peer.is_ready && is_due(peer));

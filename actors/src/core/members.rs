@@ -104,7 +104,9 @@ impl MemberReport {
         ];
         let speeds = self.devices.iter().filter_map(|device| device.speed).all(|speed| speed.is_plausible());
         let links = self.links.values().all(|link| {
-            let is_speed = link.bytes_per_s.is_none_or(|speed| speed.is_finite() && speed > 0.0);
+            let is_speed = link.bytes_per_s.is_none_or(|speed| speed.is_finite() && speed > 0.0)
+                && link.spread.is_finite()
+                && link.spread >= 1.0;
             is_speed && link.rtt_s.is_finite() && link.rtt_s >= 0.0
         });
         speeds && links && counts.iter().all(|&count| count <= LISTED_MAX) && self.name.len() <= LISTED_MAX

@@ -44,6 +44,16 @@ pub struct Link {
     pub rtt_s: f64,
     /// The bandwidth in bytes per second; `None`: not measured yet.
     pub bytes_per_s: Option<f64>,
+    /// Time and bandwidth are likely between the estimate divided by this factor and the estimate times this factor.
+    /// At least 1.
+    pub spread: f64,
+}
+
+impl Link {
+    /// The link if it takes `factor` times as long.
+    fn slowed(self, factor: f64) -> Self {
+        Self { rtt_s: self.rtt_s * factor, bytes_per_s: self.bytes_per_s.map(|speed| speed / factor), ..self }
+    }
 }
 
 /// The links between nodes. The first node of each pair measured the link.
@@ -51,7 +61,7 @@ pub struct Link {
 pub struct Links(pub BTreeMap<(NodeId, NodeId), Link>);
 
 /// The guess for an unmeasured link: a home network.
-const LINK_GUESS: Link = Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) };
+const LINK_GUESS: Link = Link { rtt_s: 1e-3, bytes_per_s: Some(1e8), spread: 4.0 };
 
 impl Links {
     /// Seconds that `bytes` take from one node to another; 0 within one node.
@@ -59,9 +69,13 @@ impl Links {
         if from == to {
             return 0.0;
         }
-        let link = self.0.get(&(from, to)).or_else(|| self.0.get(&(to, from))).copied().unwrap_or(LINK_GUESS);
+        let link = self.link(from, to);
         let bandwidth = link.bytes_per_s.or(LINK_GUESS.bytes_per_s).unwrap_or(f64::INFINITY).max(1.0);
         link.rtt_s / 2.0 + bytes as f64 / bandwidth
+    }
+
+    fn link(&self, from: NodeId, to: NodeId) -> Link {
+        self.0.get(&(from, to)).or_else(|| self.0.get(&(to, from))).copied().unwrap_or(LINK_GUESS)
     }
 }
 
@@ -131,6 +145,12 @@ impl Placement {
     /// The number of machines that the placement uses.
     pub fn machines(&self) -> usize {
         self.stages.iter().map(|stage| stage.node).collect::<BTreeSet<_>>().len()
+    }
+
+    /// The links that a token takes, from each shard to the next and from the last to the first.
+    pub(super) fn hops(&self) -> impl Iterator<Item = (NodeId, NodeId)> {
+        let next = self.stages.iter().cycle().skip(1);
+        self.stages.iter().zip(next).map(|(stage, next)| (stage.node, next.node)).filter(|(from, to)| from != to)
     }
 
     /// The number of devices that the placement uses.

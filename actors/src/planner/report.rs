@@ -3,7 +3,7 @@
 use super::{PlannerMsg, PlannerRef, PlannerState};
 use crate::core::members::{DeviceOffer, MemberReport};
 use crate::core::spec::InstanceId;
-use crate::core::speed::SpeedEstimate;
+use crate::core::speed::{Estimate, Speed};
 use crate::transport::protocol::ControlMessage;
 use crate::worker::machine::measure_once;
 use exo_engines::engine::DeviceReport;
@@ -22,7 +22,7 @@ impl PlannerState {
     pub(super) fn renew_report(&mut self) {
         let device = |report: &DeviceReport| DeviceOffer {
             report: report.clone(),
-            speed: self.speeds.get(&report.id).and_then(SpeedEstimate::speed),
+            speed: self.speeds.get(&report.id).and_then(Estimate::median).map(Speed::from),
         };
         let owned = self.owned.iter().filter(|(_, head)| !head.is_retired()).map(|(&id, head)| (id, head.report()));
         let report = MemberReport {

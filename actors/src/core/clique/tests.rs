@@ -30,7 +30,7 @@ impl World {
 
     fn report(&self, of: u8) -> MemberReport {
         let seen = (0..self.count).filter(|&other| other != of && self.reaches(of, other));
-        let links = seen.map(|other| (id(other), Link { rtt_s: 1e-3, bytes_per_s: None })).collect();
+        let links = seen.map(|other| (id(other), Link { rtt_s: 1e-3, bytes_per_s: None, spread: 1.0 })).collect();
         let (outside, cuts) = (self.views[usize::from(of)].0.announced(), self.views[usize::from(of)].0.cuts());
         MemberReport { links, outside, cuts, ..MemberReport::of_cpu(1 << 30, 1e10) }
     }
@@ -121,7 +121,7 @@ fn reports_of_nodes_that_do_not_exist_harm_only_their_sender() {
     let mut world = World::of(3, []);
     for second in 0..40 {
         world.second(second * SECOND);
-        let lies = (100..200).map(|number| (id(number), Link { rtt_s: 1e-3, bytes_per_s: None }));
+        let lies = (100..200).map(|number| (id(number), Link { rtt_s: 1e-3, bytes_per_s: None, spread: 1.0 }));
         for (clique, members) in &mut world.views[..2] {
             let mut report = members.0[&id(2)].clone();
             report.links.extend(lies.clone());

@@ -25,7 +25,7 @@ fn cpu() -> DeviceId {
 fn member(gigabytes: u64, bytes_per_s: f64, links: &[u64]) -> MemberReport {
     MemberReport {
         memory_limit_bytes: Some(gigabytes * GB),
-        links: links.iter().map(|&to| (id(to), Link { rtt_s: 1e-4, bytes_per_s: Some(1e9) })).collect(),
+        links: links.iter().map(|&to| (id(to), Link { rtt_s: 1e-4, bytes_per_s: Some(1e9), spread: 1.0 })).collect(),
         ..MemberReport::of_cpu((gigabytes + 1) * GB, bytes_per_s)
     }
 }

@@ -1,6 +1,6 @@
 //! Changes of a placement when devices appear or are lost.
 
-use super::{Demand, Links, Offer, Placement, Policy, Stage, slowest_seconds, stage, token_seconds};
+use super::{Demand, Link, Links, Offer, Placement, Policy, Stage, slowest_seconds, stage, token_seconds};
 use crate::core::speed::Speed;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
@@ -37,8 +37,8 @@ fn is_on(stage: &Stage, node: NodeId, device: &DeviceId) -> bool {
     (stage.node, &stage.device) == (node, device)
 }
 
-/// Returns why a move to a better placement is worth its cost by the policy, or `None` if it is not, or if the speeds
-/// are too uncertain to tell.
+/// Returns why a move to a better placement is worth its cost by the policy, or `None` if it is not, or if the speeds of
+/// devices or links are too uncertain to tell.
 pub fn why_move(
     demand: &Demand,
     current: &Placement,
@@ -48,10 +48,12 @@ pub fn why_move(
     policy: Policy,
 ) -> Option<String> {
     let ratio = |of: fn(&Demand, &Placement, &[Offer], &Links) -> f64| {
-        // The devices that the move gives up may be faster than estimated, and those that it takes slower.
+        // The devices and links that the move gives up may be faster than estimated, and those that it takes slower.
         let at_best = at_bounds(offers, current, better, |speed| speed.bytes_per_s * speed.spread);
         let at_worst = at_bounds(offers, better, current, |speed| speed.bytes_per_s / speed.spread);
-        let certain = of(demand, current, &at_best, links) / of(demand, better, &at_worst, links);
+        let links_at_best = links_at_bounds(links, current, better, |link| link.slowed(1.0 / link.spread));
+        let links_at_worst = links_at_bounds(links, better, current, |link| link.slowed(link.spread));
+        let certain = of(demand, current, &at_best, &links_at_best) / of(demand, better, &at_worst, &links_at_worst);
         (certain > GAIN_MIN).then(|| of(demand, current, offers, links) / of(demand, better, offers, links))
     };
     match policy {
@@ -76,6 +78,16 @@ fn at_bounds(offers: &[Offer], only: &Placement, not: &Placement, bound: impl Fn
         offer
     };
     offers.iter().map(bounded).collect()
+}
+
+/// The links, with other times for those that `only` uses and `not` does not.
+fn links_at_bounds(links: &Links, only: &Placement, not: &Placement, bound: impl Fn(Link) -> Link) -> Links {
+    let mut bounded = links.clone();
+    let is_shared = |hop: (NodeId, NodeId)| not.hops().any(|other| other == hop || other == (hop.1, hop.0));
+    for (from, to) in only.hops().filter(|&hop| !is_shared(hop)) {
+        bounded.0.insert((from, to), bound(links.link(from, to)));
+    }
+    bounded
 }
 
 /// Whether a placement fits beside the shards of the current one. The free memory in `offers` excludes those shards.

@@ -266,6 +266,22 @@ fn an_uncertain_gain_moves_nothing() {
     assert_eq!(why(&offers), None);
 }
 
+/// A link that may be faster than measured keeps the model where it is.
+#[test]
+fn an_uncertain_link_moves_nothing() {
+    let (demand, offers) = (demand(vec![10; 4], 5), of_nodes(&[(1000, 1000), (1000, 1000)]));
+    let split = Placement { stages: vec![stage(&demand, &offers[0], 0..2), stage(&demand, &offers[1], 2..4)] };
+    let whole = Placement { stages: vec![stage(&demand, &offers[0], 0..4)] };
+    let why = |spread: f64| {
+        let mut links = even_links(&offers, 0.4);
+        links.0.values_mut().for_each(|link| link.spread = spread);
+        why_move(&demand, &split, &whole, &offers, &links, Policy::Latency)
+    };
+    assert!(why(1.0).is_some());
+    assert!(why(2.0).is_some(), "the measured time is ten times that of the work");
+    assert_eq!(why(50.0), None);
+}
+
 /// One device on each of several nodes, from pairs of memory and speed.
 fn of_nodes(devices: &[(u64, u32)]) -> Vec<Offer> {
     let offer = |&(free_bytes, speed): &(u64, u32)| Offer {
@@ -279,7 +295,7 @@ fn of_nodes(devices: &[(u64, u32)]) -> Vec<Offer> {
 
 fn even_links(offers: &[Offer], rtt_s: f64) -> Links {
     let pairs = offers.iter().flat_map(|from| offers.iter().map(move |to| (from.node, to.node)));
-    Links(pairs.map(|pair| (pair, Link { rtt_s, bytes_per_s: Some(1e3) })).collect())
+    Links(pairs.map(|pair| (pair, Link { rtt_s, bytes_per_s: Some(1e3), spread: 1.0 })).collect())
 }
 
 /// All placements of the layers on any devices, in any order, that fit the memory.

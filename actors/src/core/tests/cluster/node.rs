@@ -131,7 +131,7 @@ impl Node {
             list: self.desired.digest(),
             outside: self.clique.announced(),
             cuts: self.clique.cuts(),
-            links: seen.iter().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8) })).collect(),
+            links: seen.iter().map(|&id| (id, Link { rtt_s: 1e-3, bytes_per_s: Some(1e8), spread: 1.0 })).collect(),
             ..report
         }
     }
