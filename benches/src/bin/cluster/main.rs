@@ -2,15 +2,20 @@
 //!
 //! - decoding over two processes, compared with one; four streams, compared with the limit of two half-batches;
 //! - a 16 KiB hop over a link, compared with a plain QUIC stream;
-//! - the pause between the death of a process and the next token;
+//! - the pauses of an answer when processes die or are stopped;
 //! - planning 128 layers on 64 devices;
+//! - with `--pauses`, only the pauses; with `--busy`, while other threads compute;
+//! - with `--watch`, how often a live process is taken for a dead one;
 //! - with `--soak`, memory under minutes of load.
 
+mod busy;
 mod hop;
+mod pauses;
 mod pipeline;
 mod plan;
 mod processes;
 mod soak;
+mod watch;
 
 use anyhow::ensure;
 use clap::Parser;
@@ -30,6 +35,15 @@ struct Arguments {
     /// Tokens of each answer
     #[arg(long, default_value_t = 200)]
     tokens: u32,
+    /// Only measure the pauses of an answer when processes die or are stopped
+    #[arg(long)]
+    pauses: bool,
+    /// Only count, for this many seconds of load, how often a live process is taken for a dead one
+    #[arg(long, value_name = "SECONDS", conflicts_with = "pauses")]
+    watch: Option<u64>,
+    /// Let this many threads compute beside what is measured
+    #[arg(long, value_name = "THREADS", default_value_t = 0)]
+    busy: usize,
     /// Only measure memory under this many seconds of load
     #[arg(long, value_name = "SECONDS")]
     soak: Option<u64>,
@@ -41,13 +55,20 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let exo_node = arguments.exo_node.unwrap_or(std::env::current_exe()?.with_file_name("exo-node"));
     ensure!(exo_node.is_file(), "{} does not exist: build it, or name it with --exo-node", exo_node.display());
+    let _busy = busy::Busy::start(arguments.busy);
+    if arguments.pauses {
+        return pauses::bench(&exo_node, &arguments.model, arguments.repeat);
+    }
+    if let Some(seconds) = arguments.watch {
+        return watch::bench(&exo_node, &arguments.model, arguments.tokens, seconds);
+    }
     if let Some(seconds) = arguments.soak {
         return soak::bench(&exo_node, &arguments.model, arguments.tokens, seconds);
     }
     plan::bench(arguments.repeat)?;
     hop::bench(arguments.repeat)?;
     pipeline::bench(&exo_node, &arguments.model, arguments.tokens, arguments.repeat)?;
-    pipeline::recovery(&exo_node, &arguments.model, arguments.tokens, arguments.repeat)
+    pauses::bench(&exo_node, &arguments.model, arguments.repeat)
 }
 
 /// The median of `values`; NaN if there are none.

@@ -1,10 +1,8 @@
-//! Decoding over two processes compared with one, with a thread each, and the pause after the death of a process.
+//! Decoding over two processes compared with one, with a thread each.
 
 use super::processes::{Process, cluster, shards, stream, throughput};
-use anyhow::Context;
 use exo_actors::ModelSpec;
 use std::path::Path;
-use std::time::Duration;
 
 /// The rates of one round, in tokens per second.
 struct Round {
@@ -58,35 +56,6 @@ pub(crate) fn bench(exo_node: &Path, model: &str, tokens: u32, repeat: usize) ->
         median(&|round| round.four_of_pair / round.four),
         median(&|round| round.four_of_pair / round.four / round.limit()),
         median(&Round::limit)
-    );
-    Ok(())
-}
-
-/// Kills a process with a third of the layers, and measures the longest pause between tokens and the usual one.
-pub(crate) fn recovery(exo_node: &Path, model: &str, tokens: u32, repeat: usize) -> anyhow::Result<()> {
-    let (mut pauses, mut usual) = (Vec::new(), Vec::new());
-    for _ in 0..repeat {
-        let mut processes = cluster(exo_node, 3)?;
-        let split = shards(model, 3);
-        stream(&processes[0], &split, 1)?;
-        let mut last = processes.pop().context("the cluster has no process")?;
-        let asked = &processes[0];
-        let times = std::thread::scope(|scope| {
-            let streaming = scope.spawn(|| stream(asked, &split, tokens));
-            std::thread::sleep(Duration::from_millis(700));
-            last.kill()?;
-            streaming.join().map_err(|_| anyhow::anyhow!("the stream failed"))?
-        })?;
-        let mut gaps: Vec<f64> = times.windows(2).map(|pair| pair[1].duration_since(pair[0]).as_secs_f64()).collect();
-        gaps.sort_by(f64::total_cmp);
-        pauses.push(*gaps.last().context("fewer than two tokens came")?);
-        usual.push(gaps[gaps.len() / 2]);
-    }
-    let (longest, pause, usual) =
-        (pauses.iter().copied().fold(0.0, f64::max), crate::median(pauses.clone()), crate::median(usual));
-    println!(
-        "a process dies: {pause:.2} s to the next token, {longest:.2} s at most; {:.1} ms between tokens otherwise",
-        usual * 1e3
     );
     Ok(())
 }

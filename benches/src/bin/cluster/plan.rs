@@ -35,7 +35,7 @@ pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
     let mut links = BTreeMap::new();
     for (index, &from) in ids.iter().enumerate() {
         for &to in &ids {
-            links.insert((from, to), Link { rtt_s: 1e-3 + 1e-5 * index as f64, bytes_per_s: Some(1e9) });
+            links.insert((from, to), Link { rtt_s: 1e-3 + 1e-5 * index as f64, bytes_per_s: Some(1e9), spread: 1.0 });
         }
     }
     let links = Links(links);

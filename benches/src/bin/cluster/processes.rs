@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A running node, killed on drop.
@@ -14,6 +15,8 @@ pub(crate) struct Process {
     child: Child,
     address: String,
     folder: tempfile::TempDir,
+    /// What it has printed on stderr.
+    printed: Arc<Mutex<Vec<String>>>,
 }
 
 impl Drop for Process {
@@ -37,15 +40,27 @@ impl Process {
         let mut lines = BufReader::new(child.stderr.take().context("stderr is not piped")?).lines();
         let address =
             lines.find_map(|line| Some(line.ok()?.strip_prefix("API on http://")?.strip_suffix("/v1")?.to_owned()));
-        std::thread::spawn(move || lines.for_each(drop));
-        Ok(Self { child, address: address.context("the node printed no API address")?, folder })
+        let printed = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&printed);
+        std::thread::spawn(move || {
+            lines.map_while(Result::ok).for_each(|line| kept.lock().unwrap_or_else(PoisonError::into_inner).push(line));
+        });
+        Ok(Self { child, address: address.context("the node printed no API address")?, folder, printed })
     }
 
-    pub(crate) fn kill(&mut self) -> anyhow::Result<()> {
-        Ok(self.child.kill()?)
+    /// Sends a signal to the process: `KILL`, `STOP` or `CONT`.
+    pub(crate) fn signal(&self, name: &str) -> anyhow::Result<()> {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status()?;
+        ensure!(sent.success(), "kill -{name} failed");
+        Ok(())
     }
 
-    fn state(&self, exo_node: &Path) -> anyhow::Result<serde_json::Value> {
+    /// The number of lines on stderr with this text.
+    pub(crate) fn lines_with(&self, text: &str) -> usize {
+        self.printed.lock().unwrap_or_else(PoisonError::into_inner).iter().filter(|line| line.contains(text)).count()
+    }
+
+    pub(crate) fn state(&self, exo_node: &Path) -> anyhow::Result<serde_json::Value> {
         let output =
             Command::new(exo_node).args(["status", "--json", "--data-dir"]).arg(self.folder.path()).output()?;
         Ok(serde_json::from_slice(&output.stdout)?)
@@ -85,9 +100,22 @@ pub(crate) fn shards(model: &str, count: usize) -> ModelSpec {
 
 /// Streams an answer, and returns the time at which each token came.
 pub(crate) fn stream(process: &Process, model: &ModelSpec, tokens: u32) -> anyhow::Result<Vec<Instant>> {
+    let mut times = Vec::new();
+    stream_to(process, model, "Once upon a time there was a ship", tokens, |time| times.push(time))?;
+    Ok(times)
+}
+
+/// Streams an answer to `prompt`, and reports the time of each token when it comes.
+pub(crate) fn stream_to(
+    process: &Process,
+    model: &ModelSpec,
+    prompt: &str,
+    tokens: u32,
+    mut on_token: impl FnMut(Instant),
+) -> anyhow::Result<()> {
     let request = GenerateRequest {
         model: model.clone(),
-        prompt: Prompt::Text("Once upon a time there was a ship".to_owned()),
+        prompt: Prompt::Text(prompt.to_owned()),
         params: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         max_tokens: Some(tokens),
         stop: Vec::new(),
@@ -99,16 +127,17 @@ pub(crate) fn stream(process: &Process, model: &ModelSpec, tokens: u32) -> anyho
         "POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
         body.len()
     )?;
-    let mut times = Vec::new();
+    let mut came = 0_u32;
     for line in BufReader::new(stream).lines() {
         let line = line?;
         ensure!(!line.starts_with("{\"error"), "{line}");
         if line.starts_with("{\"event\":{\"token\"") {
-            times.push(Instant::now());
+            on_token(Instant::now());
+            came += 1;
         }
     }
-    ensure!(!times.is_empty(), "no tokens came");
-    Ok(times)
+    ensure!(came > 0, "no tokens came");
+    Ok(())
 }
 
 /// The tokens per second of concurrent streams, from the time when all have begun until the first ends.
