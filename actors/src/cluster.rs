@@ -33,7 +33,7 @@ use crate::transport::control::{Control, ControlArgs, ControlMsg, ReceivedMessag
 use crate::transport::protocol::ControlMessage;
 use crate::transport::router::{PeerChannel, Router};
 use crate::worker::links::LinkRegistry;
-use exo_net::{DataConnection, Network, NetworkEvent, NodeId, Outbox, Peer, SenderToken};
+use exo_net::{DataConnection, Departure, Network, NetworkEvent, NodeId, Outbox, Peer, SenderToken};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::{NodeServerMessage, RactorMessage};
 use sessions::{SessionEvent, SessionRef};
@@ -204,7 +204,9 @@ impl Actor for Cluster {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             ClusterMsg::Network(NetworkEvent::PeerUp(peer)) => state.on_up(peer),
-            ClusterMsg::Network(NetworkEvent::PeerDown { id, session, reason }) => state.on_down(id, session, &reason),
+            ClusterMsg::Network(NetworkEvent::PeerDown { id, session, departure }) => {
+                state.on_down(id, session, departure)
+            }
             ClusterMsg::Network(event) => state.on_trouble(event),
             ClusterMsg::Session(event) => state.on_session(event),
             ClusterMsg::Received(received) => state.on_received(received),
@@ -280,7 +282,7 @@ impl ClusterState {
         }
     }
 
-    fn on_down(&mut self, id: NodeId, session: u64, reason: &str) {
+    fn on_down(&mut self, id: NodeId, session: u64, departure: Departure) {
         if self.waiting.get(&id).is_some_and(|peer| peer.session == session) {
             self.waiting.remove(&id);
         }
@@ -293,8 +295,8 @@ impl ClusterState {
         self.end_sessions(id);
         let reported = match peer.is_ready {
             true => {
-                tracing::info!(peer = %id, reason, "peer lost");
-                PlannerMsg::NodeDown(id, reason.to_owned())
+                tracing::info!(peer = %id, %departure, "peer lost");
+                PlannerMsg::NodeDown(id, departure)
             }
             // The session was never ready, but the planner may have received reports of the peer.
             false => PlannerMsg::NodeMissed(id),

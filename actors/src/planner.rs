@@ -53,7 +53,7 @@ use crate::worker::links::LinkRegistry;
 use crate::worker::{WorkerFact, WorkerRef};
 use drain::Drain;
 use exo_engines::engine::{DeviceId, DeviceReport};
-use exo_net::{NetworkThread, NodeId, WireType};
+use exo_net::{Departure, NetworkThread, NodeId, WireType};
 use owned::OwnedHead;
 use pending::PendingModel;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
@@ -111,7 +111,7 @@ pub(crate) enum PlannerMsg {
     Received(Box<ReceivedMessage>),
     NodeUp(NodeId),
     /// A peer was lost, and why.
-    NodeDown(NodeId, String),
+    NodeDown(NodeId, Departure),
     /// A peer disconnected before its session was ready.
     NodeMissed(NodeId),
     LinksMeasured {
@@ -248,7 +248,7 @@ impl Actor for Planner {
             PlannerMsg::Worker(fact) => state.on_worker(&myself, fact),
             PlannerMsg::Received(received) => state.on_received(*received),
             PlannerMsg::NodeUp(node) => state.on_node_up(node),
-            PlannerMsg::NodeDown(node, reason) => state.on_node_down(node, reason),
+            PlannerMsg::NodeDown(node, departure) => state.on_node_down(node, departure),
             PlannerMsg::NodeMissed(node) => state.on_node_missed(node),
             PlannerMsg::LinksMeasured { links, peers, clashes } => {
                 (state.links, state.peers, state.clashes) = (links, peers, clashes);

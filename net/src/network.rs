@@ -10,6 +10,7 @@
 mod driver;
 
 use crate::addresses::AddressWatch;
+use crate::departure::Departure;
 use crate::dial::{DialPolicy, Source};
 use crate::dial_failure::DialFailure;
 use crate::dial_guard::DialRegistry;
@@ -119,7 +120,7 @@ pub enum NetworkEvent {
         /// The number of the closed pair of connections, as in [`Peer::session`].
         session: u64,
         /// Why the connections closed.
-        reason: String,
+        departure: Departure,
     },
     /// The user should know why no member answers at an address. Sent when the reason changes; `None` when a member
     /// answers.

@@ -150,14 +150,20 @@ impl Leader {
         self.until = Some(now + PARTITION_GRACE);
     }
 
-    /// Records that a member was lost and `left` members remain, this one included. Failures of the lost member's
-    /// devices no longer count when it returns.
-    pub fn handle_lost(&mut self, lost: NodeId, now: Duration, left: usize) {
+    /// Records that a member's process has ended, as the member or its host said. Failures of its devices no longer
+    /// count when it returns.
+    pub fn handle_ended(&mut self, ended: NodeId, now: Duration) {
         for excluded in self.excluded.values_mut() {
-            excluded.retain(|((node, _), _)| *node != lost);
+            excluded.retain(|((node, _), _)| *node != ended);
         }
-        self.lost.insert(lost);
+        self.lost.insert(ended);
         self.churn.note(now);
+    }
+
+    /// Records that a member fell silent and `left` members remain, this one included. If most members do, this node
+    /// was probably disconnected itself.
+    pub fn handle_lost(&mut self, lost: NodeId, now: Duration, left: usize) {
+        self.handle_ended(lost, now);
         self.losses.retain(|loss| now.saturating_sub(*loss) < PARTITION_GRACE);
         self.losses.push(now);
         if self.losses.len() > left {

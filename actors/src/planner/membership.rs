@@ -8,7 +8,7 @@ use crate::core::node_status::Fact;
 use crate::core::spec::InstanceId;
 use crate::transport::control::ReceivedMessage;
 use crate::transport::protocol::ControlMessage;
-use exo_net::NodeId;
+use exo_net::{Departure, NodeId};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Entries in one message: an entry takes at most a twenty-fifth of the largest message.
@@ -71,7 +71,8 @@ impl PlannerState {
             );
             self.args.facts.tell(Fact::PeerOutside { node, outside });
             self.args.router.exclude(node);
-            self.on_member_lost(node);
+            self.leader.handle_lost(node, now, self.members.0.len());
+            self.on_member_left(node);
         }
         change.forgotten.iter().for_each(|&node| self.args.router.include(node));
         for node in change.joined {
@@ -134,14 +135,18 @@ impl PlannerState {
         is_due
     }
 
-    pub(super) fn on_node_down(&mut self, node: NodeId, reason: String) -> Reconcile {
-        let was_outside = self.forget(node, reason);
+    pub(super) fn on_node_down(&mut self, node: NodeId, departure: Departure) -> Reconcile {
+        let was_outside = self.forget(node, departure.to_string());
         // The other members wait for a node that some member still sees, so this report must not name the lost one.
         self.links.remove(&node);
         self.renew_report();
         self.tell_report();
         if !was_outside {
-            self.on_member_lost(node);
+            match departure {
+                Departure::Stopped | Departure::Died => self.leader.handle_ended(node, self.now()),
+                Departure::Lost { .. } => self.leader.handle_lost(node, self.now(), self.members.0.len()),
+            }
+            self.on_member_left(node);
         }
         Reconcile::Yes
     }
@@ -160,8 +165,7 @@ impl PlannerState {
         self.clique.handle_lost(&mut self.members, node, now)
     }
 
-    fn on_member_lost(&mut self, node: NodeId) {
-        self.leader.handle_lost(node, self.now(), self.members.0.len());
+    fn on_member_left(&mut self, node: NodeId) {
         self.tell_heads_of_lost(node);
         // The lost member may have been the leader, which knew this node's placement requests.
         self.pending.values_mut().for_each(super::PendingModel::ask_again);

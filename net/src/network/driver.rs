@@ -5,6 +5,7 @@ use super::{CLOCK_EVERY, DriverEvent, HALVES_MAX, NetworkEvent, PEERS_MAX, PeerE
 use crate::addresses::AddressWatch;
 use crate::certificate::is_stale;
 use crate::control::session_label;
+use crate::departure::Departure;
 use crate::dial::{DialPolicy, Source};
 use crate::dial_failure::{DialFailure, REASON_BYTES_MAX, close};
 use crate::dial_guard::DialRegistry;
@@ -277,7 +278,7 @@ impl Driver {
                 return Elected::Kept;
             }
             let session = peer.session;
-            self.on_closed(id, session, "the peer connected again".to_owned()).await;
+            self.on_closed(id, session, Departure::Lost { reason: "the peer connected again".to_owned() }).await;
         }
         if self.peers.len() >= PEERS_MAX {
             connections.close(0, "the node has its maximum of peers");
@@ -314,15 +315,17 @@ impl Driver {
     async fn on_ended(&mut self, id: NodeId, session: u64, end: &PeerEnd) {
         let Some(peer) = self.peers.get(&id).filter(|peer| peer.session == session) else { return };
         let address = peer.address;
-        let reason = match end {
-            PeerEnd::Died => "its process has died".to_owned(),
-            PeerEnd::Closed(quinn::ConnectionError::TimedOut) => "it does not answer any more".to_owned(),
-            PeerEnd::Closed(quinn::ConnectionError::ApplicationClosed(closed)) if &closed.reason[..] == LEAVING => {
-                "it was stopped".to_owned()
+        let departure = match end {
+            PeerEnd::Died => Departure::Died,
+            PeerEnd::Closed(quinn::ConnectionError::TimedOut) => {
+                Departure::Lost { reason: "it does not answer any more".to_owned() }
             }
-            PeerEnd::Closed(error) => shown(&error.to_string(), REASON_BYTES_MAX),
+            PeerEnd::Closed(quinn::ConnectionError::ApplicationClosed(closed)) if &closed.reason[..] == LEAVING => {
+                Departure::Stopped
+            }
+            PeerEnd::Closed(error) => Departure::Lost { reason: shown(&error.to_string(), REASON_BYTES_MAX) },
         };
-        self.on_closed(id, session, reason).await;
+        self.on_closed(id, session, departure).await;
         let PeerEnd::Closed(error) = end else { return };
         // A member that refuses this node may do so only after both sides have elected the pair.
         let failure = DialFailure::of_connection(address, error);
@@ -332,17 +335,18 @@ impl Driver {
         }
     }
 
-    async fn on_closed(&mut self, id: NodeId, session: u64, reason: String) {
+    async fn on_closed(&mut self, id: NodeId, session: u64, departure: Departure) {
         if self.peers.get(&id).is_none_or(|peer| peer.session != session) {
             return;
         }
         if let Some(peer) = self.peers.remove(&id) {
+            let reason = departure.to_string();
             peer.data.close(&reason);
             peer.control.close(quinn::VarInt::from_u32(0), reason.as_bytes());
         }
         self.dials.set_connected(id, false);
         self.policy.handle_down(id, self.now());
-        tracing::info!(peer = %id, reason, "peer disconnected");
-        let _ = self.events.send(NetworkEvent::PeerDown { id, session, reason }).await;
+        tracing::info!(peer = %id, %departure, "peer disconnected");
+        let _ = self.events.send(NetworkEvent::PeerDown { id, session, departure }).await;
     }
 }

@@ -288,6 +288,34 @@ fn a_node_that_is_not_connected_yet_is_not_lost() {
     assert_eq!(cluster.split(instance), [(1, 8)]);
 }
 
+/// R7.1–R7.5: a node whose peers all fall silent was probably disconnected itself, and repairs nothing for a while. If
+/// their hosts say that the processes have ended, it repairs at once.
+#[test]
+fn most_members_at_once_are_dead_only_if_their_hosts_say_so() {
+    for are_dead in [true, false] {
+        let mut cluster = Cluster::of(vec![
+            (1, member(20, 1e10, &[2, 3])),
+            (2, member(20, 1e10, &[1, 3])),
+            (3, member(20, 4e10, &[1, 2])),
+        ]);
+        let instance = cluster.run(ModelSpec::new("m"));
+        assert_eq!(cluster.split(instance), [(3, 8)]);
+        for (number, left) in [(2, 2), (3, 1)] {
+            cluster.members.0.remove(&id(number));
+            cluster.lose_links(number);
+            match are_dead {
+                true => cluster.leader.handle_ended(id(number), cluster.now),
+                false => cluster.leader.handle_lost(id(number), cluster.now, left),
+            }
+        }
+        cluster.rounds(1);
+        let on = if are_dead { 1 } else { 3 };
+        assert_eq!(cluster.split(instance), [(on, 8)]);
+        cluster.rounds(5);
+        assert_eq!(cluster.split(instance), [(1, 8)]);
+    }
+}
+
 impl Cluster {
     /// The entry of a model that runs on node 3.
     fn entry_on_node_3(mut self) -> (InstanceId, DesiredEntry) {

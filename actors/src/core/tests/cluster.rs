@@ -207,7 +207,7 @@ impl Cluster {
         let now = self.now;
         let Some(node) = &mut self.nodes[index] else { return };
         let change = node.clique.update(node.id, &mut node.members, now);
-        change.left.iter().for_each(|(left, _)| node.leave(*left, now));
+        change.left.iter().for_each(|(left, _)| node.lose(*left, now));
         change.joined.into_iter().for_each(|joined| self.join(index, joined));
     }
 

@@ -2,6 +2,7 @@
 
 use super::{ConnectedPeer, Driver};
 use crate::addresses::{NetworkChange, canonical};
+use crate::departure::Departure;
 use crate::dial::Source;
 use crate::dial_failure::{DialFailure, close};
 use crate::identity::NodeId;
@@ -85,7 +86,7 @@ impl Driver {
         let id = newcomer.id();
         let first = self.peers.get(&id).filter(|peer| is_alive && peer.session == session).map(|peer| peer.address);
         let Some(first) = first else {
-            self.on_closed(id, session, "it has started again".to_owned()).await;
+            self.on_closed(id, session, Departure::Lost { reason: "it has started again".to_owned() }).await;
             self.elect(newcomer).await;
             return;
         };

@@ -136,9 +136,19 @@ impl Node {
         }
     }
 
-    /// Handles a member that was lost or left the clique.
-    pub(super) fn leave(&mut self, lost: NodeId, now: Duration) {
+    /// Handles a member that fell silent or left the clique.
+    pub(super) fn lose(&mut self, lost: NodeId, now: Duration) {
         self.leader.handle_lost(lost, now, self.members.0.len());
+        self.leave(lost);
+    }
+
+    /// Handles a member whose host says that its process has ended.
+    pub(super) fn end(&mut self, ended: NodeId, now: Duration) {
+        self.leader.handle_ended(ended, now);
+        self.leave(ended);
+    }
+
+    fn leave(&mut self, lost: NodeId) {
         for head in self.heads.values_mut() {
             let _ = head.pipeline.on_node_lost(lost);
         }

@@ -139,9 +139,13 @@ impl Cluster {
         self.sees.remove(&(one, other));
         self.in_transit.retain(|(_, from, to, _)| (*from, *to) != (one, other));
         let (lost, now) = (self.ids[other], self.now);
+        // The host of a dead process may be silent, too.
+        let is_told = self.nodes[other].is_none() && self.random.below(2) == 0;
         let Some(node) = &mut self.nodes[one] else { return };
-        if !node.clique.handle_lost(&mut node.members, lost, now) {
-            node.leave(lost, now);
+        match node.clique.handle_lost(&mut node.members, lost, now) {
+            true => {}
+            false if is_told => node.end(lost, now),
+            false => node.lose(lost, now),
         }
     }
 }
