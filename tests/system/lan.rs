@@ -12,6 +12,8 @@ pub(crate) struct Lan {
 enum Family {
     V4,
     V6,
+    /// Link-local addresses alone, which have a meaning only together with an interface.
+    LinkLocal,
 }
 
 fn ip(arguments: &[&str]) -> Result<(), String> {
@@ -31,6 +33,11 @@ impl Lan {
     /// The same network, with IPv6 alone.
     pub(crate) fn of_ipv6(hosts: usize) -> Option<Self> {
         Self::with(hosts, Family::V6)
+    }
+
+    /// The same network, with link-local addresses alone: no router, and no addresses by hand.
+    pub(crate) fn of_link_local(hosts: usize) -> Option<Self> {
+        Self::with(hosts, Family::LinkLocal)
     }
 
     fn with(hosts: usize, family: Family) -> Option<Self> {
@@ -61,6 +68,7 @@ impl Lan {
             let address = match family {
                 Family::V4 => format!("{}/24", Self::address(host)),
                 Family::V6 => format!("{}/64", Self::address_v6(host)),
+                Family::LinkLocal => format!("fe80::77:{}/64", host + 1),
             };
             // Without duplicate detection, which takes a second, an address can be used at once.
             ip(&["-n", &namespace, "address", "add", &address, "dev", "lan", "nodad"])

@@ -1,6 +1,6 @@
 //! What a user reads when members do not find each other: other clusters, silence, copied folders, new addresses.
 
-use crate::cluster::token_of;
+use crate::cluster::{alone_for, answer, asking_of, question, token_of};
 use crate::lan::Lan;
 use crate::node::{Node, Setup};
 use crate::{SMOLLM2, exo, models, stderr};
@@ -121,9 +121,28 @@ fn hosts_with_ipv6_alone_are_one_cluster() {
     assert!(answer.status.success(), "{}", stderr(&answer));
 }
 
-/// R8.1–R8.5: a machine that gets another address announces it, has it in new tokens, and is a member again.
+/// R8.1–R8.5: hosts that have link-local addresses alone find each other by multicast, and compute together.
+#[test]
+fn hosts_with_link_local_addresses_are_one_cluster() {
+    models();
+    let Some(lan) = Lan::of_link_local(2) else { return };
+    let node = |host: usize, more: &[&str]| {
+        let arguments = [&["--listen", "[::]:52416", "--threads", "1", "--name", ["a", "b"][host]], more].concat();
+        let setup = Setup { namespace: Some(lan.host(host)), ..Setup::of(&arguments) };
+        Node::start(setup, tempfile::tempdir().expect("a temporary folder"))
+    };
+    let first = node(0, &[]);
+    let other = node(1, &["--join", &token_of(&first)]);
+    until("they do not meet", || members(&first) == 1 && members(&other) == 1);
+    let answer = other.command(&["run", SMOLLM2, "Hello", "--max-tokens", "4", "--split", "a:0-14,b:15-29"]);
+    assert!(answer.status.success(), "{}", stderr(&answer));
+}
+
+/// R8.1–R8.5: a machine that gets another address announces it, has it in new tokens, and is a member again. An answer
+/// that it computes for another one meanwhile is complete.
 #[test]
 fn a_new_address_is_announced() {
+    models();
     let Some(lan) = Lan::of(2) else { return };
     let node = |host: usize, more: &[&str]| {
         let name = ["a", "b"][host];
@@ -134,6 +153,10 @@ fn a_new_address_is_announced() {
     let first = node(0, &[]);
     let other = node(1, &["--join", &token_of(&first)]);
     until("they do not meet", || members(&first) == 1 && members(&other) == 1);
+    let question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
+    let split = ["--split", "b:0-9,a:10-29"].map(str::to_owned);
+    let asking = asking_of(&other, &[&question[..], &split].concat());
+    std::thread::sleep(Duration::from_millis(1500));
     lan.readdress(0, "10.77.0.99");
     until("the new address is not announced", || address(&first) == "10.77.0.99:52416");
     assert!(first.has_told("this machine has other addresses now: 10.77.0.99:52416"));
@@ -143,6 +166,7 @@ fn a_new_address_is_announced() {
         members.as_object().and_then(|members| members.values().next().cloned()).expect("a member")["addresses"].clone()
     };
     until("the member does not know the new address", || shown(&other)[0] == "10.77.0.99:52416");
+    assert_eq!(answer(asking), alone_for(&question));
 }
 
 /// R8.1–R8.5: secrets come from stdin and files, and no message repeats one.

@@ -1,11 +1,11 @@
 //! Nodes without a model's files: they get the bytes of their layers from nodes that have the files.
 
-use crate::cluster::{Cluster, alone_with, answer};
-use crate::node::Node;
-use crate::{GEMMA3, SMOLLM2};
+use crate::cluster::{Cluster, alone_with, answer, outcome};
+use crate::node::{Node, Setup};
+use crate::{GEMMA3, SMOLLM2, models};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// The name of SmolLM2's file.
@@ -114,9 +114,14 @@ fn lost_layers_without_a_source_are_reported() {
     assert!(!output.status.success() && said.contains("offline"), "{said}");
 }
 
+/// The path of SmolLM2's file.
+fn model_file() -> String {
+    crate::json(&["pull", SMOLLM2, "--json"])["path"].as_str().expect("a path").to_owned()
+}
+
 /// A copy of SmolLM2's file in which two tensors of equal shape have changed places.
 fn write_other_weights(path: &Path) {
-    let original = crate::json(&["pull", SMOLLM2, "--json"])["path"].as_str().expect("a path").to_owned();
+    let original = model_file();
     let gguf = exo_engines::format::Gguf::open(Path::new(&original)).expect("a model");
     let mut bytes = std::fs::read(&original).expect("readable");
     let range = |layer: usize| {
@@ -147,6 +152,70 @@ fn different_weights_under_one_name_do_not_mix() {
     let mut command = node.prepare(&["models", "--verify"]);
     let verified = command.env("EXO_MODELS_DIR", node.folder().join("models")).output().expect("exo-node starts");
     assert!(!verified.status.success(), "{}", String::from_utf8_lossy(&verified.stdout));
+}
+
+/// Two members; the files of `a` are in its own folder, `b` has none.
+fn giver_and_taker() -> Cluster {
+    models();
+    let variables = NOTHING.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::create_dir(folder.path().join("models")).expect("a folder");
+    std::fs::copy(model_file(), folder.path().join("models").join(FILE)).expect("copied");
+    let arguments = ["--listen", "127.0.0.1:0", "--no-discovery", "--threads", "1", "--name", "a"];
+    let mut cluster = Cluster { nodes: vec![Node::start(Setup { variables, ..Setup::of(&arguments) }, folder)] };
+    cluster.join("b", &[], &NOTHING);
+    cluster.wait_for(&cluster.nodes[1], 1);
+    cluster
+}
+
+/// R7.1–R7.5: when a peer cannot give weights, the error of the request has the peer's reason.
+#[test]
+fn the_reason_of_a_peer_without_weights_is_told() {
+    let cluster = giver_and_taker();
+    assert!(!cluster.ask(1, "a:0-29").tokens.is_empty());
+    let file = std::fs::File::options().write(true).open(cluster.nodes[0].folder().join("models").join(FILE));
+    file.and_then(|file| file.set_len(1 << 20)).expect("cut off");
+    let said = outcome(cluster.asking(1, "b:0-29")).expect_err("no node has the weights");
+    assert!(said.contains("a: ") && said.contains(FILE), "{said}");
+}
+
+/// A small file system below a folder, unmounted on drop.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// `None`, with a message on stderr, if this machine does not permit it.
+    fn mount(at: PathBuf, size: &str) -> Option<Self> {
+        std::fs::create_dir_all(&at).expect("a folder");
+        let options = format!("size={size}");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&at).status();
+        if !mounted.is_ok_and(|status| status.success()) {
+            eprintln!("SKIPPED: no file systems can be mounted here, so no full disk is tested");
+            return None;
+        }
+        Some(Self(at))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // The node may still have files open: a lazy unmount waits for it.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// R7.1–R7.5: a node whose disk is too small for its layers says so, and gives back what it has fetched.
+#[test]
+fn a_full_disk_is_given_back() {
+    let mut cluster = Cluster::up_with(&NOTHING);
+    let Some(disk) = SmallDisk::mount(cluster.nodes[2].folder().join("models"), "20m") else { return };
+    let said = outcome(cluster.asking(0, "a:0-4,c:5-29")).expect_err("the layers do not fit");
+    assert!(said.contains("c") && said.contains("disk"), "{said}");
+    let begun = std::time::Instant::now();
+    while taken_bytes(&disk.0) > 1 << 20 {
+        assert!(begun.elapsed().as_secs() < 10, "{} bytes are kept", taken_bytes(&disk.0));
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    drop(cluster.nodes.pop());
 }
 
 /// A running hub that has SmolLM2.
