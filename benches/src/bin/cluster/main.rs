@@ -38,6 +38,9 @@ struct Arguments {
     /// Only measure the pauses of an answer when processes die or are stopped
     #[arg(long)]
     pauses: bool,
+    /// Only measure the pauses whose names contain this text
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true, requires = "pauses")]
+    fault: String,
     /// Only count, for this many seconds of load, how often a live process is taken for a dead one
     #[arg(long, value_name = "SECONDS", conflicts_with = "pauses")]
     watch: Option<u64>,
@@ -57,7 +60,7 @@ fn main() -> anyhow::Result<()> {
     ensure!(exo_node.is_file(), "{} does not exist: build it, or name it with --exo-node", exo_node.display());
     let _busy = busy::Busy::start(arguments.busy);
     if arguments.pauses {
-        return pauses::bench(&exo_node, &arguments.model, arguments.repeat);
+        return pauses::bench(&exo_node, &arguments.model, arguments.repeat, &arguments.fault);
     }
     if let Some(seconds) = arguments.watch {
         return watch::bench(&exo_node, &arguments.model, arguments.tokens, seconds);
@@ -68,7 +71,7 @@ fn main() -> anyhow::Result<()> {
     plan::bench(arguments.repeat)?;
     hop::bench(arguments.repeat)?;
     pipeline::bench(&exo_node, &arguments.model, arguments.tokens, arguments.repeat)?;
-    pauses::bench(&exo_node, &arguments.model, arguments.repeat)
+    pauses::bench(&exo_node, &arguments.model, arguments.repeat, &arguments.fault)
 }
 
 /// The median of `values`; NaN if there are none.

@@ -13,8 +13,8 @@ const ANSWER: u32 = 1000;
 const BEFORE: usize = 50;
 /// The tokens after the pause.
 const AFTER: usize = 50;
-/// The words of the long prompt; each is two or three tokens.
-const PROMPT_WORDS: usize = 1500;
+/// The numbered words of the long prompt; each is about six tokens.
+const PROMPT_WORDS: usize = 500;
 
 /// What a process does for the answer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,9 +49,10 @@ const CASES: [(&str, Fault); 9] = [
     ("the head is killed in a prompt", Fault::KillInPrompt(Role::Head)),
 ];
 
-pub(crate) fn bench(exo_node: &Path, model: &str, repeat: usize) -> anyhow::Result<()> {
+/// Measures the cases whose names contain `only`.
+pub(crate) fn bench(exo_node: &Path, model: &str, repeat: usize, only: &str) -> anyhow::Result<()> {
     println!("pauses, in seconds; of a kill in a prompt, the time beyond an undisturbed prompt:");
-    for (name, fault) in CASES {
+    for (name, fault) in CASES.into_iter().filter(|(name, _)| name.contains(only)) {
         let pauses = (0..repeat).map(|_| measure(exo_node, model, fault)).collect::<anyhow::Result<Vec<_>>>()?;
         let longest = pauses.iter().copied().fold(0.0, f64::max);
         let all: Vec<String> = pauses.iter().map(|pause| format!("{pause:.2}")).collect();
