@@ -139,7 +139,7 @@ fn go_on(process: &Process) {
 /// The longest time between two tokens of an answer, in which `strike` is called.
 fn pause(trio: &Trio, victims: &[usize], strike: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
     let asked = trio.asked(victims)?;
-    let (sender, times) = mpsc::channel();
+    let (sender, times) = mpsc::sync_channel(ANSWER as usize);
     std::thread::scope(|scope| {
         let streaming = scope.spawn(move || {
             stream_to(asked, &trio.split, "Once upon a time there was a ship", ANSWER, |time| {
