@@ -116,6 +116,7 @@ struct ConnectedPeer {
     session: u64,
     sender_token: SenderToken,
     expected_token: SenderToken,
+    name: String,
     address: SocketAddr,
     data: DataConnection,
     outbox: Outbox,
@@ -252,13 +253,25 @@ impl ClusterState {
 
     fn open_session(&mut self, peer: Peer) {
         let Peer {
-            id, session, address, is_dialled, control, inbox, outbox, sender_token, expected_token, data, ..
+            id,
+            session,
+            name,
+            address,
+            is_dialled,
+            control,
+            inbox,
+            outbox,
+            sender_token,
+            expected_token,
+            data,
+            ..
         } = peer;
         self.senders.admit(expected_token, id, inbox);
         let peer = ConnectedPeer {
             session,
             sender_token,
             expected_token,
+            name,
             address,
             data,
             outbox,
@@ -333,7 +346,7 @@ impl ClusterState {
         }
         tracing::info!(peer = %id, "peer ready");
         let (data, outbox) = (peer.data.clone(), peer.outbox.clone());
-        let channel = PeerChannel { control, token: peer.sender_token, data, outbox };
+        let channel = PeerChannel { name: peer.name.clone(), control, token: peer.sender_token, data, outbox };
         self.router.connect(id, channel);
         let handlers = streams::StreamHandlers {
             link_registry: self.link_registry.clone(),

@@ -6,6 +6,7 @@
 //! A node without the cluster's secret gets no further than the handshake. Few handshakes run at once, and each has a
 //! deadline.
 
+use crate::addresses::is_shareable;
 use crate::certificate::{CertificateError, Credentials, MEMBER_NAME, PeerIdError, Validity, peer_id};
 use crate::identity::{Identity, NodeId};
 use crate::secret::ClusterSecret;
@@ -168,8 +169,9 @@ async fn answer(endpoint: quinn::Endpoint, members: mpsc::Sender<Authenticated>)
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     let by_address = ByAddress::default();
     while let Some(incoming) = endpoint.accept().await {
-        // A client that cannot receive at its claimed address is not worth a handshake.
-        if !incoming.remote_address_validated() {
+        // A client that cannot receive at its claimed address is not worth a handshake. quinn's Retry token has no room
+        // for the scope of a link-local address, and so never holds; such clients share the handshakes of one address.
+        if !incoming.remote_address_validated() && is_shareable(incoming.remote_address()) {
             if let Err(error) = incoming.retry() {
                 error.into_incoming().ignore();
             }

@@ -28,7 +28,7 @@ use tokio::runtime::Handle;
 /// The protocol version; a peer of another version is refused, with that reason.
 const PROTOCOL: u32 = 7;
 /// The time limit of the introduction on each connection.
-const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// The most bytes of a name; longer names are cut.
 pub const NAME_BYTES_MAX: usize = 64;
 /// The size of the buffer between the control filter and ractor_cluster, in bytes.

@@ -203,19 +203,20 @@ impl Drop for SmallDisk {
     }
 }
 
-/// R7.1–R7.5: a node whose disk is too small for its layers says so, and gives back what it has fetched.
+/// R7.1–R7.5: a node whose disk is too small for its layers says so, gives back what it has fetched, and leaves the
+/// layers to others.
 #[test]
 fn a_full_disk_is_given_back() {
-    let mut cluster = Cluster::up_with(&NOTHING);
+    let (expected, cluster) = (alone_with(SMOLLM2), Cluster::up_with(&NOTHING));
     let Some(disk) = SmallDisk::mount(cluster.nodes[2].folder().join("models"), "20m") else { return };
-    let said = outcome(cluster.asking(0, "a:0-4,c:5-29")).expect_err("the layers do not fit");
-    assert!(said.contains("c") && said.contains("disk"), "{said}");
+    assert_eq!(cluster.ask(0, "a:0-4,c:5-29"), expected, "another member computes the layers");
+    assert!(cluster.nodes[0].has_told("a shard on c failed"), "{:?}", cluster.nodes[0].told());
+    assert!(cluster.nodes[0].has_told("the disk is full"), "{:?}", cluster.nodes[0].told());
     let begun = std::time::Instant::now();
     while taken_bytes(&disk.0) > 1 << 20 {
         assert!(begun.elapsed().as_secs() < 10, "{} bytes are kept", taken_bytes(&disk.0));
         std::thread::sleep(std::time::Duration::from_millis(200));
     }
-    drop(cluster.nodes.pop());
 }
 
 /// A running hub that has SmolLM2.
@@ -244,6 +245,20 @@ impl Drop for Hub {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// A download that fills the disk says so, and gives back what it has fetched.
+#[test]
+fn a_download_that_fills_the_disk_is_removed() {
+    let (hub, folder) = (Hub::up(), tempfile::tempdir().expect("a temporary folder"));
+    let Some(disk) = SmallDisk::mount(folder.path().join("disk"), "20m") else { return };
+    let mut command = crate::exo(&["pull", SMOLLM2]);
+    command.env("HF_ENDPOINT", &hub.address).env("EXO_DATA_DIR", folder.path());
+    command.env("EXO_MODELS_DIR", disk.0.join("models")).env("HF_HUB_CACHE", disk.0.join("hub"));
+    let output = command.output().expect("exo-node starts");
+    let said = crate::stderr(&output);
+    assert!(!output.status.success() && said.contains("disk"), "{said}");
+    assert!(taken_bytes(&disk.0) < 1 << 20, "{} bytes are kept", taken_bytes(&disk.0));
 }
 
 /// R7.1–R7.5: layers that no other node has any more come from the catalogue's sources, and the answer continues.

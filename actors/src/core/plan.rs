@@ -45,8 +45,13 @@ pub struct Link {
     /// The bandwidth in bytes per second; `None`: not measured yet.
     pub bytes_per_s: Option<f64>,
     /// Time and bandwidth are likely between the estimate divided by this factor and the estimate times this factor.
-    /// At least 1.
+    /// At least 1. Nodes of earlier versions tell none.
+    #[serde(default = "unknown_spread")]
     pub spread: f64,
+}
+
+fn unknown_spread() -> f64 {
+    LINK_GUESS.spread
 }
 
 impl Link {

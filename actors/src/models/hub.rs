@@ -19,6 +19,8 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 const TRIES: u32 = 4;
 /// The wait before the second try. It doubles before each further try.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
+/// The end of the name of a file that the client has not finished.
+const UNFINISHED: &str = ".sync.part";
 /// The length of a SHA-256 in hexadecimal digits. The ETag of a small file is git's SHA-1 instead.
 const SHA256_DIGITS: usize = 64;
 
@@ -230,6 +232,10 @@ async fn cached(config: &ModelsConfig, repo: &ApiRepo, file: &str) -> Result<(Pa
         };
         match outcome {
             Ok(path) => return Ok((path, Presence::FetchedNow)),
+            Err(error) if error.is_of_disk() => {
+                give_back(config, repository_of(repo)).await?;
+                return Err(error);
+            }
             Err(error) if attempt >= TRIES || is_final(&error) => return Err(error),
             Err(error) => tracing::warn!(%error, attempt, "retrying a download"),
         }
@@ -248,9 +254,27 @@ fn repository_of(repo: &ApiRepo) -> String {
     parts.join("/")
 }
 
+/// Removes what the client has fetched of a repository's unfinished files: it must not fill a disk that has no room for
+/// the rest.
+async fn give_back(config: &ModelsConfig, repository: String) -> Result<(), ModelError> {
+    let cache = config.hub_cache.clone();
+    blocking(move || {
+        let blob = hf_hub::Cache::new(cache).model(repository).blob_path("any");
+        let blobs = blob.parent().and_then(|folder| std::fs::read_dir(folder).ok());
+        for path in blobs.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())) {
+            if path.to_string_lossy().ends_with(UNFINISHED) {
+                // The error of the disk is told, not one of its tidying.
+                let _ = std::fs::remove_file(path);
+            }
+        }
+        Ok(())
+    })
+    .await
+}
+
 /// Whether another try would fail with the same error.
 fn is_final(error: &ModelError) -> bool {
-    error.is_of_disk() || matches!(error, ModelError::Forbidden { .. } | ModelError::NotOnHub { .. })
+    matches!(error, ModelError::Forbidden { .. } | ModelError::NotOnHub { .. })
 }
 
 async fn stalled(fetched: &AtomicU64) {

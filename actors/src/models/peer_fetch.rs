@@ -14,7 +14,8 @@ use super::registry::{Content, RegisteredModel};
 use super::{Extent, FetchJob, ModelError};
 use crate::core::spec::FilesId;
 use crate::transport::protocol::{DataHello, OutlinedFile, WeightsQuery, WeightsRequest, WeightsResponse};
-use exo_net::{Announced, DataConnection, DataStream, FrameError, NodeId, Payload, Priority, Received};
+use crate::transport::router::WeightsPeer;
+use exo_net::{Announced, DataConnection, DataStream, FrameError, Payload, Priority, Received};
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
@@ -58,13 +59,11 @@ enum PeerFetchError {
     WrongAnswer(&'static str),
 }
 
-type Connected = (NodeId, DataConnection);
-
 impl FetchJob {
     /// Fetches the parts of the model that the request's extent names. Returns `None` if the peers lack some of them.
     pub(super) async fn fetch_from_peers(
         &self,
-        peers: &[Connected],
+        peers: &[WeightsPeer],
     ) -> Result<Option<Arc<RegisteredModel>>, ModelError> {
         let Some(models) = self.config.folders.first() else { return Ok(None) };
         let Some(shared) = self.outline(models, peers).await? else { return Ok(None) };
@@ -105,7 +104,7 @@ impl FetchJob {
     }
 
     /// Returns the headers: those on this machine, or the first that a peer sends.
-    async fn outline(&self, models: &Path, peers: &[Connected]) -> Result<Option<Arc<RegisteredModel>>, ModelError> {
+    async fn outline(&self, models: &Path, peers: &[WeightsPeer]) -> Result<Option<Arc<RegisteredModel>>, ModelError> {
         if let Some(id) = self.request.files {
             if let Some(shared) = self.registry.find(id) {
                 return Ok(Some(shared));
@@ -114,15 +113,15 @@ impl FetchJob {
                 return Ok(Some(shared));
             }
         }
-        for (peer, data) in peers {
-            match self.ask_outline(models, data).await {
+        for peer in peers {
+            match self.ask_outline(models, &peer.data).await {
                 Ok(Some(shared)) => {
-                    tracing::info!(model = self.request.model, peer = %peer, "a peer sent a model's headers");
+                    tracing::info!(model = self.request.model, peer = %peer.id, "a peer sent a model's headers");
                     return Ok(Some(shared));
                 }
                 Ok(None) => {}
                 Err(PeerFetchError::Model(error)) if error.is_of_disk() => return Err(error),
-                Err(error) => self.note_failure(*peer, &error),
+                Err(error) => self.note_failure(peer, &error),
             }
         }
         Ok(None)
@@ -147,9 +146,9 @@ impl FetchJob {
     }
 
     /// Keeps a peer's reason for the error that the user reads if no peer and no source has the model.
-    fn note_failure(&self, peer: NodeId, error: &PeerFetchError) {
-        tracing::info!(model = self.request.model, peer = %peer, %error, "a peer did not give all that is needed");
-        self.tried.lock().push(format!("node {}: {error}", peer.short()));
+    fn note_failure(&self, peer: &WeightsPeer, error: &PeerFetchError) {
+        tracing::info!(model = self.request.model, peer = %peer.id, %error, "a peer did not give all that is needed");
+        self.tried.lock().push(format!("{}: {error}", peer.name));
     }
 
     async fn ask(&self, data: &DataConnection, query: WeightsQuery) -> Result<DataStream, PeerFetchError> {
@@ -331,17 +330,17 @@ impl Fetch<'_> {
     ///
     /// # Errors
     /// [`ModelError`] if the disk fails; other peers do not help then.
-    async fn take_from(&mut self, (peer, data): &Connected) -> Result<(), ModelError> {
-        let (model, source) = (self.job.request.model.clone(), format!("node {}", peer.short()));
+    async fn take_from(&mut self, peer: &WeightsPeer) -> Result<(), ModelError> {
+        let (model, source) = (self.job.request.model.clone(), peer.name.clone());
         (self.job.config.progress)(Progress::Trying { model, source: source.clone() });
-        let fetched = self.ask(data).await;
+        let fetched = self.ask(&peer.data).await;
         let copy = Arc::clone(self.copy);
         blocking(move || copy.keep()).await?;
         match fetched {
             Ok(()) => Ok(()),
             Err(PeerFetchError::Model(error)) if error.is_of_disk() => Err(error),
             Err(error) => {
-                self.job.note_failure(*peer, &error);
+                self.job.note_failure(peer, &error);
                 (self.job.config.progress)(Progress::Failed { source, reason: error.to_string() });
                 Ok(())
             }

@@ -17,6 +17,7 @@ use crate::planner::PlannerLimits;
 use crate::transport::protocol::{
     ControlMessage, DataHello, HeadRequest, LinkEnd, LinkHello, Revision, StageOrder, WeightsQuery, WeightsRequest,
 };
+use crate::transport::router::WeightsPeer;
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{DeviceId, Incarnation};
 use exo_engines::sampler::{SamplerSpec, SamplingParams};
@@ -206,7 +207,7 @@ async fn hostile_member_process() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     for round in 0..100 {
-        for (victim, data) in router.peers() {
+        for WeightsPeer { id: victim, data, .. } in router.peers() {
             out_of_turn(own, round).into_iter().for_each(|message| router.tell(victim, message));
             for hello in streams(own, round).into_iter().chain(requests(instance)) {
                 if let Ok(mut stream) = data.open(Priority::Normal).await {

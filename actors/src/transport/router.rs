@@ -12,12 +12,23 @@ use std::sync::{Arc, OnceLock};
 /// The connections with one peer.
 #[derive(Debug, Clone)]
 pub(crate) struct PeerChannel {
+    /// The peer's name, which its user chose.
+    pub(crate) name: String,
     pub(crate) control: ActorRef<ControlMsg>,
     /// The token by which the peer identifies this node.
     pub(crate) token: SenderToken,
     pub(crate) data: DataConnection,
     /// The count of bytes that are queued for the peer.
     pub(crate) outbox: Outbox,
+}
+
+/// A connected peer, as a source of weights.
+#[derive(Debug, Clone)]
+pub(crate) struct WeightsPeer {
+    pub(crate) id: NodeId,
+    /// The peer's name, which its user chose.
+    pub(crate) name: String,
+    pub(crate) data: DataConnection,
 }
 
 /// Sends messages to all nodes. Clones share one table.
@@ -91,10 +102,15 @@ impl Router {
         node == self.own || self.data(node).is_some()
     }
 
-    /// The data connections with all peers, those outside the clique included.
-    pub(crate) fn peers(&self) -> Vec<(NodeId, DataConnection)> {
+    /// All peers, those outside the clique included.
+    pub(crate) fn peers(&self) -> Vec<WeightsPeer> {
         let channels = self.inner.channels.read();
-        channels.iter().map(|(&id, channel)| (id, channel.data.clone())).collect()
+        let peer = |(&id, channel): (&NodeId, &PeerChannel)| WeightsPeer {
+            id,
+            name: channel.name.clone(),
+            data: channel.data.clone(),
+        };
+        channels.iter().map(peer).collect()
     }
 
     /// Sends a message to a node. If the node is not connected, the message is dropped; the planner reports lost nodes.

@@ -37,8 +37,8 @@ fn is_on(stage: &Stage, node: NodeId, device: &DeviceId) -> bool {
     (stage.node, &stage.device) == (node, device)
 }
 
-/// Returns why a move to a better placement is worth its cost by the policy, or `None` if it is not, or if the speeds of
-/// devices or links are too uncertain to tell.
+/// Returns why a move to a better placement is worth its cost by the policy, or `None` if it is not, or if the speeds
+/// of devices or links are too uncertain to tell.
 pub fn why_move(
     demand: &Demand,
     current: &Placement,

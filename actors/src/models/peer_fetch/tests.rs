@@ -129,7 +129,7 @@ async fn fetch_with_reasons(givers: &[Giver], into: &Path) -> (Fetched, Vec<(Giv
     for &giver in givers {
         let (network, mut of_giver) = network(&secret, vec![address]);
         let seen = up(&mut events).await;
-        peers.push((seen.id, seen.data.clone()));
+        peers.push(WeightsPeer { id: seen.id, name: seen.name.clone(), data: seen.data.clone() });
         let answering = answer_all(
             giver,
             up(&mut of_giver).await,

@@ -7,7 +7,7 @@ use crate::dial::Source;
 use crate::dial_failure::{DialFailure, close};
 use crate::identity::NodeId;
 use crate::network::{DriverEvent, NetworkEvent};
-use crate::peer::{Introduced, PeerConnections};
+use crate::peer::{HELLO_DEADLINE, Introduced, PeerConnections};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -54,8 +54,10 @@ impl Driver {
 
     /// Handles a connection of a node with this node's own key.
     pub(super) async fn on_own_key(&self, introduced: &Introduced) {
-        // The node that has dialled itself closes the connection.
         if introduced.run == self.own.run {
+            // This node has dialled itself, and learns so from its own hello: the other end must not close earlier.
+            let control = introduced.control.clone();
+            tokio::spawn(async move { drop(tokio::time::timeout(HELLO_DEADLINE, control.closed()).await) });
             return;
         }
         let (own, second) = (self.own_address(), canonical(introduced.control.remote_address()));
