@@ -420,6 +420,7 @@ impl ClusterState {
         let (mut links, mut peers) = (BTreeMap::new(), Vec::new());
         for (id, peer) in &mut self.peers {
             if peer.is_ready {
+                peer.take_rtt();
                 links.insert(*id, peer.link());
                 peers.extend(Some(peer.address).filter(|&address| exo_net::is_shareable(address)));
             } else if peer.since.elapsed() > SESSION_DEADLINE {

@@ -302,7 +302,8 @@ impl Network {
         let _ = self.driver_events.try_send(DriverEvent::Sighted(address));
     }
 
-    /// Closes the connections of `id`, and admits it no more: it is told that the member `by` has evicted it.
+    /// Closes the connections of `id`, and admits it no more. `by` is the name of the member whose user evicted it; the
+    /// evicted node is told that name.
     pub fn evict(&self, id: NodeId, by: String) {
         let driver_events = self.driver_events.clone();
         // A driver that has ended has no peers.

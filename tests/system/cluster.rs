@@ -113,7 +113,8 @@ pub(crate) fn outcome(asking: Child) -> Result<Transcript, String> {
     }
 }
 
-fn member(name: &str, more: &[&str], variables: &[(&str, &str)]) -> Node {
+/// Starts a node on loopback; `$DATA` in a variable's value stands for the node's folder.
+pub(crate) fn member(name: &str, more: &[&str], variables: &[(&str, &str)]) -> Node {
     models();
     let arguments = ["--listen", "127.0.0.1:0", "--no-discovery", "--threads", "1", "--name", name];
     Node::up_with(&[&arguments, more].concat(), variables)

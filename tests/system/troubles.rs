@@ -98,24 +98,26 @@ fn a_killed_node_is_back_soon() {
     assert!(!member.has_told("same key"), "{:?}", member.told());
 }
 
+/// Starts node a, b or c on a host, where it listens on all addresses.
+fn node_on(lan: &Lan, host: usize, more: &[&str]) -> Node {
+    let name = ["a", "b", "c"][host];
+    let arguments = [&["--listen", "[::]:52416", "--threads", "1", "--name", name], more].concat();
+    let setup = Setup { namespace: Some(lan.host(host)), ..Setup::of(&arguments) };
+    Node::start(setup, tempfile::tempdir().expect("a temporary folder"))
+}
+
 /// R8.1–R8.5: hosts that have IPv6 alone find each other by multicast, and by `--peer`, and compute together.
 #[test]
 fn hosts_with_ipv6_alone_are_one_cluster() {
     models();
     let Some(lan) = Lan::of_ipv6(3) else { return };
-    let node = |host: usize, more: &[&str]| {
-        let name = ["a", "b", "c"][host];
-        let arguments = [&["--listen", "[::]:52416", "--threads", "1", "--name", name], more].concat();
-        let setup = Setup { namespace: Some(lan.host(host)), ..Setup::of(&arguments) };
-        Node::start(setup, tempfile::tempdir().expect("a temporary folder"))
-    };
-    let first = node(0, &[]);
+    let first = node_on(&lan, 0, &[]);
     let listens = address(&first);
     assert_eq!(listens, format!("[{}]:52416", Lan::address_v6(0)));
     let token = token_of(&first);
     // Without addresses, a token leaves discovery the only way.
-    let found = node(1, &["--join", &token]);
-    let named = node(2, &["--join", &token, "--no-discovery", "--peer", &listens]);
+    let found = node_on(&lan, 1, &["--join", &token]);
+    let named = node_on(&lan, 2, &["--join", &token, "--no-discovery", "--peer", &listens]);
     until("they do not meet", || [&first, &found, &named].iter().all(|node| members(node) == 2));
     let answer = found.command(&["run", SMOLLM2, "Hello", "--max-tokens", "4", "--split", "a:0-9,b:10-19,c:20-29"]);
     assert!(answer.status.success(), "{}", stderr(&answer));
@@ -126,13 +128,8 @@ fn hosts_with_ipv6_alone_are_one_cluster() {
 fn hosts_with_link_local_addresses_are_one_cluster() {
     models();
     let Some(lan) = Lan::of_link_local(2) else { return };
-    let node = |host: usize, more: &[&str]| {
-        let arguments = [&["--listen", "[::]:52416", "--threads", "1", "--name", ["a", "b"][host]], more].concat();
-        let setup = Setup { namespace: Some(lan.host(host)), ..Setup::of(&arguments) };
-        Node::start(setup, tempfile::tempdir().expect("a temporary folder"))
-    };
-    let first = node(0, &[]);
-    let other = node(1, &["--join", &token_of(&first)]);
+    let first = node_on(&lan, 0, &[]);
+    let other = node_on(&lan, 1, &["--join", &token_of(&first)]);
     until("they do not meet", || members(&first) == 1 && members(&other) == 1);
     let answer = other.command(&["run", SMOLLM2, "Hello", "--max-tokens", "4", "--split", "a:0-14,b:15-29"]);
     assert!(answer.status.success(), "{}", stderr(&answer));
@@ -144,14 +141,8 @@ fn hosts_with_link_local_addresses_are_one_cluster() {
 fn a_new_address_is_announced() {
     models();
     let Some(lan) = Lan::of(2) else { return };
-    let node = |host: usize, more: &[&str]| {
-        let name = ["a", "b"][host];
-        let arguments = [&["--listen", "[::]:52416", "--threads", "1", "--name", name], more].concat();
-        let setup = Setup { namespace: Some(lan.host(host)), ..Setup::of(&arguments) };
-        Node::start(setup, tempfile::tempdir().expect("a temporary folder"))
-    };
-    let first = node(0, &[]);
-    let other = node(1, &["--join", &token_of(&first)]);
+    let first = node_on(&lan, 0, &[]);
+    let other = node_on(&lan, 1, &["--join", &token_of(&first)]);
     until("they do not meet", || members(&first) == 1 && members(&other) == 1);
     let question = question(SMOLLM2, "Tell me a long story about a ship.", "120");
     let split = ["--split", "b:0-9,a:10-29"].map(str::to_owned);

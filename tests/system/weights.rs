@@ -1,8 +1,8 @@
 //! Nodes without a model's files: they get the bytes of their layers from nodes that have the files.
 
-use crate::cluster::{Cluster, alone_with, answer, outcome};
-use crate::node::{Node, Setup};
-use crate::{GEMMA3, SMOLLM2, models};
+use crate::cluster::{Cluster, alone_with, answer, member, outcome};
+use crate::node::Node;
+use crate::{GEMMA3, SMOLLM2};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -156,13 +156,10 @@ fn different_weights_under_one_name_do_not_mix() {
 
 /// Two members; the files of `a` are in its own folder, `b` has none.
 fn giver_and_taker() -> Cluster {
-    models();
-    let variables = NOTHING.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    std::fs::create_dir(folder.path().join("models")).expect("a folder");
-    std::fs::copy(model_file(), folder.path().join("models").join(FILE)).expect("copied");
-    let arguments = ["--listen", "127.0.0.1:0", "--no-discovery", "--threads", "1", "--name", "a"];
-    let mut cluster = Cluster { nodes: vec![Node::start(Setup { variables, ..Setup::of(&arguments) }, folder)] };
+    let mut cluster = Cluster { nodes: vec![member("a", &[], &NOTHING)] };
+    let models = cluster.nodes[0].folder().join("models");
+    std::fs::create_dir_all(&models).expect("a folder");
+    std::fs::copy(model_file(), models.join(FILE)).expect("copied");
     cluster.join("b", &[], &NOTHING);
     cluster.wait_for(&cluster.nodes[1], 1);
     cluster

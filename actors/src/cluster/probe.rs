@@ -30,12 +30,16 @@ const PROBE_AGAIN: Duration = Duration::from_secs(10);
 const PROBE_EVERY: Duration = Duration::from_secs(600);
 
 impl ConnectedPeer {
-    /// The link to the peer, as measured so far.
-    pub(super) fn link(&mut self) -> Link {
+    /// Takes the round-trip time, if it is due.
+    pub(super) fn take_rtt(&mut self) {
         if self.rtt_taken.is_none_or(|taken| taken.elapsed() > RTT_EVERY) {
             self.rtt_taken = Some(Instant::now());
             self.rtt.add(self.data.rtt().as_secs_f64());
         }
+    }
+
+    /// The link to the peer, as measured so far.
+    pub(super) fn link(&self) -> Link {
         let (rtt, bandwidth) = (self.rtt.median(), self.bandwidth.median());
         let spreads = [rtt, bandwidth].into_iter().flatten().map(|median| median.spread);
         Link {

@@ -293,13 +293,7 @@ fn a_node_that_is_not_connected_yet_is_not_lost() {
 #[test]
 fn most_members_at_once_are_dead_only_if_their_hosts_say_so() {
     for are_dead in [true, false] {
-        let mut cluster = Cluster::of(vec![
-            (1, member(20, 1e10, &[2, 3])),
-            (2, member(20, 1e10, &[1, 3])),
-            (3, member(20, 4e10, &[1, 2])),
-        ]);
-        let instance = cluster.run(ModelSpec::new("m"));
-        assert_eq!(cluster.split(instance), [(3, 8)]);
+        let (mut cluster, instance) = Cluster::on_node_3_of_3();
         for (number, left) in [(2, 2), (3, 1)] {
             cluster.members.0.remove(&id(number));
             cluster.lose_links(number);
@@ -317,6 +311,18 @@ fn most_members_at_once_are_dead_only_if_their_hosts_say_so() {
 }
 
 impl Cluster {
+    /// Three members that see each other, and a model on the third, which is the fastest.
+    fn on_node_3_of_3() -> (Self, InstanceId) {
+        let mut cluster = Self::of(vec![
+            (1, member(20, 1e10, &[2, 3])),
+            (2, member(20, 1e10, &[1, 3])),
+            (3, member(20, 4e10, &[1, 2])),
+        ]);
+        let instance = cluster.run(ModelSpec::new("m"));
+        assert_eq!(cluster.split(instance), [(3, 8)]);
+        (cluster, instance)
+    }
+
     /// The entry of a model that runs on node 3.
     fn entry_on_node_3(mut self) -> (InstanceId, DesiredEntry) {
         let instance = self.run(ModelSpec::new("m"));
@@ -328,13 +334,7 @@ impl Cluster {
 /// A node that another member excludes is not about to connect: its shards are placed anew at once.
 #[test]
 fn a_node_outside_the_clique_is_lost() {
-    let mut cluster = Cluster::of(vec![
-        (1, member(20, 1e10, &[2, 3])),
-        (2, member(20, 1e10, &[1, 3])),
-        (3, member(20, 4e10, &[1, 2])),
-    ]);
-    let instance = cluster.run(ModelSpec::new("m"));
-    assert_eq!(cluster.split(instance), [(3, 8)]);
+    let (mut cluster, instance) = Cluster::on_node_3_of_3();
     cluster.rounds(5);
     cluster.members.0.remove(&id(3));
     cluster.leader.handle_lost(id(3), cluster.now, 2);

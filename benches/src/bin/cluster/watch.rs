@@ -19,7 +19,7 @@ pub(crate) fn bench(exo_node: &Path, model: &str, tokens: u32, seconds: u64) -> 
     }
     let count = |text: &str| processes.iter().map(|process| process.lines_with(text)).sum::<usize>();
     println!(
-        "{answers} answers in {seconds} s: {} false alarms, {} failed shards, {longest:.2} s between two tokens at most",
+        "{answers} answers in {seconds} s: {} false alarms, {} failed shards, {longest:.2} s between tokens at most",
         count(" has gone"),
         count("a shard"),
     );
