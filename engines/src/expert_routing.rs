@@ -2,6 +2,7 @@
 //!
 //! Routing depends on the row's own router logits only: the backend and the other rows of the batch change nothing.
 
+use crate::arithmetic::functions::exp;
 use crate::model::{Experts, Weighting};
 
 /// An expert chosen for a row, and the weight of its output.
@@ -20,7 +21,7 @@ pub fn route(spec: &Experts, logits: &[f32]) -> Vec<RoutedExpert> {
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
     let chosen = &order[..spec.used.min(order.len())];
     let Some(&best) = chosen.first() else { return Vec::new() };
-    let odds = |expert: usize| (logits[expert] - logits[best]).exp();
+    let odds = |expert: usize| exp(logits[expert] - logits[best]);
     let sum: f32 = match spec.weighting {
         Weighting::AmongChosen => chosen.iter().map(|&expert| odds(expert)).sum(),
         Weighting::AmongAll => order.iter().map(|&expert| odds(expert)).sum(),

@@ -1,22 +1,24 @@
-//! Attention over the paged cache. Memory never holds more than one page of scores for a query.
+//! Attention over the paged cache, as [`arithmetic::attention`](crate::arithmetic::attention) defines it: chunks of 256
+//! positions, joined in order. Memory never holds more than one chunk of scores for a query.
 //!
-//! Running softmax (Milakov and Gimelshein 2018; Dao et al. 2022): each page, in order of position, gives scores of 32
-//! keys and a new maximum; the sums so far are rescaled, and the page's weighted values added. Pages are aligned to
-//! positions, so a query's arithmetic depends on its position alone: the bits are the same in any batch and chunking.
+//! Queries that share keys are computed in tiles, so that a page is loaded once per tile. A query's arithmetic depends
+//! on its position alone: the bits are the same in any tile, batch and chunking of the prompt.
 
 use super::activation::Rows;
 use super::cache::{LayerCache, TOKENS};
 use super::disjoint::DisjointMut;
 use super::thread_pool::{Panicked, ThreadPool};
+use crate::arithmetic::attention::{CHUNK, SUM_CHAINS, finish_score, rescales};
+use crate::arithmetic::functions::{exp, tree_sum};
 use crate::backend::{Batch, Span};
 use crate::engine::KvElement;
 use crate::model::Attention;
 use crate::simd::Tier;
-use crate::simd::math;
 use crate::simd::{Kernel, LANES, Simd};
+use std::ops::Range;
 
-/// Queries that are computed together on a page and share its loads.
-const TILE: usize = 4;
+/// Most queries that are computed together on a page and share its loads.
+const TILE: usize = 8;
 /// Most rows of one task.
 const TASK_ROWS: usize = 16;
 
@@ -50,9 +52,9 @@ pub(super) fn run(
 /// Rows of one sequence, with query heads that share a key head.
 struct Task<'a> {
     span: &'a Span,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     kv_head: usize,
-    heads: std::ops::Range<usize>,
+    heads: Range<usize>,
 }
 
 /// Splits a batch into tasks. Heads that share keys stay in one task unless that leaves threads without work.
@@ -99,7 +101,14 @@ struct Query<'a> {
     first_key: usize,
     end_key: usize,
     largest: f32,
-    sum: f32,
+    total: f32,
+}
+
+/// The memory of a tile: weights of a chunk for each query, and sums of values, of the chunk and of all chunks so far.
+struct Scratch {
+    weights: Vec<[f32; CHUNK]>,
+    part: Vec<f32>,
+    sums: Vec<f32>,
 }
 
 impl Kernel for Job<'_> {
@@ -115,15 +124,18 @@ impl Kernel for Job<'_> {
 impl<'a> Job<'a> {
     #[inline(always)]
     fn all_queries<S: Simd, const HALF: bool>(&self) {
-        let mut sums = vec![0.0; TILE * self.cache.padded_dim()];
         let heads = self.task.heads.clone();
         let count = self.task.rows.len() * heads.len();
+        let width = TILE.min(count) * self.cache.padded_dim();
+        let mut scratch =
+            Scratch { weights: vec![[0.0; CHUNK]; TILE.min(count)], part: vec![0.0; width], sums: vec![0.0; width] };
         let mut next = 0;
         while next < count {
-            next += if count - next >= TILE {
-                self.tile::<S, HALF, TILE>(next, &mut sums)
-            } else {
-                self.tile::<S, HALF, 1>(next, &mut sums)
+            next += match count - next {
+                TILE.. => self.tile::<S, HALF, TILE>(next, &mut scratch),
+                4.. => self.tile::<S, HALF, 4>(next, &mut scratch),
+                2.. => self.tile::<S, HALF, 2>(next, &mut scratch),
+                _ => self.tile::<S, HALF, 1>(next, &mut scratch),
             };
         }
     }
@@ -135,7 +147,7 @@ impl<'a> Job<'a> {
         let position = self.task.span.first_position + row - self.task.span.rows.start;
         let window = self.spec.window.unwrap_or(usize::MAX);
         // A sink counts as a key before all others.
-        let (largest, sum) = self.sinks.map_or((f32::NEG_INFINITY, 0.0), |sinks| (sinks[head], 1.0));
+        let (largest, total) = self.sinks.map_or((f32::NEG_INFINITY, 0.0), |sinks| (sinks[head], 1.0));
         Query {
             row,
             head,
@@ -143,102 +155,156 @@ impl<'a> Job<'a> {
             first_key: (position + 1).saturating_sub(window),
             end_key: position + 1,
             largest,
-            sum,
+            total,
         }
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const HALF: bool, const N: usize>(&self, first: usize, sums: &mut [f32]) -> usize {
+    fn tile<S: Simd, const HALF: bool, const N: usize>(&self, first: usize, scratch: &mut Scratch) -> usize {
         let padded = self.cache.padded_dim();
         let mut queries: [Query<'_>; N] = std::array::from_fn(|i| self.query(first + i));
-        sums[..N * padded].fill(0.0);
-        let start = queries.iter().map(|q| q.first_key).min().unwrap_or(0) / TOKENS;
-        let end = queries.iter().map(|q| q.end_key).max().unwrap_or(0).div_ceil(TOKENS);
-        for index in start..end {
-            let page = self.task.span.pages[index];
-            let keys = self.cache.keys(page, self.task.kv_head);
-            let values = self.cache.values(page, self.task.kv_head);
-            let mut scores = page_scores::<S, HALF, N>(&queries, keys);
-            let mut seen = [(0, 0); N];
+        scratch.sums[..N * padded].fill(0.0);
+        let start = queries.iter().map(|query| query.first_key).min().unwrap_or(0);
+        let end = queries.iter().map(|query| query.end_key).max().unwrap_or(0);
+        for chunk in start / CHUNK..end.div_ceil(CHUNK) {
+            let positions = (chunk * CHUNK).max(start)..((chunk + 1) * CHUNK).min(end);
+            self.score_chunk::<S, HALF, N>(&queries, positions.clone(), &mut scratch.weights);
+            let seen: [Range<usize>; N] = std::array::from_fn(|i| queries[i].seen_of(chunk));
+            let mut factors = [0.0; N];
             for (i, query) in queries.iter_mut().enumerate() {
-                seen[i] = query.seen_of(index);
-                let sums = &mut sums[i * padded..][..padded];
-                query.weigh::<S>(self.spec, seen[i], &mut scores[i], sums);
+                let sums = &mut scratch.sums[i * padded..][..padded];
+                factors[i] = query.weigh(self.spec, &seen[i], &mut scratch.weights[i], sums);
             }
-            if seen.iter().all(|&seen| seen == (0, TOKENS)) {
-                add_values::<S, HALF, N>(&scores, (0, TOKENS), values, &mut sums[..N * padded]);
-            } else {
-                for (i, &seen) in seen.iter().enumerate() {
-                    let sums = &mut sums[i * padded..][..padded];
-                    add_values::<S, HALF, 1>(&[scores[i]], seen, values, sums);
-                }
+            self.mix_chunk::<S, HALF, N>(chunk, &seen, scratch);
+            for (i, factor) in factors.into_iter().enumerate() {
+                let (sums, part) = (&mut scratch.sums[i * padded..][..padded], &scratch.part[i * padded..][..padded]);
+                sums.iter_mut().zip(part).for_each(|(sum, &part)| *sum = part.mul_add(factor, *sum));
             }
         }
-        for (query, sums) in queries.iter().zip(sums.chunks(padded)) {
+        for (query, sums) in queries.iter().zip(scratch.sums.chunks(padded)) {
             let at = query.row * self.out_width + query.head * self.spec.head_dim;
             // SAFETY: each pair of row and head belongs to one task.
             let out = unsafe { self.out.take(at..at + self.spec.head_dim) };
             for (out, &sum) in out.iter_mut().zip(sums) {
-                *out = sum / query.sum;
+                *out = sum / query.total;
             }
         }
         N
     }
+
+    /// Writes the products of the queries with the keys of every page that has one of `positions`.
+    #[inline(always)]
+    fn score_chunk<S: Simd, const HALF: bool, const N: usize>(
+        &self,
+        queries: &[Query<'_>; N],
+        positions: Range<usize>,
+        scores: &mut [[f32; CHUNK]],
+    ) {
+        for index in positions.start / TOKENS..positions.end.div_ceil(TOKENS) {
+            let keys = self.cache.keys(self.task.span.pages[index], self.task.kv_head);
+            page_scores::<S, HALF, N>(queries, keys, scores, index * TOKENS % CHUNK);
+        }
+    }
+
+    /// Sets the chunk's part of every query to Σ weight · value over its `seen` positions: first those that only some
+    /// queries see, then those that all see, together, then again those that only some see.
+    #[inline(always)]
+    fn mix_chunk<S: Simd, const HALF: bool, const N: usize>(
+        &self,
+        chunk: usize,
+        seen: &[Range<usize>; N],
+        scratch: &mut Scratch,
+    ) {
+        let padded = self.cache.padded_dim();
+        let Scratch { weights, part, .. } = scratch;
+        part[..N * padded].fill(0.0);
+        let start = seen.iter().map(|seen| seen.start).max().unwrap_or(0);
+        let end = seen.iter().map(|seen| seen.end).min().unwrap_or(0).max(start);
+        let alone = |slots: fn(&Range<usize>, &Range<usize>) -> Range<usize>, part: &mut [f32]| {
+            for i in 0..N {
+                let slots = slots(&seen[i], &(start..end));
+                let part = &mut part[i * padded..][..padded];
+                self.mix::<S, HALF, 1>(chunk, slots, &weights[i..=i], part);
+            }
+        };
+        alone(|seen, common| seen.start..common.start.min(seen.end), part);
+        self.mix::<S, HALF, N>(chunk, start..end, weights, &mut part[..N * padded]);
+        alone(|seen, common| common.end.max(seen.start).max(common.start.min(seen.end))..seen.end, part);
+    }
+
+    /// Adds Σ weight · value over the `slots` of a chunk to the parts of `N` queries.
+    #[inline(always)]
+    fn mix<S: Simd, const HALF: bool, const N: usize>(
+        &self,
+        chunk: usize,
+        slots: Range<usize>,
+        weights: &[[f32; CHUNK]],
+        parts: &mut [f32],
+    ) {
+        let mut slot = slots.start;
+        while slot < slots.end {
+            let position = chunk * CHUNK + slot;
+            let within = position % TOKENS;
+            let count = (TOKENS - within).min(slots.end - slot);
+            let values = self.cache.values(self.task.span.pages[position / TOKENS], self.task.kv_head);
+            add_values::<S, HALF, N>(weights, slot, within..within + count, values, parts);
+            slot += count;
+        }
+    }
 }
 
 impl Query<'_> {
-    /// Returns the visible slots of page `index`, as (first, end).
+    /// Returns the visible slots of a chunk.
     #[inline(always)]
-    fn seen_of(&self, index: usize) -> (usize, usize) {
-        let start = index * TOKENS;
-        let first = self.first_key.saturating_sub(start).min(TOKENS);
-        let end = self.end_key.saturating_sub(start).min(TOKENS);
-        (first, end.max(first))
+    fn seen_of(&self, chunk: usize) -> Range<usize> {
+        let start = chunk * CHUNK;
+        let first = self.first_key.saturating_sub(start).min(CHUNK);
+        let end = self.end_key.saturating_sub(start).min(CHUNK);
+        first..end.max(first)
     }
 
-    /// Turns a page's scores into weights, and rescales the sums so far to the new maximum.
+    /// Turns a chunk's products into weights, rescales the sums so far, and returns the factor of the chunk's part.
     #[inline(always)]
-    fn weigh<S: Simd>(
-        &mut self,
-        spec: &Attention,
-        (first, end): (usize, usize),
-        scores: &mut [f32; TOKENS],
-        sums: &mut [f32],
-    ) {
-        if first == end {
-            return;
+    fn weigh(&mut self, spec: &Attention, seen: &Range<usize>, scores: &mut [f32; CHUNK], sums: &mut [f32]) -> f32 {
+        if seen.is_empty() {
+            return 0.0;
         }
-        for (slot, score) in scores.iter_mut().enumerate() {
-            let scaled = *score * spec.scale;
-            let capped = match spec.softcap {
-                Some(cap) => cap * math::tanh::<S>(scaled / cap),
-                None => scaled,
-            };
-            let seen = slot >= first && slot < end;
-            *score = if seen { capped } else { f32::NEG_INFINITY };
-        }
-        let page_largest = scores.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
-        let largest = if page_largest > self.largest { page_largest } else { self.largest };
-        let rescale = math::exp::<S>(self.largest - largest);
-        let mut lanes = [0.0_f32; LANES];
-        for chunk in scores.as_chunks_mut::<LANES>().0 {
-            for (lane, score) in lanes.iter_mut().zip(chunk) {
-                *score = math::exp::<S>(*score - largest);
-                *lane += *score;
+        let used = seen.end.next_multiple_of(LANES);
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        for (index, chunk) in scores[..used].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            for (i, score) in chunk.iter_mut().enumerate() {
+                let slot = index * LANES + i;
+                let finished = finish_score(spec, *score);
+                *score = if slot >= seen.start && slot < seen.end { finished } else { f32::NEG_INFINITY };
+                lanes[i] = if *score > lanes[i] { *score } else { lanes[i] };
             }
         }
-        self.sum = self.sum * rescale + lanes.iter().sum::<f32>();
+        let chunk_largest = lanes.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        let mut chains = [0.0_f32; SUM_CHAINS];
+        for chunk in scores[..used].as_chunks_mut::<SUM_CHAINS>().0 {
+            for (chain, score) in chains.iter_mut().zip(chunk) {
+                *score = exp(*score - chunk_largest);
+                *chain += *score;
+            }
+        }
+        let (own, other, largest) = rescales(self.largest, chunk_largest);
+        self.total = tree_sum(chains).mul_add(other, self.total * own);
         self.largest = largest;
         for sum in sums {
-            *sum *= rescale;
+            *sum *= own;
         }
+        other
     }
 }
 
-/// Returns the scores of all 32 keys of a page, visible or not.
+/// Writes the products of `N` queries with all 32 keys of a page, visible or not, to `scores` from `slot` on.
 #[inline(always)]
-fn page_scores<S: Simd, const HALF: bool, const N: usize>(queries: &[Query<'_>; N], keys: &[u8]) -> [[f32; TOKENS]; N] {
-    let mut scores = [[0.0; TOKENS]; N];
+fn page_scores<S: Simd, const HALF: bool, const N: usize>(
+    queries: &[Query<'_>; N],
+    keys: &[u8],
+    scores: &mut [[f32; CHUNK]],
+    slot: usize,
+) {
     let size = if HALF { 2 } else { 4 };
     let head_dim = queries[0].values.len();
     assert!(keys.len() >= head_dim * TOKENS * size, "a page holds all dimensions of its keys");
@@ -257,32 +323,35 @@ fn page_scores<S: Simd, const HALF: bool, const N: usize>(queries: &[Query<'_>; 
             }
         }
         for (scores, sums) in scores.iter_mut().zip(sums) {
-            S::store(scores.as_mut_ptr(), sums[0]);
-            S::store(scores.as_mut_ptr().add(LANES), sums[1]);
+            let page = &mut scores[slot..slot + TOKENS];
+            S::store(page.as_mut_ptr(), sums[0]);
+            S::store(page.as_mut_ptr().add(LANES), sums[1]);
         }
     }
-    scores
 }
 
-/// sums += weights · values, over the slots `first`..`end`.
+/// sums += weights · values, over the tokens `within` a page, whose weights start at `slot` of a chunk.
 #[inline(always)]
 fn add_values<S: Simd, const HALF: bool, const N: usize>(
-    weights: &[[f32; TOKENS]; N],
-    (first, end): (usize, usize),
+    weights: &[[f32; CHUNK]],
+    slot: usize,
+    within: Range<usize>,
     values: &[u8],
     sums: &mut [f32],
 ) {
     let size = if HALF { 2 } else { 4 };
     let padded = sums.len() / N;
-    assert!(end <= TOKENS && values.len() >= padded * TOKENS * size, "a page holds all its values");
+    assert!(within.end <= TOKENS && values.len() >= padded * TOKENS * size, "a page holds all its values");
+    assert!(weights.len() >= N && slot + within.len() <= CHUNK, "each value has weights");
     for chunk in (0..padded).step_by(LANES) {
-        // SAFETY: the assertion; `padded` is a multiple of the lanes.
+        // SAFETY: the assertions; `padded` is a multiple of the lanes.
         unsafe {
             let mut lanes: [S::Floats; N] = std::array::from_fn(|i| S::load(sums.as_ptr().add(i * padded + chunk)));
-            for slot in first..end {
-                let value = load::<S, HALF>(values.as_ptr().add((slot * padded + chunk) * size));
-                for (lanes, weights) in lanes.iter_mut().zip(weights) {
-                    *lanes = S::fma(value, S::splat(*weights.get_unchecked(slot)), *lanes);
+            for (offset, token) in within.clone().enumerate() {
+                let value = load::<S, HALF>(values.as_ptr().add((token * padded + chunk) * size));
+                for (i, lanes) in lanes.iter_mut().enumerate() {
+                    let weight = *weights.get_unchecked(i).get_unchecked(slot + offset);
+                    *lanes = S::fma(value, S::splat(weight), *lanes);
                 }
             }
             for (i, lanes) in lanes.into_iter().enumerate() {

@@ -3,7 +3,7 @@
 //! A step needs a dozen buffers per layer, in a few sizes that repeat. Fresh allocations would be mapped from, and
 //! returned to, the operating system page by page.
 
-use super::activation::{CodedRows, Rows};
+use super::activation::{CodedRows, Rows, Wanted};
 
 /// Most buffers of a kind in the pool: more than any call uses at once.
 const BUFFERS_MAX: usize = 8;
@@ -30,9 +30,9 @@ impl BufferPool {
     }
 
     /// Like [`BufferPool::rows`], for coded rows.
-    pub(super) fn coded(&mut self, count: usize, width: usize) -> CodedRows {
+    pub(super) fn coded(&mut self, count: usize, width: usize, wanted: Wanted) -> CodedRows {
         let mut rows = self.coded.pop().unwrap_or_default();
-        rows.resize(count, width);
+        rows.resize(count, width, wanted);
         rows
     }
 

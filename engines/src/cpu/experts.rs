@@ -58,7 +58,7 @@ impl CpuBackend {
         hidden: &Rows,
     ) -> Result<Rows, EngineError> {
         let Self { tier, pool, buffers } = self;
-        let (normed, _) = kernels::prepare(*tier, pool, buffers, hidden, norm.map(rms_norm), false)?;
+        let normed = kernels::norm(*tier, pool, buffers, hidden, norm.map(rms_norm))?;
         let input = normed.as_ref().unwrap_or(hidden);
         let [logits] = self.project(None, input, [&mixture.router])?;
         let routes = Routes::new(mixture, &logits);

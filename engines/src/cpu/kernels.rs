@@ -1,16 +1,16 @@
 //! Kernels between the matrix products: norms, rounding, rotation, activation, sums. Threads share the rows.
 
-use super::activation::{BLOCK_CODES, CodedRowMut, CodedRows, Rows};
+use super::activation::{CodedParts, CodedRows, Rows, Wanted};
 use super::buffer_pool::BufferPool;
 use super::cache::{LayerCache, TOKENS};
 use super::disjoint::DisjointMut;
 use super::rotary::Rotations;
 use super::thread_pool::{Panicked, ThreadPool};
+use crate::arithmetic::functions::{clamped_swish, gelu_tanh, silu};
+use crate::arithmetic::norms;
 use crate::backend::Batch;
-use crate::format::blocks::BLOCK;
 use crate::model::Activation;
 use crate::simd::Tier;
-use crate::simd::math;
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
@@ -37,91 +37,75 @@ fn over_rows<K: Kernel>(
     })
 }
 
-/// Returns `input` after `norm`, if there is a norm, and its codes, if `wants_codes`.
-pub(super) fn prepare(
+/// Returns `input` after `norm`, if there is a norm.
+pub(super) fn norm(
     tier: Tier,
     pool: &mut ThreadPool,
     buffers: &mut BufferPool,
     input: &Rows,
     norm: Option<RmsNorm<'_>>,
-    wants_codes: bool,
-) -> Result<(Option<Rows>, Option<CodedRows>), Panicked> {
-    let mut floats = norm.map(|_| buffers.rows(input.count(), input.width));
-    let mut codes = wants_codes.then(|| buffers.coded(input.count(), input.width));
-    {
-        let floats = floats.as_mut().map(|rows| DisjointMut::new(&mut rows.values));
-        let codes = codes.as_mut().map(CodedParts::new);
-        over_rows(tier, pool, input.count(), |rows| Prepare {
-            rows,
-            input,
-            norm,
-            floats: floats.as_ref(),
-            codes: codes.as_ref(),
-        })?;
-    }
-    Ok((floats, codes))
+) -> Result<Option<Rows>, Panicked> {
+    let Some(norm) = norm else { return Ok(None) };
+    let mut out = buffers.rows(input.count(), input.width);
+    let parts = DisjointMut::new(&mut out.values);
+    over_rows(tier, pool, input.count(), |rows| NormRows { rows, input, norm, out: &parts })?;
+    Ok(Some(out))
 }
 
-struct CodedParts<'a> {
-    width: usize,
-    codes: DisjointMut<'a, i8>,
-    scales: DisjointMut<'a, f32>,
-    half_sums: DisjointMut<'a, i32>,
-    weighted_sums: DisjointMut<'a, f32>,
-}
-
-impl<'a> CodedParts<'a> {
-    fn new(rows: &'a mut CodedRows) -> Self {
-        Self {
-            width: rows.width,
-            codes: DisjointMut::new(&mut rows.codes),
-            scales: DisjointMut::new(&mut rows.scales),
-            half_sums: DisjointMut::new(&mut rows.half_sums),
-            weighted_sums: DisjointMut::new(&mut rows.weighted_sums),
-        }
-    }
-
-    /// # Safety
-    /// Only one task may take a row.
-    unsafe fn row(&self, row: usize) -> CodedRowMut<'a> {
-        let blocks = self.width / BLOCK;
-        let (start, end) = (row * blocks, (row + 1) * blocks);
-        // SAFETY: rows are disjoint, and the caller guarantees that no other task takes this row.
-        unsafe {
-            CodedRowMut {
-                codes: self.codes.take(start * BLOCK_CODES..end * BLOCK_CODES),
-                scales: self.scales.take(start..end),
-                half_sums: self.half_sums.take(start * 2..end * 2),
-                weighted_sums: self.weighted_sums.take(start..end),
-            }
-        }
-    }
-}
-
-struct Prepare<'a> {
+struct NormRows<'a> {
     rows: Range<usize>,
     input: &'a Rows,
-    norm: Option<RmsNorm<'a>>,
-    floats: Option<&'a DisjointMut<'a, f32>>,
-    codes: Option<&'a CodedParts<'a>>,
+    norm: RmsNorm<'a>,
+    out: &'a DisjointMut<'a, f32>,
 }
 
-impl Kernel for Prepare<'_> {
+impl Kernel for NormRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let width = self.input.width;
         for row in self.rows.clone() {
+            // SAFETY: a row belongs to one task.
+            let out = unsafe { self.out.take(row * width..(row + 1) * width) };
+            norms::rms_norm(self.input.row(row), self.norm.weight, self.norm.epsilon, out);
+        }
+    }
+}
+
+/// Returns the codes of `input` after `norm`, if there is a norm.
+pub(super) fn encode(
+    tier: Tier,
+    pool: &mut ThreadPool,
+    buffers: &mut BufferPool,
+    input: &Rows,
+    norm: Option<RmsNorm<'_>>,
+    wanted: Wanted,
+) -> Result<CodedRows, Panicked> {
+    let mut codes = buffers.coded(input.count(), input.width, wanted);
+    let parts = codes.parts();
+    over_rows(tier, pool, input.count(), |rows| Encode { rows, input, norm, codes: &parts })?;
+    drop(parts);
+    Ok(codes)
+}
+
+struct Encode<'a> {
+    rows: Range<usize>,
+    input: &'a Rows,
+    norm: Option<RmsNorm<'a>>,
+    codes: &'a CodedParts<'a>,
+}
+
+impl Kernel for Encode<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let mut normed = vec![0.0; if self.norm.is_some() { self.input.width } else { 0 }];
+        for row in self.rows.clone() {
             let mut values = self.input.row(row);
-            if let (Some(norm), Some(floats)) = (self.norm, self.floats) {
-                // SAFETY: a row belongs to one task.
-                let out = unsafe { floats.take(row * width..(row + 1) * width) };
-                math::rms_norm::<S>(values, norm.weight, norm.epsilon, out);
-                values = out;
+            if let Some(norm) = self.norm {
+                norms::rms_norm(values, norm.weight, norm.epsilon, &mut normed);
+                values = &normed;
             }
-            if let Some(codes) = self.codes {
-                // SAFETY: as above.
-                unsafe { codes.row(row) }.encode(values);
-            }
+            // SAFETY: a row belongs to one task.
+            unsafe { self.codes.encode(row, values) };
         }
     }
 }
@@ -158,7 +142,7 @@ impl Kernel for TurnRows<'_> {
             let values = unsafe { self.values.take(row * self.width..(row + 1) * self.width) };
             if let Some(norm) = self.turn.norm {
                 for part in values.chunks_exact_mut(self.turn.norm_width) {
-                    math::rms_norm::<S>(part, norm.weight, norm.epsilon, &mut normed);
+                    norms::rms_norm(part, norm.weight, norm.epsilon, &mut normed);
                     part.copy_from_slice(&normed);
                 }
             }
@@ -226,10 +210,10 @@ impl Kernel for Activate<'_> {
         // SAFETY: rows are disjoint.
         let gate = unsafe { self.gate.take(self.range) };
         match self.activation {
-            Activation::Silu => gate.iter_mut().zip(up).for_each(|(g, u)| *g = math::silu::<S>(*g) * u),
-            Activation::GeluTanh => gate.iter_mut().zip(up).for_each(|(g, u)| *g = math::gelu_tanh::<S>(*g) * u),
+            Activation::Silu => gate.iter_mut().zip(up).for_each(|(g, u)| *g = silu(*g) * u),
+            Activation::GeluTanh => gate.iter_mut().zip(up).for_each(|(g, u)| *g = gelu_tanh(*g) * u),
             Activation::ClampedSwish { slope, limit } => {
-                gate.iter_mut().zip(up).for_each(|(g, u)| *g = math::clamped_swish::<S>(*g, *u, slope, limit));
+                gate.iter_mut().zip(up).for_each(|(g, u)| *g = clamped_swish(*g, *u, slope, limit));
             }
         }
     }
@@ -265,7 +249,7 @@ impl Kernel for Add<'_> {
             let hidden = unsafe { self.hidden.take(row * width..(row + 1) * width) };
             let mut delta = self.delta.row(row);
             if let Some(norm) = self.norm {
-                math::rms_norm::<S>(delta, norm.weight, norm.epsilon, &mut normed);
+                norms::rms_norm(delta, norm.weight, norm.epsilon, &mut normed);
                 delta = &normed;
             }
             hidden.iter_mut().zip(delta).for_each(|(h, d)| *h += d);
@@ -302,7 +286,7 @@ impl Kernel for Combine<'_> {
             let out = unsafe { self.out.take(row * width..(row + 1) * width) };
             out.fill(0.0);
             for &(at, weight) in &self.choices[row] {
-                out.iter_mut().zip(self.parts.row(at)).for_each(|(o, p)| *o = S::fma1(weight, *p, *o));
+                out.iter_mut().zip(self.parts.row(at)).for_each(|(o, p)| *o = weight.mul_add(*p, *o));
             }
         }
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! rows ─norm, round to 16 bits─► matmul (packed panels) ─► rotary, cache ─► attention ─► matmul ─► …
 //! ```
-//! The row alone fixes the order of its arithmetic. Threads share panels and rows, but never split a sum.
+//! [`arithmetic`] defines every bit of the results. Threads share panels and rows, but never split a sum of floats.
 
 mod activation;
 mod attention;
@@ -13,6 +13,7 @@ mod disjoint;
 mod experts;
 mod factory;
 mod kernels;
+mod lines;
 mod matmul;
 mod pack;
 mod packed;
@@ -26,6 +27,7 @@ pub use cache::KvCache;
 pub use factory::CpuFactory;
 pub use packed::Packed;
 
+use crate::arithmetic;
 use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Linear, Norm, TensorData};
 use crate::engine::KvElement;
 use crate::error::EngineError;
@@ -34,7 +36,7 @@ use crate::model::{Attention, QueryKeyNorm, Rope};
 use activation::Rows;
 use buffer_pool::BufferPool;
 use kernels::RmsNorm;
-use matmul::{Operand, Product};
+use matmul::Product;
 use pack::{PackError, Source};
 use rotary::Rotations;
 use std::ops::Range;
@@ -115,13 +117,11 @@ impl CpuBackend {
         input: &Rows,
         products: &mut [Product<'_>],
     ) -> Result<(), EngineError> {
-        let wants_codes = products.iter().any(|product| product.weights.is_coded());
         let Self { tier, pool, buffers } = self;
-        let (floats, codes) = kernels::prepare(*tier, pool, buffers, input, norm.map(rms_norm), wants_codes)?;
-        let operand = Operand { floats: floats.as_ref().unwrap_or(input), codes: codes.as_ref() };
-        matmul::run(*tier, pool, &operand, products)?;
-        floats.into_iter().for_each(|rows| buffers.keep(rows));
-        codes.into_iter().for_each(|rows| buffers.keep_coded(rows));
+        let wanted = matmul::wanted(products);
+        let codes = kernels::encode(*tier, pool, buffers, input, norm.map(rms_norm), wanted)?;
+        matmul::run(*tier, pool, &codes, products)?;
+        buffers.keep_coded(codes);
         Ok(())
     }
 }
@@ -134,14 +134,14 @@ impl Backend for CpuBackend {
     type Batch = CpuBatch;
 
     fn fingerprint(&self) -> String {
-        format!("cpu/{}/{}", env!("CARGO_PKG_VERSION"), self.tier.name())
+        format!("exact/{}", arithmetic::VERSION)
     }
 
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Packed, EngineError> {
         let source =
             Source { element: tensor.element, rows: tensor.rows, columns: tensor.columns, bytes: &tensor.bytes };
         Packed::pack(&mut self.pool, &source).map_err(|error| match error {
-            PackError::NotANumber { row } => EngineError::Format(not_a_number(tensor.name, row)),
+            PackError::NotANumber { row } => EngineError::Format(FormatError::not_a_number(tensor.name, row)),
             PackError::Unreadable(error) => EngineError::Format(error),
             PackError::Panicked => Panicked.into(),
         })
@@ -261,13 +261,5 @@ impl Backend for CpuBackend {
             &mut [Product { weights: head, bias: None, rows: 0..rows.len(), out: &mut out.values }],
         )?;
         Ok(out.values)
-    }
-}
-
-fn not_a_number(tensor: &str, row: usize) -> FormatError {
-    FormatError::BadTensor {
-        path: std::path::PathBuf::new(),
-        tensor: tensor.to_owned(),
-        what: format!("row {row} has a value that is not a finite number"),
     }
 }

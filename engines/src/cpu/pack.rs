@@ -1,15 +1,17 @@
-//! Packing: converts weights from a file's order to the kernels' order.
+//! Packing: converts weights from a file's order and scales to the kernels' order and the arithmetic's integers.
 //!
 //! The pool's threads share ranges of panels: each reads a range of the file and writes it to its own part of the
 //! target, so that memory never holds a large matrix twice.
 
 use super::disjoint::DisjointMut;
-use super::packed::{Coded, Dense, Form, Lines, Packed, code_position, scale_bits};
+use super::lines::Lines;
+use super::packed::{Coded, Form, Packed, Scales, Wide, code_position, wide_position};
 use super::thread_pool::{Panicked, ThreadPool};
+use crate::arithmetic::weights::{self, IntegerBlock, Rule};
+use crate::arithmetic::{SUPERBLOCK, superblocks};
 use crate::format::blocks::{self, BLOCK, Coding};
 use crate::format::{ElementType, FormatError, TensorBytes};
 use crate::simd::LANES;
-use half::f16;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -48,11 +50,12 @@ impl From<Panicked> for PackError {
 impl Packed {
     /// Packs a matrix, with all threads of the pool.
     pub(super) fn pack(pool: &mut ThreadPool, source: &Source<'_>) -> Result<Self, PackError> {
-        let form = match Coding::of(source.element) {
-            Some(coding) => Form::Coded(source.coded(pool, coding)?),
-            None => Form::Dense(source.dense(pool)?),
+        let mut units = vec![0.0; source.panels() * superblocks(source.columns) * LANES];
+        let form = match (Coding::of(source.element), Rule::of(source.element)) {
+            (Some(coding), Some(rule)) => Form::Coded(source.coded(pool, coding, rule, &mut units)?),
+            _ => Form::Wide(source.wide(pool, &mut units)?),
         };
-        Ok(Self { rows: source.rows, columns: source.columns, form })
+        Ok(Self { rows: source.rows, columns: source.columns, units, form })
     }
 }
 
@@ -99,62 +102,93 @@ impl Source<'_> {
         }
     }
 
-    fn dense(&self, pool: &mut ThreadPool) -> Result<Dense, PackError> {
-        let (columns, size) = (self.columns, self.element.block_bytes());
-        let panel_bytes = LANES * columns * size;
-        let mut values = Lines::zeroed(self.panels() * panel_bytes);
-        let parts = DisjointMut::new(values.bytes_mut());
+    fn wide(&self, pool: &mut ThreadPool, units: &mut [f32]) -> Result<Wide, PackError> {
+        let count = superblocks(self.columns);
+        let panel_bytes = Wide::panel_bytes(self.columns);
+        let mut pairs = Lines::zeroed_huge(self.panels() * panel_bytes);
+        let parts = DisjointMut::new(pairs.bytes_mut());
+        let units = DisjointMut::new(units);
         self.for_rows(pool, &|row, source| {
             let (panel, lane) = (row / LANES, row % LANES);
             // SAFETY: a panel belongs to one task, which packs its rows one after the other.
-            let target = unsafe { parts.take(panel * panel_bytes..(panel + 1) * panel_bytes) };
-            let mut is_finite = true;
-            for (column, value) in source.chunks_exact(size).enumerate() {
-                let mut float = [0.0];
-                blocks::dequantise_row(self.element, value, &mut float);
-                is_finite &= float[0].is_finite();
-                target[(column * LANES + lane) * size..][..size].copy_from_slice(value);
+            let (target, units) = unsafe {
+                (
+                    parts.take(panel * panel_bytes..(panel + 1) * panel_bytes),
+                    units.take(panel * count * LANES..(panel + 1) * count * LANES),
+                )
+            };
+            let (words, _) = target.as_chunks_mut::<2>();
+            let row_bytes = SUPERBLOCK * self.element.block_bytes();
+            let (mut values, mut codes) = ([0.0; SUPERBLOCK], [0; SUPERBLOCK]);
+            for (index, source) in source.chunks(row_bytes).enumerate() {
+                let columns = source.len() / self.element.block_bytes();
+                blocks::dequantise_row(self.element, source, &mut values[..columns]);
+                let unit = weights::dense(&values[..columns], &mut codes[..columns]);
+                if !unit.is_finite() {
+                    return false;
+                }
+                units[index * LANES + lane] = unit;
+                for (column, code) in codes[..columns].iter().enumerate() {
+                    words[wide_position(index * SUPERBLOCK + column, lane)] = code.to_ne_bytes();
+                }
             }
-            is_finite
+            true
         })?;
-        Ok(Dense { element: self.element, values })
+        Ok(Wide { pairs })
     }
 
-    fn coded(&self, pool: &mut ThreadPool, coding: Coding) -> Result<Coded, PackError> {
-        let blocks_per_row = self.columns / BLOCK;
-        let block_count = self.panels() * blocks_per_row;
-        let mut coded = Coded {
-            coding,
-            codes: Lines::zeroed(block_count * Coded::block_bytes(coding)),
-            scales: vec![0; block_count * Coded::block_scales(coding)],
-            mins: vec![0; block_count * Coded::block_mins(coding)],
-        };
-        let codes = DisjointMut::new(coded.codes.bytes_mut());
-        let scales = DisjointMut::new(&mut coded.scales);
-        let mins = DisjointMut::new(&mut coded.mins);
+    fn coded(
+        &self,
+        pool: &mut ThreadPool,
+        coding: Coding,
+        rule: Rule,
+        units: &mut [f32],
+    ) -> Result<Coded, PackError> {
+        let (blocks, min_pairs) = (self.columns / BLOCK, Coded::min_pairs(coding, self.columns));
+        let (block_bytes, block_scales) = (Coded::block_bytes(coding), Coded::block_scales(coding));
+        let mut codes = Lines::zeroed_huge(self.panels() * blocks * block_bytes);
+        let mut scales = vec![0_i16; self.panels() * blocks * block_scales];
+        let mut mins = vec![0; self.panels() * min_pairs * 2 * LANES];
+        let shared = (
+            DisjointMut::new(codes.bytes_mut()),
+            DisjointMut::new(&mut scales),
+            DisjointMut::new(&mut mins),
+            DisjointMut::new(units),
+        );
         self.for_rows(pool, &|row, source| {
             let (panel, lane) = (row / LANES, row % LANES);
-            let part = |size: usize| panel * blocks_per_row * size..(panel + 1) * blocks_per_row * size;
+            let part = |size: usize| panel * size..(panel + 1) * size;
             // SAFETY: a panel belongs to one task, which packs its rows one after the other.
             let mut target = unsafe {
                 Panel {
                     coding,
-                    codes: codes.take(part(Coded::block_bytes(coding))),
-                    scales: scales.take(part(Coded::block_scales(coding))),
-                    mins: mins.take(part(Coded::block_mins(coding))),
+                    codes: shared.0.take(part(blocks * block_bytes)),
+                    scales: shared.1.take(part(blocks * block_scales)),
+                    mins: shared.2.take(part(min_pairs * 2 * LANES)),
+                    units: shared.3.take(part(superblocks(self.columns) * LANES)),
                 }
             };
             if lane == 0 {
                 // `put` ORs codes into memory. A write of zeros comes first: a page that is read first is mapped twice.
                 target.codes.fill(0);
             }
-            (0..blocks_per_row).all(|index| {
-                let block = blocks::decode(self.element, source, index);
-                target.put(index, lane, &block);
-                block.scales.iter().chain(&block.mins).all(|value| value.is_finite())
+            (0..superblocks(self.columns)).all(|index| {
+                let superblock = weights::superblock(self.element, source, self.columns, index);
+                target.units[index * LANES + lane] = superblock.unit;
+                for (number, block) in superblock.blocks.iter().enumerate() {
+                    target.put(index * weights::BLOCKS + number, lane, block);
+                }
+                superblock.unit.is_finite()
             })
         })?;
-        Ok(coded)
+        drop(shared);
+        let scales = match rule {
+            Rule::Product { byte_scales: true, shift } => {
+                Scales::Bytes(scales.into_iter().map(|scale| (scale >> shift) as i8).collect())
+            }
+            _ => Scales::Words(scales),
+        };
+        Ok(Coded { element: self.element, coding, rule, codes, scales, mins })
     }
 }
 
@@ -162,19 +196,20 @@ impl Source<'_> {
 struct Panel<'a> {
     coding: Coding,
     codes: &'a mut [u8],
-    scales: &'a mut [u16],
-    mins: &'a mut [u16],
+    scales: &'a mut [i16],
+    mins: &'a mut [i16],
+    units: &'a mut [f32],
 }
 
 impl Panel<'_> {
-    fn put(&mut self, index: usize, lane: usize, block: &blocks::Block) {
+    fn put(&mut self, index: usize, lane: usize, block: &IntegerBlock) {
         let coding = self.coding;
         let halves = if coding.split { 2 } else { 1 };
         for half in 0..halves {
-            let at = (index * halves + half) * LANES + lane;
-            self.scales[at] = scale_bits(coding, block.scales[half]);
+            let number = index * halves + half;
+            self.scales[number * LANES + lane] = block.scales[half];
             if coding.has_mins {
-                self.mins[at] = f16::from_f32(block.mins[half]).to_bits();
+                self.mins[(number / 2 * LANES + lane) * 2 + number % 2] = block.mins[half];
             }
         }
         let size = Coded::block_bytes(coding);
@@ -211,35 +246,29 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// R4.3: packing preserves every value, to the half precision of its scale.
+        /// R4.3: packing preserves every integer of the arithmetic.
         #[test]
         fn packed_rows_read_back(
             element in prop::sample::select(ElementType::ALL.to_vec()),
             rows in 1_usize..40,
-            blocks_per_row in 1_usize..3,
+            blocks in 1_usize..24,
             threads in 1_usize..4,
             seed in any::<u64>(),
         ) {
-            let columns = blocks_per_row * 256;
+            let columns = (blocks * BLOCK).next_multiple_of(element.block_values());
             let bytes = test_weights::bytes(element, rows, columns, seed);
             let mut pool = ThreadPool::new(threads).expect("threads");
             let source = Source { element, rows, columns, bytes: &TensorBytes::Gathered(bytes.clone()) };
             let packed = Packed::pack(&mut pool, &source).expect("finite weights");
             let row_bytes = element.row_bytes(columns).unwrap_or(1);
-            let (mut got, mut expected) = (vec![0.0; columns], vec![0.0; columns]);
+            let mut got = vec![0.0; columns];
             for row in 0..rows {
                 packed.read_row(row, &mut got);
-                blocks::dequantise_row(element, &bytes[row * row_bytes..][..row_bytes], &mut expected);
-                for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
-                    let parts = match Coding::of(element) {
-                        None => 0.0,
-                        Some(_) => {
-                            let block = blocks::decode(element, &bytes[row * row_bytes..][..row_bytes], i / BLOCK);
-                            block.scales[i % BLOCK / 16].abs() * 256.0 + block.mins[i % BLOCK / 16].abs()
-                        }
-                    };
-                    prop_assert!((got - expected).abs() <= 0.0005 * parts + 1e-6, "{element}: {got} {expected}");
-                }
+                let expected = weights::row(element, &bytes[row * row_bytes..][..row_bytes], columns);
+                let expected = expected.codes.iter().enumerate().map(|(column, &code)| {
+                    f32::from(code) * expected.units[column / SUPERBLOCK]
+                });
+                prop_assert_eq!(&got, &expected.collect::<Vec<_>>(), "{} row {}", element, row);
             }
         }
     }
@@ -280,7 +309,7 @@ mod tests {
         };
         assert_eq!(pack(ElementType::F32, 3, 64, &bytes), Some(PackError::NotANumber { row: 2 }));
         let mut block = vec![0; 18];
-        block[..2].copy_from_slice(&f16::NAN.to_le_bytes());
+        block[..2].copy_from_slice(&half::f16::NAN.to_le_bytes());
         assert_eq!(pack(ElementType::Q4_0, 1, 32, &block), Some(PackError::NotANumber { row: 0 }));
     }
 }

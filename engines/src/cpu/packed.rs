@@ -1,133 +1,111 @@
 //! Weights in the order in which the kernels read them.
 //!
-//! A matrix of `rows` × `columns` is split into panels of sixteen rows. A panel of floats holds the sixteen values of
-//! each column side by side. A panel of quantised blocks holds, for each 32 columns, the codes of its sixteen rows,
+//! A matrix of `rows` × `columns` is split into panels of sixteen rows. [`arithmetic::weights`](crate::arithmetic)
+//! defines the integers. A panel of quantised blocks holds, for each 32 columns, the codes of its sixteen rows,
 //! interleaved so that one vector has four successive columns of each row:
 //! - 4 to 6 bits: low nibbles of the vectors 0–3 are columns 0–15, high nibbles columns 16–31; planes with the fifth
 //!   and sixth bits follow.
 //! - 2 and 3 bits: two vectors hold bit pairs; a plane with the third bits follows.
 //!
-//! Scales are stored separately. The size is that of the file, but for rounding (Q8_0, Q4_0: equal; K-quants: larger,
-//! since their scales are expanded).
+//! Scales, minima and units are stored separately. A panel of dense floats holds 16-bit integers, two vectors for each
+//! four columns. The size is that of the file and 3 to 9 % more (Q2_K: 38 %, since its minima are expanded; F32: half).
 
+use super::activation::STEP;
+use super::lines::Lines;
+use crate::arithmetic::weights::Rule;
+use crate::arithmetic::{SUPERBLOCK, superblocks};
 use crate::format::ElementType;
-use crate::format::blocks::{self, BLOCK, Coding, Levels};
+use crate::format::blocks::{BLOCK, Coding};
 use crate::simd::LANES;
-use half::{bf16, f16};
-#[cfg(target_os = "linux")]
-use rustix::mm::{Advice, madvise};
-
-/// The alignment of vector loads.
-const LINE_BYTES: usize = 64;
-
-/// The size of a huge page on x86-64 and aarch64.
-#[cfg(target_os = "linux")]
-const HUGE_PAGE_BYTES: usize = 2 << 20;
-
-/// Bytes aligned to a cache line, initially zero. Pages become resident when they are written.
-#[derive(Debug)]
-pub(super) struct Lines {
-    /// One line longer than `length`, so that `start` can be aligned.
-    bytes: Vec<u8>,
-    start: usize,
-    length: usize,
-}
-
-impl Lines {
-    pub(super) fn zeroed(length: usize) -> Self {
-        let bytes = vec![0; length + LINE_BYTES];
-        let start = bytes.as_ptr().align_offset(LINE_BYTES).min(LINE_BYTES);
-        let mut lines = Self { bytes, start, length };
-        lines.ask_for_huge_pages();
-        lines
-    }
-
-    /// Requests huge pages: every token reads a large matrix from end to end, and fewer pages need fewer translations.
-    #[cfg(target_os = "linux")]
-    fn ask_for_huge_pages(&mut self) {
-        let bytes = self.bytes.as_mut_ptr();
-        let before = bytes.align_offset(HUGE_PAGE_BYTES);
-        let inside = self.bytes.len().saturating_sub(before) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
-        if inside == 0 {
-            return;
-        }
-        // A hint: it changes no result, so its error is ignored.
-        // SAFETY: the range is whole pages of this allocation; the advice changes their backing, not their contents.
-        let _ = unsafe { madvise(bytes.add(before).cast(), inside, Advice::LinuxHugepage) };
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn ask_for_huge_pages(&mut self) {}
-
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.bytes[self.start..][..self.length]
-    }
-
-    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..][..self.length]
-    }
-}
 
 /// A weight matrix of the CPU backend, \[rows]\[columns], in panels of sixteen rows.
 #[derive(Debug)]
 pub struct Packed {
     pub(super) rows: usize,
     pub(super) columns: usize,
+    /// The value of integer 1: \[panel]\[superblock]\[lane].
+    pub(super) units: Vec<f32>,
     pub(super) form: Form,
 }
 
 #[derive(Debug)]
 pub(super) enum Form {
-    Dense(Dense),
+    Wide(Wide),
     Coded(Coded),
 }
 
+/// Dense floats as 16-bit integers: \[panel]\[group of four columns]\[columns 0 and 2, then 1 and 3 of each lane].
+/// Columns are padded with zeros to whole steps.
 #[derive(Debug)]
-pub(super) struct Dense {
+pub(super) struct Wide {
+    pub(super) pairs: Lines,
+}
+
+/// Quantised blocks.
+#[derive(Debug)]
+pub(super) struct Coded {
     pub(super) element: ElementType,
-    pub(super) values: Lines,
+    pub(super) coding: Coding,
+    pub(super) rule: Rule,
+    /// \[panel]\[block].
+    pub(super) codes: Lines,
+    /// \[panel]\[block]\[half where split]\[lane], without the power of two of [`Rule::Product`].
+    pub(super) scales: Scales,
+    /// Minima, as pairs of neighbours: \[panel]\[pair]\[lane]\[2]; empty where the format has none. Neighbours are
+    /// blocks, or the halves of a block where split.
+    pub(super) mins: Vec<i16>,
 }
 
 #[derive(Debug)]
-pub(super) struct Coded {
-    pub(super) coding: Coding,
-    pub(super) codes: Lines,
-    /// f16, or bf16 for [`Levels::Fp4`]: \[panel]\[block]\[half where split]\[lane].
-    pub(super) scales: Vec<u16>,
-    /// f16, likewise; empty where the format has no minima.
-    pub(super) mins: Vec<u16>,
+pub(super) enum Scales {
+    Bytes(Vec<i8>),
+    Words(Vec<i16>),
+}
+
+/// Bytes of a group of four columns of a [`Wide`] panel.
+pub(super) const GROUP_BYTES: usize = 4 * LANES * size_of::<i16>();
+
+impl Scales {
+    fn get(&self, at: usize) -> i16 {
+        match self {
+            Self::Bytes(scales) => i16::from(scales[at]),
+            Self::Words(scales) => scales[at],
+        }
+    }
+
+    fn memory_bytes(&self) -> usize {
+        match self {
+            Self::Bytes(scales) => scales.len(),
+            Self::Words(scales) => 2 * scales.len(),
+        }
+    }
 }
 
 impl Coded {
     /// Bytes of codes in one block of 32 columns × sixteen rows.
-    pub(super) fn block_bytes(coding: Coding) -> usize {
+    pub(super) const fn block_bytes(coding: Coding) -> usize {
         coding.bits as usize * BLOCK * LANES / 8
     }
 
     /// Scales in one block.
-    pub(super) fn block_scales(coding: Coding) -> usize {
+    pub(super) const fn block_scales(coding: Coding) -> usize {
         if coding.split { 2 * LANES } else { LANES }
     }
 
-    /// Minima in one block.
-    pub(super) fn block_mins(coding: Coding) -> usize {
-        if coding.has_mins { Self::block_scales(coding) } else { 0 }
+    /// Pairs of minima in a row of `columns`.
+    pub(super) const fn min_pairs(coding: Coding, columns: usize) -> usize {
+        match (coding.has_mins, coding.split) {
+            (false, _) => 0,
+            (true, true) => columns / BLOCK,
+            (true, false) => columns.div_ceil(2 * BLOCK),
+        }
     }
 }
 
-/// Encodes `scale` for a panel of `coding`.
-pub(super) fn scale_bits(coding: Coding, scale: f32) -> u16 {
-    match coding.levels {
-        // The scale is a power of two with the exponent range of f32, which f16 cannot hold.
-        Levels::Fp4 => bf16::from_f32(scale).to_bits(),
-        Levels::Even | Levels::Iq4 => f16::from_f32(scale).to_bits(),
-    }
-}
-
-fn scale_value(coding: Coding, bits: u16) -> f32 {
-    match coding.levels {
-        Levels::Fp4 => bf16::from_bits(bits).to_f32(),
-        Levels::Even | Levels::Iq4 => f16::from_bits(bits).to_f32(),
+impl Wide {
+    /// Bytes of a panel.
+    pub(super) fn panel_bytes(columns: usize) -> usize {
+        columns.next_multiple_of(STEP) / 4 * GROUP_BYTES
     }
 }
 
@@ -137,55 +115,78 @@ impl Packed {
         self.rows.div_ceil(LANES)
     }
 
-    /// Returns whether products need activations rounded to codes.
-    pub(super) fn is_coded(&self) -> bool {
-        matches!(self.form, Form::Coded(_))
+    /// Returns whether products read activations as 16-bit pairs.
+    pub(super) fn wants_pairs(&self) -> bool {
+        match &self.form {
+            Form::Wide(_) => true,
+            Form::Coded(coded) => coded.rule == Rule::Rounded,
+        }
     }
 
     /// Returns the bytes in use.
     pub(super) fn memory_bytes(&self) -> u64 {
         let bytes = match &self.form {
-            Form::Dense(dense) => dense.values.length,
-            Form::Coded(coded) => coded.codes.length + 2 * (coded.scales.len() + coded.mins.len()),
+            Form::Wide(wide) => wide.pairs.length(),
+            Form::Coded(coded) => coded.codes.length() + coded.scales.memory_bytes() + 2 * coded.mins.len(),
         };
-        bytes as u64
+        (bytes + 4 * self.units.len()) as u64
     }
 
     /// Writes the values of `row`, as f32, to `out`.
     pub(super) fn read_row(&self, row: usize, out: &mut [f32]) {
         let (panel, lane) = (row / LANES, row % LANES);
-        match &self.form {
-            Form::Dense(dense) => dense.read_row(self.columns, panel, lane, out),
-            Form::Coded(coded) => coded.read_row(self.columns, panel, lane, out),
+        let units = panel * superblocks(self.columns) * LANES + lane;
+        for (index, values) in out.chunks_mut(SUPERBLOCK).enumerate() {
+            let unit = self.units[units + index * LANES];
+            for (block, values) in values.chunks_mut(BLOCK).enumerate() {
+                let integers = match &self.form {
+                    Form::Wide(wide) => wide.read(self.columns, panel, index * SUPERBLOCK + block * BLOCK, lane),
+                    Form::Coded(coded) => coded.read(self.columns, panel, index * SUPERBLOCK / BLOCK + block, lane),
+                };
+                values.iter_mut().zip(integers).for_each(|(value, integer)| *value = f32::from(integer) * unit);
+            }
         }
     }
 }
 
-impl Dense {
-    fn read_row(&self, columns: usize, panel: usize, lane: usize, out: &mut [f32]) {
-        let size = self.element.block_bytes();
-        let bytes = self.values.bytes();
-        for (column, value) in out.iter_mut().enumerate() {
-            let at = ((panel * columns + column) * LANES + lane) * size;
-            blocks::dequantise_row(self.element, &bytes[at..at + size], std::slice::from_mut(value));
-        }
+impl Wide {
+    /// Returns the integers of 32 columns from `first`.
+    fn read(&self, columns: usize, panel: usize, first: usize, lane: usize) -> [i16; BLOCK] {
+        let (words, _) = self.pairs.bytes().as_chunks::<2>();
+        std::array::from_fn(|i| {
+            let at = panel * Self::panel_bytes(columns) / 2 + wide_position(first + i, lane);
+            i16::from_ne_bytes(words[at])
+        })
     }
+}
+
+/// The index of an integer in a [`Wide`] panel.
+pub(super) fn wide_position(column: usize, lane: usize) -> usize {
+    let (group, within) = (column / 4, column % 4);
+    group * GROUP_BYTES / 2 + within % 2 * 2 * LANES + lane * 2 + within / 2
 }
 
 impl Coded {
-    fn read_row(&self, columns: usize, panel: usize, lane: usize, out: &mut [f32]) {
-        let blocks_per_row = columns / BLOCK;
-        for (index, values) in out.chunks_mut(BLOCK).enumerate() {
-            let block = panel * blocks_per_row + index;
-            let codes = self.read_codes(block, lane);
-            for (i, value) in values.iter_mut().enumerate() {
-                let split = if self.coding.split { i / 16 * LANES } else { 0 };
-                let at = block * Self::block_scales(self.coding) + split + lane;
-                let min = self.mins.get(at).copied().unwrap_or(0);
-                *value = scale_value(self.coding, self.scales[at]) * self.coding.level(codes[i]) as f32
-                    + f16::from_bits(min).to_f32();
-            }
-        }
+    /// Returns the integers of a block.
+    fn read(&self, columns: usize, panel: usize, block: usize, lane: usize) -> [i16; BLOCK] {
+        let blocks = columns / BLOCK;
+        let codes = self.read_codes(panel * blocks + block, lane);
+        let shift = if let Rule::Product { shift, .. } = self.rule { shift } else { 0 };
+        std::array::from_fn(|i| {
+            let half = if self.coding.split { i / 16 } else { 0 };
+            let scale = (panel * blocks + block) * Self::block_scales(self.coding) + half * LANES + lane;
+            let min = match (self.coding.has_mins, self.coding.split) {
+                (false, _) => 0,
+                (true, true) => self.min(columns, panel, block * 2 + half, lane),
+                (true, false) => self.min(columns, panel, block, lane),
+            };
+            self.rule.weight(self.coding.level(codes[i]), self.scales.get(scale) << shift, min)
+        })
+    }
+
+    fn min(&self, columns: usize, panel: usize, number: usize, lane: usize) -> i16 {
+        let pair = panel * Self::min_pairs(self.coding, columns) + number / 2;
+        self.mins[(pair * LANES + lane) * 2 + number % 2]
     }
 
     fn read_codes(&self, block: usize, lane: usize) -> [u8; BLOCK] {

@@ -10,6 +10,7 @@ mod pages;
 
 pub use pages::{PageError, PageTable};
 
+use crate::arithmetic::functions::softcap;
 use crate::backend::{Backend, Batch, Span};
 use crate::collective::{AllReduce, SingleRank};
 use crate::engine::{
@@ -219,7 +220,7 @@ impl<B: Backend> Loaded<B> {
         let head = self.weights.head().ok_or(EngineError::NotLoaded)?;
         let mut logits = backend.logits(norm, head, &hidden, &wanted)?;
         if let Some(cap) = self.spec.architecture.logit_softcap {
-            logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+            logits.iter_mut().for_each(|logit| *logit = softcap(*logit, cap));
         }
         Ok(OutputRows::Logits(logits))
     }

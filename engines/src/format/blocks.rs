@@ -60,7 +60,7 @@ impl Levels {
 
 impl Coding {
     /// The coding of `element`, or `None` for dense floats.
-    pub fn of(element: ElementType) -> Option<Self> {
+    pub const fn of(element: ElementType) -> Option<Self> {
         let (bits, zero, has_mins, split) = match element {
             ElementType::F32 | ElementType::F16 | ElementType::BF16 => return None,
             ElementType::Q2_K => (2, 0, true, true),
@@ -80,6 +80,21 @@ impl Coding {
             _ => Levels::Even,
         };
         Some(Self { bits, levels, zero, has_mins, split })
+    }
+
+    /// Whether the levels are those of ggml's IQ4 formats, which take eight bits.
+    pub const fn is_iq4(self) -> bool {
+        matches!(self.levels, Levels::Iq4)
+    }
+
+    /// The lowest and the highest level minus [`Coding::zero`].
+    pub fn level_range(self) -> (i32, i32) {
+        let (lowest, highest) = match self.levels {
+            Levels::Even => (0, (1 << self.bits) - 1),
+            Levels::Fp4 => (0, 24),
+            Levels::Iq4 => (0, 240),
+        };
+        (lowest - self.zero, highest - self.zero)
     }
 
     /// The level of `code` minus [`Coding::zero`].
@@ -117,6 +132,22 @@ pub fn decode(element: ElementType, row: &[u8], index: usize) -> Block {
             unreachable!("a dense row has no blocks")
         }
     }
+}
+
+/// Returns the factor that all scales around block `index` share, in the types that store scales as its multiples.
+///
+/// # Panics
+/// If the row has no such block.
+pub fn shared_scale(element: ElementType, row: &[u8], index: usize) -> Option<f32> {
+    let at = match element {
+        ElementType::Q2_K => 80,
+        ElementType::Q3_K => 108,
+        ElementType::Q4_K | ElementType::Q5_K | ElementType::IQ4_XS => 0,
+        ElementType::Q6_K => 208,
+        _ => return None,
+    };
+    let start = index / (element.block_values() / BLOCK) * element.block_bytes();
+    Some(float(&row[start..], at))
 }
 
 /// Decodes `row` into f32 values.

@@ -122,6 +122,15 @@ pub enum FormatError {
 }
 
 impl FormatError {
+    /// Returns the error of a tensor whose `row` has a value that is no number. The file is not known here.
+    pub(crate) fn not_a_number(tensor: &str, row: usize) -> Self {
+        Self::BadTensor {
+            path: PathBuf::new(),
+            tensor: tensor.to_owned(),
+            what: format!("row {row} has a value that is not a finite number"),
+        }
+    }
+
     pub(crate) fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
         Self::Io { path: path.to_owned(), reason: error.to_string() }
     }

@@ -182,7 +182,7 @@ impl Metadata<'_> {
         // Newer files name the whole factor of cos and sin.
         let attention_factor = match self.float("rope.scaling.yarn_attn_factor")? {
             Some(whole) => whole * magnitude,
-            None => (0.1 * factor.max(1.0).ln() + 1.0) * magnitude,
+            None => (0.1 * libm::log(factor.max(1.0)) + 1.0) * magnitude,
         };
         Ok(Scaling::Yarn {
             factor,

@@ -192,7 +192,7 @@ impl Config {
         }
         let multiplier = |key: &str| Ok::<_, FormatError>(self.float(key)?.filter(|&multiplier| multiplier != 0.0));
         let (Some(part), Some(all)) = (multiplier("mscale")?, multiplier("mscale_all_dim")?) else { return Ok(None) };
-        let stretched = self.float("factor")?.unwrap_or(1.0).max(1.0).ln();
+        let stretched = libm::log(self.float("factor")?.unwrap_or(1.0).max(1.0));
         let magnitude = |multiplier: f64| 0.1 * multiplier * stretched + 1.0;
         Ok(Some(magnitude(part) / magnitude(all)))
     }

@@ -4,6 +4,7 @@
 //! fᵢ = θ^(−2i/d); a scaling changes these frequencies.
 
 use super::{Pairing, Rope};
+use libm::log;
 use std::f64::consts::PI;
 
 /// A rotary embedding as a file describes it.
@@ -48,7 +49,7 @@ pub(super) enum Scaling {
 /// LongRoPE's factor of cos and sin, for a model whose context was stretched `factor`-fold from
 /// `original_context` (Ding et al. 2024).
 pub(super) fn long_magnitude(factor: f64, original_context: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original_context.ln()).sqrt() }
+    if factor <= 1.0 { 1.0 } else { (1.0 + log(factor) / log(original_context)).sqrt() }
 }
 
 impl RopeParameters {
@@ -62,7 +63,7 @@ impl RopeParameters {
 
     pub(super) fn build(&self, pairing: Pairing) -> Rope {
         let half = self.dimensions / 2;
-        let plain = (0..half).map(|i| self.theta.powf(-2.0 * i as f64 / self.dimensions as f64));
+        let plain = (0..half).map(|i| libm::pow(self.theta, -2.0 * i as f64 / self.dimensions as f64));
         let mut magnitude = 1.0;
         let frequencies: Vec<f64> = match &self.scaling {
             Scaling::None => plain.collect(),
@@ -80,7 +81,7 @@ impl RopeParameters {
                 plain.map(scale).collect()
             }
             Scaling::Yarn { factor, attention_factor, .. } => {
-                let default = if *factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+                let default = if *factor <= 1.0 { 1.0 } else { 0.1 * log(*factor) + 1.0 };
                 magnitude = attention_factor.unwrap_or(default);
                 let (low, high) = self.yarn_ramp();
                 let scale = |(i, f): (usize, f64)| {
@@ -99,7 +100,7 @@ impl RopeParameters {
             return (0.0, 1.0);
         };
         let d = self.dimensions as f64;
-        let dimension_of = |turns: f64| d * (original_context / (2.0 * PI * turns)).ln() / (2.0 * self.theta.ln());
+        let dimension_of = |turns: f64| d * log(original_context / (2.0 * PI * turns)) / (2.0 * log(self.theta));
         let (mut low, mut high) = (dimension_of(beta_fast), dimension_of(beta_slow));
         if truncate {
             (low, high) = (low.floor(), high.ceil());

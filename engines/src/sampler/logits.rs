@@ -1,10 +1,9 @@
 //! Loops over all logits of a vocabulary row, which are among the longest loops of this program.
 //!
-//! The loop bodies use the portable tier's arithmetic, compiled for the machine's best instruction set, so the results
-//! have the same bits on all tiers.
+//! The loop bodies are compiled for the machine's best instruction set; the results have the same bits on all tiers.
 
-use crate::simd::math::exp;
-use crate::simd::{Kernel, LANES, Portable, Simd, Tier};
+use crate::arithmetic::functions::exp;
+use crate::simd::{Kernel, LANES, Simd, Tier};
 use std::cell::Cell;
 use std::sync::LazyLock;
 
@@ -33,7 +32,7 @@ pub(super) fn largest(logits: &[f32]) -> Option<(u32, f32)> {
 pub(super) fn log_total(logits: &[f32], largest: f32) -> f64 {
     let mut total = 0.0;
     TIER.run(Total { logits, largest, total: &mut total });
-    f64::from(largest) + total.ln()
+    f64::from(largest) + libm::log(total)
 }
 
 /// Returns e^((logit − largest) · `factor`) of each logit, and the sum.
@@ -164,7 +163,7 @@ impl<F: Fn(f32) -> bool, G: FnMut(u32, f32)> Kernel for Above<'_, F, G> {
 #[inline(always)]
 fn weigh(logit: f32, largest: f32, factor: f32) -> f32 {
     let logit = if logit > f32::NEG_INFINITY { logit } else { f32::NEG_INFINITY };
-    exp::<Portable>((logit - largest) * factor)
+    exp((logit - largest) * factor)
 }
 
 struct Weights<'a> {

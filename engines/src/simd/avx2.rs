@@ -26,6 +26,7 @@ impl Simd for Avx2 {
     type Floats = [__m256; 2];
     type Ints = [__m256i; 2];
     type Codes = [__m256i; 2];
+    type Pairs = [__m256i; 2];
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> [__m256; 2] {
@@ -38,15 +39,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> [__m256; 2] {
         unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))] }
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const u16) -> [__m256; 2] {
-        unsafe {
-            [from, from.add(8)].map(|half| {
-                let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(half.cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-            })
-        }
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: [__m256; 2]) {
@@ -71,8 +63,8 @@ impl Simd for Avx2 {
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
     #[inline(always)]
-    fn fma1(a: f32, b: f32, c: f32) -> f32 {
-        a.mul_add(b, c)
+    unsafe fn add(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        both(a, b, |a, b| unsafe { _mm256_add_ps(a, b) })
     }
     #[inline(always)]
     unsafe fn codes(from: *const u8) -> [__m256i; 2] {
@@ -140,11 +132,98 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
-    unsafe fn join_planes(upper: [__m256i; 2], lower: [__m256i; 2]) -> [__m256i; 2] {
-        both(upper, lower, |upper, lower| unsafe { _mm256_add_epi32(_mm256_slli_epi32::<8>(upper), lower) })
+    unsafe fn dot_pairs(sum: [__m256i; 2], pairs: [__m256i; 2], pair: i32) -> [__m256i; 2] {
+        both(sum, pairs, |sum, pairs| unsafe {
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi32(pair)))
+        })
     }
     #[inline(always)]
-    unsafe fn floats_less(ints: [__m256i; 2], less: i32) -> [__m256; 2] {
-        ints.map(|v| unsafe { _mm256_cvtepi32_ps(_mm256_sub_epi32(v, _mm256_set1_epi32(less))) })
+    unsafe fn load_bytes(from: *const i8) -> [__m256i; 2] {
+        unsafe { [from, from.add(8)].map(|from| _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_words(from: *const i16) -> [__m256i; 2] {
+        unsafe { [from, from.add(8)].map(|from| _mm256_cvtepi16_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn shift_left(ints: [__m256i; 2], bits: u32) -> [__m256i; 2] {
+        ints.map(|v| unsafe { _mm256_sll_epi32(v, _mm_cvtsi32_si128(bits as i32)) })
+    }
+    #[inline(always)]
+    unsafe fn sub_int(ints: [__m256i; 2], less: i32) -> [__m256i; 2] {
+        ints.map(|v| unsafe { _mm256_sub_epi32(v, _mm256_set1_epi32(less)) })
+    }
+    #[inline(always)]
+    unsafe fn mul_add_ints(a: [__m256i; 2], b: [__m256i; 2], c: [__m256i; 2]) -> [__m256i; 2] {
+        both(both(a, b, |a, b| unsafe { _mm256_mullo_epi32(a, b) }), c, |p, c| unsafe { _mm256_add_epi32(p, c) })
+    }
+    #[inline(always)]
+    unsafe fn floats(ints: [__m256i; 2]) -> [__m256; 2] {
+        ints.map(|v| unsafe { _mm256_cvtepi32_ps(v) })
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const i16) -> [__m256i; 2] {
+        unsafe { Self::codes(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn both(ints: [__m256i; 2]) -> [__m256i; 2] {
+        ints.map(|v| unsafe {
+            _mm256_or_si256(_mm256_and_si256(v, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32::<16>(v))
+        })
+    }
+    #[inline(always)]
+    unsafe fn repeat(pairs: [__m256i; 2], index: usize) -> [__m256i; 2] {
+        unsafe {
+            if index == 0 {
+                return Self::both(pairs);
+            }
+            pairs.map(|v| {
+                let high = _mm256_andnot_si256(_mm256_set1_epi32(0xffff), v);
+                _mm256_or_si256(high, _mm256_srli_epi32::<16>(v))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn even_odd(codes: [__m256i; 2]) -> ([__m256i; 2], [__m256i; 2]) {
+        let even = codes.map(|c| unsafe { _mm256_and_si256(c, _mm256_set1_epi16(0xff)) });
+        (even, codes.map(|c| unsafe { _mm256_srli_epi16::<8>(c) }))
+    }
+    #[inline(always)]
+    unsafe fn sub_word(pairs: [__m256i; 2], less: i16) -> [__m256i; 2] {
+        pairs.map(|v| unsafe { _mm256_sub_epi16(v, _mm256_set1_epi16(less)) })
+    }
+    #[inline(always)]
+    unsafe fn mul_pairs(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        both(a, b, |a, b| unsafe { _mm256_mullo_epi16(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn add_pairs(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        both(a, b, |a, b| unsafe { _mm256_add_epi16(a, b) })
+    }
+    #[inline(always)]
+    unsafe fn mul_rounded(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // (256 a · b + 2¹⁴) / 2¹⁵.
+        both(a, b, |a, b| unsafe { _mm256_mulhrs_epi16(_mm256_slli_epi16::<8>(a), b) })
+    }
+    #[inline(always)]
+    unsafe fn planes(even: [__m256i; 2], odd: [__m256i; 2]) -> ([__m256i; 2], [__m256i; 2]) {
+        unsafe {
+            let (low_bytes, half) = (_mm256_set1_epi16(0xff), _mm256_set1_epi16(128));
+            let upper = both(even, odd, |even, odd| {
+                let (even, odd) = (_mm256_add_epi16(even, half), _mm256_add_epi16(odd, half));
+                _mm256_or_si256(_mm256_srli_epi16::<8>(even), _mm256_andnot_si256(low_bytes, odd))
+            });
+            let lower = both(even, odd, |even, odd| {
+                _mm256_or_si256(_mm256_and_si256(even, low_bytes), _mm256_slli_epi16::<8>(odd))
+            });
+            (upper, lower)
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_codes(to: *mut u8, codes: [__m256i; 2]) {
+        unsafe {
+            _mm256_storeu_si256(to.cast(), codes[0]);
+            _mm256_storeu_si256(to.add(32).cast(), codes[1]);
+        }
     }
 }

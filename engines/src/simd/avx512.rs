@@ -26,6 +26,7 @@ impl Simd for Avx512 {
     type Floats = __m512;
     type Ints = __m512i;
     type Codes = __m512i;
+    type Pairs = __m512i;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> __m512 {
@@ -38,13 +39,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const u16) -> __m512 {
-        unsafe {
-            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
-        }
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: __m512) {
@@ -63,8 +57,8 @@ impl Simd for Avx512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    fn fma1(a: f32, b: f32, c: f32) -> f32 {
-        a.mul_add(b, c)
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn codes(from: *const u8) -> __m512i {
@@ -114,11 +108,88 @@ impl Simd for Avx512 {
         unsafe { Self::dot(sum, codes, four) }
     }
     #[inline(always)]
-    unsafe fn join_planes(upper: __m512i, lower: __m512i) -> __m512i {
-        unsafe { _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower) }
+    unsafe fn dot_pairs(sum: __m512i, pairs: __m512i, pair: i32) -> __m512i {
+        unsafe { _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(pair)) }
     }
     #[inline(always)]
-    unsafe fn floats_less(ints: __m512i, less: i32) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(_mm512_sub_epi32(ints, _mm512_set1_epi32(less))) }
+    unsafe fn load_bytes(from: *const i8) -> __m512i {
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_words(from: *const i16) -> __m512i {
+        unsafe { _mm512_cvtepi16_epi32(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn shift_left(ints: __m512i, bits: u32) -> __m512i {
+        unsafe { _mm512_sll_epi32(ints, _mm_cvtsi32_si128(bits as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn sub_int(ints: __m512i, less: i32) -> __m512i {
+        unsafe { _mm512_sub_epi32(ints, _mm512_set1_epi32(less)) }
+    }
+    #[inline(always)]
+    unsafe fn mul_add_ints(a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(_mm512_mullo_epi32(a, b), c) }
+    }
+    #[inline(always)]
+    unsafe fn floats(ints: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(ints) }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const i16) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn both(ints: __m512i) -> __m512i {
+        unsafe {
+            let low = _mm512_and_si512(ints, _mm512_set1_epi32(0xffff));
+            _mm512_or_si512(low, _mm512_slli_epi32::<16>(ints))
+        }
+    }
+    #[inline(always)]
+    unsafe fn repeat(pairs: __m512i, index: usize) -> __m512i {
+        unsafe {
+            if index == 0 {
+                return Self::both(pairs);
+            }
+            let high = _mm512_andnot_si512(_mm512_set1_epi32(0xffff), pairs);
+            _mm512_or_si512(high, _mm512_srli_epi32::<16>(pairs))
+        }
+    }
+    #[inline(always)]
+    unsafe fn even_odd(codes: __m512i) -> (__m512i, __m512i) {
+        unsafe { (_mm512_and_si512(codes, _mm512_set1_epi16(0xff)), _mm512_srli_epi16::<8>(codes)) }
+    }
+    #[inline(always)]
+    unsafe fn sub_word(pairs: __m512i, less: i16) -> __m512i {
+        unsafe { _mm512_sub_epi16(pairs, _mm512_set1_epi16(less)) }
+    }
+    #[inline(always)]
+    unsafe fn mul_pairs(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_mullo_epi16(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn add_pairs(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi16(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul_rounded(a: __m512i, b: __m512i) -> __m512i {
+        // (256 a · b + 2¹⁴) / 2¹⁵.
+        unsafe { _mm512_mulhrs_epi16(_mm512_slli_epi16::<8>(a), b) }
+    }
+    #[inline(always)]
+    unsafe fn planes(even: __m512i, odd: __m512i) -> (__m512i, __m512i) {
+        unsafe {
+            let low_bytes = _mm512_set1_epi16(0xff);
+            let half = _mm512_set1_epi16(128);
+            let (even_up, odd_up) = (_mm512_add_epi16(even, half), _mm512_add_epi16(odd, half));
+            let upper = _mm512_or_si512(_mm512_srli_epi16::<8>(even_up), _mm512_andnot_si512(low_bytes, odd_up));
+            let lower = _mm512_or_si512(_mm512_and_si512(even, low_bytes), _mm512_slli_epi16::<8>(odd));
+            (upper, lower)
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_codes(to: *mut u8, codes: __m512i) {
+        unsafe { _mm512_storeu_si512(to.cast(), codes) }
     }
 }

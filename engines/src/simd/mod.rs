@@ -4,15 +4,16 @@
 //! tiers share one kernel body: code for a single tier is in this module, not in the kernels.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-pub(crate) mod math;
 mod tier;
 
 pub use tier::Tier;
 
-use half::{bf16, f16};
+use half::f16;
 
 /// Lanes of a vector, and weight rows (outputs) of a panel.
 pub(crate) const LANES: usize = 16;
@@ -29,18 +30,18 @@ pub(crate) trait Simd: Copy {
     type Ints: Copy;
     /// Sixty-four bytes: four successive codes for each lane.
     type Codes: Copy;
+    /// Thirty-two 16-bit integers: two for each lane.
+    type Pairs: Copy;
 
     unsafe fn splat(value: f32) -> Self::Floats;
     unsafe fn load(from: *const f32) -> Self::Floats;
     unsafe fn load_f16(from: *const u16) -> Self::Floats;
-    unsafe fn load_bf16(from: *const u16) -> Self::Floats;
     unsafe fn store(to: *mut f32, value: Self::Floats);
     unsafe fn store_f16(to: *mut u16, value: Self::Floats);
     unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats;
-    /// a · b + c, fused in tiers with the instruction.
+    unsafe fn add(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// a · b + c, rounded once.
     unsafe fn fma(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
-    /// One lane of [`Self::fma`], for loops that the compiler vectorises.
-    fn fma1(a: f32, b: f32, c: f32) -> f32;
 
     unsafe fn codes(from: *const u8) -> Self::Codes;
     unsafe fn low_nibbles(codes: Self::Codes) -> Self::Codes;
@@ -60,10 +61,33 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
     /// Like [`Self::dot`], with codes of 8 bits.
     unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
-    /// 256 · upper + lower.
-    unsafe fn join_planes(upper: Self::Ints, lower: Self::Ints) -> Self::Ints;
-    /// (ints − less) as floats.
-    unsafe fn floats_less(ints: Self::Ints, less: i32) -> Self::Floats;
+    /// Per lane: sum + pairs[2] · pair[2], with the two 16-bit halves of `pair`.
+    unsafe fn dot_pairs(sum: Self::Ints, pairs: Self::Pairs, pair: i32) -> Self::Ints;
+    unsafe fn load_bytes(from: *const i8) -> Self::Ints;
+    unsafe fn load_words(from: *const i16) -> Self::Ints;
+    unsafe fn shift_left(ints: Self::Ints, bits: u32) -> Self::Ints;
+    unsafe fn sub_int(ints: Self::Ints, less: i32) -> Self::Ints;
+    /// a · b + c, with the low 32 bits of the product.
+    unsafe fn mul_add_ints(a: Self::Ints, b: Self::Ints, c: Self::Ints) -> Self::Ints;
+    unsafe fn floats(ints: Self::Ints) -> Self::Floats;
+
+    unsafe fn load_pairs(from: *const i16) -> Self::Pairs;
+    /// The low 16 bits of each lane, twice.
+    unsafe fn both(ints: Self::Ints) -> Self::Pairs;
+    /// The first (`index` 0) or the second (1) integer of each lane, twice.
+    unsafe fn repeat(pairs: Self::Pairs, index: usize) -> Self::Pairs;
+    /// Codes 0 and 2, and codes 1 and 3 of each lane, as 16-bit integers.
+    unsafe fn even_odd(codes: Self::Codes) -> (Self::Pairs, Self::Pairs);
+    unsafe fn sub_word(pairs: Self::Pairs, less: i16) -> Self::Pairs;
+    /// The low 16 bits of a · b.
+    unsafe fn mul_pairs(a: Self::Pairs, b: Self::Pairs) -> Self::Pairs;
+    unsafe fn add_pairs(a: Self::Pairs, b: Self::Pairs) -> Self::Pairs;
+    /// (a · b + 64) / 128, rounded down, for |a| ≤ 128.
+    unsafe fn mul_rounded(a: Self::Pairs, b: Self::Pairs) -> Self::Pairs;
+    /// The inverse of [`Self::even_odd`] for integers of 16 bits: their upper and lower bytes, in the order of codes.
+    /// A pair is 256 · upper + lower with signed bytes.
+    unsafe fn planes(even: Self::Pairs, odd: Self::Pairs) -> (Self::Codes, Self::Codes);
+    unsafe fn store_codes(to: *mut u8, codes: Self::Codes);
 }
 
 /// The portable tier, in plain arrays: runs on any CPU, and is the reference for the other tiers.
@@ -80,6 +104,7 @@ impl Simd for Portable {
     type Floats = [f32; LANES];
     type Ints = [i32; LANES];
     type Codes = [u8; 64];
+    type Pairs = [i16; 32];
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self::Floats {
@@ -94,11 +119,6 @@ impl Simd for Portable {
     unsafe fn load_f16(from: *const u16) -> Self::Floats {
         // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { read::<u16, LANES>(from) }.map(|bits| f16::from_bits(bits).to_f32())
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const u16) -> Self::Floats {
-        // SAFETY: the caller guarantees that the pointer is valid.
-        unsafe { read::<u16, LANES>(from) }.map(|bits| bf16::from_bits(bits).to_f32())
     }
     #[inline(always)]
     unsafe fn store(to: *mut f32, value: Self::Floats) {
@@ -116,11 +136,11 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn fma(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats {
-        std::array::from_fn(|i| a[i] * b[i] + c[i])
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
     #[inline(always)]
-    fn fma1(a: f32, b: f32, c: f32) -> f32 {
-        a * b + c
+    unsafe fn add(a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        std::array::from_fn(|i| a[i] + b[i])
     }
     #[inline(always)]
     unsafe fn codes(from: *const u8) -> Self::Codes {
@@ -173,11 +193,79 @@ impl Simd for Portable {
         unsafe { Self::dot(sum, codes, four) }
     }
     #[inline(always)]
-    unsafe fn join_planes(upper: Self::Ints, lower: Self::Ints) -> Self::Ints {
-        std::array::from_fn(|i| (upper[i] << 8) + lower[i])
+    unsafe fn dot_pairs(sum: Self::Ints, pairs: Self::Pairs, pair: i32) -> Self::Ints {
+        let (low, high) = (i32::from(pair as i16), pair >> 16);
+        let product = |i: usize| i32::from(pairs[2 * i]) * low + i32::from(pairs[2 * i + 1]) * high;
+        std::array::from_fn(|i| sum[i].wrapping_add(product(i)))
     }
     #[inline(always)]
-    unsafe fn floats_less(ints: Self::Ints, less: i32) -> Self::Floats {
-        ints.map(|v| (v - less) as f32)
+    unsafe fn load_bytes(from: *const i8) -> Self::Ints {
+        // SAFETY: the caller guarantees that the pointer is valid.
+        unsafe { read::<i8, LANES>(from) }.map(i32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_words(from: *const i16) -> Self::Ints {
+        // SAFETY: the caller guarantees that the pointer is valid.
+        unsafe { read::<i16, LANES>(from) }.map(i32::from)
+    }
+    #[inline(always)]
+    unsafe fn shift_left(ints: Self::Ints, bits: u32) -> Self::Ints {
+        ints.map(|v| v << bits)
+    }
+    #[inline(always)]
+    unsafe fn sub_int(ints: Self::Ints, less: i32) -> Self::Ints {
+        ints.map(|v| v - less)
+    }
+    #[inline(always)]
+    unsafe fn mul_add_ints(a: Self::Ints, b: Self::Ints, c: Self::Ints) -> Self::Ints {
+        std::array::from_fn(|i| a[i].wrapping_mul(b[i]).wrapping_add(c[i]))
+    }
+    #[inline(always)]
+    unsafe fn floats(ints: Self::Ints) -> Self::Floats {
+        ints.map(|v| v as f32)
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const i16) -> Self::Pairs {
+        // SAFETY: the caller guarantees that the pointer is valid.
+        unsafe { read(from) }
+    }
+    #[inline(always)]
+    unsafe fn both(ints: Self::Ints) -> Self::Pairs {
+        std::array::from_fn(|i| ints[i / 2] as i16)
+    }
+    #[inline(always)]
+    unsafe fn repeat(pairs: Self::Pairs, index: usize) -> Self::Pairs {
+        std::array::from_fn(|i| pairs[i / 2 * 2 + index])
+    }
+    #[inline(always)]
+    unsafe fn even_odd(codes: Self::Codes) -> (Self::Pairs, Self::Pairs) {
+        let at = |i: usize, odd: usize| i16::from(codes[i / 2 * 4 + i % 2 * 2 + odd]);
+        (std::array::from_fn(|i| at(i, 0)), std::array::from_fn(|i| at(i, 1)))
+    }
+    #[inline(always)]
+    unsafe fn sub_word(pairs: Self::Pairs, less: i16) -> Self::Pairs {
+        pairs.map(|v| v - less)
+    }
+    #[inline(always)]
+    unsafe fn mul_pairs(a: Self::Pairs, b: Self::Pairs) -> Self::Pairs {
+        std::array::from_fn(|i| a[i].wrapping_mul(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn add_pairs(a: Self::Pairs, b: Self::Pairs) -> Self::Pairs {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
+    unsafe fn mul_rounded(a: Self::Pairs, b: Self::Pairs) -> Self::Pairs {
+        std::array::from_fn(|i| ((i32::from(a[i]) * i32::from(b[i]) + 64) >> 7) as i16)
+    }
+    #[inline(always)]
+    unsafe fn planes(even: Self::Pairs, odd: Self::Pairs) -> (Self::Codes, Self::Codes) {
+        let at = |i: usize| if i % 2 == 0 { even[i / 4 * 2 + i % 4 / 2] } else { odd[i / 4 * 2 + i % 4 / 2] };
+        (std::array::from_fn(|i| ((at(i) + 128) >> 8) as u8), std::array::from_fn(|i| at(i) as u8))
+    }
+    #[inline(always)]
+    unsafe fn store_codes(to: *mut u8, codes: Self::Codes) {
+        // SAFETY: the caller guarantees that the pointer is valid.
+        unsafe { to.cast::<Self::Codes>().write_unaligned(codes) }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Kernel, Portable};
 #[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512};
+use super::{amx, avx2, avx512};
 
 /// An instruction set, worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -13,6 +13,8 @@ pub enum Tier {
     Avx2,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// Those of AVX-512, and AMX with bytes for products of many rows.
+    Amx,
 }
 
 impl Tier {
@@ -28,6 +30,9 @@ impl Tier {
             if avx512::is_available() {
                 tiers.push(Self::Avx512);
             }
+            if amx::is_available() {
+                tiers.push(Self::Amx);
+            }
         }
         tiers
     }
@@ -37,12 +42,13 @@ impl Tier {
         Self::available().pop().unwrap_or(Self::Portable)
     }
 
-    /// Returns the name for fingerprints and reports: `portable`, `avx2` or `avx512-vnni`.
+    /// Returns the name for fingerprints and reports: `portable`, `avx2`, `avx512-vnni` or `amx-int8`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512-vnni",
+            Self::Amx => "amx-int8",
         }
     }
 
@@ -55,9 +61,9 @@ impl Tier {
             Self::Avx2 => unsafe { avx2::run(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { avx512::run(kernel) },
+            Self::Avx512 | Self::Amx => unsafe { avx512::run(kernel) },
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => kernel.run::<Portable>(),
+            Self::Avx2 | Self::Avx512 | Self::Amx => kernel.run::<Portable>(),
         }
     }
 }

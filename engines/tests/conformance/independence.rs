@@ -1,10 +1,11 @@
-//! R4.2, R6.1–R6.5: the result of a row depends on its own sequence only.
+//! R4.2, R6.1–R6.5: the result of a row depends on its own sequence only, and it is that of the arithmetic.
 //!
-//! Random sequences are cut into random chunks, which are spread over random steps, shards and threads. The logits of
-//! each row must equal, to the bit, those of its sequence computed alone, in one step, on one shard and one thread.
+//! Random sequences are cut into random chunks, which are spread over random steps, shards, threads and kernel tiers. The
+//! logits of each row must equal, to the bit, those of its sequence computed alone by the reference backend.
 
 use crate::fixture;
 use crate::pipeline::{Pipeline, row};
+use exo_engines::arithmetic::reference::ReferenceFactory;
 use exo_engines::cpu::{CpuFactory, Tier};
 use exo_engines::engine::{KvElement, Operation, SeqId};
 use exo_engines::model::families::FAMILIES;
@@ -49,8 +50,7 @@ proptest! {
     #[test]
     fn rows_do_not_affect_each_other(setting in setting(), plans in prop::collection::vec(plan(), 1..4)) {
         let model = fixture(setting.family).model;
-        let one = CpuFactory::with_tier(1, setting.tier);
-        let mut alone = Pipeline::with_cache(&model, &one, 1, setting.kv);
+        let mut alone = Pipeline::with_cache(&model, &ReferenceFactory, 1, setting.kv);
         let expected: Vec<_> = plans.iter().map(|plan| alone.logits(&plan.tokens, plan.tokens.len())).collect();
         let many = CpuFactory::with_tier(setting.threads, setting.tier);
         let mut together = Pipeline::with_cache(&model, &many, setting.shards, setting.kv);

@@ -8,6 +8,7 @@ mod independence;
 mod pipeline;
 mod templates;
 
+use exo_engines::arithmetic::reference::ReferenceFactory;
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::{CpuFactory, Tier};
 use exo_engines::engine::*;
@@ -69,7 +70,10 @@ fn best(logits: &[f32]) -> u32 {
 }
 
 fn factories() -> Vec<(String, Box<dyn EngineFactory>)> {
-    let mut factories: Vec<(String, Box<dyn EngineFactory>)> = vec![("candle".to_owned(), Box::new(CandleFactory))];
+    let mut factories: Vec<(String, Box<dyn EngineFactory>)> = vec![
+        ("candle".to_owned(), Box::new(CandleFactory)),
+        ("reference".to_owned(), Box::new(ReferenceFactory)),
+    ];
     for tier in Tier::available() {
         factories.push((format!("cpu {}", tier.name()), Box::new(CpuFactory::with_tier(2, tier))));
     }

@@ -1,72 +1,49 @@
-//! The properties of a coding that kernels need as compile-time constants.
+//! How the kernels unpack the codes of an element type, as compile-time constants.
 
-use crate::format::blocks::Levels;
-use crate::simd::Simd;
+use crate::arithmetic::weights::Rule;
+use crate::cpu::packed::{Coded, Scales};
+use crate::format::ElementType;
+use crate::format::blocks::Coding;
+use crate::simd::{LANES, Simd};
 
-/// A [`Coding`](crate::format::blocks::Coding) as constants.
+/// The coding and the rule of a quantised type.
 pub(super) trait Layout {
-    const BITS: u32;
-    const LEVELS: Levels;
-    const MINS: bool;
-    const SPLIT: bool;
+    const CODING: Coding;
+    const RULE: Rule;
+    /// Scales of a block: for all of it, or for its halves.
+    const HALVES: usize = if Self::CODING.split { 2 } else { 1 };
     /// Whether levels need eight bits.
-    const WIDE: bool;
-
-    /// Loads the scales of sixteen rows.
-    ///
-    /// # Safety
-    /// Call only inside a kernel of `S`, with sixteen scales at `at`.
-    unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats;
+    const WIDE: bool = Self::CODING.bits == 8 || Self::CODING.is_iq4();
+    /// The power of two that stored scales lack.
+    const SHIFT: u32 = if let Rule::Product { shift, .. } = Self::RULE { shift } else { 0 };
 }
 
-/// [`Levels::Even`]: each code is its own level.
-pub(super) struct Even<const BITS: u32, const MINS: bool, const SPLIT: bool>;
+/// The layout of the element type with this number.
+pub(super) struct Of<const ELEMENT: u8>;
 
-impl<const BITS: u32, const MINS: bool, const SPLIT: bool> Layout for Even<BITS, MINS, SPLIT> {
-    const BITS: u32 = BITS;
-    const LEVELS: Levels = Levels::Even;
-    const MINS: bool = MINS;
-    const SPLIT: bool = SPLIT;
-    const WIDE: bool = BITS == 8;
-
-    #[inline(always)]
-    unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats {
-        // SAFETY: the caller upholds the contract of this method.
-        unsafe { S::load_f16(at) }
-    }
+impl<const ELEMENT: u8> Layout for Of<ELEMENT> {
+    const CODING: Coding = match Coding::of(ElementType::ALL[ELEMENT as usize]) {
+        Some(coding) => coding,
+        None => panic!("dense floats have no codes"),
+    };
+    const RULE: Rule = match Rule::of(ElementType::ALL[ELEMENT as usize]) {
+        Some(rule) => rule,
+        None => panic!("dense floats have no codes"),
+    };
 }
 
-/// [`Levels::Fp4`].
-pub(super) struct Fp4;
-
-impl Layout for Fp4 {
-    const BITS: u32 = 4;
-    const LEVELS: Levels = Levels::Fp4;
-    const MINS: bool = false;
-    const SPLIT: bool = false;
-    const WIDE: bool = false;
-
-    #[inline(always)]
-    unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats {
-        // SAFETY: the caller upholds the contract of this method.
-        unsafe { S::load_bf16(at) }
-    }
-}
-
-/// [`Levels::Iq4`].
-pub(super) struct Iq4;
-
-impl Layout for Iq4 {
-    const BITS: u32 = 4;
-    const LEVELS: Levels = Levels::Iq4;
-    const MINS: bool = false;
-    const SPLIT: bool = false;
-    const WIDE: bool = true;
-
-    #[inline(always)]
-    unsafe fn scales<S: Simd>(at: *const u16) -> S::Floats {
-        // SAFETY: the caller upholds the contract of this method.
-        unsafe { S::load_f16(at) }
+/// Loads the scales of sixteen rows, without their power of two; `index` counts blocks or half blocks.
+///
+/// # Safety
+/// Call only inside a kernel of `S`, with an index inside the matrix.
+#[inline(always)]
+pub(super) unsafe fn scales<S: Simd>(coded: &Coded, index: usize) -> S::Ints {
+    // SAFETY: the caller upholds the contract of this function.
+    unsafe {
+        match &coded.scales {
+            Scales::Bytes(scales) => S::load_bytes(scales.as_ptr().add(index * LANES)),
+            Scales::Words(scales) => S::load_words(scales.as_ptr().add(index * LANES)),
+        }
     }
 }
 
@@ -83,7 +60,7 @@ impl<S: Simd> Planes<S> {
     /// Call only inside a kernel of `S`, with a whole block of `L` at `at`.
     #[inline(always)]
     pub(super) unsafe fn of<L: Layout>(at: *const u8) -> Self {
-        let upper = match L::BITS {
+        let upper = match L::CODING.bits {
             3 => 128,
             5 | 6 => 256,
             _ => 0,
@@ -100,7 +77,7 @@ impl<S: Simd> Planes<S> {
     pub(super) unsafe fn next<L: Layout>(&mut self, at: *const u8, group: usize) -> S::Codes {
         // SAFETY: the caller upholds the contract of this method.
         unsafe {
-            let mut codes = match L::BITS {
+            let mut codes = match L::CODING.bits {
                 8 => S::codes(at.add(group * 64)),
                 2 | 3 => {
                     if group == 4 {
@@ -115,7 +92,7 @@ impl<S: Simd> Planes<S> {
                     if group < 4 { S::low_nibbles(pair) } else { S::high_nibbles(pair) }
                 }
             };
-            match L::BITS {
+            match L::CODING.bits {
                 3 => (codes, self.upper) = S::join_bit::<2>(codes, self.upper),
                 5 => (codes, self.upper) = S::join_bit::<4>(codes, self.upper),
                 6 => {
@@ -126,9 +103,73 @@ impl<S: Simd> Planes<S> {
                 }
                 _ => {}
             }
-            match L::LEVELS.table() {
+            match L::CODING.levels.table() {
                 Some(table) => S::look_up(codes, table),
                 None => codes,
+            }
+        }
+    }
+}
+
+/// Integers of sixteen rows: scales and minima as pairs, which turn the levels of a half block into weights.
+pub(super) struct Integers<S: Simd> {
+    scale: S::Pairs,
+    min: S::Pairs,
+}
+
+impl<S: Simd> Integers<S> {
+    /// Loads those of half `half` of `block`; blocks and pairs of minima count from the panel's first.
+    ///
+    /// # Safety
+    /// Call only inside a kernel of `S`, with a block inside the matrix.
+    #[inline(always)]
+    pub(super) unsafe fn load<L: Layout>(
+        coded: &Coded,
+        (first_block, first_pair): (usize, usize),
+        block: usize,
+        half: usize,
+    ) -> Self {
+        // SAFETY: the caller upholds the contract of this method.
+        unsafe {
+            let number = if L::CODING.split { block * 2 + half } else { block };
+            let index = first_block * L::HALVES + number;
+            let mut scale = scales::<S>(coded, index);
+            if L::SHIFT > 0 {
+                scale = S::shift_left(scale, L::SHIFT);
+            }
+            let min = match L::CODING.has_mins {
+                true => {
+                    let pair = coded.mins.as_ptr().add((first_pair + number / 2) * 2 * LANES);
+                    S::repeat(S::load_pairs(pair), number % 2)
+                }
+                false => S::both(S::ints_zero()),
+            };
+            Self { scale: S::both(scale), min }
+        }
+    }
+
+    /// The weights of a group of four columns, as (0, 2) and (1, 3).
+    ///
+    /// # Safety
+    /// Call only inside a kernel of `S`.
+    #[inline(always)]
+    pub(super) unsafe fn weights<L: Layout>(&self, codes: S::Codes) -> (S::Pairs, S::Pairs) {
+        // SAFETY: the caller upholds the contract of this method.
+        unsafe {
+            let (even, odd) = S::even_odd(codes);
+            (self.weight::<L>(even), self.weight::<L>(odd))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn weight<L: Layout>(&self, codes: S::Pairs) -> S::Pairs {
+        // SAFETY: the caller upholds the contract of this method.
+        unsafe {
+            let levels = if L::CODING.zero == 0 { codes } else { S::sub_word(codes, L::CODING.zero as i16) };
+            match L::RULE {
+                Rule::Rounded => S::mul_rounded(levels, self.scale),
+                Rule::Product { .. } if L::CODING.has_mins => S::add_pairs(S::mul_pairs(levels, self.scale), self.min),
+                Rule::Product { .. } => S::mul_pairs(levels, self.scale),
             }
         }
     }

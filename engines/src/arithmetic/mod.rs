@@ -1,0 +1,41 @@
+//! The arithmetic of exo's engines: every operation, with its roundings and its order, in plain loops.
+//!
+//! ```text
+//! weights.rs      a file's blocks ─► 16-bit integers, one unit per superblock of 256 columns
+//! activations.rs  a row of floats ─► 16-bit integers, one unit per superblock
+//! products.rs     integers × integers ─► exact integer sums per superblock ─► fused chains of floats
+//! functions.rs    exp, tanh, the activation functions
+//! norms.rs        RMS norms
+//! rotary.rs       rotary position embeddings
+//! attention.rs    scores, softmax and mixing, in chunks of 256 positions
+//! reference.rs    all of it as a backend
+//! ```
+//! The bits of a result depend on the model and on the row's own sequence only: not on the other rows, on the number of
+//! threads, on the device, or on the order in which it computes what is exact here. Whoever follows these files gets
+//! the same bits, on any processor with IEEE single precision and a fused multiply-add. Tests compare the CPU engine
+//! with [`Reference`](reference::ReferenceBackend) to the bit, on every kernel tier.
+//!
+//! Conventions: additions, multiplications, divisions and square roots of `f32` round to nearest even, and nothing is
+//! contracted; `mul_add` is fused and rounds once. An integer becomes a float by rounding to nearest even. Denormal
+//! numbers are kept. The sign of a zero and the payload of a NaN are not specified.
+
+pub mod activations;
+pub mod attention;
+pub mod functions;
+pub mod norms;
+pub mod products;
+pub mod reference;
+pub mod rotary;
+pub mod weights;
+
+/// The version of the arithmetic, which is part of an engine's fingerprint: a change of any bit of any result changes
+/// this number.
+pub const VERSION: u32 = 1;
+
+/// Columns of a superblock, which share one unit. The last superblock of a row may be shorter.
+pub const SUPERBLOCK: usize = 256;
+
+/// Returns the number of superblocks in a row of `columns`.
+pub fn superblocks(columns: usize) -> usize {
+    columns.div_ceil(SUPERBLOCK)
+}

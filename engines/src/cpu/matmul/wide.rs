@@ -1,0 +1,143 @@
+//! Products of 16-bit weights: dense floats, and codes whose product with the scale is rounded.
+
+use super::layout::{Integers, Layout, Planes};
+use super::{Panels, Sums};
+use crate::arithmetic::superblocks;
+use crate::cpu::activation::{CodedRow, STEP, STEP_BYTES, SUPERBLOCK_STEPS};
+use crate::cpu::packed::{Coded, GROUP_BYTES, Wide};
+use crate::format::blocks::BLOCK;
+use crate::simd::{LANES, Simd};
+use std::ops::Range;
+
+/// The exact sums of a superblock so far, for `ROWS` rows × sixteen outputs.
+struct Exact<S: Simd, const ROWS: usize> {
+    upper: [S::Ints; ROWS],
+    lower: [S::Ints; ROWS],
+}
+
+impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
+    /// # Safety
+    /// Call only inside a kernel of `S`; so with the other method.
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller is a kernel of `S`.
+        let zero = unsafe { S::ints_zero() };
+        Self { upper: [zero; ROWS], lower: [zero; ROWS] }
+    }
+
+    /// Adds the products of the columns 4 · `group` to 4 · `group` + 3; groups count from the row's first.
+    #[inline(always)]
+    unsafe fn add(&mut self, inputs: &[CodedRow; ROWS], group: usize, (even, odd): (S::Pairs, S::Pairs)) {
+        let at = group / (STEP / 4) * STEP_BYTES + group % (STEP / 4) * 4;
+        // SAFETY: the caller is a kernel of `S`; the rows have this group.
+        unsafe {
+            for r in 0..ROWS {
+                let pair = |offset: usize| inputs[r].pairs.add(at + offset).cast::<i32>().read_unaligned();
+                self.upper[r] = S::dot_pairs(self.upper[r], even, pair(0));
+                self.upper[r] = S::dot_pairs(self.upper[r], odd, pair(2));
+                self.lower[r] = S::dot_pairs(self.lower[r], even, pair(STEP));
+                self.lower[r] = S::dot_pairs(self.lower[r], odd, pair(STEP + 2));
+            }
+        }
+    }
+}
+
+impl Panels<'_, '_> {
+    #[inline(always)]
+    pub(super) fn wide_panel<S: Simd>(&self, wide: &Wide, panel: usize) {
+        let Range { start: mut row, end } = self.job.rows.clone();
+        while row < end {
+            row += match end - row {
+                8.. => self.wide_tile::<S, 8>(wide, panel, row),
+                4.. => self.wide_tile::<S, 4>(wide, panel, row),
+                _ => self.wide_tile::<S, 1>(wide, panel, row),
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn wide_tile<S: Simd, const ROWS: usize>(&self, wide: &Wide, panel: usize, first: usize) -> usize {
+        let columns = self.job.weights.columns;
+        let panel_bytes = Wide::panel_bytes(columns);
+        let weights = wide.pairs.bytes()[panel * panel_bytes..][..panel_bytes].as_ptr().cast::<i16>();
+        // SAFETY: the panel and the rows are whole steps.
+        unsafe {
+            self.superblocks::<S, ROWS>(panel, first, |group, inputs, sums| {
+                let at = weights.add(group * GROUP_BYTES / 2);
+                sums.add(inputs, group, (S::load_pairs(at), S::load_pairs(at.add(2 * LANES))));
+            });
+        }
+        ROWS
+    }
+
+    /// The rows of a panel of rounded products.
+    #[inline(always)]
+    pub(super) fn rounded_rows<S: Simd, L: Layout>(&self, coded: &Coded, panel: usize) {
+        let Range { start: mut row, end } = self.job.rows.clone();
+        while row < end {
+            row += match end - row {
+                8.. => self.rounded_tile::<S, L, 8>(coded, panel, row),
+                4.. => self.rounded_tile::<S, L, 4>(coded, panel, row),
+                _ => self.rounded_tile::<S, L, 1>(coded, panel, row),
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn rounded_tile<S: Simd, L: Layout, const ROWS: usize>(&self, coded: &Coded, panel: usize, first: usize) -> usize {
+        let blocks = self.job.weights.columns / BLOCK;
+        let block_bytes = Coded::block_bytes(L::CODING);
+        let codes = coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes].as_ptr();
+        // SAFETY: the panel has whole blocks, and the rows have whole steps. Groups come in order.
+        unsafe {
+            let mut planes = Planes::<S>::of::<L>(codes);
+            let mut integers = Integers::<S>::load::<L>(coded, (panel * blocks, 0), 0, 0);
+            self.superblocks::<S, ROWS>(panel, first, |group, inputs, sums| {
+                let (block, within) = (group / 8, group % 8);
+                if block == blocks {
+                    return;
+                }
+                let at = codes.add(block * block_bytes);
+                if within == 0 {
+                    planes = Planes::<S>::of::<L>(at);
+                    integers = Integers::<S>::load::<L>(coded, (panel * blocks, 0), block, 0);
+                }
+                sums.add(inputs, group, integers.weights::<L>(planes.next::<L>(at, within)));
+            });
+        }
+        ROWS
+    }
+
+    /// Calls `add` for every group of four columns, in order, and writes the sums.
+    ///
+    /// # Safety
+    /// Call only inside a kernel of `S`.
+    #[inline(always)]
+    unsafe fn superblocks<S: Simd, const ROWS: usize>(
+        &self,
+        panel: usize,
+        first: usize,
+        mut add: impl FnMut(usize, &[CodedRow; ROWS], &mut Exact<S, ROWS>),
+    ) {
+        let columns = self.job.weights.columns;
+        let (steps, count) = (columns.div_ceil(STEP), superblocks(columns));
+        let inputs = self.inputs::<ROWS>(first);
+        let units = &self.job.weights.units[panel * count * LANES..][..count * LANES];
+        // SAFETY: the caller is a kernel of `S`; units and rows have every superblock.
+        unsafe {
+            let mut sums = Sums::<S, ROWS>::zero();
+            for index in 0..count {
+                let mut exact = Exact::<S, ROWS>::zero();
+                let steps = index * SUPERBLOCK_STEPS..((index + 1) * SUPERBLOCK_STEPS).min(steps);
+                for group in steps.start * STEP / 4..steps.end * STEP / 4 {
+                    add(group, &inputs, &mut exact);
+                }
+                let unit = S::load(units.as_ptr().add(index * LANES));
+                sums.add(index, unit, &inputs, exact.upper, exact.lower);
+            }
+            for (r, sum) in sums.finish(count).into_iter().enumerate() {
+                self.write::<S>(panel, first + r, sum);
+            }
+        }
+    }
+}
