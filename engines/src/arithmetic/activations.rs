@@ -35,7 +35,8 @@ pub fn bytes(code: i16) -> (i8, i8) {
 
 /// Rounds a row: code = round(value · factor), ties to even. A value that is not a number has code 0.
 pub fn encode(values: &[f32]) -> CodedRow {
-    let mut row = CodedRow { codes: Vec::with_capacity(values.len()), units: Vec::with_capacity(superblocks(values.len())) };
+    let mut row =
+        CodedRow { codes: Vec::with_capacity(values.len()), units: Vec::with_capacity(superblocks(values.len())) };
     for superblock in values.chunks(SUPERBLOCK) {
         let largest = superblock.iter().fold(0.0_f32, |a, b| if b.abs() > a { b.abs() } else { a });
         let (unit, factor) = unit(largest);

@@ -44,7 +44,11 @@ mod tests {
         let mean = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / 150.0;
         for i in 0..150 {
             let expected = f64::from(values[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
-            assert!((f64::from(out[i]) - expected).abs() < 1e-6 * expected.abs().max(1.0), "{i}: {} {expected}", out[i]);
+            assert!(
+                (f64::from(out[i]) - expected).abs() < 1e-6 * expected.abs().max(1.0),
+                "{i}: {} {expected}",
+                out[i]
+            );
         }
     }
 }

@@ -133,12 +133,7 @@ fn mixture(activation: Activation, mixture: &Mixture<ReferenceBackend>, row: &[f
 }
 
 /// Norms (if the model does) and rotates the heads of a row of queries or keys.
-fn turned(
-    spec: &Attention,
-    norm: Option<&Norm<ReferenceBackend>>,
-    rotation: &Rotation,
-    mut row: Vec<f32>,
-) -> Vec<f32> {
+fn turned(spec: &Attention, norm: Option<&Norm<ReferenceBackend>>, rotation: &Rotation, mut row: Vec<f32>) -> Vec<f32> {
     let width = if spec.query_key_norm == Some(QueryKeyNorm::PerHead) { spec.head_dim } else { row.len() };
     row = row.chunks(width).flat_map(|part| normed(norm, part)).collect();
     let Rotation { pairing, cosines, sines } = rotation;

@@ -63,7 +63,9 @@ impl Rule {
             ElementType::Q2_K => Self::Product { shift: 9, byte_scales: true },
             ElementType::Q4_K => Self::Product { shift: 5, byte_scales: true },
             ElementType::Q5_K => Self::Product { shift: 4, byte_scales: true },
-            ElementType::Q3_K | ElementType::Q6_K | ElementType::IQ4_XS => Self::Product { shift: 0, byte_scales: true },
+            ElementType::Q3_K | ElementType::Q6_K | ElementType::IQ4_XS => {
+                Self::Product { shift: 0, byte_scales: true }
+            }
             ElementType::Q4_0 | ElementType::Q4_1 | ElementType::Q5_0 | ElementType::Q5_1 | ElementType::MXFP4 => {
                 Self::Product { shift: 0, byte_scales: false }
             }

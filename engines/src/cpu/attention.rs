@@ -45,7 +45,7 @@ pub(super) fn run(
     let width = out.width;
     let parts = DisjointMut::new(&mut out.values);
     pool.run(tasks.len(), &|index| {
-        tier.run(Job { spec, sinks, cache, task: &tasks[index], queries, out: &parts, out_width: width });
+        Job { spec, sinks, cache, task: &tasks[index], queries, out: &parts, out_width: width }.run(tier);
     })
 }
 
@@ -111,31 +111,54 @@ struct Scratch {
     sums: Vec<f32>,
 }
 
-impl Kernel for Job<'_> {
+/// `N` queries of a job from number `first`; `HALF`: keys and values are f16. Each size is a kernel of its own, since a
+/// compiler inlines little into very large functions.
+struct Tile<'a, 'b, const HALF: bool, const N: usize> {
+    job: &'b Job<'a>,
+    first: usize,
+    scratch: &'b mut Scratch,
+}
+
+impl<const HALF: bool, const N: usize> Kernel for Tile<'_, '_, HALF, N> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        match self.cache.element {
-            KvElement::F16 => self.all_queries::<S, true>(),
-            KvElement::F32 => self.all_queries::<S, false>(),
-        }
+        self.job.tile::<S, HALF, N>(self.first, self.scratch);
     }
 }
 
 impl<'a> Job<'a> {
-    #[inline(always)]
-    fn all_queries<S: Simd, const HALF: bool>(&self) {
-        let heads = self.task.heads.clone();
-        let count = self.task.rows.len() * heads.len();
+    fn run(&self, tier: Tier) {
+        match self.cache.element {
+            KvElement::F16 => self.all_queries::<true>(tier),
+            KvElement::F32 => self.all_queries::<false>(tier),
+        }
+    }
+
+    fn all_queries<const HALF: bool>(&self, tier: Tier) {
+        let count = self.task.rows.len() * self.task.heads.len();
         let width = TILE.min(count) * self.cache.padded_dim();
         let mut scratch =
             Scratch { weights: vec![[0.0; CHUNK]; TILE.min(count)], part: vec![0.0; width], sums: vec![0.0; width] };
-        let mut next = 0;
-        while next < count {
-            next += match count - next {
-                TILE.. => self.tile::<S, HALF, TILE>(next, &mut scratch),
-                4.. => self.tile::<S, HALF, 4>(next, &mut scratch),
-                2.. => self.tile::<S, HALF, 2>(next, &mut scratch),
-                _ => self.tile::<S, HALF, 1>(next, &mut scratch),
+        let (job, mut first) = (self, 0);
+        while first < count {
+            let scratch = &mut scratch;
+            first += match count - first {
+                TILE.. => {
+                    tier.run(Tile::<HALF, TILE> { job, first, scratch });
+                    TILE
+                }
+                4.. => {
+                    tier.run(Tile::<HALF, 4> { job, first, scratch });
+                    4
+                }
+                2.. => {
+                    tier.run(Tile::<HALF, 2> { job, first, scratch });
+                    2
+                }
+                _ => {
+                    tier.run(Tile::<HALF, 1> { job, first, scratch });
+                    1
+                }
             };
         }
     }
@@ -160,7 +183,7 @@ impl<'a> Job<'a> {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const HALF: bool, const N: usize>(&self, first: usize, scratch: &mut Scratch) -> usize {
+    fn tile<S: Simd, const HALF: bool, const N: usize>(&self, first: usize, scratch: &mut Scratch) {
         let padded = self.cache.padded_dim();
         let mut queries: [Query<'_>; N] = std::array::from_fn(|i| self.query(first + i));
         scratch.sums[..N * padded].fill(0.0);
@@ -189,7 +212,6 @@ impl<'a> Job<'a> {
                 *out = sum / query.total;
             }
         }
-        N
     }
 
     /// Writes the products of the queries with the keys of every page that has one of `positions`.
@@ -220,16 +242,15 @@ impl<'a> Job<'a> {
         part[..N * padded].fill(0.0);
         let start = seen.iter().map(|seen| seen.start).max().unwrap_or(0);
         let end = seen.iter().map(|seen| seen.end).min().unwrap_or(0).max(start);
-        let alone = |slots: fn(&Range<usize>, &Range<usize>) -> Range<usize>, part: &mut [f32]| {
-            for i in 0..N {
-                let slots = slots(&seen[i], &(start..end));
-                let part = &mut part[i * padded..][..padded];
-                self.mix::<S, HALF, 1>(chunk, slots, &weights[i..=i], part);
-            }
-        };
-        alone(|seen, common| seen.start..common.start.min(seen.end), part);
+        for (i, own) in seen.iter().enumerate() {
+            let before = own.start..start.min(own.end);
+            self.mix::<S, HALF, 1>(chunk, before, &weights[i..=i], &mut part[i * padded..][..padded]);
+        }
         self.mix::<S, HALF, N>(chunk, start..end, weights, &mut part[..N * padded]);
-        alone(|seen, common| common.end.max(seen.start).max(common.start.min(seen.end))..seen.end, part);
+        for (i, own) in seen.iter().enumerate() {
+            let behind = end.max(own.start).max(start.min(own.end))..own.end;
+            self.mix::<S, HALF, 1>(chunk, behind, &weights[i..=i], &mut part[i * padded..][..padded]);
+        }
     }
 
     /// Adds Σ weight · value over the `slots` of a chunk to the parts of `N` queries.
@@ -346,7 +367,10 @@ fn add_values<S: Simd, const HALF: bool, const N: usize>(
     for chunk in (0..padded).step_by(LANES) {
         // SAFETY: the assertions; `padded` is a multiple of the lanes.
         unsafe {
-            let mut lanes: [S::Floats; N] = std::array::from_fn(|i| S::load(sums.as_ptr().add(i * padded + chunk)));
+            let mut lanes = [S::splat(0.0); N];
+            for (i, lanes) in lanes.iter_mut().enumerate() {
+                *lanes = S::load(sums.as_ptr().add(i * padded + chunk));
+            }
             for (offset, token) in within.clone().enumerate() {
                 let value = load::<S, HALF>(values.as_ptr().add((token * padded + chunk) * size));
                 for (i, lanes) in lanes.iter_mut().enumerate() {

@@ -83,7 +83,6 @@ pub(super) fn encode(
     let mut codes = buffers.coded(input.count(), input.width, wanted);
     let parts = codes.parts();
     over_rows(tier, pool, input.count(), |rows| Encode { rows, input, norm, codes: &parts })?;
-    drop(parts);
     Ok(codes)
 }
 

@@ -10,7 +10,7 @@ use super::packed::{Form, Packed};
 use super::thread_pool::{Panicked, ThreadPool};
 use crate::arithmetic::products::CHAIN;
 use crate::simd::Tier;
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{LANES, Simd};
 use std::ops::Range;
 
 mod coded;
@@ -19,8 +19,8 @@ mod layout;
 mod tiles;
 mod wide;
 
-#[cfg(target_arch = "x86_64")]
-use tiles::TilePanels;
+use layout::{Of, with_layout};
+use wide::WidePanels;
 
 /// Tasks per thread: several, so that one delayed thread does not delay the step.
 const TASKS_PER_THREAD: usize = 4;
@@ -81,11 +81,7 @@ pub(super) fn run(
             let job = &jobs[index];
             let end = range.end.min(job.first_panel + job.weights.panels());
             let panels = range.start - job.first_panel..end - job.first_panel;
-            match tier {
-                #[cfg(target_arch = "x86_64")]
-                Tier::Amx if job.rows.len() >= tiles::ROWS_MIN => tier.run(TilePanels { job, input, panels }),
-                _ => tier.run(Panels { job, input, panels }),
-            }
+            Panels { job, input, panels }.run(tier);
             range.start = end;
         }
     })
@@ -98,19 +94,20 @@ struct Panels<'a, 'b> {
     panels: Range<usize>,
 }
 
-impl Kernel for Panels<'_, '_> {
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        for panel in self.panels.clone() {
-            match &self.job.weights.form {
-                Form::Wide(wide) => self.wide_panel::<S>(wide, panel),
-                Form::Coded(coded) => self.coded_panel::<S>(coded, panel),
-            }
+impl Panels<'_, '_> {
+    /// Runs the kernel of the weights' form. Each is compiled by itself, since a compiler inlines little into very large
+    /// functions.
+    fn run(self, tier: Tier) {
+        #[cfg(target_arch = "x86_64")]
+        if tier == Tier::Amx && self.job.rows.len() >= tiles::ROWS_MIN {
+            return tiles::run(tier, &self);
+        }
+        match &self.job.weights.form {
+            Form::Wide(wide) => tier.run(WidePanels { panels: self, wide }),
+            Form::Coded(coded) => with_layout!(coded.element, coded::run(tier, self, coded)),
         }
     }
-}
 
-impl Panels<'_, '_> {
     /// The codes of the job's rows `first` and the following.
     #[inline(always)]
     fn inputs<const ROWS: usize>(&self, first: usize) -> [CodedRow; ROWS] {

@@ -137,13 +137,7 @@ impl Source<'_> {
         Ok(Wide { pairs })
     }
 
-    fn coded(
-        &self,
-        pool: &mut ThreadPool,
-        coding: Coding,
-        rule: Rule,
-        units: &mut [f32],
-    ) -> Result<Coded, PackError> {
+    fn coded(&self, pool: &mut ThreadPool, coding: Coding, rule: Rule, units: &mut [f32]) -> Result<Coded, PackError> {
         let (blocks, min_pairs) = (self.columns / BLOCK, Coded::min_pairs(coding, self.columns));
         let (block_bytes, block_scales) = (Coded::block_bytes(coding), Coded::block_scales(coding));
         let mut codes = Lines::zeroed_huge(self.panels() * blocks * block_bytes);
@@ -181,7 +175,6 @@ impl Source<'_> {
                 superblock.unit.is_finite()
             })
         })?;
-        drop(shared);
         let scales = match rule {
             Rule::Product { byte_scales: true, shift } => {
                 Scales::Bytes(scales.into_iter().map(|scale| (scale >> shift) as i8).collect())

@@ -138,6 +138,10 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    unsafe fn load_ints(from: *const i32) -> [__m256i; 2] {
+        unsafe { Self::codes(from.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const i8) -> [__m256i; 2] {
         unsafe { [from, from.add(8)].map(|from| _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
     }
@@ -152,6 +156,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn sub_int(ints: [__m256i; 2], less: i32) -> [__m256i; 2] {
         ints.map(|v| unsafe { _mm256_sub_epi32(v, _mm256_set1_epi32(less)) })
+    }
+    #[inline(always)]
+    unsafe fn add_ints(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        both(a, b, |a, b| unsafe { _mm256_add_epi32(a, b) })
     }
     #[inline(always)]
     unsafe fn mul_add_ints(a: [__m256i; 2], b: [__m256i; 2], c: [__m256i; 2]) -> [__m256i; 2] {

@@ -112,6 +112,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(pair)) }
     }
     #[inline(always)]
+    unsafe fn load_ints(from: *const i32) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const i8) -> __m512i {
         unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())) }
     }
@@ -126,6 +130,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sub_int(ints: __m512i, less: i32) -> __m512i {
         unsafe { _mm512_sub_epi32(ints, _mm512_set1_epi32(less)) }
+    }
+    #[inline(always)]
+    unsafe fn add_ints(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi32(a, b) }
     }
     #[inline(always)]
     unsafe fn mul_add_ints(a: __m512i, b: __m512i, c: __m512i) -> __m512i {

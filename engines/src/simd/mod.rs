@@ -63,10 +63,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
     /// Per lane: sum + pairs[2] · pair[2], with the two 16-bit halves of `pair`.
     unsafe fn dot_pairs(sum: Self::Ints, pairs: Self::Pairs, pair: i32) -> Self::Ints;
+    unsafe fn load_ints(from: *const i32) -> Self::Ints;
     unsafe fn load_bytes(from: *const i8) -> Self::Ints;
     unsafe fn load_words(from: *const i16) -> Self::Ints;
     unsafe fn shift_left(ints: Self::Ints, bits: u32) -> Self::Ints;
     unsafe fn sub_int(ints: Self::Ints, less: i32) -> Self::Ints;
+    unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints;
     /// a · b + c, with the low 32 bits of the product.
     unsafe fn mul_add_ints(a: Self::Ints, b: Self::Ints, c: Self::Ints) -> Self::Ints;
     unsafe fn floats(ints: Self::Ints) -> Self::Floats;
@@ -199,6 +201,11 @@ impl Simd for Portable {
         std::array::from_fn(|i| sum[i].wrapping_add(product(i)))
     }
     #[inline(always)]
+    unsafe fn load_ints(from: *const i32) -> Self::Ints {
+        // SAFETY: the caller guarantees that the pointer is valid.
+        unsafe { read(from) }
+    }
+    #[inline(always)]
     unsafe fn load_bytes(from: *const i8) -> Self::Ints {
         // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { read::<i8, LANES>(from) }.map(i32::from)
@@ -215,6 +222,10 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn sub_int(ints: Self::Ints, less: i32) -> Self::Ints {
         ints.map(|v| v - less)
+    }
+    #[inline(always)]
+    unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
     }
     #[inline(always)]
     unsafe fn mul_add_ints(a: Self::Ints, b: Self::Ints, c: Self::Ints) -> Self::Ints {
@@ -260,7 +271,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn planes(even: Self::Pairs, odd: Self::Pairs) -> (Self::Codes, Self::Codes) {
-        let at = |i: usize| if i % 2 == 0 { even[i / 4 * 2 + i % 4 / 2] } else { odd[i / 4 * 2 + i % 4 / 2] };
+        let at = |i: usize| [even, odd][i % 2][i / 2];
         (std::array::from_fn(|i| ((at(i) + 128) >> 8) as u8), std::array::from_fn(|i| at(i) as u8))
     }
     #[inline(always)]

@@ -70,10 +70,8 @@ fn best(logits: &[f32]) -> u32 {
 }
 
 fn factories() -> Vec<(String, Box<dyn EngineFactory>)> {
-    let mut factories: Vec<(String, Box<dyn EngineFactory>)> = vec![
-        ("candle".to_owned(), Box::new(CandleFactory)),
-        ("reference".to_owned(), Box::new(ReferenceFactory)),
-    ];
+    let mut factories: Vec<(String, Box<dyn EngineFactory>)> =
+        vec![("candle".to_owned(), Box::new(CandleFactory)), ("reference".to_owned(), Box::new(ReferenceFactory))];
     for tier in Tier::available() {
         factories.push((format!("cpu {}", tier.name()), Box::new(CpuFactory::with_tier(2, tier))));
     }

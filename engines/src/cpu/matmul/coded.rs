@@ -1,51 +1,45 @@
 //! Products of byte codes: the sum of codes of a block, times the block's scale, in integers.
 
-use super::layout::{self, Layout, Of, Planes};
+#![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
+
+use super::layout::{self, Layout, Planes};
+use super::wide::RoundedPanels;
 use super::{Panels, Sums};
-use crate::arithmetic::weights::{BLOCKS, Rule};
 use crate::arithmetic::superblocks;
+use crate::arithmetic::weights::{BLOCKS, Rule};
 use crate::cpu::activation::{CodedRow, STEP_BYTES, STEP_SUMS};
 use crate::cpu::packed::Coded;
-use crate::format::ElementType;
 use crate::format::blocks::BLOCK;
-use crate::simd::{LANES, Simd};
+use crate::simd::{Kernel, LANES, Simd, Tier};
+use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Calls `$this.$method::<S, Of<element>>(…)` with the layout of `$element`.
-macro_rules! with_layout {
-    ($element:expr, $this:ident.$method:ident::<$S:ident>($($argument:expr),*)) => {
-        match $element {
-            ElementType::Q4_0 => $this.$method::<$S, Of<{ ElementType::Q4_0 as u8 }>>($($argument),*),
-            ElementType::Q4_1 => $this.$method::<$S, Of<{ ElementType::Q4_1 as u8 }>>($($argument),*),
-            ElementType::Q5_0 => $this.$method::<$S, Of<{ ElementType::Q5_0 as u8 }>>($($argument),*),
-            ElementType::Q5_1 => $this.$method::<$S, Of<{ ElementType::Q5_1 as u8 }>>($($argument),*),
-            ElementType::Q8_0 => $this.$method::<$S, Of<{ ElementType::Q8_0 as u8 }>>($($argument),*),
-            ElementType::Q2_K => $this.$method::<$S, Of<{ ElementType::Q2_K as u8 }>>($($argument),*),
-            ElementType::Q3_K => $this.$method::<$S, Of<{ ElementType::Q3_K as u8 }>>($($argument),*),
-            ElementType::Q4_K => $this.$method::<$S, Of<{ ElementType::Q4_K as u8 }>>($($argument),*),
-            ElementType::Q5_K => $this.$method::<$S, Of<{ ElementType::Q5_K as u8 }>>($($argument),*),
-            ElementType::Q6_K => $this.$method::<$S, Of<{ ElementType::Q6_K as u8 }>>($($argument),*),
-            ElementType::IQ4_NL => $this.$method::<$S, Of<{ ElementType::IQ4_NL as u8 }>>($($argument),*),
-            ElementType::IQ4_XS => $this.$method::<$S, Of<{ ElementType::IQ4_XS as u8 }>>($($argument),*),
-            ElementType::MXFP4 => $this.$method::<$S, Of<{ ElementType::MXFP4 as u8 }>>($($argument),*),
-            ElementType::F32 | ElementType::F16 | ElementType::BF16 => unreachable!("dense floats have no codes"),
-        }
-    };
+/// Computes `panels` of weights of the layout `L`.
+pub(super) fn run<L: Layout>(tier: Tier, panels: Panels<'_, '_>, coded: &Coded) {
+    match L::RULE {
+        Rule::Product { .. } => tier.run(CodedPanels::<L> { panels, coded, layout: PhantomData }),
+        Rule::Rounded => tier.run(RoundedPanels::<L> { panels, coded, layout: PhantomData }),
+    }
 }
 
-pub(super) use with_layout;
+struct CodedPanels<'a, 'b, L> {
+    panels: Panels<'a, 'b>,
+    coded: &'a Coded,
+    layout: PhantomData<L>,
+}
+
+impl<L: Layout> Kernel for CodedPanels<'_, '_, L> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        for panel in self.panels.panels.clone() {
+            self.panels.coded_rows::<S, L>(self.coded, panel);
+        }
+    }
+}
 
 impl Panels<'_, '_> {
     #[inline(always)]
-    pub(super) fn coded_panel<S: Simd>(&self, coded: &Coded, panel: usize) {
-        with_layout!(coded.element, self.coded_rows::<S>(coded, panel));
-    }
-
-    #[inline(always)]
     fn coded_rows<S: Simd, L: Layout>(&self, coded: &Coded, panel: usize) {
-        if matches!(L::RULE, Rule::Rounded) {
-            return self.rounded_rows::<S, L>(coded, panel);
-        }
         let Range { start: mut row, end } = self.job.rows.clone();
         while row < end {
             row += match end - row {
@@ -83,8 +77,10 @@ impl Panels<'_, '_> {
                     }
                 }
                 if L::SHIFT > 0 {
-                    upper = upper.map(|sum| S::shift_left(sum, L::SHIFT));
-                    lower = lower.map(|sum| S::shift_left(sum, L::SHIFT));
+                    for r in 0..ROWS {
+                        upper[r] = S::shift_left(upper[r], L::SHIFT);
+                        lower[r] = S::shift_left(lower[r], L::SHIFT);
+                    }
                 }
                 if L::CODING.has_mins {
                     add_mins::<S, L, ROWS>(coded, panel, columns, index, &inputs, &mut upper, &mut lower);

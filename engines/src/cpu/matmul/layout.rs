@@ -32,6 +32,30 @@ impl<const ELEMENT: u8> Layout for Of<ELEMENT> {
     };
 }
 
+/// Calls `function::<Of<element>>(…)`, with the layout of `$element`.
+macro_rules! with_layout {
+    ($element:expr, $($function:ident)::+($($argument:expr),*)) => {{
+        use crate::format::ElementType as Element;
+        match $element {
+            Element::Q4_0 => $($function)::+::<Of<{ Element::Q4_0 as u8 }>>($($argument),*),
+            Element::Q4_1 => $($function)::+::<Of<{ Element::Q4_1 as u8 }>>($($argument),*),
+            Element::Q5_0 => $($function)::+::<Of<{ Element::Q5_0 as u8 }>>($($argument),*),
+            Element::Q5_1 => $($function)::+::<Of<{ Element::Q5_1 as u8 }>>($($argument),*),
+            Element::Q8_0 => $($function)::+::<Of<{ Element::Q8_0 as u8 }>>($($argument),*),
+            Element::Q2_K => $($function)::+::<Of<{ Element::Q2_K as u8 }>>($($argument),*),
+            Element::Q3_K => $($function)::+::<Of<{ Element::Q3_K as u8 }>>($($argument),*),
+            Element::Q4_K => $($function)::+::<Of<{ Element::Q4_K as u8 }>>($($argument),*),
+            Element::Q5_K => $($function)::+::<Of<{ Element::Q5_K as u8 }>>($($argument),*),
+            Element::Q6_K => $($function)::+::<Of<{ Element::Q6_K as u8 }>>($($argument),*),
+            Element::IQ4_NL => $($function)::+::<Of<{ Element::IQ4_NL as u8 }>>($($argument),*),
+            Element::IQ4_XS => $($function)::+::<Of<{ Element::IQ4_XS as u8 }>>($($argument),*),
+            Element::MXFP4 => $($function)::+::<Of<{ Element::MXFP4 as u8 }>>($($argument),*),
+            Element::F32 | Element::F16 | Element::BF16 => unreachable!("dense floats have no codes"),
+        }
+    }};
+}
+pub(super) use with_layout;
+
 /// Loads the scales of sixteen rows, without their power of two; `index` counts blocks or half blocks.
 ///
 /// # Safety

@@ -4,20 +4,20 @@
 //! tiles of sixteen. A tile's integer sums of a superblock become floats while the next tile is multiplied: the vector
 //! and the tile units work at the same time.
 
-use super::coded::with_layout;
-use super::layout::{Integers, Layout, Of, Planes};
-use super::{Job, Panels};
-use crate::arithmetic::products::{CHAIN, join};
+#![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
+
+use super::Panels;
+use super::layout::{Integers, Layout, Of, Planes, with_layout};
+use crate::arithmetic::products::CHAIN;
 use crate::arithmetic::superblocks;
-use crate::cpu::activation::{CodedRows, STEP, STEP_BYTES, SUPERBLOCK_STEPS};
+use crate::cpu::activation::{STEP, STEP_BYTES, SUPERBLOCK_STEPS};
 use crate::cpu::lines::Lines;
 use crate::cpu::packed::{Coded, Form, GROUP_BYTES, Wide};
-use crate::format::ElementType;
 use crate::format::blocks::BLOCK;
 use crate::simd::amx::{TILE_BYTES, TILE_ROWS, TileSums, Tiles};
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{Kernel, LANES, Simd, Tier};
 use std::cell::RefCell;
-use std::ops::Range;
+use std::marker::PhantomData;
 
 /// The fewest rows for which tiles are faster than vectors.
 pub(super) const ROWS_MIN: usize = 8;
@@ -30,56 +30,51 @@ thread_local! {
     static PLANES: RefCell<Lines> = RefCell::default();
 }
 
-/// A range of panels of one product, for AMX.
-pub(super) struct TilePanels<'a, 'b> {
-    pub(super) job: &'a Job<'b>,
-    pub(super) input: &'a CodedRows,
-    pub(super) panels: Range<usize>,
+/// Computes `panels` on tiles.
+pub(super) fn run(tier: Tier, panels: &Panels<'_, '_>) {
+    let weights = panels.job.weights;
+    let mut planes = PLANES.take();
+    planes.resize(weights.columns.div_ceil(STEP) * STEP_PLANES);
+    for panel in panels.panels.clone() {
+        let unpacked = planes.bytes_mut();
+        match &weights.form {
+            Form::Wide(wide) => tier.run(UnpackWide { columns: weights.columns, wide, panel, planes: unpacked }),
+            Form::Coded(coded) => {
+                with_layout!(coded.element, unpack_coded(tier, weights.columns, coded, panel, unpacked));
+            }
+        }
+        tier.run(Multiply { panels, panel, planes: planes.bytes() });
+    }
+    PLANES.set(planes);
 }
 
-impl Kernel for TilePanels<'_, '_> {
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        let Self { job, input, panels } = self;
-        let steps = job.weights.columns.div_ceil(STEP);
-        PLANES.with_borrow_mut(|planes| {
-            planes.resize(steps * STEP_PLANES);
-            // SAFETY: this tier runs only where tiles are available, and kernels do not nest.
-            let tiles = unsafe { Tiles::configure() };
-            for panel in panels.clone() {
-                let unpack = Unpack { job, panel, planes: planes.bytes_mut() };
-                match &job.weights.form {
-                    Form::Wide(wide) => unpack.wide::<S>(wide),
-                    Form::Coded(coded) => with_layout!(coded.element, unpack.coded::<S>(coded)),
-                }
-                let panels = Panels { job, input, panels: panels.clone() };
-                multiply::<S>(&tiles, &panels, panel, planes.bytes());
-            }
-        });
-    }
+fn unpack_coded<L: Layout>(tier: Tier, columns: usize, coded: &Coded, panel: usize, planes: &mut [u8]) {
+    tier.run(UnpackCoded::<L> { columns, coded, panel, planes, layout: PhantomData });
 }
 
 /// A panel that is unpacked into `planes`: \[step]\[upper, then lower bytes]\[group of four columns]\[lane]\[column].
-struct Unpack<'a, 'b> {
-    job: &'a Job<'b>,
+struct UnpackCoded<'a, L> {
+    columns: usize,
+    coded: &'a Coded,
     panel: usize,
     planes: &'a mut [u8],
+    layout: PhantomData<L>,
 }
 
-impl Unpack<'_, '_> {
+impl<L: Layout> Kernel for UnpackCoded<'_, L> {
     #[inline(always)]
-    fn coded<S: Simd, L: Layout>(self, coded: &Coded) {
-        let columns = self.job.weights.columns;
+    fn run<S: Simd>(self) {
+        let Self { columns, coded, panel, planes, .. } = self;
         let blocks = columns / BLOCK;
         let block_bytes = Coded::block_bytes(L::CODING);
-        let codes = &coded.codes.bytes()[self.panel * blocks * block_bytes..][..blocks * block_bytes];
-        let first = (self.panel * blocks, self.panel * Coded::min_pairs(L::CODING, columns));
+        let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
+        let first = (panel * blocks, panel * Coded::min_pairs(L::CODING, columns));
         if !blocks.is_multiple_of(2) {
-            let last = self.planes.len() - STEP_PLANES;
-            self.planes[last..].fill(0);
+            let last = planes.len() - STEP_PLANES;
+            planes[last..].fill(0);
         }
         for block in 0..blocks {
-            let step = &mut self.planes[block / 2 * STEP_PLANES..][..STEP_PLANES];
+            let step = &mut planes[block / 2 * STEP_PLANES..][..STEP_PLANES];
             let offset = block % 2 * TILE_BYTES / 2;
             // SAFETY: the panel has whole blocks, and a step has sixteen groups in each plane.
             unsafe {
@@ -96,11 +91,21 @@ impl Unpack<'_, '_> {
             }
         }
     }
+}
 
+/// Like [`UnpackCoded`], for dense floats.
+struct UnpackWide<'a> {
+    columns: usize,
+    wide: &'a Wide,
+    panel: usize,
+    planes: &'a mut [u8],
+}
+
+impl Kernel for UnpackWide<'_> {
     #[inline(always)]
-    fn wide<S: Simd>(self, wide: &Wide) {
-        let panel_bytes = Wide::panel_bytes(self.job.weights.columns);
-        let pairs = &wide.pairs.bytes()[self.panel * panel_bytes..][..panel_bytes];
+    fn run<S: Simd>(self) {
+        let panel_bytes = Wide::panel_bytes(self.columns);
+        let pairs = &self.wide.pairs.bytes()[self.panel * panel_bytes..][..panel_bytes];
         let groups = STEP / 4;
         for (step, planes) in self.planes.as_chunks_mut::<STEP_PLANES>().0.iter_mut().enumerate() {
             for group in 0..groups {
@@ -137,12 +142,27 @@ struct Done {
 }
 
 /// Multiplies all rows of the job with an unpacked panel.
+struct Multiply<'a, 'b> {
+    panels: &'a Panels<'a, 'b>,
+    panel: usize,
+    planes: &'a [u8],
+}
+
+impl Kernel for Multiply<'_, '_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        // SAFETY: this tier runs only where tiles are available, and kernels do not nest.
+        let tiles = unsafe { Tiles::configure() };
+        multiply::<S>(&tiles, self.panels, self.panel, self.planes);
+    }
+}
+
 #[inline(always)]
 fn multiply<S: Simd>(tiles: &Tiles, panels: &Panels<'_, '_>, panel: usize, planes: &[u8]) {
     let Panels { job, input, .. } = panels;
     let (steps, count) = (input.steps(), superblocks(input.width));
     let mut sums = [const { TileSums([[[0; 16]; TILE_ROWS]; 4]) }; 2];
-    let mut floats = [[[0.0; LANES]; TILE_ROWS]; 2];
+    let mut floats = Floats { chains: [[0.0; LANES]; TILE_ROWS], totals: [[0.0; LANES]; TILE_ROWS] };
     let mut before = None;
     let mut turn = 0;
     for row in job.rows.clone().step_by(TILE_ROWS) {
@@ -168,32 +188,41 @@ fn multiply<S: Simd>(tiles: &Tiles, panels: &Panels<'_, '_>, panel: usize, plane
     }
 }
 
-/// Adds the sums of a superblock to the floats of its rows, \[chain, then total]\[row]\[lane], and writes the totals after
-/// the last superblock.
+/// The floats of a tile of rows: \[row]\[lane].
+#[repr(align(64))]
+struct Floats {
+    chains: [[f32; LANES]; TILE_ROWS],
+    totals: [[f32; LANES]; TILE_ROWS],
+}
+
+/// Adds the sums of a superblock to the floats of its rows, and writes the totals after the last superblock.
 #[inline(always)]
 fn finish<S: Simd>(
     panels: &Panels<'_, '_>,
     panel: usize,
     Done { row, superblock }: Done,
     TileSums(sums): &TileSums,
-    floats: &mut [[[f32; LANES]; TILE_ROWS]; 2],
+    floats: &mut Floats,
 ) {
     let Panels { job, input, .. } = panels;
     let count = superblocks(input.width);
     let units = &job.weights.units[(panel * count + superblock) * LANES..][..LANES];
-    let [chains, totals] = floats;
+    let (starts, ends) = (superblock % CHAIN == 0, (superblock + 1) % CHAIN == 0 || superblock + 1 == count);
     for r in 0..TILE_ROWS.min(job.rows.end - row) {
-        let unit = input.unit(row + r, superblock);
-        let (chain, total) = (&mut chains[r], &mut totals[r]);
-        for lane in 0..LANES {
-            let upper = (sums[0][r][lane] << 8).wrapping_add(sums[1][r][lane]);
-            let lower = (sums[2][r][lane] << 8).wrapping_add(sums[3][r][lane]);
-            let start = if superblock.is_multiple_of(CHAIN) { 0.0 } else { chain[lane] };
-            chain[lane] = join(upper, lower).mul_add(units[lane] * unit, start);
-        }
-        if (superblock + 1).is_multiple_of(CHAIN) || superblock + 1 == count {
-            for lane in 0..LANES {
-                total[lane] = if superblock < CHAIN { chain[lane] } else { total[lane] + chain[lane] };
+        let (chain, total) = (&mut floats.chains[r], &mut floats.totals[r]);
+        // SAFETY: the caller is a kernel of `S`; every array has sixteen lanes.
+        unsafe {
+            let int = |product: usize| S::load_ints(sums[product][r].as_ptr());
+            let upper = S::add_ints(S::shift_left(int(0), 8), int(1));
+            let lower = S::add_ints(S::shift_left(int(2), 8), int(3));
+            let joined = S::fma(S::floats(upper), S::splat(256.0), S::floats(lower));
+            let unit = S::mul(S::load(units.as_ptr()), S::splat(input.unit(row + r, superblock)));
+            let before = if starts { S::splat(0.0) } else { S::load(chain.as_ptr()) };
+            let sum = S::fma(joined, unit, before);
+            S::store(chain.as_mut_ptr(), sum);
+            if ends {
+                let sum = if superblock < CHAIN { sum } else { S::add(S::load(total.as_ptr()), sum) };
+                S::store(total.as_mut_ptr(), sum);
             }
         }
         if superblock + 1 == count {

@@ -1,12 +1,15 @@
 //! Products of 16-bit weights: dense floats, and codes whose product with the scale is rounded.
 
+#![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
+
 use super::layout::{Integers, Layout, Planes};
 use super::{Panels, Sums};
 use crate::arithmetic::superblocks;
 use crate::cpu::activation::{CodedRow, STEP, STEP_BYTES, SUPERBLOCK_STEPS};
 use crate::cpu::packed::{Coded, GROUP_BYTES, Wide};
 use crate::format::blocks::BLOCK;
-use crate::simd::{LANES, Simd};
+use crate::simd::{Kernel, LANES, Simd};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// The exact sums of a superblock so far, for `ROWS` rows × sixteen outputs.
@@ -42,9 +45,40 @@ impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
     }
 }
 
+/// Panels of dense floats.
+pub(super) struct WidePanels<'a, 'b> {
+    pub(super) panels: Panels<'a, 'b>,
+    pub(super) wide: &'a Wide,
+}
+
+impl Kernel for WidePanels<'_, '_> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        for panel in self.panels.panels.clone() {
+            self.panels.wide_panel::<S>(self.wide, panel);
+        }
+    }
+}
+
+/// Panels of codes whose product with the scale is rounded.
+pub(super) struct RoundedPanels<'a, 'b, L> {
+    pub(super) panels: Panels<'a, 'b>,
+    pub(super) coded: &'a Coded,
+    pub(super) layout: PhantomData<L>,
+}
+
+impl<L: Layout> Kernel for RoundedPanels<'_, '_, L> {
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        for panel in self.panels.panels.clone() {
+            self.panels.rounded_rows::<S, L>(self.coded, panel);
+        }
+    }
+}
+
 impl Panels<'_, '_> {
     #[inline(always)]
-    pub(super) fn wide_panel<S: Simd>(&self, wide: &Wide, panel: usize) {
+    fn wide_panel<S: Simd>(&self, wide: &Wide, panel: usize) {
         let Range { start: mut row, end } = self.job.rows.clone();
         while row < end {
             row += match end - row {
@@ -70,9 +104,8 @@ impl Panels<'_, '_> {
         ROWS
     }
 
-    /// The rows of a panel of rounded products.
     #[inline(always)]
-    pub(super) fn rounded_rows<S: Simd, L: Layout>(&self, coded: &Coded, panel: usize) {
+    fn rounded_rows<S: Simd, L: Layout>(&self, coded: &Coded, panel: usize) {
         let Range { start: mut row, end } = self.job.rows.clone();
         while row < end {
             row += match end - row {
