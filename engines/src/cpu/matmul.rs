@@ -95,8 +95,8 @@ struct Panels<'a, 'b> {
 }
 
 impl Panels<'_, '_> {
-    /// Runs the kernel of the weights' form. Each is compiled by itself, since a compiler inlines little into very large
-    /// functions.
+    /// Runs the kernel of the weights' form. Each is compiled by itself, since a compiler inlines little into very
+    /// large functions.
     fn run(self, tier: Tier) {
         #[cfg(target_arch = "x86_64")]
         if tier == Tier::Amx && self.job.rows.len() >= tiles::ROWS_MIN {

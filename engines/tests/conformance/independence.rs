@@ -1,7 +1,7 @@
 //! R4.2, R6.1–R6.5: the result of a row depends on its own sequence only, and it is that of the arithmetic.
 //!
-//! Random sequences are cut into random chunks, which are spread over random steps, shards, threads and kernel tiers. The
-//! logits of each row must equal, to the bit, those of its sequence computed alone by the reference backend.
+//! Random sequences are cut into random chunks, which are spread over random steps, shards, threads and kernel tiers.
+//! The logits of each row must equal, to the bit, those of its sequence computed alone by the reference backend.
 
 use crate::fixture;
 use crate::pipeline::{Pipeline, row};

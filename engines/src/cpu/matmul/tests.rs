@@ -34,9 +34,8 @@ fn input(rows: usize, width: usize, seed: u64) -> Rows {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(160))]
 
-    /// R6.1–R6.5: for every weight type and tier, each output has the bits of the arithmetic, in a batch on three threads
-    /// as alone on one, and is close to the f64 product of the
-    /// file's values.
+    /// R6.1–R6.5: for every weight type and tier, each output has the bits of the arithmetic, in a batch on three
+    /// threads as alone on one, and is close to the f64 product of the file's values.
     #[test]
     fn products_are_those_of_the_arithmetic(
         element in prop::sample::select(ElementType::ALL.to_vec()),
