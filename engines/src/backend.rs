@@ -144,7 +144,7 @@ pub trait Backend: Sized {
     /// A [`Batch`] in the backend's own form, with its rotations.
     type Batch;
 
-    /// Returns the backend's name, version and kernel tier.
+    /// Returns the name and the version of the backend's arithmetic: equal names mean equal bits.
     fn fingerprint(&self) -> String;
 
     /// Copies a matrix into the backend's layout.

@@ -162,7 +162,7 @@ pub struct LoadReport {
     pub weight_bytes: u64,
     /// Bytes of the cache's capacity.
     pub kv_bytes: u64,
-    /// Engine, version, kernel tier and KV type. Engines with equal fingerprints compute the same bits.
+    /// The arithmetic, its version, and the KV type. Engines with equal fingerprints compute the same bits.
     pub fingerprint: String,
     /// The duration of the load.
     pub elapsed: Duration,

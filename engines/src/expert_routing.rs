@@ -15,10 +15,12 @@ pub struct RoutedExpert {
 }
 
 /// Returns the `spec.used` experts of a row, best first; among equals, the lower number first. `logits` has one router
-/// logit for each expert.
+/// logit for each expert. A NaN counts as −∞.
 pub fn route(spec: &Experts, logits: &[f32]) -> Vec<RoutedExpert> {
     let mut order: Vec<usize> = (0..logits.len()).collect();
-    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    // The addition turns −0 into 0, so that they are equal.
+    let key = |expert: usize| if logits[expert].is_nan() { f32::NEG_INFINITY } else { logits[expert] + 0.0 };
+    order.sort_by(|&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
     let chosen = &order[..spec.used.min(order.len())];
     let Some(&best) = chosen.first() else { return Vec::new() };
     let odds = |expert: usize| exp(logits[expert] - logits[best]);
@@ -42,6 +44,13 @@ mod tests {
         let choices = route(&spec(Weighting::AmongChosen), &[0.0, 3.0_f32.ln(), -1.0, 0.0]);
         assert_eq!(choices.iter().map(|c| c.expert).collect::<Vec<_>>(), [1, 0]);
         assert!((choices[0].weight - 0.75).abs() < 1e-6 && (choices[1].weight - 0.25).abs() < 1e-6);
+    }
+
+    #[test]
+    fn zeros_of_both_signs_are_equal() {
+        let experts = |logits: &[f32]| route(&spec(Weighting::AmongChosen), logits).iter().map(|c| c.expert).collect();
+        let chosen: Vec<usize> = experts(&[-1.0, -0.0, 0.0, f32::NAN]);
+        assert_eq!(chosen, [1, 2]);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::{SUPERBLOCK, superblocks};
 /// The largest code: 256 · 127 + 127.
 pub const CODE_MAX: f32 = 32_639.0;
 
-/// Superblocks with a smaller largest magnitude are zero: the reciprocal of their unit is no finite number.
+/// Superblocks with a smaller largest magnitude are zero. Far below it, the factor of codes would not be finite.
 pub const MAGNITUDE_MIN: f32 = 1e-30;
 
 /// A row in 16 bits.

@@ -48,7 +48,8 @@ pub fn gelu_tanh(x: f32) -> f32 {
 #[inline(always)]
 pub fn clamped_swish(gate: f32, up: f32, slope: f32, limit: f32) -> f32 {
     let gate = if gate > limit { limit } else { gate };
-    let up = up.clamp(-limit, limit);
+    let up = if up > limit { limit } else { up };
+    let up = if up < -limit { -limit } else { up };
     gate / (1.0 + exp(-slope * gate)) * (up + 1.0)
 }
 

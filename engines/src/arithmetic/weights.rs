@@ -7,22 +7,29 @@
 //! |---|---|---|
 //! | Q3_K, Q6_K, IQ4_XS | level · scale, both of the file | exact |
 //! | Q2_K, Q4_K, Q5_K | level · scale · 2ᵏ + minimum | minima to half a unit |
-//! | Q4_0, Q4_1, Q5_0, Q5_1, MXFP4 | level · scale + minimum | scales and minima to half a unit |
-//! | Q8_0, IQ4_NL | (level · scale + 64) / 128, rounded down | about half a unit |
+//! | MXFP4 | level · scale | exact for scales down to 1/2,048 of the superblock's largest |
+//! | Q4_0, Q4_1, Q5_0, Q5_1 | level · scale + minimum | scales and minima to half a unit |
+//! | Q8_0, IQ4_NL | (level · scale + 64) / 128, rounded down | one unit |
 //! | F32, F16, BF16 | the weight in units | half a unit |
 //!
 //! A unit is at most 1/31,800 of the largest value that the superblock's scales allow (in the exact types, what the
-//! file has), so half a unit is less than bfloat16 loses of a typical weight by a factor of 30.
+//! file has; 1/24,576 in MXFP4), so half a unit is less than bfloat16 loses of a typical weight by a factor of 30.
+//!
+//! Q2_K, Q4_K and Q5_K lose more where minima are more than about 30 times as large as steps between levels can be:
+//! there the scales are rounded to half of 2ᵏ units, which is up to 770 units of a weight.
 
 use super::{SUPERBLOCK, superblocks};
 use crate::format::ElementType;
-use crate::format::blocks::{self, BLOCK, Coding};
+use crate::format::blocks::{self, BLOCK, Coding, Levels};
 
 /// The largest magnitude of an integer before the scales are rounded, which may add up to 770.
 const LARGEST: f32 = 31_800.0;
 
 /// Units below this are zero: the scales could not be divided by them exactly enough.
 const UNIT_MIN: f32 = f32::MIN_POSITIVE;
+
+/// The largest scale of MXFP4: 12 · 2¹¹ has 15 bits.
+const FP4_SCALE_MAX: f32 = 2048.0;
 
 /// Bits that products with rounded scales are shifted back.
 const ROUNDED_BITS: u32 = 7;
@@ -42,12 +49,11 @@ pub struct WeightRow {
 /// How codes of a quantised type become integers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
-    /// level · scale + minimum. All scales are multiples of 2^`shift`; with a `shift`, or where scales are those of
-    /// the file, scale / 2^`shift` has 8 bits.
+    /// level · scale + minimum.
     Product {
-        /// The power of two in every scale.
+        /// All scales are multiples of 2^`shift`.
         shift: u32,
-        /// Whether scale / 2^`shift` has 8 bits; else it has 16.
+        /// Whether scale / 2^`shift` fits in 8 bits; else it has 16.
         byte_scales: bool,
     },
     /// (level · scale + 64) / 128, rounded down.
@@ -99,8 +105,16 @@ pub struct IntegerBlock {
 pub struct Superblock {
     /// The value of integer 1; not finite if the file's scales are not.
     pub unit: f32,
-    /// The blocks.
-    pub blocks: Vec<IntegerBlock>,
+    /// The blocks; those from `count` on are zero.
+    blocks: [IntegerBlock; BLOCKS],
+    count: usize,
+}
+
+impl Superblock {
+    /// The blocks, from 1 to 8.
+    pub fn blocks(&self) -> &[IntegerBlock] {
+        &self.blocks[..self.count]
+    }
 }
 
 /// Converts superblock `index` of a quantised `row` of `columns`.
@@ -112,12 +126,16 @@ pub fn superblock(element: ElementType, row: &[u8], columns: usize, index: usize
         unreachable!("a dense row has no blocks")
     };
     let first = index * BLOCKS;
-    let decoded: Vec<blocks::Block> =
-        (first..(first + BLOCKS).min(columns / BLOCK)).map(|block| blocks::decode(element, row, block)).collect();
+    let count = BLOCKS.min(columns / BLOCK - first);
+    let mut decoded = [blocks::Block { codes: [0; BLOCK], scales: [0.0; 2], mins: [0.0; 2] }; BLOCKS];
+    for (number, block) in decoded[..count].iter_mut().enumerate() {
+        *block = blocks::decode(element, row, first + number);
+    }
+    let decoded = &decoded[..count];
     let (unit, step) = match rule {
         Rule::Product { shift, .. } => {
             let power = (1_u32 << shift) as f32;
-            let unit = product_unit(coding, blocks::shared_scale(element, row, first), power, &decoded);
+            let unit = product_unit(coding, blocks::shared_scale(element, row, first), power, decoded);
             (unit, unit * power)
         }
         Rule::Rounded => {
@@ -128,18 +146,26 @@ pub fn superblock(element: ElementType, row: &[u8], columns: usize, index: usize
     };
     let factor = if let Rule::Product { shift, .. } = rule { 1_i16 << shift } else { 1 };
     let integer = |value: f32, step: f32| if step == 0.0 { 0 } else { (value / step).round_ties_even() as i16 };
-    let blocks = decoded.into_iter().map(|block| IntegerBlock {
-        codes: block.codes,
-        scales: block.scales.map(|scale| integer(scale, step) * factor),
-        mins: block.mins.map(|min| integer(min, unit)),
-    });
-    Superblock { unit, blocks: blocks.collect() }
+    let mut blocks = [IntegerBlock { codes: [0; BLOCK], scales: [0; 2], mins: [0; 2] }; BLOCKS];
+    for (block, from) in blocks.iter_mut().zip(decoded) {
+        *block = IntegerBlock {
+            codes: from.codes,
+            scales: from.scales.map(|scale| integer(scale, step) * factor),
+            mins: from.mins.map(|min| integer(min, unit)),
+        };
+    }
+    Superblock { unit, blocks, count }
 }
 
 /// The unit of products: the file's own scale over 2^shift where all integers fit, else 1/31,800 of the largest value.
 fn product_unit(coding: Coding, shared: Option<f32>, power: f32, decoded: &[blocks::Block]) -> f32 {
     let (lowest, highest) = coding.level_range();
     let mut largest = 0.0_f32;
+    if coding.levels == Levels::Fp4 {
+        // All scales are powers of two, so their quotients are exact.
+        let scales = decoded.iter().flat_map(|block| block.scales);
+        return normal(scales.fold(0.0_f32, larger) / FP4_SCALE_MAX);
+    }
     for block in decoded {
         for (scale, min) in block.scales.into_iter().zip(block.mins) {
             largest = larger(largest, (scale * lowest as f32 + min).abs());
@@ -182,7 +208,7 @@ pub fn row(element: ElementType, row: &[u8], columns: usize) -> WeightRow {
             for index in 0..superblocks(columns) {
                 let superblock = superblock(element, row, columns, index);
                 out.units.push(superblock.unit);
-                for block in superblock.blocks {
+                for block in superblock.blocks() {
                     let halves = block.codes.chunks(BLOCK / 2).zip(block.scales.into_iter().zip(block.mins));
                     for (codes, (scale, min)) in halves {
                         out.codes.extend(codes.iter().map(|&code| rule.weight(coding.level(code), scale, min)));
@@ -218,8 +244,39 @@ mod tests {
             ElementType::Q4_0 => 4.01,
             ElementType::Q5_0 | ElementType::Q4_1 => 8.02,
             ElementType::Q5_1 => 16.02,
-            ElementType::MXFP4 => 6.01,
+            ElementType::MXFP4 => 0.01,
             ElementType::Q8_0 | ElementType::IQ4_NL => 1.02,
+        }
+    }
+
+    /// Scales of MXFP4 down to 2⁻¹¹ of the largest are exact; smaller ones vanish.
+    #[test]
+    fn powers_of_two_are_exact_over_eleven_octaves() {
+        for octaves in 0..14_u8 {
+            let mut bytes = vec![0x11; 2 * 17];
+            bytes[0] = 200;
+            bytes[17] = 200 - octaves;
+            let row = row(ElementType::MXFP4, &bytes, 64);
+            let value = |column: usize| f32::from(row.codes[column]) * row.units[0];
+            let expected = if octaves <= 11 { 0.5 * 2_f32.powi(200 - 127 - i32::from(octaves)) } else { 0.0 };
+            assert_eq!((value(0), value(40)), (0.5 * 2_f32.powi(200 - 127), expected), "{octaves}");
+        }
+    }
+
+    /// A superblock of Q4_K whose minima dwarf its steps keeps its values to 1 % of the largest.
+    #[test]
+    fn large_minima_leave_the_values_close() {
+        let mut bytes = test_weights::bytes(ElementType::Q4_K, 1, 256, 1);
+        bytes[..2].copy_from_slice(&half::f16::from_f32(0.01).to_le_bytes());
+        bytes[2..4].copy_from_slice(&half::f16::from_f32(1.0).to_le_bytes());
+        bytes[4..16].fill(0xff);
+        let got = row(ElementType::Q4_K, &bytes, 256);
+        let mut expected = vec![0.0; 256];
+        blocks::dequantise_row(ElementType::Q4_K, &bytes, &mut expected);
+        let largest = expected.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
+        assert!(largest > 60.0);
+        for (&code, &value) in got.codes.iter().zip(&expected) {
+            assert!((f32::from(code) * got.units[0] - value).abs() < 0.01 * largest);
         }
     }
 

@@ -34,20 +34,25 @@ impl Rows {
 pub(super) const STEP: usize = 64;
 /// Steps of a superblock.
 pub(super) const SUPERBLOCK_STEPS: usize = SUPERBLOCK / STEP;
-/// Bytes of a step's codes: the upper bytes, then the lower bytes.
-pub(super) const STEP_BYTES: usize = 2 * STEP;
+/// 16-bit pairs of a step: those of the upper bytes, then those of the lower bytes.
+pub(super) const STEP_PAIRS: usize = 2 * STEP;
 /// Columns whose codes are summed.
 const SUMMED: usize = 16;
 /// Sums of a step: of upper bytes, then of lower bytes.
 pub(super) const STEP_SUMS: usize = 2 * STEP / SUMMED;
-/// The height of a byte tile. A tile may start at any row, so there is memory for 15 rows behind the last.
-const TILE_ROWS: usize = 16;
+/// Rows of a tile.
+pub(super) const TILE_ROWS: usize = 16;
+/// Bytes of one step of a tile of rows: the upper or the lower bytes.
+pub(super) const PLANE_BYTES: usize = TILE_ROWS * STEP;
+/// Bytes of one step of a tile of rows.
+pub(super) const TILE_STEP_BYTES: usize = 2 * PLANE_BYTES;
 
 /// Rows of 16-bit codes.
 #[derive(Debug, Default)]
 pub(super) struct CodedRows {
     pub(super) width: usize,
-    /// Upper and lower bytes: \[row]\[step]\[plane]\[column], with arbitrary rows behind the last.
+    /// Upper and lower bytes: \[tile of rows]\[step]\[plane]\[row]\[column], so that a plane of a tile is contiguous. The
+    /// rows of the last tile behind the last row are arbitrary.
     bytes: Lines,
     /// The same as 16-bit integers, in the order of [`Simd::even_odd`](crate::simd::Simd::even_odd):
     /// \[row]\[step]\[plane]\[group of four columns]\[0, 2, 1, 3]. Only where a product asks for it.
@@ -58,7 +63,7 @@ pub(super) struct CodedRows {
     units: Vec<f32>,
 }
 
-/// The forms of coded rows that products read. All read bytes or may do so.
+/// The forms of coded rows that products read, beside the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Wanted {
     /// 16-bit pairs beside the bytes, for products of 16-bit weights.
@@ -68,6 +73,7 @@ pub(super) struct Wanted {
 /// One row, for kernels.
 #[derive(Clone, Copy)]
 pub(super) struct CodedRow {
+    /// The row's first upper bytes. The lower bytes are [`PLANE_BYTES`] behind, the next step [`TILE_STEP_BYTES`].
     pub(super) bytes: *const i8,
     pub(super) pairs: *const i16,
     pub(super) sums: *const i16,
@@ -79,8 +85,8 @@ impl CodedRows {
     pub(super) fn resize(&mut self, rows: usize, width: usize, wanted: Wanted) {
         let steps = width.div_ceil(STEP);
         self.width = width;
-        self.bytes.resize((rows + TILE_ROWS - 1) * steps * STEP_BYTES);
-        self.pairs.resize(if wanted.pairs { rows * steps * STEP_BYTES } else { 0 }, 0);
+        self.bytes.resize(rows.div_ceil(TILE_ROWS) * steps * TILE_STEP_BYTES);
+        self.pairs.resize(if wanted.pairs { rows * steps * STEP_PAIRS } else { 0 }, 0);
         self.sums.resize(rows * steps * STEP_SUMS, 0);
         self.units.resize(rows * superblocks(width), 0.0);
     }
@@ -104,19 +110,23 @@ impl CodedRows {
     #[inline(always)]
     pub(super) fn row(&self, row: usize) -> CodedRow {
         let steps = self.steps();
-        let pairs: &[i16] = if self.has_pairs() { &self.pairs[row * steps * STEP_BYTES..] } else { &[] };
+        let pairs: &[i16] = if self.has_pairs() { &self.pairs[row * steps * STEP_PAIRS..] } else { &[] };
         CodedRow {
-            bytes: self.bytes.bytes()[row * steps * STEP_BYTES..][..steps * STEP_BYTES].as_ptr().cast(),
+            bytes: self.tile(row / TILE_ROWS)[row % TILE_ROWS * STEP..].as_ptr().cast(),
             pairs: pairs.as_ptr(),
             sums: self.sums[row * steps * STEP_SUMS..][..steps * STEP_SUMS].as_ptr(),
             units: self.units[row * superblocks(self.width)..][..superblocks(self.width)].as_ptr(),
         }
     }
 
-    /// The bytes of a tile of 16 rows from `row`, which follow each other at a distance of `steps` · [`STEP_BYTES`].
-    pub(super) fn tile(&self, row: usize) -> &[u8] {
-        let row_bytes = self.steps() * STEP_BYTES;
-        &self.bytes.bytes()[row * row_bytes..][..TILE_ROWS * row_bytes]
+    /// The bytes of a tile: \[step]\[plane]\[row]\[column].
+    ///
+    /// # Panics
+    /// If there is no such tile.
+    #[inline(always)]
+    pub(super) fn tile(&self, tile: usize) -> &[u8] {
+        let tile_bytes = self.steps() * TILE_STEP_BYTES;
+        &self.bytes.bytes()[tile * tile_bytes..][..tile_bytes]
     }
 
     /// Lends the rows to the tasks of a section.
@@ -150,49 +160,63 @@ impl CodedParts<'_> {
     pub(super) unsafe fn encode(&self, row: usize, values: &[f32]) {
         let (steps, count) = (self.width.div_ceil(STEP), superblocks(self.width));
         // SAFETY: rows are disjoint, and the caller guarantees that no other task takes this row.
-        let (bytes, sums, units, pairs) = unsafe {
+        let (sums, units) = unsafe {
             (
-                self.bytes.take(row * steps * STEP_BYTES..(row + 1) * steps * STEP_BYTES),
                 self.sums.take(row * steps * STEP_SUMS..(row + 1) * steps * STEP_SUMS),
                 self.units.take(row * count..(row + 1) * count),
-                self.pairs.as_ref().map(|pairs| pairs.take(row * steps * STEP_BYTES..(row + 1) * steps * STEP_BYTES)),
             )
         };
-        let (targets, _) = bytes.as_chunks_mut::<STEP_BYTES>();
         let (sums, _) = sums.as_chunks_mut::<STEP_SUMS>();
         for (index, superblock) in values.chunks(SUPERBLOCK).enumerate() {
             let (unit, factor) = activations::unit(largest_magnitude(superblock));
             units[index] = unit;
             for (offset, columns) in superblock.chunks(STEP).enumerate() {
                 let step = index * SUPERBLOCK_STEPS + offset;
-                match columns.as_array::<STEP>() {
-                    Some(columns) => encode_step(columns, factor, &mut targets[step], &mut sums[step]),
-                    None => {
-                        let mut padded = [0.0; STEP];
-                        padded[..columns.len()].copy_from_slice(columns);
-                        encode_step(&padded, factor, &mut targets[step], &mut sums[step]);
+                let mut padded = [0.0; STEP];
+                padded[..columns.len()].copy_from_slice(columns);
+                // SAFETY: as above.
+                let planes = unsafe { self.planes(row, step) };
+                encode_step(&padded, factor, planes, &mut sums[step]);
+            }
+        }
+        if let Some(pairs) = &self.pairs {
+            // SAFETY: as above.
+            let pairs = unsafe { pairs.take(row * steps * STEP_PAIRS..(row + 1) * steps * STEP_PAIRS) };
+            for (step, pairs) in pairs.chunks_exact_mut(STEP_PAIRS).enumerate() {
+                // SAFETY: as above.
+                let planes = unsafe { self.planes(row, step) };
+                for (plane, pairs) in planes.into_iter().zip(pairs.chunks_exact_mut(STEP)) {
+                    for (pairs, &[a, b, c, d]) in pairs.as_chunks_mut::<4>().0.iter_mut().zip(plane.as_chunks::<4>().0)
+                    {
+                        *pairs = [a, c, b, d].map(|byte| i16::from(byte as i8));
                     }
                 }
             }
         }
-        if let Some(pairs) = pairs {
-            let (pairs, _) = pairs.as_chunks_mut::<4>();
-            for (pairs, &[a, b, c, d]) in pairs.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *pairs = [a, c, b, d].map(|byte| i16::from(byte as i8));
-            }
-        }
+    }
+
+    /// The upper and the lower bytes of a step of a row.
+    ///
+    /// # Safety
+    /// Only one task may write a row, and holds them once at a time.
+    #[inline(always)]
+    unsafe fn planes(&self, row: usize, step: usize) -> [&mut [u8]; 2] {
+        let tile = row / TILE_ROWS * self.width.div_ceil(STEP) + step;
+        let at = tile * TILE_STEP_BYTES + row % TILE_ROWS * STEP;
+        // SAFETY: the caller upholds the contract; the planes are disjoint.
+        unsafe { [self.bytes.take(at..at + STEP), self.bytes.take(at + PLANE_BYTES..at + PLANE_BYTES + STEP)] }
     }
 }
 
 #[inline(always)]
-fn encode_step(columns: &[f32; STEP], factor: f32, bytes: &mut [u8; STEP_BYTES], sums: &mut [i16; STEP_SUMS]) {
-    let (upper, lower) = bytes.split_at_mut(STEP);
-    for i in 0..STEP {
-        let (high, low) = activations::bytes(round(columns[i] * factor) as i16);
-        upper[i] = high as u8;
-        lower[i] = low as u8;
+fn encode_step(columns: &[f32; STEP], factor: f32, [upper, lower]: [&mut [u8]; 2], sums: &mut [i16; STEP_SUMS]) {
+    for ((&value, upper), lower) in columns.iter().zip(upper.iter_mut()).zip(lower.iter_mut()) {
+        let (high, low) = activations::bytes(round(value * factor) as i16);
+        *upper = high as u8;
+        *lower = low as u8;
     }
-    for (sum, bytes) in sums.iter_mut().zip(bytes.as_chunks::<SUMMED>().0) {
+    let sixteens = upper.as_chunks::<SUMMED>().0.iter().chain(lower.as_chunks::<SUMMED>().0);
+    for (sum, bytes) in sums.iter_mut().zip(sixteens) {
         *sum = bytes.iter().map(|&byte| i16::from(byte as i8)).sum();
     }
 }

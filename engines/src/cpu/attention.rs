@@ -390,3 +390,6 @@ unsafe fn load<S: Simd, const HALF: bool>(from: *const u8) -> S::Floats {
     // SAFETY: the caller guarantees sixteen elements at `from`.
     unsafe { if HALF { S::load_f16(from.cast()) } else { S::load(from.cast()) } }
 }
+
+#[cfg(test)]
+mod tests;

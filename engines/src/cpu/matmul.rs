@@ -62,7 +62,10 @@ pub(super) fn run(
     let mut jobs = Vec::with_capacity(products.len());
     let mut panels = 0;
     for product in products.iter_mut() {
-        assert_eq!(product.out.len(), product.rows.len() * product.weights.rows, "the output has the wrong length");
+        let weights = product.weights;
+        assert_eq!(product.out.len(), product.rows.len() * weights.rows, "the output has the wrong length");
+        assert!(input.width == weights.columns && input.width > 0, "the operand has the wrong width");
+        assert!(input.has_pairs() || !weights.wants_pairs() || product.rows.is_empty(), "the operand has no pairs");
         jobs.push(Job {
             weights: product.weights,
             bias: product.bias,
@@ -136,7 +139,11 @@ impl Panels<'_, '_> {
         // SAFETY: `row` and the `used` columns are inside `out`, and belong to this task.
         unsafe {
             let target = out.add((row - rows.start) * weights.rows + column);
-            std::ptr::copy_nonoverlapping(values.as_ptr(), target, used);
+            if used == LANES {
+                target.cast::<[f32; LANES]>().write_unaligned(*values);
+            } else {
+                std::ptr::copy_nonoverlapping(values.as_ptr(), target, used);
+            }
         }
     }
 }

@@ -118,9 +118,9 @@ impl Source<'_> {
                 )
             };
             let (words, _) = target.as_chunks_mut::<2>();
-            let row_bytes = SUPERBLOCK * self.element.block_bytes();
+            let superblock_bytes = SUPERBLOCK * self.element.block_bytes();
             let (mut values, mut codes) = ([0.0; SUPERBLOCK], [0; SUPERBLOCK]);
-            for (index, source) in source.chunks(row_bytes).enumerate() {
+            for (index, source) in source.chunks(superblock_bytes).enumerate() {
                 let columns = source.len() / self.element.block_bytes();
                 blocks::dequantise_row(self.element, source, &mut values[..columns]);
                 let unit = weights::dense(&values[..columns], &mut codes[..columns]);
@@ -169,7 +169,7 @@ impl Source<'_> {
             (0..superblocks(self.columns)).all(|index| {
                 let superblock = weights::superblock(self.element, source, self.columns, index);
                 target.units[index * LANES + lane] = superblock.unit;
-                for (number, block) in superblock.blocks.iter().enumerate() {
+                for (number, block) in superblock.blocks().iter().enumerate() {
                     target.put(index * weights::BLOCKS + number, lane, block);
                 }
                 superblock.unit.is_finite()

@@ -8,7 +8,7 @@
 //! - 2 and 3 bits: two vectors hold bit pairs; a plane with the third bits follows.
 //!
 //! Scales, minima and units are stored separately. A panel of dense floats holds 16-bit integers, two vectors for each
-//! four columns. The size is that of the file and 3 to 9 % more (Q2_K: 38 %, since its minima are expanded; F32: half).
+//! four columns. The size is that of the file and 1 to 9 % more (Q2_K: 38 %, since its minima are expanded; F32: half).
 
 use super::activation::STEP;
 use super::lines::Lines;
@@ -58,7 +58,8 @@ pub(super) struct Coded {
 
 #[derive(Debug)]
 pub(super) enum Scales {
-    Bytes(Vec<i8>),
+    /// In a box: a vector that is collected from one of words keeps the words' memory.
+    Bytes(Box<[i8]>),
     Words(Vec<i16>),
 }
 

@@ -159,6 +159,11 @@ impl Layer {
         if attention.softcap.is_some_and(|cap| !(cap > 0.0 && cap.is_finite())) {
             return Err(("attention cap", format!("is {:?}", attention.softcap)));
         }
+        if let Activation::ClampedSwish { limit, .. } = self.feed_forward.activation
+            && !(limit > 0.0)
+        {
+            return Err(("limit of the activation", format!("is {limit}; it must be above 0")));
+        }
         if let Some(experts) = &self.feed_forward.experts {
             within("number of experts", experts.count, EXPERTS_MAX)?;
             within("number of experts in use", experts.used, experts.count)?;

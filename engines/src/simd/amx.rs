@@ -92,16 +92,15 @@ impl Tiles {
 
     /// Writes the sums of `steps` steps of 64 columns, for 16 rows × 16 outputs.
     ///
-    /// A step of activations is 64 upper and 64 lower bytes of each of the 16 rows, which are `row_bytes` apart. A step
-    /// of weights is a tile of upper and a tile of lower bytes, each \[group of four columns]\[output]\[column].
+    /// A step of activations is a tile of upper and a tile of lower bytes, each \[row]\[column]. A step of weights is a
+    /// tile of upper and a tile of lower bytes, each \[group of four columns]\[output]\[column].
     ///
     /// # Safety
-    /// `activations` and `weights` are valid for these reads, and `steps` is at least 1.
+    /// `activations` and `weights` are valid for reads of `steps` · 2 tiles, and `steps` is at least 1.
     #[inline(always)]
     pub(crate) unsafe fn multiply(
         &self,
         activations: *const u8,
-        row_bytes: usize,
         weights: *const u8,
         steps: usize,
         sums: &mut TileSums,
@@ -114,15 +113,15 @@ impl Tiles {
                 "tilezero tmm2",
                 "tilezero tmm3",
                 "2:",
-                "tileloadd tmm4, [{a} + {stride}]",
+                "tileloadd tmm4, [{a} + {line}]",
                 "tileloadd tmm6, [{w} + {line}]",
                 "tdpbssd tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{w} + {line} + 1024]",
                 "tdpbssd tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a} + {stride} + 64]",
+                "tileloadd tmm5, [{a} + {line} + 1024]",
                 "tdpbssd tmm2, tmm5, tmm6",
                 "tdpbssd tmm3, tmm5, tmm7",
-                "add {a}, 128",
+                "add {a}, 2048",
                 "add {w}, 2048",
                 "dec {steps}",
                 "jnz 2b",
@@ -133,7 +132,6 @@ impl Tiles {
                 a = inout(reg) activations => _,
                 w = inout(reg) weights => _,
                 steps = inout(reg) steps => _,
-                stride = in(reg) row_bytes,
                 line = in(reg) 64_usize,
                 sums = in(reg) sums,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
@@ -164,21 +162,20 @@ mod tests {
         }
         let mut random = fastrand::Rng::with_seed(5);
         for steps in [1, 2, 4] {
-            let row_bytes = steps * 128 + 64;
-            let activations: Vec<i8> = (0..row_bytes * TILE_ROWS).map(|_| random.i8(..)).collect();
+            let activations: Vec<i8> = (0..steps * 2 * TILE_BYTES).map(|_| random.i8(..)).collect();
             let weights: Vec<i8> = (0..steps * 2 * TILE_BYTES).map(|_| random.i8(..)).collect();
             let mut sums = TileSums([[[7; 16]; 16]; 4]);
             // SAFETY: tiles are available, and the slices have the lengths that the call reads.
             unsafe {
                 let tiles = Tiles::configure();
-                tiles.multiply(activations.as_ptr().cast(), row_bytes, weights.as_ptr().cast(), steps, &mut sums);
+                tiles.multiply(activations.as_ptr().cast(), weights.as_ptr().cast(), steps, &mut sums);
             }
             for (product, sums) in sums.0.iter().enumerate() {
                 for (row, sums) in sums.iter().enumerate() {
                     for (output, &sum) in sums.iter().enumerate() {
                         let term = |column: usize| {
                             let (step, within) = (column / 64, column % 64);
-                            let activation = activations[row * row_bytes + step * 128 + product / 2 * 64 + within];
+                            let activation = activations[(step * 2 + product / 2) * TILE_BYTES + row * 64 + within];
                             let tile = (step * 2 + product % 2) * TILE_BYTES;
                             let weight = weights[tile + within / 4 * 64 + output * 4 + within % 4];
                             i32::from(activation) * i32::from(weight)

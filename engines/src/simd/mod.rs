@@ -1,7 +1,7 @@
 //! Vector operations for kernels, sixteen lanes wide, and the instruction sets that implement them.
 //!
 //! A kernel is a value with a generic [`Kernel::run`]; [`Tier::run`] runs it on the instruction set found at start. All
-//! tiers share one kernel body: code for a single tier is in this module, not in the kernels.
+//! tiers share one kernel body. Code for a single tier is in this module, but for the products on AMX tiles.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -14,6 +14,9 @@ mod tier;
 pub use tier::Tier;
 
 use half::f16;
+
+#[cfg(target_endian = "big")]
+compile_error!("kernels read bytes of codes as little-endian integers");
 
 /// Lanes of a vector, and weight rows (outputs) of a panel.
 pub(crate) const LANES: usize = 16;
@@ -84,7 +87,7 @@ pub(crate) trait Simd: Copy {
     /// The low 16 bits of a · b.
     unsafe fn mul_pairs(a: Self::Pairs, b: Self::Pairs) -> Self::Pairs;
     unsafe fn add_pairs(a: Self::Pairs, b: Self::Pairs) -> Self::Pairs;
-    /// (a · b + 64) / 128, rounded down, for |a| ≤ 128.
+    /// (a · b + 64) / 128, rounded down, for a from −128 to 127.
     unsafe fn mul_rounded(a: Self::Pairs, b: Self::Pairs) -> Self::Pairs;
     /// The inverse of [`Self::even_odd`] for integers of 16 bits: their upper and lower bytes, in the order of codes.
     /// A pair is 256 · upper + lower with signed bytes.
@@ -92,7 +95,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn store_codes(to: *mut u8, codes: Self::Codes);
 }
 
-/// The portable tier, in plain arrays: runs on any CPU, and is the reference for the other tiers.
+/// The portable tier, in plain arrays: runs on any little-endian CPU.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
 

@@ -42,7 +42,7 @@ impl Tier {
         Self::available().pop().unwrap_or(Self::Portable)
     }
 
-    /// Returns the name for fingerprints and reports: `portable`, `avx2`, `avx512-vnni` or `amx-int8`.
+    /// Returns the name for reports: `portable`, `avx2`, `avx512-vnni` or `amx-int8`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",

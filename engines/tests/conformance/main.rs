@@ -4,6 +4,7 @@
 
 #![allow(clippy::expect_used)] // A failing test names the reason.
 
+mod golden;
 mod independence;
 mod pipeline;
 mod templates;

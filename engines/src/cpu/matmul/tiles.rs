@@ -10,7 +10,7 @@ use super::Panels;
 use super::layout::{Integers, Layout, Of, Planes, with_layout};
 use crate::arithmetic::products::CHAIN;
 use crate::arithmetic::superblocks;
-use crate::cpu::activation::{STEP, STEP_BYTES, SUPERBLOCK_STEPS};
+use crate::cpu::activation::{STEP, SUPERBLOCK_STEPS, TILE_STEP_BYTES};
 use crate::cpu::lines::Lines;
 use crate::cpu::packed::{Coded, Form, GROUP_BYTES, Wide};
 use crate::format::blocks::BLOCK;
@@ -137,7 +137,7 @@ unsafe fn store<S: Simd>(to: *mut u8, even: S::Pairs, odd: S::Pairs) {
 /// A superblock of a tile of rows whose integer sums are done.
 #[derive(Clone, Copy)]
 struct Done {
-    row: usize,
+    tile: usize,
     superblock: usize,
 }
 
@@ -165,21 +165,18 @@ fn multiply<S: Simd>(tiles: &Tiles, panels: &Panels<'_, '_>, panel: usize, plane
     let mut floats = Floats { chains: [[0.0; LANES]; TILE_ROWS], totals: [[0.0; LANES]; TILE_ROWS] };
     let mut before = None;
     let mut turn = 0;
-    for row in job.rows.clone().step_by(TILE_ROWS) {
+    for tile in job.rows.start / TILE_ROWS..job.rows.end.div_ceil(TILE_ROWS) {
         for superblock in 0..count {
             let first = superblock * SUPERBLOCK_STEPS;
             let own_steps = SUPERBLOCK_STEPS.min(steps - first);
-            let activations = &input.tile(row)[first * STEP_BYTES..];
+            let activations = &input.tile(tile)[first * TILE_STEP_BYTES..][..own_steps * TILE_STEP_BYTES];
             let weights = &planes[first * STEP_PLANES..][..own_steps * STEP_PLANES];
-            // SAFETY: a tile of rows and the planes have these steps.
-            unsafe {
-                let row_bytes = steps * STEP_BYTES;
-                tiles.multiply(activations.as_ptr(), row_bytes, weights.as_ptr(), own_steps, &mut sums[turn]);
-            }
+            // SAFETY: the slices have these steps.
+            unsafe { tiles.multiply(activations.as_ptr(), weights.as_ptr(), own_steps, &mut sums[turn]) };
             if let Some(done) = before {
                 finish::<S>(panels, panel, done, &sums[1 - turn], &mut floats);
             }
-            before = Some(Done { row, superblock });
+            before = Some(Done { tile, superblock });
             turn = 1 - turn;
         }
     }
@@ -200,7 +197,7 @@ struct Floats {
 fn finish<S: Simd>(
     panels: &Panels<'_, '_>,
     panel: usize,
-    Done { row, superblock }: Done,
+    Done { tile, superblock }: Done,
     TileSums(sums): &TileSums,
     floats: &mut Floats,
 ) {
@@ -208,7 +205,9 @@ fn finish<S: Simd>(
     let count = superblocks(input.width);
     let units = &job.weights.units[(panel * count + superblock) * LANES..][..LANES];
     let (starts, ends) = (superblock % CHAIN == 0, (superblock + 1) % CHAIN == 0 || superblock + 1 == count);
-    for r in 0..TILE_ROWS.min(job.rows.end - row) {
+    let first = tile * TILE_ROWS;
+    // The job may begin and end inside a tile.
+    for r in job.rows.start.saturating_sub(first)..TILE_ROWS.min(job.rows.end - first) {
         let (chain, total) = (&mut floats.chains[r], &mut floats.totals[r]);
         // SAFETY: the caller is a kernel of `S`; every array has sixteen lanes.
         unsafe {
@@ -216,7 +215,7 @@ fn finish<S: Simd>(
             let upper = S::add_ints(S::shift_left(int(0), 8), int(1));
             let lower = S::add_ints(S::shift_left(int(2), 8), int(3));
             let joined = S::fma(S::floats(upper), S::splat(256.0), S::floats(lower));
-            let unit = S::mul(S::load(units.as_ptr()), S::splat(input.unit(row + r, superblock)));
+            let unit = S::mul(S::load(units.as_ptr()), S::splat(input.unit(first + r, superblock)));
             let before = if starts { S::splat(0.0) } else { S::load(chain.as_ptr()) };
             let sum = S::fma(joined, unit, before);
             S::store(chain.as_mut_ptr(), sum);
@@ -226,7 +225,7 @@ fn finish<S: Simd>(
             }
         }
         if superblock + 1 == count {
-            panels.write_values(panel, row + r, total);
+            panels.write_values(panel, first + r, total);
         }
     }
 }

@@ -5,7 +5,7 @@
 use super::layout::{Integers, Layout, Planes};
 use super::{Panels, Sums};
 use crate::arithmetic::superblocks;
-use crate::cpu::activation::{CodedRow, STEP, STEP_BYTES, SUPERBLOCK_STEPS};
+use crate::cpu::activation::{CodedRow, STEP, STEP_PAIRS, SUPERBLOCK_STEPS};
 use crate::cpu::packed::{Coded, GROUP_BYTES, Wide};
 use crate::format::blocks::BLOCK;
 use crate::simd::{Kernel, LANES, Simd};
@@ -31,7 +31,7 @@ impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
     /// Adds the products of the columns 4 · `group` to 4 · `group` + 3; groups count from the row's first.
     #[inline(always)]
     unsafe fn add(&mut self, inputs: &[CodedRow; ROWS], group: usize, (even, odd): (S::Pairs, S::Pairs)) {
-        let at = group / (STEP / 4) * STEP_BYTES + group % (STEP / 4) * 4;
+        let at = group / (STEP / 4) * STEP_PAIRS + group % (STEP / 4) * 4;
         // SAFETY: the caller is a kernel of `S`; the rows have this group.
         unsafe {
             for r in 0..ROWS {
