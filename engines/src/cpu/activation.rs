@@ -51,8 +51,8 @@ pub(super) const TILE_STEP_BYTES: usize = 2 * PLANE_BYTES;
 #[derive(Debug, Default)]
 pub(super) struct CodedRows {
     pub(super) width: usize,
-    /// Upper and lower bytes: \[tile of rows]\[step]\[plane]\[row]\[column], so that a plane of a tile is contiguous. The
-    /// rows of the last tile behind the last row are arbitrary.
+    /// Upper and lower bytes: \[tile of rows]\[step]\[plane]\[row]\[column], so that a plane of a tile is contiguous.
+    /// The rows of the last tile behind the last row are arbitrary.
     bytes: Lines,
     /// The same as 16-bit integers, in the order of [`Simd::even_odd`](crate::simd::Simd::even_odd):
     /// \[row]\[step]\[plane]\[group of four columns]\[0, 2, 1, 3]. Only where a product asks for it.
