@@ -8,12 +8,11 @@
 //! norms.rs        RMS norms
 //! rotary.rs       rotary position embeddings
 //! attention.rs    scores, softmax and mixing, in chunks of 256 positions
-//! reference.rs    all of it as a backend
 //! ```
 //! The bits of a result depend on the model and on the row's own sequence only: not on the other rows, on the number of
 //! threads, on the device, or on the order in which it computes what is exact here. Whoever follows these files gets
 //! the same bits, on any processor with IEEE single precision and a fused multiply-add. Tests compare the CPU engine
-//! with [`Reference`](reference::ReferenceBackend) to the bit, on every kernel tier.
+//! with the [reference backend](crate::reference), which is made of these functions, to the bit, on every kernel tier.
 //!
 //! Conventions: additions, multiplications, divisions and square roots of `f32` round to nearest even, and nothing is
 //! contracted; `mul_add` is fused and rounds once. An integer becomes a float by rounding to nearest even. Denormal
@@ -24,7 +23,6 @@ pub mod attention;
 pub mod functions;
 pub mod norms;
 pub mod products;
-pub mod reference;
 pub mod rotary;
 pub mod weights;
 

@@ -5,10 +5,10 @@
 
 use crate::fixture;
 use crate::pipeline::{Pipeline, row};
-use exo_engines::arithmetic::reference::ReferenceFactory;
 use exo_engines::cpu::{CpuFactory, Tier};
 use exo_engines::engine::{KvElement, Operation, SeqId};
 use exo_engines::model::families::FAMILIES;
+use exo_engines::reference::ReferenceFactory;
 use proptest::prelude::*;
 
 /// How one sequence is computed.

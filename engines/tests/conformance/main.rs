@@ -9,11 +9,11 @@ mod independence;
 mod pipeline;
 mod templates;
 
-use exo_engines::arithmetic::reference::ReferenceFactory;
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::{CpuFactory, Tier};
 use exo_engines::engine::*;
 use exo_engines::model::{ModelFiles, Recipe, families::FAMILIES};
+use exo_engines::reference::ReferenceFactory;
 use pipeline::{Pipeline, SEQ, row};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};

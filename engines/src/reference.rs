@@ -1,10 +1,10 @@
-//! The arithmetic as a backend: one row at a time, one output at a time. It is slow, and made to be read.
+//! The arithmetic as a backend: one row at a time, one output at a time. It is slow, and made to be read; tests compare
+//! other backends with it, to the bit.
 
-use super::activations;
-use super::functions::{clamped_swish, gelu_tanh, silu};
-use super::norms::rms_norm;
-use super::weights::{self, WeightRow};
-use super::{SUPERBLOCK, VERSION, attention, products, rotary};
+use crate::arithmetic::functions::{clamped_swish, gelu_tanh, silu};
+use crate::arithmetic::norms::rms_norm;
+use crate::arithmetic::weights::{self, WeightRow};
+use crate::arithmetic::{SUPERBLOCK, VERSION, activations, attention, products, rotary};
 use crate::backend::{
     AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
 };
