@@ -42,18 +42,18 @@ const SUMMED: usize = 16;
 pub(super) const STEP_SUMS: usize = 2 * STEP / SUMMED;
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
-/// Bytes of one step of a tile of rows: the upper or the lower bytes.
-pub(super) const PLANE_BYTES: usize = TILE_ROWS * STEP;
-/// Bytes of one step of a tile of rows.
-pub(super) const TILE_STEP_BYTES: usize = 2 * PLANE_BYTES;
+/// Bytes of one step of a tile of rows: the upper and the lower bytes.
+pub(super) const TILE_STEP_BYTES: usize = 2 * TILE_ROWS * STEP;
 
 /// Rows of 16-bit codes.
 #[derive(Debug, Default)]
 pub(super) struct CodedRows {
     pub(super) width: usize,
-    /// Upper and lower bytes: \[tile of rows]\[step]\[plane]\[row]\[column], so that a plane of a tile is contiguous.
-    /// The rows of the last tile behind the last row are arbitrary.
+    /// Upper and lower bytes: \[tile of rows]\[step]\[plane]\[row]\[column]. Rows of the last tile behind the last row
+    /// are arbitrary.
     bytes: Lines,
+    /// Rows of a tile: 16 for products on tiles, so that a plane of a tile is contiguous; else 1, so that a row is.
+    tile_rows: usize,
     /// The same as 16-bit integers, in the order of [`Simd::even_odd`](crate::simd::Simd::even_odd):
     /// \[row]\[step]\[plane]\[group of four columns]\[0, 2, 1, 3]. Only where a product asks for it.
     pairs: Vec<i16>,
@@ -68,13 +68,16 @@ pub(super) struct CodedRows {
 pub(super) struct Wanted {
     /// 16-bit pairs beside the bytes, for products of 16-bit weights.
     pub(super) pairs: bool,
+    /// Bytes in tiles of sixteen rows.
+    pub(super) tiles: bool,
 }
 
 /// One row, for kernels.
 #[derive(Clone, Copy)]
 pub(super) struct CodedRow {
-    /// The row's first upper bytes. The lower bytes are [`PLANE_BYTES`] behind, the next step [`TILE_STEP_BYTES`].
+    /// The row's first upper bytes. The lower bytes are `plane_bytes` behind, the next step twice as far.
     pub(super) bytes: *const i8,
+    pub(super) plane_bytes: usize,
     pub(super) pairs: *const i16,
     pub(super) sums: *const i16,
     pub(super) units: *const f32,
@@ -85,7 +88,8 @@ impl CodedRows {
     pub(super) fn resize(&mut self, rows: usize, width: usize, wanted: Wanted) {
         let steps = width.div_ceil(STEP);
         self.width = width;
-        self.bytes.resize(rows.div_ceil(TILE_ROWS) * steps * TILE_STEP_BYTES);
+        self.tile_rows = if wanted.tiles { TILE_ROWS } else { 1 };
+        self.bytes.resize(rows.next_multiple_of(self.tile_rows) * steps * 2 * STEP);
         self.pairs.resize(if wanted.pairs { rows * steps * STEP_PAIRS } else { 0 }, 0);
         self.sums.resize(rows * steps * STEP_SUMS, 0);
         self.units.resize(rows * superblocks(width), 0.0);
@@ -93,6 +97,10 @@ impl CodedRows {
 
     pub(super) fn has_pairs(&self) -> bool {
         !self.pairs.is_empty()
+    }
+
+    pub(super) fn has_tiles(&self) -> bool {
+        self.tile_rows == TILE_ROWS
     }
 
     pub(super) fn steps(&self) -> usize {
@@ -112,7 +120,8 @@ impl CodedRows {
         let steps = self.steps();
         let pairs: &[i16] = if self.has_pairs() { &self.pairs[row * steps * STEP_PAIRS..] } else { &[] };
         CodedRow {
-            bytes: self.tile(row / TILE_ROWS)[row % TILE_ROWS * STEP..].as_ptr().cast(),
+            bytes: self.tile(row / self.tile_rows)[row % self.tile_rows * STEP..].as_ptr().cast(),
+            plane_bytes: self.tile_rows * STEP,
             pairs: pairs.as_ptr(),
             sums: self.sums[row * steps * STEP_SUMS..][..steps * STEP_SUMS].as_ptr(),
             units: self.units[row * superblocks(self.width)..][..superblocks(self.width)].as_ptr(),
@@ -125,7 +134,7 @@ impl CodedRows {
     /// If there is no such tile.
     #[inline(always)]
     pub(super) fn tile(&self, tile: usize) -> &[u8] {
-        let tile_bytes = self.steps() * TILE_STEP_BYTES;
+        let tile_bytes = self.steps() * 2 * self.tile_rows * STEP;
         &self.bytes.bytes()[tile * tile_bytes..][..tile_bytes]
     }
 
@@ -134,6 +143,7 @@ impl CodedRows {
         let has_pairs = self.has_pairs();
         CodedParts {
             width: self.width,
+            tile_rows: self.tile_rows,
             bytes: DisjointMut::new(self.bytes.bytes_mut()),
             pairs: has_pairs.then(|| DisjointMut::new(&mut self.pairs)),
             sums: DisjointMut::new(&mut self.sums),
@@ -145,6 +155,7 @@ impl CodedRows {
 /// [`CodedRows`] that several tasks write, each its own rows.
 pub(super) struct CodedParts<'a> {
     width: usize,
+    tile_rows: usize,
     bytes: DisjointMut<'a, u8>,
     pairs: Option<DisjointMut<'a, i16>>,
     sums: DisjointMut<'a, i16>,
@@ -201,10 +212,11 @@ impl CodedParts<'_> {
     /// Only one task may write a row, and holds them once at a time.
     #[inline(always)]
     unsafe fn planes(&self, row: usize, step: usize) -> [&mut [u8]; 2] {
-        let tile = row / TILE_ROWS * self.width.div_ceil(STEP) + step;
-        let at = tile * TILE_STEP_BYTES + row % TILE_ROWS * STEP;
+        let plane_bytes = self.tile_rows * STEP;
+        let tile_step = row / self.tile_rows * self.width.div_ceil(STEP) + step;
+        let at = tile_step * 2 * plane_bytes + row % self.tile_rows * STEP;
         // SAFETY: the caller upholds the contract; the planes are disjoint.
-        unsafe { [self.bytes.take(at..at + STEP), self.bytes.take(at + PLANE_BYTES..at + PLANE_BYTES + STEP)] }
+        unsafe { [self.bytes.take(at..at + STEP), self.bytes.take(at + plane_bytes..at + plane_bytes + STEP)] }
     }
 }
 

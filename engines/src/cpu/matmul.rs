@@ -25,6 +25,9 @@ use wide::WidePanels;
 /// Tasks per thread: several, so that one delayed thread does not delay the step.
 const TASKS_PER_THREAD: usize = 4;
 
+/// The fewest rows for which tiles are faster than vectors.
+const TILES_ROWS_MIN: usize = 8;
+
 /// One product of a parallel section. The products of a section share an operand, and run as one set of tasks.
 pub(super) struct Product<'a> {
     pub(super) weights: &'a Packed,
@@ -48,8 +51,16 @@ struct Job<'a> {
 unsafe impl Sync for Job<'_> {}
 
 /// Returns the forms of the operand that `products` read.
-pub(super) fn wanted(products: &[Product<'_>]) -> Wanted {
-    Wanted { pairs: products.iter().any(|product| product.weights.wants_pairs()) }
+pub(super) fn wanted(tier: Tier, products: &[Product<'_>]) -> Wanted {
+    Wanted {
+        pairs: products.iter().any(|product| product.weights.wants_pairs()),
+        tiles: products.iter().any(|product| uses_tiles(tier, product.rows.len())),
+    }
+}
+
+/// Whether a product of this many rows is computed on tiles.
+fn uses_tiles(tier: Tier, rows: usize) -> bool {
+    tier == Tier::Amx && rows >= TILES_ROWS_MIN
 }
 
 /// Computes all `products` of `input`.
@@ -65,6 +76,7 @@ pub(super) fn run(
         let weights = product.weights;
         assert_eq!(product.out.len(), product.rows.len() * weights.rows, "the output has the wrong length");
         assert!(input.width == weights.columns && input.width > 0, "the operand has the wrong width");
+        assert!(input.has_tiles() || !uses_tiles(tier, product.rows.len()), "the operand has no tiles");
         assert!(input.has_pairs() || !weights.wants_pairs() || product.rows.is_empty(), "the operand has no pairs");
         jobs.push(Job {
             weights: product.weights,
@@ -102,7 +114,7 @@ impl Panels<'_, '_> {
     /// large functions.
     fn run(self, tier: Tier) {
         #[cfg(target_arch = "x86_64")]
-        if tier == Tier::Amx && self.job.rows.len() >= tiles::ROWS_MIN {
+        if uses_tiles(tier, self.job.rows.len()) {
             return tiles::run(tier, &self);
         }
         match &self.job.weights.form {

@@ -118,7 +118,7 @@ impl CpuBackend {
         products: &mut [Product<'_>],
     ) -> Result<(), EngineError> {
         let Self { tier, pool, buffers } = self;
-        let wanted = matmul::wanted(products);
+        let wanted = matmul::wanted(*tier, products);
         let codes = kernels::encode(*tier, pool, buffers, input, norm.map(rms_norm), wanted)?;
         matmul::run(*tier, pool, &codes, products)?;
         buffers.keep_coded(codes);

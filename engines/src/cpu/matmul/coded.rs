@@ -7,7 +7,7 @@ use super::wide::RoundedPanels;
 use super::{Panels, Sums};
 use crate::arithmetic::superblocks;
 use crate::arithmetic::weights::{BLOCKS, Rule};
-use crate::cpu::activation::{CodedRow, PLANE_BYTES, STEP_SUMS, TILE_STEP_BYTES};
+use crate::cpu::activation::{CodedRow, STEP_SUMS};
 use crate::cpu::packed::Coded;
 use crate::format::blocks::BLOCK;
 use crate::simd::{Kernel, LANES, Simd, Tier};
@@ -105,7 +105,9 @@ unsafe fn block_dots<S: Simd, L: Layout, const ROWS: usize>(
     block: usize,
     inputs: &[CodedRow; ROWS],
 ) -> [[[S::Ints; 2]; 2]; ROWS] {
-    let step = block / 2 * TILE_STEP_BYTES + block % 2 * BLOCK;
+    // All rows of an operand have the same layout.
+    let plane_bytes = inputs[0].plane_bytes;
+    let step = block / 2 * 2 * plane_bytes + block % 2 * BLOCK;
     // SAFETY: the caller upholds the contract of this function.
     unsafe {
         let mut out = [[[S::ints_zero(); 2]; 2]; ROWS];
@@ -115,7 +117,7 @@ unsafe fn block_dots<S: Simd, L: Layout, const ROWS: usize>(
             let half = if L::CODING.split { group / 4 } else { 0 };
             for r in 0..ROWS {
                 for plane in 0..2 {
-                    let from = inputs[r].bytes.add(step + plane * PLANE_BYTES + group * 4);
+                    let from = inputs[r].bytes.add(step + plane * plane_bytes + group * 4);
                     let four = from.cast::<i32>().read_unaligned();
                     let sum = &mut out[r][half][plane];
                     *sum = if L::WIDE { S::dot_wide(*sum, codes, four) } else { S::dot(*sum, codes, four) };

@@ -17,7 +17,7 @@ fn product(tier: Tier, threads: usize, weights: &Packed, input: &Rows, first: us
     let mut out = Rows::zeroed(rows.len(), weights.rows);
     let mut pool = ThreadPool::new(threads).expect("threads");
     let mut products = [Product { weights, bias: None, rows, out: &mut out.values }];
-    let wanted = wanted(&products);
+    let wanted = wanted(tier, &products);
     let codes = kernels::encode(tier, &mut pool, &mut BufferPool::default(), input, None, wanted).expect("no panic");
     run(tier, &mut pool, &codes, &mut products).expect("no panic");
     out

@@ -19,9 +19,6 @@ use crate::simd::{Kernel, LANES, Simd, Tier};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-/// The fewest rows for which tiles are faster than vectors.
-pub(super) const ROWS_MIN: usize = 8;
-
 /// Bytes of a step of unpacked weights: a tile of upper and a tile of lower bytes.
 const STEP_PLANES: usize = 2 * TILE_BYTES;
 
