@@ -9,10 +9,10 @@
 //! rotary.rs       rotary position embeddings
 //! attention.rs    scores, softmax and mixing, in chunks of 256 positions
 //! ```
-//! The bits of a result depend on the model and on the row's own sequence only: not on the other rows, on the number of
-//! threads, on the device, or on the order in which it computes what is exact here. Whoever follows these files gets
-//! the same bits, on any processor with IEEE single precision and a fused multiply-add. Tests compare the CPU engine
-//! with the [reference backend](crate::reference), which is made of these functions, to the bit, on every kernel tier.
+//! The bits of a result depend on the model and on the row's own sequence alone. The other rows, the number of threads
+//! and the device change nothing. Integer sums are exact, so a device may compute them in any order. An engine that
+//! follows these files has the same bits on any processor with IEEE single precision and a fused multiply-add. Tests
+//! compare every kernel tier of the CPU engine with the [reference backend](crate::reference), to the bit.
 //!
 //! Conventions: additions, multiplications, divisions and square roots of `f32` round to nearest even, and nothing is
 //! contracted; `mul_add` is fused and rounds once. An integer becomes a float by rounding to nearest even. Denormal
