@@ -10,6 +10,7 @@ use crate::engine::KvElement;
 use crate::error::EngineError;
 use crate::format::{ElementType, TensorBytes};
 use crate::model::{Activation, Attention, Experts, Rope};
+use crate::profile::Profile;
 use std::ops::Range;
 
 /// The stored bytes of a tensor, with its type and shape.
@@ -143,6 +144,11 @@ pub trait Backend: Sized {
     type Cache;
     /// A [`Batch`] in the backend's own form, with its rotations.
     type Batch;
+
+    /// Returns where the time went since the last call; empty for a backend that does not count.
+    fn take_profile(&mut self) -> Profile {
+        Profile::default()
+    }
 
     /// Returns the name and the version of the backend's arithmetic: equal names mean equal bits.
     fn fingerprint(&self) -> String;

@@ -10,6 +10,7 @@
 
 use crate::error::EngineError;
 use crate::model::{Architecture, WeightSource};
+use crate::profile::Profile;
 use serde::{Deserialize, Serialize};
 use std::ops::{ControlFlow, Range};
 use std::time::Duration;
@@ -298,4 +299,9 @@ pub trait Engine {
     /// [`EngineError::BadStep`] for rows that do not start where their sequences end.
     /// [`EngineError::CacheFull`] if the pages do not suffice: nothing is computed, and the sequences are unchanged.
     fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError>;
+
+    /// Returns where the time of steps went since the last call; empty for an engine that does not count.
+    fn take_profile(&mut self) -> Profile {
+        Profile::default()
+    }
 }

@@ -17,6 +17,7 @@ mod error;
 pub mod expert_routing;
 pub mod format;
 pub mod model;
+pub mod profile;
 pub mod reference;
 pub mod sampler;
 mod simd;

@@ -1,11 +1,13 @@
 //! `exo-node bench`: measures the median speed of a model through the whole pipeline.
 
-use super::model_args::ModelArguments;
+use super::model_args::{ModelArguments, pull};
 use super::outcome::Outcome;
+use super::profile;
 use super::progress::Display;
 use super::report::{StageReport, milliseconds, rate, stages};
 use super::session::load;
 use crate::{GenerateRequest, Generated, NodeHandle, Prompt, RequestError, RunningModel, SamplingParams};
+use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -31,6 +33,9 @@ pub(super) struct BenchArguments {
     /// Rounds to measure; the report has their medians
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeat: u32,
+    /// Show the time of each part of the computation instead, beside the machine's measured limits
+    #[arg(long)]
+    profile: bool,
     /// Print one JSON object on stdout
     #[arg(long)]
     json: bool,
@@ -60,6 +65,9 @@ struct Round {
 
 pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     let display = Arc::new(if arguments.json { Display::quiet() } else { Display::new() });
+    if arguments.profile {
+        return run_profile(arguments, &display).await;
+    }
     let mut model = arguments.model.clone();
     let wanted = arguments.prompt_tokens + arguments.generate_tokens + 1;
     model.context = Some(model.context.unwrap_or(0).max(wanted));
@@ -69,7 +77,7 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     let endless = loaded.model.end_tokens().iter().map(|&id| (id, NEVER)).collect();
     let mut rounds = Vec::new();
     for number in 0..arguments.repeat {
-        let ids = prompt(number, arguments.prompt_tokens, loaded.model.vocabulary());
+        let ids = scattered_prompt(number, arguments.prompt_tokens, loaded.model.vocabulary());
         rounds.push(tokio::select! {
             round = one_round(&node, &arguments, &loaded.model, ids, &endless) => round?,
             _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
@@ -94,6 +102,29 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
+async fn run_profile(arguments: BenchArguments, display: &Arc<Display>) -> anyhow::Result<Outcome> {
+    let name = &arguments.model.model;
+    let Some(model) = pull(name, arguments.model.data_dir.as_deref(), display).await? else {
+        return Ok(Outcome::Interrupted);
+    };
+    let work = profile::Work {
+        prompt_tokens: arguments.prompt_tokens,
+        generate_tokens: arguments.generate_tokens,
+        threads: arguments.model.threads,
+    };
+    let profiled = tokio::task::spawn_blocking(move || profile::profile(&model.files, work));
+    let report = tokio::select! {
+        report = profiled => report.context("the computation panicked")??,
+        _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
+    };
+    if arguments.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        report.print();
+    }
+    Ok(Outcome::Done)
+}
+
 fn print(report: &Report, json: bool) -> anyhow::Result<()> {
     if json {
         println!("{}", serde_json::to_string(report)?);
@@ -111,7 +142,7 @@ fn print(report: &Report, json: bool) -> anyhow::Result<()> {
 
 /// A prompt of scattered token ids: its content does not affect the speed. Rounds differ from the first token on;
 /// otherwise the prefix cache would save the prefill.
-fn prompt(round: u32, tokens: u32, vocabulary: usize) -> Vec<u32> {
+pub(super) fn scattered_prompt(round: u32, tokens: u32, vocabulary: usize) -> Vec<u32> {
     (0..tokens).map(|i| (i.wrapping_mul(7919).wrapping_add(11 + round * 31)) % vocabulary as u32).collect()
 }
 

@@ -3,6 +3,7 @@
 //! stdout has only the answer (or, with `--json`, one JSON value); progress, summaries and errors go to stderr. Exit
 //! codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
+mod bare_engine;
 mod bench;
 mod chat;
 mod client;
@@ -16,6 +17,7 @@ mod models;
 mod outcome;
 mod perplexity;
 mod plan;
+mod profile;
 mod progress;
 mod pull;
 mod report;

@@ -3,20 +3,16 @@
 //! It follows llama-perplexity's convention: the text is cut into chunks of the context's length, and only the second
 //! half of each chunk is scored, so that at least half a context precedes every scored token.
 
+use super::bare_engine::{forward, open};
 use super::model_args::pull;
 use super::outcome::Outcome;
 use super::progress::Display;
 use anyhow::Context;
 use clap::Args;
-use exo_engines::cpu::CpuFactory;
-use exo_engines::engine::{
-    DeviceId, Engine, EngineFactory, Incarnation, Input, KvElement, Operation, OutputRows, Row, SeqId, ShardSpec, Step,
-    StepId, TensorRank,
-};
+use exo_engines::engine::{Engine, Operation, Row, SeqId};
 use exo_engines::model::ModelFiles;
 use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
 use serde::Serialize;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -76,7 +72,7 @@ fn measure(arguments: &PerplexityArguments, text: &[u8], model: &ModelFiles) -> 
     let context = arguments.context as usize;
     let chunks: Vec<&[u32]> = tokens.chunks_exact(context).take(arguments.chunks.unwrap_or(usize::MAX)).collect();
     anyhow::ensure!(!chunks.is_empty(), "the text has {} tokens: fewer than one chunk of {context}", tokens.len());
-    let mut engine = open(arguments, model)?;
+    let mut engine = open(model, arguments.context, arguments.threads)?;
     let bos = tokenizer.bos().filter(|bos| tokens.first() == Some(bos));
     let (mut sum, mut scored) = (0.0, 0);
     for (number, chunk) in chunks.iter().enumerate() {
@@ -107,21 +103,6 @@ fn measure(arguments: &PerplexityArguments, text: &[u8], model: &ModelFiles) -> 
     Ok(())
 }
 
-fn open(arguments: &PerplexityArguments, model: &ModelFiles) -> anyhow::Result<Box<dyn Engine>> {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let factory = CpuFactory::new(arguments.threads.map_or(cores, |threads| threads as usize));
-    let mut engine = factory.open(&DeviceId(CpuFactory::DEVICE.to_owned()))?;
-    let spec = ShardSpec {
-        architecture: model.architecture.for_context(arguments.context as usize),
-        layers: 0..model.architecture.layers.len(),
-        tensor: TensorRank::WHOLE,
-        kv_element: KvElement::F16,
-        kv_pages: exo_engines::decoder::pages_for(arguments.context),
-    };
-    engine.load(&spec, &model.weights, &mut |_| ControlFlow::Continue(()))?;
-    Ok(engine)
-}
-
 /// The sum of the negative log-probabilities of the tokens in the chunk's second half, and their number.
 fn score(engine: &mut dyn Engine, seq: SeqId, chunk: &[u32]) -> anyhow::Result<(f64, usize)> {
     let half = chunk.len() / 2;
@@ -143,20 +124,6 @@ fn score(engine: &mut dyn Engine, seq: SeqId, chunk: &[u32]) -> anyhow::Result<(
     }
     forward(engine, vec![Operation::Release { seq }], Vec::new(), Vec::new())?;
     Ok((sum, scored))
-}
-
-fn forward(
-    engine: &mut dyn Engine,
-    operations: Vec<Operation>,
-    rows: Vec<Row>,
-    tokens: Vec<u32>,
-) -> anyhow::Result<Vec<f32>> {
-    let incarnation = Incarnation { epoch: 1, owner: [0; 32] };
-    let step = Step { incarnation, id: StepId(0), operations, rows };
-    match engine.forward(&step, Input::Tokens(tokens))?.rows {
-        OutputRows::Logits(logits) => Ok(logits),
-        OutputRows::Hidden(_) => anyhow::bail!("the engine gave hidden states instead of logits"),
-    }
 }
 
 fn negative_logprob(logits: &[f32], token: u32) -> f64 {

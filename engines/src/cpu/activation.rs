@@ -210,6 +210,7 @@ impl CodedParts<'_> {
     ///
     /// # Safety
     /// Only one task may write a row, and holds them once at a time.
+    #[allow(clippy::mut_from_ref)]
     #[inline(always)]
     unsafe fn planes(&self, row: usize, step: usize) -> [&mut [u8]; 2] {
         let plane_bytes = self.tile_rows * STEP;

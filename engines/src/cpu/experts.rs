@@ -15,7 +15,9 @@ use crate::backend::{Gated, Linear, Mixture, Norm};
 use crate::error::EngineError;
 use crate::expert_routing;
 use crate::model::Activation;
+use crate::profile::Part;
 use std::ops::Range;
+use std::time::Instant;
 
 /// Rows sorted by expert.
 struct Routes {
@@ -57,20 +59,29 @@ impl CpuBackend {
         mixture: &Mixture<Self>,
         hidden: &Rows,
     ) -> Result<Rows, EngineError> {
-        let Self { tier, pool, buffers } = self;
+        let Self { tier, pool, buffers, profile } = self;
+        let started = Instant::now();
         let normed = kernels::norm(*tier, pool, buffers, hidden, norm.map(rms_norm))?;
+        profile.add(Part::Encoding, started);
         let input = normed.as_ref().unwrap_or(hidden);
-        let [logits] = self.project(None, input, [&mixture.router])?;
+        let [logits] = self.project(Part::Routing, None, input, [&mixture.router])?;
+        let started = Instant::now();
         let routes = Routes::new(mixture, &logits);
         let mut sorted = self.buffers.rows(routes.rows.len(), input.width);
         for (to, &row) in sorted.values.chunks_mut(input.width).zip(&routes.rows) {
             to.copy_from_slice(input.row(row));
         }
-        let [mut inner, up] = self.experts(mixture, &routes, &sorted, |gated| [&gated.gate, &gated.up])?;
+        self.profile.add(Part::Routing, started);
+        let [mut inner, up] =
+            self.experts(Part::GateUp, mixture, &routes, &sorted, |gated| [&gated.gate, &gated.up])?;
+        let started = Instant::now();
         kernels::activate(self.tier, &mut self.pool, activation, &mut inner, &up)?;
-        let [parts] = self.experts(mixture, &routes, &inner, |gated| [&gated.down])?;
+        self.profile.add(Part::Activation, started);
+        let [parts] = self.experts(Part::Down, mixture, &routes, &inner, |gated| [&gated.down])?;
+        let started = Instant::now();
         let mut out = self.buffers.rows(hidden.count(), parts.width);
         kernels::combine(self.tier, &mut self.pool, &routes.choices, &parts, &mut out)?;
+        self.profile.add(Part::Activation, started);
         [logits, sorted, inner, up, parts].into_iter().chain(normed).for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
@@ -78,6 +89,7 @@ impl CpuBackend {
     /// Returns the products of each expert's rows with the `linears` of that expert.
     fn experts<'m, const N: usize>(
         &mut self,
+        part: Part,
         mixture: &'m Mixture<Self>,
         routes: &Routes,
         input: &Rows,
@@ -95,7 +107,7 @@ impl CpuBackend {
                     products.push(product(linear, rows.clone(), own));
                 }
             }
-            self.multiply(None, input, &mut products)?;
+            self.multiply(part, None, input, &mut products)?;
         }
         Ok(outs)
     }

@@ -13,6 +13,7 @@ mod disjoint;
 mod experts;
 mod factory;
 mod kernels;
+mod limits;
 mod lines;
 mod matmul;
 mod pack;
@@ -25,6 +26,7 @@ mod thread_pool;
 pub use crate::simd::Tier;
 pub use cache::KvCache;
 pub use factory::CpuFactory;
+pub use limits::Limits;
 pub use packed::Packed;
 
 use crate::arithmetic;
@@ -33,6 +35,7 @@ use crate::engine::KvElement;
 use crate::error::EngineError;
 use crate::format::FormatError;
 use crate::model::{Attention, QueryKeyNorm, Rope};
+use crate::profile::{Part, Profile};
 use activation::Rows;
 use buffer_pool::BufferPool;
 use kernels::RmsNorm;
@@ -40,6 +43,7 @@ use matmul::Product;
 use pack::{PackError, Source};
 use rotary::Rotations;
 use std::ops::Range;
+use std::time::Instant;
 use thread_pool::{Panicked, ThreadPool};
 
 /// The kernel tier of this CPU, and the threads that run the kernels.
@@ -48,6 +52,7 @@ pub struct CpuBackend {
     tier: Tier,
     pool: ThreadPool,
     buffers: BufferPool,
+    profile: Profile,
 }
 
 /// The rows of a step, with their rotations.
@@ -90,12 +95,21 @@ impl CpuBackend {
             device: "cpu".to_owned(),
             what: format!("cannot start {threads} threads: {e}"),
         })?;
-        Ok(Self { tier, pool, buffers: BufferPool::default() })
+        Ok(Self { tier, pool, buffers: BufferPool::default(), profile: Profile::default() })
+    }
+
+    /// Measures the limits of this backend's threads. It takes about a second.
+    ///
+    /// # Errors
+    /// [`EngineError::Panicked`] if a thread panicked.
+    pub fn limits(&mut self) -> Result<Limits, EngineError> {
+        Ok(limits::measure(self.tier, &mut self.pool)?)
     }
 
     /// Returns the products of norm(input) with each of `linears`.
     fn project<const N: usize>(
         &mut self,
+        part: Part,
         norm: Option<&Norm<Self>>,
         input: &Rows,
         linears: [&Linear<Self>; N],
@@ -106,21 +120,30 @@ impl CpuBackend {
         for (linear, out) in linears.iter().zip(&mut outs) {
             products.push(product(linear, 0..rows, &mut out.values));
         }
-        self.multiply(norm, input, &mut products)?;
+        self.multiply(part, norm, input, &mut products)?;
         Ok(outs)
     }
 
     /// Computes `products`, which share the operand norm(input).
     fn multiply(
         &mut self,
+        part: Part,
         norm: Option<&Norm<Self>>,
         input: &Rows,
         products: &mut [Product<'_>],
     ) -> Result<(), EngineError> {
-        let Self { tier, pool, buffers } = self;
+        let Self { tier, pool, buffers, profile } = self;
         let wanted = matmul::wanted(*tier, products);
+        let started = Instant::now();
         let codes = kernels::encode(*tier, pool, buffers, input, norm.map(rms_norm), wanted)?;
+        profile.add(Part::Encoding, started);
+        let started = Instant::now();
         matmul::run(*tier, pool, &codes, products)?;
+        profile.add(part, started);
+        for Product { weights, rows, .. } in products {
+            let operations = 2 * (rows.len() * weights.rows * weights.columns) as u64;
+            profile.add_work(part, operations, weights.memory_bytes());
+        }
         buffers.keep_coded(codes);
         Ok(())
     }
@@ -132,6 +155,10 @@ impl Backend for CpuBackend {
     type Buffer = Rows;
     type Cache = KvCache;
     type Batch = CpuBatch;
+
+    fn take_profile(&mut self) -> Profile {
+        std::mem::take(&mut self.profile)
+    }
 
     fn fingerprint(&self) -> String {
         format!("exact/{}", arithmetic::VERSION)
@@ -178,11 +205,13 @@ impl Backend for CpuBackend {
     }
 
     fn embed(&mut self, table: &Packed, tokens: &[u32], scale: f32) -> Result<Rows, EngineError> {
+        let started = Instant::now();
         let mut rows = Rows::zeroed(tokens.len(), table.columns);
         for (&token, row) in tokens.iter().zip(rows.values.chunks_mut(table.columns)) {
             table.read_row(token as usize, row);
             row.iter_mut().for_each(|value| *value *= scale);
         }
+        self.profile.add(Part::Embedding, started);
         Ok(rows)
     }
 
@@ -204,7 +233,9 @@ impl Backend for CpuBackend {
     ) -> Result<Rows, EngineError> {
         let spec = &weights.spec;
         let projections = [&weights.query, &weights.key, &weights.value];
-        let [mut queries, mut keys, values] = self.project(weights.norm.as_ref(), hidden, projections)?;
+        let [mut queries, mut keys, values] =
+            self.project(Part::QueryKeyValue, weights.norm.as_ref(), hidden, projections)?;
+        let started = Instant::now();
         let per_head = spec.query_key_norm == Some(QueryKeyNorm::PerHead);
         let rotations = &batch.rotations[spec.rope];
         for (rows, norm) in [(&mut queries, &weights.query_norm), (&mut keys, &weights.key_norm)] {
@@ -215,11 +246,14 @@ impl Backend for CpuBackend {
         }
         let cache = &mut cache.layers[layer];
         kernels::write_cache(self.tier, cache, &batch.batch, &keys, &values);
+        self.profile.add(Part::Rotation, started);
+        let started = Instant::now();
         let mut mixed = self.buffers.rows(batch.batch.rows, spec.query_width());
         let sinks = weights.sinks.as_deref();
         let heads = attention::Heads { spec, sinks, cache };
         attention::run(self.tier, &mut self.pool, &heads, &batch.batch, &queries, &mut mixed)?;
-        let [out] = self.project(None, &mixed, [&weights.output])?;
+        self.profile.add(Part::Attention, started);
+        let [out] = self.project(Part::AttentionOutput, None, &mixed, [&weights.output])?;
         [queries, keys, values, mixed].into_iter().for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
@@ -230,15 +264,19 @@ impl Backend for CpuBackend {
             FeedForwardKind::Dense(gated) => gated,
             FeedForwardKind::Mixture(mixture) => return self.mixture(weights.activation, norm, mixture, hidden),
         };
-        let [mut inner, up] = self.project(norm, hidden, [&gated.gate, &gated.up])?;
+        let [mut inner, up] = self.project(Part::GateUp, norm, hidden, [&gated.gate, &gated.up])?;
+        let started = Instant::now();
         kernels::activate(self.tier, &mut self.pool, weights.activation, &mut inner, &up)?;
-        let [out] = self.project(None, &inner, [&gated.down])?;
+        self.profile.add(Part::Activation, started);
+        let [out] = self.project(Part::Down, None, &inner, [&gated.down])?;
         [inner, up].into_iter().for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
 
     fn add(&mut self, hidden: &mut Rows, delta: Rows, norm: Option<&Norm<Self>>) -> Result<(), EngineError> {
+        let started = Instant::now();
         kernels::add(self.tier, &mut self.pool, hidden, &delta, norm.map(rms_norm))?;
+        self.profile.add(Part::Residual, started);
         self.buffers.keep(delta);
         Ok(())
     }
@@ -256,6 +294,7 @@ impl Backend for CpuBackend {
         }
         let mut out = Rows::zeroed(rows.len(), head.rows);
         self.multiply(
+            Part::Head,
             Some(norm),
             &chosen,
             &mut [Product { weights: head, bias: None, rows: 0..rows.len(), out: &mut out.values }],

@@ -19,6 +19,7 @@ use crate::engine::{
 };
 use crate::error::EngineError;
 use crate::model::WeightSource;
+use crate::profile::Profile;
 use load::ShardWeights;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -118,6 +119,10 @@ impl<B: Backend> Engine for DecoderEngine<B> {
     fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError> {
         let Self { backend, loaded } = self;
         loaded.as_mut().ok_or(EngineError::NotLoaded)?.forward(backend, step, input)
+    }
+
+    fn take_profile(&mut self) -> Profile {
+        self.backend.take_profile()
     }
 }
 

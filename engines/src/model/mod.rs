@@ -160,7 +160,7 @@ impl Layer {
             return Err(("attention cap", format!("is {:?}", attention.softcap)));
         }
         if let Activation::ClampedSwish { limit, .. } = self.feed_forward.activation
-            && !(limit > 0.0)
+            && (limit.is_nan() || limit <= 0.0)
         {
             return Err(("limit of the activation", format!("is {limit}; it must be above 0")));
         }

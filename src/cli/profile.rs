@@ -1,0 +1,133 @@
+//! `exo-node bench --profile`: where the time of prefill and decode goes, beside the machine's measured limits.
+//!
+//! It runs an engine without a node, so that no other work of the node is counted.
+
+use super::bare_engine::{forward, open, threads_or_cores};
+use super::bench::scattered_prompt;
+use exo_engines::cpu::{CpuBackend, Limits, Tier};
+use exo_engines::engine::{Engine, Row, SeqId};
+use exo_engines::model::ModelFiles;
+use exo_engines::profile::{Part, Profile};
+use serde::Serialize;
+
+/// Rows of a step of the prompt, as a node has them when it computes one prompt alone.
+const PROMPT_ROWS: usize = 256;
+
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    threads: usize,
+    tier: &'static str,
+    /// The threads' measured read rate.
+    read_bytes_per_s: f64,
+    /// The threads' measured rate of byte products: two operations for each pair of bytes.
+    byte_operations_per_s: f64,
+    prefill: Vec<PartReport>,
+    decode: Vec<PartReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct PartReport {
+    part: &'static str,
+    calls: u64,
+    ms: f64,
+    /// The share of the time of all parts.
+    share: f64,
+    /// Operations of the products: two for each weight and row.
+    operations_per_s: Option<f64>,
+    /// Bytes of weights read, once a call.
+    bytes_per_s: Option<f64>,
+}
+
+/// The work to profile.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Work {
+    pub(super) prompt_tokens: u32,
+    pub(super) generate_tokens: u32,
+    pub(super) threads: Option<u32>,
+}
+
+/// Computes a prompt and as many further tokens, and reports the time of every part.
+pub(super) fn profile(model: &ModelFiles, work: Work) -> anyhow::Result<Report> {
+    let threads = threads_or_cores(work.threads);
+    let tier = Tier::best();
+    let limits = CpuBackend::new(threads, tier)?.limits()?;
+    let mut engine = open(model, work.prompt_tokens + work.generate_tokens, work.threads)?;
+    let vocabulary = model.architecture.vocabulary;
+    let prompt = scattered_prompt(0, work.prompt_tokens, vocabulary);
+    engine.warm_up()?;
+    engine.take_profile();
+    for (index, tokens) in prompt.chunks(PROMPT_ROWS).enumerate() {
+        step(&mut *engine, index * PROMPT_ROWS, tokens)?;
+    }
+    let prefill = engine.take_profile();
+    for (offset, &token) in scattered_prompt(1, work.generate_tokens, vocabulary).iter().enumerate() {
+        step(&mut *engine, prompt.len() + offset, &[token])?;
+    }
+    let decode = engine.take_profile();
+    let Limits { read_bytes_per_s, byte_operations_per_s } = limits;
+    Ok(Report {
+        threads,
+        tier: tier.name(),
+        read_bytes_per_s,
+        byte_operations_per_s,
+        prefill: parts(&prefill),
+        decode: parts(&decode),
+    })
+}
+
+/// Computes tokens of one sequence from `position` on; the last one wants logits.
+fn step(engine: &mut dyn Engine, position: usize, tokens: &[u32]) -> anyhow::Result<()> {
+    let row = |offset: usize| Row {
+        seq: SeqId(0),
+        position: (position + offset) as u32,
+        wants_logits: offset + 1 == tokens.len(),
+    };
+    forward(engine, Vec::new(), (0..tokens.len()).map(row).collect(), tokens.to_vec())?;
+    Ok(())
+}
+
+fn parts(profile: &Profile) -> Vec<PartReport> {
+    let total: f64 = Part::ALL.iter().map(|&part| profile.tally(part).elapsed.as_secs_f64()).sum();
+    let used = Part::ALL.into_iter().filter(|&part| profile.tally(part).calls > 0);
+    used.map(|part| {
+        let tally = profile.tally(part);
+        let seconds = tally.elapsed.as_secs_f64();
+        let rate = |amount: u64| (amount > 0).then(|| amount as f64 / seconds);
+        PartReport {
+            part: part.name(),
+            calls: tally.calls,
+            ms: seconds * 1000.0,
+            share: seconds / total,
+            operations_per_s: rate(tally.operations),
+            bytes_per_s: rate(tally.bytes),
+        }
+    })
+    .collect()
+}
+
+impl Report {
+    pub(super) fn print(&self) {
+        println!(
+            "{} threads, {}: read {:.1} GB/s, byte products {:.0} Gop/s",
+            self.threads,
+            self.tier,
+            self.read_bytes_per_s / 1e9,
+            self.byte_operations_per_s / 1e9
+        );
+        for (title, parts) in [("prefill", &self.prefill), ("decode", &self.decode)] {
+            println!("\n{title:18} {:>7} {:>10} {:>7} {:>9} {:>8}", "calls", "ms", "share", "Gop/s", "GB/s");
+            for part in parts {
+                let giga = |rate: Option<f64>| rate.map_or(String::new(), |rate| format!("{:.1}", rate / 1e9));
+                println!(
+                    "{:18} {:>7} {:>10.2} {:>6.1}% {:>9} {:>8}",
+                    part.part,
+                    part.calls,
+                    part.ms,
+                    part.share * 100.0,
+                    giga(part.operations_per_s),
+                    giga(part.bytes_per_s)
+                );
+            }
+        }
+    }
+}
