@@ -7,6 +7,7 @@ use super::disjoint::DisjointMut;
 use super::lines::Lines;
 use crate::arithmetic::functions::round;
 use crate::arithmetic::{SUPERBLOCK, activations, superblocks};
+use crate::format::blocks::BLOCK;
 use crate::simd::LANES;
 
 /// Rows of f32: \[row]\[width].
@@ -36,10 +37,18 @@ pub(super) const STEP: usize = 64;
 pub(super) const SUPERBLOCK_STEPS: usize = SUPERBLOCK / STEP;
 /// 16-bit pairs of a step: those of the upper bytes, then those of the lower bytes.
 pub(super) const STEP_PAIRS: usize = 2 * STEP;
-/// Columns whose codes are summed.
-const SUMMED: usize = 16;
+/// Columns of half a block.
+const HALF: usize = BLOCK / 2;
+/// Sums of a step's bytes in one plane: of four halves of blocks, then of two blocks.
+pub(super) const PLANE_SUMS: usize = STEP / HALF + STEP / BLOCK;
+/// Where the sums of blocks begin.
+pub(super) const BLOCK_SUMS: usize = STEP / HALF;
 /// Sums of a step: of upper bytes, then of lower bytes.
-pub(super) const STEP_SUMS: usize = 2 * STEP / SUMMED;
+pub(super) const STEP_SUMS: usize = 2 * PLANE_SUMS;
+/// Starts of a step: of two blocks of upper bytes, then of lower bytes.
+pub(super) const STEP_STARTS: usize = 2 * STEP / BLOCK;
+/// The level from which sums of 4-bit products count: 32 products of bytes with levels −7 to 8 fit in 16 bits.
+pub(super) const START_LEVEL: i32 = 7;
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
 /// Bytes of one step of a tile of rows: the upper and the lower bytes.
@@ -57,8 +66,10 @@ pub(super) struct CodedRows {
     /// The same as 16-bit integers, in the order of [`Simd::even_odd`](crate::simd::Simd::even_odd):
     /// \[row]\[step]\[plane]\[group of four columns]\[0, 2, 1, 3]. Only where a product asks for it.
     pairs: Vec<i16>,
-    /// The sums of every 16 bytes: \[row]\[step]\[plane]\[sixteen].
+    /// Sums of bytes: \[row]\[step]\[plane]\[half blocks, then blocks].
     sums: Vec<i16>,
+    /// −[`START_LEVEL`] times the sums of blocks: \[row]\[step]\[plane]\[block].
+    starts: Vec<i32>,
     /// \[row]\[superblock].
     units: Vec<f32>,
 }
@@ -80,6 +91,7 @@ pub(super) struct CodedRow {
     pub(super) plane_bytes: usize,
     pub(super) pairs: *const i16,
     pub(super) sums: *const i16,
+    pub(super) starts: *const i32,
     pub(super) units: *const f32,
 }
 
@@ -92,6 +104,7 @@ impl CodedRows {
         self.bytes.resize(rows.next_multiple_of(self.tile_rows) * steps * 2 * STEP);
         self.pairs.resize(if wanted.pairs { rows * steps * STEP_PAIRS } else { 0 }, 0);
         self.sums.resize(rows * steps * STEP_SUMS, 0);
+        self.starts.resize(rows * steps * STEP_STARTS, 0);
         self.units.resize(rows * superblocks(width), 0.0);
     }
 
@@ -124,6 +137,7 @@ impl CodedRows {
             plane_bytes: self.tile_rows * STEP,
             pairs: pairs.as_ptr(),
             sums: self.sums[row * steps * STEP_SUMS..][..steps * STEP_SUMS].as_ptr(),
+            starts: self.starts[row * steps * STEP_STARTS..][..steps * STEP_STARTS].as_ptr(),
             units: self.units[row * superblocks(self.width)..][..superblocks(self.width)].as_ptr(),
         }
     }
@@ -147,6 +161,7 @@ impl CodedRows {
             bytes: DisjointMut::new(self.bytes.bytes_mut()),
             pairs: has_pairs.then(|| DisjointMut::new(&mut self.pairs)),
             sums: DisjointMut::new(&mut self.sums),
+            starts: DisjointMut::new(&mut self.starts),
             units: DisjointMut::new(&mut self.units),
         }
     }
@@ -159,6 +174,7 @@ pub(super) struct CodedParts<'a> {
     bytes: DisjointMut<'a, u8>,
     pairs: Option<DisjointMut<'a, i16>>,
     sums: DisjointMut<'a, i16>,
+    starts: DisjointMut<'a, i32>,
     units: DisjointMut<'a, f32>,
 }
 
@@ -171,13 +187,15 @@ impl CodedParts<'_> {
     pub(super) unsafe fn encode(&self, row: usize, values: &[f32]) {
         let (steps, count) = (self.width.div_ceil(STEP), superblocks(self.width));
         // SAFETY: rows are disjoint, and the caller guarantees that no other task takes this row.
-        let (sums, units) = unsafe {
+        let (sums, starts, units) = unsafe {
             (
                 self.sums.take(row * steps * STEP_SUMS..(row + 1) * steps * STEP_SUMS),
+                self.starts.take(row * steps * STEP_STARTS..(row + 1) * steps * STEP_STARTS),
                 self.units.take(row * count..(row + 1) * count),
             )
         };
         let (sums, _) = sums.as_chunks_mut::<STEP_SUMS>();
+        let (starts, _) = starts.as_chunks_mut::<STEP_STARTS>();
         for (index, superblock) in values.chunks(SUPERBLOCK).enumerate() {
             let (unit, factor) = activations::unit(largest_magnitude(superblock));
             units[index] = unit;
@@ -188,6 +206,11 @@ impl CodedParts<'_> {
                 // SAFETY: as above.
                 let planes = unsafe { self.planes(row, step) };
                 encode_step(&padded, factor, planes, &mut sums[step]);
+                for (start, plane) in
+                    starts[step].as_chunks_mut::<2>().0.iter_mut().zip(sums[step].as_chunks::<PLANE_SUMS>().0)
+                {
+                    *start = [plane[BLOCK_SUMS], plane[BLOCK_SUMS + 1]].map(|sum| -START_LEVEL * i32::from(sum));
+                }
             }
         }
         if let Some(pairs) = &self.pairs {
@@ -228,9 +251,12 @@ fn encode_step(columns: &[f32; STEP], factor: f32, [upper, lower]: [&mut [u8]; 2
         *upper = high as u8;
         *lower = low as u8;
     }
-    let sixteens = upper.as_chunks::<SUMMED>().0.iter().chain(lower.as_chunks::<SUMMED>().0);
-    for (sum, bytes) in sums.iter_mut().zip(sixteens) {
-        *sum = bytes.iter().map(|&byte| i16::from(byte as i8)).sum();
+    for (plane, sums) in [upper, lower].into_iter().zip(sums.as_chunks_mut::<PLANE_SUMS>().0) {
+        for (sum, bytes) in sums.iter_mut().zip(plane.as_chunks::<HALF>().0) {
+            *sum = bytes.iter().map(|&byte| i16::from(byte as i8)).sum();
+        }
+        let [first, second, third, fourth, blocks @ ..] = sums;
+        *blocks = [*first + *second, *third + *fourth];
     }
 }
 

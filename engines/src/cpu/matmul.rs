@@ -160,6 +160,23 @@ impl Panels<'_, '_> {
     }
 }
 
+/// The exact sums of a superblock so far, for `ROWS` rows × sixteen outputs.
+struct Exact<S: Simd, const ROWS: usize> {
+    upper: [S::Ints; ROWS],
+    lower: [S::Ints; ROWS],
+}
+
+impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
+    /// # Safety
+    /// Call only inside a kernel of `S`.
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller is a kernel of `S`.
+        let zero = unsafe { S::ints_zero() };
+        Self { upper: [zero; ROWS], lower: [zero; ROWS] }
+    }
+}
+
 /// The running sums of `ROWS` rows × sixteen outputs, as [`arithmetic::products`](crate::arithmetic::products) defines
 /// them: chains of four superblocks, which are added in order.
 struct Sums<S: Simd, const ROWS: usize> {

@@ -138,15 +138,15 @@ impl Source<'_> {
     }
 
     fn coded(&self, pool: &mut ThreadPool, coding: Coding, rule: Rule, units: &mut [f32]) -> Result<Coded, PackError> {
-        let (blocks, min_pairs) = (self.columns / BLOCK, Coded::min_pairs(coding, self.columns));
+        let (blocks, base_pairs) = (self.columns / BLOCK, Coded::base_pairs(coding, self.columns));
         let (block_bytes, block_scales) = (Coded::block_bytes(coding), Coded::block_scales(coding));
         let mut codes = Lines::zeroed_huge(self.panels() * blocks * block_bytes);
         let mut scales = vec![0_i16; self.panels() * blocks * block_scales];
-        let mut mins = vec![0; self.panels() * min_pairs * 2 * LANES];
+        let mut bases = vec![0; self.panels() * base_pairs * 2 * LANES];
         let shared = (
             DisjointMut::new(codes.bytes_mut()),
             DisjointMut::new(&mut scales),
-            DisjointMut::new(&mut mins),
+            DisjointMut::new(&mut bases),
             DisjointMut::new(units),
         );
         self.for_rows(pool, &|row, source| {
@@ -158,7 +158,7 @@ impl Source<'_> {
                     coding,
                     codes: shared.0.take(part(blocks * block_bytes)),
                     scales: shared.1.take(part(blocks * block_scales)),
-                    mins: shared.2.take(part(min_pairs * 2 * LANES)),
+                    bases: shared.2.take(part(base_pairs * 2 * LANES)),
                     units: shared.3.take(part(superblocks(self.columns) * LANES)),
                 }
             };
@@ -181,7 +181,7 @@ impl Source<'_> {
             }
             _ => Scales::Words(scales),
         };
-        Ok(Coded { element: self.element, coding, rule, codes, scales, mins })
+        Ok(Coded { element: self.element, coding, rule, codes, scales, bases })
     }
 }
 
@@ -190,7 +190,7 @@ struct Panel<'a> {
     coding: Coding,
     codes: &'a mut [u8],
     scales: &'a mut [i16],
-    mins: &'a mut [i16],
+    bases: &'a mut [i16],
     units: &'a mut [f32],
 }
 
@@ -202,7 +202,8 @@ impl Panel<'_> {
             let number = index * halves + half;
             self.scales[number * LANES + lane] = block.scales[half];
             if coding.has_mins {
-                self.mins[(number / 2 * LANES + lane) * 2 + number % 2] = block.mins[half];
+                let base = block.mins[half] + Coded::base_level(coding) as i16 * block.scales[half];
+                self.bases[(number / 2 * LANES + lane) * 2 + number % 2] = base;
             }
         }
         let size = Coded::block_bytes(coding);

@@ -7,10 +7,10 @@
 //!   and sixth bits follow.
 //! - 2 and 3 bits: two vectors hold bit pairs; a plane with the third bits follows.
 //!
-//! Scales, minima and units are stored separately. A panel of dense floats holds 16-bit integers, two vectors for each
+//! Scales, bases (minima) and units are stored separately. A panel of dense floats holds 16-bit integers, two vectors for each
 //! four columns. The size is that of the file and 1 to 9 % more (Q2_K: 38 %, since its minima are expanded; F32: half).
 
-use super::activation::STEP;
+use super::activation::{START_LEVEL, STEP};
 use super::lines::Lines;
 use crate::arithmetic::weights::Rule;
 use crate::arithmetic::{SUPERBLOCK, superblocks};
@@ -51,9 +51,9 @@ pub(super) struct Coded {
     pub(super) codes: Lines,
     /// \[panel]\[block]\[half where split]\[lane], without the power of two of [`Rule::Product`].
     pub(super) scales: Scales,
-    /// Minima, as pairs of neighbours: \[panel]\[pair]\[lane]\[2]; empty where the format has none. Neighbours are
-    /// blocks, or the halves of a block where split.
-    pub(super) mins: Vec<i16>,
+    /// The integers of level [`Coded::base_level`], as pairs of neighbours: \[panel]\[pair]\[lane]\[2]; empty where the
+    /// format has no minima. Neighbours are blocks, or the halves of a block where split.
+    pub(super) bases: Vec<i16>,
 }
 
 #[derive(Debug)]
@@ -67,6 +67,14 @@ pub(super) enum Scales {
 pub(super) const GROUP_BYTES: usize = 4 * LANES * size_of::<i16>();
 
 impl Scales {
+    /// Returns the address of the first scale.
+    pub(super) fn start(&self) -> *const u8 {
+        match self {
+            Self::Bytes(scales) => scales.as_ptr().cast(),
+            Self::Words(scales) => scales.as_ptr().cast(),
+        }
+    }
+
     fn get(&self, at: usize) -> i16 {
         match self {
             Self::Bytes(scales) => i16::from(scales[at]),
@@ -93,8 +101,18 @@ impl Coded {
         if coding.split { 2 * LANES } else { LANES }
     }
 
-    /// Pairs of minima in a row of `columns`.
-    pub(super) const fn min_pairs(coding: Coding, columns: usize) -> usize {
+    /// The level whose integer is a base: that of level 0 is a minimum, but products of 4-bit codes count from
+    /// [`START_LEVEL`].
+    pub(super) const fn base_level(coding: Coding) -> i32 {
+        match (coding.has_mins, coding.bits) {
+            (false, _) => coding.zero,
+            (true, 4) => START_LEVEL,
+            (true, _) => 0,
+        }
+    }
+
+    /// Pairs of bases in a row of `columns`.
+    pub(super) const fn base_pairs(coding: Coding, columns: usize) -> usize {
         match (coding.has_mins, coding.split) {
             (false, _) => 0,
             (true, true) => columns / BLOCK,
@@ -128,7 +146,7 @@ impl Packed {
     pub(super) fn memory_bytes(&self) -> u64 {
         let bytes = match &self.form {
             Form::Wide(wide) => wide.pairs.length(),
-            Form::Coded(coded) => coded.codes.length() + coded.scales.memory_bytes() + 2 * coded.mins.len(),
+            Form::Coded(coded) => coded.codes.length() + coded.scales.memory_bytes() + 2 * coded.bases.len(),
         };
         (bytes + 4 * self.units.len()) as u64
     }
@@ -176,18 +194,19 @@ impl Coded {
         std::array::from_fn(|i| {
             let half = if self.coding.split { i / 16 } else { 0 };
             let scale = (panel * blocks + block) * Self::block_scales(self.coding) + half * LANES + lane;
-            let min = match (self.coding.has_mins, self.coding.split) {
+            let base = match (self.coding.has_mins, self.coding.split) {
                 (false, _) => 0,
-                (true, true) => self.min(columns, panel, block * 2 + half, lane),
-                (true, false) => self.min(columns, panel, block, lane),
+                (true, true) => self.base(columns, panel, block * 2 + half, lane),
+                (true, false) => self.base(columns, panel, block, lane),
             };
-            self.rule.weight(self.coding.level(codes[i]), self.scales.get(scale) << shift, min)
+            let level = self.coding.level(codes[i]) + self.coding.zero - Self::base_level(self.coding);
+            self.rule.weight(level, self.scales.get(scale) << shift, base)
         })
     }
 
-    fn min(&self, columns: usize, panel: usize, number: usize, lane: usize) -> i16 {
-        let pair = panel * Self::min_pairs(self.coding, columns) + number / 2;
-        self.mins[(pair * LANES + lane) * 2 + number % 2]
+    fn base(&self, columns: usize, panel: usize, number: usize, lane: usize) -> i16 {
+        let pair = panel * Self::base_pairs(self.coding, columns) + number / 2;
+        self.bases[(pair * LANES + lane) * 2 + number % 2]
     }
 
     fn read_codes(&self, block: usize, lane: usize) -> [u8; BLOCK] {

@@ -154,8 +154,12 @@ impl Simd for Avx2 {
         ints.map(|v| unsafe { _mm256_sll_epi32(v, _mm_cvtsi32_si128(bits as i32)) })
     }
     #[inline(always)]
-    unsafe fn sub_int(ints: [__m256i; 2], less: i32) -> [__m256i; 2] {
-        ints.map(|v| unsafe { _mm256_sub_epi32(v, _mm256_set1_epi32(less)) })
+    unsafe fn splat_int(value: i32) -> [__m256i; 2] {
+        unsafe { [_mm256_set1_epi32(value); 2] }
+    }
+    #[inline(always)]
+    unsafe fn low_words(ints: [__m256i; 2]) -> [__m256i; 2] {
+        ints.map(|v| unsafe { _mm256_and_si256(v, _mm256_set1_epi32(0xffff)) })
     }
     #[inline(always)]
     unsafe fn add_ints(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
@@ -166,12 +170,22 @@ impl Simd for Avx2 {
         both(both(a, b, |a, b| unsafe { _mm256_mullo_epi32(a, b) }), c, |p, c| unsafe { _mm256_add_epi32(p, c) })
     }
     #[inline(always)]
+    unsafe fn mul_add_words(a: [__m256i; 2], word: [__m256i; 2], c: [__m256i; 2]) -> [__m256i; 2] {
+        both(both(a, word, |a, word| unsafe { _mm256_madd_epi16(a, word) }), c, |p, c| unsafe {
+            _mm256_add_epi32(p, c)
+        })
+    }
+    #[inline(always)]
     unsafe fn floats(ints: [__m256i; 2]) -> [__m256; 2] {
         ints.map(|v| unsafe { _mm256_cvtepi32_ps(v) })
     }
     #[inline(always)]
     unsafe fn load_pairs(from: *const i16) -> [__m256i; 2] {
         unsafe { Self::codes(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn pair(low: [__m256i; 2], high: [__m256i; 2]) -> [__m256i; 2] {
+        both(low, high, |low, high| unsafe { _mm256_or_si256(low, _mm256_slli_epi32::<16>(high)) })
     }
     #[inline(always)]
     unsafe fn both(ints: [__m256i; 2]) -> [__m256i; 2] {

@@ -3,6 +3,7 @@
 #![allow(clippy::undocumented_unsafe_blocks)] // One condition holds for all: the CPU has the features (see `Simd`).
 
 use super::{Kernel, Simd};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 pub(crate) fn is_available() -> bool {
@@ -105,6 +106,27 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four)) }
     }
     #[inline(always)]
+    unsafe fn dot_rows<const ROWS: usize, const AT: usize, const WIDE: bool>(
+        sums: &mut [[__m512i; 2]; ROWS],
+        codes: __m512i,
+        rows: &[*const i8; ROWS],
+        plane: usize,
+    ) {
+        unsafe {
+            let mut r = 0;
+            while r + 1 < ROWS {
+                let (left, right) = sums.split_at_mut(r + 1);
+                dot_two_rows::<AT>([&mut left[r], &mut right[0]], codes, [rows[r], rows[r + 1]], plane);
+                r += 2;
+            }
+            if r < ROWS {
+                let four = |plane: usize| rows[r].add(plane + AT).cast::<i32>().read_unaligned();
+                sums[r][0] = Self::dot(sums[r][0], codes, four(0));
+                sums[r][1] = Self::dot(sums[r][1], codes, four(plane));
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn dot_wide(sum: __m512i, codes: __m512i, four: i32) -> __m512i {
         unsafe { Self::dot(sum, codes, four) }
     }
@@ -129,8 +151,12 @@ impl Simd for Avx512 {
         unsafe { _mm512_sll_epi32(ints, _mm_cvtsi32_si128(bits as i32)) }
     }
     #[inline(always)]
-    unsafe fn sub_int(ints: __m512i, less: i32) -> __m512i {
-        unsafe { _mm512_sub_epi32(ints, _mm512_set1_epi32(less)) }
+    unsafe fn splat_int(value: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(value) }
+    }
+    #[inline(always)]
+    unsafe fn low_words(ints: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(ints, _mm512_set1_epi32(0xffff)) }
     }
     #[inline(always)]
     unsafe fn add_ints(a: __m512i, b: __m512i) -> __m512i {
@@ -141,12 +167,20 @@ impl Simd for Avx512 {
         unsafe { _mm512_add_epi32(_mm512_mullo_epi32(a, b), c) }
     }
     #[inline(always)]
+    unsafe fn mul_add_words(a: __m512i, word: __m512i, c: __m512i) -> __m512i {
+        unsafe { _mm512_dpwssd_epi32(c, a, word) }
+    }
+    #[inline(always)]
     unsafe fn floats(ints: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(ints) }
     }
     #[inline(always)]
     unsafe fn load_pairs(from: *const i16) -> __m512i {
         unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn pair(low: __m512i, high: __m512i) -> __m512i {
+        unsafe { _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)) }
     }
     #[inline(always)]
     unsafe fn both(ints: __m512i) -> __m512i {
@@ -200,5 +234,36 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn store_codes(to: *mut u8, codes: __m512i) {
         unsafe { _mm512_storeu_si512(to.cast(), codes) }
+    }
+}
+
+/// [`Simd::dot_rows`] of two rows. As `asm!`, whose blocks keep their order: a compiler would put all products of one
+/// sum behind each other, where each waits for the one before.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn dot_two_rows<const AT: usize>(
+    [first, second]: [&mut [__m512i; 2]; 2],
+    codes: __m512i,
+    rows: [*const i8; 2],
+    plane: usize,
+) {
+    // SAFETY: the caller guarantees that both rows have the bytes in both planes.
+    unsafe {
+        asm!(
+            "vpdpbusd {first_upper}, {codes}, dword ptr [{a} + {at}]{{1to16}}",
+            "vpdpbusd {first_lower}, {codes}, dword ptr [{a} + {plane} + {at}]{{1to16}}",
+            "vpdpbusd {second_upper}, {codes}, dword ptr [{b} + {at}]{{1to16}}",
+            "vpdpbusd {second_lower}, {codes}, dword ptr [{b} + {plane} + {at}]{{1to16}}",
+            first_upper = inout(zmm_reg) first[0],
+            first_lower = inout(zmm_reg) first[1],
+            second_upper = inout(zmm_reg) second[0],
+            second_lower = inout(zmm_reg) second[1],
+            codes = in(zmm_reg) codes,
+            a = in(reg) rows[0],
+            b = in(reg) rows[1],
+            plane = in(reg) plane,
+            at = const AT,
+            options(readonly, nostack, preserves_flags),
+        );
     }
 }

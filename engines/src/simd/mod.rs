@@ -21,6 +21,22 @@ compile_error!("kernels read bytes of codes as little-endian integers");
 /// Lanes of a vector, and weight rows (outputs) of a panel.
 pub(crate) const LANES: usize = 16;
 
+/// How far ahead of their use weights are prefetched. A core with vector units uses bytes faster than the processor's
+/// own prefetcher fetches them from memory: on a Sapphire Rapids core, products of one row read 10 GB/s without this,
+/// and 12, 14 and 15 GB/s with 1, 2 and 4 KiB.
+const AHEAD_BYTES: usize = 4096;
+
+/// Asks for the `BYTES` that are [`AHEAD_BYTES`] behind `from`, which may be behind the end of the data.
+#[inline(always)]
+pub(crate) fn prefetch_ahead<const BYTES: usize>(from: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..BYTES).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing that the program can observe, at any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD_BYTES + line).cast()) };
+    }
+}
+
 /// Work that is compiled once per tier. `run` and every function that it calls must be `#[inline(always)]`.
 pub(crate) trait Kernel {
     fn run<S: Simd>(self);
@@ -62,6 +78,28 @@ pub(crate) trait Simd: Copy {
     unsafe fn ints_zero() -> Self::Ints;
     /// Per lane: sum + Σ codes[4] · four[4], with unsigned codes of at most 7 bits and the signed bytes of `four`.
     unsafe fn dot(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
+    /// Adds [`Self::dot`] (`WIDE`: [`Self::dot_wide`]) of the bytes `AT` to `AT` + 3 of every row to its sums: of the
+    /// upper bytes, and of the lower ones, which are `plane` bytes behind.
+    #[inline(always)]
+    unsafe fn dot_rows<const ROWS: usize, const AT: usize, const WIDE: bool>(
+        sums: &mut [[Self::Ints; 2]; ROWS],
+        codes: Self::Codes,
+        rows: &[*const i8; ROWS],
+        plane: usize,
+    ) {
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            // SAFETY: the caller guarantees that every row has these bytes in both planes.
+            unsafe {
+                let upper = row.add(AT).cast::<i32>().read_unaligned();
+                let lower = row.add(plane + AT).cast::<i32>().read_unaligned();
+                if WIDE {
+                    *sums = [Self::dot_wide(sums[0], codes, upper), Self::dot_wide(sums[1], codes, lower)];
+                } else {
+                    *sums = [Self::dot(sums[0], codes, upper), Self::dot(sums[1], codes, lower)];
+                }
+            }
+        }
+    }
     /// Like [`Self::dot`], with codes of 8 bits.
     unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
     /// Per lane: sum + pairs[2] · pair[2], with the two 16-bit halves of `pair`.
@@ -70,13 +108,19 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_bytes(from: *const i8) -> Self::Ints;
     unsafe fn load_words(from: *const i16) -> Self::Ints;
     unsafe fn shift_left(ints: Self::Ints, bits: u32) -> Self::Ints;
-    unsafe fn sub_int(ints: Self::Ints, less: i32) -> Self::Ints;
+    unsafe fn splat_int(value: i32) -> Self::Ints;
+    /// The low 16 bits of each lane, the others 0.
+    unsafe fn low_words(ints: Self::Ints) -> Self::Ints;
     unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints;
     /// a · b + c, with the low 32 bits of the product.
     unsafe fn mul_add_ints(a: Self::Ints, b: Self::Ints, c: Self::Ints) -> Self::Ints;
+    /// a · word + c, for signed 16-bit numbers a; the upper 16 bits of each `word` are 0, the lower ones signed.
+    unsafe fn mul_add_words(a: Self::Ints, word: Self::Ints, c: Self::Ints) -> Self::Ints;
     unsafe fn floats(ints: Self::Ints) -> Self::Floats;
 
     unsafe fn load_pairs(from: *const i16) -> Self::Pairs;
+    /// The low 16 bits of each lane of `low`, whose other bits are 0, and of `high`.
+    unsafe fn pair(low: Self::Ints, high: Self::Ints) -> Self::Pairs;
     /// The low 16 bits of each lane, twice.
     unsafe fn both(ints: Self::Ints) -> Self::Pairs;
     /// The first (`index` 0) or the second (1) integer of each lane, twice.
@@ -223,8 +267,12 @@ impl Simd for Portable {
         ints.map(|v| v << bits)
     }
     #[inline(always)]
-    unsafe fn sub_int(ints: Self::Ints, less: i32) -> Self::Ints {
-        ints.map(|v| v - less)
+    unsafe fn splat_int(value: i32) -> Self::Ints {
+        [value; LANES]
+    }
+    #[inline(always)]
+    unsafe fn low_words(ints: Self::Ints) -> Self::Ints {
+        ints.map(|v| v & 0xffff)
     }
     #[inline(always)]
     unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
@@ -235,6 +283,10 @@ impl Simd for Portable {
         std::array::from_fn(|i| a[i].wrapping_mul(b[i]).wrapping_add(c[i]))
     }
     #[inline(always)]
+    unsafe fn mul_add_words(a: Self::Ints, word: Self::Ints, c: Self::Ints) -> Self::Ints {
+        std::array::from_fn(|i| (i32::from(a[i] as i16) * i32::from(word[i] as i16)).wrapping_add(c[i]))
+    }
+    #[inline(always)]
     unsafe fn floats(ints: Self::Ints) -> Self::Floats {
         ints.map(|v| v as f32)
     }
@@ -242,6 +294,10 @@ impl Simd for Portable {
     unsafe fn load_pairs(from: *const i16) -> Self::Pairs {
         // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { read(from) }
+    }
+    #[inline(always)]
+    unsafe fn pair(low: Self::Ints, high: Self::Ints) -> Self::Pairs {
+        std::array::from_fn(|i| [low, high][i % 2][i / 2] as i16)
     }
     #[inline(always)]
     unsafe fn both(ints: Self::Ints) -> Self::Pairs {

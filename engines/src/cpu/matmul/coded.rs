@@ -4,13 +4,13 @@
 
 use super::layout::{self, Layout, Planes};
 use super::wide::RoundedPanels;
-use super::{Panels, Sums};
+use super::{Exact, Panels, Sums};
 use crate::arithmetic::superblocks;
 use crate::arithmetic::weights::{BLOCKS, Rule};
-use crate::cpu::activation::{CodedRow, STEP_SUMS};
+use crate::cpu::activation::{BLOCK_SUMS, CodedRow, PLANE_SUMS, STEP_STARTS, STEP_SUMS};
 use crate::cpu::packed::Coded;
 use crate::format::blocks::BLOCK;
-use crate::simd::{Kernel, LANES, Simd, Tier};
+use crate::simd::{Kernel, LANES, Simd, Tier, prefetch_ahead};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -43,8 +43,8 @@ impl Panels<'_, '_> {
         let Range { start: mut row, end } = self.job.rows.clone();
         while row < end {
             row += match end - row {
-                4.. => self.coded_tile::<S, L, 4>(coded, panel, row),
-                2.. => self.coded_tile::<S, L, 2>(coded, panel, row),
+                ROWS_MAX.. => self.coded_tile::<S, L, ROWS_MAX>(coded, panel, row),
+                3.. => self.coded_tile::<S, L, 3>(coded, panel, row),
                 _ => self.coded_tile::<S, L, 1>(coded, panel, row),
             };
         }
@@ -63,29 +63,23 @@ impl Panels<'_, '_> {
         unsafe {
             let mut sums = Sums::<S, ROWS>::zero();
             for index in 0..count {
-                let mut upper = [S::ints_zero(); ROWS];
-                let mut lower = [S::ints_zero(); ROWS];
+                let mut exact = Exact::<S, ROWS>::zero();
                 for block in index * BLOCKS..((index + 1) * BLOCKS).min(blocks) {
                     let at = codes.as_ptr().add(block * block_bytes);
+                    prefetch_block::<L>(at);
                     let dots = block_dots::<S, L, ROWS>(at, block, &inputs);
                     for half in 0..L::HALVES {
-                        let scale = layout::scales::<S>(coded, (panel * blocks + block) * L::HALVES + half);
-                        for r in 0..ROWS {
-                            upper[r] = S::mul_add_ints(dots[r][half][0], scale, upper[r]);
-                            lower[r] = S::mul_add_ints(dots[r][half][1], scale, lower[r]);
-                        }
+                        let scale = layout::scales::<S, L>(coded, (panel * blocks + block) * L::HALVES + half);
+                        exact.add_scaled::<L>(&dots[half], scale);
                     }
                 }
                 if L::SHIFT > 0 {
-                    for r in 0..ROWS {
-                        upper[r] = S::shift_left(upper[r], L::SHIFT);
-                        lower[r] = S::shift_left(lower[r], L::SHIFT);
-                    }
+                    exact.shift_left(L::SHIFT);
                 }
-                if L::CODING.has_mins {
-                    add_mins::<S, L, ROWS>(coded, panel, columns, index, &inputs, &mut upper, &mut lower);
+                if L::CODING.has_mins || L::ZERO != 0 {
+                    add_bases::<S, L, ROWS>(coded, panel, columns, index, &inputs, &mut exact);
                 }
-                sums.add(index, S::load(units.as_ptr().add(index * LANES)), &inputs, upper, lower);
+                sums.add(index, S::load(units.as_ptr().add(index * LANES)), &inputs, exact.upper, exact.lower);
             }
             for (r, sum) in sums.finish(count).into_iter().enumerate() {
                 self.write::<S>(panel, first + r, sum);
@@ -95,7 +89,56 @@ impl Panels<'_, '_> {
     }
 }
 
-/// Returns Σ level · byte of one block: \[row]\[half where split]\[plane].
+/// Most rows of a tile. Its sums take 24 of the 32 vector registers of AVX-512.
+const ROWS_MAX: usize = 6;
+
+#[inline(always)]
+fn prefetch_block<L: Layout>(at: *const u8) {
+    match L::CODING.bits {
+        2 => prefetch_ahead::<128>(at),
+        3 => prefetch_ahead::<192>(at),
+        4 => prefetch_ahead::<256>(at),
+        5 => prefetch_ahead::<320>(at),
+        _ => prefetch_ahead::<384>(at),
+    }
+}
+
+impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
+    /// Adds the sums of a block, or of a half, times its scale.
+    ///
+    /// # Safety
+    /// Call only inside a kernel of `S`; so with the other method.
+    #[inline(always)]
+    unsafe fn add_scaled<L: Layout>(&mut self, dots: &[[S::Ints; 2]; ROWS], scale: S::Ints) {
+        // SAFETY: the caller is a kernel of `S`.
+        unsafe {
+            let scale = if L::NARROW { S::low_words(scale) } else { scale };
+            for r in 0..ROWS {
+                let [upper, lower] = dots[r];
+                if L::NARROW {
+                    self.upper[r] = S::mul_add_words(upper, scale, self.upper[r]);
+                    self.lower[r] = S::mul_add_words(lower, scale, self.lower[r]);
+                } else {
+                    self.upper[r] = S::mul_add_ints(upper, scale, self.upper[r]);
+                    self.lower[r] = S::mul_add_ints(lower, scale, self.lower[r]);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn shift_left(&mut self, bits: u32) {
+        // SAFETY: the caller is a kernel of `S`.
+        unsafe {
+            for r in 0..ROWS {
+                self.upper[r] = S::shift_left(self.upper[r], bits);
+                self.lower[r] = S::shift_left(self.lower[r], bits);
+            }
+        }
+    }
+}
+
+/// Returns Σ (level − start) · byte of one block: \[half where split]\[row]\[plane].
 ///
 /// # Safety
 /// Call only inside a kernel of `S`, with a whole block at `at`, and rows that have `block`.
@@ -104,81 +147,90 @@ unsafe fn block_dots<S: Simd, L: Layout, const ROWS: usize>(
     at: *const u8,
     block: usize,
     inputs: &[CodedRow; ROWS],
-) -> [[[S::Ints; 2]; 2]; ROWS] {
+) -> [[[S::Ints; 2]; ROWS]; 2] {
     // All rows of an operand have the same layout.
-    let plane_bytes = inputs[0].plane_bytes;
-    let step = block / 2 * 2 * plane_bytes + block % 2 * BLOCK;
+    let plane = inputs[0].plane_bytes;
     // SAFETY: the caller upholds the contract of this function.
     unsafe {
-        let mut out = [[[S::ints_zero(); 2]; 2]; ROWS];
+        let mut out = [[[S::ints_zero(); 2]; ROWS]; 2];
+        let mut rows = [std::ptr::null(); ROWS];
+        for r in 0..ROWS {
+            rows[r] = inputs[r].bytes.add(block / 2 * 2 * plane + block % 2 * BLOCK);
+            if L::START != 0 {
+                let starts = inputs[r].starts.add(block / 2 * STEP_STARTS + block % 2);
+                out[0][r] = [S::splat_int(*starts), S::splat_int(*starts.add(2))];
+            }
+        }
         let mut planes = Planes::<S>::of::<L>(at);
-        for group in 0..8 {
-            let codes = planes.next::<L>(at, group);
-            let half = if L::CODING.split { group / 4 } else { 0 };
-            for r in 0..ROWS {
-                for plane in 0..2 {
-                    let from = inputs[r].bytes.add(step + plane * plane_bytes + group * 4);
-                    let four = from.cast::<i32>().read_unaligned();
-                    let sum = &mut out[r][half][plane];
-                    *sum = if L::WIDE { S::dot_wide(*sum, codes, four) } else { S::dot(*sum, codes, four) };
+        macro_rules! group {
+            ($group:literal) => {
+                let codes = planes.next::<L>(at, $group);
+                let half = if L::CODING.split { $group / 4 } else { 0 };
+                match L::WIDE {
+                    true => S::dot_rows::<ROWS, { $group * 4 }, true>(&mut out[half], codes, &rows, plane),
+                    false => S::dot_rows::<ROWS, { $group * 4 }, false>(&mut out[half], codes, &rows, plane),
                 }
-            }
+            };
         }
-        if L::CODING.zero != 0 {
-            for r in 0..ROWS {
-                for plane in 0..2 {
-                    let sums = inputs[r].sums.add(block / 2 * STEP_SUMS + plane * STEP_SUMS / 2 + block % 2 * 2);
-                    let halves = [*sums, *sums.add(1)].map(i32::from);
-                    let levels = |sum: i32| L::CODING.zero * sum;
-                    if L::CODING.split {
-                        for half in 0..2 {
-                            out[r][half][plane] = S::sub_int(out[r][half][plane], levels(halves[half]));
-                        }
-                    } else {
-                        out[r][0][plane] = S::sub_int(out[r][0][plane], levels(halves[0] + halves[1]));
-                    }
-                }
-            }
-        }
+        group!(0);
+        group!(1);
+        group!(2);
+        group!(3);
+        group!(4);
+        group!(5);
+        group!(6);
+        group!(7);
         out
     }
 }
 
-/// Adds Σ minimum · Σ bytes of superblock `index`.
+/// Adds Σ base · Σ bytes of superblock `index`: what the level from which sums count weighs.
 ///
 /// # Safety
 /// Call only inside a kernel of `S`, with rows and weights that have the superblock.
 #[inline(always)]
-unsafe fn add_mins<S: Simd, L: Layout, const ROWS: usize>(
+unsafe fn add_bases<S: Simd, L: Layout, const ROWS: usize>(
     coded: &Coded,
     panel: usize,
     columns: usize,
     index: usize,
     inputs: &[CodedRow; ROWS],
-    upper: &mut [S::Ints; ROWS],
-    lower: &mut [S::Ints; ROWS],
+    exact: &mut Exact<S, ROWS>,
 ) {
-    let pairs = Coded::min_pairs(L::CODING, columns);
-    let per_superblock = if L::CODING.split { BLOCKS } else { BLOCKS / 2 };
-    for pair in index * per_superblock..((index + 1) * per_superblock).min(pairs) {
+    let numbers = columns / BLOCK * L::HALVES;
+    let per_superblock = BLOCKS * L::HALVES / 2;
+    for pair in index * per_superblock..((index + 1) * per_superblock).min(numbers.div_ceil(2)) {
+        // Where in a plane's sums a pair of halves, or the pair of blocks of a step, is.
+        let at = match L::CODING.split {
+            true => pair / 2 * STEP_SUMS + pair % 2 * 2,
+            false => pair * STEP_SUMS + BLOCK_SUMS,
+        };
         // SAFETY: the caller upholds the contract of this function.
         unsafe {
-            let mins = S::load_pairs(coded.mins.as_ptr().add((panel * pairs + pair) * 2 * LANES));
+            let bases = bases::<S, L>(coded, panel, numbers, pair);
             for r in 0..ROWS {
-                let sums = |plane: usize| match L::CODING.split {
-                    true => {
-                        let at = pair / 2 * STEP_SUMS + plane * STEP_SUMS / 2 + pair % 2 * 2;
-                        inputs[r].sums.add(at).cast::<i32>().read_unaligned()
-                    }
-                    false => {
-                        let at = inputs[r].sums.add(pair * STEP_SUMS + plane * STEP_SUMS / 2);
-                        let block = |number: usize| (*at.add(number * 2) + *at.add(number * 2 + 1)) as u16;
-                        i32::from(block(0)) | (i32::from(block(1)) << 16)
-                    }
-                };
-                upper[r] = S::dot_pairs(upper[r], mins, sums(0));
-                lower[r] = S::dot_pairs(lower[r], mins, sums(1));
+                let sums = |plane: usize| inputs[r].sums.add(at + plane * PLANE_SUMS).cast::<i32>().read_unaligned();
+                exact.upper[r] = S::dot_pairs(exact.upper[r], bases, sums(0));
+                exact.lower[r] = S::dot_pairs(exact.lower[r], bases, sums(1));
             }
         }
+    }
+}
+
+/// Returns a pair of bases: as stored in a type with minima, else as the scales give them.
+///
+/// # Safety
+/// Call only inside a kernel of `S`, with a pair inside the panel, which has `numbers` blocks or halves.
+#[inline(always)]
+unsafe fn bases<S: Simd, L: Layout>(coded: &Coded, panel: usize, numbers: usize, pair: usize) -> S::Pairs {
+    // SAFETY: the caller upholds the contract of this function.
+    unsafe {
+        if L::CODING.has_mins {
+            return S::load_pairs(coded.bases.as_ptr().add((panel * numbers.div_ceil(2) + pair) * 2 * LANES));
+        }
+        let at = panel * numbers + pair * 2;
+        let low = S::low_words(layout::scales::<S, L>(coded, at));
+        let high = if pair * 2 + 1 < numbers { layout::scales::<S, L>(coded, at + 1) } else { S::ints_zero() };
+        S::mul_pairs(S::pair(low, high), S::both(S::splat_int(-L::ZERO)))
     }
 }

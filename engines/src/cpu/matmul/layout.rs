@@ -1,9 +1,10 @@
 //! How the kernels unpack the codes of an element type, as compile-time constants.
 
 use crate::arithmetic::weights::Rule;
-use crate::cpu::packed::{Coded, Scales};
+use crate::cpu::activation::START_LEVEL;
+use crate::cpu::packed::Coded;
 use crate::format::ElementType;
-use crate::format::blocks::Coding;
+use crate::format::blocks::{Coding, Levels};
 use crate::simd::{LANES, Simd};
 
 /// The coding and the rule of a quantised type.
@@ -12,6 +13,16 @@ pub(super) trait Layout {
     const RULE: Rule;
     /// Scales of a block: for all of it, or for its halves.
     const HALVES: usize = if Self::CODING.split { 2 } else { 1 };
+    /// Whether the sums of one scale's products of bytes fit in 16 bits, counted from [`Self::START`]: 32 products with
+    /// levels −7 to 8, or 16 with levels up to 7.
+    const NARROW: bool = matches!(Self::CODING.levels, Levels::Even) && Self::CODING.bits <= 4;
+    /// The level from which sums of products count.
+    const START: i32 = if Self::NARROW && Self::CODING.bits == 4 { START_LEVEL } else { 0 };
+    /// The level that weighs nothing, less [`Self::START`]; 0 in a type with minima, whose bases are those of
+    /// [`Self::START`].
+    const ZERO: i32 = if Self::CODING.has_mins { 0 } else { Self::CODING.zero - Self::START };
+    /// Whether scales have eight bits.
+    const BYTE_SCALES: bool = matches!(Self::RULE, Rule::Product { byte_scales: true, .. });
     /// Whether levels need eight bits.
     const WIDE: bool = Self::CODING.bits == 8 || Self::CODING.is_iq4();
     /// The power of two that stored scales lack.
@@ -61,12 +72,13 @@ pub(super) use with_layout;
 /// # Safety
 /// Call only inside a kernel of `S`, with an index inside the matrix.
 #[inline(always)]
-pub(super) unsafe fn scales<S: Simd>(coded: &Coded, index: usize) -> S::Ints {
+pub(super) unsafe fn scales<S: Simd, L: Layout>(coded: &Coded, index: usize) -> S::Ints {
+    let start = coded.scales.start();
     // SAFETY: the caller upholds the contract of this function.
     unsafe {
-        match &coded.scales {
-            Scales::Bytes(scales) => S::load_bytes(scales.as_ptr().add(index * LANES)),
-            Scales::Words(scales) => S::load_words(scales.as_ptr().add(index * LANES)),
+        match L::BYTE_SCALES {
+            true => S::load_bytes(start.cast::<i8>().add(index * LANES)),
+            false => S::load_words(start.cast::<i16>().add(index * LANES)),
         }
     }
 }
@@ -135,14 +147,14 @@ impl<S: Simd> Planes<S> {
     }
 }
 
-/// Integers of sixteen rows: scales and minima as pairs, which turn the levels of a half block into weights.
+/// Integers of sixteen rows: scales and bases as pairs, which turn the levels of a half block into weights.
 pub(super) struct Integers<S: Simd> {
     scale: S::Pairs,
-    min: S::Pairs,
+    base: S::Pairs,
 }
 
 impl<S: Simd> Integers<S> {
-    /// Loads those of half `half` of `block`; blocks and pairs of minima count from the panel's first.
+    /// Loads those of half `half` of `block`; blocks and pairs of bases count from the panel's first.
     ///
     /// # Safety
     /// Call only inside a kernel of `S`, with a block inside the matrix.
@@ -157,18 +169,18 @@ impl<S: Simd> Integers<S> {
         unsafe {
             let number = if L::CODING.split { block * 2 + half } else { block };
             let index = first_block * L::HALVES + number;
-            let mut scale = scales::<S>(coded, index);
+            let mut scale = scales::<S, L>(coded, index);
             if L::SHIFT > 0 {
                 scale = S::shift_left(scale, L::SHIFT);
             }
-            let min = match L::CODING.has_mins {
+            let base = match L::CODING.has_mins {
                 true => {
-                    let pair = coded.mins.as_ptr().add((first_pair + number / 2) * 2 * LANES);
+                    let pair = coded.bases.as_ptr().add((first_pair + number / 2) * 2 * LANES);
                     S::repeat(S::load_pairs(pair), number % 2)
                 }
                 false => S::both(S::ints_zero()),
             };
-            Self { scale: S::both(scale), min }
+            Self { scale: S::both(scale), base }
         }
     }
 
@@ -189,10 +201,11 @@ impl<S: Simd> Integers<S> {
     unsafe fn weight<L: Layout>(&self, codes: S::Pairs) -> S::Pairs {
         // SAFETY: the caller upholds the contract of this method.
         unsafe {
-            let levels = if L::CODING.zero == 0 { codes } else { S::sub_word(codes, L::CODING.zero as i16) };
+            let base = Coded::base_level(L::CODING);
+            let levels = if base == 0 { codes } else { S::sub_word(codes, base as i16) };
             match L::RULE {
                 Rule::Rounded => S::mul_rounded(levels, self.scale),
-                Rule::Product { .. } if L::CODING.has_mins => S::add_pairs(S::mul_pairs(levels, self.scale), self.min),
+                Rule::Product { .. } if L::CODING.has_mins => S::add_pairs(S::mul_pairs(levels, self.scale), self.base),
                 Rule::Product { .. } => S::mul_pairs(levels, self.scale),
             }
         }

@@ -65,7 +65,7 @@ impl<L: Layout> Kernel for UnpackCoded<'_, L> {
         let blocks = columns / BLOCK;
         let block_bytes = Coded::block_bytes(L::CODING);
         let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
-        let first = (panel * blocks, panel * Coded::min_pairs(L::CODING, columns));
+        let first = (panel * blocks, panel * Coded::base_pairs(L::CODING, columns));
         if !blocks.is_multiple_of(2) {
             let last = planes.len() - STEP_PLANES;
             planes[last..].fill(0);

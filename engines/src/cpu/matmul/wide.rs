@@ -3,36 +3,24 @@
 #![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
 
 use super::layout::{Integers, Layout, Planes};
-use super::{Panels, Sums};
+use super::{Exact, Panels, Sums};
 use crate::arithmetic::superblocks;
 use crate::cpu::activation::{CodedRow, STEP, STEP_PAIRS, SUPERBLOCK_STEPS};
 use crate::cpu::packed::{Coded, GROUP_BYTES, Wide};
 use crate::format::blocks::BLOCK;
-use crate::simd::{Kernel, LANES, Simd};
+use crate::simd::{Kernel, LANES, Simd, prefetch_ahead};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// The exact sums of a superblock so far, for `ROWS` rows × sixteen outputs.
-struct Exact<S: Simd, const ROWS: usize> {
-    upper: [S::Ints; ROWS],
-    lower: [S::Ints; ROWS],
-}
-
 impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
-    /// # Safety
-    /// Call only inside a kernel of `S`; so with the other method.
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        // SAFETY: the caller is a kernel of `S`.
-        let zero = unsafe { S::ints_zero() };
-        Self { upper: [zero; ROWS], lower: [zero; ROWS] }
-    }
-
     /// Adds the products of the columns 4 · `group` to 4 · `group` + 3; groups count from the row's first.
+    ///
+    /// # Safety
+    /// Call only inside a kernel of `S`, with rows that have this group.
     #[inline(always)]
     unsafe fn add(&mut self, inputs: &[CodedRow; ROWS], group: usize, (even, odd): (S::Pairs, S::Pairs)) {
         let at = group / (STEP / 4) * STEP_PAIRS + group % (STEP / 4) * 4;
-        // SAFETY: the caller is a kernel of `S`; the rows have this group.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe {
             for r in 0..ROWS {
                 let pair = |offset: usize| inputs[r].pairs.add(at + offset).cast::<i32>().read_unaligned();
@@ -98,6 +86,7 @@ impl Panels<'_, '_> {
         unsafe {
             self.superblocks::<S, ROWS>(panel, first, |group, inputs, sums| {
                 let at = weights.add(group * GROUP_BYTES / 2);
+                prefetch_ahead::<GROUP_BYTES>(at.cast());
                 sums.add(inputs, group, (S::load_pairs(at), S::load_pairs(at.add(2 * LANES))));
             });
         }
@@ -132,6 +121,12 @@ impl Panels<'_, '_> {
                 }
                 let at = codes.add(block * block_bytes);
                 if within == 0 {
+                    // Codes of four or eight bits.
+                    if L::CODING.bits == 8 {
+                        prefetch_ahead::<512>(at)
+                    } else {
+                        prefetch_ahead::<256>(at)
+                    }
                     planes = Planes::<S>::of::<L>(at);
                     integers = Integers::<S>::load::<L>(coded, (panel * blocks, 0), block, 0);
                 }
