@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 pub enum Part {
     /// Lookup of the tokens' rows.
     Embedding,
-    /// Norms of rows, and their rounding to codes.
+    /// Norms of rows, and the rounding to codes.
     Encoding,
     /// The query, key and value projections.
     QueryKeyValue,
@@ -24,7 +24,7 @@ pub enum Part {
     Routing,
     /// The gate and up projections.
     GateUp,
-    /// The activation function, and the sum of experts.
+    /// The activation function with the rounding of its results, and the sum of experts.
     Activation,
     /// The down projection.
     Down,

@@ -7,6 +7,13 @@ pub fn round(x: f32) -> f32 {
     (x + SHIFT) - SHIFT
 }
 
+/// Rounds like [`round`], for |x| < 2¹⁵; 0 for a value that is not a number.
+#[inline(always)]
+pub fn round_to_word(x: f32) -> i16 {
+    // The low bits of the mantissa of x + 1.5 · 2²³ are the integer in two's complement.
+    if x.is_nan() { 0 } else { (x + 12_582_912.0).to_bits() as i16 }
+}
+
 /// Returns eˣ to within two units in the last place; 0 below −87, and e⁸⁸ above 88.
 ///
 /// x = n·ln 2 + r. The minimax polynomial of degree 5 of Cephes' `expf` gives eʳ; n is added to the exponent.
@@ -104,7 +111,9 @@ mod tests {
     fn rounding_is_to_nearest() {
         for (x, expected) in [(0.4, 0.0), (0.6, 1.0), (-126.7, -127.0), (2.5, 2.0), (3.5, 4.0)] {
             assert_eq!(round(x), expected);
+            assert_eq!(f32::from(round_to_word(x)), expected);
         }
+        assert_eq!([32_639.4, -32_639.4, -0.3, f32::NAN].map(round_to_word), [32_639, -32_639, 0, 0]);
     }
 
     #[test]

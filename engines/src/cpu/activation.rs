@@ -5,10 +5,10 @@
 
 use super::disjoint::DisjointMut;
 use super::lines::Lines;
-use crate::arithmetic::functions::round;
+use crate::arithmetic::functions::round_to_word;
 use crate::arithmetic::{SUPERBLOCK, activations, superblocks};
 use crate::format::blocks::BLOCK;
-use crate::simd::LANES;
+use crate::simd::{LANES, Simd};
 
 /// Rows of f32: \[row]\[width].
 #[derive(Debug, Clone, Default)]
@@ -179,12 +179,12 @@ pub(super) struct CodedParts<'a> {
 }
 
 impl CodedParts<'_> {
-    /// Rounds `values` into `row`, as [`activations::encode`] does. Inline into kernels: the loops become vectors.
+    /// Rounds `values` into `row`, as [`activations::encode`] does.
     ///
     /// # Safety
-    /// Only one task may write a row.
+    /// Call only inside a kernel of `S`. Only one task may write a row.
     #[inline(always)]
-    pub(super) unsafe fn encode(&self, row: usize, values: &[f32]) {
+    pub(super) unsafe fn encode<S: Simd>(&self, row: usize, values: &[f32]) {
         let (steps, count) = (self.width.div_ceil(STEP), superblocks(self.width));
         // SAFETY: rows are disjoint, and the caller guarantees that no other task takes this row.
         let (sums, starts, units) = unsafe {
@@ -203,13 +203,15 @@ impl CodedParts<'_> {
                 let step = index * SUPERBLOCK_STEPS + offset;
                 let mut padded = [0.0; STEP];
                 padded[..columns.len()].copy_from_slice(columns);
-                // SAFETY: as above.
-                let planes = unsafe { self.planes(row, step) };
-                encode_step(&padded, factor, planes, &mut sums[step]);
-                for (start, plane) in
-                    starts[step].as_chunks_mut::<2>().0.iter_mut().zip(sums[step].as_chunks::<PLANE_SUMS>().0)
-                {
-                    *start = [plane[BLOCK_SUMS], plane[BLOCK_SUMS + 1]].map(|sum| -START_LEVEL * i32::from(sum));
+                // SAFETY: as above; the caller is a kernel of `S`.
+                unsafe {
+                    let planes = self.planes(row, step);
+                    encode_step(&padded, factor, planes);
+                    let planes = self.planes(row, step);
+                    for (plane, bytes) in planes.into_iter().enumerate() {
+                        let (_, sums) = sums[step].split_at_mut(plane * PLANE_SUMS);
+                        sum_plane::<S>(bytes, &mut sums[..PLANE_SUMS], &mut starts[step][plane * 2..][..2]);
+                    }
                 }
             }
         }
@@ -245,18 +247,30 @@ impl CodedParts<'_> {
 }
 
 #[inline(always)]
-fn encode_step(columns: &[f32; STEP], factor: f32, [upper, lower]: [&mut [u8]; 2], sums: &mut [i16; STEP_SUMS]) {
-    for ((&value, upper), lower) in columns.iter().zip(upper.iter_mut()).zip(lower.iter_mut()) {
-        let (high, low) = activations::bytes(round(value * factor) as i16);
+fn encode_step(columns: &[f32; STEP], factor: f32, [upper, lower]: [&mut [u8]; 2]) {
+    for ((&value, upper), lower) in columns.iter().zip(upper).zip(lower) {
+        let (high, low) = activations::bytes(round_to_word(value * factor));
         *upper = high as u8;
         *lower = low as u8;
     }
-    for (plane, sums) in [upper, lower].into_iter().zip(sums.as_chunks_mut::<PLANE_SUMS>().0) {
-        for (sum, bytes) in sums.iter_mut().zip(plane.as_chunks::<HALF>().0) {
-            *sum = bytes.iter().map(|&byte| i16::from(byte as i8)).sum();
-        }
-        let [first, second, third, fourth, blocks @ ..] = sums;
-        *blocks = [*first + *second, *third + *fourth];
+}
+
+/// Sums the bytes of a step in one plane.
+///
+/// # Safety
+/// Call only inside a kernel of `S`.
+#[inline(always)]
+unsafe fn sum_plane<S: Simd>(bytes: &[u8], sums: &mut [i16], starts: &mut [i32]) {
+    let mut fours = [0_i32; LANES];
+    // SAFETY: the caller is a kernel of `S`; a step is one vector of codes.
+    unsafe { S::store_ints(fours.as_mut_ptr(), S::sum_fours(S::codes(bytes[..STEP].as_ptr()))) };
+    let (halves, blocks) = sums.split_at_mut(BLOCK_SUMS);
+    for (half, four) in halves.iter_mut().zip(fours.as_chunks::<{ HALF / 4 }>().0) {
+        *half = four.iter().sum::<i32>() as i16;
+    }
+    for ((block, start), halves) in blocks.iter_mut().zip(starts).zip(halves.as_chunks::<2>().0) {
+        *block = halves[0] + halves[1];
+        *start = -START_LEVEL * i32::from(*block);
     }
 }
 

@@ -8,7 +8,7 @@
 //! of the batch change no bit.
 
 use super::activation::Rows;
-use super::kernels;
+use super::kernels::{self, Operand};
 use super::matmul::Product;
 use super::{CpuBackend, product, rms_norm};
 use crate::backend::{Gated, Linear, Mixture, Norm};
@@ -64,7 +64,7 @@ impl CpuBackend {
         let normed = kernels::norm(*tier, pool, buffers, hidden, norm.map(rms_norm))?;
         profile.add(Part::Encoding, started);
         let input = normed.as_ref().unwrap_or(hidden);
-        let [logits] = self.project(Part::Routing, None, input, [&mixture.router])?;
+        let [logits] = self.project(Part::Routing, Operand::Rows(input), [&mixture.router])?;
         let started = Instant::now();
         let routes = Routes::new(mixture, &logits);
         let mut sorted = self.buffers.rows(routes.rows.len(), input.width);
@@ -72,31 +72,29 @@ impl CpuBackend {
             to.copy_from_slice(input.row(row));
         }
         self.profile.add(Part::Routing, started);
-        let [mut inner, up] =
-            self.experts(Part::GateUp, mixture, &routes, &sorted, |gated| [&gated.gate, &gated.up])?;
-        let started = Instant::now();
-        kernels::activate(self.tier, &mut self.pool, activation, &mut inner, &up)?;
-        self.profile.add(Part::Activation, started);
-        let [parts] = self.experts(Part::Down, mixture, &routes, &inner, |gated| [&gated.down])?;
+        let [gate, up] =
+            self.experts(Part::GateUp, mixture, &routes, Operand::Rows(&sorted), |gated| [&gated.gate, &gated.up])?;
+        let inner = Operand::Gated { activation, gate: &gate, up: &up };
+        let [parts] = self.experts(Part::Down, mixture, &routes, inner, |gated| [&gated.down])?;
         let started = Instant::now();
         let mut out = self.buffers.rows(hidden.count(), parts.width);
         kernels::combine(self.tier, &mut self.pool, &routes.choices, &parts, &mut out)?;
         self.profile.add(Part::Activation, started);
-        [logits, sorted, inner, up, parts].into_iter().chain(normed).for_each(|rows| self.buffers.keep(rows));
+        [logits, sorted, gate, up, parts].into_iter().chain(normed).for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
 
-    /// Returns the products of each expert's rows with the `linears` of that expert.
+    /// Returns the products of each expert's rows of `operand` with the `linears` of that expert.
     fn experts<'m, const N: usize>(
         &mut self,
         part: Part,
         mixture: &'m Mixture<Self>,
         routes: &Routes,
-        input: &Rows,
+        operand: Operand<'_>,
         linears: impl Fn(&'m Gated<Self>) -> [&'m Linear<Self>; N],
     ) -> Result<[Rows; N], EngineError> {
         let widths = mixture.experts.first().map_or([0; N], |gated| linears(gated).map(|linear| linear.weight.rows));
-        let mut outs = widths.map(|width| self.buffers.rows(input.count(), width));
+        let mut outs = widths.map(|width| self.buffers.rows(operand.rows().count(), width));
         {
             let mut products: Vec<Product<'_>> = Vec::with_capacity(N * routes.groups.len());
             let mut rest = outs.each_mut().map(|rows| rows.values.as_mut_slice());
@@ -107,7 +105,7 @@ impl CpuBackend {
                     products.push(product(linear, rows.clone(), own));
                 }
             }
-            self.multiply(part, None, input, &mut products)?;
+            self.multiply(part, operand, &mut products)?;
         }
         Ok(outs)
     }

@@ -71,40 +71,87 @@ impl Kernel for NormRows<'_> {
     }
 }
 
-/// Returns the codes of `input` after `norm`, if there is a norm.
+/// What a product multiplies: rows, or what is computed from rows as they are rounded.
+#[derive(Clone, Copy)]
+pub(super) enum Operand<'a> {
+    Rows(&'a Rows),
+    Normed(&'a Rows, RmsNorm<'a>),
+    /// activation(gate, up).
+    Gated {
+        activation: Activation,
+        gate: &'a Rows,
+        up: &'a Rows,
+    },
+}
+
+impl<'a> Operand<'a> {
+    /// norm(`rows`), or `rows` without a norm.
+    pub(super) fn new(rows: &'a Rows, norm: Option<RmsNorm<'a>>) -> Self {
+        norm.map_or(Self::Rows(rows), |norm| Self::Normed(rows, norm))
+    }
+
+    pub(super) fn rows(&self) -> &'a Rows {
+        match self {
+            Self::Rows(rows) | Self::Normed(rows, _) | Self::Gated { gate: rows, .. } => rows,
+        }
+    }
+}
+
+/// Returns the codes of `operand`.
 pub(super) fn encode(
     tier: Tier,
     pool: &mut ThreadPool,
     buffers: &mut BufferPool,
-    input: &Rows,
-    norm: Option<RmsNorm<'_>>,
+    operand: Operand<'_>,
     wanted: Wanted,
 ) -> Result<CodedRows, Panicked> {
-    let mut codes = buffers.coded(input.count(), input.width, wanted);
+    let (count, width) = (operand.rows().count(), operand.rows().width);
+    let mut codes = buffers.coded(count, width, wanted);
     let parts = codes.parts();
-    over_rows(tier, pool, input.count(), |rows| Encode { rows, input, norm, codes: &parts })?;
+    over_rows(tier, pool, count, |rows| Encode { rows, operand, codes: &parts })?;
     Ok(codes)
 }
 
 struct Encode<'a> {
     rows: Range<usize>,
-    input: &'a Rows,
-    norm: Option<RmsNorm<'a>>,
+    operand: Operand<'a>,
     codes: &'a CodedParts<'a>,
 }
 
 impl Kernel for Encode<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let mut normed = vec![0.0; if self.norm.is_some() { self.input.width } else { 0 }];
+        let mut scratch = match self.operand {
+            Operand::Rows(_) => Vec::new(),
+            Operand::Normed(rows, _) | Operand::Gated { gate: rows, .. } => vec![0.0; rows.width],
+        };
         for row in self.rows.clone() {
-            let mut values = self.input.row(row);
-            if let Some(norm) = self.norm {
-                norms::rms_norm(values, norm.weight, norm.epsilon, &mut normed);
-                values = &normed;
-            }
-            // SAFETY: a row belongs to one task.
-            unsafe { self.codes.encode(row, values) };
+            let values = match self.operand {
+                Operand::Rows(rows) => rows.row(row),
+                Operand::Normed(rows, norm) => {
+                    norms::rms_norm(rows.row(row), norm.weight, norm.epsilon, &mut scratch);
+                    &scratch
+                }
+                Operand::Gated { activation, gate, up } => {
+                    activate(activation, gate.row(row), up.row(row), &mut scratch);
+                    &scratch
+                }
+            };
+            // SAFETY: the caller is a kernel of `S`; a row belongs to one task.
+            unsafe { self.codes.encode::<S>(row, values) };
+        }
+    }
+}
+
+/// out = activation(gate, up).
+#[inline(always)]
+fn activate(activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    let inputs = gate.iter().zip(up);
+    match activation {
+        Activation::Silu => out.iter_mut().zip(inputs).for_each(|(out, (&gate, &up))| *out = silu(gate) * up),
+        Activation::GeluTanh => out.iter_mut().zip(inputs).for_each(|(out, (&gate, &up))| *out = gelu_tanh(gate) * up),
+        Activation::ClampedSwish { slope, limit } => {
+            out.iter_mut().zip(inputs).for_each(|(out, (&gate, &up))| *out = clamped_swish(gate, up, slope, limit));
         }
     }
 }
@@ -172,47 +219,6 @@ impl Kernel for WriteCache<'_> {
                 let position = span.first_position + offset;
                 let page = span.pages[position / TOKENS];
                 self.cache.write::<S>(page, position % TOKENS, self.keys.row(row), self.values.row(row));
-            }
-        }
-    }
-}
-
-/// gate = activation(gate, up).
-pub(super) fn activate(
-    tier: Tier,
-    pool: &mut ThreadPool,
-    activation: Activation,
-    gate: &mut Rows,
-    up: &Rows,
-) -> Result<(), Panicked> {
-    let (count, width) = (gate.count(), gate.width);
-    let gate = DisjointMut::new(&mut gate.values);
-    over_rows(tier, pool, count, |rows| Activate {
-        range: rows.start * width..rows.end * width,
-        activation,
-        gate: &gate,
-        up: &up.values,
-    })
-}
-
-struct Activate<'a> {
-    range: Range<usize>,
-    activation: Activation,
-    gate: &'a DisjointMut<'a, f32>,
-    up: &'a [f32],
-}
-
-impl Kernel for Activate<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self) {
-        let up = &self.up[self.range.clone()];
-        // SAFETY: rows are disjoint.
-        let gate = unsafe { self.gate.take(self.range) };
-        match self.activation {
-            Activation::Silu => gate.iter_mut().zip(up).for_each(|(g, u)| *g = silu(*g) * u),
-            Activation::GeluTanh => gate.iter_mut().zip(up).for_each(|(g, u)| *g = gelu_tanh(*g) * u),
-            Activation::ClampedSwish { slope, limit } => {
-                gate.iter_mut().zip(up).for_each(|(g, u)| *g = clamped_swish(*g, *u, slope, limit));
             }
         }
     }

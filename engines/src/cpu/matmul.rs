@@ -160,6 +160,39 @@ impl Panels<'_, '_> {
     }
 }
 
+/// A kernel that multiplies a tile of rows with a panel.
+trait RowTile {
+    /// Writes the outputs of `panel` for `ROWS` rows from `first` on.
+    fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize);
+}
+
+/// Rows whose outputs are written panel after panel: a panel writes one cache line of each, and lines of more rows than
+/// these would be gone from the caches, and their pages from the translation buffer, before the next panel.
+const CHUNK_ROWS: usize = 48;
+
+/// Calls `kernel` for all rows and panels: tiles of `MANY` rows, then of `FEW`, then of one.
+#[inline(always)]
+fn for_tiles<S: Simd, K: RowTile, const MANY: usize, const FEW: usize>(panels: &Panels<'_, '_>, kernel: &K) {
+    for start in panels.job.rows.clone().step_by(CHUNK_ROWS) {
+        let end = (start + CHUNK_ROWS).min(panels.job.rows.end);
+        for panel in panels.panels.clone() {
+            let mut row = start;
+            while row < end {
+                if end - row >= MANY {
+                    kernel.tile::<S, MANY>(panel, row);
+                    row += MANY;
+                } else if end - row >= FEW {
+                    kernel.tile::<S, FEW>(panel, row);
+                    row += FEW;
+                } else {
+                    kernel.tile::<S, 1>(panel, row);
+                    row += 1;
+                }
+            }
+        }
+    }
+}
+
 /// The exact sums of a superblock so far, for `ROWS` rows × sixteen outputs.
 struct Exact<S: Simd, const ROWS: usize> {
     upper: [S::Ints; ROWS],

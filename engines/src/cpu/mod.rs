@@ -38,7 +38,7 @@ use crate::model::{Attention, QueryKeyNorm, Rope};
 use crate::profile::{Part, Profile};
 use activation::Rows;
 use buffer_pool::BufferPool;
-use kernels::RmsNorm;
+use kernels::{Operand, RmsNorm};
 use matmul::Product;
 use pack::{PackError, Source};
 use rotary::Rotations;
@@ -106,37 +106,30 @@ impl CpuBackend {
         Ok(limits::measure(self.tier, &mut self.pool)?)
     }
 
-    /// Returns the products of norm(input) with each of `linears`.
+    /// Returns the products of `operand` with each of `linears`.
     fn project<const N: usize>(
         &mut self,
         part: Part,
-        norm: Option<&Norm<Self>>,
-        input: &Rows,
+        operand: Operand<'_>,
         linears: [&Linear<Self>; N],
     ) -> Result<[Rows; N], EngineError> {
-        let rows = input.count();
+        let rows = operand.rows().count();
         let mut outs = linears.map(|linear| self.buffers.rows(rows, linear.weight.rows));
         let mut products: Vec<Product<'_>> = Vec::with_capacity(N);
         for (linear, out) in linears.iter().zip(&mut outs) {
             products.push(product(linear, 0..rows, &mut out.values));
         }
-        self.multiply(part, norm, input, &mut products)?;
+        self.multiply(part, operand, &mut products)?;
         Ok(outs)
     }
 
-    /// Computes `products`, which share the operand norm(input).
-    fn multiply(
-        &mut self,
-        part: Part,
-        norm: Option<&Norm<Self>>,
-        input: &Rows,
-        products: &mut [Product<'_>],
-    ) -> Result<(), EngineError> {
+    /// Computes `products`, which share the operand.
+    fn multiply(&mut self, part: Part, operand: Operand<'_>, products: &mut [Product<'_>]) -> Result<(), EngineError> {
         let Self { tier, pool, buffers, profile } = self;
         let wanted = matmul::wanted(*tier, products);
         let started = Instant::now();
-        let codes = kernels::encode(*tier, pool, buffers, input, norm.map(rms_norm), wanted)?;
-        profile.add(Part::Encoding, started);
+        let codes = kernels::encode(*tier, pool, buffers, operand, wanted)?;
+        profile.add(if let Operand::Gated { .. } = operand { Part::Activation } else { Part::Encoding }, started);
         let started = Instant::now();
         matmul::run(*tier, pool, &codes, products)?;
         profile.add(part, started);
@@ -232,9 +225,9 @@ impl Backend for CpuBackend {
         hidden: &Rows,
     ) -> Result<Rows, EngineError> {
         let spec = &weights.spec;
+        let operand = Operand::new(hidden, weights.norm.as_ref().map(rms_norm));
         let projections = [&weights.query, &weights.key, &weights.value];
-        let [mut queries, mut keys, values] =
-            self.project(Part::QueryKeyValue, weights.norm.as_ref(), hidden, projections)?;
+        let [mut queries, mut keys, values] = self.project(Part::QueryKeyValue, operand, projections)?;
         let started = Instant::now();
         let per_head = spec.query_key_norm == Some(QueryKeyNorm::PerHead);
         let rotations = &batch.rotations[spec.rope];
@@ -253,7 +246,7 @@ impl Backend for CpuBackend {
         let heads = attention::Heads { spec, sinks, cache };
         attention::run(self.tier, &mut self.pool, &heads, &batch.batch, &queries, &mut mixed)?;
         self.profile.add(Part::Attention, started);
-        let [out] = self.project(Part::AttentionOutput, None, &mixed, [&weights.output])?;
+        let [out] = self.project(Part::AttentionOutput, Operand::Rows(&mixed), [&weights.output])?;
         [queries, keys, values, mixed].into_iter().for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
@@ -264,12 +257,11 @@ impl Backend for CpuBackend {
             FeedForwardKind::Dense(gated) => gated,
             FeedForwardKind::Mixture(mixture) => return self.mixture(weights.activation, norm, mixture, hidden),
         };
-        let [mut inner, up] = self.project(Part::GateUp, norm, hidden, [&gated.gate, &gated.up])?;
-        let started = Instant::now();
-        kernels::activate(self.tier, &mut self.pool, weights.activation, &mut inner, &up)?;
-        self.profile.add(Part::Activation, started);
-        let [out] = self.project(Part::Down, None, &inner, [&gated.down])?;
-        [inner, up].into_iter().for_each(|rows| self.buffers.keep(rows));
+        let operand = Operand::new(hidden, norm.map(rms_norm));
+        let [gate, up] = self.project(Part::GateUp, operand, [&gated.gate, &gated.up])?;
+        let inner = Operand::Gated { activation: weights.activation, gate: &gate, up: &up };
+        let [out] = self.project(Part::Down, inner, [&gated.down])?;
+        [gate, up].into_iter().for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
 
@@ -295,8 +287,7 @@ impl Backend for CpuBackend {
         let mut out = Rows::zeroed(rows.len(), head.rows);
         self.multiply(
             Part::Head,
-            Some(norm),
-            &chosen,
+            Operand::Normed(&chosen, rms_norm(norm)),
             &mut [Product { weights: head, bias: None, rows: 0..rows.len(), out: &mut out.values }],
         )?;
         Ok(out.values)

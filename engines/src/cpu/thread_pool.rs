@@ -1,8 +1,9 @@
 //! The threads of one CPU engine.
 //!
 //! A step consists of a few hundred short parallel sections, microseconds apart, so a helper that has finished a
-//! section spins briefly before it sleeps. Threads claim tasks one by one from a counter: on a shared machine, a
-//! descheduled helper delays one task, not a fixed share of all tasks.
+//! section spins briefly before it sleeps. Threads claim tasks one by one, and a section ends when its tasks are done,
+//! not when every helper has looked for one: on a shared machine, a helper that does not run delays nothing, and one
+//! that is descheduled in a task delays that task.
 
 use parking_lot::{Condvar, Mutex};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,6 +13,8 @@ use std::thread::JoinHandle;
 
 /// Checks of the counter before a helper sleeps: some tens of microseconds, or a few gaps between sections of a step.
 const SPINS_BEFORE_SLEEP: u32 = 20_000;
+/// Checks of the counter before the calling thread lets others run: more than a task takes.
+const SPINS_BEFORE_YIELD: u32 = 2_000;
 
 /// The calling thread and its helper threads. Dropping the pool stops the helpers.
 #[derive(Debug)]
@@ -25,13 +28,12 @@ type Work = dyn Fn(usize) + Sync;
 
 #[derive(Debug)]
 struct Shared {
-    /// The number of sections started; a change is the signal to start. Written under `asleep`, so that no sleeping
-    /// helper misses it.
-    section: AtomicU64,
+    /// The current section, and its next task. A claim names its section, so that a late helper takes no task of
+    /// another one. A new section is written under `asleep`, so that no sleeping helper misses it.
+    claims: AtomicU64,
     job: Mutex<Option<Job>>,
-    next_task: AtomicUsize,
-    /// Helpers that have not finished the current section.
-    busy: AtomicUsize,
+    /// Tasks of the section that are done.
+    done: AtomicUsize,
     panicked: AtomicBool,
     ending: AtomicBool,
     asleep: Mutex<()>,
@@ -40,8 +42,9 @@ struct Shared {
 
 #[derive(Clone, Copy)]
 struct Job {
+    section: u32,
     work: *const Work,
-    tasks: usize,
+    tasks: u32,
 }
 
 impl std::fmt::Debug for Job {
@@ -50,7 +53,7 @@ impl std::fmt::Debug for Job {
     }
 }
 
-// SAFETY: the pointee is `Sync`, and `ThreadPool::run` does not return before every helper has finished with it.
+// SAFETY: the pointee is `Sync`, and is used only by tasks of its section, for which `ThreadPool::run` waits.
 unsafe impl Send for Job {}
 
 /// A helper or the caller panicked inside a section.
@@ -65,10 +68,9 @@ impl ThreadPool {
     /// The operating system's error if a thread cannot be started.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
-            section: AtomicU64::new(0),
+            claims: AtomicU64::new(0),
             job: Mutex::new(None),
-            next_task: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             ending: AtomicBool::new(false),
             asleep: Mutex::new(()),
@@ -91,29 +93,26 @@ impl ThreadPool {
     /// Runs `work(0)` … `work(tasks − 1)`, each once, in any order, on any thread of the pool.
     ///
     /// # Errors
-    /// [`Panicked`] if a task panicked; the other tasks may or may not have run.
+    /// [`Panicked`] if a task panicked; the other tasks have run.
     pub(crate) fn run(&mut self, tasks: usize, work: &(dyn Fn(usize) + Sync)) -> Result<(), Panicked> {
         let shared = &*self.shared;
         if self.helpers.is_empty() || tasks <= 1 {
             return catch_unwind(AssertUnwindSafe(|| (0..tasks).for_each(work))).map_err(|_| Panicked);
         }
-        // SAFETY: the cast changes only the lifetime, and this function waits for all helpers before it returns.
+        // SAFETY: the cast changes only the lifetime, and this function waits for all tasks before it returns.
         let work = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static Work>(work) };
-        let job = Job { work, tasks };
+        let tasks = u32::try_from(tasks).unwrap_or_else(|_| unreachable!("a section has a few tasks per row"));
+        let section = section_of(shared.claims.load(Ordering::Relaxed)).wrapping_add(1);
+        let job = Job { section, work, tasks };
         *shared.job.lock() = Some(job);
-        shared.next_task.store(0, Ordering::Relaxed);
-        shared.busy.store(self.helpers.len(), Ordering::Relaxed);
-        {
-            let _guard = shared.asleep.lock();
-            shared.section.fetch_add(1, Ordering::Release);
-        }
-        shared.wake.notify_all();
+        shared.done.store(0, Ordering::Relaxed);
+        shared.begin(section);
         shared.take_tasks(job);
         let mut spins = 0_u32;
-        while shared.busy.load(Ordering::Acquire) > 0 {
+        while shared.done.load(Ordering::Acquire) < tasks as usize {
             std::hint::spin_loop();
             spins += 1;
-            if spins.is_multiple_of(SPINS_BEFORE_SLEEP) {
+            if spins.is_multiple_of(SPINS_BEFORE_YIELD) {
                 std::thread::yield_now();
             }
         }
@@ -124,45 +123,58 @@ impl ThreadPool {
     }
 }
 
+fn section_of(claims: u64) -> u32 {
+    (claims >> 32) as u32
+}
+
 impl Shared {
+    /// Starts a section: its tasks can be claimed from now on.
+    fn begin(&self, section: u32) {
+        {
+            let _guard = self.asleep.lock();
+            self.claims.store(u64::from(section) << 32, Ordering::Release);
+        }
+        self.wake.notify_all();
+    }
+
+    /// Claims a task of the job; `None` if all are claimed, or the job's section is over.
+    fn claim(&self, job: Job) -> Option<u32> {
+        let claimed = self.claims.fetch_update(Ordering::AcqRel, Ordering::Acquire, |claims| {
+            (section_of(claims) == job.section && (claims as u32) < job.tasks).then_some(claims + 1)
+        });
+        claimed.ok().map(|claims| claims as u32)
+    }
+
     fn take_tasks(&self, job: Job) {
-        // SAFETY: `ThreadPool::run` keeps the work alive until every thread is done.
-        let work = unsafe { &*job.work };
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let task = self.next_task.fetch_add(1, Ordering::Relaxed);
-                if task >= job.tasks {
-                    break;
-                }
-                work(task);
+        while let Some(task) = self.claim(job) {
+            // SAFETY: `ThreadPool::run` keeps the work alive until every claimed task of its section is done.
+            let work = unsafe { &*job.work };
+            if catch_unwind(AssertUnwindSafe(|| work(task as usize))).is_err() {
+                self.panicked.store(true, Ordering::Release);
             }
-        }));
-        if outcome.is_err() {
-            self.next_task.store(job.tasks, Ordering::Relaxed);
-            self.panicked.store(true, Ordering::Release);
+            self.done.fetch_add(1, Ordering::Release);
         }
     }
 
     /// Waits for a section after `seen`; returns `None` when the pool stops.
-    fn wait_for_section(&self, seen: u64) -> Option<u64> {
+    fn wait_for_section(&self, seen: u32) -> Option<u32> {
+        let next = || Some(section_of(self.claims.load(Ordering::Acquire))).filter(|&section| section != seen);
         for _ in 0..SPINS_BEFORE_SLEEP {
-            let section = self.section.load(Ordering::Acquire);
-            if section != seen {
+            if let Some(section) = next() {
                 return self.unless_ending(section);
             }
             std::hint::spin_loop();
         }
         let mut guard = self.asleep.lock();
         loop {
-            let section = self.section.load(Ordering::Acquire);
-            if section != seen {
+            if let Some(section) = next() {
                 return self.unless_ending(section);
             }
             self.wake.wait(&mut guard);
         }
     }
 
-    fn unless_ending(&self, section: u64) -> Option<u64> {
+    fn unless_ending(&self, section: u32) -> Option<u32> {
         (!self.ending.load(Ordering::Acquire)).then_some(section)
     }
 }
@@ -175,18 +187,13 @@ fn help(shared: &Shared) {
         if let Some(job) = job {
             shared.take_tasks(job);
         }
-        shared.busy.fetch_sub(1, Ordering::Release);
     }
 }
 
 impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::Release);
-        {
-            let _guard = self.shared.asleep.lock();
-            self.shared.section.fetch_add(1, Ordering::Release);
-        }
-        self.shared.wake.notify_all();
+        self.shared.begin(section_of(self.shared.claims.load(Ordering::Relaxed)).wrapping_add(1));
         for helper in self.helpers.drain(..) {
             // A panic in a helper has been caught and reported by its section.
             let _ = helper.join();

@@ -248,4 +248,12 @@ impl Simd for Avx2 {
             _mm256_storeu_si256(to.add(32).cast(), codes[1]);
         }
     }
+    #[inline(always)]
+    unsafe fn sum_fours(codes: [__m256i; 2]) -> [__m256i; 2] {
+        codes.map(|c| unsafe { _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), c), _mm256_set1_epi16(1)) })
+    }
+    #[inline(always)]
+    unsafe fn store_ints(to: *mut i32, ints: [__m256i; 2]) {
+        unsafe { Self::store_codes(to.cast(), ints) }
+    }
 }

@@ -235,6 +235,14 @@ impl Simd for Avx512 {
     unsafe fn store_codes(to: *mut u8, codes: __m512i) {
         unsafe { _mm512_storeu_si512(to.cast(), codes) }
     }
+    #[inline(always)]
+    unsafe fn sum_fours(codes: __m512i) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), codes) }
+    }
+    #[inline(always)]
+    unsafe fn store_ints(to: *mut i32, ints: __m512i) {
+        unsafe { _mm512_storeu_si512(to.cast(), ints) }
+    }
 }
 
 /// [`Simd::dot_rows`] of two rows. As `asm!`, whose blocks keep their order: a compiler would put all products of one

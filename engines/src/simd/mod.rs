@@ -29,12 +29,22 @@ const AHEAD_BYTES: usize = 4096;
 /// Asks for the `BYTES` that are [`AHEAD_BYTES`] behind `from`, which may be behind the end of the data.
 #[inline(always)]
 pub(crate) fn prefetch_ahead<const BYTES: usize>(from: *const u8) {
-    #[cfg(target_arch = "x86_64")]
     for line in (0..BYTES).step_by(64) {
+        prefetch(from.wrapping_add(AHEAD_BYTES + line));
+    }
+}
+
+/// Asks for the cache line at `from`, which may be any address.
+#[inline(always)]
+pub(crate) fn prefetch(from: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch reads nothing that the program can observe, at any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD_BYTES + line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) };
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = from;
 }
 
 /// Work that is compiled once per tier. `run` and every function that it calls must be `#[inline(always)]`.
@@ -137,6 +147,9 @@ pub(crate) trait Simd: Copy {
     /// A pair is 256 · upper + lower with signed bytes.
     unsafe fn planes(even: Self::Pairs, odd: Self::Pairs) -> (Self::Codes, Self::Codes);
     unsafe fn store_codes(to: *mut u8, codes: Self::Codes);
+    /// The sum of the four signed bytes of each lane.
+    unsafe fn sum_fours(codes: Self::Codes) -> Self::Ints;
+    unsafe fn store_ints(to: *mut i32, ints: Self::Ints);
 }
 
 /// The portable tier, in plain arrays: runs on any little-endian CPU.
@@ -337,5 +350,14 @@ impl Simd for Portable {
     unsafe fn store_codes(to: *mut u8, codes: Self::Codes) {
         // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { to.cast::<Self::Codes>().write_unaligned(codes) }
+    }
+    #[inline(always)]
+    unsafe fn sum_fours(codes: Self::Codes) -> Self::Ints {
+        std::array::from_fn(|lane| codes[lane * 4..][..4].iter().map(|&byte| i32::from(byte as i8)).sum())
+    }
+    #[inline(always)]
+    unsafe fn store_ints(to: *mut i32, ints: Self::Ints) {
+        // SAFETY: the caller guarantees that the pointer is valid.
+        unsafe { to.cast::<Self::Ints>().write_unaligned(ints) }
     }
 }

@@ -4,7 +4,7 @@
 
 use super::layout::{self, Layout, Planes};
 use super::wide::RoundedPanels;
-use super::{Exact, Panels, Sums};
+use super::{Exact, Panels, RowTile, Sums, for_tiles};
 use crate::arithmetic::superblocks;
 use crate::arithmetic::weights::{BLOCKS, Rule};
 use crate::cpu::activation::{BLOCK_SUMS, CodedRow, PLANE_SUMS, STEP_STARTS, STEP_SUMS};
@@ -12,7 +12,6 @@ use crate::cpu::packed::Coded;
 use crate::format::blocks::BLOCK;
 use crate::simd::{Kernel, LANES, Simd, Tier, prefetch_ahead};
 use std::marker::PhantomData;
-use std::ops::Range;
 
 /// Computes `panels` of weights of the layout `L`.
 pub(super) fn run<L: Layout>(tier: Tier, panels: Panels<'_, '_>, coded: &Coded) {
@@ -31,31 +30,19 @@ struct CodedPanels<'a, 'b, L> {
 impl<L: Layout> Kernel for CodedPanels<'_, '_, L> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        for panel in self.panels.panels.clone() {
-            self.panels.coded_rows::<S, L>(self.coded, panel);
-        }
+        // The sums of six rows take 24 of the 32 vector registers of AVX-512.
+        for_tiles::<S, Self, 6, 3>(&self.panels, &self);
     }
 }
 
-impl Panels<'_, '_> {
+impl<L: Layout> RowTile for CodedPanels<'_, '_, L> {
     #[inline(always)]
-    fn coded_rows<S: Simd, L: Layout>(&self, coded: &Coded, panel: usize) {
-        let Range { start: mut row, end } = self.job.rows.clone();
-        while row < end {
-            row += match end - row {
-                ROWS_MAX.. => self.coded_tile::<S, L, ROWS_MAX>(coded, panel, row),
-                3.. => self.coded_tile::<S, L, 3>(coded, panel, row),
-                _ => self.coded_tile::<S, L, 1>(coded, panel, row),
-            };
-        }
-    }
-
-    #[inline(always)]
-    fn coded_tile<S: Simd, L: Layout, const ROWS: usize>(&self, coded: &Coded, panel: usize, first: usize) -> usize {
-        let columns = self.job.weights.columns;
+    fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize) {
+        let Self { panels, coded, .. } = self;
+        let columns = panels.job.weights.columns;
         let (blocks, count) = (columns / BLOCK, superblocks(columns));
-        let inputs = self.inputs::<ROWS>(first);
-        let units = &self.job.weights.units[panel * count * LANES..][..count * LANES];
+        let inputs = panels.inputs::<ROWS>(first);
+        let units = &panels.job.weights.units[panel * count * LANES..][..count * LANES];
         let block_bytes = Coded::block_bytes(L::CODING);
         let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
         // SAFETY: the slices above, the scales and the rows have the blocks that the loops read, in vectors of sixteen
@@ -82,15 +69,11 @@ impl Panels<'_, '_> {
                 sums.add(index, S::load(units.as_ptr().add(index * LANES)), &inputs, exact.upper, exact.lower);
             }
             for (r, sum) in sums.finish(count).into_iter().enumerate() {
-                self.write::<S>(panel, first + r, sum);
+                panels.write::<S>(panel, first + r, sum);
             }
         }
-        ROWS
     }
 }
-
-/// Most rows of a tile. Its sums take 24 of the 32 vector registers of AVX-512.
-const ROWS_MAX: usize = 6;
 
 #[inline(always)]
 fn prefetch_block<L: Layout>(at: *const u8) {

@@ -3,14 +3,13 @@
 #![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
 
 use super::layout::{Integers, Layout, Planes};
-use super::{Exact, Panels, Sums};
+use super::{Exact, Panels, RowTile, Sums, for_tiles};
 use crate::arithmetic::superblocks;
 use crate::cpu::activation::{CodedRow, STEP, STEP_PAIRS, SUPERBLOCK_STEPS};
 use crate::cpu::packed::{Coded, GROUP_BYTES, Wide};
 use crate::format::blocks::BLOCK;
 use crate::simd::{Kernel, LANES, Simd, prefetch_ahead};
 use std::marker::PhantomData;
-use std::ops::Range;
 
 impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
     /// Adds the products of the columns 4 · `group` to 4 · `group` + 3; groups count from the row's first.
@@ -42,9 +41,7 @@ pub(super) struct WidePanels<'a, 'b> {
 impl Kernel for WidePanels<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        for panel in self.panels.panels.clone() {
-            self.panels.wide_panel::<S>(self.wide, panel);
-        }
+        for_tiles::<S, Self, 8, 4>(&self.panels, &self);
     }
 }
 
@@ -58,63 +55,40 @@ pub(super) struct RoundedPanels<'a, 'b, L> {
 impl<L: Layout> Kernel for RoundedPanels<'_, '_, L> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        for panel in self.panels.panels.clone() {
-            self.panels.rounded_rows::<S, L>(self.coded, panel);
-        }
+        for_tiles::<S, Self, 8, 4>(&self.panels, &self);
     }
 }
 
-impl Panels<'_, '_> {
+impl RowTile for WidePanels<'_, '_> {
     #[inline(always)]
-    fn wide_panel<S: Simd>(&self, wide: &Wide, panel: usize) {
-        let Range { start: mut row, end } = self.job.rows.clone();
-        while row < end {
-            row += match end - row {
-                8.. => self.wide_tile::<S, 8>(wide, panel, row),
-                4.. => self.wide_tile::<S, 4>(wide, panel, row),
-                _ => self.wide_tile::<S, 1>(wide, panel, row),
-            };
-        }
-    }
-
-    #[inline(always)]
-    fn wide_tile<S: Simd, const ROWS: usize>(&self, wide: &Wide, panel: usize, first: usize) -> usize {
-        let columns = self.job.weights.columns;
+    fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize) {
+        let Self { panels, wide } = self;
+        let columns = panels.job.weights.columns;
         let panel_bytes = Wide::panel_bytes(columns);
         let weights = wide.pairs.bytes()[panel * panel_bytes..][..panel_bytes].as_ptr().cast::<i16>();
         // SAFETY: the panel and the rows are whole steps.
         unsafe {
-            self.superblocks::<S, ROWS>(panel, first, |group, inputs, sums| {
+            panels.superblocks::<S, ROWS>(panel, first, |group, inputs, sums| {
                 let at = weights.add(group * GROUP_BYTES / 2);
                 prefetch_ahead::<GROUP_BYTES>(at.cast());
                 sums.add(inputs, group, (S::load_pairs(at), S::load_pairs(at.add(2 * LANES))));
             });
         }
-        ROWS
     }
+}
 
+impl<L: Layout> RowTile for RoundedPanels<'_, '_, L> {
     #[inline(always)]
-    fn rounded_rows<S: Simd, L: Layout>(&self, coded: &Coded, panel: usize) {
-        let Range { start: mut row, end } = self.job.rows.clone();
-        while row < end {
-            row += match end - row {
-                8.. => self.rounded_tile::<S, L, 8>(coded, panel, row),
-                4.. => self.rounded_tile::<S, L, 4>(coded, panel, row),
-                _ => self.rounded_tile::<S, L, 1>(coded, panel, row),
-            };
-        }
-    }
-
-    #[inline(always)]
-    fn rounded_tile<S: Simd, L: Layout, const ROWS: usize>(&self, coded: &Coded, panel: usize, first: usize) -> usize {
-        let blocks = self.job.weights.columns / BLOCK;
+    fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize) {
+        let Self { panels, coded, .. } = self;
+        let blocks = panels.job.weights.columns / BLOCK;
         let block_bytes = Coded::block_bytes(L::CODING);
         let codes = coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes].as_ptr();
         // SAFETY: the panel has whole blocks, and the rows have whole steps. Groups come in order.
         unsafe {
             let mut planes = Planes::<S>::of::<L>(codes);
             let mut integers = Integers::<S>::load::<L>(coded, (panel * blocks, 0), 0, 0);
-            self.superblocks::<S, ROWS>(panel, first, |group, inputs, sums| {
+            panels.superblocks::<S, ROWS>(panel, first, |group, inputs, sums| {
                 let (block, within) = (group / 8, group % 8);
                 if block == blocks {
                     return;
@@ -133,9 +107,10 @@ impl Panels<'_, '_> {
                 sums.add(inputs, group, integers.weights::<L>(planes.next::<L>(at, within)));
             });
         }
-        ROWS
     }
+}
 
+impl Panels<'_, '_> {
     /// Calls `add` for every group of four columns, in order, and writes the sums.
     ///
     /// # Safety
