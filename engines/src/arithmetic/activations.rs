@@ -40,7 +40,7 @@ pub fn encode(values: &[f32]) -> CodedRow {
     for superblock in values.chunks(SUPERBLOCK) {
         let largest = superblock.iter().fold(0.0_f32, |a, b| if b.abs() > a { b.abs() } else { a });
         let (unit, factor) = unit(largest);
-        row.codes.extend(superblock.iter().map(|&value| super::functions::round_to_word(value * factor)));
+        row.codes.extend(superblock.iter().map(|&value| super::functions::round(value * factor)));
         row.units.push(unit);
     }
     row

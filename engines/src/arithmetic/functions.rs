@@ -1,17 +1,13 @@
 //! Functions of one number. They have no branches, so that a compiler can vectorise them.
 
-/// Rounds to the nearest integer, ties to even, for |x| < 2²². (x + 1.5 · 2²³ has no bits for a fraction.)
-#[inline(always)]
-pub fn round(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0;
-    (x + SHIFT) - SHIFT
-}
+/// 1.5 · 2²³. For |x| < 2²², x + `ROUNDER` has no bits for a fraction, and the low bits of its mantissa are x in two's
+/// complement, rounded to the nearest integer, ties to even.
+const ROUNDER: f32 = 12_582_912.0;
 
-/// Rounds like [`round`], for |x| < 2¹⁵; 0 for a value that is not a number.
+/// Rounds to the nearest integer, ties to even, for |x| < 2¹⁵; 0 for a value that is not a number.
 #[inline(always)]
-pub fn round_to_word(x: f32) -> i16 {
-    // The low bits of the mantissa of x + 1.5 · 2²³ are the integer in two's complement.
-    if x.is_nan() { 0 } else { (x + 12_582_912.0).to_bits() as i16 }
+pub fn round(x: f32) -> i16 {
+    if x.is_nan() { 0 } else { (x + ROUNDER).to_bits() as i16 }
 }
 
 /// Returns eˣ to within two units in the last place; 0 below −87, and e⁸⁸ above 88.
@@ -20,14 +16,16 @@ pub fn round_to_word(x: f32) -> i16 {
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.0, 88.0);
-    let n = round(clamped * std::f32::consts::LOG2_E);
+    // A cast to an integer would not become vectors, since it checks its range.
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUNDER;
+    let n = shifted - ROUNDER;
     let r = n.mul_add(-0.693_359_4, clamped);
     let r = n.mul_add(2.121_944_4e-4, r);
     let mut p = 1.987_569_2e-4_f32;
     for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {
         p = p.mul_add(r, coefficient);
     }
-    let power = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
     let value = (p * r).mul_add(r, r + 1.0) * power;
     if x < -87.0 { 0.0 } else { value }
 }
@@ -109,11 +107,10 @@ mod tests {
 
     #[test]
     fn rounding_is_to_nearest() {
-        for (x, expected) in [(0.4, 0.0), (0.6, 1.0), (-126.7, -127.0), (2.5, 2.0), (3.5, 4.0)] {
+        for (x, expected) in [(0.4, 0), (0.6, 1), (-126.7, -127), (2.5, 2), (3.5, 4)] {
             assert_eq!(round(x), expected);
-            assert_eq!(f32::from(round_to_word(x)), expected);
         }
-        assert_eq!([32_639.4, -32_639.4, -0.3, f32::NAN].map(round_to_word), [32_639, -32_639, 0, 0]);
+        assert_eq!([32_639.4, -32_639.4, -0.3, f32::NAN].map(round), [32_639, -32_639, 0, 0]);
     }
 
     #[test]

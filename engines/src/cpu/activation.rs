@@ -5,7 +5,7 @@
 
 use super::disjoint::DisjointMut;
 use super::lines::Lines;
-use crate::arithmetic::functions::round_to_word;
+use crate::arithmetic::functions::round;
 use crate::arithmetic::{SUPERBLOCK, activations, superblocks};
 use crate::format::blocks::BLOCK;
 use crate::simd::{LANES, Simd};
@@ -249,7 +249,7 @@ impl CodedParts<'_> {
 #[inline(always)]
 fn encode_step(columns: &[f32; STEP], factor: f32, [upper, lower]: [&mut [u8]; 2]) {
     for ((&value, upper), lower) in columns.iter().zip(upper).zip(lower) {
-        let (high, low) = activations::bytes(round_to_word(value * factor));
+        let (high, low) = activations::bytes(round(value * factor));
         *upper = high as u8;
         *lower = low as u8;
     }
