@@ -23,7 +23,7 @@ use layout::{Of, with_layout};
 use wide::WidePanels;
 
 /// Tasks per thread: several, so that one delayed thread does not delay the step.
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 2;
 
 /// The fewest rows for which tiles are faster than vectors.
 const TILES_ROWS_MIN: usize = 8;
@@ -168,7 +168,7 @@ trait RowTile {
 
 /// Rows whose outputs are written panel after panel: a panel writes one cache line of each, and lines of more rows than
 /// these would be gone from the caches, and their pages from the translation buffer, before the next panel.
-const CHUNK_ROWS: usize = 48;
+const CHUNK_ROWS: usize = 24;
 
 /// Calls `kernel` for all rows and panels: tiles of `MANY` rows, then of `FEW`, then of one.
 #[inline(always)]

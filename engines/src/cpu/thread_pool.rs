@@ -3,24 +3,31 @@
 //! A step consists of a few hundred short parallel sections, microseconds apart, so a helper that has finished a
 //! section spins briefly before it sleeps. Threads claim tasks one by one, and a section ends when its tasks are done,
 //! not when every helper has looked for one: on a shared machine, a helper that does not run delays nothing, and one
-//! that is descheduled in a task delays that task.
+//! that is descheduled in a task delays that task. After such a delay, the calling thread works alone for a while:
+//! another process wants the core, and two threads would be slower than one.
 
 use parking_lot::{Condvar, Mutex};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Checks of the counter before a helper sleeps: some tens of microseconds, or a few gaps between sections of a step.
 const SPINS_BEFORE_SLEEP: u32 = 20_000;
-/// Checks of the counter before the calling thread lets others run: more than a task takes.
+/// Checks before the calling thread reads the clock, and lets others run: some tens of microseconds.
 const SPINS_BEFORE_YIELD: u32 = 2_000;
+/// The least delay of a section by a helper that does not run: less than a scheduler's time slice.
+const DELAY_MIN: Duration = Duration::from_micros(500);
+/// How long the calling thread works alone after a delay: several time slices.
+const ALONE: Duration = Duration::from_millis(30);
 
 /// The calling thread and its helper threads. Dropping the pool stops the helpers.
 #[derive(Debug)]
 pub(crate) struct ThreadPool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
+    alone_until: Option<Instant>,
 }
 
 /// The work of a section: called once for each task number.
@@ -76,7 +83,7 @@ impl ThreadPool {
             asleep: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let mut pool = Self { shared, helpers: Vec::new() };
+        let mut pool = Self { shared, helpers: Vec::new(), alone_until: None };
         for number in 1..threads {
             let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new().name(format!("cpu-engine-{number}"));
@@ -95,31 +102,32 @@ impl ThreadPool {
     /// # Errors
     /// [`Panicked`] if a task panicked; the other tasks have run.
     pub(crate) fn run(&mut self, tasks: usize, work: &(dyn Fn(usize) + Sync)) -> Result<(), Panicked> {
-        let shared = &*self.shared;
-        if self.helpers.is_empty() || tasks <= 1 {
+        if self.helpers.is_empty() || tasks <= 1 || self.is_alone() {
             return catch_unwind(AssertUnwindSafe(|| (0..tasks).for_each(work))).map_err(|_| Panicked);
         }
         // SAFETY: the cast changes only the lifetime, and this function waits for all tasks before it returns.
         let work = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static Work>(work) };
         let tasks = u32::try_from(tasks).unwrap_or_else(|_| unreachable!("a section has a few tasks per row"));
+        let shared = &*self.shared;
+        let started = Instant::now();
         let section = section_of(shared.claims.load(Ordering::Relaxed)).wrapping_add(1);
         let job = Job { section, work, tasks };
         *shared.job.lock() = Some(job);
         shared.done.store(0, Ordering::Relaxed);
         shared.begin(section);
         shared.take_tasks(job);
-        let mut spins = 0_u32;
-        while shared.done.load(Ordering::Acquire) < tasks as usize {
-            std::hint::spin_loop();
-            spins += 1;
-            if spins.is_multiple_of(SPINS_BEFORE_YIELD) {
-                std::thread::yield_now();
-            }
+        if shared.wait_for_tasks(tasks as usize, started) {
+            self.alone_until = Some(Instant::now() + ALONE);
         }
-        match shared.panicked.swap(false, Ordering::AcqRel) {
+        match self.shared.panicked.swap(false, Ordering::AcqRel) {
             true => Err(Panicked),
             false => Ok(()),
         }
+    }
+
+    fn is_alone(&mut self) -> bool {
+        self.alone_until = self.alone_until.filter(|&until| Instant::now() < until);
+        self.alone_until.is_some()
     }
 }
 
@@ -154,6 +162,22 @@ impl Shared {
             }
             self.done.fetch_add(1, Ordering::Release);
         }
+    }
+
+    /// Waits until `tasks` tasks are done. Returns whether a helper delayed the section, which `started`: it took
+    /// longer than the caller's own tasks, and than tasks of unequal length explain.
+    fn wait_for_tasks(&self, tasks: usize, started: Instant) -> bool {
+        let mut own = None;
+        let mut spins = 0_u32;
+        while self.done.load(Ordering::Acquire) < tasks {
+            std::hint::spin_loop();
+            spins += 1;
+            if spins.is_multiple_of(SPINS_BEFORE_YIELD) {
+                own.get_or_insert_with(|| started.elapsed());
+                std::thread::yield_now();
+            }
+        }
+        own.is_some_and(|own| started.elapsed() > own * 2 + DELAY_MIN)
     }
 
     /// Waits for a section after `seen`; returns `None` when the pool stops.
