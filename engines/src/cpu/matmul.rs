@@ -160,8 +160,15 @@ impl Panels<'_, '_> {
     }
 }
 
-/// A kernel that multiplies a tile of rows with a panel.
+/// A kernel that multiplies tiles of rows with panels.
 trait RowTile {
+    /// The panels to multiply with.
+    fn panels(&self) -> &Panels<'_, '_>;
+
+    /// Prepares for the tiles of `panel`.
+    #[inline(always)]
+    fn begin<S: Simd>(&mut self, _panel: usize) {}
+
     /// Writes the outputs of `panel` for `ROWS` rows from `first` on.
     fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize);
 }
@@ -172,10 +179,13 @@ const CHUNK_ROWS: usize = 24;
 
 /// Calls `kernel` for all rows and panels: tiles of `MANY` rows, then of `FEW`, then of one.
 #[inline(always)]
-fn for_tiles<S: Simd, K: RowTile, const MANY: usize, const FEW: usize>(panels: &Panels<'_, '_>, kernel: &K) {
-    for start in panels.job.rows.clone().step_by(CHUNK_ROWS) {
-        let end = (start + CHUNK_ROWS).min(panels.job.rows.end);
-        for panel in panels.panels.clone() {
+fn for_tiles<S: Simd, K: RowTile, const MANY: usize, const FEW: usize>(kernel: &mut K) {
+    let Panels { job, panels, .. } = kernel.panels();
+    let (rows, panels) = (job.rows.clone(), panels.clone());
+    for start in rows.clone().step_by(CHUNK_ROWS) {
+        let end = (start + CHUNK_ROWS).min(rows.end);
+        for panel in panels.clone() {
+            kernel.begin::<S>(panel);
             let mut row = start;
             while row < end {
                 if end - row >= MANY {
@@ -193,11 +203,8 @@ fn for_tiles<S: Simd, K: RowTile, const MANY: usize, const FEW: usize>(panels: &
     }
 }
 
-/// The exact sums of a superblock so far, for `ROWS` rows × sixteen outputs.
-struct Exact<S: Simd, const ROWS: usize> {
-    upper: [S::Ints; ROWS],
-    lower: [S::Ints; ROWS],
-}
+/// The exact sums of a superblock so far, for `ROWS` rows × sixteen outputs: of upper bytes, and of lower bytes.
+struct Exact<S: Simd, const ROWS: usize>([[S::Ints; 2]; ROWS]);
 
 impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
     /// # Safety
@@ -205,8 +212,7 @@ impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
     #[inline(always)]
     unsafe fn zero() -> Self {
         // SAFETY: the caller is a kernel of `S`.
-        let zero = unsafe { S::ints_zero() };
-        Self { upper: [zero; ROWS], lower: [zero; ROWS] }
+        Self([[unsafe { S::ints_zero() }; 2]; ROWS])
     }
 }
 
@@ -229,21 +235,15 @@ impl<S: Simd, const ROWS: usize> Sums<S, ROWS> {
 
     /// Adds the sums of superblock `index`; `units` are those of its sixteen weight rows.
     #[inline(always)]
-    unsafe fn add(
-        &mut self,
-        index: usize,
-        units: S::Floats,
-        inputs: &[CodedRow; ROWS],
-        upper: [S::Ints; ROWS],
-        lower: [S::Ints; ROWS],
-    ) {
+    unsafe fn add(&mut self, index: usize, units: S::Floats, inputs: &[CodedRow; ROWS], exact: Exact<S, ROWS>) {
         // SAFETY: the caller is a kernel of `S`; every row has a unit for this superblock.
         unsafe {
             if index > 0 && index.is_multiple_of(CHAIN) {
                 self.close(index);
             }
             for r in 0..ROWS {
-                let joined = S::fma(S::floats(upper[r]), S::splat(256.0), S::floats(lower[r]));
+                let [upper, lower] = exact.0[r];
+                let joined = S::fma(S::floats(upper), S::splat(256.0), S::floats(lower));
                 let unit = S::mul(units, S::splat(*inputs[r].units.add(index)));
                 self.chain[r] = S::fma(joined, unit, self.chain[r]);
             }

@@ -184,6 +184,10 @@ impl Simd for Avx2 {
         unsafe { Self::codes(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn store_pairs(to: *mut i16, pairs: [__m256i; 2]) {
+        unsafe { Self::store_codes(to.cast(), pairs) }
+    }
+    #[inline(always)]
     unsafe fn pair(low: [__m256i; 2], high: [__m256i; 2]) -> [__m256i; 2] {
         both(low, high, |low, high| unsafe { _mm256_or_si256(low, _mm256_slli_epi32::<16>(high)) })
     }

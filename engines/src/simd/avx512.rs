@@ -179,6 +179,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn store_pairs(to: *mut i16, pairs: __m512i) {
+        unsafe { _mm512_storeu_si512(to.cast(), pairs) }
+    }
+    #[inline(always)]
     unsafe fn pair(low: __m512i, high: __m512i) -> __m512i {
         unsafe { _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)) }
     }

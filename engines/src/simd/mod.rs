@@ -114,6 +114,26 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
     /// Per lane: sum + pairs[2] · pair[2], with the two 16-bit halves of `pair`.
     unsafe fn dot_pairs(sum: Self::Ints, pairs: Self::Pairs, pair: i32) -> Self::Ints;
+    /// Adds [`Self::dot_pairs`] of a group of four columns to the sums of every row: `weights` are columns 0 and 2, and
+    /// 1 and 3. A row has its four upper bytes in this order, as 16-bit integers; the lower ones are `PLANE` behind.
+    #[inline(always)]
+    unsafe fn dot_pairs_rows<const ROWS: usize, const PLANE: usize>(
+        sums: &mut [[Self::Ints; 2]; ROWS],
+        weights: [Self::Pairs; 2],
+        rows: &[*const i16; ROWS],
+    ) {
+        for (i, weights) in weights.into_iter().enumerate() {
+            for (sums, row) in sums.iter_mut().zip(rows) {
+                for (plane, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: the caller guarantees that every row has these integers.
+                    unsafe {
+                        let pair = row.add(plane * PLANE + i * 2).cast::<i32>().read_unaligned();
+                        *sum = Self::dot_pairs(*sum, weights, pair);
+                    }
+                }
+            }
+        }
+    }
     unsafe fn load_ints(from: *const i32) -> Self::Ints;
     unsafe fn load_bytes(from: *const i8) -> Self::Ints;
     unsafe fn load_words(from: *const i16) -> Self::Ints;
@@ -129,6 +149,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn floats(ints: Self::Ints) -> Self::Floats;
 
     unsafe fn load_pairs(from: *const i16) -> Self::Pairs;
+    unsafe fn store_pairs(to: *mut i16, pairs: Self::Pairs);
     /// The low 16 bits of each lane of `low`, whose other bits are 0, and of `high`.
     unsafe fn pair(low: Self::Ints, high: Self::Ints) -> Self::Pairs;
     /// The low 16 bits of each lane, twice.
@@ -307,6 +328,11 @@ impl Simd for Portable {
     unsafe fn load_pairs(from: *const i16) -> Self::Pairs {
         // SAFETY: the caller guarantees that the pointer is valid.
         unsafe { read(from) }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(to: *mut i16, pairs: Self::Pairs) {
+        // SAFETY: the caller guarantees that the pointer is valid.
+        unsafe { to.cast::<Self::Pairs>().write_unaligned(pairs) }
     }
     #[inline(always)]
     unsafe fn pair(low: Self::Ints, high: Self::Ints) -> Self::Pairs {

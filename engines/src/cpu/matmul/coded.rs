@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
 
 use super::layout::{self, Layout, Planes};
-use super::wide::RoundedPanels;
+use super::wide::run_rounded;
 use super::{Exact, Panels, RowTile, Sums, for_tiles};
 use crate::arithmetic::superblocks;
 use crate::arithmetic::weights::{BLOCKS, Rule};
@@ -17,7 +17,7 @@ use std::marker::PhantomData;
 pub(super) fn run<L: Layout>(tier: Tier, panels: Panels<'_, '_>, coded: &Coded) {
     match L::RULE {
         Rule::Product { .. } => tier.run(CodedPanels::<L> { panels, coded, layout: PhantomData }),
-        Rule::Rounded => tier.run(RoundedPanels::<L> { panels, coded, layout: PhantomData }),
+        Rule::Rounded => run_rounded::<L>(tier, panels, coded),
     }
 }
 
@@ -29,13 +29,17 @@ struct CodedPanels<'a, 'b, L> {
 
 impl<L: Layout> Kernel for CodedPanels<'_, '_, L> {
     #[inline(always)]
-    fn run<S: Simd>(self) {
+    fn run<S: Simd>(mut self) {
         // The sums of six rows take 24 of the 32 vector registers of AVX-512.
-        for_tiles::<S, Self, 6, 3>(&self.panels, &self);
+        for_tiles::<S, Self, 6, 3>(&mut self);
     }
 }
 
 impl<L: Layout> RowTile for CodedPanels<'_, '_, L> {
+    fn panels(&self) -> &Panels<'_, '_> {
+        &self.panels
+    }
+
     #[inline(always)]
     fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize) {
         let Self { panels, coded, .. } = self;
@@ -66,7 +70,7 @@ impl<L: Layout> RowTile for CodedPanels<'_, '_, L> {
                 if L::CODING.has_mins || L::ZERO != 0 {
                     add_bases::<S, L, ROWS>(coded, panel, columns, index, &inputs, &mut exact);
                 }
-                sums.add(index, S::load(units.as_ptr().add(index * LANES)), &inputs, exact.upper, exact.lower);
+                sums.add(index, S::load(units.as_ptr().add(index * LANES)), &inputs, exact);
             }
             for (r, sum) in sums.finish(count).into_iter().enumerate() {
                 panels.write::<S>(panel, first + r, sum);
@@ -96,14 +100,12 @@ impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
         // SAFETY: the caller is a kernel of `S`.
         unsafe {
             let scale = if L::NARROW { S::low_words(scale) } else { scale };
-            for r in 0..ROWS {
-                let [upper, lower] = dots[r];
-                if L::NARROW {
-                    self.upper[r] = S::mul_add_words(upper, scale, self.upper[r]);
-                    self.lower[r] = S::mul_add_words(lower, scale, self.lower[r]);
-                } else {
-                    self.upper[r] = S::mul_add_ints(upper, scale, self.upper[r]);
-                    self.lower[r] = S::mul_add_ints(lower, scale, self.lower[r]);
+            for (sums, dots) in self.0.iter_mut().zip(dots) {
+                for (sum, &dot) in sums.iter_mut().zip(dots) {
+                    *sum = match L::NARROW {
+                        true => S::mul_add_words(dot, scale, *sum),
+                        false => S::mul_add_ints(dot, scale, *sum),
+                    };
                 }
             }
         }
@@ -113,9 +115,8 @@ impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
     unsafe fn shift_left(&mut self, bits: u32) {
         // SAFETY: the caller is a kernel of `S`.
         unsafe {
-            for r in 0..ROWS {
-                self.upper[r] = S::shift_left(self.upper[r], bits);
-                self.lower[r] = S::shift_left(self.lower[r], bits);
+            for sum in self.0.as_flattened_mut() {
+                *sum = S::shift_left(*sum, bits);
             }
         }
     }
@@ -191,10 +192,11 @@ unsafe fn add_bases<S: Simd, L: Layout, const ROWS: usize>(
         // SAFETY: the caller upholds the contract of this function.
         unsafe {
             let bases = bases::<S, L>(coded, panel, numbers, pair);
-            for r in 0..ROWS {
-                let sums = |plane: usize| inputs[r].sums.add(at + plane * PLANE_SUMS).cast::<i32>().read_unaligned();
-                exact.upper[r] = S::dot_pairs(exact.upper[r], bases, sums(0));
-                exact.lower[r] = S::dot_pairs(exact.lower[r], bases, sums(1));
+            for (exact, input) in exact.0.iter_mut().zip(inputs) {
+                for (plane, exact) in exact.iter_mut().enumerate() {
+                    let sums = input.sums.add(at + plane * PLANE_SUMS).cast::<i32>().read_unaligned();
+                    *exact = S::dot_pairs(*exact, bases, sums);
+                }
             }
         }
     }

@@ -4,7 +4,7 @@ use crate::arithmetic::weights::Rule;
 use crate::cpu::activation::START_LEVEL;
 use crate::cpu::packed::Coded;
 use crate::format::ElementType;
-use crate::format::blocks::{Coding, Levels};
+use crate::format::blocks::{BLOCK, Coding, Levels};
 use crate::simd::{LANES, Simd};
 
 /// The coding and the rule of a quantised type.
@@ -184,16 +184,16 @@ impl<S: Simd> Integers<S> {
         }
     }
 
-    /// The weights of a group of four columns, as (0, 2) and (1, 3).
+    /// The weights of a group of four columns: columns 0 and 2, and 1 and 3.
     ///
     /// # Safety
     /// Call only inside a kernel of `S`.
     #[inline(always)]
-    pub(super) unsafe fn weights<L: Layout>(&self, codes: S::Codes) -> (S::Pairs, S::Pairs) {
+    pub(super) unsafe fn weights<L: Layout>(&self, codes: S::Codes) -> [S::Pairs; 2] {
         // SAFETY: the caller upholds the contract of this method.
         unsafe {
             let (even, odd) = S::even_odd(codes);
-            (self.weight::<L>(even), self.weight::<L>(odd))
+            [self.weight::<L>(even), self.weight::<L>(odd)]
         }
     }
 
@@ -207,6 +207,47 @@ impl<S: Simd> Integers<S> {
                 Rule::Rounded => S::mul_rounded(levels, self.scale),
                 Rule::Product { .. } if L::CODING.has_mins => S::add_pairs(S::mul_pairs(levels, self.scale), self.base),
                 Rule::Product { .. } => S::mul_pairs(levels, self.scale),
+            }
+        }
+    }
+}
+
+/// What is done with each group of weights. A trait, not a closure: a compiler inlines no closure that two kernels call,
+/// and then every vector operation in it is a call.
+pub(super) trait EachGroup<S: Simd> {
+    /// Takes the weights of a group of four columns; groups count from the panel's first.
+    ///
+    /// # Safety
+    /// Call only inside a kernel of `S`, with a group for which there is room.
+    unsafe fn take(&mut self, group: usize, weights: [S::Pairs; 2]);
+}
+
+/// Gives `each` the weights of every group of four columns of `panel`, in order.
+///
+/// # Safety
+/// Call only inside a kernel of `S`, with a panel of the matrix, which has `columns`; `each` has room for its groups.
+#[inline(always)]
+pub(super) unsafe fn for_groups<S: Simd, L: Layout, E: EachGroup<S>>(
+    coded: &Coded,
+    columns: usize,
+    panel: usize,
+    each: &mut E,
+) {
+    let blocks = columns / BLOCK;
+    let block_bytes = Coded::block_bytes(L::CODING);
+    let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
+    let first = (panel * blocks, panel * Coded::base_pairs(L::CODING, columns));
+    for block in 0..blocks {
+        // SAFETY: the caller upholds the contract of this function; the panel has whole blocks.
+        unsafe {
+            let at = codes.as_ptr().add(block * block_bytes);
+            let mut planes = Planes::<S>::of::<L>(at);
+            let mut integers = Integers::<S>::load::<L>(coded, first, block, 0);
+            for group in 0..8 {
+                if L::CODING.split && group == 4 {
+                    integers = Integers::<S>::load::<L>(coded, first, block, 1);
+                }
+                each.take(block * 8 + group, integers.weights::<L>(planes.next::<L>(at, group)));
             }
         }
     }

@@ -7,13 +7,12 @@
 #![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
 
 use super::Panels;
-use super::layout::{Integers, Layout, Of, Planes, with_layout};
+use super::layout::{EachGroup, Layout, Of, for_groups, with_layout};
 use crate::arithmetic::products::CHAIN;
 use crate::arithmetic::superblocks;
 use crate::cpu::activation::{STEP, SUPERBLOCK_STEPS, TILE_STEP_BYTES};
 use crate::cpu::lines::Lines;
 use crate::cpu::packed::{Coded, Form, GROUP_BYTES, Wide};
-use crate::format::blocks::BLOCK;
 use crate::simd::amx::{TILE_BYTES, TILE_ROWS, TileSums, Tiles};
 use crate::simd::{Kernel, LANES, Simd, Tier};
 use std::cell::RefCell;
@@ -21,6 +20,8 @@ use std::marker::PhantomData;
 
 /// Bytes of a step of unpacked weights: a tile of upper and a tile of lower bytes.
 const STEP_PLANES: usize = 2 * TILE_BYTES;
+/// Groups of four columns in a step.
+const GROUPS: usize = STEP / 4;
 
 thread_local! {
     /// The unpacked panel of this thread.
@@ -62,31 +63,29 @@ impl<L: Layout> Kernel for UnpackCoded<'_, L> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let Self { columns, coded, panel, planes, .. } = self;
-        let blocks = columns / BLOCK;
-        let block_bytes = Coded::block_bytes(L::CODING);
-        let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
-        let first = (panel * blocks, panel * Coded::base_pairs(L::CODING, columns));
-        if !blocks.is_multiple_of(2) {
+        if !columns.is_multiple_of(STEP) {
             let last = planes.len() - STEP_PLANES;
             planes[last..].fill(0);
         }
-        for block in 0..blocks {
-            let step = &mut planes[block / 2 * STEP_PLANES..][..STEP_PLANES];
-            let offset = block % 2 * TILE_BYTES / 2;
-            // SAFETY: the panel has whole blocks, and a step has sixteen groups in each plane.
-            unsafe {
-                let at = codes.as_ptr().add(block * block_bytes);
-                let mut planes = Planes::<S>::of::<L>(at);
-                let mut integers = Integers::<S>::load::<L>(coded, first, block, 0);
-                for group in 0..8 {
-                    if L::CODING.split && group == 4 {
-                        integers = Integers::<S>::load::<L>(coded, first, block, 1);
-                    }
-                    let (even, odd) = integers.weights::<L>(planes.next::<L>(at, group));
-                    store::<S>(step.as_mut_ptr().add(offset + group * 4 * LANES), even, odd);
-                }
-            }
+        assert!(planes.len() >= columns.div_ceil(STEP) * STEP_PLANES, "a panel has whole steps");
+        let target = planes.as_mut_ptr();
+        // SAFETY: the panel is inside the matrix, and `planes` has room for its groups.
+        unsafe {
+            for_groups::<S, L, _>(coded, columns, panel, &mut StorePlanes { target });
         }
+    }
+}
+
+/// Stores groups as planes.
+struct StorePlanes {
+    target: *mut u8,
+}
+
+impl<S: Simd> EachGroup<S> for StorePlanes {
+    #[inline(always)]
+    unsafe fn take(&mut self, group: usize, weights: [S::Pairs; 2]) {
+        // SAFETY: the caller upholds the contract of this method.
+        unsafe { store::<S>(self.target.add(group / GROUPS * STEP_PLANES + group % GROUPS * 4 * LANES), weights) };
     }
 }
 
@@ -103,14 +102,13 @@ impl Kernel for UnpackWide<'_> {
     fn run<S: Simd>(self) {
         let panel_bytes = Wide::panel_bytes(self.columns);
         let pairs = &self.wide.pairs.bytes()[self.panel * panel_bytes..][..panel_bytes];
-        let groups = STEP / 4;
         for (step, planes) in self.planes.as_chunks_mut::<STEP_PLANES>().0.iter_mut().enumerate() {
-            for group in 0..groups {
+            for group in 0..GROUPS {
                 // SAFETY: the panel has whole steps, and a step has sixteen groups in each plane.
                 unsafe {
-                    let at = pairs.as_ptr().add((step * groups + group) * GROUP_BYTES).cast::<i16>();
-                    let (even, odd) = (S::load_pairs(at), S::load_pairs(at.add(2 * LANES)));
-                    store::<S>(planes.as_mut_ptr().add(group * 4 * LANES), even, odd);
+                    let at = pairs.as_ptr().add((step * GROUPS + group) * GROUP_BYTES).cast::<i16>();
+                    let weights = [S::load_pairs(at), S::load_pairs(at.add(2 * LANES))];
+                    store::<S>(planes.as_mut_ptr().add(group * 4 * LANES), weights);
                 }
             }
         }
@@ -122,7 +120,7 @@ impl Kernel for UnpackWide<'_> {
 /// # Safety
 /// Call only inside a kernel of `S`, with a group of the upper plane at `to`.
 #[inline(always)]
-unsafe fn store<S: Simd>(to: *mut u8, even: S::Pairs, odd: S::Pairs) {
+unsafe fn store<S: Simd>(to: *mut u8, [even, odd]: [S::Pairs; 2]) {
     // SAFETY: the caller upholds the contract of this function.
     unsafe {
         let (upper, lower) = S::planes(even, odd);
