@@ -135,6 +135,21 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(pair)) }
     }
     #[inline(always)]
+    unsafe fn dot_pairs_rows<const ROWS: usize, const PLANE: usize>(
+        sums: &mut [[__m512i; 2]; ROWS],
+        [even, odd]: [__m512i; 2],
+        rows: &[*const i16; ROWS],
+    ) {
+        unsafe {
+            for r in 0..ROWS {
+                dot_pairs_of_row::<0, PLANE>(&mut sums[r], even, rows[r]);
+            }
+            for r in 0..ROWS {
+                dot_pairs_of_row::<4, PLANE>(&mut sums[r], odd, rows[r]);
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn load_ints(from: *const i32) -> __m512i {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
@@ -274,6 +289,31 @@ unsafe fn dot_two_rows<const AT: usize>(
             a = in(reg) rows[0],
             b = in(reg) rows[1],
             plane = in(reg) plane,
+            at = const AT,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+}
+
+/// Half of [`Simd::dot_pairs_rows`] for one row: the pairs of both planes that are `AT` bytes behind `row`. As `asm!` for
+/// the same reason as [`dot_two_rows`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn dot_pairs_of_row<const AT: usize, const PLANE: usize>(
+    sums: &mut [__m512i; 2],
+    weights: __m512i,
+    row: *const i16,
+) {
+    // SAFETY: the caller guarantees that the row has the pairs in both planes.
+    unsafe {
+        asm!(
+            "vpdpwssd {upper}, {weights}, dword ptr [{row} + {at}]{{1to16}}",
+            "vpdpwssd {lower}, {weights}, dword ptr [{row} + 2 * {plane} + {at}]{{1to16}}",
+            upper = inout(zmm_reg) sums[0],
+            lower = inout(zmm_reg) sums[1],
+            weights = in(zmm_reg) weights,
+            row = in(reg) row,
+            plane = const PLANE,
             at = const AT,
             options(readonly, nostack, preserves_flags),
         );
