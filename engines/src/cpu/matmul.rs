@@ -241,11 +241,10 @@ impl<S: Simd, const ROWS: usize> Sums<S, ROWS> {
             if index > 0 && index.is_multiple_of(CHAIN) {
                 self.close(index);
             }
-            for r in 0..ROWS {
-                let [upper, lower] = exact.0[r];
+            for ((chain, [upper, lower]), input) in self.chain.iter_mut().zip(exact.0).zip(inputs) {
                 let joined = S::fma(S::floats(upper), S::splat(256.0), S::floats(lower));
-                let unit = S::mul(units, S::splat(*inputs[r].units.add(index)));
-                self.chain[r] = S::fma(joined, unit, self.chain[r]);
+                let unit = S::mul(units, S::splat(*input.units.add(index)));
+                *chain = S::fma(joined, unit, *chain);
             }
         }
     }

@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::arithmetic::attention::attend;
-use crate::cpu::cache::KvCache;
+use crate::cpu::cache::{KvCache, TOKENS};
 use crate::cpu::kernels;
+use crate::engine::KvElement;
 use half::f16;
 use proptest::prelude::*;
 

@@ -4,7 +4,7 @@ use super::*;
 use crate::arithmetic::{activations, products, weights};
 use crate::cpu::activation::Rows;
 use crate::cpu::buffer_pool::BufferPool;
-use crate::cpu::kernels;
+use crate::cpu::kernels::{self, Operand};
 use crate::cpu::pack::Source;
 use crate::cpu::test_weights;
 use crate::format::blocks::dequantise_row;
@@ -18,7 +18,8 @@ fn product(tier: Tier, threads: usize, weights: &Packed, input: &Rows, first: us
     let mut pool = ThreadPool::new(threads).expect("threads");
     let mut products = [Product { weights, bias: None, rows, out: &mut out.values }];
     let wanted = wanted(tier, &products);
-    let codes = kernels::encode(tier, &mut pool, &mut BufferPool::default(), input, None, wanted).expect("no panic");
+    let codes =
+        kernels::encode(tier, &mut pool, &mut BufferPool::default(), Operand::Rows(input), wanted).expect("no panic");
     run(tier, &mut pool, &codes, &mut products).expect("no panic");
     out
 }
