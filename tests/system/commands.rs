@@ -45,6 +45,27 @@ fn bench_measures() {
     }
 }
 
+/// R8.1–R8.5: `bench --profile` reports every part of prefill and decode, beside the machine's limits.
+#[test]
+fn a_profile_accounts_for_the_time() {
+    models();
+    let report = json(&["bench", SMOLLM2, "--profile", "--prompt-tokens", "40", "--generate-tokens", "8", "--json"]);
+    for limit in ["read_bytes_per_s", "byte_operations_per_s"] {
+        assert!(report[limit].as_f64().is_some_and(|limit| limit > 0.0), "{limit}: {report}");
+    }
+    for (phase, steps) in [("prefill", 1), ("decode", 8)] {
+        let parts = report[phase].as_array().expect("parts");
+        let shares: f64 = parts.iter().filter_map(|part| part["share"].as_f64()).sum();
+        assert!((shares - 1.0).abs() < 1e-6, "{phase}: {report}");
+        // SmolLM2 has 30 layers.
+        let part = |name: &str| parts.iter().find(|part| part["part"] == name).expect("the part");
+        assert_eq!(part("gate, up")["calls"], 30 * steps, "{phase}: {report}");
+        assert_eq!(part("attention")["calls"], 30 * steps);
+        assert!(part("down")["operations_per_s"].as_f64().is_some_and(|rate| rate > 0.0));
+        assert!(part("head")["bytes_per_s"].as_f64().is_some_and(|rate| rate > 0.0));
+    }
+}
+
 /// The models folder is the cache: a second pull downloads nothing, and needs no network.
 #[test]
 fn a_second_pull_downloads_nothing() {
