@@ -10,7 +10,7 @@ use super::packed::{Form, Packed};
 use super::thread_pool::{Panicked, ThreadPool};
 use crate::arithmetic::products::CHAIN;
 use crate::simd::Tier;
-use crate::simd::{LANES, Simd};
+use crate::simd::{LANES, Simd, prefetch};
 use std::ops::Range;
 
 mod coded;
@@ -138,6 +138,16 @@ impl Panels<'_, '_> {
         self.write_values(panel, row, &mut values);
     }
 
+    /// Asks for the lines of the outputs of `panel` for `row`: outputs of successive rows are in different pages, and a
+    /// write would wait for both page and line.
+    #[inline(always)]
+    fn prefetch_outputs(&self, panel: usize, row: usize) {
+        let Job { weights, rows, out, .. } = self.job;
+        let target = out.wrapping_add((row - rows.start) * weights.rows + panel * LANES);
+        prefetch(target.cast());
+        prefetch(target.wrapping_add(LANES - 1).cast());
+    }
+
     #[inline(always)]
     fn write_values(&self, panel: usize, row: usize, values: &mut [f32; LANES]) {
         let Job { weights, bias, rows, out, .. } = self.job;
@@ -186,6 +196,9 @@ fn for_tiles<S: Simd, K: RowTile, const MANY: usize, const FEW: usize>(kernel: &
         let end = (start + CHUNK_ROWS).min(rows.end);
         for panel in panels.clone() {
             kernel.begin::<S>(panel);
+            for row in start..end {
+                kernel.panels().prefetch_outputs(panel, row);
+            }
             let mut row = start;
             while row < end {
                 if end - row >= MANY {

@@ -1,7 +1,7 @@
 //! Products of many rows on AMX tiles.
 //!
-//! A panel is unpacked once, into upper and lower bytes of its 16-bit weights. Then all rows are multiplied with it, in
-//! tiles of sixteen. A tile's integer sums of a superblock become floats while the next tile is multiplied: the vector
+//! Two panels are unpacked at a time, into upper and lower bytes of their 16-bit weights. Then all rows are multiplied
+//! with them, in tiles of sixteen, superblock by superblock, so that most operands come from the first-level cache. A tile's integer sums of a superblock become floats while the next tile is multiplied: the vector
 //! and the tile units work at the same time.
 
 #![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
@@ -17,6 +17,7 @@ use crate::simd::amx::{TILE_BYTES, TILE_ROWS, TileSums, Tiles};
 use crate::simd::{Kernel, LANES, Simd, Tier};
 use std::cell::RefCell;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Bytes of a step of unpacked weights: a tile of upper and a tile of lower bytes.
 const STEP_PLANES: usize = 2 * TILE_BYTES;
@@ -28,20 +29,28 @@ thread_local! {
     static PLANES: RefCell<Lines> = RefCell::default();
 }
 
+/// Panels that are multiplied together: the second finds the activations in the first-level cache.
+const PANELS: usize = 2;
+/// Tiles of rows that are multiplied together: the weights of a superblock stay in the first-level cache for all of them.
+const TILES: usize = 4;
+
 /// Computes `panels` on tiles.
 pub(super) fn run(tier: Tier, panels: &Panels<'_, '_>) {
     let weights = panels.job.weights;
+    let panel_planes = weights.columns.div_ceil(STEP) * STEP_PLANES;
     let mut planes = PLANES.take();
-    planes.resize(weights.columns.div_ceil(STEP) * STEP_PLANES);
-    for panel in panels.panels.clone() {
-        let unpacked = planes.bytes_mut();
-        match &weights.form {
-            Form::Wide(wide) => tier.run(UnpackWide { columns: weights.columns, wide, panel, planes: unpacked }),
-            Form::Coded(coded) => {
-                with_layout!(coded.element, unpack_coded(tier, weights.columns, coded, panel, unpacked));
+    planes.resize(PANELS * panel_planes);
+    for first in panels.panels.clone().step_by(PANELS) {
+        let group = first..(first + PANELS).min(panels.panels.end);
+        for (panel, planes) in group.clone().zip(planes.bytes_mut().chunks_exact_mut(panel_planes)) {
+            match &weights.form {
+                Form::Wide(wide) => tier.run(UnpackWide { columns: weights.columns, wide, panel, planes }),
+                Form::Coded(coded) => {
+                    with_layout!(coded.element, unpack_coded(tier, weights.columns, coded, panel, planes));
+                }
             }
         }
-        tier.run(Multiply { panels, panel, planes: planes.bytes() });
+        tier.run(Multiply { panels, group, planes: planes.bytes(), panel_planes });
     }
     PLANES.set(planes);
 }
@@ -129,18 +138,23 @@ unsafe fn store<S: Simd>(to: *mut u8, [even, odd]: [S::Pairs; 2]) {
     }
 }
 
-/// A superblock of a tile of rows whose integer sums are done.
+/// A superblock of a tile of rows and a panel whose integer sums are done.
 #[derive(Clone, Copy)]
 struct Done {
+    panel: usize,
     tile: usize,
     superblock: usize,
+    /// The number of the floats of this tile and panel.
+    floats: usize,
 }
 
-/// Multiplies all rows of the job with an unpacked panel.
+/// Multiplies all rows of the job with a group of unpacked panels.
 struct Multiply<'a, 'b> {
     panels: &'a Panels<'a, 'b>,
-    panel: usize,
+    group: Range<usize>,
+    /// Of all panels of the group, `panel_planes` bytes each.
     planes: &'a [u8],
+    panel_planes: usize,
 }
 
 impl Kernel for Multiply<'_, '_> {
@@ -148,35 +162,55 @@ impl Kernel for Multiply<'_, '_> {
     fn run<S: Simd>(self) {
         // SAFETY: this tier runs only where tiles are available, and kernels do not nest.
         let tiles = unsafe { Tiles::configure() };
-        multiply::<S>(&tiles, self.panels, self.panel, self.planes);
+        self.all_tiles::<S>(&tiles);
     }
 }
 
-#[inline(always)]
-fn multiply<S: Simd>(tiles: &Tiles, panels: &Panels<'_, '_>, panel: usize, planes: &[u8]) {
-    let Panels { job, input, .. } = panels;
-    let (steps, count) = (input.steps(), superblocks(input.width));
-    let mut sums = [const { TileSums([[[0; 16]; TILE_ROWS]; 4]) }; 2];
-    let mut floats = Floats { chains: [[0.0; LANES]; TILE_ROWS], totals: [[0.0; LANES]; TILE_ROWS] };
-    let mut before = None;
-    let mut turn = 0;
-    for tile in job.rows.start / TILE_ROWS..job.rows.end.div_ceil(TILE_ROWS) {
-        for superblock in 0..count {
-            let first = superblock * SUPERBLOCK_STEPS;
-            let own_steps = SUPERBLOCK_STEPS.min(steps - first);
-            let activations = &input.tile(tile)[first * TILE_STEP_BYTES..][..own_steps * TILE_STEP_BYTES];
-            let weights = &planes[first * STEP_PLANES..][..own_steps * STEP_PLANES];
-            // SAFETY: the slices have these steps.
-            unsafe { tiles.multiply(activations.as_ptr(), weights.as_ptr(), own_steps, &mut sums[turn]) };
-            if let Some(done) = before {
-                finish::<S>(panels, panel, done, &sums[1 - turn], &mut floats);
+impl Multiply<'_, '_> {
+    #[inline(always)]
+    fn all_tiles<S: Simd>(&self, tiles: &Tiles) {
+        let Panels { job, input, .. } = self.panels;
+        let count = superblocks(input.width);
+        let mut sums = [const { TileSums([[[0; 16]; TILE_ROWS]; 4]) }; 2];
+        let mut floats = [const { Floats::ZERO }; PANELS * TILES];
+        let mut before = None;
+        let mut turn = 0;
+        let end = job.rows.end.div_ceil(TILE_ROWS);
+        for first in (job.rows.start / TILE_ROWS..end).step_by(TILES) {
+            for superblock in 0..count {
+                if superblock + 1 == count {
+                    let rows = (first * TILE_ROWS).max(job.rows.start)..((first + TILES) * TILE_ROWS).min(job.rows.end);
+                    for row in rows {
+                        self.group.clone().for_each(|panel| self.panels.prefetch_outputs(panel, row));
+                    }
+                }
+                for tile in first..(first + TILES).min(end) {
+                    for (number, panel) in self.group.clone().enumerate() {
+                        self.multiply(tiles, tile, superblock, number, &mut sums[turn]);
+                        if let Some(done) = before {
+                            finish::<S>(self.panels, done, &sums[1 - turn], &mut floats);
+                        }
+                        before = Some(Done { panel, tile, superblock, floats: (tile - first) * PANELS + number });
+                        turn = 1 - turn;
+                    }
+                }
             }
-            before = Some(Done { tile, superblock });
-            turn = 1 - turn;
+        }
+        if let Some(done) = before {
+            finish::<S>(self.panels, done, &sums[1 - turn], &mut floats);
         }
     }
-    if let Some(done) = before {
-        finish::<S>(panels, panel, done, &sums[1 - turn], &mut floats);
+
+    /// Multiplies a superblock of a tile of rows with panel `number` of the group.
+    #[inline(always)]
+    fn multiply(&self, tiles: &Tiles, tile: usize, superblock: usize, number: usize, sums: &mut TileSums) {
+        let input = self.panels.input;
+        let first = superblock * SUPERBLOCK_STEPS;
+        let steps = SUPERBLOCK_STEPS.min(input.steps() - first);
+        let activations = &input.tile(tile)[first * TILE_STEP_BYTES..][..steps * TILE_STEP_BYTES];
+        let weights = &self.planes[number * self.panel_planes + first * STEP_PLANES..][..steps * STEP_PLANES];
+        // SAFETY: the slices have these steps.
+        unsafe { tiles.multiply(activations.as_ptr(), weights.as_ptr(), steps, sums) };
     }
 }
 
@@ -187,17 +221,21 @@ struct Floats {
     totals: [[f32; LANES]; TILE_ROWS],
 }
 
+impl Floats {
+    const ZERO: Self = Self { chains: [[0.0; LANES]; TILE_ROWS], totals: [[0.0; LANES]; TILE_ROWS] };
+}
+
 /// Adds the sums of a superblock to the floats of its rows, and writes the totals after the last superblock.
 #[inline(always)]
 fn finish<S: Simd>(
     panels: &Panels<'_, '_>,
-    panel: usize,
-    Done { tile, superblock }: Done,
+    Done { panel, tile, superblock, floats: number }: Done,
     TileSums(sums): &TileSums,
-    floats: &mut Floats,
+    floats: &mut [Floats; PANELS * TILES],
 ) {
     let Panels { job, input, .. } = panels;
     let count = superblocks(input.width);
+    let floats = &mut floats[number];
     let units = &job.weights.units[(panel * count + superblock) * LANES..][..LANES];
     let (starts, ends) = (superblock % CHAIN == 0, (superblock + 1) % CHAIN == 0 || superblock + 1 == count);
     let first = tile * TILE_ROWS;
