@@ -70,7 +70,7 @@ pub(super) struct CodedRows {
     sums: Vec<i16>,
     /// −[`START_LEVEL`] times the sums of blocks: \[row]\[step]\[plane]\[block].
     starts: Vec<i32>,
-    /// \[row]\[superblock].
+    /// \[row]\[superblock], with the rows of whole tiles.
     units: Vec<f32>,
 }
 
@@ -105,7 +105,7 @@ impl CodedRows {
         self.pairs.resize(if wanted.pairs { rows * steps * STEP_PAIRS } else { 0 }, 0);
         self.sums.resize(rows * steps * STEP_SUMS, 0);
         self.starts.resize(rows * steps * STEP_STARTS, 0);
-        self.units.resize(rows * superblocks(width), 0.0);
+        self.units.resize(rows.next_multiple_of(self.tile_rows) * superblocks(width), 0.0);
     }
 
     pub(super) fn has_pairs(&self) -> bool {
@@ -120,10 +120,14 @@ impl CodedRows {
         self.width.div_ceil(STEP)
     }
 
-    /// The value of code 1 in a superblock of a row.
+    /// The values of code 1 in a superblock, one after every [`superblocks`] of the width, of the rows of a tile.
+    ///
+    /// # Panics
+    /// If there is no such tile.
     #[inline(always)]
-    pub(super) fn unit(&self, row: usize, superblock: usize) -> f32 {
-        self.units[row * superblocks(self.width) + superblock]
+    pub(super) fn tile_units(&self, tile: usize, superblock: usize) -> &[f32] {
+        let count = superblocks(self.width);
+        &self.units[tile * self.tile_rows * count..][..self.tile_rows * count][superblock..]
     }
 
     /// # Panics

@@ -5,8 +5,8 @@
 //! a task: rows × query heads that share keys ─► tiles of queries ─► each chunk: scores ─► weights ─► mix ─► join
 //! ```
 //! Queries of a tile share the loads of a page. Where there are too few tasks for the threads, as when one sequence
-//! decodes, each chunk is a task of its own, and the calling thread joins the mixes. A query's arithmetic depends on its
-//! position alone: the bits are the same in any tile, batch and split.
+//! decodes, each chunk is a task of its own, and the calling thread joins the mixes. A query's arithmetic depends on
+//! its position alone: the bits are the same in any tile, batch and split.
 
 mod page;
 mod tile;

@@ -7,8 +7,9 @@
 //!   and sixth bits follow.
 //! - 2 and 3 bits: two vectors hold bit pairs; a plane with the third bits follows.
 //!
-//! Scales, bases (minima) and units are stored separately. A panel of dense floats holds 16-bit integers, two vectors for each
-//! four columns. The size is that of the file and 1 to 9 % more (Q2_K: 38 %, since its minima are expanded; F32: half).
+//! Scales, bases (minima) and units are stored separately. A panel of dense floats holds 16-bit integers, two vectors
+//! for each four columns. The size is that of the file and 1 to 9 % more (Q2_K: 38 %, since its minima are expanded;
+//! F32: half).
 
 use super::activation::{START_LEVEL, STEP};
 use super::lines::Lines;

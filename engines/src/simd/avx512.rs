@@ -295,8 +295,8 @@ unsafe fn dot_two_rows<const AT: usize>(
     }
 }
 
-/// Half of [`Simd::dot_pairs_rows`] for one row: the pairs of both planes that are `AT` bytes behind `row`. As `asm!` for
-/// the same reason as [`dot_two_rows`].
+/// Half of [`Simd::dot_pairs_rows`] for one row: the pairs of both planes that are `AT` bytes behind `row`. As `asm!`
+/// for the same reason as [`dot_two_rows`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn dot_pairs_of_row<const AT: usize, const PLANE: usize>(

@@ -5,8 +5,8 @@ use crate::arithmetic::attention::CHUNK;
 use crate::simd::{LANES, Simd, prefetch};
 use std::ops::Range;
 
-/// Writes the products of `N` queries, of `head_dim` values each, with all 32 keys of a page, visible or not, to `scores`
-/// from `slot` on. Asks for `next`, the page that is read next.
+/// Writes the products of `N` queries, of `head_dim` values each, with all 32 keys of a page, visible or not, to
+/// `scores` from `slot` on. Asks for `next`, the page that is read next.
 #[inline(always)]
 pub(super) fn scores<S: Simd, const HALF: bool, const N: usize>(
     queries: &[&[f32]; N],
@@ -42,8 +42,8 @@ pub(super) fn scores<S: Simd, const HALF: bool, const N: usize>(
     }
 }
 
-/// Adds weights · values to the sums of `N` queries, over the tokens `within` a page, whose weights start at `slot` of a
-/// chunk. Asks for `next`, the page that is read next.
+/// Adds weights · values to the sums of `N` queries, over the tokens `within` a page, whose weights start at `slot` of
+/// a chunk. Asks for `next`, the page that is read next.
 #[inline(always)]
 pub(super) fn mix<S: Simd, const HALF: bool, const N: usize>(
     weights: &[[f32; CHUNK]],

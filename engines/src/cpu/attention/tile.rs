@@ -219,8 +219,8 @@ impl<const HALF: bool, const N: usize> Tile<'_, '_, HALF, N> {
     }
 }
 
-/// Computes one chunk of `N` queries: their parts, and in `scratch.part` their weighted sums of values. A query that sees
-/// no position of the chunk has an arbitrary part.
+/// Computes one chunk of `N` queries: their parts, and in `scratch.part` their weighted sums of values. A query that
+/// sees no position of the chunk has an arbitrary part.
 #[inline(always)]
 fn chunk_mix<S: Simd, const HALF: bool, const N: usize>(
     job: &Job<'_>,

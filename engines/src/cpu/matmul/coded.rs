@@ -10,7 +10,7 @@ use crate::arithmetic::weights::{BLOCKS, Rule};
 use crate::cpu::activation::{BLOCK_SUMS, CodedRow, PLANE_SUMS, STEP_STARTS, STEP_SUMS};
 use crate::cpu::packed::Coded;
 use crate::format::blocks::BLOCK;
-use crate::simd::{Kernel, LANES, Simd, Tier, prefetch_ahead};
+use crate::simd::{Kernel, LANES, Simd, Tier};
 use std::marker::PhantomData;
 
 /// Computes `panels` of weights of the layout `L`.
@@ -57,7 +57,7 @@ impl<L: Layout> RowTile for CodedPanels<'_, '_, L> {
                 let mut exact = Exact::<S, ROWS>::zero();
                 for block in index * BLOCKS..((index + 1) * BLOCKS).min(blocks) {
                     let at = codes.as_ptr().add(block * block_bytes);
-                    prefetch_block::<L>(at);
+                    layout::prefetch_block::<L>(at);
                     let dots = block_dots::<S, L, ROWS>(at, block, &inputs);
                     for half in 0..L::HALVES {
                         let scale = layout::scales::<S, L>(coded, (panel * blocks + block) * L::HALVES + half);
@@ -76,17 +76,6 @@ impl<L: Layout> RowTile for CodedPanels<'_, '_, L> {
                 panels.write::<S>(panel, first + r, sum);
             }
         }
-    }
-}
-
-#[inline(always)]
-fn prefetch_block<L: Layout>(at: *const u8) {
-    match L::CODING.bits {
-        2 => prefetch_ahead::<128>(at),
-        3 => prefetch_ahead::<192>(at),
-        4 => prefetch_ahead::<256>(at),
-        5 => prefetch_ahead::<320>(at),
-        _ => prefetch_ahead::<384>(at),
     }
 }
 

@@ -5,7 +5,7 @@ use crate::cpu::activation::START_LEVEL;
 use crate::cpu::packed::Coded;
 use crate::format::ElementType;
 use crate::format::blocks::{BLOCK, Coding, Levels};
-use crate::simd::{LANES, Simd};
+use crate::simd::{LANES, Simd, prefetch_ahead};
 
 /// The coding and the rule of a quantised type.
 pub(super) trait Layout {
@@ -80,6 +80,19 @@ pub(super) unsafe fn scales<S: Simd, L: Layout>(coded: &Coded, index: usize) -> 
             true => S::load_bytes(start.cast::<i8>().add(index * LANES)),
             false => S::load_words(start.cast::<i16>().add(index * LANES)),
         }
+    }
+}
+
+/// Asks for a block of codes that is read later than the one at `at`.
+#[inline(always)]
+pub(super) fn prefetch_block<L: Layout>(at: *const u8) {
+    match L::CODING.bits {
+        2 => prefetch_ahead::<128>(at),
+        3 => prefetch_ahead::<192>(at),
+        4 => prefetch_ahead::<256>(at),
+        5 => prefetch_ahead::<320>(at),
+        6 => prefetch_ahead::<384>(at),
+        _ => prefetch_ahead::<512>(at),
     }
 }
 
@@ -212,8 +225,8 @@ impl<S: Simd> Integers<S> {
     }
 }
 
-/// What is done with each group of weights. A trait, not a closure: a compiler inlines no closure that two kernels call,
-/// and then every vector operation in it is a call.
+/// What is done with each group of weights. A trait, not a closure: a compiler inlines no closure that two kernels
+/// call, and then every vector operation in it is a call.
 pub(super) trait EachGroup<S: Simd> {
     /// Takes the weights of a group of four columns; groups count from the panel's first.
     ///
@@ -241,6 +254,7 @@ pub(super) unsafe fn for_groups<S: Simd, L: Layout, E: EachGroup<S>>(
         // SAFETY: the caller upholds the contract of this function; the panel has whole blocks.
         unsafe {
             let at = codes.as_ptr().add(block * block_bytes);
+            prefetch_block::<L>(at);
             let mut planes = Planes::<S>::of::<L>(at);
             let mut integers = Integers::<S>::load::<L>(coded, first, block, 0);
             for group in 0..8 {

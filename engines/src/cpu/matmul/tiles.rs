@@ -1,8 +1,9 @@
 //! Products of many rows on AMX tiles.
 //!
-//! Two panels are unpacked at a time, into upper and lower bytes of their 16-bit weights. Then all rows are multiplied
-//! with them, in tiles of sixteen, superblock by superblock, so that most operands come from the first-level cache. A tile's integer sums of a superblock become floats while the next tile is multiplied: the vector
-//! and the tile units work at the same time.
+//! Some panels are unpacked at a time, into upper and lower bytes of their 16-bit weights. Then all rows are multiplied
+//! with them, in tiles of sixteen, superblock by superblock: most operands come from the first-level cache. A
+//! tile's integer sums of a superblock become floats while the next tile is multiplied: the vector and the tile units
+//! work at the same time.
 
 #![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
 
@@ -14,7 +15,7 @@ use crate::cpu::activation::{STEP, SUPERBLOCK_STEPS, TILE_STEP_BYTES};
 use crate::cpu::lines::Lines;
 use crate::cpu::packed::{Coded, Form, GROUP_BYTES, Wide};
 use crate::simd::amx::{TILE_BYTES, TILE_ROWS, TileSums, Tiles};
-use crate::simd::{Kernel, LANES, Simd, Tier};
+use crate::simd::{Kernel, LANES, Simd, Tier, prefetch_ahead};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -29,9 +30,9 @@ thread_local! {
     static PLANES: RefCell<Lines> = RefCell::default();
 }
 
-/// Panels that are multiplied together: the second finds the activations in the first-level cache.
-const PANELS: usize = 2;
-/// Tiles of rows that are multiplied together: the weights of a superblock stay in the first-level cache for all of them.
+/// Panels that are multiplied together: all but the first find the activations in the first-level cache.
+const PANELS: usize = 4;
+/// Tiles of rows that are multiplied together: all but the first find the weights of a superblock in the caches.
 const TILES: usize = 4;
 
 /// Computes `panels` on tiles.
@@ -116,6 +117,7 @@ impl Kernel for UnpackWide<'_> {
                 // SAFETY: the panel has whole steps, and a step has sixteen groups in each plane.
                 unsafe {
                     let at = pairs.as_ptr().add((step * GROUPS + group) * GROUP_BYTES).cast::<i16>();
+                    prefetch_ahead::<GROUP_BYTES>(at.cast());
                     let weights = [S::load_pairs(at), S::load_pairs(at.add(2 * LANES))];
                     store::<S>(planes.as_mut_ptr().add(group * 4 * LANES), weights);
                 }
@@ -230,35 +232,70 @@ impl Floats {
 fn finish<S: Simd>(
     panels: &Panels<'_, '_>,
     Done { panel, tile, superblock, floats: number }: Done,
-    TileSums(sums): &TileSums,
+    sums: &TileSums,
     floats: &mut [Floats; PANELS * TILES],
 ) {
     let Panels { job, input, .. } = panels;
     let count = superblocks(input.width);
     let floats = &mut floats[number];
-    let units = &job.weights.units[(panel * count + superblock) * LANES..][..LANES];
-    let (starts, ends) = (superblock % CHAIN == 0, (superblock + 1) % CHAIN == 0 || superblock + 1 == count);
-    let first = tile * TILE_ROWS;
-    // The job may begin and end inside a tile.
-    for r in job.rows.start.saturating_sub(first)..TILE_ROWS.min(job.rows.end - first) {
-        let (chain, total) = (&mut floats.chains[r], &mut floats.totals[r]);
-        // SAFETY: the caller is a kernel of `S`; every array has sixteen lanes.
-        unsafe {
-            let int = |product: usize| S::load_ints(sums[product][r].as_ptr());
-            let upper = S::add_ints(S::shift_left(int(0), 8), int(1));
-            let lower = S::add_ints(S::shift_left(int(2), 8), int(3));
-            let joined = S::fma(S::floats(upper), S::splat(256.0), S::floats(lower));
-            let unit = S::mul(S::load(units.as_ptr()), S::splat(input.unit(first + r, superblock)));
-            let before = if starts { S::splat(0.0) } else { S::load(chain.as_ptr()) };
-            let sum = S::fma(joined, unit, before);
-            S::store(chain.as_mut_ptr(), sum);
-            if ends {
-                let sum = if superblock < CHAIN { sum } else { S::add(S::load(total.as_ptr()), sum) };
-                S::store(total.as_mut_ptr(), sum);
+    let weights = &job.weights.units[(panel * count + superblock) * LANES..][..LANES];
+    let units = Units { weights, rows: input.tile_units(tile, superblock), stride: count };
+    // SAFETY: the caller is a kernel of `S`.
+    unsafe {
+        match superblock % CHAIN {
+            0 => add_rows::<S, true>(sums, &units, &mut floats.chains),
+            _ => add_rows::<S, false>(sums, &units, &mut floats.chains),
+        }
+    }
+    let last = superblock + 1 == count;
+    if last || (superblock + 1).is_multiple_of(CHAIN) {
+        for (total, chain) in floats.totals.iter_mut().zip(&floats.chains) {
+            for (total, &chain) in total.iter_mut().zip(chain) {
+                *total = if superblock < CHAIN { chain } else { *total + chain };
             }
         }
-        if superblock + 1 == count {
-            panels.write_values(panel, first + r, total);
+    }
+    if last {
+        let first = tile * TILE_ROWS;
+        // The job may begin and end inside a tile.
+        for row in first.max(job.rows.start)..(first + TILE_ROWS).min(job.rows.end) {
+            panels.write_values(panel, row, &mut floats.totals[row - first]);
+        }
+    }
+}
+
+/// The units of a tile: of its weight rows, and of every `stride`-th row of activations.
+struct Units<'a> {
+    weights: &'a [f32],
+    rows: &'a [f32],
+    stride: usize,
+}
+
+/// Adds the sums of a superblock to the chains of all rows of a tile; those that no job has are arbitrary.
+///
+/// # Safety
+/// Call only inside a kernel of `S`.
+#[inline(always)]
+unsafe fn add_rows<S: Simd, const STARTS: bool>(
+    TileSums(sums): &TileSums,
+    units: &Units<'_>,
+    chains: &mut [[f32; LANES]; TILE_ROWS],
+) {
+    assert!(units.weights.len() >= LANES && units.rows.len() > (TILE_ROWS - 1) * units.stride, "all rows have units");
+    // SAFETY: the caller is a kernel of `S`; every array has sixteen lanes, and the assertion.
+    unsafe {
+        let weights = S::load(units.weights.as_ptr());
+        let factor = S::splat(256.0);
+        for r in 0..TILE_ROWS {
+            let [upper_upper, lower_upper, upper_lower, lower_lower] =
+                [0, 1, 2, 3].map(|product| sums[product][r].as_ptr());
+            let upper = S::add_ints(S::shift_left(S::load_ints(upper_upper), 8), S::load_ints(lower_upper));
+            let lower = S::add_ints(S::shift_left(S::load_ints(upper_lower), 8), S::load_ints(lower_lower));
+            let joined = S::fma(S::floats(upper), factor, S::floats(lower));
+            let unit = S::mul(weights, S::splat(*units.rows.as_ptr().add(r * units.stride)));
+            let chain = chains.as_mut_ptr().add(r).cast::<f32>();
+            let before = if STARTS { S::splat(0.0) } else { S::load(chain) };
+            S::store(chain, S::fma(joined, unit, before));
         }
     }
 }

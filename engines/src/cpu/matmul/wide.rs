@@ -1,6 +1,6 @@
 //! Products of 16-bit weights: dense floats, and codes whose product with the scale is rounded.
 
-use super::layout::{EachGroup, Integers, Layout, Planes, for_groups};
+use super::layout::{EachGroup, Integers, Layout, Planes, for_groups, prefetch_block};
 use super::{Exact, Panels, RowTile, Sums, for_tiles};
 use crate::arithmetic::superblocks;
 use crate::cpu::activation::{CodedRow, STEP, STEP_PAIRS, SUPERBLOCK_STEPS};
@@ -141,12 +141,7 @@ impl<S: Simd, L: Layout> Groups<S> for RoundedGroups<'_, S, L> {
         unsafe {
             let at = self.codes.add(block * Coded::block_bytes(L::CODING));
             if within == 0 {
-                // Codes of four or eight bits.
-                if L::CODING.bits == 8 {
-                    prefetch_ahead::<512>(at)
-                } else {
-                    prefetch_ahead::<256>(at)
-                }
+                prefetch_block::<L>(at);
                 self.planes = Planes::<S>::of::<L>(at);
                 self.integers = Integers::<S>::load::<L>(self.coded, (self.panel * self.blocks, 0), block, 0);
             }
