@@ -94,3 +94,55 @@ proptest! {
         }
     }
 }
+
+/// The largest sums of a block: every code the least or the greatest, and every byte of activations −128 or 127.
+#[test]
+fn extreme_codes_and_bytes_overflow_no_sum() {
+    let columns = 512;
+    for element in ElementType::ALL.into_iter().filter(|&element| weights::Rule::of(element).is_some()) {
+        // 128 is 256 − 128, and −32,512 is 256 · −127.
+        let codes = [-128.0, 127.0, 128.0, -32_512.0];
+        for (fill, code) in [0x00, 0xff].into_iter().flat_map(|fill| codes.map(|code| (fill, code))) {
+            // Random scales, but only codes that are equal.
+            let row_bytes = element.row_bytes(columns).expect("whole blocks");
+            let mut bytes = test_weights::bytes(element, 16, columns, 1);
+            let equal = vec![fill; row_bytes];
+            for row in bytes.chunks_mut(row_bytes) {
+                for (block, equal) in row.chunks_mut(element.block_bytes()).zip(equal.chunks(element.block_bytes())) {
+                    set_codes(element, block, equal);
+                }
+            }
+            // The largest magnitude is in the second block, so that the others have codes of one byte pattern.
+            let mut input = Rows { width: columns, values: vec![code; columns] };
+            for superblock in input.values.chunks_mut(256) {
+                superblock[40] = activations::CODE_MAX;
+            }
+            let mut pool = ThreadPool::new(1).expect("threads");
+            let source = Source { element, rows: 16, columns, bytes: &TensorBytes::Gathered(bytes.clone()) };
+            let packed = Packed::pack(&mut pool, &source).expect("finite weights");
+            let coded = activations::encode(input.row(0));
+            let dot = |row| products::dot(&weights::row(element, row, columns), &coded);
+            let expected: Vec<f32> = bytes.chunks(row_bytes).map(dot).collect();
+            for tier in Tier::available() {
+                let got = product(tier, 1, &packed, &input, 0);
+                assert_eq!(bits(&got.values), bits(&expected), "{element} {} {fill} {code}", tier.name());
+            }
+        }
+    }
+}
+
+/// Replaces the codes of a block of the file, but not its scales and minima.
+fn set_codes(element: ElementType, block: &mut [u8], codes: &[u8]) {
+    let range = match element {
+        ElementType::Q4_0 | ElementType::Q5_0 | ElementType::Q8_0 | ElementType::IQ4_NL => 2..block.len(),
+        ElementType::Q4_1 | ElementType::Q5_1 => 4..block.len(),
+        ElementType::Q2_K => 16..80,
+        ElementType::Q3_K => 0..96,
+        ElementType::Q4_K | ElementType::Q5_K => 16..block.len(),
+        ElementType::Q6_K => 0..192,
+        ElementType::IQ4_XS => 8..block.len(),
+        ElementType::MXFP4 => 1..block.len(),
+        ElementType::F32 | ElementType::F16 | ElementType::BF16 => unreachable!("dense floats have no codes"),
+    };
+    block[range.clone()].copy_from_slice(&codes[range]);
+}
