@@ -34,8 +34,12 @@ struct PartReport {
     share: f64,
     /// Operations of the products: two for each weight and row.
     operations_per_s: Option<f64>,
+    /// The share of the limit of byte products, though a weight takes two to four of these.
+    operations_share: Option<f64>,
     /// Bytes of weights read, once a call.
     bytes_per_s: Option<f64>,
+    /// The share of the limit of reads; caches read faster.
+    bytes_share: Option<f64>,
 }
 
 /// The work to profile.
@@ -70,8 +74,8 @@ pub(super) fn profile(model: &ModelFiles, work: Work) -> anyhow::Result<Report> 
         tier: tier.name(),
         read_bytes_per_s,
         byte_operations_per_s,
-        prefill: parts(&prefill),
-        decode: parts(&decode),
+        prefill: parts(&prefill, limits),
+        decode: parts(&decode, limits),
     })
 }
 
@@ -86,7 +90,7 @@ fn step(engine: &mut dyn Engine, position: usize, tokens: &[u32]) -> anyhow::Res
     Ok(())
 }
 
-fn parts(profile: &Profile) -> Vec<PartReport> {
+fn parts(profile: &Profile, limits: Limits) -> Vec<PartReport> {
     let total: f64 = Part::ALL.iter().map(|&part| profile.tally(part).elapsed.as_secs_f64()).sum();
     let used = Part::ALL.into_iter().filter(|&part| profile.tally(part).calls > 0);
     used.map(|part| {
@@ -99,7 +103,9 @@ fn parts(profile: &Profile) -> Vec<PartReport> {
             ms: seconds * 1000.0,
             share: seconds / total,
             operations_per_s: rate(tally.operations),
+            operations_share: rate(tally.operations).map(|rate| rate / limits.byte_operations_per_s),
             bytes_per_s: rate(tally.bytes),
+            bytes_share: rate(tally.bytes).map(|rate| rate / limits.read_bytes_per_s),
         }
     })
     .collect()
@@ -115,17 +121,24 @@ impl Report {
             self.byte_operations_per_s / 1e9
         );
         for (title, parts) in [("prefill", &self.prefill), ("decode", &self.decode)] {
-            println!("\n{title:18} {:>7} {:>10} {:>7} {:>9} {:>8}", "calls", "ms", "share", "Gop/s", "GB/s");
+            println!(
+                "\n{title:18} {:>7} {:>10} {:>7} {:>9} {:>8} {:>8} {:>8}",
+                "calls", "ms", "share", "Gop/s", "of limit", "GB/s", "of limit"
+            );
             for part in parts {
                 let giga = |rate: Option<f64>| rate.map_or(String::new(), |rate| format!("{:.1}", rate / 1e9));
+                let percent =
+                    |share: Option<f64>| share.map_or(String::new(), |share| format!("{:.0} %", share * 100.0));
                 println!(
-                    "{:18} {:>7} {:>10.2} {:>6.1}% {:>9} {:>8}",
+                    "{:18} {:>7} {:>10.2} {:>6.1}% {:>9} {:>8} {:>8} {:>8}",
                     part.part,
                     part.calls,
                     part.ms,
                     part.share * 100.0,
                     giga(part.operations_per_s),
-                    giga(part.bytes_per_s)
+                    percent(part.operations_share),
+                    giga(part.bytes_per_s),
+                    percent(part.bytes_share)
                 );
             }
         }

@@ -1,6 +1,7 @@
 //! The choice of an instruction set for the kernels.
 
-use super::{Kernel, Portable};
+use super::Kernel;
+use super::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2, avx512};
 
