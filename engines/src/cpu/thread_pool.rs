@@ -7,6 +7,7 @@
 //! another process wants the core, and two threads would be slower than one.
 
 use parking_lot::{Condvar, Mutex};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -51,6 +52,7 @@ struct Shared {
 struct Job {
     section: u32,
     work: *const Work,
+    /// The end of the tasks' numbers.
     tasks: u32,
 }
 
@@ -102,27 +104,35 @@ impl ThreadPool {
     /// # Errors
     /// [`Panicked`] if a task panicked; the other tasks have run.
     pub(crate) fn run(&mut self, tasks: usize, work: &(dyn Fn(usize) + Sync)) -> Result<(), Panicked> {
-        if self.helpers.is_empty() || tasks <= 1 || self.is_alone() {
-            return catch_unwind(AssertUnwindSafe(|| (0..tasks).for_each(work))).map_err(|_| Panicked);
+        let tasks = u32::try_from(tasks).unwrap_or_else(|_| unreachable!("a section has a few tasks per row"));
+        let mut panicked = false;
+        let mut first = 0;
+        while first < tasks && (self.helpers.is_empty() || tasks - first == 1 || self.is_alone()) {
+            panicked |= panics(work, first);
+            first += 1;
         }
+        if first < tasks {
+            panicked |= self.run_together(first..tasks, work);
+        }
+        if panicked { Err(Panicked) } else { Ok(()) }
+    }
+
+    /// Runs tasks on all threads; returns whether one panicked.
+    fn run_together(&mut self, tasks: Range<u32>, work: &(dyn Fn(usize) + Sync)) -> bool {
         // SAFETY: the cast changes only the lifetime, and this function waits for all tasks before it returns.
         let work = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static Work>(work) };
-        let tasks = u32::try_from(tasks).unwrap_or_else(|_| unreachable!("a section has a few tasks per row"));
         let shared = &*self.shared;
         let started = Instant::now();
         let section = section_of(shared.claims.load(Ordering::Relaxed)).wrapping_add(1);
-        let job = Job { section, work, tasks };
+        let job = Job { section, work, tasks: tasks.end };
         *shared.job.lock() = Some(job);
         shared.done.store(0, Ordering::Relaxed);
-        shared.begin(section);
+        shared.begin(section, tasks.start);
         shared.take_tasks(job);
-        if shared.wait_for_tasks(tasks as usize, started) {
+        if shared.wait_for_tasks(tasks.len(), started) {
             self.alone_until = Some(Instant::now() + ALONE);
         }
-        match self.shared.panicked.swap(false, Ordering::AcqRel) {
-            true => Err(Panicked),
-            false => Ok(()),
-        }
+        self.shared.panicked.swap(false, Ordering::AcqRel)
     }
 
     fn is_alone(&mut self) -> bool {
@@ -131,16 +141,21 @@ impl ThreadPool {
     }
 }
 
+/// Runs a task; returns whether it panicked.
+fn panics(work: &(dyn Fn(usize) + Sync), task: u32) -> bool {
+    catch_unwind(AssertUnwindSafe(|| work(task as usize))).is_err()
+}
+
 fn section_of(claims: u64) -> u32 {
     (claims >> 32) as u32
 }
 
 impl Shared {
-    /// Starts a section: its tasks can be claimed from now on.
-    fn begin(&self, section: u32) {
+    /// Starts a section: its tasks from `first` on can be claimed from now on.
+    fn begin(&self, section: u32, first: u32) {
         {
             let _guard = self.asleep.lock();
-            self.claims.store(u64::from(section) << 32, Ordering::Release);
+            self.claims.store(u64::from(section) << 32 | u64::from(first), Ordering::Release);
         }
         self.wake.notify_all();
     }
@@ -157,7 +172,7 @@ impl Shared {
         while let Some(task) = self.claim(job) {
             // SAFETY: `ThreadPool::run` keeps the work alive until every claimed task of its section is done.
             let work = unsafe { &*job.work };
-            if catch_unwind(AssertUnwindSafe(|| work(task as usize))).is_err() {
+            if panics(work, task) {
                 self.panicked.store(true, Ordering::Release);
             }
             self.done.fetch_add(1, Ordering::Release);
@@ -217,7 +232,7 @@ fn help(shared: &Shared) {
 impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::Release);
-        self.shared.begin(section_of(self.shared.claims.load(Ordering::Relaxed)).wrapping_add(1));
+        self.shared.begin(section_of(self.shared.claims.load(Ordering::Relaxed)).wrapping_add(1), u32::MAX);
         for helper in self.helpers.drain(..) {
             // A panic in a helper has been caught and reported by its section.
             let _ = helper.join();
@@ -240,6 +255,35 @@ mod tests {
             assert_eq!(done, Ok(()));
             assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
         }
+    }
+
+    /// More threads than most machines' cores, and sections that are over before a helper wakes.
+    #[test]
+    fn short_sections_with_late_helpers_run_every_task_once() {
+        let mut pool = ThreadPool::new(4).expect("threads");
+        for section in 0..4000_usize {
+            let tasks = section % 9;
+            let sum = AtomicUsize::new(0);
+            let done = pool.run(tasks, &|task| {
+                sum.fetch_add(task + 1, Ordering::Relaxed);
+            });
+            assert_eq!(done, Ok(()));
+            assert_eq!(sum.into_inner(), tasks * (tasks + 1) / 2, "section {section}");
+        }
+    }
+
+    /// After a delay the caller works alone, but for a while only: a long section is shared again.
+    #[test]
+    fn a_long_section_is_shared_after_a_delay() {
+        let mut pool = ThreadPool::new(2).expect("threads");
+        pool.alone_until = Some(Instant::now() + ALONE);
+        let threads = Mutex::new(std::collections::BTreeSet::new());
+        let done = pool.run(200, &|_| {
+            threads.lock().insert(format!("{:?}", std::thread::current().id()));
+            std::thread::sleep(Duration::from_millis(1));
+        });
+        assert_eq!(done, Ok(()));
+        assert_eq!(threads.into_inner().len(), 2);
     }
 
     #[test]
