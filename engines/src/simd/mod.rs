@@ -21,7 +21,7 @@ compile_error!("kernels read bytes of codes as little-endian integers");
 pub(crate) const LANES: usize = 16;
 
 /// How far ahead of their use weights are prefetched. A core with vector units uses bytes faster than the processor's
-/// own prefetcher fetches them from memory: on a Sapphire Rapids core, products of one row read 10 GB/s without this,
+/// own prefetcher fetches them from memory: on an Emerald Rapids core, products of one row read 10 GB/s without this,
 /// and 12, 14 and 15 GB/s with 1, 2 and 4 KiB.
 const AHEAD_BYTES: usize = 4096;
 
