@@ -107,12 +107,13 @@ async fn run_profile(arguments: BenchArguments, display: &Arc<Display>) -> anyho
     let Some(model) = pull(name, arguments.model.data_dir.as_deref(), display).await? else {
         return Ok(Outcome::Interrupted);
     };
+    let vocabulary = model.files.architecture.vocabulary;
     let work = profile::Work {
-        prompt_tokens: arguments.prompt_tokens,
-        generate_tokens: arguments.generate_tokens,
+        prompt: scattered_prompt(0, arguments.prompt_tokens, vocabulary),
+        generated: scattered_prompt(1, arguments.generate_tokens, vocabulary),
         threads: arguments.model.threads,
     };
-    let profiled = tokio::task::spawn_blocking(move || profile::profile(&model.files, work));
+    let profiled = tokio::task::spawn_blocking(move || profile::profile(&model.files, &work));
     let report = tokio::select! {
         report = profiled => report.context("the computation panicked")??,
         _ = tokio::signal::ctrl_c() => return Ok(Outcome::Interrupted),
@@ -142,7 +143,7 @@ fn print(report: &Report, json: bool) -> anyhow::Result<()> {
 
 /// A prompt of scattered token ids: its content does not affect the speed. Rounds differ from the first token on;
 /// otherwise the prefix cache would save the prefill.
-pub(super) fn scattered_prompt(round: u32, tokens: u32, vocabulary: usize) -> Vec<u32> {
+fn scattered_prompt(round: u32, tokens: u32, vocabulary: usize) -> Vec<u32> {
     (0..tokens).map(|i| (i.wrapping_mul(7919).wrapping_add(11 + round * 31)) % vocabulary as u32).collect()
 }
 

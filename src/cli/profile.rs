@@ -3,7 +3,6 @@
 //! It runs an engine without a node, so that no other work of the node is counted.
 
 use super::bare_engine::{forward, open, threads_or_cores};
-use super::bench::scattered_prompt;
 use exo_engines::cpu::{CpuBackend, Limits, Tier};
 use exo_engines::engine::{Engine, Row, SeqId};
 use exo_engines::model::ModelFiles;
@@ -42,29 +41,28 @@ struct PartReport {
     bytes_share: Option<f64>,
 }
 
-/// The work to profile.
-#[derive(Debug, Clone, Copy)]
+/// The work to profile: the ids of a prompt, then of tokens that are computed one by one.
+#[derive(Debug)]
 pub(super) struct Work {
-    pub(super) prompt_tokens: u32,
-    pub(super) generate_tokens: u32,
+    pub(super) prompt: Vec<u32>,
+    pub(super) generated: Vec<u32>,
     pub(super) threads: Option<u32>,
 }
 
-/// Computes a prompt and as many further tokens, and reports the time of every part.
-pub(super) fn profile(model: &ModelFiles, work: Work) -> anyhow::Result<Report> {
+/// Does the work, and reports the time of every part.
+pub(super) fn profile(model: &ModelFiles, work: &Work) -> anyhow::Result<Report> {
     let threads = threads_or_cores(work.threads);
     let tier = Tier::best();
     let limits = CpuBackend::new(threads, tier)?.limits()?;
-    let mut engine = open(model, work.prompt_tokens + work.generate_tokens, work.threads)?;
-    let vocabulary = model.architecture.vocabulary;
-    let prompt = scattered_prompt(0, work.prompt_tokens, vocabulary);
+    let Work { prompt, generated, .. } = work;
+    let mut engine = open(model, (prompt.len() + generated.len()) as u32, work.threads)?;
     engine.warm_up()?;
     engine.take_profile();
     for (index, tokens) in prompt.chunks(PROMPT_ROWS).enumerate() {
         step(&mut *engine, index * PROMPT_ROWS, tokens)?;
     }
     let prefill = engine.take_profile();
-    for (offset, &token) in scattered_prompt(1, work.generate_tokens, vocabulary).iter().enumerate() {
+    for (offset, &token) in generated.iter().enumerate() {
         step(&mut *engine, prompt.len() + offset, &[token])?;
     }
     let decode = engine.take_profile();
