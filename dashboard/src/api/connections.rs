@@ -11,7 +11,6 @@ use super::places::{Place, Places};
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::{Response, StatusCode};
-use futures_util::FutureExt;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -34,6 +33,8 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 const ACCEPT_WAIT: Duration = Duration::from_millis(100);
 /// Refused clients whose connections stay open until they have read the answer. Those of further ones close at once.
 const LINGERING_MAX: usize = 32;
+/// Refused clients that are being answered. While there are so many, further clients wait to be accepted.
+const REFUSED_MAX: usize = 64;
 /// The time for a refused client to read its answer.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -76,10 +77,10 @@ pub(super) async fn serve_connections<S>(
     S::Future: Send,
 {
     let (mut served, mut refused) = (JoinSet::new(), JoinSet::new());
-    let (mut has_failed, refusal) = (false, refusal());
+    let (mut has_failed, refusal) = (false, Arc::<str>::from(refusal()));
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = listener.accept(), if refused.len() < REFUSED_MAX => accepted,
             Some(_) = served.join_next(), if !served.is_empty() => continue,
             Some(_) = refused.join_next(), if !refused.is_empty() => continue,
             () = stop.cancelled() => break,
@@ -89,14 +90,10 @@ pub(super) async fn serve_connections<S>(
                 has_failed = false;
                 match places.take(client) {
                     Some(place) => drop(served.spawn(serve(stream, place, service.clone(), stop.clone()))),
-                    None => {
-                        let mut stream = stream;
-                        // The buffer of a fresh connection takes the answer at once.
-                        let told = stream.write_all(refusal.as_bytes()).now_or_never();
-                        if refused.len() < LINGERING_MAX && matches!(told, Some(Ok(()))) {
-                            drop(refused.spawn(linger(stream)));
-                        }
+                    None if refused.len() < LINGERING_MAX => {
+                        drop(refused.spawn(refuse(stream, refusal.clone(), Close::WhenRead)));
                     }
+                    None => drop(refused.spawn(refuse(stream, refusal.clone(), Close::AtOnce))),
                 }
             }
             Err(error) => {
@@ -140,16 +137,23 @@ async fn serve<S>(
     drop(place);
 }
 
-/// Reads what a refused client sends: a connection that is closed before that loses the answer.
-async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
-    let read = async {
+/// When the connection of a refused client closes.
+enum Close {
+    /// When the client has read the answer: one that still sends its request loses the answer otherwise.
+    WhenRead,
+    AtOnce,
+}
+
+async fn refuse(mut stream: impl AsyncRead + AsyncWrite + Unpin, refusal: Arc<str>, close: Close) {
+    let answer = async {
+        stream.write_all(refusal.as_bytes()).await?;
         stream.shutdown().await?;
         let mut rest = [0; 1024];
-        while stream.read(&mut rest).await? > 0 {}
+        while matches!(close, Close::WhenRead) && stream.read(&mut rest).await? > 0 {}
         Ok::<_, io::Error>(())
     };
     // A client that does not read its answer gets none.
-    let _ = tokio::time::timeout(LINGER_TIMEOUT, read).await;
+    let _ = tokio::time::timeout(LINGER_TIMEOUT, answer).await;
 }
 
 /// The answer to clients beyond the bound.
