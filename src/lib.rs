@@ -44,7 +44,7 @@ pub use exo_actors::core::members::{DeviceOffer, MemberReport, OwnedInstance};
 pub use exo_actors::core::node_status::{Fact, NodeStatus};
 pub use exo_actors::core::plan::{Link, Placement, PlanError, Policy, Preview, PreviewOutcome, Split, Stage};
 pub use exo_actors::core::scheduler::FinishReason;
-pub use exo_actors::core::spec::{InstanceId, Model};
+pub use exo_actors::core::spec::{InstanceId, Model, Speculation};
 pub use exo_actors::core::status::{InstanceStatus, Load, Machine, Phase, Totals};
 pub use exo_actors::core::watchdog::HangTimeouts;
 pub use exo_actors::models::{CATALOGUE, ModelError, Origin, Progress, ResolvedModel};
@@ -52,7 +52,7 @@ pub use exo_actors::{
     Answerer, Conversation, FunctionCall, GenerateRequest, Generated, Generation, Lagged, Message, ModelSpec,
     NodeHandle, Prompt, RequestError, Role, RunningModel, Sampled, SamplingParams, Subscription, ToolCall, fresh_seed,
 };
-pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory};
+pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, KvElement};
 pub use exo_engines::model::Recipe;
 pub use exo_net::{ClusterSecret, Discover, Identity, JoinToken, NodeId, WireType};
 pub use node::{Node, NodeBuilder};

@@ -17,8 +17,8 @@ mod pump;
 use crate::core::desired::{Deployment, MoveStrategy, Stamp};
 use crate::core::pipeline::Pipeline;
 use crate::core::request::RequestError;
-use crate::core::scheduler::{Limits, Request, Scheduler};
-use crate::core::spec::InstanceId;
+use crate::core::scheduler::{DraftCounts, Limits, Request, Scheduler};
+use crate::core::spec::{InstanceId, Speculation};
 use crate::core::stage::StageEvent;
 use crate::core::status::{Load, Totals};
 use crate::core::watchdog::{HangTimeouts, Watchdog};
@@ -45,6 +45,9 @@ const RUNNING_MAX: usize = 64;
 const ROWS_ALONE: usize = 256;
 /// The most rows of a step while sequences decode. The limit bounds the delay that a long prompt adds to each token.
 const ROWS_SHARED: usize = 64;
+/// The most rows of a step with drafts: a step of so many takes little longer than one row where the weights are read
+/// from memory, and several times as long where they are not.
+const DRAFT_ROWS: usize = 16;
 /// How often the head checks its shards and steps, and repeats orders that had no effect.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
@@ -213,6 +216,10 @@ fn limits(deployment: &Deployment) -> Limits {
         running: RUNNING_MAX,
         rows_alone: ROWS_ALONE,
         rows_shared: ROWS_SHARED,
+        draft_rows: match deployment.spec.speculation {
+            Speculation::None => 0,
+            Speculation::Lookup => DRAFT_ROWS,
+        },
     }
 }
 
@@ -250,6 +257,8 @@ impl HeadState {
         }
         self.progress += 1;
         self.scheduler.handle_step_done(result.tokens);
+        let DraftCounts { drafted, accepted } = self.scheduler.draft_counts();
+        (self.totals.drafted_tokens, self.totals.accepted_tokens) = (drafted, accepted);
     }
 
     fn fail_all(&mut self) {

@@ -133,6 +133,7 @@ fn schedule(bencher: Bencher<'_, '_>, sequences: u64) {
             running: 64,
             rows_alone: 512,
             rows_shared: 128,
+            draft_rows: 16,
         });
         for seq in 0..sequences {
             let prompt = vec![seq as u32; 8];

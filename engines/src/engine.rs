@@ -8,6 +8,8 @@
 //! A [`Step`] carries operations on sequences, then the rows to compute, in order: batching, chunked prefill and replay
 //! after a failure differ only in their rows.
 
+pub use crate::kv_element::{KvElement, UnknownKvElement};
+
 use crate::error::EngineError;
 use crate::model::{Architecture, WeightSource};
 use crate::profile::Profile;
@@ -72,33 +74,6 @@ pub struct Incarnation {
     pub owner: [u8; 32],
 }
 
-/// The element type of cached keys and values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum KvElement {
-    /// Half-precision floats, 2 bytes each.
-    F16,
-    /// Single-precision floats, 4 bytes each.
-    F32,
-}
-
-impl KvElement {
-    /// Returns the bytes of one value: 2 or 4.
-    pub fn bytes(self) -> usize {
-        match self {
-            Self::F16 => 2,
-            Self::F32 => 4,
-        }
-    }
-
-    /// Returns the name for fingerprints: `f16` or `f32`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F16 => "f16",
-            Self::F32 => "f32",
-        }
-    }
-}
-
 /// The part of each matrix that a shard holds: rank `rank` of `of` ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorRank {
@@ -142,7 +117,7 @@ impl ShardSpec {
 
     /// Returns the cache's capacity, in bytes.
     pub fn kv_bytes(&self) -> u64 {
-        let per_token = self.architecture.kv_bytes_per_token(self.layers.clone(), self.kv_element.bytes());
+        let per_token = self.architecture.kv_bytes_per_token(self.layers.clone(), self.kv_element);
         per_token * u64::from(PAGE_TOKENS) * u64::from(self.kv_pages)
     }
 }

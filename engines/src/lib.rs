@@ -16,6 +16,7 @@ pub mod engine;
 mod error;
 pub mod expert_routing;
 pub mod format;
+mod kv_element;
 pub mod model;
 pub mod profile;
 pub mod reference;

@@ -4,7 +4,7 @@
 use crate::arithmetic::functions::{clamped_swish, gelu_tanh, silu};
 use crate::arithmetic::norms::rms_norm;
 use crate::arithmetic::weights::{self, WeightRow};
-use crate::arithmetic::{SUPERBLOCK, VERSION, activations, attention, products, rotary};
+use crate::arithmetic::{SUPERBLOCK, VERSION, activations, attention, cache, products, rotary};
 use crate::backend::{
     AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
 };
@@ -142,10 +142,15 @@ fn turned(spec: &Attention, norm: Option<&Norm<ReferenceBackend>>, rotation: &Ro
 }
 
 impl Cache {
-    fn rounded(&self, values: Vec<f32>) -> Vec<f32> {
+    fn rounded(&self, head_dim: usize, values: Vec<f32>) -> Vec<f32> {
         match self.element {
             KvElement::F16 => values.into_iter().map(|value| f16::from_f32(value).to_f32()).collect(),
             KvElement::F32 => values,
+            KvElement::Q8_0 => {
+                let mut values = values;
+                values.chunks_mut(head_dim).for_each(cache::rounded);
+                values
+            }
         }
     }
 }
@@ -261,7 +266,8 @@ impl Backend for ReferenceBackend {
                 let rotation = &batch.rotations[spec.rope][row];
                 let query = turned(spec, weights.query_norm.as_ref(), rotation, linear(&weights.query, &input));
                 let key = turned(spec, weights.key_norm.as_ref(), rotation, linear(&weights.key, &input));
-                let (key, value) = (cache.rounded(key), cache.rounded(linear(&weights.value, &input)));
+                let (key, value) =
+                    (cache.rounded(spec.head_dim, key), cache.rounded(spec.head_dim, linear(&weights.value, &input)));
                 let cached = &mut cache.layers[layer];
                 cached.keys[slot(position)] = key;
                 cached.values[slot(position)] = value;

@@ -14,14 +14,19 @@ pub(super) fn threads_or_cores(threads: Option<u32>) -> usize {
     threads.map_or(cores, |threads| threads as usize)
 }
 
-/// Loads all layers of `model`, with a cache for `context` tokens.
-pub(super) fn open(model: &ModelFiles, context: u32, threads: Option<u32>) -> anyhow::Result<Box<dyn Engine>> {
+/// Loads all layers of `model`, with a cache of `kv_element` for `context` tokens.
+pub(super) fn open(
+    model: &ModelFiles,
+    kv_element: KvElement,
+    context: u32,
+    threads: Option<u32>,
+) -> anyhow::Result<Box<dyn Engine>> {
     let mut engine = CpuFactory::new(threads_or_cores(threads)).open(&DeviceId(CpuFactory::DEVICE.to_owned()))?;
     let spec = ShardSpec {
         architecture: model.architecture.for_context(context as usize),
         layers: 0..model.architecture.layers.len(),
         tensor: TensorRank::WHOLE,
-        kv_element: KvElement::F16,
+        kv_element,
         kv_pages: exo_engines::decoder::pages_for(context),
     };
     engine.load(&spec, &model.weights, &mut |_| ControlFlow::Continue(()))?;

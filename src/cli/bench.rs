@@ -6,13 +6,14 @@ use super::profile;
 use super::progress::Display;
 use super::report::{StageReport, milliseconds, rate, stages};
 use super::session::load;
-use crate::{GenerateRequest, Generated, NodeHandle, Prompt, RequestError, RunningModel, SamplingParams};
+use crate::{GenerateRequest, Generated, NodeHandle, Prompt, RequestError, RunningModel, SamplingParams, Speculation};
 use anyhow::Context;
 use clap::Args;
+use exo_engines::engine::PAGE_TOKENS;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// A logit bias that keeps a token from being sampled.
 const NEVER: f32 = -100.0;
@@ -30,6 +31,9 @@ pub(super) struct BenchArguments {
     /// Tokens to generate after the prompt
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
     generate_tokens: u32,
+    /// Answers to the prompt that are computed side by side; the decode speed is that of all together
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    sequences: u32,
     /// Rounds to measure; the report has their medians
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeat: u32,
@@ -47,6 +51,7 @@ struct Report {
     quantization: String,
     prompt_tokens: u32,
     generate_tokens: u32,
+    sequences: u32,
     repeat: u32,
     threads: Option<u32>,
     prefill_tokens_per_s: f64,
@@ -68,8 +73,13 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     if arguments.profile {
         return run_profile(arguments, &display).await;
     }
+    let mut arguments = arguments;
+    // An answer that repeats itself would be as fast as its drafts.
+    arguments.model.speculate.get_or_insert(Speculation::None);
     let mut model = arguments.model.clone();
-    let wanted = arguments.prompt_tokens + arguments.generate_tokens + 1;
+    // The cache of one context holds all answers, which share the pages of the prompt.
+    let each = arguments.generate_tokens.saturating_add(2 * PAGE_TOKENS);
+    let wanted = arguments.prompt_tokens.saturating_add(each.saturating_mul(arguments.sequences));
     model.context = Some(model.context.unwrap_or(0).max(wanted));
     let node = model.start_node(&display).await?;
     let loaded = load(&node, &model, &display).await?;
@@ -88,6 +98,7 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
         quantization: loaded.model.quantization().to_owned(),
         prompt_tokens: arguments.prompt_tokens,
         generate_tokens: arguments.generate_tokens,
+        sequences: arguments.sequences,
         repeat: arguments.repeat,
         threads: model.threads,
         prefill_tokens_per_s: median(rounds.iter().map(|round| round.prefill)),
@@ -111,6 +122,8 @@ async fn run_profile(arguments: BenchArguments, display: &Arc<Display>) -> anyho
     let work = profile::Work {
         prompt: scattered_prompt(0, arguments.prompt_tokens, vocabulary),
         generated: scattered_prompt(1, arguments.generate_tokens, vocabulary),
+        sequences: arguments.sequences,
+        kv_element: arguments.model.spec().kv_element(),
         threads: arguments.model.threads,
     };
     let profiled = tokio::task::spawn_blocking(move || profile::profile(&model.files, &work));
@@ -133,7 +146,8 @@ fn print(report: &Report, json: bool) -> anyhow::Result<()> {
     }
     println!("{} ({}), medians of {} rounds", report.model, report.quantization, report.repeat);
     println!("prefill  {:10.1} tokens/s ({} tokens)", report.prefill_tokens_per_s, report.prompt_tokens);
-    println!("decode   {:10.1} tokens/s ({} tokens)", report.decode_tokens_per_s, report.generate_tokens);
+    let (tokens, sequences) = (report.generate_tokens, report.sequences);
+    println!("decode   {:10.1} tokens/s ({tokens} tokens, sequences: {sequences})", report.decode_tokens_per_s);
     println!("load     {:10.0} ms", report.load_ms);
     let megabytes = |bytes: u64| bytes as f64 / 1e6;
     let peak = report.peak_memory_bytes.map_or("unknown".to_owned(), |bytes| format!("{:.0} MB", megabytes(bytes)));
@@ -161,20 +175,41 @@ async fn one_round(
         max_tokens: Some(arguments.generate_tokens),
         stop: Vec::new(),
     };
+    let answers = (0..arguments.sequences).map(|_| answer(node, model, request.clone()));
+    let answers = futures_util::future::try_join_all(answers).await?;
+    let started = answers.iter().filter_map(|answer| answer.started).min();
+    let first = answers.iter().filter_map(|answer| answer.tokens.first()).min();
+    // The time in which all answers are computed side by side.
+    let begin = answers.iter().filter_map(|answer| answer.tokens.first()).max();
+    let end = answers.iter().filter_map(|answer| answer.tokens.last()).min();
+    let (Some(started), Some(first), Some(begin), Some(end)) = (started, first, begin, end) else {
+        return Err(RequestError::BadPrompt { what: "the model ended at once".to_owned() }.into());
+    };
+    let tokens = answers.iter().flat_map(|answer| &answer.tokens).filter(|at| (begin..=end).contains(at)).count();
+    let intervals = tokens.saturating_sub(answers.len());
+    Ok(Round {
+        prefill: rate(arguments.prompt_tokens as usize, *first - started),
+        decode: rate(intervals, *end - *begin),
+    })
+}
+
+/// The times of an answer.
+struct Answer {
+    started: Option<Instant>,
+    tokens: Vec<Instant>,
+}
+
+async fn answer(node: &NodeHandle, model: &RunningModel, request: GenerateRequest) -> anyhow::Result<Answer> {
     let mut generation = node.generate_with(model, request)?;
-    let mut started = Instant::now();
-    let mut times: Vec<Duration> = Vec::new();
+    let mut answer = Answer { started: None, tokens: Vec::new() };
     while let Some(event) = generation.next().await {
         match event? {
-            Generated::Started { .. } => started = Instant::now(),
-            Generated::Token { .. } => times.push(started.elapsed()),
+            Generated::Started { .. } => answer.started = Some(Instant::now()),
+            Generated::Token { .. } => answer.tokens.push(Instant::now()),
             Generated::Finished { .. } => break,
         }
     }
-    let (Some(first), Some(last)) = (times.first(), times.last()) else {
-        return Err(RequestError::BadPrompt { what: "the model ended at once".to_owned() }.into());
-    };
-    Ok(Round { prefill: rate(arguments.prompt_tokens as usize, *first), decode: rate(times.len() - 1, *last - *first) })
+    Ok(answer)
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {

@@ -60,7 +60,7 @@ fn with_flags(remedy: &str, flags: Option<&str>) -> String {
 fn request_flags(error: &RequestError) -> Option<&'static str> {
     match error {
         RequestError::Model(error) => model_flags(error),
-        RequestError::Plan(PlanError::DoesNotFit { .. }) => Some("--context N, --quantize q4_k"),
+        RequestError::Plan(PlanError::DoesNotFit { .. }) => Some("--context N, --quantize q4_k, --kv-cache q8_0"),
         RequestError::Plan(PlanError::TooManyShards { .. }) => Some("--shards N"),
         RequestError::Plan(PlanError::BadSplit { .. }) => Some("--split laptop:0-11,desktop:12-29"),
         RequestError::Plan(PlanError::NoSuchNode { .. }) => Some("`exo-node status` lists the members"),

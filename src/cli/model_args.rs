@@ -3,9 +3,10 @@
 use super::client::NodeClient;
 use super::progress::Display;
 use crate::config::data_folder;
-use crate::{DeviceId, ModelSpec, Node, NodeBuilder, NodeHandle, Policy, Recipe, Split};
+use crate::{DeviceId, KvElement, ModelSpec, Node, NodeBuilder, NodeHandle, Policy, Recipe, Speculation, Split};
 use clap::Args;
 use exo_actors::models::{ModelName, ResolvedModel, absolute_path};
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -35,6 +36,14 @@ pub(super) struct ModelArguments {
     /// Quantise dense weights while they are loaded: q4_0, q4_k or q8_0
     #[arg(long, value_name = "TYPE")]
     pub(super) quantize: Option<Recipe>,
+    /// Type of the cached keys and values: f16, f32, or q8_0 for half the memory and a little less accuracy [default:
+    /// f16]
+    #[arg(long, value_name = "TYPE")]
+    pub(super) kv_cache: Option<KvElement>,
+    /// Tokens that are computed before their turn: none, or lookup for those that followed the latest tokens before. The
+    /// answers are the same [default: lookup, but none in bench]
+    #[arg(long, value_name = "WAY")]
+    pub(super) speculate: Option<Speculation>,
     /// Folder of this node's identity and settings; models are in the shared cache
     #[arg(long, value_name = "FOLDER")]
     pub(super) data_dir: Option<PathBuf>,
@@ -51,6 +60,8 @@ impl ModelArguments {
             device: self.device.clone().map(DeviceId),
             context_tokens: self.context,
             quantize: self.quantize.or(named.quantize),
+            kv_cache: self.kv_cache,
+            speculation: self.speculate.unwrap_or_default(),
             split: self.split.clone(),
             policy: self.policy,
             model: absolute(&named.model),

@@ -9,7 +9,7 @@ use super::outcome::Outcome;
 use super::progress::Display;
 use anyhow::Context;
 use clap::Args;
-use exo_engines::engine::{Engine, Operation, Row, SeqId};
+use exo_engines::engine::{Engine, KvElement, Operation, Row, SeqId};
 use exo_engines::model::ModelFiles;
 use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
 use serde::Serialize;
@@ -33,6 +33,9 @@ pub(super) struct PerplexityArguments {
     /// Use only the first N bytes of the file
     #[arg(long, value_name = "N")]
     bytes: Option<usize>,
+    /// Type of the cached keys and values: f16, f32 or q8_0
+    #[arg(long, value_name = "TYPE", default_value = "f16")]
+    kv_cache: KvElement,
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
@@ -72,7 +75,7 @@ fn measure(arguments: &PerplexityArguments, text: &[u8], model: &ModelFiles) -> 
     let context = arguments.context as usize;
     let chunks: Vec<&[u32]> = tokens.chunks_exact(context).take(arguments.chunks.unwrap_or(usize::MAX)).collect();
     anyhow::ensure!(!chunks.is_empty(), "the text has {} tokens: fewer than one chunk of {context}", tokens.len());
-    let mut engine = open(model, arguments.context, arguments.threads)?;
+    let mut engine = open(model, arguments.kv_cache, arguments.context, arguments.threads)?;
     let bos = tokenizer.bos().filter(|bos| tokens.first() == Some(bos));
     let (mut sum, mut scored) = (0.0, 0);
     for (number, chunk) in chunks.iter().enumerate() {

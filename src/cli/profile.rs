@@ -4,7 +4,7 @@
 
 use super::bare_engine::{forward, open, threads_or_cores};
 use exo_engines::cpu::{CpuBackend, Limits, Tier};
-use exo_engines::engine::{Engine, Row, SeqId};
+use exo_engines::engine::{KvElement, Operation, PAGE_TOKENS, Row, SeqId};
 use exo_engines::model::ModelFiles;
 use exo_engines::profile::{Part, Profile};
 use serde::Serialize;
@@ -20,7 +20,11 @@ pub(super) struct Report {
     read_bytes_per_s: f64,
     /// The threads' measured rate of byte products: two operations for each pair of bytes.
     byte_operations_per_s: f64,
+    prefill_tokens_per_s: f64,
     prefill: Vec<PartReport>,
+    sequences: u32,
+    /// Of all sequences together.
+    decode_tokens_per_s: f64,
     decode: Vec<PartReport>,
 }
 
@@ -46,6 +50,9 @@ struct PartReport {
 pub(super) struct Work {
     pub(super) prompt: Vec<u32>,
     pub(super) generated: Vec<u32>,
+    /// Sequences that continue the prompt, at least 1: each step computes a token of each.
+    pub(super) sequences: u32,
+    pub(super) kv_element: KvElement,
     pub(super) threads: Option<u32>,
 }
 
@@ -55,15 +62,24 @@ pub(super) fn profile(model: &ModelFiles, work: &Work) -> anyhow::Result<Report>
     let tier = Tier::best();
     let limits = CpuBackend::new(threads, tier)?.limits()?;
     let Work { prompt, generated, .. } = work;
-    let mut engine = open(model, (prompt.len() + generated.len()) as u32, work.threads)?;
+    // The sequences share the pages of the prompt, but for the last, partly filled one.
+    let generated_tokens = generated.len().next_multiple_of(PAGE_TOKENS as usize) + PAGE_TOKENS as usize;
+    let context = prompt.len() + generated_tokens * work.sequences as usize;
+    let mut engine = open(model, work.kv_element, context as u32, work.threads)?;
     engine.warm_up()?;
     engine.take_profile();
     for (index, tokens) in prompt.chunks(PROMPT_ROWS).enumerate() {
-        step(&mut *engine, index * PROMPT_ROWS, tokens)?;
+        let last = tokens.len() - 1;
+        let row = |i| Row { seq: SeqId(0), position: (index * PROMPT_ROWS + i) as u32, wants_logits: i == last };
+        forward(&mut *engine, Vec::new(), (0..tokens.len()).map(row).collect(), tokens.to_vec())?;
     }
     let prefill = engine.take_profile();
+    let mut operations = forks(prompt.len(), work.sequences);
     for (offset, &token) in generated.iter().enumerate() {
-        step(&mut *engine, prompt.len() + offset, &[token])?;
+        let position = (prompt.len() + offset) as u32;
+        let row = |seq| Row { seq: SeqId(u64::from(seq)), position, wants_logits: true };
+        let rows = (0..work.sequences).map(row).collect();
+        forward(&mut *engine, std::mem::take(&mut operations), rows, vec![token; work.sequences as usize])?;
     }
     let decode = engine.take_profile();
     let Limits { read_bytes_per_s, byte_operations_per_s } = limits;
@@ -72,24 +88,27 @@ pub(super) fn profile(model: &ModelFiles, work: &Work) -> anyhow::Result<Report>
         tier: tier.name(),
         read_bytes_per_s,
         byte_operations_per_s,
+        prefill_tokens_per_s: prompt.len() as f64 / seconds(&prefill),
         prefill: parts(&prefill, limits),
+        sequences: work.sequences,
+        decode_tokens_per_s: generated.len() as f64 * f64::from(work.sequences) / seconds(&decode),
         decode: parts(&decode, limits),
     })
 }
 
-/// Computes tokens of one sequence from `position` on; the last one wants logits.
-fn step(engine: &mut dyn Engine, position: usize, tokens: &[u32]) -> anyhow::Result<()> {
-    let row = |offset: usize| Row {
-        seq: SeqId(0),
-        position: (position + offset) as u32,
-        wants_logits: offset + 1 == tokens.len(),
-    };
-    forward(engine, Vec::new(), (0..tokens.len()).map(row).collect(), tokens.to_vec())?;
-    Ok(())
+/// Copies of the prompt's sequence, for all sequences but the first.
+fn forks(prompt_tokens: usize, sequences: u32) -> Vec<Operation> {
+    let fork = |seq| Operation::Fork { from: SeqId(0), to: SeqId(u64::from(seq)), length_tokens: prompt_tokens as u32 };
+    (1..sequences).map(fork).collect()
+}
+
+/// The time of all parts, in seconds.
+fn seconds(profile: &Profile) -> f64 {
+    Part::ALL.iter().map(|&part| profile.tally(part).elapsed.as_secs_f64()).sum()
 }
 
 fn parts(profile: &Profile, limits: Limits) -> Vec<PartReport> {
-    let total: f64 = Part::ALL.iter().map(|&part| profile.tally(part).elapsed.as_secs_f64()).sum();
+    let total = seconds(profile);
     let used = Part::ALL.into_iter().filter(|&part| profile.tally(part).calls > 0);
     used.map(|part| {
         let tally = profile.tally(part);
@@ -118,10 +137,13 @@ impl Report {
             self.read_bytes_per_s / 1e9,
             self.byte_operations_per_s / 1e9
         );
-        for (title, parts) in [("prefill", &self.prefill), ("decode", &self.decode)] {
+        let prefill = ("prefill", self.prefill_tokens_per_s, 1, &self.prefill);
+        let decode = ("decode", self.decode_tokens_per_s, self.sequences, &self.decode);
+        for (title, rate, sequences, parts) in [prefill, decode] {
+            println!("\n{title}: {rate:.1} tokens/s, sequences: {sequences}");
             println!(
-                "\n{title:18} {:>7} {:>10} {:>7} {:>9} {:>8} {:>8} {:>8}",
-                "calls", "ms", "share", "Gop/s", "of limit", "GB/s", "of limit"
+                "{:18} {:>7} {:>10} {:>7} {:>9} {:>8} {:>8} {:>8}",
+                "part", "calls", "ms", "share", "Gop/s", "of limit", "GB/s", "of limit"
             );
             for part in parts {
                 let giga = |rate: Option<f64>| rate.map_or(String::new(), |rate| format!("{:.1}", rate / 1e9));

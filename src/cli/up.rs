@@ -10,11 +10,12 @@ use super::secrets::{self, SecretArgument};
 use crate::api::{ApiConfig, listen};
 use crate::config::data_folder;
 use crate::{
-    ClusterSettings, Discover, JoinToken, ModelSpec, Node, NodeBuilder, NodeHandle, PORT_DEFAULT, PlanError,
-    RequestError, Split, StartError, WireType,
+    ClusterSettings, Discover, JoinToken, KvElement, ModelSpec, Node, NodeBuilder, NodeHandle, PORT_DEFAULT, PlanError,
+    RequestError, Speculation, Split, StartError, WireType,
 };
 use anyhow::Context;
 use clap::Parser;
+
 use exo_net::NetworkError;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -49,6 +50,14 @@ pub(super) struct UpArguments {
     /// allows]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
+    /// Type of the models' cached keys and values: f16, f32, or q8_0 for half the memory and a little less accuracy
+    /// [default: f16]
+    #[arg(long, value_name = "TYPE")]
+    kv_cache: Option<KvElement>,
+    /// Tokens that are computed before their turn: none, or lookup for those that followed the latest tokens before. The
+    /// answers are the same
+    #[arg(long, value_name = "WAY", default_value_t)]
+    speculate: Speculation,
     /// TCP address of the HTTP API, or `none` for no TCP
     #[arg(long, value_name = "ADDR:PORT", default_value = API_DEFAULT)]
     api: String,
@@ -220,6 +229,8 @@ impl UpArguments {
         let spec = |name: &String| ModelSpec {
             split: self.split.clone(),
             context_tokens: self.context,
+            kv_cache: self.kv_cache,
+            speculation: self.speculate,
             ..ModelSpec::new(expand_home(name))
         };
         Ok(self.models.iter().map(spec).collect())

@@ -1,6 +1,7 @@
 //! The answers of `run`, and its use of stdout and stderr.
 
 use super::*;
+use crate::node::Node;
 use std::io::Write;
 
 /// R4.2: one shard on two threads and three on one thread give the same tokens and log-probabilities, bit for bit.
@@ -22,6 +23,26 @@ fn shards_and_threads_change_no_bit() {
     assert_eq!(layers.len(), 3);
     assert_eq!((layers[0][0], layers[2][1]), (0, 30), "{layers:?}");
     assert!(layers.windows(2).all(|pair| pair[0][1] == pair[1][0]), "{layers:?}");
+}
+
+/// R6.1–R6.5: an answer that repeats its prompt takes drafts, and has the tokens and log-probabilities that it has
+/// without drafts, bit for bit, also with a temperature.
+#[test]
+fn drafts_change_no_bit() {
+    models();
+    let node = Node::up(&[]);
+    let text = "One potato, two potato, three potato, four. One potato, two potato, three potato, four. One potato,";
+    for temperature in ["0", "0.8"] {
+        let mut arguments = vec!["run", SMOLLM2, text, "--raw", "--json", "--max-tokens", "32", "--logprobs", "3"];
+        arguments.extend(["--temperature", temperature, "--seed", "5"]);
+        let with = node.json(&arguments);
+        let accepted = node.metric("accepted_tokens_total");
+        assert!(accepted > 8.0, "temperature {temperature}: {accepted} drafted tokens were accepted");
+        arguments.extend(["--speculate", "none", "--standalone"]);
+        let without = json(&arguments);
+        assert_eq!(with["token_ids"], without["token_ids"], "temperature {temperature}");
+        assert_eq!(with["logprobs"], without["logprobs"], "temperature {temperature}");
+    }
 }
 
 /// R4.4, R4.5: stdout has the answer and nothing else; the summary goes to stderr.

@@ -77,3 +77,20 @@ fn perplexities_are_close_to_llama_cpp() {
         assert_eq!(report["chunks"], 5);
     }
 }
+
+/// A cache of bytes changes the perplexity by less than 0.2 %.
+#[test]
+fn a_cache_of_bytes_is_nearly_as_good() {
+    models();
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("LICENSE-APACHE");
+    let perplexity = |model: &str, cache: &str| {
+        let file = text.display().to_string();
+        let report = json(&["perplexity", model, &file, "--bytes", "6000", "--json", "--kv-cache", cache]);
+        report["perplexity"].as_f64().expect("a number")
+    };
+    for model in [SMOLLM2, GEMMA3] {
+        let (bytes, floats) = (perplexity(model, "q8_0"), perplexity(model, "f32"));
+        println!("{model}: {bytes:.4} with q8_0, {floats:.4} with f32");
+        assert!((bytes / floats - 1.0).abs() < 0.002, "{model}: {bytes} with q8_0, {floats} with f32");
+    }
+}

@@ -14,17 +14,24 @@
 //! A prompt that shares a prefix with a running or cached sequence forks that sequence's pages, and only the rest is
 //! computed. The prompt waits while another sequence still computes the shared prefix. The pages of cached sequences
 //! are evicted when other sequences need them.
+//!
+//! A decoding sequence may add rows of drafted tokens (`speculation.rs`): where the model draws the drafted tokens, one
+//! step yields several tokens, the same as without drafts.
 
 mod admission;
 mod interface;
 mod prefix_cache;
+mod prompt_lookup;
+mod rows;
+mod speculation;
 
 pub use interface::*;
 
 use exo_engines::decoder::PageTable;
-use exo_engines::engine::{Operation, PAGE_TOKENS, Row, SeqId};
+use exo_engines::engine::{Operation, PAGE_TOKENS, SeqId};
 use exo_engines::sampler::{SampleError, Sampled, SamplerSpec, SamplingParams};
 use prefix_cache::PrefixCache;
+use prompt_lookup::PromptLookup;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// The scheduler of one instance.
@@ -40,11 +47,14 @@ pub struct Scheduler {
     /// In the order in which they were sent.
     in_flight: VecDeque<Sent>,
     prefix_cache: PrefixCache,
+    /// Sequences whose rejected drafts the shards drop with the next step.
+    truncates: BTreeSet<SeqId>,
     /// Sequences that the shards release with the next step.
     releases: Vec<SeqId>,
     /// Sequences whose samplers close with the next step.
     closes: Vec<SeqId>,
     events: VecDeque<Event>,
+    drafts: DraftCounts,
 }
 
 /// A step in flight.
@@ -63,8 +73,11 @@ struct Sequence {
     prompt_tokens: usize,
     max_tokens: u32,
     ends: BTreeSet<u32>,
-    /// Tokens in the caches, or in flight to them, since the sequence was last admitted.
+    /// Tokens in the caches, or in flight to them, since the sequence was last admitted; without drafts.
     sent: usize,
+    /// Drafted tokens in flight, which follow the `sent` ones.
+    drafted: usize,
+    lookup: PromptLookup,
     /// Whether a step in flight will draw the sequence's next token.
     draws: bool,
     /// Whether the client has received [`Event::Admitted`].
@@ -103,10 +116,17 @@ impl Scheduler {
             running: Vec::new(),
             in_flight: VecDeque::new(),
             prefix_cache: PrefixCache::default(),
+            truncates: BTreeSet::new(),
             releases: Vec::new(),
             closes: Vec::new(),
             events: VecDeque::new(),
+            drafts: DraftCounts::default(),
         }
+    }
+
+    /// The drafted tokens so far.
+    pub fn draft_counts(&self) -> DraftCounts {
+        self.drafts
     }
 
     /// The number of sequences that prefill or decode.
@@ -166,6 +186,8 @@ impl Scheduler {
             max_tokens: request.max_tokens.min(room),
             ends: request.ends,
             sent: 0,
+            drafted: 0,
+            lookup: PromptLookup::default(),
             draws: false,
             is_told: false,
         };
@@ -184,10 +206,12 @@ impl Scheduler {
         self.events.retain(|event| event.seq() != seq);
     }
 
-    /// Applies the results of the oldest step in flight: a token, or an error, for each sequence that draws.
+    /// Applies the results of the oldest step in flight: for each sequence that draws, one token more than it had
+    /// accepted drafts, or an error.
     pub fn handle_step_done(&mut self, results: Vec<(SeqId, Result<Sampled, SampleError>)>) {
         // The results match the draws of the step: otherwise the engine would have failed the step.
         self.in_flight.pop_front();
+        self.settle_drafts(&results);
         for (seq, result) in results {
             let Some(sequence) = self.sequences.get_mut(&seq) else { continue };
             sequence.draws = false;
@@ -211,6 +235,7 @@ impl Scheduler {
     /// move to the front of the queue, oldest first, and are replayed.
     pub fn handle_pipeline_lost(&mut self) {
         self.in_flight.clear();
+        self.truncates.clear();
         self.releases.clear();
         self.closes.clear();
         self.prefix_cache.clear();
@@ -268,6 +293,9 @@ impl Scheduler {
             return None;
         }
         let mut plan = StepPlan { operations: Vec::new(), samplers: Vec::new(), rows: Vec::new(), tokens: Vec::new() };
+        for seq in std::mem::take(&mut self.truncates) {
+            self.truncate(seq, &mut plan);
+        }
         for seq in std::mem::take(&mut self.releases) {
             self.release(seq, &mut plan);
         }
@@ -280,7 +308,8 @@ impl Scheduler {
         }
         let closes = std::mem::take(&mut self.closes).into_iter().map(|seq| SamplerOperation::Close { seq });
         plan.samplers.splice(0..0, closes);
-        let draws = plan.rows.iter().filter(|row| row.wants_logits).map(|row| row.seq).collect();
+        let mut draws: Vec<SeqId> = plan.rows.iter().filter(|row| row.wants_logits).map(|row| row.seq).collect();
+        draws.dedup();
         self.in_flight.push_back(Sent { rows: plan.rows.len(), draws });
         Some(plan)
     }
@@ -322,6 +351,7 @@ impl Scheduler {
     fn preempt(&mut self, seq: SeqId) {
         if let Some(sequence) = self.sequences.get_mut(&seq) {
             sequence.sent = 0;
+            sequence.drafted = 0;
             sequence.draws = false;
             self.waiting.push_front(seq);
         }
@@ -341,91 +371,6 @@ impl Scheduler {
             self.release(seq, plan);
         }
         true
-    }
-
-    /// Adds one row for each decoding sequence, oldest first. The newest sequences are preempted if pages run out. If
-    /// several steps may be in flight, each takes an equal share of the sequences, so no stage waits for another.
-    fn add_decodes(&mut self, plan: &mut StepPlan) {
-        let is_decoding = |seq: &&SeqId| self.sequences.get(seq).is_some_and(|s| s.draws || s.decodes());
-        let share = self.running.iter().filter(is_decoding).count().div_ceil(self.limits.steps_in_flight.max(1));
-        for seq in self.running.clone() {
-            if plan.rows.len() >= share {
-                return;
-            }
-            let decodes = self.sequences.get(&seq).is_some_and(Sequence::decodes);
-            if decodes && self.running.contains(&seq) && self.free_page_for(seq, plan) {
-                self.add_rows(seq, 1, plan);
-            }
-        }
-    }
-
-    /// Adds chunks of the prompts of running sequences, oldest first, in the remaining rows of the step.
-    fn add_prompts(&mut self, plan: &mut StepPlan) {
-        for seq in self.running.clone() {
-            // Decoding sequences are added by `add_decodes`, each in the step of its share.
-            let prompt = self.sequences.get(&seq).filter(|sequence| !sequence.decodes());
-            let left = prompt.map_or(0, Sequence::rows_left);
-            let rows = left.min(self.rows_free(plan));
-            if rows == 0 {
-                continue;
-            }
-            if self.free_pages(self.pages.pages_needed(seq, rows as u32), None, plan) {
-                self.add_rows(seq, rows, plan);
-            }
-        }
-    }
-
-    /// Rows that the step can still take.
-    fn rows_free(&self, plan: &StepPlan) -> usize {
-        let others = self.running.iter().filter(|seq| self.sequences.get(seq).is_some_and(|s| s.draws || s.decodes()));
-        let limit = if others.count() > 0 || plan.rows.iter().any(|row| row.wants_logits) {
-            self.limits.rows_shared
-        } else {
-            self.limits.rows_alone
-        };
-        limit.saturating_sub(plan.rows.len())
-    }
-
-    /// Frees a page for the next row of `seq`, if it needs one, and returns whether the row has space. The newest
-    /// sequences are preempted first, except those with a row in flight that draws, or with rows in this step.
-    fn free_page_for(&mut self, seq: SeqId, plan: &mut StepPlan) -> bool {
-        while !self.free_pages(self.pages.pages_needed(seq, 1), None, plan) {
-            let gives_way = |other: &&SeqId| {
-                let idle = self.sequences.get(other).is_some_and(|sequence| !sequence.draws);
-                idle && !self.is_in_flight(**other) && !plan.rows.iter().any(|row| row.seq == **other)
-            };
-            let Some(&newest) = self.running.iter().rev().find(gives_way) else { return false };
-            self.running.retain(|&other| other != newest);
-            self.release(newest, plan);
-            // A sampler that this step would open stays closed.
-            plan.samplers
-                .retain(|operation| !matches!(operation, SamplerOperation::Open { seq, .. } if *seq == newest));
-            self.closes.push(newest);
-            self.preempt(newest);
-            if newest == seq {
-                return false;
-            }
-        }
-        true
-    }
-
-    fn is_in_flight(&self, seq: SeqId) -> bool {
-        self.in_flight.iter().any(|sent| sent.draws.contains(&seq))
-    }
-
-    fn add_rows(&mut self, seq: SeqId, rows: usize, plan: &mut StepPlan) {
-        let Some(sequence) = self.sequences.get_mut(&seq) else { return };
-        // The callers have checked that pages are free; copies of shared pages are made by the shards.
-        if self.pages.extend(seq, rows as u32).is_err() {
-            return;
-        }
-        for position in sequence.sent..sequence.sent + rows {
-            let wants_logits = position + 1 == sequence.tokens.len();
-            plan.rows.push(Row { seq, position: position as u32, wants_logits });
-            plan.tokens.push(sequence.tokens[position]);
-            sequence.draws |= wants_logits;
-        }
-        sequence.sent += rows;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::core::context::Context;
 use crate::core::plan::{Policy, Split};
-use exo_engines::engine::DeviceId;
+use exo_engines::engine::{DeviceId, KvElement};
 use exo_engines::model::Recipe;
 use serde::{Deserialize, Serialize};
 
@@ -19,12 +19,54 @@ pub struct ModelSpec {
     pub context_tokens: Option<u32>,
     /// The recipe that quantises dense weights while they load.
     pub quantize: Option<Recipe>,
+    /// The type of cached keys and values; `None`: any, which is f16 for a new instance.
+    #[serde(default)]
+    pub kv_cache: Option<KvElement>,
+    /// The drafts of a new instance; a wish, which an instance with other drafts meets, too.
+    #[serde(default)]
+    pub speculation: Speculation,
     /// The layers of each node; `None`: the planner chooses.
     #[serde(default)]
     pub split: Option<Split>,
     /// The goal of the placement.
     #[serde(default)]
     pub policy: Policy,
+}
+
+/// How the head of an instance drafts tokens, which a step computes before their turn. The answers are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum Speculation {
+    /// No drafts.
+    None,
+    /// The tokens that followed the latest tokens where these occurred before, in the prompt or the answer.
+    #[default]
+    Lookup,
+}
+
+/// A name that no way of speculation has.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no way of speculation: use none or lookup")]
+pub struct UnknownSpeculation(pub String);
+
+impl std::str::FromStr for Speculation {
+    type Err = UnknownSpeculation;
+
+    fn from_str(name: &str) -> Result<Self, UnknownSpeculation> {
+        match name {
+            "none" => Ok(Self::None),
+            "lookup" => Ok(Self::Lookup),
+            _ => Err(UnknownSpeculation(name.to_owned())),
+        }
+    }
+}
+
+impl std::fmt::Display for Speculation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Lookup => "lookup",
+        })
+    }
 }
 
 impl ModelSpec {
@@ -41,9 +83,16 @@ impl ModelSpec {
             device: None,
             context_tokens: None,
             quantize,
+            kv_cache: None,
+            speculation: Speculation::default(),
             split: None,
             policy: Policy::default(),
         }
+    }
+
+    /// The type of cached keys and values of a new instance.
+    pub fn kv_element(&self) -> KvElement {
+        self.kv_cache.unwrap_or_default()
     }
 }
 

@@ -32,6 +32,12 @@ pub struct Totals {
     pub cached_tokens: u64,
     /// Sampled tokens.
     pub generated_tokens: u64,
+    /// Drafted tokens, which were computed before their turn.
+    #[serde(default)]
+    pub drafted_tokens: u64,
+    /// Drafted tokens that the model drew.
+    #[serde(default)]
+    pub accepted_tokens: u64,
 }
 
 impl Totals {
@@ -45,6 +51,8 @@ impl Totals {
             prompt_tokens: self.prompt_tokens.saturating_sub(before.prompt_tokens),
             cached_tokens: self.cached_tokens.saturating_sub(before.cached_tokens),
             generated_tokens: self.generated_tokens - before.generated_tokens,
+            drafted_tokens: self.drafted_tokens.saturating_sub(before.drafted_tokens),
+            accepted_tokens: self.accepted_tokens.saturating_sub(before.accepted_tokens),
         }
     }
 
@@ -53,6 +61,8 @@ impl Totals {
         self.prompt_tokens += done.prompt_tokens;
         self.cached_tokens += done.cached_tokens;
         self.generated_tokens += done.generated_tokens;
+        self.drafted_tokens += done.drafted_tokens;
+        self.accepted_tokens += done.accepted_tokens;
     }
 }
 

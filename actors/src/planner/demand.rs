@@ -4,8 +4,8 @@ use crate::core::plan::Demand;
 use exo_engines::engine::{KvElement, PAGE_TOKENS};
 use exo_engines::model::{ModelFiles, Role};
 
-/// The memory and the work that a model needs, with KV caches of `kv_pages` pages.
-pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
+/// The memory and the work that a model needs, with KV caches of `kv_pages` pages of `element`.
+pub(super) fn demand(files: &ModelFiles, element: KvElement, kv_pages: u32) -> Demand {
     let architecture = &files.architecture;
     let layers = architecture.layers.len();
     let bytes_of = |wanted: &dyn Fn(&Role) -> bool| -> u64 {
@@ -21,9 +21,7 @@ pub(super) fn demand(files: &ModelFiles, kv_pages: u32) -> Demand {
         layer_cost_bytes: files.layer_cost_bytes(),
         kv_pages,
         kv_bytes: (0..layers)
-            .map(|layer| {
-                architecture.kv_bytes_per_token(layer..layer + 1, KvElement::F16.bytes()).saturating_mul(kv_tokens)
-            })
+            .map(|layer| architecture.kv_bytes_per_token(layer..layer + 1, element).saturating_mul(kv_tokens))
             .collect(),
         embedding_bytes: bytes_of(&|role| *role == Role::TokenEmbedding),
         head_bytes: bytes_of(&|role| *role == Role::Output),

@@ -322,6 +322,6 @@ pub(super) fn placement_request(spec: &ModelSpec, model: &ResolvedModel) -> Resu
             vocabulary: tokens(files.architecture.vocabulary),
             files: model.id,
         },
-        demand: demand::demand(files, context.cache_pages()),
+        demand: demand::demand(files, spec.kv_element(), context.cache_pages()),
     })
 }

@@ -19,6 +19,7 @@ use exo_engines::sampler::{SampleError, Sampled, Sampler, TokenSampler};
 use exo_engines::{Engine, EngineError};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -316,13 +317,15 @@ fn run_step(
             }
         }
         OutputRows::Logits(logits) => {
+            let mut drafts = Drafts::new();
             for operation in samplers {
                 match operation {
                     SamplerOperation::Open { seq, spec } => sampler.open(seq, spec),
                     SamplerOperation::Close { seq } => sampler.close(seq),
+                    SamplerOperation::Draft { seq, tokens } => drop(drafts.insert(seq, tokens.into())),
                 }
             }
-            let tokens = draw(sampler, &step.rows, &logits, vocabulary);
+            let tokens = draw(sampler, &step.rows, &logits, vocabulary, drafts);
             let result = StepResult { incarnation: step.incarnation, id: step.id, tokens };
             match next {
                 Next::Head(head) => head(result),
@@ -334,13 +337,32 @@ fn run_step(
     Ok(())
 }
 
+/// The drafted tokens of each sequence that were not reached yet.
+type Drafts = HashMap<SeqId, VecDeque<u32>>;
+
+/// Draws a token for each row that wants logits. Rows of a draft end with the first token that was not drafted.
 fn draw(
     sampler: &mut dyn Sampler,
     rows: &[Row],
     logits: &[f32],
     vocabulary: usize,
+    mut drafts: Drafts,
 ) -> Vec<(SeqId, Result<Sampled, SampleError>)> {
     let with_logits = rows.iter().filter(|row| row.wants_logits);
-    let draws = with_logits.zip(logits.chunks_exact(vocabulary));
-    draws.map(|(row, logits)| (row.seq, sampler.sample(row.seq, row.position, logits))).collect()
+    let mut drawn = Vec::new();
+    let mut rejected = None;
+    for (row, logits) in with_logits.zip(logits.chunks_exact(vocabulary)) {
+        if rejected == Some(row.seq) {
+            continue;
+        }
+        let result = sampler.sample(row.seq, row.position, logits);
+        let drafted = drafts.get_mut(&row.seq).and_then(VecDeque::pop_front);
+        let is_accepted = matches!((&result, drafted), (Ok(sampled), Some(drafted)) if sampled.token == drafted);
+        rejected = (!is_accepted).then_some(row.seq);
+        drawn.push((row.seq, result));
+    }
+    drawn
 }
+
+#[cfg(test)]
+mod tests;

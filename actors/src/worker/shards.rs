@@ -27,7 +27,7 @@ use crate::transport::callback::EventCallback;
 use crate::transport::protocol::{ControlMessage, LinkEnd, StageOrder};
 use crate::transport::router::Router;
 use exo_engines::EngineError;
-use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, Incarnation, KvElement, ShardSpec, TensorRank};
+use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, Incarnation, ShardSpec, TensorRank};
 use exo_engines::model::ModelFiles;
 use exo_net::{InboxSlot, NodeId};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -302,7 +302,7 @@ impl WorkerState {
             architecture: model.files.architecture.for_context(task.context_tokens as usize),
             layers: task.layers.clone(),
             tensor: TensorRank::WHOLE,
-            kv_element: KvElement::F16,
+            kv_element: task.spec.kv_element(),
             kv_pages: task.kv_pages,
         };
         let hidden = spec.architecture.hidden;

@@ -69,11 +69,13 @@ fn render(status: &NodeStatus) -> String {
 /// What the heads of this node have done since it started. Counters never fall: they outlive instances.
 fn totals(status: &NodeStatus, out: &mut String) {
     type Read = fn(&Totals) -> u64;
-    let metrics: [(Metric<'_>, Read); 4] = [
+    let metrics: [(Metric<'_>, Read); 6] = [
         (counter("requests_total", "Requests that have ended."), |totals| totals.requests),
         (counter("prompt_tokens_total", "Prompt tokens of admitted requests."), |totals| totals.prompt_tokens),
         (counter("reused_tokens_total", "Prompt tokens found in the prefix cache."), |totals| totals.cached_tokens),
         (counter("generated_tokens_total", "Sampled tokens."), |totals| totals.generated_tokens),
+        (counter("drafted_tokens_total", "Tokens computed before their turn."), |totals| totals.drafted_tokens),
+        (counter("accepted_tokens_total", "Drafted tokens that the model drew."), |totals| totals.accepted_tokens),
     ];
     for (metric, read) in metrics {
         let values = status.totals.iter().map(|(model, totals)| (labels(&[("model", model)]), read(totals) as f64));

@@ -7,6 +7,7 @@
 //! functions.rs    exp, tanh, the activation functions
 //! norms.rs        RMS norms
 //! rotary.rs       rotary position embeddings
+//! cache.rs        keys and values as bytes
 //! attention.rs    scores, softmax and mixing, in chunks of 256 positions
 //! ```
 //! The bits of a result depend on the model and on the row's own sequence alone. The other rows, the number of threads
@@ -20,6 +21,7 @@
 
 pub mod activations;
 pub mod attention;
+pub mod cache;
 pub mod functions;
 pub mod norms;
 pub mod products;

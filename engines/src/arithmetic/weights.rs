@@ -121,36 +121,38 @@ impl Superblock {
 ///
 /// # Panics
 /// If `element` is dense, or the row has no such superblock.
+#[inline(always)]
 pub fn superblock(element: ElementType, row: &[u8], columns: usize, index: usize) -> Superblock {
     let (Some(coding), Some(rule)) = (Coding::of(element), Rule::of(element)) else {
         unreachable!("a dense row has no blocks")
     };
-    let first = index * BLOCKS;
-    let count = BLOCKS.min(columns / BLOCK - first);
+    let row = &row[index * (SUPERBLOCK / element.block_values()) * element.block_bytes()..];
+    let count =
+        if element.block_values() == SUPERBLOCK { BLOCKS } else { BLOCKS.min(columns / BLOCK - index * BLOCKS) };
     let mut decoded = [blocks::Block { codes: [0; BLOCK], scales: [0.0; 2], mins: [0.0; 2] }; BLOCKS];
     for (number, block) in decoded[..count].iter_mut().enumerate() {
-        *block = blocks::decode(element, row, first + number);
+        *block = blocks::decode(element, row, number);
     }
     let decoded = &decoded[..count];
     let (unit, step) = match rule {
         Rule::Product { shift, .. } => {
             let power = (1_u32 << shift) as f32;
-            let unit = product_unit(coding, blocks::shared_scale(element, row, first), power, decoded);
+            let unit = product_unit(coding, blocks::shared_scale(element, row, 0), power, decoded);
             (unit, unit * power)
         }
         Rule::Rounded => {
-            let largest = decoded.iter().flat_map(|block| block.scales).fold(0.0_f32, |a, b| larger(a, b.abs()));
+            let largest = largest(decoded.iter().flat_map(|block| block.scales));
             let step = normal(largest / LARGEST);
             (step * (1 << ROUNDED_BITS) as f32, step)
         }
     };
     let factor = if let Rule::Product { shift, .. } = rule { 1_i16 << shift } else { 1 };
-    let integer = |value: f32, step: f32| if step == 0.0 { 0 } else { (value / step).round_ties_even() as i16 };
     let mut blocks = [IntegerBlock { codes: [0; BLOCK], scales: [0; 2], mins: [0; 2] }; BLOCKS];
     for (block, from) in blocks.iter_mut().zip(decoded) {
         *block = IntegerBlock {
             codes: from.codes,
-            scales: from.scales.map(|scale| integer(scale, step) * factor),
+            // The integers of a superblock that is not finite are arbitrary.
+            scales: from.scales.map(|scale| integer(scale, step).wrapping_mul(factor)),
             mins: from.mins.map(|min| integer(min, unit)),
         };
     }
@@ -158,41 +160,47 @@ pub fn superblock(element: ElementType, row: &[u8], columns: usize, index: usize
 }
 
 /// The unit of products: the file's own scale over 2^shift where all integers fit, else 1/31,800 of the largest value.
+#[inline(always)]
 fn product_unit(coding: Coding, shared: Option<f32>, power: f32, decoded: &[blocks::Block]) -> f32 {
     let (lowest, highest) = coding.level_range();
-    let mut largest = 0.0_f32;
     if coding.levels == Levels::Fp4 {
         // All scales are powers of two, so their quotients are exact.
-        let scales = decoded.iter().flat_map(|block| block.scales);
-        return normal(scales.fold(0.0_f32, larger) / FP4_SCALE_MAX);
+        return normal(largest(decoded.iter().flat_map(|block| block.scales)) / FP4_SCALE_MAX);
     }
-    for block in decoded {
-        for (scale, min) in block.scales.into_iter().zip(block.mins) {
-            largest = larger(largest, (scale * lowest as f32 + min).abs());
-            largest = larger(largest, (scale * highest as f32 + min).abs());
-        }
-    }
+    let ranges = decoded.iter().flat_map(|block| block.scales.into_iter().zip(block.mins));
+    let largest = largest(ranges.flat_map(|(scale, min)| [lowest, highest].map(|level| scale * level as f32 + min)));
     match shared.map(|scale| scale / power) {
         Some(unit) if unit != 0.0 && (!coding.has_mins || largest <= unit.abs() * LARGEST) => unit,
         _ => normal(largest / LARGEST),
     }
 }
 
-/// The larger number; NaN if one is NaN.
-fn larger(a: f32, b: f32) -> f32 {
-    if b > a || b.is_nan() { b } else { a }
+/// The largest magnitude; NaN if a value is NaN. Bits of positive floats have the order of their values, with NaN last.
+#[inline(always)]
+fn largest(values: impl Iterator<Item = f32>) -> f32 {
+    f32::from_bits(values.fold(0, |largest, value| value.abs().to_bits().max(largest)))
 }
 
+/// value / step to the nearest integer, the even one in a tie; 0 for a step of 0. The magnitude is below 2¹⁵, or the
+/// superblock's unit is not finite.
+#[inline(always)]
+fn integer(value: f32, step: f32) -> i16 {
+    /// In a sum with this float, the lowest bit of the mantissa counts ones.
+    const ONES: f32 = 1.5 * (1 << 23) as f32;
+    if step == 0.0 { 0 } else { (value / step + ONES).to_bits() as i16 }
+}
+
+#[inline(always)]
 fn normal(unit: f32) -> f32 {
     if unit < UNIT_MIN { 0.0 } else { unit }
 }
 
 /// Converts `values`, at most a superblock of dense floats; returns their unit, which is not finite if a value is not.
+#[inline(always)]
 pub fn dense(values: &[f32], codes: &mut [i16]) -> f32 {
-    let largest = values.iter().fold(0.0_f32, |a, b| larger(a, b.abs()));
-    let unit = normal(largest / LARGEST);
+    let unit = normal(largest(values.iter().copied()) / LARGEST);
     for (code, &value) in codes.iter_mut().zip(values) {
-        *code = if unit == 0.0 { 0 } else { (value / unit).round_ties_even() as i16 };
+        *code = integer(value, unit);
     }
     unit
 }

@@ -1,7 +1,7 @@
 //! The KV cache as tensors of slots, and attention over it.
 
 use crate::backend::Span;
-use crate::engine::{KvElement, PAGE_TOKENS};
+use crate::engine::PAGE_TOKENS;
 use crate::model::Attention;
 use candle_core::{D, DType, Device, Result, Tensor};
 
@@ -16,11 +16,7 @@ pub struct CandleCache {
 }
 
 impl CandleCache {
-    pub(super) fn new(layers: &[Attention], element: KvElement, pages: u32, device: &Device) -> Result<Self> {
-        let dtype = match element {
-            KvElement::F16 => DType::F16,
-            KvElement::F32 => DType::F32,
-        };
+    pub(super) fn new(layers: &[Attention], dtype: DType, pages: u32, device: &Device) -> Result<Self> {
         let slots = pages as usize * TOKENS;
         let tensor = |spec: &Attention| Tensor::zeros((slots, spec.kv_heads, spec.head_dim), dtype, device);
         let layers = layers.iter().map(|spec| Ok((tensor(spec)?, tensor(spec)?)));

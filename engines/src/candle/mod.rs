@@ -233,7 +233,15 @@ impl Backend for CandleBackend {
     }
 
     fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<CandleCache, EngineError> {
-        Ok(CandleCache::new(layers, element, pages, &self.device)?)
+        let dtype = match element {
+            KvElement::F16 => DType::F16,
+            KvElement::F32 => DType::F32,
+            KvElement::Q8_0 => {
+                let what = format!("a cache of the type {}: use f16 or f32", element.name());
+                return Err(EngineError::Unsupported { engine: "candle".to_owned(), what });
+            }
+        };
+        Ok(CandleCache::new(layers, dtype, pages, &self.device)?)
     }
 
     fn copy_pages(&mut self, cache: &mut CandleCache, copies: &[(u32, u32)]) -> Result<(), EngineError> {

@@ -9,6 +9,7 @@
 //! its position alone: the bits are the same in any tile, batch and split.
 
 mod page;
+mod stored;
 mod tile;
 
 use super::activation::Rows;

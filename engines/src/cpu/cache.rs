@@ -4,6 +4,7 @@
 //! one vector scores sixteen keys; values are stored by token, then dimension, so that one vector weights sixteen
 //! dimensions. All memory is reserved at the start, and becomes resident as pages are used.
 
+use crate::arithmetic::cache;
 use crate::engine::{KvElement, PAGE_TOKENS};
 use crate::model::Attention;
 use crate::simd::{LANES, Simd};
@@ -68,23 +69,32 @@ impl LayerCache {
         self.head_dim.next_multiple_of(LANES)
     }
 
+    /// Bytes of the keys of a head in a page.
+    fn head_key_bytes(&self) -> usize {
+        self.element.vector_bytes(self.head_dim) * TOKENS
+    }
+
+    fn head_value_bytes(&self) -> usize {
+        self.element.vector_bytes(self.padded_dim()) * TOKENS
+    }
+
     fn key_page_bytes(&self) -> usize {
-        self.kv_heads * self.head_dim * TOKENS * self.element.bytes()
+        self.kv_heads * self.head_key_bytes()
     }
 
     fn value_page_bytes(&self) -> usize {
-        self.kv_heads * self.padded_dim() * TOKENS * self.element.bytes()
+        self.kv_heads * self.head_value_bytes()
     }
 
-    /// The keys of `head` in `page`: \[dimension]\[token].
+    /// The keys of `head` in `page`: \[dimension]\[token]; then, in q8_0, the scales: \[block]\[token].
     pub(super) fn keys(&self, page: u32, head: usize) -> &[u8] {
-        let length = self.head_dim * TOKENS * self.element.bytes();
+        let length = self.head_key_bytes();
         &self.keys[page as usize * self.key_page_bytes() + head * length..][..length]
     }
 
-    /// The values of `head` in `page`: \[token]\[padded dimension].
+    /// The values of `head` in `page`: \[token]\[padded dimension]; then, in q8_0, the scales: \[block]\[token].
     pub(super) fn values(&self, page: u32, head: usize) -> &[u8] {
-        let length = self.padded_dim() * TOKENS * self.element.bytes();
+        let length = self.head_value_bytes();
         &self.values[page as usize * self.value_page_bytes() + head * length..][..length]
     }
 
@@ -99,31 +109,68 @@ impl LayerCache {
     /// Writes one token's keys and values, each \[head]\[dimension], to `slot` of `page`.
     #[inline(always)]
     pub(super) fn write<S: Simd>(&mut self, page: u32, slot: usize, keys: &[f32], values: &[f32]) {
-        let (head_dim, padded, size) = (self.head_dim, self.padded_dim(), self.element.bytes());
+        let (head_dim, padded) = (self.head_dim, self.padded_dim());
         let key_page = page as usize * self.key_page_bytes();
         let value_page = page as usize * self.value_page_bytes();
+        let (key_bytes, value_bytes) = (self.head_key_bytes(), self.head_value_bytes());
         for head in 0..self.kv_heads {
-            let key = &keys[head * head_dim..][..head_dim];
-            let key_start = key_page + head * head_dim * TOKENS * size;
-            for (chunk_index, chunk) in key.chunks(LANES).enumerate() {
-                let encoded = encode::<S>(self.element, chunk);
-                for i in 0..chunk.len() {
-                    let at = key_start + ((chunk_index * LANES + i) * TOKENS + slot) * size;
-                    self.keys[at..at + size].copy_from_slice(&encoded[i * size..][..size]);
+            let of_head = head * head_dim..(head + 1) * head_dim;
+            let to_keys = &mut self.keys[key_page + head * key_bytes..][..key_bytes];
+            let to_values = &mut self.values[value_page + head * value_bytes..][..value_bytes];
+            // The places of a token's first value, and the steps to its next.
+            let key_place = Place { first: slot, step: TOKENS, scales: head_dim * TOKENS };
+            let value_place = Place { first: slot * padded, step: 1, scales: padded * TOKENS };
+            match self.element {
+                KvElement::Q8_0 => {
+                    put_bytes(&keys[of_head.clone()], to_keys, slot, &key_place);
+                    put_bytes(&values[of_head], to_values, slot, &value_place);
                 }
-            }
-            let value = &values[head * head_dim..][..head_dim];
-            let value_start = value_page + (head * TOKENS + slot) * padded * size;
-            for (chunk_index, chunk) in value.chunks(LANES).enumerate() {
-                let encoded = encode::<S>(self.element, chunk);
-                let at = value_start + chunk_index * LANES * size;
-                self.values[at..at + chunk.len() * size].copy_from_slice(&encoded[..chunk.len() * size]);
+                element => {
+                    put_floats::<S>(element, &keys[of_head.clone()], to_keys, &key_place);
+                    put_floats::<S>(element, &values[of_head], to_values, &value_place);
+                }
             }
         }
     }
 }
 
-/// Encodes up to sixteen values in the cache's element type.
+/// Where the values of a token are in a page, counted in values.
+struct Place {
+    first: usize,
+    step: usize,
+    /// The end of all values, where scales begin.
+    scales: usize,
+}
+
+#[inline(always)]
+fn put_floats<S: Simd>(element: KvElement, values: &[f32], page: &mut [u8], place: &Place) {
+    let size = element.vector_bytes(1);
+    for (index, chunk) in values.chunks(LANES).enumerate() {
+        let encoded = encode::<S>(element, chunk);
+        let first = place.first + index * LANES * place.step;
+        if place.step == 1 {
+            page[first * size..][..chunk.len() * size].copy_from_slice(&encoded[..chunk.len() * size]);
+        } else {
+            for (i, bytes) in encoded.chunks(size).take(chunk.len()).enumerate() {
+                page[(first + i * place.step) * size..][..size].copy_from_slice(bytes);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn put_bytes(values: &[f32], page: &mut [u8], slot: usize, place: &Place) {
+    for (index, block) in values.chunks(cache::BLOCK).enumerate() {
+        let mut codes = [0; cache::BLOCK];
+        let scale = cache::encode(block, &mut codes);
+        for (i, code) in codes.into_iter().take(block.len()).enumerate() {
+            page[place.first + (index * cache::BLOCK + i) * place.step] = code as u8;
+        }
+        page[place.scales + (index * TOKENS + slot) * 2..][..2].copy_from_slice(&scale.to_ne_bytes());
+    }
+}
+
+/// Encodes up to sixteen values as floats of the cache's type.
 #[inline(always)]
 fn encode<S: Simd>(element: KvElement, chunk: &[f32]) -> [u8; LANES * 4] {
     let mut padded = [0.0; LANES];
@@ -138,7 +185,7 @@ fn encode<S: Simd>(element: KvElement, chunk: &[f32]) -> [u8; LANES * 4] {
                 *bytes = half.to_ne_bytes();
             }
         },
-        KvElement::F32 => {
+        KvElement::F32 | KvElement::Q8_0 => {
             for (bytes, value) in out.as_chunks_mut::<4>().0.iter_mut().zip(padded) {
                 *bytes = value.to_ne_bytes();
             }

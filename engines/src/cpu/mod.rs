@@ -160,7 +160,7 @@ impl Backend for CpuBackend {
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Packed, EngineError> {
         let source =
             Source { element: tensor.element, rows: tensor.rows, columns: tensor.columns, bytes: &tensor.bytes };
-        Packed::pack(&mut self.pool, &source).map_err(|error| match error {
+        Packed::pack(self.tier, &mut self.pool, &source).map_err(|error| match error {
             PackError::NotANumber { row } => EngineError::Format(FormatError::not_a_number(tensor.name, row)),
             PackError::Unreadable(error) => EngineError::Format(error),
             PackError::Panicked => Panicked.into(),

@@ -175,13 +175,13 @@ impl Wide {
         let (words, _) = self.pairs.bytes().as_chunks::<2>();
         std::array::from_fn(|i| {
             let at = panel * Self::panel_bytes(columns) / 2 + wide_position(first + i, lane);
-            i16::from_ne_bytes(words[at])
+            i16::from_le_bytes(words[at])
         })
     }
 }
 
 /// The index of an integer in a [`Wide`] panel.
-pub(super) fn wide_position(column: usize, lane: usize) -> usize {
+fn wide_position(column: usize, lane: usize) -> usize {
     let (group, within) = (column / 4, column % 4);
     group * GROUP_BYTES / 2 + within % 2 * 2 * LANES + lane * 2 + within / 2
 }
@@ -237,13 +237,13 @@ impl Coded {
 }
 
 /// The position of a column's nibble in a block.
-pub(super) struct CodePosition {
-    pub(super) vector: usize,
-    pub(super) byte: usize,
-    pub(super) nibble: u32,
+struct CodePosition {
+    vector: usize,
+    byte: usize,
+    nibble: u32,
 }
 
-pub(super) fn code_position(column: usize, lane: usize) -> CodePosition {
+fn code_position(column: usize, lane: usize) -> CodePosition {
     let group = column / 4;
     CodePosition { vector: group % 4, byte: lane * 4 + column % 4, nibble: if group < 4 { 0 } else { 4 } }
 }

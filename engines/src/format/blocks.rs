@@ -4,7 +4,6 @@
 //! scale (and min) for each half of 16. Source of the layouts: `ggml-common.h` and `ggml-quants.c` of the ggml project.
 
 use super::ElementType;
-use half::f16;
 
 /// Values in a [`Block`].
 pub const BLOCK: usize = 32;
@@ -108,6 +107,7 @@ impl Coding {
 ///
 /// # Panics
 /// If `element` is dense, or the row has no such block. Both are checked when a tensor is opened.
+#[inline(always)]
 pub fn decode(element: ElementType, row: &[u8], index: usize) -> Block {
     let per_block = element.block_values() / BLOCK;
     let bytes = element.block_bytes();
@@ -138,6 +138,7 @@ pub fn decode(element: ElementType, row: &[u8], index: usize) -> Block {
 ///
 /// # Panics
 /// If the row has no such block.
+#[inline(always)]
 pub fn shared_scale(element: ElementType, row: &[u8], index: usize) -> Option<f32> {
     let at = match element {
         ElementType::Q2_K => 80,
@@ -154,6 +155,7 @@ pub fn shared_scale(element: ElementType, row: &[u8], index: usize) -> Option<f3
 ///
 /// # Panics
 /// If `row` is quantised and has fewer blocks than `out` needs.
+#[inline(always)]
 pub fn dequantise_row(element: ElementType, row: &[u8], out: &mut [f32]) {
     match element {
         ElementType::F32 => {
@@ -163,7 +165,7 @@ pub fn dequantise_row(element: ElementType, row: &[u8], out: &mut [f32]) {
         }
         ElementType::F16 => {
             for (value, bytes) in out.iter_mut().zip(row.as_chunks::<2>().0) {
-                *value = f16::from_le_bytes(*bytes).to_f32();
+                *value = f16_value(u16::from_le_bytes(*bytes));
             }
         }
         ElementType::BF16 => {
@@ -184,19 +186,40 @@ pub fn dequantise_row(element: ElementType, row: &[u8], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
 fn float(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+    f16_value(u16::from_le_bytes([block[at], block[at + 1]]))
 }
 
+/// The value of a float of 16 bits. Unlike the conversion of the crate `half`, which asks for the processor's features,
+/// this one is inlined into kernels and vectorised.
+#[inline(always)]
+fn f16_value(bits: u16) -> f32 {
+    /// 112 is the difference between the exponents' biases of f32 and f16.
+    const BIAS: u32 = 112 << 23;
+    const EXPONENT: u32 = 31 << 23;
+    const SMALLEST_NORMAL: u32 = BIAS + (1 << 23);
+    let magnitude = u32::from(bits & 0x7fff) << 13;
+    let value = match magnitude & EXPONENT {
+        0 => (f32::from_bits(SMALLEST_NORMAL | magnitude) - f32::from_bits(SMALLEST_NORMAL)).to_bits(),
+        EXPONENT => magnitude + 2 * BIAS,
+        _ => magnitude + BIAS,
+    };
+    f32::from_bits(value | u32::from(bits & 0x8000) << 16)
+}
+
+#[inline(always)]
 fn one_scale(codes: [u8; BLOCK], scale: f32, min: f32) -> Block {
     Block { codes, scales: [scale; 2], mins: [min; 2] }
 }
 
 /// Unpacks nibbles: the low ones are values 0–15, the high ones values 16–31.
+#[inline(always)]
 fn nibbles(bytes: &[u8]) -> [u8; BLOCK] {
     std::array::from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 })
 }
 
+#[inline(always)]
 fn fifth_bits(low: &[u8], high: &[u8]) -> [u8; BLOCK] {
     let mut codes = nibbles(low);
     for (i, code) in codes.iter_mut().enumerate() {
@@ -205,12 +228,14 @@ fn fifth_bits(low: &[u8], high: &[u8]) -> [u8; BLOCK] {
     codes
 }
 
+#[inline(always)]
 fn q8_0(block: &[u8]) -> Block {
     // Signed bytes become unsigned codes around 128.
     one_scale(std::array::from_fn(|i| block[2 + i] ^ 0x80), float(block, 0), 0.0)
 }
 
 /// Half of an E8M0 scale, 2^(exponent − 128), because the levels are doubled. An exponent of 255 means NaN.
+#[inline(always)]
 fn half_power_of_two(exponent: u8) -> f32 {
     match exponent {
         255 => f32::NAN,
@@ -220,11 +245,13 @@ fn half_power_of_two(exponent: u8) -> f32 {
 }
 
 /// Unpacks the 2-bit codes of part `part` of 8. Four parts share 32 bytes.
+#[inline(always)]
 fn k_pairs(bytes: &[u8], part: usize) -> [u8; BLOCK] {
     let four = &bytes[part / 4 * 32..][..32];
     std::array::from_fn(|i| four[i] >> (part % 4 * 2) & 3)
 }
 
+#[inline(always)]
 fn q2_k(block: &[u8], part: usize) -> Block {
     let (d, dmin) = (float(block, 80), float(block, 82));
     let packed = [block[part * 2], block[part * 2 + 1]];
@@ -235,6 +262,7 @@ fn q2_k(block: &[u8], part: usize) -> Block {
     }
 }
 
+#[inline(always)]
 fn q3_k(block: &[u8], part: usize) -> Block {
     let (high, packed, d) = (&block[..32], &block[96..108], float(block, 108));
     let mut codes = k_pairs(&block[32..96], part);
@@ -250,6 +278,7 @@ fn q3_k(block: &[u8], part: usize) -> Block {
     Block { codes, scales: [scale(part * 2), scale(part * 2 + 1)], mins: [0.0; 2] }
 }
 
+#[inline(always)]
 fn iq4_xs(block: &[u8], part: usize) -> Block {
     let upper = u16::from_le_bytes([block[2], block[3]]) >> (part * 2) & 3;
     let scale = block[4 + part / 2] >> (part % 2 * 4) & 15 | (upper as u8) << 4;
@@ -257,6 +286,7 @@ fn iq4_xs(block: &[u8], part: usize) -> Block {
 }
 
 /// The 6-bit scale and minimum of part `part` of 8. The upper bits of parts 4–7 lie in the bytes of parts 0–3.
+#[inline(always)]
 fn k_scale_min(packed: &[u8], part: usize) -> (f32, f32) {
     let (scale, min) = if part < 4 {
         (packed[part] & 63, packed[part + 4] & 63)
@@ -267,16 +297,19 @@ fn k_scale_min(packed: &[u8], part: usize) -> (f32, f32) {
 }
 
 /// Unpacks the codes of `part`. Two parts share 32 bytes: the even part has the low nibbles, the odd part the high.
+#[inline(always)]
 fn k_nibbles(bytes: &[u8], part: usize) -> [u8; BLOCK] {
     let pair = &bytes[part / 2 * 32..][..32];
     std::array::from_fn(|i| pair[i] >> (part % 2 * 4) & 15)
 }
 
+#[inline(always)]
 fn q4_k(block: &[u8], part: usize) -> Block {
     let (scale, min) = k_scale_min(&block[4..16], part);
     one_scale(k_nibbles(&block[16..144], part), float(block, 0) * scale, -float(block, 2) * min)
 }
 
+#[inline(always)]
 fn q5_k(block: &[u8], part: usize) -> Block {
     let (scale, min) = k_scale_min(&block[4..16], part);
     let high = &block[16..48];
@@ -287,6 +320,7 @@ fn q5_k(block: &[u8], part: usize) -> Block {
     one_scale(codes, float(block, 0) * scale, -float(block, 2) * min)
 }
 
+#[inline(always)]
 fn q6_k(block: &[u8], part: usize) -> Block {
     let (group, column) = (part / 4, part % 4);
     let low = &block[group * 64..][..64];
@@ -346,6 +380,14 @@ mod tests {
             let error = relative_error(&got, &source);
             println!("{element:8} {:5.2} bits, error {error:.5}", row_bytes as f32 * 8.0 / COLUMNS as f32);
             assert!(error < 0.4, "{element}: {error}");
+        }
+    }
+
+    #[test]
+    fn every_float_of_16_bits_has_its_value() {
+        for bits in 0..=u16::MAX {
+            let (got, expected) = (f16_value(bits), half::f16::from_bits(bits).to_f32());
+            assert!(got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan(), "{bits:#x}: {got}");
         }
     }
 

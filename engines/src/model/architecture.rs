@@ -3,6 +3,7 @@
 //! A family ([`super::families`]) builds it from a file's metadata, the decoder walks it, and a backend receives the
 //! parts of one layer at a time. Lengths are in elements, positions in tokens.
 
+use crate::kv_element::KvElement;
 use serde::{Deserialize, Serialize};
 
 /// The architecture of a whole model. Plain data, which is sent to worker processes and to other nodes.
@@ -215,9 +216,9 @@ impl Architecture {
         architecture
     }
 
-    /// Bytes of one token's keys and values in the layers `range`, at `element_bytes` per element.
-    pub fn kv_bytes_per_token(&self, range: std::ops::Range<usize>, element_bytes: usize) -> u64 {
-        let widths = self.layers[range].iter().map(|layer| 2 * layer.attention.kv_width());
-        widths.map(|width| (width * element_bytes) as u64).sum()
+    /// Bytes of one token's keys and values in the layers `range`.
+    pub fn kv_bytes_per_token(&self, range: std::ops::Range<usize>, element: KvElement) -> u64 {
+        let attention = self.layers[range].iter().map(|layer| &layer.attention);
+        attention.map(|spec| (2 * spec.kv_heads * element.vector_bytes(spec.head_dim)) as u64).sum()
     }
 }

@@ -39,7 +39,7 @@ fn setting() -> impl Strategy<Value = Setting> {
     let families =
         prop::sample::select(FAMILIES.iter().map(|family| family.name).chain(["gpt_oss_mxfp4"]).collect::<Vec<_>>());
     let tiers = prop::sample::select(Tier::available());
-    let kvs = prop::sample::select(vec![KvElement::F16, KvElement::F32]);
+    let kvs = prop::sample::select(KvElement::ALL.to_vec());
     (families, tiers, kvs, 1_usize..=3, 1_usize..=3, 1_usize..90)
         .prop_map(|(family, tier, kv, shards, threads, fork_at)| Setting { family, tier, kv, shards, threads, fork_at })
 }

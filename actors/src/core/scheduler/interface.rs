@@ -23,6 +23,8 @@ pub struct Limits {
     pub rows_alone: usize,
     /// Rows of a step at most while other sequences decode: limits the delay that a long prompt causes them.
     pub rows_shared: usize,
+    /// Rows of a step up to which decoding sequences add drafts; 0 for no drafts.
+    pub draft_rows: usize,
 }
 
 /// A request to generate.
@@ -87,12 +89,29 @@ pub enum SamplerOperation {
         /// The sequence.
         seq: SeqId,
     },
+    /// The step's last rows of a sequence are a draft: a row counts only if the tokens drawn before it are the drafted
+    /// ones.
+    Draft {
+        /// The sequence.
+        seq: SeqId,
+        /// The drafted tokens, those of the rows that follow the first one with logits.
+        tokens: Vec<u32>,
+    },
+}
+
+/// The drafted tokens of a scheduler so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DraftCounts {
+    /// Tokens that were drafted.
+    pub drafted: u64,
+    /// Drafted tokens that the model drew.
+    pub accepted: u64,
 }
 
 /// The next step for the pipeline.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepPlan {
-    /// Forks and releases of pages, applied before the rows.
+    /// Forks, truncations and releases of pages, applied before the rows.
     pub operations: Vec<Operation>,
     /// Changes of the samplers.
     pub samplers: Vec<SamplerOperation>,

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::core::context::{Context, ContextLimit};
+use exo_engines::engine::Row;
 
 fn request(seq: u64, prompt: usize, max_tokens: u32) -> Request {
     let sampler = SamplerSpec { params: SamplingParams::greedy(), prompt: vec![1; prompt], generated: Vec::new() };
@@ -17,6 +18,7 @@ fn limits() -> Limits {
         running: 8,
         rows_alone: 256,
         rows_shared: 64,
+        draft_rows: 0,
     }
 }
 

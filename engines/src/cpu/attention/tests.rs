@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::arithmetic::attention::attend;
+use crate::arithmetic::cache;
 use crate::cpu::cache::{KvCache, TOKENS};
 use crate::cpu::kernels;
 use crate::engine::KvElement;
@@ -16,12 +17,14 @@ fn random_rows(count: usize, width: usize, seed: u64) -> Rows {
     Rows { width, values: (0..count * width).map(|_| random.f32() * 4.0 - 2.0).collect() }
 }
 
-fn rounded(element: KvElement, rows: &Rows) -> Rows {
-    let round = |&value: &f32| match element {
-        KvElement::F16 => f16::from_f32(value).to_f32(),
-        KvElement::F32 => value,
-    };
-    Rows { width: rows.width, values: rows.values.iter().map(round).collect() }
+fn rounded(element: KvElement, head_dim: usize, rows: &Rows) -> Rows {
+    let mut values = rows.values.clone();
+    match element {
+        KvElement::F16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+        KvElement::F32 => {}
+        KvElement::Q8_0 => values.chunks_mut(head_dim).for_each(cache::rounded),
+    }
+    Rows { width: rows.width, values }
 }
 
 proptest! {
@@ -34,7 +37,7 @@ proptest! {
         queries in 1_usize..40,
         window in prop::sample::select(vec![None, Some(1), Some(8), Some(33), Some(300)]),
         head_dim in prop::sample::select(vec![16_usize, 40, 64]),
-        element in prop::sample::select(vec![KvElement::F16, KvElement::F32]),
+        element in prop::sample::select(KvElement::ALL.to_vec()),
         softcap in prop::sample::select(vec![None, Some(2.0)]),
         with_sinks in any::<bool>(),
         seed in any::<u64>(),
@@ -62,7 +65,7 @@ proptest! {
         let mut cache = KvCache::new(std::slice::from_ref(&spec), element, pages.len() as u32).expect("memory");
         let all = Batch { rows: length, spans: vec![Span { rows: 0..length, first_position: 0, pages: pages.clone() }] };
         kernels::write_cache(Tier::best(), &mut cache.layers[0], &all, &keys, &values);
-        let (keys, values) = (rounded(element, &keys), rounded(element, &values));
+        let (keys, values) = (rounded(element, head_dim, &keys), rounded(element, head_dim, &values));
         let first_position = length - queries;
         let mut expected = Vec::new();
         for row in 0..queries {

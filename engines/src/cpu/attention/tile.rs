@@ -3,12 +3,14 @@
 use super::super::activation::Rows;
 use super::super::cache::{LayerCache, TOKENS};
 use super::super::disjoint::DisjointMut;
+use super::stored::{F16, F32, Q8, Stored};
 use super::{Heads, Task, page};
 use crate::arithmetic::attention::{CHUNK, SUM_CHAINS, finish_score, rescales};
 use crate::arithmetic::functions::{exp, tree_sum};
 use crate::engine::KvElement;
 use crate::model::Attention;
 use crate::simd::{Kernel, LANES, Simd, Tier};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Most queries that are computed together on a page and share its loads.
@@ -127,23 +129,25 @@ struct Scratch {
     sums: Vec<f32>,
 }
 
-/// `N` queries of a job from number `first`; `HALF`: keys and values are f16. Each size is a kernel of its own, since a
+/// `N` queries of a job from number `first`, over a cache of the type `E`. Each size is a kernel of its own, since a
 /// compiler inlines little into very large functions.
-struct Tile<'a, 'b, const HALF: bool, const N: usize> {
+struct Tile<'a, 'b, E, const N: usize> {
     job: &'b Job<'a>,
     first: usize,
     scratch: &'b mut Scratch,
+    stored: PhantomData<E>,
 }
 
 impl Job<'_> {
     pub(super) fn run(&self, tier: Tier) {
         match self.heads.cache.element {
-            KvElement::F16 => self.all_queries::<true>(tier),
-            KvElement::F32 => self.all_queries::<false>(tier),
+            KvElement::F16 => self.all_queries::<F16>(tier),
+            KvElement::F32 => self.all_queries::<F32>(tier),
+            KvElement::Q8_0 => self.all_queries::<Q8>(tier),
         }
     }
 
-    fn all_queries<const HALF: bool>(&self, tier: Tier) {
+    fn all_queries<E: Stored>(&self, tier: Tier) {
         let count = self.task.queries();
         let width = TILE.min(count) * self.heads.cache.padded_dim();
         let mut scratch =
@@ -152,22 +156,22 @@ impl Job<'_> {
         while first < count {
             let scratch = &mut scratch;
             first += match count - first {
-                TILE.. => self.tile::<HALF, TILE>(tier, first, scratch),
-                4.. => self.tile::<HALF, 4>(tier, first, scratch),
-                3 => self.tile::<HALF, 3>(tier, first, scratch),
-                2 => self.tile::<HALF, 2>(tier, first, scratch),
-                _ => self.tile::<HALF, 1>(tier, first, scratch),
+                TILE.. => self.tile::<E, TILE>(tier, first, scratch),
+                4.. => self.tile::<E, 4>(tier, first, scratch),
+                3 => self.tile::<E, 3>(tier, first, scratch),
+                2 => self.tile::<E, 2>(tier, first, scratch),
+                _ => self.tile::<E, 1>(tier, first, scratch),
             };
         }
     }
 
-    fn tile<const HALF: bool, const N: usize>(&self, tier: Tier, first: usize, scratch: &mut Scratch) -> usize {
-        tier.run(Tile::<HALF, N> { job: self, first, scratch });
+    fn tile<E: Stored, const N: usize>(&self, tier: Tier, first: usize, scratch: &mut Scratch) -> usize {
+        tier.run(Tile::<E, N> { job: self, first, scratch, stored: PhantomData });
         N
     }
 }
 
-impl<const HALF: bool, const N: usize> Kernel for Tile<'_, '_, HALF, N> {
+impl<E: Stored, const N: usize> Kernel for Tile<'_, '_, E, N> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let Job { heads, task, queries, target } = *self.job;
@@ -179,7 +183,7 @@ impl<const HALF: bool, const N: usize> Kernel for Tile<'_, '_, HALF, N> {
     }
 }
 
-impl<const HALF: bool, const N: usize> Tile<'_, '_, HALF, N> {
+impl<E: Stored, const N: usize> Tile<'_, '_, E, N> {
     #[inline(always)]
     fn all_chunks<S: Simd>(self, queries: &[Query<'_>; N], out: &DisjointMut<'_, f32>, width: usize) {
         let heads = &self.job.heads;
@@ -189,7 +193,7 @@ impl<const HALF: bool, const N: usize> Tile<'_, '_, HALF, N> {
         let start = queries.iter().map(|query| query.first_key).min().unwrap_or(0);
         let end = queries.iter().map(|query| query.end_key).max().unwrap_or(0);
         for chunk in start / CHUNK..end.div_ceil(CHUNK) {
-            let parts = chunk_mix::<S, HALF, N>(self.job, queries, chunk, self.scratch);
+            let parts = chunk_mix::<S, E, N>(self.job, queries, chunk, self.scratch);
             let Scratch { part, sums, .. } = &mut *self.scratch;
             for (i, query) in queries.iter().enumerate() {
                 if !query.seen_of(chunk).is_empty() {
@@ -208,7 +212,7 @@ impl<const HALF: bool, const N: usize> Tile<'_, '_, HALF, N> {
     #[inline(always)]
     fn one_chunk<S: Simd>(self, queries: &[Query<'_>; N], chunk: usize, mixes: Mixes<'_>) {
         let padded = self.job.heads.cache.padded_dim();
-        let parts = chunk_mix::<S, HALF, N>(self.job, queries, chunk, self.scratch);
+        let parts = chunk_mix::<S, E, N>(self.job, queries, chunk, self.scratch);
         for (i, part) in parts.iter().enumerate() {
             let at = (mixes.first + self.first + i) * mixes.size;
             // SAFETY: each query of a chunk belongs to one task.
@@ -222,7 +226,7 @@ impl<const HALF: bool, const N: usize> Tile<'_, '_, HALF, N> {
 /// Computes one chunk of `N` queries: their parts, and in `scratch.part` their weighted sums of values. A query that
 /// sees no position of the chunk has an arbitrary part.
 #[inline(always)]
-fn chunk_mix<S: Simd, const HALF: bool, const N: usize>(
+fn chunk_mix<S: Simd, E: Stored, const N: usize>(
     job: &Job<'_>,
     queries: &[Query<'_>; N],
     chunk: usize,
@@ -242,13 +246,13 @@ fn chunk_mix<S: Simd, const HALF: bool, const N: usize>(
         } else {
             job.values(chunk * (CHUNK / TOKENS) + pages.start)
         };
-        page::scores::<S, HALF, N>(&values, job.keys(number), next, weights, page * TOKENS);
+        page::scores::<S, E, N>(&values, job.keys(number), next, weights, page * TOKENS);
     }
     let mut parts = [Part { largest: 0.0, total: 0.0 }; N];
     for i in 0..N {
         parts[i] = weigh(job.heads.spec, &seen[i], &mut weights[i]);
     }
-    mix_chunk::<S, HALF, N>(job, chunk, &seen, weights, part);
+    mix_chunk::<S, E, N>(job, chunk, &seen, weights, part);
     parts
 }
 
@@ -266,7 +270,7 @@ impl Job<'_> {
 /// Sets the chunk's part of every query to Σ weight · value over its `seen` positions: first those that only some
 /// queries see, then those that all see, together, then again those that only some see.
 #[inline(always)]
-fn mix_chunk<S: Simd, const HALF: bool, const N: usize>(
+fn mix_chunk<S: Simd, E: Stored, const N: usize>(
     job: &Job<'_>,
     chunk: usize,
     seen: &[Range<usize>; N],
@@ -279,18 +283,18 @@ fn mix_chunk<S: Simd, const HALF: bool, const N: usize>(
     let end = seen.iter().map(|seen| seen.end).min().unwrap_or(0).max(start);
     for (i, own) in seen.iter().enumerate() {
         let before = own.start..start.min(own.end);
-        mix_slots::<S, HALF, 1>(job, chunk, before, &weights[i..=i], &mut part[i * padded..][..padded]);
+        mix_slots::<S, E, 1>(job, chunk, before, &weights[i..=i], &mut part[i * padded..][..padded]);
     }
-    mix_slots::<S, HALF, N>(job, chunk, start..end, weights, &mut part[..N * padded]);
+    mix_slots::<S, E, N>(job, chunk, start..end, weights, &mut part[..N * padded]);
     for (i, own) in seen.iter().enumerate() {
         let behind = end.max(own.start).max(start.min(own.end))..own.end;
-        mix_slots::<S, HALF, 1>(job, chunk, behind, &weights[i..=i], &mut part[i * padded..][..padded]);
+        mix_slots::<S, E, 1>(job, chunk, behind, &weights[i..=i], &mut part[i * padded..][..padded]);
     }
 }
 
 /// Adds Σ weight · value over the `slots` of a chunk to the parts of `N` queries.
 #[inline(always)]
-fn mix_slots<S: Simd, const HALF: bool, const N: usize>(
+fn mix_slots<S: Simd, E: Stored, const N: usize>(
     job: &Job<'_>,
     chunk: usize,
     slots: Range<usize>,
@@ -304,7 +308,7 @@ fn mix_slots<S: Simd, const HALF: bool, const N: usize>(
         let count = (TOKENS - within).min(slots.end - slot);
         let number = position / TOKENS;
         let next = if slot + count < slots.end { number + 1 } else { number };
-        page::mix::<S, HALF, N>(weights, slot, within..within + count, [job.values(number), job.values(next)], parts);
+        page::mix::<S, E, N>(weights, slot, within..within + count, [job.values(number), job.values(next)], parts);
         slot += count;
     }
 }

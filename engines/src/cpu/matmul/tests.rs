@@ -64,7 +64,7 @@ proptest! {
         let bytes = test_weights::bytes(element, outputs, columns, seed);
         let mut pool = ThreadPool::new(1).expect("threads");
         let source = Source { element, rows: outputs, columns, bytes: &TensorBytes::Gathered(bytes.clone()) };
-        let packed = Packed::pack(&mut pool, &source).expect("finite weights");
+        let packed = Packed::pack(Tier::best(), &mut pool, &source).expect("finite weights");
         let first = first.min(rows - 1);
         let input = input(rows, columns, seed);
         let row_bytes = element.row_bytes(columns).expect("whole blocks");
@@ -119,7 +119,7 @@ fn extreme_codes_and_bytes_overflow_no_sum() {
             }
             let mut pool = ThreadPool::new(1).expect("threads");
             let source = Source { element, rows: 16, columns, bytes: &TensorBytes::Gathered(bytes.clone()) };
-            let packed = Packed::pack(&mut pool, &source).expect("finite weights");
+            let packed = Packed::pack(Tier::best(), &mut pool, &source).expect("finite weights");
             let coded = activations::encode(input.row(0));
             let dot = |row| products::dot(&weights::row(element, row, columns), &coded);
             let expected: Vec<f32> = bytes.chunks(row_bytes).map(dot).collect();
