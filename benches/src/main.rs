@@ -1,19 +1,22 @@
-//! `exo-benches MODEL.gguf…`: speed and memory of exo-node compared with candle-transformers, on the same files.
+//! `exo-benches MODEL.gguf…`: speed and memory of exo-node beside its peers, on the same files.
 //!
 //! ```text
-//! a round: exo-node bench MODEL ─ a process ─┐
-//!          this program's `candle` ─ another ─┴─► medians, and their ratios
+//! a round: exo-node bench ─► candle ─► llama-bench ─► openvino.py     each a process of its own
+//! all rounds ─► medians ─► a table of ratios on stdout, or in a document (report.rs)
 //! ```
 //! Programs take turns, so that a disturbance of the machine affects all of them. Each round is a process of its own,
 //! so that peak memory belongs to one program.
 
 mod candle;
-mod llama_cpp;
+mod peers;
+mod report;
 
 use anyhow::{Context, ensure};
 use clap::{Parser, Subcommand};
+use peers::Program;
+use report::{Measured, ModelResult};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 /// The work of each round.
@@ -31,18 +34,28 @@ struct Work {
 }
 
 #[derive(Debug, Parser)]
-#[command(about = "Compares exo-node with candle-transformers and llama.cpp, on the same GGUF files")]
-#[command(after_help = "Example:
-  cargo run --release -p exo-benches -- --exo-node target/release/exo-node ~/.cache/exo/models/*.gguf")]
+#[command(about = "Compares exo-node with candle-transformers, llama.cpp and OpenVINO GenAI, on the same GGUF files")]
+#[command(after_help = "Examples:
+  exo-benches ~/.cache/exo/models/*.gguf
+  exo-benches --llama-bench \"$(benches/llama-bench.sh)\" --openvino python3 --into docs/performance.md MODEL.gguf")]
 struct Arguments {
     #[command(subcommand)]
     child: Option<Child>,
     /// The exo-node program to measure [default: the one in this program's folder]
     #[arg(long)]
     exo_node: Option<PathBuf>,
-    /// The llama-bench program of llama.cpp, to measure it too
+    /// The llama-bench program of llama.cpp, to measure it, too
     #[arg(long)]
     llama_bench: Option<PathBuf>,
+    /// A Python with openvino-genai, to measure it, too
+    #[arg(long, value_name = "PYTHON")]
+    openvino: Option<PathBuf>,
+    /// Leave candle-transformers out
+    #[arg(long)]
+    skip_candle: bool,
+    /// Markdown document whose part between `<!-- exo-benches -->` and `<!-- end -->` becomes the results
+    #[arg(long, value_name = "FILE")]
+    into: Option<PathBuf>,
     /// Number of rounds; the medians are reported
     #[arg(long, default_value_t = 5)]
     repeat: usize,
@@ -71,83 +84,40 @@ struct Round {
 }
 
 fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
-    if let Some(Child::Candle { model, work }) = arguments.child {
+    let mut arguments = Arguments::parse();
+    if let Some(Child::Candle { model, work }) = arguments.child.take() {
         println!("{}", serde_json::to_string(&candle::round(&model, work)?)?);
         return Ok(());
     }
-    let this = std::env::current_exe()?;
-    let exo_node = arguments.exo_node.unwrap_or_else(|| this.with_file_name("exo-node"));
-    ensure!(exo_node.is_file(), "{} does not exist: build it, or name it with --exo-node", exo_node.display());
-    println!("medians of {} rounds, {:?}", arguments.repeat, arguments.work);
-    println!("| model | program | prefill tok/s | decode tok/s | load ms | peak MB |");
-    println!("|---|---|---|---|---|---|");
+    let programs = programs(&arguments)?;
+    let mut results = Vec::new();
     for model in &arguments.models {
-        let mut rounds: Vec<(&str, Vec<Round>)> = vec![("exo-node", vec![]), ("candle-transformers", vec![])];
-        if arguments.llama_bench.is_some() {
-            rounds.push(("llama.cpp", vec![]));
-        }
-        for _ in 0..arguments.repeat {
-            for (program, rounds) in &mut rounds {
-                rounds.push(match (*program, &arguments.llama_bench) {
-                    ("exo-node", _) => exo_round(&exo_node, model, arguments.work)?,
-                    ("llama.cpp", Some(program)) => llama_cpp::round(program, model, arguments.work)?,
-                    _ => candle_round(&this, model, arguments.work)?,
-                });
+        let mut measured: Vec<Measured> = programs.iter().map(Measured::new).collect();
+        for number in 1..=arguments.repeat {
+            for of in &mut measured {
+                eprintln!("{}: round {number} of {}, {}", model.display(), arguments.repeat, of.program.name());
+                of.round(model, arguments.work);
             }
         }
-        report(model, &rounds)?;
+        results.push(ModelResult::new(model, measured)?);
+    }
+    let text = report::text(arguments.repeat, arguments.work, &programs, &results);
+    match &arguments.into {
+        Some(document) => report::replace(document, &text)?,
+        None => print!("{text}"),
     }
     Ok(())
 }
 
-fn report(model: &Path, rounds: &[(&str, Vec<Round>)]) -> anyhow::Result<()> {
-    let file_bytes = std::fs::metadata(model)?.len();
-    let name = model.file_name().unwrap_or_default().to_string_lossy();
-    println!("| {name}, {:.0} MB | | | | | |", file_bytes as f64 / 1e6);
-    let medians: Vec<(&str, Round)> = rounds.iter().map(|(program, rounds)| (*program, medians(rounds))).collect();
-    let ours = medians[0].1;
-    for (program, median) in &medians {
-        let ratio = |ours: f64, theirs: f64| {
-            if *program == "exo-node" { String::new() } else { format!(" (exo {:.2}×)", ours / theirs) }
-        };
-        println!(
-            "| | {program} | {:.1}{} | {:.1}{} | {} | {} |",
-            median.prefill_tokens_per_s,
-            ratio(ours.prefill_tokens_per_s, median.prefill_tokens_per_s),
-            median.decode_tokens_per_s,
-            ratio(ours.decode_tokens_per_s, median.decode_tokens_per_s),
-            median.load_ms.map_or("?".to_owned(), |ms| format!("{ms:.0}")),
-            median.peak_memory_bytes.map_or("?".to_owned(), |bytes| format!("{:.0}", bytes as f64 / 1e6)),
-        );
-    }
-    Ok(())
-}
-
-fn medians(rounds: &[Round]) -> Round {
-    let median = |of: fn(&Round) -> Option<f64>| {
-        let mut values: Vec<f64> = rounds.iter().filter_map(of).collect();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied()
-    };
-    Round {
-        prefill_tokens_per_s: median(|round| Some(round.prefill_tokens_per_s)).unwrap_or(0.0),
-        decode_tokens_per_s: median(|round| Some(round.decode_tokens_per_s)).unwrap_or(0.0),
-        load_ms: median(|round| round.load_ms),
-        peak_memory_bytes: median(|round| round.peak_memory_bytes.map(|bytes| bytes as f64)).map(|bytes| bytes as u64),
-    }
-}
-
-fn exo_round(program: &Path, model: &Path, work: Work) -> anyhow::Result<Round> {
-    let mut command = Command::new(program);
-    command.arg("bench").arg(model).args(["--repeat", "1", "--json"]);
-    Ok(serde_json::from_slice(&output(&mut work.pass_to(command))?)?)
-}
-
-fn candle_round(program: &Path, model: &Path, work: Work) -> anyhow::Result<Round> {
-    let mut command = Command::new(program);
-    command.arg("candle").arg(model).env("RAYON_NUM_THREADS", work.threads.to_string());
-    Ok(serde_json::from_slice(&output(&mut work.pass_to(command))?)?)
+/// The programs to measure, exo-node first.
+fn programs(arguments: &Arguments) -> anyhow::Result<Vec<Program>> {
+    let this = std::env::current_exe()?;
+    let exo_node = arguments.exo_node.clone().unwrap_or_else(|| this.with_file_name("exo-node"));
+    ensure!(exo_node.is_file(), "{} does not exist: build it, or name it with --exo-node", exo_node.display());
+    let candle = (!arguments.skip_candle).then_some(Program::Candle(this));
+    let llama_cpp = arguments.llama_bench.clone().map(Program::LlamaCpp);
+    let openvino = arguments.openvino.clone().map(Program::OpenVino);
+    Ok([Some(Program::ExoNode(exo_node)), candle, llama_cpp, openvino].into_iter().flatten().collect())
 }
 
 impl Work {

@@ -40,8 +40,8 @@ pub(super) struct ModelArguments {
     /// f16]
     #[arg(long, value_name = "TYPE")]
     pub(super) kv_cache: Option<KvElement>,
-    /// Tokens that are computed before their turn: none, or lookup for those that followed the latest tokens before. The
-    /// answers are the same [default: lookup, but none in bench]
+    /// How to draft tokens that are computed before their turn: lookup for those that followed the latest tokens
+    /// before, or none. The answers are the same [default: lookup, but none in bench]
     #[arg(long, value_name = "WAY")]
     pub(super) speculate: Option<Speculation>,
     /// Folder of this node's identity and settings; models are in the shared cache

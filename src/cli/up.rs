@@ -54,8 +54,8 @@ pub(super) struct UpArguments {
     /// [default: f16]
     #[arg(long, value_name = "TYPE")]
     kv_cache: Option<KvElement>,
-    /// Tokens that are computed before their turn: none, or lookup for those that followed the latest tokens before. The
-    /// answers are the same
+    /// How to draft tokens that are computed before their turn: lookup for those that followed the latest tokens
+    /// before, or none. The answers are the same
     #[arg(long, value_name = "WAY", default_value_t)]
     speculate: Speculation,
     /// TCP address of the HTTP API, or `none` for no TCP

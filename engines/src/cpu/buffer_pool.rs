@@ -16,16 +16,23 @@ pub(super) struct BufferPool {
 }
 
 impl BufferPool {
-    /// Returns rows with arbitrary values. The caller overwrites all of them.
+    /// Returns rows with arbitrary values. The caller overwrites all of them. The smallest buffer that has room is
+    /// taken, so that not every buffer grows to the size of the largest rows.
     pub(super) fn rows(&mut self, count: usize, width: usize) -> Rows {
-        let mut values = self.floats.pop().unwrap_or_default();
-        values.resize(count * width, 0.0);
+        let length = count * width;
+        let fitting = self.floats.iter().enumerate().filter(|(_, buffer)| buffer.capacity() >= length);
+        let smallest = fitting.min_by_key(|(_, buffer)| buffer.capacity()).map(|(at, _)| at);
+        let mut values = smallest.map_or_else(Vec::new, |at| self.floats.swap_remove(at));
+        values.resize(length, 0.0);
         Rows { width, values }
     }
 
+    /// Keeps a buffer. Where there are too many, the smallest goes: it is the cheapest to allocate again.
     pub(super) fn keep(&mut self, rows: Rows) {
-        if self.floats.len() < BUFFERS_MAX {
-            self.floats.push(rows.values);
+        self.floats.push(rows.values);
+        if self.floats.len() > BUFFERS_MAX {
+            let smallest = self.floats.iter().enumerate().min_by_key(|(_, buffer)| buffer.capacity());
+            smallest.map(|(at, _)| at).map(|at| self.floats.swap_remove(at));
         }
     }
 

@@ -4,6 +4,7 @@
 //! one vector scores sixteen keys; values are stored by token, then dimension, so that one vector weights sixteen
 //! dimensions. All memory is reserved at the start, and becomes resident as pages are used.
 
+use super::lines::Lines;
 use crate::arithmetic::cache;
 use crate::engine::{KvElement, PAGE_TOKENS};
 use crate::model::Attention;
@@ -23,8 +24,8 @@ pub(super) struct LayerCache {
     pub(super) element: KvElement,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
-    keys: Vec<u8>,
-    values: Vec<u8>,
+    keys: Lines,
+    values: Lines,
 }
 
 impl KvCache {
@@ -45,16 +46,19 @@ impl KvCache {
 }
 
 /// Memory that becomes resident as it is written to; `None` if the operating system refuses it.
-fn reserved(pages: u32, page_bytes: usize) -> Option<Vec<u8>> {
-    let bytes = page_bytes.checked_mul(pages as usize)?;
-    // `vec!` ends the process where memory is refused.
-    Vec::<u8>::new().try_reserve_exact(bytes).ok()?;
-    Some(vec![0; bytes])
+fn reserved(pages: u32, page_bytes: usize) -> Option<Lines> {
+    Lines::reserved(page_bytes.checked_mul(pages as usize)?).ok()
 }
 
 impl LayerCache {
     fn empty(spec: &Attention, element: KvElement) -> Self {
-        Self { element, kv_heads: spec.kv_heads, head_dim: spec.head_dim, keys: Vec::new(), values: Vec::new() }
+        Self {
+            element,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            keys: Lines::default(),
+            values: Lines::default(),
+        }
     }
 
     fn new(spec: &Attention, element: KvElement, pages: u32) -> Option<Self> {
@@ -89,21 +93,21 @@ impl LayerCache {
     /// The keys of `head` in `page`: \[dimension]\[token]; then, in q8_0, the scales: \[block]\[token].
     pub(super) fn keys(&self, page: u32, head: usize) -> &[u8] {
         let length = self.head_key_bytes();
-        &self.keys[page as usize * self.key_page_bytes() + head * length..][..length]
+        &self.keys.bytes()[page as usize * self.key_page_bytes() + head * length..][..length]
     }
 
     /// The values of `head` in `page`: \[token]\[padded dimension]; then, in q8_0, the scales: \[block]\[token].
     pub(super) fn values(&self, page: u32, head: usize) -> &[u8] {
         let length = self.head_value_bytes();
-        &self.values[page as usize * self.value_page_bytes() + head * length..][..length]
+        &self.values.bytes()[page as usize * self.value_page_bytes() + head * length..][..length]
     }
 
     /// Copies page `from` over page `to`.
     pub(super) fn copy_page(&mut self, from: u32, to: u32) {
         let (keys, values) = (self.key_page_bytes(), self.value_page_bytes());
-        self.keys.copy_within(from as usize * keys..(from as usize + 1) * keys, to as usize * keys);
+        self.keys.bytes_mut().copy_within(from as usize * keys..(from as usize + 1) * keys, to as usize * keys);
         let start = from as usize * values;
-        self.values.copy_within(start..start + values, to as usize * values);
+        self.values.bytes_mut().copy_within(start..start + values, to as usize * values);
     }
 
     /// Writes one token's keys and values, each \[head]\[dimension], to `slot` of `page`.
@@ -115,8 +119,8 @@ impl LayerCache {
         let (key_bytes, value_bytes) = (self.head_key_bytes(), self.head_value_bytes());
         for head in 0..self.kv_heads {
             let of_head = head * head_dim..(head + 1) * head_dim;
-            let to_keys = &mut self.keys[key_page + head * key_bytes..][..key_bytes];
-            let to_values = &mut self.values[value_page + head * value_bytes..][..value_bytes];
+            let to_keys = &mut self.keys.bytes_mut()[key_page + head * key_bytes..][..key_bytes];
+            let to_values = &mut self.values.bytes_mut()[value_page + head * value_bytes..][..value_bytes];
             // The places of a token's first value, and the steps to its next.
             let key_place = Place { first: slot, step: TOKENS, scales: head_dim * TOKENS };
             let value_place = Place { first: slot * padded, step: 1, scales: padded * TOKENS };

@@ -30,7 +30,8 @@ const RUNS: usize = 5;
 
 /// Measures the limits of `pool`'s threads. It takes about half a second.
 pub(super) fn measure(tier: Tier, pool: &mut ThreadPool) -> Result<Limits, Panicked> {
-    let mut memory = Lines::zeroed_huge(READ_BYTES);
+    // The kernel maps pages as they are touched, so a refusal is as unlikely as for any smaller memory.
+    let mut memory = Lines::reserved_huge(READ_BYTES).unwrap_or_else(|_| Lines::zeroed(READ_BYTES));
     // Memory that was never written is one page of zeros.
     memory.bytes_mut().fill(1);
     let read = fastest(pool, |pool| {

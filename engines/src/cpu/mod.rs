@@ -163,6 +163,11 @@ impl Backend for CpuBackend {
         Packed::pack(self.tier, &mut self.pool, &source).map_err(|error| match error {
             PackError::NotANumber { row } => EngineError::Format(FormatError::not_a_number(tensor.name, row)),
             PackError::Unreadable(error) => EngineError::Format(error),
+            PackError::OutOfMemory { bytes } => EngineError::OutOfMemory {
+                what: format!("the matrix {}", tensor.name),
+                needed_bytes: bytes,
+                free_bytes: 0,
+            },
             PackError::Panicked => Panicked.into(),
         })
     }

@@ -44,7 +44,16 @@ pub(super) enum PackError {
     },
     /// The matrix's file cannot be read.
     Unreadable(FormatError),
+    /// The system refuses the memory.
+    OutOfMemory {
+        bytes: u64,
+    },
     Panicked,
+}
+
+/// Memory for the codes of a matrix.
+fn reserved(bytes: usize) -> Result<Lines, PackError> {
+    Lines::reserved_huge(bytes).map_err(|_| PackError::OutOfMemory { bytes: bytes as u64 })
 }
 
 impl From<Panicked> for PackError {
@@ -132,7 +141,7 @@ impl Source<'_> {
 
     fn wide(&self, tier: Tier, pool: &mut ThreadPool, units: &mut [f32]) -> Result<Wide, PackError> {
         let panel_bytes = Wide::panel_bytes(self.columns);
-        let mut pairs = Lines::zeroed_huge(self.panels() * panel_bytes);
+        let mut pairs = reserved(self.panels() * panel_bytes)?;
         let shared = (DisjointMut::new(pairs.bytes_mut()), DisjointMut::new(units));
         self.for_panels(pool, &|panel, rows| {
             let part = |size: usize| panel * size..(panel + 1) * size;
@@ -161,7 +170,7 @@ impl Source<'_> {
             Rule::Product { byte_scales: true, .. } => (blocks * block_scales, 0),
             _ => (0, blocks * block_scales),
         };
-        let mut codes = Lines::zeroed_huge(self.panels() * blocks * block_bytes);
+        let mut codes = reserved(self.panels() * blocks * block_bytes)?;
         let mut scale_bytes = vec![0; self.panels() * byte_scales].into_boxed_slice();
         let mut scale_words = vec![0; self.panels() * word_scales];
         let mut bases = vec![0; self.panels() * base_pairs * 2 * LANES];
