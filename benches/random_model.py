@@ -5,7 +5,7 @@ Usage: python3 -m pip install gguf, then
   benches/random_model.py --type q4_k --tokenizer-of ~/.cache/exo/models/SmolLM2-135M-Instruct.Q4_1.gguf model.gguf
 
 All matrices have the type, and about the magnitude of trained weights; norms are ones. The default shape is that of
-Llama 3.2 1B (https://huggingface.co/meta-llama/Llama-3.2-1B), with the vocabulary of the model that gives the tokenizer.
+Llama 3.2 1B (https://huggingface.co/meta-llama/Llama-3.2-1B), with the vocabulary of the tokenizer's model.
 """
 
 import argparse
@@ -66,6 +66,9 @@ def main():
     kind = gguf.GGMLQuantizationType[arguments.type.upper()]
     source = gguf.GGUFReader(arguments.tokenizer_of)
     writer = gguf.GGUFWriter(arguments.file, "llama")
+    # OpenVINO GenAI needs the number of the file's type.
+    names = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"} | {f"Q{bits}_K": f"MOSTLY_Q{bits}_K_M" for bits in (3, 4, 5)}
+    writer.add_file_type(gguf.LlamaFileType[names.get(kind.name, f"MOSTLY_{kind.name}")])
     writer.add_block_count(arguments.layers)
     writer.add_context_length(32768)
     writer.add_embedding_length(arguments.hidden)

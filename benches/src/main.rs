@@ -1,7 +1,7 @@
 //! `exo-benches MODEL.gguf…`: speed and memory of exo-node beside its peers, on the same files.
 //!
 //! ```text
-//! a round: exo-node bench ─► candle ─► llama-bench ─► openvino.py     each a process of its own
+//! a round: exo-node bench ─► candle ─► llama-bench ─► openvino_bench.py     each a process of its own
 //! all rounds ─► medians ─► a table of ratios on stdout, or in a document (report.rs)
 //! ```
 //! Programs take turns, so that a disturbance of the machine affects all of them. Each round is a process of its own,
@@ -37,7 +37,7 @@ struct Work {
 #[command(about = "Compares exo-node with candle-transformers, llama.cpp and OpenVINO GenAI, on the same GGUF files")]
 #[command(after_help = "Examples:
   exo-benches ~/.cache/exo/models/*.gguf
-  exo-benches --llama-bench \"$(benches/llama-bench.sh)\" --openvino python3 --into docs/performance.md MODEL.gguf")]
+  exo-benches --llama-bench \"$(benches/llama-bench.sh)\" --openvino_bench.python3 --into docs/performance.md MODEL.gguf")]
 struct Arguments {
     #[command(subcommand)]
     child: Option<Child>,
@@ -53,9 +53,12 @@ struct Arguments {
     /// Leave candle-transformers out
     #[arg(long)]
     skip_candle: bool,
-    /// Markdown document whose part between `<!-- exo-benches -->` and `<!-- end -->` becomes the results
+    /// Markdown document to write the results to, instead of stdout
     #[arg(long, value_name = "FILE")]
     into: Option<PathBuf>,
+    /// Part of the document that the results replace: from `<!-- exo-benches PART -->` to `<!-- end -->`
+    #[arg(long, default_value = "models")]
+    part: String,
     /// Number of rounds; the medians are reported
     #[arg(long, default_value_t = 5)]
     repeat: usize,
@@ -103,7 +106,7 @@ fn main() -> anyhow::Result<()> {
     }
     let text = report::text(arguments.repeat, arguments.work, &programs, &results);
     match &arguments.into {
-        Some(document) => report::replace(document, &text)?,
+        Some(document) => report::replace(document, &arguments.part, &text)?,
         None => print!("{text}"),
     }
     Ok(())

@@ -14,12 +14,12 @@ pub(crate) enum Program {
     Candle(PathBuf),
     /// llama.cpp's llama-bench.
     LlamaCpp(PathBuf),
-    /// OpenVINO GenAI, by `openvino.py` and this Python.
+    /// OpenVINO GenAI, by `openvino_bench.py` and this Python.
     OpenVino(PathBuf),
 }
 
 /// The script that measures OpenVINO GenAI.
-const OPENVINO_SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/openvino.py");
+const OPENVINO_SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/openvino_bench.py");
 
 impl Program {
     pub(crate) fn name(&self) -> &'static str {

@@ -6,8 +6,8 @@ use anyhow::Context;
 use std::fmt::Write;
 use std::path::Path;
 
-/// The marks between which a document has the report.
-const MARKS: [&str; 2] = ["<!-- exo-benches -->\n", "<!-- end -->"];
+/// Ends a part of a document.
+const END: &str = "<!-- end -->";
 
 /// The rounds of a program.
 pub(crate) struct Measured<'a> {
@@ -92,10 +92,11 @@ pub(crate) fn text(repeat: usize, work: Work, programs: &[Program], results: &[M
         Some(version) => format!("{} {version}", program.name()),
         None => program.name().to_owned(),
     });
-    let _ = writeln!(out, "{}; {threads} threads each.", versions.collect::<Vec<_>>().join(", "));
+    let _ = writeln!(out, "{}.", versions.collect::<Vec<_>>().join(", "));
     let _ = writeln!(
         out,
-        "Work: a prompt of {prompt_tokens} tokens, then {generate_tokens} tokens after it; medians of {repeat} rounds in turns.\n"
+        "Work on {threads} threads: a prompt of {prompt_tokens} tokens, then {generate_tokens} tokens after it; medians \
+         of {repeat} rounds in turns.\n"
     );
     out.push_str(
         "| model | program | prefill tokens/s | decode tokens/s | load ms | peak MB |\n|---|---|---|---|---|---|\n",
@@ -120,11 +121,11 @@ fn machine() -> String {
     format!("{} (model {}), {cores} cores, {}", model.0, model.1, units.join(", "))
 }
 
-/// Replaces the report in a document.
-pub(crate) fn replace(document: &Path, report: &str) -> anyhow::Result<()> {
+/// Replaces the part of a document between the mark of `part` and the next end.
+pub(crate) fn replace(document: &Path, part: &str, report: &str) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(document).with_context(|| document.display().to_string())?;
-    let [begin, end] = MARKS;
-    let parts = text.split_once(begin).and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
+    let (begin, end) = (format!("<!-- exo-benches {part} -->\n"), END);
+    let parts = text.split_once(&begin).and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
     let (before, behind) = parts.with_context(|| format!("{} has no `{}`", document.display(), begin.trim()))?;
     std::fs::write(document, format!("{before}{begin}{report}{end}{behind}"))?;
     Ok(())

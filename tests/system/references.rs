@@ -78,7 +78,7 @@ fn perplexities_are_close_to_llama_cpp() {
     }
 }
 
-/// A cache of bytes changes the perplexity by less than 0.2 %.
+/// A cache of bytes changes the perplexity by less than 0.4 %.
 #[test]
 fn a_cache_of_bytes_is_nearly_as_good() {
     models();
@@ -91,6 +91,6 @@ fn a_cache_of_bytes_is_nearly_as_good() {
     for model in [SMOLLM2, GEMMA3] {
         let (bytes, floats) = (perplexity(model, "q8_0"), perplexity(model, "f32"));
         println!("{model}: {bytes:.4} with q8_0, {floats:.4} with f32");
-        assert!((bytes / floats - 1.0).abs() < 0.002, "{model}: {bytes} with q8_0, {floats} with f32");
+        assert!((bytes / floats - 1.0).abs() < 0.004, "{model}: {bytes} with q8_0, {floats} with f32");
     }
 }

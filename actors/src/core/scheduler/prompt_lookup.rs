@@ -1,5 +1,5 @@
-//! Drafts by prompt lookup: the tokens that followed the latest tokens where these occurred before (Saxena 2023, "Prompt
-//! Lookup Decoding"). Answers that quote, summarise or edit their prompt repeat much of it.
+//! Drafts by prompt lookup: the tokens that followed the latest tokens where these occurred before (Saxena 2023,
+//! "Prompt Lookup Decoding"). Answers that quote, summarise or edit their prompt repeat much of it.
 //!
 //! Each sequence adapts: drafts grow while they are accepted, shrink when they are rejected, and pause after
 //! rejections, so that text without repetition costs little.

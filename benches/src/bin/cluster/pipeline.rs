@@ -1,6 +1,6 @@
 //! Decoding over two processes compared with one, with a thread each.
 
-use super::processes::{Process, cluster, shards, stream, throughput};
+use super::processes::{Process, cluster, shards, stream, throughput, whole};
 use exo_actors::ModelSpec;
 use std::path::Path;
 
@@ -35,7 +35,7 @@ impl Round {
 pub(crate) fn bench(exo_node: &Path, model: &str, tokens: u32, repeat: usize) -> anyhow::Result<()> {
     let alone = cluster(exo_node, 1)?.remove(0);
     let pair = cluster(exo_node, 2)?;
-    let (whole, split) = (ModelSpec::new(model), shards(model, 2));
+    let (whole, split) = (whole(model), shards(model, 2));
     stream(&alone, &whole, 1)?;
     stream(&pair[0], &split, 1)?;
     let rounds = (0..repeat)

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, ensure};
 use exo_actors::core::plan::Policy;
+use exo_actors::core::spec::Speculation;
 use exo_actors::{GenerateRequest, ModelSpec, Prompt, SamplingParams};
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -93,9 +94,14 @@ pub(crate) fn cluster(exo_node: &Path, count: usize) -> anyhow::Result<Vec<Proce
     Ok(processes)
 }
 
+/// A model without drafts: steps of one token each are measured.
+pub(crate) fn whole(model: &str) -> ModelSpec {
+    ModelSpec { speculation: Speculation::None, ..ModelSpec::new(model) }
+}
+
 /// The model in `count` shards, as even as possible.
 pub(crate) fn shards(model: &str, count: usize) -> ModelSpec {
-    ModelSpec { shards: Some(count), policy: Policy::Throughput, ..ModelSpec::new(model) }
+    ModelSpec { shards: Some(count), policy: Policy::Throughput, ..whole(model) }
 }
 
 /// Streams an answer, and returns the time at which each token came.
