@@ -16,6 +16,7 @@ mod pump;
 
 use crate::core::desired::{Deployment, MoveStrategy, Stamp};
 use crate::core::pipeline::Pipeline;
+use crate::core::plan::Stage;
 use crate::core::request::RequestError;
 use crate::core::scheduler::{DraftCounts, Limits, Request, Scheduler};
 use crate::core::spec::{InstanceId, Speculation};
@@ -45,9 +46,11 @@ const RUNNING_MAX: usize = 64;
 const ROWS_ALONE: usize = 256;
 /// The most rows of a step while sequences decode. The limit bounds the delay that a long prompt adds to each token.
 const ROWS_SHARED: usize = 64;
-/// The most rows of a step with drafts: a step of so many takes little longer than one row where the weights are read
-/// from memory, and several times as long where they are not.
+/// The most rows of decoding sequences, drafts included, in a step with drafts: so many take little longer than one
+/// where the weights are read from memory.
 const DRAFT_ROWS: usize = 16;
+/// How the ids of candle's devices begin.
+const CANDLE_DEVICES: &str = "candle:";
 /// How often the head checks its shards and steps, and repeats orders that had no effect.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
@@ -208,6 +211,12 @@ impl Actor for Head {
 
 /// The limits of a deployment's pipeline.
 fn limits(deployment: &Deployment) -> Limits {
+    // candle computes a row differently in other batches, so drafts could change its answers.
+    let is_exact = |stage: &Stage| !stage.device.0.starts_with(CANDLE_DEVICES);
+    let may_draft = match deployment.spec.speculation {
+        Speculation::None => false,
+        Speculation::Lookup => deployment.placement.stages.iter().all(is_exact),
+    };
     Limits {
         pages: deployment.demand.kv_pages,
         context: deployment.model.context,
@@ -216,10 +225,7 @@ fn limits(deployment: &Deployment) -> Limits {
         running: RUNNING_MAX,
         rows_alone: ROWS_ALONE,
         rows_shared: ROWS_SHARED,
-        draft_rows: match deployment.spec.speculation {
-            Speculation::None => 0,
-            Speculation::Lookup => DRAFT_ROWS,
-        },
+        draft_rows: if may_draft { DRAFT_ROWS } else { 0 },
     }
 }
 

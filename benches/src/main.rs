@@ -37,7 +37,7 @@ struct Work {
 #[command(about = "Compares exo-node with candle-transformers, llama.cpp and OpenVINO GenAI, on the same GGUF files")]
 #[command(after_help = "Examples:
   exo-benches ~/.cache/exo/models/*.gguf
-  exo-benches --llama-bench \"$(benches/llama-bench.sh)\" --openvino_bench.python3 --into docs/performance.md MODEL.gguf")]
+  exo-benches --llama-bench \"$(benches/llama-bench.sh)\" --openvino python3 --into docs/performance.md MODEL.gguf")]
 struct Arguments {
     #[command(subcommand)]
     child: Option<Child>,
@@ -99,7 +99,7 @@ fn main() -> anyhow::Result<()> {
         for number in 1..=arguments.repeat {
             for of in &mut measured {
                 eprintln!("{}: round {number} of {}, {}", model.display(), arguments.repeat, of.program.name());
-                of.round(model, arguments.work);
+                of.round(model, arguments.work)?;
             }
         }
         results.push(ModelResult::new(model, measured)?);

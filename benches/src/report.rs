@@ -22,17 +22,21 @@ impl<'a> Measured<'a> {
         Self { program, rounds: Vec::new(), error: None }
     }
 
-    pub(crate) fn round(&mut self, model: &Path, work: Work) {
+    /// # Errors
+    /// exo-node's; that of a peer is noted.
+    pub(crate) fn round(&mut self, model: &Path, work: Work) -> anyhow::Result<()> {
         if self.error.is_some() {
-            return;
+            return Ok(());
         }
         match self.program.round(model, work) {
             Ok(round) => self.rounds.push(round),
+            Err(error) if matches!(self.program, Program::ExoNode(_)) => return Err(error),
             Err(error) => {
                 eprintln!("{error:#}");
                 self.error = Some(format!("{error:#}"));
             }
         }
+        Ok(())
     }
 
     fn median(&self, of: fn(&Round) -> Option<f64>) -> Option<f64> {

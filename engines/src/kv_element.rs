@@ -1,8 +1,10 @@
 //! The types of cached keys and values.
 
-use crate::arithmetic::cache::BLOCK;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
+
+/// Values of a head that share a scale in a cache of bytes.
+pub const BLOCK: usize = 32;
 
 /// The element type of cached keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]

@@ -32,7 +32,7 @@ pub(super) struct BenchArguments {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
     generate_tokens: u32,
     /// Answers to the prompt that are computed side by side; the decode speed is that of all together
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     sequences: u32,
     /// Rounds to measure; the report has their medians
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -78,8 +78,8 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
     arguments.model.speculate.get_or_insert(Speculation::None);
     let mut model = arguments.model.clone();
     // The cache of one context holds all answers, which share the pages of the prompt.
-    let each = arguments.generate_tokens.saturating_add(2 * PAGE_TOKENS);
-    let wanted = arguments.prompt_tokens.saturating_add(each.saturating_mul(arguments.sequences));
+    let others = (arguments.generate_tokens + 2 * PAGE_TOKENS).saturating_mul(arguments.sequences - 1);
+    let wanted = (arguments.prompt_tokens + arguments.generate_tokens + 1).saturating_add(others);
     model.context = Some(model.context.unwrap_or(0).max(wanted));
     let node = model.start_node(&display).await?;
     let loaded = load(&node, &model, &display).await?;
@@ -185,6 +185,7 @@ async fn one_round(
     let (Some(started), Some(first), Some(begin), Some(end)) = (started, first, begin, end) else {
         return Err(RequestError::BadPrompt { what: "the model ended at once".to_owned() }.into());
     };
+    anyhow::ensure!(begin < end, "the answers do not overlap: generate more tokens, or compute fewer sequences");
     let tokens = answers.iter().flat_map(|answer| &answer.tokens).filter(|at| (begin..=end).contains(at)).count();
     let intervals = tokens.saturating_sub(answers.len());
     Ok(Round {

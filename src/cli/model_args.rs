@@ -6,7 +6,6 @@ use crate::config::data_folder;
 use crate::{DeviceId, KvElement, ModelSpec, Node, NodeBuilder, NodeHandle, Policy, Recipe, Speculation, Split};
 use clap::Args;
 use exo_actors::models::{ModelName, ResolvedModel, absolute_path};
-
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -40,9 +39,9 @@ pub(super) struct ModelArguments {
     /// f16]
     #[arg(long, value_name = "TYPE")]
     pub(super) kv_cache: Option<KvElement>,
-    /// How to draft tokens that are computed before their turn: lookup for those that followed the latest tokens
-    /// before, or none. The answers are the same [default: lookup, but none in bench]
-    #[arg(long, value_name = "WAY")]
+    /// How to guess tokens ahead, which are checked together: lookup repeats what followed the same tokens earlier in
+    /// the text, none is off. The answers are the same [default: lookup, but none in bench]
+    #[arg(long, value_name = "METHOD")]
     pub(super) speculate: Option<Speculation>,
     /// Folder of this node's identity and settings; models are in the shared cache
     #[arg(long, value_name = "FOLDER")]

@@ -15,7 +15,6 @@ use crate::{
 };
 use anyhow::Context;
 use clap::Parser;
-
 use exo_net::NetworkError;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -50,13 +49,13 @@ pub(super) struct UpArguments {
     /// allows]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     context: Option<u32>,
-    /// Type of the models' cached keys and values: f16, f32, or q8_0 for half the memory and a little less accuracy
+    /// Type of these models' cached keys and values: f16, f32, or q8_0 for half the memory and a little less accuracy
     /// [default: f16]
     #[arg(long, value_name = "TYPE")]
     kv_cache: Option<KvElement>,
-    /// How to draft tokens that are computed before their turn: lookup for those that followed the latest tokens
-    /// before, or none. The answers are the same
-    #[arg(long, value_name = "WAY", default_value_t)]
+    /// How to guess tokens ahead, which are checked together: lookup repeats what followed the same tokens earlier in
+    /// the text, none is off. The answers are the same
+    #[arg(long, value_name = "METHOD", default_value_t)]
     speculate: Speculation,
     /// TCP address of the HTTP API, or `none` for no TCP
     #[arg(long, value_name = "ADDR:PORT", default_value = API_DEFAULT)]

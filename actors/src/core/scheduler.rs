@@ -6,10 +6,10 @@
 //! - [`Scheduler::poll_step`]: the next step to send, if one may be sent;
 //! - [`Scheduler::poll_event`]: the next event for a request's client.
 //!
-//! Sequences share steps. Each decoding sequence adds at most one row to a step, and prompts are computed in chunks in
-//! the same steps, so a long prompt does not stall other sequences. The head has the same page table as all shards, so
-//! it knows what fits without asking them. When pages run out, the newest sequence is preempted: it loses its pages,
-//! and is later replayed from its tokens with bit-identical results.
+//! Sequences share steps. Each decoding sequence adds one row to a step, with a draft behind it, and prompts are
+//! computed in chunks in the same steps, so a long prompt does not stall other sequences. The head has the same page
+//! table as all shards, so it knows what fits without asking them. When pages run out, the newest sequence is
+//! preempted: it loses its pages, and is later replayed from its tokens with bit-identical results.
 //!
 //! A prompt that shares a prefix with a running or cached sequence forks that sequence's pages, and only the rest is
 //! computed. The prompt waits while another sequence still computes the shared prefix. The pages of cached sequences
@@ -76,7 +76,7 @@ struct Sequence {
     /// Tokens in the caches, or in flight to them, since the sequence was last admitted; without drafts.
     sent: usize,
     /// Drafted tokens in flight, which follow the `sent` ones.
-    drafted: usize,
+    drafted: Vec<u32>,
     lookup: PromptLookup,
     /// Whether a step in flight will draw the sequence's next token.
     draws: bool,
@@ -186,7 +186,7 @@ impl Scheduler {
             max_tokens: request.max_tokens.min(room),
             ends: request.ends,
             sent: 0,
-            drafted: 0,
+            drafted: Vec::new(),
             lookup: PromptLookup::default(),
             draws: false,
             is_told: false,
@@ -206,8 +206,8 @@ impl Scheduler {
         self.events.retain(|event| event.seq() != seq);
     }
 
-    /// Applies the results of the oldest step in flight: for each sequence that draws, one token more than it had
-    /// accepted drafts, or an error.
+    /// Applies the results of the oldest step in flight: for each sequence that draws, a token or an error, and the
+    /// tokens of its accepted draft before it.
     pub fn handle_step_done(&mut self, results: Vec<(SeqId, Result<Sampled, SampleError>)>) {
         // The results match the draws of the step: otherwise the engine would have failed the step.
         self.in_flight.pop_front();
@@ -351,7 +351,7 @@ impl Scheduler {
     fn preempt(&mut self, seq: SeqId) {
         if let Some(sequence) = self.sequences.get_mut(&seq) {
             sequence.sent = 0;
-            sequence.drafted = 0;
+            sequence.drafted.clear();
             sequence.draws = false;
             self.waiting.push_front(seq);
         }

@@ -43,9 +43,9 @@ pub enum Speculation {
     Lookup,
 }
 
-/// A name that no way of speculation has.
+/// A name that no method of speculation has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no way of speculation: use none or lookup")]
+#[error("`{0}` is not a method of speculation: use none or lookup")]
 pub struct UnknownSpeculation(pub String);
 
 impl std::str::FromStr for Speculation {

@@ -48,7 +48,7 @@ pub(crate) struct Frame {
 pub(crate) struct StepResult {
     pub incarnation: Incarnation,
     pub id: StepId,
-    /// A token or an error for each row that wants logits.
+    /// A token or an error for each row that wants logits, but for the rejected rows of drafts.
     pub tokens: Vec<(SeqId, Result<Sampled, SampleError>)>,
 }
 

@@ -74,8 +74,8 @@ fn totals(status: &NodeStatus, out: &mut String) {
         (counter("prompt_tokens_total", "Prompt tokens of admitted requests."), |totals| totals.prompt_tokens),
         (counter("reused_tokens_total", "Prompt tokens found in the prefix cache."), |totals| totals.cached_tokens),
         (counter("generated_tokens_total", "Sampled tokens."), |totals| totals.generated_tokens),
-        (counter("drafted_tokens_total", "Tokens computed before their turn."), |totals| totals.drafted_tokens),
-        (counter("accepted_tokens_total", "Drafted tokens that the model drew."), |totals| totals.accepted_tokens),
+        (counter("drafted_tokens_total", "Tokens that were guessed ahead."), |totals| totals.drafted_tokens),
+        (counter("accepted_tokens_total", "Guessed tokens that the model drew."), |totals| totals.accepted_tokens),
     ];
     for (metric, read) in metrics {
         let values = status.totals.iter().map(|(model, totals)| (labels(&[("model", model)]), read(totals) as f64));

@@ -1,14 +1,13 @@
-//! Keys and values as bytes: the cache type `q8_0`, named after ggml's type of the same layout.
+//! Keys and values as bytes: the cache type `q8_0`, named after ggml's type of the same blocks.
 //!
 //! The values of a head are split into blocks of 32 (the last may be shorter). A block has a half-precision scale,
 //! largest magnitude / 127, and a code of 8 bits for each value: value ≈ code · scale. Codes are relative to the scale
-//! as it is stored, so a value is off by half a scale at most. The product is exact in f32, which has 24 bits for its
-//! 7 + 11.
+//! as it is stored, so a value is off by half a scale at most, but where the scale is a denormal number. The product
+//! is exact in f32, which has 24 bits for its 7 + 11.
+
+pub use crate::kv_element::BLOCK;
 
 use half::f16;
-
-/// Values that share a scale.
-pub const BLOCK: usize = 32;
 
 const CODE_MAX: f32 = 127.0;
 

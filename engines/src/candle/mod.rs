@@ -237,7 +237,7 @@ impl Backend for CandleBackend {
             KvElement::F16 => DType::F16,
             KvElement::F32 => DType::F32,
             KvElement::Q8_0 => {
-                let what = format!("a cache of the type {}: use f16 or f32", element.name());
+                let what = format!("a cache of the type {}", element.name());
                 return Err(EngineError::Unsupported { engine: "candle".to_owned(), what });
             }
         };

@@ -28,8 +28,8 @@ use tile::{Job, Mixes, Query, Running, Target};
 const TASK_ROWS: usize = 16;
 /// Tasks per thread, of which fewer are split into chunks: several, so that one delayed thread does not delay the step.
 const TASKS_PER_THREAD: usize = 4;
-/// Most rows of a batch that is split into chunks. It bounds the memory of mixes.
-const SPLIT_ROWS_MAX: usize = 8;
+/// Most rows of a batch that is split into chunks: those of a step with drafts. It bounds the memory of mixes.
+const SPLIT_ROWS_MAX: usize = 16;
 
 /// The heads of a layer, with their sinks and cache.
 #[derive(Clone, Copy)]

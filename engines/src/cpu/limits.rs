@@ -30,7 +30,7 @@ const RUNS: usize = 5;
 
 /// Measures the limits of `pool`'s threads. It takes about half a second.
 pub(super) fn measure(tier: Tier, pool: &mut ThreadPool) -> Result<Limits, Panicked> {
-    // The kernel maps pages as they are touched, so a refusal is as unlikely as for any smaller memory.
+    // The fallback is the allocator's memory, which may be in smaller pages.
     let mut memory = Lines::reserved_huge(READ_BYTES).unwrap_or_else(|_| Lines::zeroed(READ_BYTES));
     // Memory that was never written is one page of zeros.
     memory.bytes_mut().fill(1);

@@ -38,7 +38,8 @@ impl Lines {
         Self { memory: Memory::Allocated(bytes), start, length }
     }
 
-    /// Like [`Lines::zeroed`], for memory that becomes resident bit by bit, or is returned to the system at the end.
+    /// Like [`Lines::zeroed`], for memory that becomes resident page by page, and is returned to the system when
+    /// dropped.
     ///
     /// # Errors
     /// The system's, if it refuses the memory.

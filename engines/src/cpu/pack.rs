@@ -83,7 +83,7 @@ struct PanelRows<'a> {
 }
 
 impl<'a> PanelRows<'a> {
-    /// The rows, for a `element` that the compiler may know.
+    /// The rows. `element` is that of the rows, as a constant where the caller knows it.
     #[inline(always)]
     fn rows(self, element: ElementType) -> impl Iterator<Item = &'a [u8]> {
         let row_bytes = self.columns / element.block_values() * element.block_bytes();

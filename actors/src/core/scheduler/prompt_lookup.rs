@@ -37,14 +37,16 @@ impl Default for PromptLookup {
 impl PromptLookup {
     /// Drafts at most `most` tokens that may follow `tokens`.
     pub(super) fn draft(&mut self, tokens: &[u32], most: usize) -> Vec<u32> {
-        let most = most.min(self.length);
-        let Some(start) = continuation(tokens).filter(|_| most > 0) else { return Vec::new() };
+        if most == 0 {
+            return Vec::new();
+        }
+        let Some(start) = continuation(tokens) else { return Vec::new() };
         if self.pause > 0 {
             self.pause -= 1;
             return Vec::new();
         }
         // A draft that reaches the end of the tokens goes on as if they repeated.
-        (0..most).map(|i| tokens[start + i % (tokens.len() - start)]).collect()
+        (0..most.min(self.length)).map(|i| tokens[start + i % (tokens.len() - start)]).collect()
     }
 
     /// Adapts to the fate of a draft.

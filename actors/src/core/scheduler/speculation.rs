@@ -20,11 +20,12 @@ impl Scheduler {
         let room = (sequence.max_tokens as usize).saturating_sub(sequence.generated() + 1);
         let most = rows.saturating_sub(1).min(room);
         let tokens = sequence.lookup.draft(&sequence.tokens, most);
-        let needed = self.pages.pages_needed(seq, tokens.len() as u32);
+        // A draft takes no page that the next row of another sequence may need.
+        let needed = self.pages.pages_needed(seq, tokens.len() as u32) + self.running.len() as u32;
         if tokens.is_empty() || needed > self.pages.free() || self.pages.extend(seq, tokens.len() as u32).is_err() {
             return;
         }
-        sequence.drafted = tokens.len();
+        sequence.drafted.clone_from(&tokens);
         for (position, &token) in (sequence.sent..).zip(&tokens) {
             plan.rows.push(Row { seq, position: position as u32, wants_logits: true });
             plan.tokens.push(token);
@@ -32,19 +33,21 @@ impl Scheduler {
         plan.samplers.push(SamplerOperation::Draft { seq, tokens });
     }
 
-    /// Counts the accepted drafts of a step, whose tokens are in the caches, and marks the rejected ones.
+    /// Counts the accepted drafts of a step, whose tokens are in the caches, and marks the rejected ones. A draft is
+    /// accepted up to the first token that differs, and behind it another token was drawn.
     pub(super) fn settle_drafts(&mut self, results: &[(SeqId, Result<Sampled, SampleError>)]) {
-        let mut drawn: BTreeMap<SeqId, usize> = BTreeMap::new();
-        for (seq, _) in results {
-            *drawn.entry(*seq).or_default() += 1;
+        let mut drawn: BTreeMap<SeqId, Vec<Option<u32>>> = BTreeMap::new();
+        for (seq, result) in results {
+            drawn.entry(*seq).or_default().push(result.as_ref().ok().map(|sampled| sampled.token));
         }
         for (seq, drawn) in drawn {
             let Some(sequence) = self.sequences.get_mut(&seq) else { continue };
-            let drafted = std::mem::take(&mut sequence.drafted);
-            if drafted == 0 {
+            let draft = std::mem::take(&mut sequence.drafted);
+            if draft.is_empty() {
                 continue;
             }
-            let accepted = (drawn - 1).min(drafted);
+            let equal = draft.iter().zip(&drawn).take_while(|(drafted, drawn)| **drawn == Some(**drafted)).count();
+            let (drafted, accepted) = (draft.len(), equal.min(drawn.len() - 1));
             sequence.sent += accepted;
             sequence.lookup.learn(drafted, accepted);
             self.drafts.drafted += drafted as u64;

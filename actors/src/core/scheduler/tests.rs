@@ -195,3 +195,38 @@ fn a_shorter_context_ends_what_it_cannot_hold() {
     let length = Ok(FinishReason::Length);
     assert_eq!(ends, [(1, length), (2, length), (3, length), (4, length), (5, Err(too_long))].into());
 }
+
+/// The results of a step in which sequence 1 draws `tokens`.
+fn results(tokens: &[u32]) -> Vec<(SeqId, Result<Sampled, SampleError>)> {
+    let sampled = |&token: &u32| Sampled { token, logprob: 0.0, top_logprobs: Vec::new() };
+    tokens.iter().map(|token| (SeqId(1), Ok(sampled(token)))).collect()
+}
+
+/// Accepted drafts stay in the caches. What follows the first other token is dropped, and a shard that draws more
+/// tokens than that is not trusted: they are computed.
+#[test]
+fn only_drafted_tokens_stay_in_the_caches() {
+    let mut scheduler = Scheduler::new(Limits { draft_rows: 16, ..limits() });
+    scheduler.handle_request(request(1, 40, 100)).expect("it fits");
+    scheduler.poll_step().expect("the prompt");
+    scheduler.handle_step_done(results(&[1]));
+    let plan = scheduler.poll_step().expect("a step");
+    assert_eq!(plan.tokens, [1; 4], "a token and a draft of three");
+    scheduler.handle_step_done(results(&[1, 1, 9]));
+    let plan = scheduler.poll_step().expect("a step");
+    assert_eq!(plan.operations, [Operation::Truncate { seq: SeqId(1), length_tokens: 43 }]);
+    assert_eq!((plan.tokens, plan.rows[0].position), (vec![9], 43));
+    scheduler.handle_step_done(results(&[1]));
+    for token in [1, 1] {
+        scheduler.poll_step().expect("a step");
+        scheduler.handle_step_done(results(&[token]));
+    }
+    let plan = scheduler.poll_step().expect("a step");
+    assert_eq!(plan.tokens, [1, 9, 1, 1], "what followed three ones the last time");
+    scheduler.handle_step_done(results(&[7, 7, 7, 7]));
+    let plan = scheduler.poll_step().expect("a step");
+    assert_eq!(plan.operations, [Operation::Truncate { seq: SeqId(1), length_tokens: 47 }]);
+    assert_eq!(plan.tokens, [7; 4], "the tokens that the client has");
+    assert_eq!(plan.rows.iter().filter(|row| row.wants_logits).count(), 1);
+    assert_eq!(scheduler.draft_counts(), DraftCounts { drafted: 6, accepted: 2 });
+}
