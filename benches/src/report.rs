@@ -99,8 +99,8 @@ pub(crate) fn text(repeat: usize, work: Work, programs: &[Program], results: &[M
     let _ = writeln!(out, "{}.", versions.collect::<Vec<_>>().join(", "));
     let _ = writeln!(
         out,
-        "Work on {threads} threads: a prompt of {prompt_tokens} tokens, then {generate_tokens} tokens after it; medians \
-         of {repeat} rounds in turns.\n"
+        "Work on {threads} threads: a prompt of {prompt_tokens} tokens, then {generate_tokens} tokens after it; \
+         medians of {repeat} rounds in turns.\n"
     );
     out.push_str(
         "| model | program | prefill tokens/s | decode tokens/s | load ms | peak MB |\n|---|---|---|---|---|---|\n",

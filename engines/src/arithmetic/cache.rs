@@ -7,6 +7,7 @@
 
 pub use crate::kv_element::BLOCK;
 
+use super::functions::{largest, round};
 use half::f16;
 
 const CODE_MAX: f32 = 127.0;
@@ -14,15 +15,12 @@ const CODE_MAX: f32 = 127.0;
 /// Rounds up to 32 `values` to `codes`; returns the bits of their scale.
 #[inline(always)]
 pub fn encode(values: &[f32], codes: &mut [i8]) -> u16 {
-    /// In a sum with this float, the lowest bit of the mantissa counts ones.
-    const ONES: f32 = 1.5 * (1 << 23) as f32;
-    let largest = f32::from_bits(values.iter().fold(0, |largest, value| value.abs().to_bits().max(largest)));
-    let stored = f16::from_f32(largest / CODE_MAX);
+    let stored = f16::from_f32(largest(values.iter().copied()) / CODE_MAX);
     let scale = stored.to_f32();
     for (code, &value) in codes.iter_mut().zip(values) {
         // A scale that is denormal may be rounded far below a 127th of the largest value.
         let level = if scale == 0.0 { 0.0 } else { (value / scale).clamp(-CODE_MAX, CODE_MAX) };
-        *code = (level + ONES).to_bits() as i8;
+        *code = round(level) as i8;
     }
     stored.to_bits()
 }

@@ -10,6 +10,12 @@ pub fn round(x: f32) -> i16 {
     if x.is_nan() { 0 } else { (x + ROUNDER).to_bits() as i16 }
 }
 
+/// The largest magnitude; NaN if a value is NaN. Bits of positive floats have the order of their values, with NaN last.
+#[inline(always)]
+pub fn largest(values: impl Iterator<Item = f32>) -> f32 {
+    f32::from_bits(values.fold(0, |largest, value| value.abs().to_bits().max(largest)))
+}
+
 /// Returns eˣ to within two units in the last place; 0 below −87, and e⁸⁸ above 88.
 ///
 /// x = n·ln 2 + r. The minimax polynomial of degree 5 of Cephes' `expf` gives eʳ; n is added to the exponent.

@@ -18,6 +18,7 @@
 //! Q2_K, Q4_K and Q5_K lose more where minima are more than about 30 times as large as steps between levels can be:
 //! there the scales are rounded to half of 2ᵏ units, which is up to 770 units of a weight.
 
+use super::functions::{largest, round};
 use super::{SUPERBLOCK, superblocks};
 use crate::format::ElementType;
 use crate::format::blocks::{self, BLOCK, Coding, Levels};
@@ -175,19 +176,11 @@ fn product_unit(coding: Coding, shared: Option<f32>, power: f32, decoded: &[bloc
     }
 }
 
-/// The largest magnitude; NaN if a value is NaN. Bits of positive floats have the order of their values, with NaN last.
-#[inline(always)]
-fn largest(values: impl Iterator<Item = f32>) -> f32 {
-    f32::from_bits(values.fold(0, |largest, value| value.abs().to_bits().max(largest)))
-}
-
 /// value / step to the nearest integer, the even one in a tie; 0 for a step of 0. The magnitude is below 2¹⁵, or the
 /// superblock's unit is not finite.
 #[inline(always)]
 fn integer(value: f32, step: f32) -> i16 {
-    /// In a sum with this float, the lowest bit of the mantissa counts ones.
-    const ONES: f32 = 1.5 * (1 << 23) as f32;
-    if step == 0.0 { 0 } else { (value / step + ONES).to_bits() as i16 }
+    if step == 0.0 { 0 } else { round(value / step) }
 }
 
 #[inline(always)]

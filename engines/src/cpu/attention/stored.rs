@@ -37,13 +37,15 @@ pub(super) trait Stored {
     }
 }
 
-pub(super) struct F16;
-pub(super) struct F32;
+/// Floats of 16 bits, or of 32.
+pub(super) struct Floats<const HALF: bool>;
+pub(super) type F16 = Floats<true>;
+pub(super) type F32 = Floats<false>;
 /// See [`arithmetic::cache`](crate::arithmetic::cache).
 pub(super) struct Q8;
 
-impl Stored for F16 {
-    const BYTES: usize = 2;
+impl<const HALF: bool> Stored for Floats<HALF> {
+    const BYTES: usize = if HALF { 2 } else { 4 };
     const HAS_SCALES: bool = false;
     type Scales<S: Simd> = ();
     type TokenScales = ();
@@ -60,29 +62,7 @@ impl Stored for F16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const u8, (): ()) -> S::Floats {
         // SAFETY: the caller guarantees sixteen values.
-        unsafe { S::load_f16(from.cast()) }
-    }
-}
-
-impl Stored for F32 {
-    const BYTES: usize = 4;
-    const HAS_SCALES: bool = false;
-    type Scales<S: Simd> = ();
-    type TokenScales = ();
-
-    #[inline(always)]
-    unsafe fn scales<S: Simd>(_: *const u8) {}
-
-    #[inline(always)]
-    unsafe fn token_scales<S: Simd>(_: *const u8) {}
-
-    #[inline(always)]
-    unsafe fn splat<S: Simd>((): &(), _: usize) {}
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u8, (): ()) -> S::Floats {
-        // SAFETY: the caller guarantees sixteen values.
-        unsafe { S::load(from.cast()) }
+        unsafe { if HALF { S::load_f16(from.cast()) } else { S::load(from.cast()) } }
     }
 }
 
