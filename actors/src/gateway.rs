@@ -1,7 +1,7 @@
 //! Gateway: runs requests of the API, the command line and embedders, and other nodes' requests for heads of this node.
 //!
 //! - owns: the admission permits;
-//! - receives: other nodes' requests for heads of this node;
+//! - receives: other nodes' requests for heads of this node; questions of these heads for draft models;
 //! - emits: encoded requests to heads, on this node or another; cancellations when a stream is dropped;
 //! - dies when: the node stops;
 //! - supervised by: the node.
@@ -14,9 +14,11 @@
 //! sent to the client: when a head is lost or moves, the task continues from the journal with the next head.
 
 mod answer;
+mod draft;
 mod generation;
 mod serve;
 
+pub(crate) use draft::{DraftOrders, draft_orders};
 pub use generation::Generation;
 pub(crate) use serve::RemoteRequest;
 
@@ -102,8 +104,18 @@ impl GatewayHandle {
         Ok(generation)
     }
 
-    /// Loads the model of `spec` if it does not run, and waits until it runs.
+    /// Loads the model of `spec` if it does not run, and its draft model if it has one, and waits until both run.
     pub(crate) async fn ensure(&self, spec: ModelSpec) -> Result<RunningModel, RequestError> {
+        let draft = spec.draft_model();
+        let running = self.ensure_alone(spec).await?;
+        if let Some(draft) = draft {
+            self.ensure_draft(&running, draft).await?;
+        }
+        Ok(running)
+    }
+
+    /// Loads the model of `spec` if it does not run, and waits until it runs.
+    async fn ensure_alone(&self, spec: ModelSpec) -> Result<RunningModel, RequestError> {
         // No timeout: a download may take hours, and the caller sees its progress and can cancel.
         match self.planner.call(|reply| PlannerMsg::Ensure { spec, reply }, None).await {
             Ok(CallResult::Success(outcome)) => outcome,
@@ -117,18 +129,25 @@ impl GatewayHandle {
 }
 
 #[derive(Debug)]
+pub(crate) struct GatewayArgs {
+    pub gateway: GatewayHandle,
+    pub drafts: DraftOrders,
+}
+
+#[derive(Debug)]
 pub(crate) struct Gateway;
 
 impl Actor for Gateway {
     type Msg = GatewayMsg;
     type State = GatewayHandle;
-    type Arguments = GatewayHandle;
+    type Arguments = GatewayArgs;
 
     async fn pre_start(
         &self,
         _: ActorRef<GatewayMsg>,
-        gateway: GatewayHandle,
+        GatewayArgs { gateway, drafts }: GatewayArgs,
     ) -> Result<GatewayHandle, ActorProcessingErr> {
+        tokio::spawn(gateway.clone().answer_drafts(drafts));
         Ok(gateway)
     }
 
@@ -224,7 +243,8 @@ impl RequestTask {
                 return Err(RequestError::Engine { what, remedy: "see the logs of the cluster's machines".into() });
             }
             tokio::time::sleep(HEAD_WAIT * heads.min(10)).await;
-            running = self.gateway.ensure(spec.clone()).await?;
+            // The answer goes on even where the draft model is lost.
+            running = self.gateway.ensure_alone(spec.clone()).await?;
         }
     }
 

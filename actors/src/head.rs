@@ -1,8 +1,9 @@
 //! Head: the pipeline head of one instance.
 //!
 //! - owns: the scheduler, the event streams of its requests, the placements of its shards;
-//! - receives: requests, sampled tokens, events of its stages from any node, new placements;
-//! - emits: frames to the first shard, orders to the stages' nodes, events to the requests' callers, facts;
+//! - receives: requests, sampled tokens, drafts, events of its stages from any node, new placements;
+//! - emits: frames to the first shard, orders to the stages' nodes, questions for the draft model, events to the
+//!   requests' callers, facts;
 //! - dies when: it is retired; its requests then fail with the given reason;
 //! - supervised by: the planner.
 //!
@@ -11,8 +12,11 @@
 //! their tokens, so a client sees only a pause. A new placement loads beside the serving one, and takes over between
 //! two tokens. If memory does not suffice for both, the old shards stop first.
 
+mod draft;
 mod pipeline;
 mod pump;
+
+pub(crate) use draft::{DraftOrder, Drafted};
 
 use crate::core::desired::{Deployment, MoveStrategy, Stamp};
 use crate::core::pipeline::Pipeline;
@@ -88,6 +92,7 @@ pub(crate) enum HeadMsg {
     Cancel(SeqId),
     StepDone(StepResult),
     StageUpdate(StageUpdate),
+    Drafted(Drafted),
     /// Gives the instance a new placement.
     Replan {
         stamp: Stamp,
@@ -123,6 +128,8 @@ pub(crate) struct HeadArgs {
     pub router: Router,
     pub link_registry: LinkRegistry,
     pub planner: EventCallback<HeadReport>,
+    /// Asks draft models.
+    pub drafter: EventCallback<DraftOrder>,
     pub facts: Facts,
 }
 
@@ -135,6 +142,8 @@ pub(crate) struct HeadState {
     pipeline: Pipeline,
     /// The placement that takes over when all its shards are loaded.
     incoming: Option<Pipeline>,
+    /// Brings the answers of the draft model back.
+    drafted: EventCallback<Drafted>,
     started: Instant,
     next_step: u64,
     /// When shards of earlier placements were last ordered to stop, counted from `started`.
@@ -163,6 +172,7 @@ impl Actor for Head {
             requests: HashMap::new(),
             pipeline,
             incoming: None,
+            drafted: draft::drafted_to(&myself),
             started: Instant::now(),
             next_step: 0,
             cleared: Duration::ZERO,
@@ -192,6 +202,7 @@ impl Actor for Head {
             HeadMsg::Cancel(seq) => state.cancel(seq),
             HeadMsg::StepDone(result) => state.on_step_done(result),
             HeadMsg::StageUpdate(update) => state.on_stage_update(&myself, update),
+            HeadMsg::Drafted(drafted) => state.on_drafted(drafted),
             HeadMsg::Replan { stamp, deployment } => state.replan(&myself, stamp, deployment),
             HeadMsg::NodeLost(node) => state.on_node_lost(node),
             HeadMsg::NodeJoined(node) => state.order_again(node),
@@ -213,10 +224,9 @@ impl Actor for Head {
 fn limits(deployment: &Deployment) -> Limits {
     // candle computes a row differently in other batches, so drafts could change its answers.
     let is_exact = |stage: &Stage| !stage.device.0.starts_with(CANDLE_DEVICES);
-    let may_draft = match deployment.spec.speculation {
-        Speculation::None => false,
-        Speculation::Lookup => deployment.placement.stages.iter().all(is_exact),
-    };
+    let spec = &deployment.spec;
+    let drafts = spec.speculation != Speculation::None || spec.draft.is_some();
+    let may_draft = drafts && deployment.placement.stages.iter().all(is_exact);
     Limits {
         pages: deployment.demand.kv_pages,
         context: deployment.model.context,
@@ -226,6 +236,8 @@ fn limits(deployment: &Deployment) -> Limits {
         rows_alone: ROWS_ALONE,
         rows_shared: ROWS_SHARED,
         draft_rows: if may_draft { DRAFT_ROWS } else { 0 },
+        has_lookup: spec.speculation == Speculation::Lookup,
+        has_draft_model: spec.draft.is_some(),
     }
 }
 

@@ -17,7 +17,7 @@ pub use subscription::{Lagged, Subscription};
 use crate::cluster::{Cluster, ClusterArgs, ClusterRef, Evicted};
 use crate::core::node_status::{Fact, NodeStatus};
 use crate::core::watchdog::HangTimeouts;
-use crate::gateway::{Gateway, GatewayHandle};
+use crate::gateway::{Gateway, GatewayArgs, GatewayHandle, draft_orders};
 use crate::models::{Models, ModelsArgs, ModelsConfig, ModelsRef};
 use crate::monitor::{Monitor, MonitorArgs};
 use crate::planner::{Planner, PlannerArgs, PlannerLimits, PlannerMsg, PlannerRef};
@@ -195,6 +195,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
         facts: EventCallback::to(myself, NodeMsg::Worker),
     };
     let (worker, _) = Worker::spawn_linked(None, Worker, worker_args, cell()).await?;
+    let (drafter, drafts) = draft_orders();
     let planner_args = PlannerArgs {
         node: config.id,
         name: config.name,
@@ -208,6 +209,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
         worker: worker.clone(),
         router: router.clone(),
         link_registry: link_registry.clone(),
+        drafter,
         head_thread: config.cluster.as_ref().map(|cluster| cluster.network.thread()),
         facts: facts.clone(),
     };
@@ -220,7 +222,8 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
     let monitor_args = MonitorArgs { planner: planner.clone(), facts: facts.clone() };
     Monitor::spawn_linked(None, Monitor, monitor_args, cell()).await?;
     let handle = GatewayHandle::new(planner.clone(), router.clone());
-    let (gateway, _) = Gateway::spawn_linked(None, Gateway, handle.clone(), cell()).await?;
+    let gateway_args = GatewayArgs { gateway: handle.clone(), drafts };
+    let (gateway, _) = Gateway::spawn_linked(None, Gateway, gateway_args, cell()).await?;
     #[cfg(test)]
     let router_of_tests = router.clone();
     let mut cluster = None;

@@ -43,9 +43,9 @@ use crate::core::spec::{InstanceId, ModelSpec};
 use crate::core::speed::Estimate;
 use crate::core::status::{KeyClash, Machine};
 use crate::core::watchdog::HangTimeouts;
-use crate::head::{HeadRef, HeadReport, StageUpdate};
+use crate::head::{DraftOrder, HeadRef, HeadReport, StageUpdate};
 use crate::models::{ModelsRef, ResolvedModel};
-use crate::transport::callback::Facts;
+use crate::transport::callback::{EventCallback, Facts};
 use crate::transport::control::ReceivedMessage;
 use crate::transport::protocol::ControlMessage;
 use crate::transport::router::Router;
@@ -158,6 +158,8 @@ pub(crate) struct PlannerArgs {
     pub worker: WorkerRef,
     pub router: Router,
     pub link_registry: LinkRegistry,
+    /// Asks draft models, for this node's heads.
+    pub drafter: EventCallback<DraftOrder>,
     /// The network's thread. Heads run on it, since the results of steps arrive there. `None`: the node has no network.
     pub head_thread: Option<NetworkThread>,
     pub facts: Facts,

@@ -134,6 +134,8 @@ fn schedule(bencher: Bencher<'_, '_>, sequences: u64) {
             rows_alone: 512,
             rows_shared: 128,
             draft_rows: 16,
+            has_lookup: false,
+            has_draft_model: false,
         });
         for seq in 0..sequences {
             let prompt = vec![seq as u32; 8];

@@ -73,6 +73,7 @@ fn request_flags(error: &RequestError) -> Option<&'static str> {
             Some("--context N")
         }
         RequestError::ContextTooLong { .. } => Some("--context N"),
+        RequestError::BadDraft { .. } => Some("--draft MODEL"),
         RequestError::NotClustered => Some("leave `--listen none` out"),
         _ => None,
     }

@@ -43,6 +43,10 @@ pub(super) struct ModelArguments {
     /// the text, none is off. The answers are the same [default: lookup, but none in bench]
     #[arg(long, value_name = "METHOD")]
     pub(super) speculate: Option<Speculation>,
+    /// Smaller model with the same tokens that guesses tokens ahead where the text does not repeat; it runs beside the
+    /// model, and the answers are the same
+    #[arg(long, value_name = "MODEL")]
+    pub(super) draft: Option<String>,
     /// Folder of this node's identity and settings; models are in the shared cache
     #[arg(long, value_name = "FOLDER")]
     pub(super) data_dir: Option<PathBuf>,
@@ -61,6 +65,7 @@ impl ModelArguments {
             quantize: self.quantize.or(named.quantize),
             kv_cache: self.kv_cache,
             speculation: self.speculate.unwrap_or_default(),
+            draft: self.draft.as_deref().map(absolute),
             split: self.split.clone(),
             policy: self.policy,
             model: absolute(&named.model),

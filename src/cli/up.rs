@@ -57,6 +57,9 @@ pub(super) struct UpArguments {
     /// the text, none is off. The answers are the same
     #[arg(long, value_name = "METHOD", default_value_t)]
     speculate: Speculation,
+    /// Smaller model with the same tokens that guesses tokens ahead for these models where the text does not repeat
+    #[arg(long, value_name = "MODEL")]
+    draft: Option<String>,
     /// TCP address of the HTTP API, or `none` for no TCP
     #[arg(long, value_name = "ADDR:PORT", default_value = API_DEFAULT)]
     api: String,
@@ -230,6 +233,7 @@ impl UpArguments {
             context_tokens: self.context,
             kv_cache: self.kv_cache,
             speculation: self.speculate,
+            draft: self.draft.as_deref().map(expand_home),
             ..ModelSpec::new(expand_home(name))
         };
         Ok(self.models.iter().map(spec).collect())

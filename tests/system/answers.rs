@@ -45,6 +45,31 @@ fn drafts_change_no_bit() {
     assert!(accepted > 3.0, "{accepted} drafted tokens were accepted");
 }
 
+/// R6.1–R6.5: an answer with drafts of another model has the tokens and log-probabilities that it has without, bit for
+/// bit. A model with other tokens is refused, and so is the model itself.
+#[test]
+fn a_draft_model_changes_no_bit() {
+    models();
+    let file = json(&["pull", SMOLLM2, "--json"])["path"].as_str().expect("a path").to_owned();
+    let folder = tempfile::tempdir().expect("a folder");
+    let draft = folder.path().join("draft.gguf").display().to_string();
+    std::fs::copy(file, &draft).expect("copied");
+    let node = Node::up(&[]);
+    let mut arguments = vec!["run", SMOLLM2, "Why is the sky blue?", "--json", "--max-tokens", "40", "--logprobs", "3"];
+    arguments.extend(["--temperature", "0.7", "--seed", "9", "--speculate", "none"]);
+    let without = json(&[&arguments[..], &["--standalone"]].concat());
+    let with = node.json(&[&arguments[..], &["--draft", &draft]].concat());
+    assert_eq!(with["token_ids"], without["token_ids"]);
+    assert_eq!(with["logprobs"], without["logprobs"]);
+    let accepted = node.metric("accepted_tokens_total");
+    assert!(accepted > 3.0, "{accepted} drafted tokens were accepted");
+    for (other, why) in [(GEMMA3, "different tokens"), (SMOLLM2, "the same model")] {
+        let refused = output(&["run", SMOLLM2, "Hello", "--max-tokens", "1", "--draft", other]);
+        assert!(!refused.status.success(), "{other}");
+        assert!(stderr(&refused).contains(why), "{}", stderr(&refused));
+    }
+}
+
 /// R4.4, R4.5: stdout has the answer and nothing else; the summary goes to stderr.
 #[test]
 fn stdout_has_the_answer_alone() {

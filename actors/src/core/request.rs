@@ -152,6 +152,16 @@ pub enum RequestError {
     /// The node has no cluster.
     #[error("this node is a member of no cluster")]
     NotClustered,
+    /// A model cannot draft for another.
+    #[error("`{draft}` cannot draft for `{model}`: {what}")]
+    BadDraft {
+        /// The model's name.
+        model: String,
+        /// The draft model's name.
+        draft: String,
+        /// Why not.
+        what: Cow<'static, str>,
+    },
     /// A sampling parameter is out of range. The check runs before a request leaves its node, so this error is never
     /// encoded. It stays the last variant: a skipped variant would shift the numbers of later ones.
     #[error(transparent)]
@@ -175,6 +185,7 @@ impl RequestError {
             Self::Overloaded { .. } | Self::NotReady | Self::MemoryBusy { .. } | Self::Moved => "try again in a moment",
             Self::Engine { remedy, .. } => remedy,
             Self::NotClustered => "start the node with a network",
+            Self::BadDraft { .. } => "name a smaller model of the same family as the draft model",
             Self::ShuttingDown => "start the node again",
         }
     }

@@ -1,9 +1,10 @@
 //! The scheduler of a pipeline head: it chooses the rows of the next step and processes the sampled tokens.
 //!
-//! A state machine without I/O. Its methods form four groups:
+//! A state machine without I/O. Its methods form five groups:
 //! - getters;
-//! - `handle_*`: an input (a request, a cancellation, a result, a loss of the pipeline);
+//! - `handle_*`: an input (a request, a cancellation, a result, a draft, a loss of the pipeline);
 //! - [`Scheduler::poll_step`]: the next step to send, if one may be sent;
+//! - [`Scheduler::poll_draft`]: the next question for the draft model, if the instance has one;
 //! - [`Scheduler::poll_event`]: the next event for a request's client.
 //!
 //! Sequences share steps. Each decoding sequence adds one row to a step, with a draft behind it, and prompts are
@@ -19,7 +20,9 @@
 //! step yields several tokens, the same as without drafts.
 
 mod admission;
+mod drafting;
 mod interface;
+mod pacing;
 mod prefix_cache;
 mod prompt_lookup;
 mod rows;
@@ -27,11 +30,11 @@ mod speculation;
 
 pub use interface::*;
 
+use drafting::Drafting;
 use exo_engines::decoder::PageTable;
 use exo_engines::engine::{Operation, PAGE_TOKENS, SeqId};
 use exo_engines::sampler::{SampleError, Sampled, SamplerSpec, SamplingParams};
 use prefix_cache::PrefixCache;
-use prompt_lookup::PromptLookup;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// The scheduler of one instance.
@@ -54,6 +57,8 @@ pub struct Scheduler {
     /// Sequences whose samplers close with the next step.
     closes: Vec<SeqId>,
     events: VecDeque<Event>,
+    /// Questions that the draft model has not been asked yet.
+    asks: VecDeque<DraftAsk>,
     drafts: DraftCounts,
 }
 
@@ -77,7 +82,7 @@ struct Sequence {
     sent: usize,
     /// Drafted tokens in flight, which follow the `sent` ones.
     drafted: Vec<u32>,
-    lookup: PromptLookup,
+    drafting: Drafting,
     /// Whether a step in flight will draw the sequence's next token.
     draws: bool,
     /// Whether the client has received [`Event::Admitted`].
@@ -120,6 +125,7 @@ impl Scheduler {
             releases: Vec::new(),
             closes: Vec::new(),
             events: VecDeque::new(),
+            asks: VecDeque::new(),
             drafts: DraftCounts::default(),
         }
     }
@@ -187,7 +193,7 @@ impl Scheduler {
             ends: request.ends,
             sent: 0,
             drafted: Vec::new(),
-            lookup: PromptLookup::default(),
+            drafting: Drafting::default(),
             draws: false,
             is_told: false,
         };
@@ -228,6 +234,17 @@ impl Scheduler {
                     self.events.push_back(Event::Failed { seq, error });
                 }
             }
+        }
+    }
+
+    /// Takes the draft model's answer to a [`DraftAsk`] about `length` tokens; empty if it drafts nothing, or is late.
+    /// An answer that is not awaited is ignored.
+    pub fn handle_draft(&mut self, seq: SeqId, length: usize, mut draft: Vec<u32>) {
+        // The draft model's vocabulary may be larger.
+        let is_token = |token: &u32| *token < self.limits.vocabulary;
+        draft.truncate(draft.iter().take_while(|token| is_token(token)).count());
+        if let Some(sequence) = self.sequences.get_mut(&seq) {
+            sequence.drafting.answer(length, draft);
         }
     }
 
@@ -280,6 +297,11 @@ impl Scheduler {
         let all = self.sequences.keys().copied().collect();
         *self = Self::new(self.limits.clone());
         all
+    }
+
+    /// Returns the next question for the draft model.
+    pub fn poll_draft(&mut self) -> Option<DraftAsk> {
+        self.asks.pop_front()
     }
 
     /// Returns the next event for a client.

@@ -25,6 +25,9 @@ pub struct ModelSpec {
     /// The drafts of a new instance; a wish, which an instance with other drafts meets, too.
     #[serde(default)]
     pub speculation: Speculation,
+    /// The draft model: a smaller model with the same tokens, which runs as an instance of its own.
+    #[serde(default)]
+    pub draft: Option<String>,
     /// The layers of each node; `None`: the planner chooses.
     #[serde(default)]
     pub split: Option<Split>,
@@ -33,7 +36,8 @@ pub struct ModelSpec {
     pub policy: Policy,
 }
 
-/// How the head of an instance drafts tokens, which a step computes before their turn. The answers are the same.
+/// How the head of an instance drafts tokens by itself, which a step computes before their turn. The answers are the
+/// same. A [draft model](ModelSpec::draft) drafts where this finds nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub enum Speculation {
     /// No drafts.
@@ -85,9 +89,16 @@ impl ModelSpec {
             quantize,
             kv_cache: None,
             speculation: Speculation::default(),
+            draft: None,
             split: None,
             policy: Policy::default(),
         }
+    }
+
+    /// The spec of the draft model, if there is one.
+    pub fn draft_model(&self) -> Option<Self> {
+        let named = Self::new(self.draft.as_deref()?);
+        Some(Self { context_tokens: self.context_tokens, speculation: Speculation::None, ..named })
     }
 
     /// The type of cached keys and values of a new instance.

@@ -17,6 +17,7 @@ impl HeadState {
         self.send_events();
         // Sending events cancels the requests of disconnected clients. Another step releases their pages.
         self.send_steps();
+        self.ask_for_drafts();
         self.report_load();
     }
 

@@ -124,6 +124,7 @@ impl PlannerState {
             router: self.args.router.clone(),
             link_registry: self.args.link_registry.clone(),
             planner: EventCallback::to(myself, PlannerMsg::HeadReport),
+            drafter: self.args.drafter.clone(),
             facts: EventCallback::to(myself, PlannerMsg::HeadFact),
         };
         let spawning = Head::spawn_linked(None, Head, args, myself.get_cell());

@@ -60,21 +60,27 @@ impl ApiContext {
         self.admit(ModelSpec::new(model))
     }
 
-    /// Returns `spec` if the caller may use its model. A path of a model that the node was started with becomes the
+    /// Returns `spec` if the caller may use its models. A path of a model that the node was started with becomes the
     /// name that the user wrote.
     ///
     /// # Errors
     /// As [`spec`](Self::spec).
     pub(super) fn admit(&self, spec: ModelSpec) -> Result<ModelSpec, ApiError> {
-        if spec.model.is_empty() {
-            return Err(ApiError::bad_value("model", "is empty"));
+        let model = self.admit_name("model", spec.model)?;
+        let draft = spec.draft.map(|draft| self.admit_name("draft", draft)).transpose()?;
+        Ok(ModelSpec { model, draft, ..spec })
+    }
+
+    fn admit_name(&self, field: &'static str, model: String) -> Result<String, ApiError> {
+        if model.is_empty() {
+            return Err(ApiError::bad_value(field, "is empty"));
         }
-        if let Some(name) = self.named.find(&spec.model) {
-            return Ok(ModelSpec { model: name.clone(), ..spec });
+        if let Some(name) = self.named.find(&model) {
+            return Ok(name.clone());
         }
-        match self.caller == Caller::Network && ModelName::parse(&spec.model).is_path() {
-            true => Err(ApiError::unknown_model(&spec.model)),
-            false => Ok(spec),
+        match self.caller == Caller::Network && ModelName::parse(&model).is_path() {
+            true => Err(ApiError::unknown_model(&model)),
+            false => Ok(model),
         }
     }
 

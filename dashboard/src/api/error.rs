@@ -97,6 +97,7 @@ impl From<RequestError> for ApiError {
             RequestError::Plan(_) => with(StatusCode::SERVICE_UNAVAILABLE, "insufficient_memory"),
             RequestError::NoDevice { .. } => with(StatusCode::BAD_REQUEST, "no_such_device"),
             RequestError::ContextTooLong { .. } => with(StatusCode::BAD_REQUEST, "invalid_value"),
+            RequestError::BadDraft { .. } => with(StatusCode::BAD_REQUEST, "invalid_value").about("draft"),
             RequestError::Params(error) => with(StatusCode::BAD_REQUEST, "invalid_value").about(error.field),
             RequestError::BadPrompt { .. }
             | RequestError::Admit(AdmitError::EmptyPrompt | AdmitError::NoSuchToken { .. }) => {

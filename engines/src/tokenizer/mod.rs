@@ -191,6 +191,17 @@ impl Tokenizer {
         self.pieces.len()
     }
 
+    /// Whether each id that both vocabularies have is the same token in both.
+    pub fn shares_tokens(&self, other: &Self) -> bool {
+        let shared = self.vocabulary().min(other.vocabulary()) as u32;
+        // Control tokens have no bytes, but names.
+        let is_same = |id| match (self.bytes(id), other.bytes(id)) {
+            ([], []) => self.name(id) == other.name(id),
+            (own, others) => own == others,
+        };
+        (0..shared).all(is_same)
+    }
+
     /// The id of the control token with this name.
     pub fn control_token(&self, name: &str) -> Option<u32> {
         self.pieces.control(name)

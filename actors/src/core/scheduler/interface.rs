@@ -25,6 +25,10 @@ pub struct Limits {
     pub rows_shared: usize,
     /// Rows of a step up to which decoding sequences add drafts; 0 for no drafts.
     pub draft_rows: usize,
+    /// Whether drafts come from the tokens of the sequence itself.
+    pub has_lookup: bool,
+    /// Whether a draft model answers [`DraftAsk`]s.
+    pub has_draft_model: bool,
 }
 
 /// A request to generate.
@@ -97,6 +101,18 @@ pub enum SamplerOperation {
         /// The drafted tokens, those of the rows that follow the first one with logits.
         tokens: Vec<u32>,
     },
+}
+
+/// A question for the draft model. Its sequence waits for the answer, so there must be one:
+/// [`Scheduler::handle_draft`](super::Scheduler::handle_draft).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DraftAsk {
+    /// The sequence.
+    pub seq: SeqId,
+    /// All tokens of the sequence.
+    pub tokens: Vec<u32>,
+    /// The most tokens of the draft.
+    pub count: usize,
 }
 
 /// The drafted tokens of a scheduler so far.

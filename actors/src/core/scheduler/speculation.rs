@@ -6,20 +6,37 @@
 //! A row's bits depend on its own sequence alone, and a draw on the seed and the position. So the tokens are those
 //! without drafts, to the bit, also with a temperature. The caches drop the rows behind the first other token.
 
-use super::{SamplerOperation, Scheduler, StepPlan};
+use super::drafting::{Decision, MODEL_DRAFT_MAX, Sources};
+use super::{DraftAsk, SamplerOperation, Scheduler, Sequence, StepPlan};
 use exo_engines::engine::{Operation, Row, SeqId};
 use exo_engines::sampler::{SampleError, Sampled};
 use std::collections::BTreeMap;
 
 impl Scheduler {
-    /// Adds a draft behind the last row of `seq`, which draws: at most `rows` rows together, on free pages, and no more
-    /// tokens than the answer may have.
+    /// Whether `seq` waits for a draft, which is asked for if this is its turn. `rows`: as in
+    /// [`add_draft`](Self::add_draft).
+    pub(super) fn awaits_draft(&mut self, seq: SeqId, rows: usize) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return false };
+        // So short an answer may itself be a draft for another instance, which must not wait for drafts in turn.
+        let is_short = sequence.max_tokens as usize <= MODEL_DRAFT_MAX;
+        let sources = Sources { lookup: self.limits.has_lookup, model: self.limits.has_draft_model && !is_short };
+        let most = sequence.draft_room(rows);
+        match sequence.drafting.decide(&sequence.tokens, most, sources) {
+            Decision::Go => return false,
+            Decision::Wait => {}
+            Decision::Ask(count) => {
+                self.asks.push_back(DraftAsk { seq, tokens: sequence.tokens.clone(), count });
+            }
+        }
+        true
+    }
+
+    /// Adds the chosen draft behind the last row of `seq`, which draws: at most `rows` rows together, on free pages,
+    /// and no more tokens than the answer may have.
     pub(super) fn add_draft(&mut self, seq: SeqId, rows: usize, plan: &mut StepPlan) {
         let Some(sequence) = self.sequences.get_mut(&seq).filter(|sequence| sequence.draws) else { return };
-        // The row itself yields one token, whatever becomes of the draft.
-        let room = (sequence.max_tokens as usize).saturating_sub(sequence.generated() + 1);
-        let most = rows.saturating_sub(1).min(room);
-        let tokens = sequence.lookup.draft(&sequence.tokens, most);
+        let mut tokens = sequence.drafting.take(sequence.tokens.len());
+        tokens.truncate(sequence.draft_room(rows));
         // A draft takes no page that the next row of another sequence may need.
         let needed = self.pages.pages_needed(seq, tokens.len() as u32) + self.running.len() as u32;
         if tokens.is_empty() || needed > self.pages.free() || self.pages.extend(seq, tokens.len() as u32).is_err() {
@@ -49,7 +66,7 @@ impl Scheduler {
             let equal = draft.iter().zip(&drawn).take_while(|(drafted, drawn)| **drawn == Some(**drafted)).count();
             let (drafted, accepted) = (draft.len(), equal.min(drawn.len() - 1));
             sequence.sent += accepted;
-            sequence.lookup.learn(drafted, accepted);
+            sequence.drafting.learn(drafted, accepted);
             self.drafts.drafted += drafted as u64;
             self.drafts.accepted += accepted as u64;
             if accepted < drafted {
@@ -66,5 +83,14 @@ impl Scheduler {
         if self.running.contains(&seq) && self.pages.apply(operation).is_ok() {
             plan.operations.push(operation);
         }
+    }
+}
+
+impl Sequence {
+    /// The tokens that a draft may have where the sequence may send `rows` rows: its own row yields one token, whatever
+    /// becomes of the draft.
+    fn draft_room(&self, rows: usize) -> usize {
+        let left = (self.max_tokens as usize).saturating_sub(self.generated() + 1);
+        rows.saturating_sub(1).min(left)
     }
 }

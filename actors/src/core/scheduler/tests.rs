@@ -19,6 +19,8 @@ fn limits() -> Limits {
         rows_alone: 256,
         rows_shared: 64,
         draft_rows: 0,
+        has_lookup: true,
+        has_draft_model: false,
     }
 }
 
@@ -229,4 +231,40 @@ fn only_drafted_tokens_stay_in_the_caches() {
     assert_eq!(plan.tokens, [7; 4], "the tokens that the client has");
     assert_eq!(plan.rows.iter().filter(|row| row.wants_logits).count(), 1);
     assert_eq!(scheduler.draft_counts(), DraftCounts { drafted: 6, accepted: 2 });
+}
+
+/// A draft of the draft model is sent with the sequence's next row, which waits for it; other sequences do not wait. An
+/// empty answer, and one for other tokens, let the sequence go on without a draft.
+#[test]
+fn a_sequence_waits_for_the_draft_model() {
+    let mut scheduler = Scheduler::new(Limits { draft_rows: 16, has_draft_model: true, ..limits() });
+    let mut own = request(1, 8, 100);
+    own.sampler.prompt = (10..18).collect();
+    scheduler.handle_request(own).expect("it fits");
+    scheduler.poll_step().expect("the prompt");
+    scheduler.handle_step_done(results(&[1]));
+    assert_eq!(scheduler.poll_step(), None, "the sequence waits");
+    let ask = scheduler.poll_draft().expect("a question");
+    assert_eq!((ask.seq, ask.tokens.len(), ask.count), (SeqId(1), 9, 3));
+    assert_eq!(scheduler.poll_draft(), None, "one question for each draft");
+    let mut other = request(2, 4, 100);
+    other.sampler.prompt = vec![500, 501, 502, 503];
+    scheduler.handle_request(other).expect("it fits");
+    let prompt = scheduler.poll_step().expect("another sequence does not wait");
+    assert!(prompt.rows.iter().all(|row| row.seq == SeqId(2)));
+    scheduler.handle_cancel(SeqId(2));
+    scheduler.handle_step_done(Vec::new());
+    scheduler.handle_draft(SeqId(1), 8, vec![77]);
+    scheduler.handle_draft(SeqId(1), 9, vec![2, 3, 1_000_000, 4]);
+    let plan = scheduler.poll_step().expect("a step");
+    assert_eq!(plan.tokens, [1, 2, 3], "the draft, up to a token that the model does not have");
+    scheduler.handle_step_done(results(&[2, 3, 4]));
+    assert_eq!(scheduler.draft_counts(), DraftCounts { drafted: 2, accepted: 2 });
+    assert_eq!(scheduler.poll_step(), None);
+    let ask = scheduler.poll_draft().expect("the next question");
+    assert_eq!((ask.tokens.len(), ask.count), (12, 6), "an accepted draft grows");
+    scheduler.handle_draft(SeqId(1), 12, Vec::new());
+    assert_eq!(scheduler.poll_step().map(|plan| plan.tokens), Some(vec![4]), "no draft in time");
+    scheduler.handle_step_done(results(&[5]));
+    assert_eq!(scheduler.poll_step().map(|plan| plan.tokens), Some(vec![5]), "then a pause");
 }

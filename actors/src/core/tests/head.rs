@@ -5,7 +5,7 @@
 
 use super::{Random, seeds};
 use crate::core::context::Context;
-use crate::core::scheduler::{Event, FinishReason, Limits, Request, SamplerOperation, Scheduler, StepPlan};
+use crate::core::scheduler::{DraftAsk, Event, FinishReason, Limits, Request, SamplerOperation, Scheduler, StepPlan};
 use exo_engines::decoder::PageTable;
 use exo_engines::engine::{Operation, SeqId};
 use exo_engines::sampler::{SampleError, Sampled, SamplerSpec, SamplingParams};
@@ -121,8 +121,11 @@ struct World {
     limits: Limits,
     clients: BTreeMap<SeqId, Client>,
     next: u64,
+    /// Questions that the draft model has not answered yet.
+    asks: VecDeque<DraftAsk>,
     cached_tokens: usize,
     accepted_tokens: usize,
+    drafts: usize,
 }
 
 impl World {
@@ -137,6 +140,8 @@ impl World {
             rows_alone: 1 + random.below(40) as usize,
             rows_shared: 1 + random.below(20) as usize,
             draft_rows: random.below(3) as usize * 8,
+            has_lookup: random.below(4) > 0,
+            has_draft_model: random.below(2) == 0,
         };
         Self {
             random,
@@ -145,8 +150,10 @@ impl World {
             limits,
             clients: BTreeMap::new(),
             next: 0,
+            asks: VecDeque::new(),
             cached_tokens: 0,
             accepted_tokens: 0,
+            drafts: 0,
         }
     }
 
@@ -159,7 +166,8 @@ impl World {
                 self.pipeline = Pipeline::new(self.limits.pages);
             }
             13 => self.lose_head(),
-            14..60 => self.send(),
+            14..54 => self.send(),
+            54..60 => self.answer_draft(),
             _ => self.finish_step(),
         }
         self.deliver();
@@ -216,6 +224,21 @@ impl World {
             self.pipeline.sent.push_back(plan);
             assert!(self.pipeline.sent.len() <= self.limits.steps_in_flight);
         }
+        self.asks.extend(std::iter::from_fn(|| self.scheduler.poll_draft()));
+    }
+
+    /// The draft model answers a question, also one of a lost head or a cancelled request: with the model's own tokens,
+    /// with others, or with none.
+    fn answer_draft(&mut self) {
+        let Some(DraftAsk { seq, tokens, count }) = self.asks.pop_front() else { return };
+        let mut all = tokens.clone();
+        let kind = self.random.below(4);
+        for _ in 0..if kind == 0 { 0 } else { count } {
+            let wrong = kind == 1 && self.random.below(3) == 0;
+            all.push(if wrong { self.random.below(VOCABULARY + 3) as u32 } else { next_token(&all) });
+        }
+        self.drafts += usize::from(all.len() > tokens.len());
+        self.scheduler.handle_draft(seq, tokens.len(), all.split_off(tokens.len()));
     }
 
     fn finish_step(&mut self) {
@@ -263,6 +286,7 @@ impl World {
                 break;
             }
             self.finish_step();
+            self.answer_draft();
             self.deliver();
         }
         assert!(self.clients.is_empty(), "{} requests hang", self.clients.len());
@@ -283,7 +307,7 @@ impl World {
 /// `EXO_SIM_SEED` replays one seed.
 #[test]
 fn every_answer_equals_that_of_an_undisturbed_run() {
-    let (mut cached_tokens, mut accepted_tokens) = (0, 0);
+    let (mut cached_tokens, mut accepted_tokens, mut drafts) = (0, 0, 0);
     for seed in seeds(400) {
         println!("seed {seed}");
         let mut world = World::new(seed);
@@ -293,7 +317,10 @@ fn every_answer_equals_that_of_an_undisturbed_run() {
         world.settle();
         cached_tokens += world.cached_tokens;
         accepted_tokens += world.accepted_tokens;
+        drafts += world.drafts;
     }
-    println!("{cached_tokens} prompt tokens came from the prefix cache, and {accepted_tokens} drafts were accepted");
-    assert!(cached_tokens > 0 && accepted_tokens > 0);
+    println!(
+        "{cached_tokens} prompt tokens came from the prefix cache, {accepted_tokens} drafted tokens were accepted"
+    );
+    assert!(cached_tokens > 0 && accepted_tokens > 0 && drafts > 0);
 }
