@@ -52,7 +52,7 @@ pub use exo_actors::{
     Answerer, Conversation, FunctionCall, GenerateRequest, Generated, Generation, Lagged, Message, ModelSpec,
     NodeHandle, Prompt, RequestError, Role, RunningModel, Sampled, SamplingParams, Subscription, ToolCall, fresh_seed,
 };
-pub use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, KvElement};
+pub use exo_engines::engine::{ActivationBits, DeviceId, DeviceReport, EngineFactory, KvElement};
 pub use exo_engines::model::Recipe;
 pub use exo_net::{ClusterSecret, Discover, Identity, JoinToken, NodeId, WireType};
 pub use node::{Node, NodeBuilder};

@@ -6,7 +6,7 @@
 //!
 //! A backend must compute each row independently: a row's result must not depend on the other rows.
 
-use crate::engine::KvElement;
+use crate::engine::{ActivationBits, KvElement};
 use crate::error::EngineError;
 use crate::format::{ElementType, TensorBytes};
 use crate::model::{Activation, Attention, Experts, Rope};
@@ -149,6 +149,12 @@ pub trait Backend: Sized {
     fn take_profile(&mut self) -> Profile {
         Profile::default()
     }
+
+    /// Chooses the precision of activations in matrix products, before a model is loaded.
+    ///
+    /// # Errors
+    /// [`EngineError::Unsupported`] if the backend has no such products.
+    fn set_activations(&mut self, bits: ActivationBits) -> Result<(), EngineError>;
 
     /// Returns the name and the version of the backend's arithmetic: equal names mean equal bits.
     fn fingerprint(&self) -> String;

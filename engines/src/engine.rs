@@ -8,6 +8,7 @@
 //! A [`Step`] carries operations on sequences, then the rows to compute, in order: batching, chunked prefill and replay
 //! after a failure differ only in their rows.
 
+pub use crate::activation_bits::{ActivationBits, UnknownActivationBits};
 pub use crate::kv_element::{KvElement, UnknownKvElement};
 
 use crate::error::EngineError;
@@ -100,6 +101,8 @@ pub struct ShardSpec {
     pub tensor: TensorRank,
     /// The element type of the cache.
     pub kv_element: KvElement,
+    /// The precision of activations in matrix products.
+    pub activations: ActivationBits,
     /// The cache's capacity, in pages of [`PAGE_TOKENS`] tokens, shared by all sequences; at least 1.
     pub kv_pages: u32,
 }

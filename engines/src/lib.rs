@@ -6,6 +6,7 @@
 //! The crate is synchronous. It knows no actors and no network, and reads the clock only to time itself; each engine
 //! owns its threads. Actors use the port [`engine`]; a device implements [`backend`].
 
+mod activation_bits;
 pub mod arithmetic;
 pub mod backend;
 pub mod candle;

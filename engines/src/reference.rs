@@ -4,12 +4,14 @@
 use crate::arithmetic::functions::{clamped_swish, gelu_tanh, silu};
 use crate::arithmetic::norms::rms_norm;
 use crate::arithmetic::weights::{self, WeightRow};
-use crate::arithmetic::{SUPERBLOCK, VERSION, activations, attention, cache, products, rotary};
+use crate::arithmetic::{self, SUPERBLOCK, activations, attention, cache, products, rotary};
 use crate::backend::{
     AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
 };
 use crate::decoder::DecoderEngine;
-use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory, KvElement, PAGE_TOKENS};
+use crate::engine::{
+    ActivationBits, DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory, KvElement, PAGE_TOKENS,
+};
 use crate::error::EngineError;
 use crate::expert_routing;
 use crate::format::FormatError;
@@ -54,7 +56,9 @@ struct Rotation {
 
 /// The reference backend.
 #[derive(Debug, Default)]
-pub struct ReferenceBackend;
+pub struct ReferenceBackend {
+    bits: ActivationBits,
+}
 
 /// Makes engines of the reference backend.
 #[derive(Debug, Clone, Copy, Default)]
@@ -85,7 +89,7 @@ impl EngineFactory for ReferenceFactory {
         if device.0 != Self::DEVICE {
             return Err(EngineError::NoDevice { engine: self.name().to_owned(), device: device.0.clone() });
         }
-        Ok(Box::new(DecoderEngine::new(ReferenceBackend)))
+        Ok(Box::new(DecoderEngine::new(ReferenceBackend::default())))
     }
 }
 
@@ -97,8 +101,8 @@ fn normed(norm: Option<&Norm<ReferenceBackend>>, row: &[f32]) -> Vec<f32> {
     out
 }
 
-fn linear(linear: &Linear<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
-    let input = activations::encode(row);
+fn linear(bits: ActivationBits, linear: &Linear<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
+    let input = activations::encode(bits, row);
     let mut out: Vec<f32> = linear.weight.rows.iter().map(|weights| products::dot(weights, &input)).collect();
     if let Some(bias) = &linear.bias {
         out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
@@ -106,11 +110,11 @@ fn linear(linear: &Linear<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
     out
 }
 
-fn gated(activation: Activation, gated: &Gated<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
-    let gate = linear(&gated.gate, row);
-    let up = linear(&gated.up, row);
+fn gated(bits: ActivationBits, activation: Activation, gated: &Gated<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
+    let gate = linear(bits, &gated.gate, row);
+    let up = linear(bits, &gated.up, row);
     let inner: Vec<f32> = gate.into_iter().zip(up).map(|(gate, up)| activate(activation, gate, up)).collect();
-    linear(&gated.down, &inner)
+    linear(bits, &gated.down, &inner)
 }
 
 fn activate(activation: Activation, gate: f32, up: f32) -> f32 {
@@ -122,11 +126,11 @@ fn activate(activation: Activation, gate: f32, up: f32) -> f32 {
 }
 
 /// Each output is one fused chain over the row's experts, in the order of its choices.
-fn mixture(activation: Activation, mixture: &Mixture<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
-    let logits = linear(&mixture.router, row);
+fn mixture(bits: ActivationBits, activation: Activation, mixture: &Mixture<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
+    let logits = linear(bits, &mixture.router, row);
     let mut out = vec![0.0_f32; row.len()];
     for choice in expert_routing::route(&mixture.spec, &logits) {
-        let part = gated(activation, &mixture.experts[choice.expert], row);
+        let part = gated(bits, activation, &mixture.experts[choice.expert], row);
         out.iter_mut().zip(&part).for_each(|(out, part)| *out = choice.weight.mul_add(*part, *out));
     }
     out
@@ -166,8 +170,13 @@ impl Backend for ReferenceBackend {
     type Cache = Cache;
     type Batch = TurnedBatch;
 
+    fn set_activations(&mut self, bits: ActivationBits) -> Result<(), EngineError> {
+        self.bits = bits;
+        Ok(())
+    }
+
     fn fingerprint(&self) -> String {
-        format!("exact/{VERSION}")
+        arithmetic::fingerprint(self.bits)
     }
 
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Matrix, EngineError> {
@@ -264,10 +273,11 @@ impl Backend for ReferenceBackend {
             for (row, position) in span.rows.clone().zip(span.first_position..) {
                 let input = normed(weights.norm.as_ref(), &hidden[row]);
                 let rotation = &batch.rotations[spec.rope][row];
-                let query = turned(spec, weights.query_norm.as_ref(), rotation, linear(&weights.query, &input));
-                let key = turned(spec, weights.key_norm.as_ref(), rotation, linear(&weights.key, &input));
-                let (key, value) =
-                    (cache.rounded(spec.head_dim, key), cache.rounded(spec.head_dim, linear(&weights.value, &input)));
+                let query =
+                    turned(spec, weights.query_norm.as_ref(), rotation, linear(self.bits, &weights.query, &input));
+                let key = turned(spec, weights.key_norm.as_ref(), rotation, linear(self.bits, &weights.key, &input));
+                let value = linear(self.bits, &weights.value, &input);
+                let (key, value) = (cache.rounded(spec.head_dim, key), cache.rounded(spec.head_dim, value));
                 let cached = &mut cache.layers[layer];
                 cached.keys[slot(position)] = key;
                 cached.values[slot(position)] = value;
@@ -285,7 +295,7 @@ impl Backend for ReferenceBackend {
                         |position| &cached.values[slot(position)][start..start + spec.head_dim],
                     ));
                 }
-                out.push(linear(&weights.output, &mixed));
+                out.push(linear(self.bits, &weights.output, &mixed));
             }
         }
         Ok(out)
@@ -295,8 +305,8 @@ impl Backend for ReferenceBackend {
         let row = |row: &Vec<f32>| {
             let input = normed(weights.norm.as_ref(), row);
             match &weights.kind {
-                FeedForwardKind::Dense(dense) => gated(weights.activation, dense, &input),
-                FeedForwardKind::Mixture(experts) => mixture(weights.activation, experts, &input),
+                FeedForwardKind::Dense(dense) => gated(self.bits, weights.activation, dense, &input),
+                FeedForwardKind::Mixture(experts) => mixture(self.bits, weights.activation, experts, &input),
             }
         };
         Ok(hidden.iter().map(row).collect())
@@ -318,7 +328,7 @@ impl Backend for ReferenceBackend {
     ) -> Result<Vec<f32>, EngineError> {
         let mut out = Vec::with_capacity(rows.len() * head.rows.len());
         for &row in rows {
-            let input = activations::encode(&normed(Some(norm), &hidden[row]));
+            let input = activations::encode(self.bits, &normed(Some(norm), &hidden[row]));
             out.extend(head.rows.iter().map(|weights| products::dot(weights, &input)));
         }
         Ok(out)

@@ -2,8 +2,8 @@
 
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{
-    DeviceId, Engine, EngineFactory, Incarnation, Input, KvElement, Operation, OutputRows, Row, ShardSpec, Step,
-    StepId, TensorRank,
+    ActivationBits, DeviceId, Engine, EngineFactory, Incarnation, Input, KvElement, Operation, OutputRows, Row,
+    ShardSpec, Step, StepId, TensorRank,
 };
 use exo_engines::model::ModelFiles;
 use std::ops::ControlFlow;
@@ -14,10 +14,17 @@ pub(super) fn threads_or_cores(threads: Option<u32>) -> usize {
     threads.map_or(cores, |threads| threads as usize)
 }
 
-/// Loads all layers of `model`, with a cache of `kv_element` for `context` tokens.
+/// How exactly an engine computes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Precision {
+    pub(super) kv_element: KvElement,
+    pub(super) activations: ActivationBits,
+}
+
+/// Loads all layers of `model`, with a cache for `context` tokens.
 pub(super) fn open(
     model: &ModelFiles,
-    kv_element: KvElement,
+    Precision { kv_element, activations }: Precision,
     context: u32,
     threads: Option<u32>,
 ) -> anyhow::Result<Box<dyn Engine>> {
@@ -27,6 +34,7 @@ pub(super) fn open(
         layers: 0..model.architecture.layers.len(),
         tensor: TensorRank::WHOLE,
         kv_element,
+        activations,
         kv_pages: exo_engines::decoder::pages_for(context),
     };
     engine.load(&spec, &model.weights, &mut |_| ControlFlow::Continue(()))?;

@@ -1,5 +1,6 @@
 //! `exo-node bench`: measures the median speed of a model through the whole pipeline.
 
+use super::bare_engine::Precision;
 use super::model_args::{ModelArguments, pull};
 use super::outcome::Outcome;
 use super::profile;
@@ -119,11 +120,13 @@ async fn run_profile(arguments: BenchArguments, display: &Arc<Display>) -> anyho
         return Ok(Outcome::Interrupted);
     };
     let vocabulary = model.files.architecture.vocabulary;
+    let spec = arguments.model.spec();
+    let precision = Precision { kv_element: spec.kv_element(), activations: spec.activation_bits() };
     let work = profile::Work {
         prompt: scattered_prompt(0, arguments.prompt_tokens, vocabulary),
         generated: scattered_prompt(1, arguments.generate_tokens, vocabulary),
         sequences: arguments.sequences,
-        kv_element: arguments.model.spec().kv_element(),
+        precision,
         threads: arguments.model.threads,
     };
     let profiled = tokio::task::spawn_blocking(move || profile::profile(&model.files, &work));

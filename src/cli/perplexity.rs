@@ -3,13 +3,13 @@
 //! It follows llama-perplexity's convention: the text is cut into chunks of the context's length, and only the second
 //! half of each chunk is scored, so that at least half a context precedes every scored token.
 
-use super::bare_engine::{forward, open};
+use super::bare_engine::{Precision, forward, open};
 use super::model_args::pull;
 use super::outcome::Outcome;
 use super::progress::Display;
 use anyhow::Context;
 use clap::Args;
-use exo_engines::engine::{Engine, KvElement, Operation, Row, SeqId};
+use exo_engines::engine::{ActivationBits, Engine, KvElement, Operation, Row, SeqId};
 use exo_engines::model::ModelFiles;
 use exo_engines::tokenizer::{SpecialTokens, Tokenizer};
 use serde::Serialize;
@@ -36,6 +36,9 @@ pub(super) struct PerplexityArguments {
     /// Type of the cached keys and values: f16, f32 or q8_0
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     kv_cache: KvElement,
+    /// Bits of activations in matrix products: 16 or 8
+    #[arg(long, value_name = "BITS", default_value = "16")]
+    activations: ActivationBits,
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
@@ -75,7 +78,8 @@ fn measure(arguments: &PerplexityArguments, text: &[u8], model: &ModelFiles) -> 
     let context = arguments.context as usize;
     let chunks: Vec<&[u32]> = tokens.chunks_exact(context).take(arguments.chunks.unwrap_or(usize::MAX)).collect();
     anyhow::ensure!(!chunks.is_empty(), "the text has {} tokens: fewer than one chunk of {context}", tokens.len());
-    let mut engine = open(model, arguments.kv_cache, arguments.context, arguments.threads)?;
+    let precision = Precision { kv_element: arguments.kv_cache, activations: arguments.activations };
+    let mut engine = open(model, precision, arguments.context, arguments.threads)?;
     let bos = tokenizer.bos().filter(|bos| tokens.first() == Some(bos));
     let (mut sum, mut scored) = (0.0, 0);
     for (number, chunk) in chunks.iter().enumerate() {

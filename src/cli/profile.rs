@@ -2,9 +2,9 @@
 //!
 //! It runs an engine without a node, so that no other work of the node is counted.
 
-use super::bare_engine::{forward, open, threads_or_cores};
+use super::bare_engine::{Precision, forward, open, threads_or_cores};
 use exo_engines::cpu::{CpuBackend, Limits, Tier};
-use exo_engines::engine::{KvElement, Operation, PAGE_TOKENS, Row, SeqId};
+use exo_engines::engine::{Operation, PAGE_TOKENS, Row, SeqId};
 use exo_engines::model::ModelFiles;
 use exo_engines::profile::{Part, Profile};
 use serde::Serialize;
@@ -52,7 +52,7 @@ pub(super) struct Work {
     pub(super) generated: Vec<u32>,
     /// Sequences that continue the prompt, at least 1: each step computes a token of each.
     pub(super) sequences: u32,
-    pub(super) kv_element: KvElement,
+    pub(super) precision: Precision,
     pub(super) threads: Option<u32>,
 }
 
@@ -65,7 +65,7 @@ pub(super) fn profile(model: &ModelFiles, work: &Work) -> anyhow::Result<Report>
     // The sequences share the pages of the prompt, but for the last, partly filled one.
     let generated_tokens = generated.len().next_multiple_of(PAGE_TOKENS as usize) + PAGE_TOKENS as usize;
     let context = prompt.len() + generated_tokens * work.sequences as usize;
-    let mut engine = open(model, work.kv_element, context as u32, work.threads)?;
+    let mut engine = open(model, work.precision, context as u32, work.threads)?;
     engine.warm_up()?;
     engine.take_profile();
     for (index, tokens) in prompt.chunks(PROMPT_ROWS).enumerate() {

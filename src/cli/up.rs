@@ -10,8 +10,8 @@ use super::secrets::{self, SecretArgument};
 use crate::api::{ApiConfig, listen};
 use crate::config::data_folder;
 use crate::{
-    ClusterSettings, Discover, JoinToken, KvElement, ModelSpec, Node, NodeBuilder, NodeHandle, PORT_DEFAULT, PlanError,
-    RequestError, Speculation, Split, StartError, WireType,
+    ActivationBits, ClusterSettings, Discover, JoinToken, KvElement, ModelSpec, Node, NodeBuilder, NodeHandle,
+    PORT_DEFAULT, PlanError, RequestError, Speculation, Split, StartError, WireType,
 };
 use anyhow::Context;
 use clap::Parser;
@@ -53,6 +53,10 @@ pub(super) struct UpArguments {
     /// [default: f16]
     #[arg(long, value_name = "TYPE")]
     kv_cache: Option<KvElement>,
+    /// Bits of activations in matrix products: 8 computes prompts and batches up to twice as fast as 16, a little less
+    /// accurately [default: 16]
+    #[arg(long, value_name = "BITS")]
+    activations: Option<ActivationBits>,
     /// How to guess tokens ahead, which are checked together: lookup repeats what followed the same tokens earlier in
     /// the text, none is off. The answers are the same
     #[arg(long, value_name = "METHOD", default_value_t)]
@@ -232,6 +236,7 @@ impl UpArguments {
             split: self.split.clone(),
             context_tokens: self.context,
             kv_cache: self.kv_cache,
+            activations: self.activations,
             speculation: self.speculate,
             draft: self.draft.as_deref().map(expand_home),
             ..ModelSpec::new(expand_home(name))

@@ -92,6 +92,7 @@ impl Deployment {
         (&self.spec.model, self.spec.quantize) == (&spec.model, spec.quantize)
             && spec.shards.is_none_or(|shards| stages.len() == shards)
             && spec.kv_cache.is_none_or(|element| self.spec.kv_element() == element)
+            && spec.activations.is_none_or(|bits| self.spec.activation_bits() == bits)
             && (spec.draft.is_none() || spec.draft == self.spec.draft)
             && spec.device.as_ref().is_none_or(|device| stages.iter().all(|stage| stage.device == *device))
             // What is beyond the least context may be given back.

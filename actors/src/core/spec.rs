@@ -2,7 +2,7 @@
 
 use crate::core::context::Context;
 use crate::core::plan::{Policy, Split};
-use exo_engines::engine::{DeviceId, KvElement};
+use exo_engines::engine::{ActivationBits, DeviceId, KvElement};
 use exo_engines::model::Recipe;
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,9 @@ pub struct ModelSpec {
     /// The type of cached keys and values; `None`: any, which is f16 for a new instance.
     #[serde(default)]
     pub kv_cache: Option<KvElement>,
+    /// The bits of activations in matrix products; `None`: any, which are 16 for a new instance.
+    #[serde(default)]
+    pub activations: Option<ActivationBits>,
     /// The drafts of a new instance; a wish, which an instance with other drafts meets, too.
     #[serde(default)]
     pub speculation: Speculation,
@@ -88,6 +91,7 @@ impl ModelSpec {
             context_tokens: None,
             quantize,
             kv_cache: None,
+            activations: None,
             speculation: Speculation::default(),
             draft: None,
             split: None,
@@ -99,6 +103,11 @@ impl ModelSpec {
     pub fn draft_model(&self) -> Option<Self> {
         let named = Self::new(self.draft.as_deref()?);
         Some(Self { context_tokens: self.context_tokens, speculation: Speculation::None, ..named })
+    }
+
+    /// The bits of activations of a new instance.
+    pub fn activation_bits(&self) -> ActivationBits {
+        self.activations.unwrap_or_default()
     }
 
     /// The type of cached keys and values of a new instance.

@@ -303,6 +303,7 @@ impl WorkerState {
             layers: task.layers.clone(),
             tensor: TensorRank::WHOLE,
             kv_element: task.spec.kv_element(),
+            activations: task.spec.activation_bits(),
             kv_pages: task.kv_pages,
         };
         let hidden = spec.architecture.hidden;

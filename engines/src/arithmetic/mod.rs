@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! weights.rs      a file's blocks ─► 16-bit integers, one unit per superblock of 256 columns
-//! activations.rs  a row of floats ─► 16-bit integers, one unit per superblock
+//! activations.rs  a row of floats ─► 16-bit integers, or 8-bit ones, one unit per superblock
 //! products.rs     integers × integers ─► exact integer sums per superblock ─► fused chains of floats
 //! functions.rs    exp, tanh, the activation functions
 //! norms.rs        RMS norms
@@ -28,9 +28,19 @@ pub mod products;
 pub mod rotary;
 pub mod weights;
 
+use crate::activation_bits::ActivationBits;
+
 /// The version of the arithmetic, which is part of an engine's fingerprint: a change of any bit of any result changes
 /// this number.
 pub const VERSION: u32 = 1;
+
+/// The fingerprint of the arithmetic: `exact/1`, or with 8-bit activations `exact/1/a8`.
+pub fn fingerprint(bits: ActivationBits) -> String {
+    match bits {
+        ActivationBits::Sixteen => format!("exact/{VERSION}"),
+        ActivationBits::Eight => format!("exact/{VERSION}/a{}", bits.name()),
+    }
+}
 
 /// Columns of a superblock, which share one unit. The last superblock of a row may be shorter.
 pub const SUPERBLOCK: usize = 256;

@@ -14,7 +14,7 @@ pub use factory::CandleFactory;
 use crate::backend::{
     AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
 };
-use crate::engine::KvElement;
+use crate::engine::{ActivationBits, KvElement};
 use crate::error::EngineError;
 use crate::expert_routing::{self, RoutedExpert};
 use crate::format::ElementType;
@@ -230,6 +230,16 @@ impl Backend for CandleBackend {
     fn vector(&mut self, values: Vec<f32>) -> Result<Tensor, EngineError> {
         let length = values.len();
         Ok(Tensor::from_vec(values, length, &self.device)?)
+    }
+
+    fn set_activations(&mut self, bits: ActivationBits) -> Result<(), EngineError> {
+        match bits {
+            ActivationBits::Sixteen => Ok(()),
+            ActivationBits::Eight => {
+                let what = format!("a choice of {} bits for activations", bits.name());
+                Err(EngineError::Unsupported { engine: "candle".to_owned(), what })
+            }
+        }
     }
 
     fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<CandleCache, EngineError> {

@@ -2,13 +2,19 @@
 //!
 //! [`arithmetic::activations`](crate::arithmetic::activations) defines the codes. Here they are laid out in steps of 64
 //! columns, the depth of a byte tile; the last step is padded with zeros.
+//!
+//! Kernels multiply two planes of bytes at once, which are called a slot: the upper and the lower bytes of one row of
+//! 16-bit codes, or the bytes of two rows of 8-bit codes. So 8 bits take half of the work.
 
 use super::disjoint::DisjointMut;
 use super::lines::Lines;
 use crate::arithmetic::functions::round;
 use crate::arithmetic::{SUPERBLOCK, activations, superblocks};
+use crate::engine::ActivationBits;
 use crate::format::blocks::BLOCK;
 use crate::simd::{LANES, Simd};
+use std::ops::Range;
+use std::ptr::NonNull;
 
 /// Rows of f32: \[row]\[width].
 #[derive(Debug, Clone, Default)]
@@ -35,7 +41,7 @@ impl Rows {
 pub(super) const STEP: usize = 64;
 /// Steps of a superblock.
 pub(super) const SUPERBLOCK_STEPS: usize = SUPERBLOCK / STEP;
-/// 16-bit pairs of a step: those of the upper bytes, then those of the lower bytes.
+/// 16-bit pairs of a step: those of the first plane, then those of the second.
 pub(super) const STEP_PAIRS: usize = 2 * STEP;
 /// Columns of half a block.
 const HALF: usize = BLOCK / 2;
@@ -43,32 +49,47 @@ const HALF: usize = BLOCK / 2;
 pub(super) const PLANE_SUMS: usize = STEP / HALF + STEP / BLOCK;
 /// Where the sums of blocks begin.
 pub(super) const BLOCK_SUMS: usize = STEP / HALF;
-/// Sums of a step: of upper bytes, then of lower bytes.
+/// Sums of a step: of the first plane, then of the second.
 pub(super) const STEP_SUMS: usize = 2 * PLANE_SUMS;
-/// Starts of a step: of two blocks of upper bytes, then of lower bytes.
+/// Starts of a step: of two blocks of the first plane, then of the second.
 pub(super) const STEP_STARTS: usize = 2 * STEP / BLOCK;
 /// The level from which sums of 4-bit products count: 32 products of bytes with levels −7 to 8 fit in 16 bits.
 pub(super) const START_LEVEL: i32 = 7;
-/// Rows of a tile.
-pub(super) const TILE_ROWS: usize = 16;
-/// Bytes of one step of a tile of rows: the upper and the lower bytes.
-pub(super) const TILE_STEP_BYTES: usize = 2 * TILE_ROWS * STEP;
+/// Slots of a tile.
+pub(super) const TILE_SLOTS: usize = 16;
+/// Bytes of one step of a tile of slots: both planes.
+pub(super) const TILE_STEP_BYTES: usize = 2 * TILE_SLOTS * STEP;
 
-/// Rows of 16-bit codes.
+/// The rows of a slot.
+pub(super) const fn slot_rows(bits: ActivationBits) -> usize {
+    match bits {
+        ActivationBits::Sixteen => 1,
+        ActivationBits::Eight => 2,
+    }
+}
+
+/// The slots that hold `rows`.
+pub(super) fn slots(bits: ActivationBits, rows: &Range<usize>) -> Range<usize> {
+    rows.start / slot_rows(bits)..rows.end.div_ceil(slot_rows(bits))
+}
+
+/// Rows of codes.
 #[derive(Debug, Default)]
 pub(super) struct CodedRows {
     pub(super) width: usize,
-    /// Upper and lower bytes: \[tile of rows]\[step]\[plane]\[row]\[column]. Rows of the last tile behind the last row
-    /// are arbitrary.
+    pub(super) bits: ActivationBits,
+    /// The number of rows.
+    count: usize,
+    /// \[tile of slots]\[step]\[plane]\[slot]\[column]. Slots of the last tile behind the last slot are arbitrary.
     bytes: Lines,
-    /// Rows of a tile: 16 for products on tiles, so that a plane of a tile is contiguous; else 1, so that a row is.
-    tile_rows: usize,
+    /// Slots of a tile: 16 for products on tiles, so that a plane of a tile is contiguous; else 1, so that a slot is.
+    tile_slots: usize,
     /// The same as 16-bit integers, in the order of [`Simd::even_odd`](crate::simd::Simd::even_odd):
-    /// \[row]\[step]\[plane]\[group of four columns]\[0, 2, 1, 3]. Only where a product asks for it.
+    /// \[slot]\[step]\[plane]\[group of four columns]\[0, 2, 1, 3]. Only where a product asks for it.
     pairs: Vec<i16>,
-    /// Sums of bytes: \[row]\[step]\[plane]\[half blocks, then blocks].
+    /// Sums of bytes: \[slot]\[step]\[plane]\[half blocks, then blocks].
     sums: Vec<i16>,
-    /// −[`START_LEVEL`] times the sums of blocks: \[row]\[step]\[plane]\[block].
+    /// −[`START_LEVEL`] times the sums of blocks: \[slot]\[step]\[plane]\[block].
     starts: Vec<i32>,
     /// \[row]\[superblock], with the rows of whole tiles.
     units: Vec<f32>,
@@ -79,33 +100,37 @@ pub(super) struct CodedRows {
 pub(super) struct Wanted {
     /// 16-bit pairs beside the bytes, for products of 16-bit weights.
     pub(super) pairs: bool,
-    /// Bytes in tiles of sixteen rows.
+    /// Bytes in tiles of sixteen slots.
     pub(super) tiles: bool,
 }
 
-/// One row, for kernels.
+/// One slot, for kernels.
 #[derive(Clone, Copy)]
-pub(super) struct CodedRow {
-    /// The row's first upper bytes. The lower bytes are `plane_bytes` behind, the next step twice as far.
+pub(super) struct CodedSlot {
+    /// The first bytes of the first plane. The second plane is `plane_bytes` behind, the next step twice as far.
     pub(super) bytes: *const i8,
     pub(super) plane_bytes: usize,
     pub(super) pairs: *const i16,
     pub(super) sums: *const i16,
     pub(super) starts: *const i32,
+    /// The units of the first row.
     pub(super) units: *const f32,
+    /// The units of the second row, where the planes are two rows.
+    pub(super) second_units: Option<NonNull<f32>>,
 }
 
 impl CodedRows {
     /// Resizes to `rows` rows in the `wanted` forms. Earlier contents become meaningless.
-    pub(super) fn resize(&mut self, rows: usize, width: usize, wanted: Wanted) {
-        let steps = width.div_ceil(STEP);
-        self.width = width;
-        self.tile_rows = if wanted.tiles { TILE_ROWS } else { 1 };
-        self.bytes.resize(rows.next_multiple_of(self.tile_rows) * steps * 2 * STEP);
-        self.pairs.resize(if wanted.pairs { rows * steps * STEP_PAIRS } else { 0 }, 0);
-        self.sums.resize(rows * steps * STEP_SUMS, 0);
-        self.starts.resize(rows * steps * STEP_STARTS, 0);
-        self.units.resize(rows.next_multiple_of(self.tile_rows) * superblocks(width), 0.0);
+    pub(super) fn resize(&mut self, bits: ActivationBits, rows: usize, width: usize, wanted: Wanted) {
+        let (steps, slots) = (width.div_ceil(STEP), slots(bits, &(0..rows)).end);
+        (self.bits, self.count, self.width) = (bits, rows, width);
+        self.tile_slots = if wanted.tiles { TILE_SLOTS } else { 1 };
+        let tiled = slots.next_multiple_of(self.tile_slots);
+        self.bytes.resize(tiled * steps * 2 * STEP);
+        self.pairs.resize(if wanted.pairs { slots * steps * STEP_PAIRS } else { 0 }, 0);
+        self.sums.resize(slots * steps * STEP_SUMS, 0);
+        self.starts.resize(slots * steps * STEP_STARTS, 0);
+        self.units.resize(tiled * slot_rows(bits) * superblocks(width), 0.0);
     }
 
     pub(super) fn has_pairs(&self) -> bool {
@@ -113,7 +138,7 @@ impl CodedRows {
     }
 
     pub(super) fn has_tiles(&self) -> bool {
-        self.tile_rows == TILE_ROWS
+        self.tile_slots == TILE_SLOTS
     }
 
     pub(super) fn steps(&self) -> usize {
@@ -126,33 +151,39 @@ impl CodedRows {
     /// If there is no such tile.
     #[inline(always)]
     pub(super) fn tile_units(&self, tile: usize, superblock: usize) -> &[f32] {
-        let count = superblocks(self.width);
-        &self.units[tile * self.tile_rows * count..][..self.tile_rows * count][superblock..]
+        let values = self.tile_slots * slot_rows(self.bits) * superblocks(self.width);
+        &self.units[tile * values..][..values][superblock..]
     }
 
     /// # Panics
-    /// If there is no such row.
+    /// If there is no such slot.
     #[inline(always)]
-    pub(super) fn row(&self, row: usize) -> CodedRow {
-        let steps = self.steps();
-        let pairs: &[i16] = if self.has_pairs() { &self.pairs[row * steps * STEP_PAIRS..] } else { &[] };
-        CodedRow {
-            bytes: self.tile(row / self.tile_rows)[row % self.tile_rows * STEP..].as_ptr().cast(),
-            plane_bytes: self.tile_rows * STEP,
+    pub(super) fn slot(&self, slot: usize) -> CodedSlot {
+        let (steps, count) = (self.steps(), superblocks(self.width));
+        let pairs: &[i16] = if self.has_pairs() { &self.pairs[slot * steps * STEP_PAIRS..] } else { &[] };
+        let units = |row: usize| &self.units[row * count..][..count];
+        let first = slot * slot_rows(self.bits);
+        CodedSlot {
+            bytes: self.tile(slot / self.tile_slots)[slot % self.tile_slots * STEP..].as_ptr().cast(),
+            plane_bytes: self.tile_slots * STEP,
             pairs: pairs.as_ptr(),
-            sums: self.sums[row * steps * STEP_SUMS..][..steps * STEP_SUMS].as_ptr(),
-            starts: self.starts[row * steps * STEP_STARTS..][..steps * STEP_STARTS].as_ptr(),
-            units: self.units[row * superblocks(self.width)..][..superblocks(self.width)].as_ptr(),
+            sums: self.sums[slot * steps * STEP_SUMS..][..steps * STEP_SUMS].as_ptr(),
+            starts: self.starts[slot * steps * STEP_STARTS..][..steps * STEP_STARTS].as_ptr(),
+            units: units(first).as_ptr(),
+            second_units: match self.bits {
+                ActivationBits::Sixteen => None,
+                ActivationBits::Eight => Some(NonNull::from(units(first + 1)).cast()),
+            },
         }
     }
 
-    /// The bytes of a tile: \[step]\[plane]\[row]\[column].
+    /// The bytes of a tile: \[step]\[plane]\[slot]\[column].
     ///
     /// # Panics
     /// If there is no such tile.
     #[inline(always)]
     pub(super) fn tile(&self, tile: usize) -> &[u8] {
-        let tile_bytes = self.steps() * 2 * self.tile_rows * STEP;
+        let tile_bytes = self.steps() * 2 * self.tile_slots * STEP;
         &self.bytes.bytes()[tile * tile_bytes..][..tile_bytes]
     }
 
@@ -161,7 +192,9 @@ impl CodedRows {
         let has_pairs = self.has_pairs();
         CodedParts {
             width: self.width,
-            tile_rows: self.tile_rows,
+            bits: self.bits,
+            count: self.count,
+            tile_slots: self.tile_slots,
             bytes: DisjointMut::new(self.bytes.bytes_mut()),
             pairs: has_pairs.then(|| DisjointMut::new(&mut self.pairs)),
             sums: DisjointMut::new(&mut self.sums),
@@ -171,10 +204,12 @@ impl CodedRows {
     }
 }
 
-/// [`CodedRows`] that several tasks write, each its own rows.
+/// [`CodedRows`] that several tasks write, each its own slots.
 pub(super) struct CodedParts<'a> {
     width: usize,
-    tile_rows: usize,
+    bits: ActivationBits,
+    count: usize,
+    tile_slots: usize,
     bytes: DisjointMut<'a, u8>,
     pairs: Option<DisjointMut<'a, i16>>,
     sums: DisjointMut<'a, i16>,
@@ -183,25 +218,34 @@ pub(super) struct CodedParts<'a> {
 }
 
 impl CodedParts<'_> {
+    /// The row behind the last one that shares its slot. It must be zero.
+    pub(super) fn missing_row(&self) -> Option<usize> {
+        (!self.count.is_multiple_of(slot_rows(self.bits))).then_some(self.count)
+    }
+
     /// Rounds `values` into `row`, as [`activations::encode`] does.
     ///
     /// # Safety
-    /// Call only inside a kernel of `S`. Only one task may write a row.
+    /// Call only inside a kernel of `S`. Only one task may write the rows of a slot.
     #[inline(always)]
     pub(super) unsafe fn encode<S: Simd>(&self, row: usize, values: &[f32]) {
         let (steps, count) = (self.width.div_ceil(STEP), superblocks(self.width));
-        // SAFETY: rows are disjoint, and the caller guarantees that no other task takes this row.
+        let (slot, planes) = match self.bits {
+            ActivationBits::Sixteen => (row, 0..2),
+            ActivationBits::Eight => (row / 2, row % 2..row % 2 + 1),
+        };
+        // SAFETY: slots are disjoint, and the caller guarantees that no other task takes this slot.
         let (sums, starts, units) = unsafe {
             (
-                self.sums.take(row * steps * STEP_SUMS..(row + 1) * steps * STEP_SUMS),
-                self.starts.take(row * steps * STEP_STARTS..(row + 1) * steps * STEP_STARTS),
+                self.sums.take(slot * steps * STEP_SUMS..(slot + 1) * steps * STEP_SUMS),
+                self.starts.take(slot * steps * STEP_STARTS..(slot + 1) * steps * STEP_STARTS),
                 self.units.take(row * count..(row + 1) * count),
             )
         };
         let (sums, _) = sums.as_chunks_mut::<STEP_SUMS>();
         let (starts, _) = starts.as_chunks_mut::<STEP_STARTS>();
         for (index, superblock) in values.chunks(SUPERBLOCK).enumerate() {
-            let (unit, factor) = activations::unit(largest_magnitude(superblock));
+            let (unit, factor) = activations::unit(self.bits, largest_magnitude(superblock));
             units[index] = unit;
             for (offset, columns) in superblock.chunks(STEP).enumerate() {
                 let step = index * SUPERBLOCK_STEPS + offset;
@@ -209,42 +253,42 @@ impl CodedParts<'_> {
                 padded[..columns.len()].copy_from_slice(columns);
                 // SAFETY: as above; the caller is a kernel of `S`.
                 unsafe {
-                    let planes = self.planes(row, step);
-                    encode_step(&padded, factor, planes);
-                    let planes = self.planes(row, step);
-                    for (plane, bytes) in planes.into_iter().enumerate() {
+                    let bytes = self.planes(slot, step);
+                    match self.bits {
+                        ActivationBits::Sixteen => encode_step(&padded, factor, bytes),
+                        ActivationBits::Eight => encode_plane(&padded, factor, bytes, planes.start),
+                    }
+                    let bytes = self.planes(slot, step);
+                    for plane in planes.clone() {
                         let (_, sums) = sums[step].split_at_mut(plane * PLANE_SUMS);
-                        sum_plane::<S>(bytes, &mut sums[..PLANE_SUMS], &mut starts[step][plane * 2..][..2]);
+                        sum_plane::<S>(bytes[plane], &mut sums[..PLANE_SUMS], &mut starts[step][plane * 2..][..2]);
                     }
                 }
             }
         }
         if let Some(pairs) = &self.pairs {
             // SAFETY: as above.
-            let pairs = unsafe { pairs.take(row * steps * STEP_PAIRS..(row + 1) * steps * STEP_PAIRS) };
+            let pairs = unsafe { pairs.take(slot * steps * STEP_PAIRS..(slot + 1) * steps * STEP_PAIRS) };
             for (step, pairs) in pairs.chunks_exact_mut(STEP_PAIRS).enumerate() {
                 // SAFETY: as above.
-                let planes = unsafe { self.planes(row, step) };
-                for (plane, pairs) in planes.into_iter().zip(pairs.chunks_exact_mut(STEP)) {
-                    for (pairs, &[a, b, c, d]) in pairs.as_chunks_mut::<4>().0.iter_mut().zip(plane.as_chunks::<4>().0)
-                    {
-                        *pairs = [a, c, b, d].map(|byte| i16::from(byte as i8));
-                    }
+                let bytes = unsafe { self.planes(slot, step) };
+                for plane in planes.clone() {
+                    widen(bytes[plane], &mut pairs[plane * STEP..][..STEP]);
                 }
             }
         }
     }
 
-    /// The upper and the lower bytes of a step of a row.
+    /// Both planes of a step of a slot.
     ///
     /// # Safety
-    /// Only one task may write a row, and holds them once at a time.
+    /// Only one task may write a slot, and holds them once at a time.
     #[allow(clippy::mut_from_ref)]
     #[inline(always)]
-    unsafe fn planes(&self, row: usize, step: usize) -> [&mut [u8]; 2] {
-        let plane_bytes = self.tile_rows * STEP;
-        let tile_step = row / self.tile_rows * self.width.div_ceil(STEP) + step;
-        let at = tile_step * 2 * plane_bytes + row % self.tile_rows * STEP;
+    unsafe fn planes(&self, slot: usize, step: usize) -> [&mut [u8]; 2] {
+        let plane_bytes = self.tile_slots * STEP;
+        let tile_step = slot / self.tile_slots * self.width.div_ceil(STEP) + step;
+        let at = tile_step * 2 * plane_bytes + slot % self.tile_slots * STEP;
         // SAFETY: the caller upholds the contract; the planes are disjoint.
         unsafe { [self.bytes.take(at..at + STEP), self.bytes.take(at + plane_bytes..at + plane_bytes + STEP)] }
     }
@@ -256,6 +300,24 @@ fn encode_step(columns: &[f32; STEP], factor: f32, [upper, lower]: [&mut [u8]; 2
         let (high, low) = activations::bytes(round(value * factor));
         *upper = high as u8;
         *lower = low as u8;
+    }
+}
+
+/// Rounds to bytes, into plane `number`.
+#[inline(always)]
+fn encode_plane(columns: &[f32; STEP], factor: f32, planes: [&mut [u8]; 2], number: usize) {
+    let [first, second] = planes;
+    let plane = if number == 0 { first } else { second };
+    for (&value, byte) in columns.iter().zip(plane) {
+        *byte = round(value * factor) as u8;
+    }
+}
+
+/// Writes bytes as 16-bit integers, in the order of pairs.
+#[inline(always)]
+fn widen(plane: &[u8], pairs: &mut [i16]) {
+    for (pairs, &[a, b, c, d]) in pairs.as_chunks_mut::<4>().0.iter_mut().zip(plane.as_chunks::<4>().0) {
+        *pairs = [a, c, b, d].map(|byte| i16::from(byte as i8));
     }
 }
 

@@ -4,6 +4,7 @@
 //! returned to, the operating system page by page.
 
 use super::activation::{CodedRows, Rows, Wanted};
+use crate::engine::ActivationBits;
 
 /// Most buffers of a kind in the pool: more than any call uses at once.
 const BUFFERS_MAX: usize = 8;
@@ -37,9 +38,9 @@ impl BufferPool {
     }
 
     /// Like [`BufferPool::rows`], for coded rows.
-    pub(super) fn coded(&mut self, count: usize, width: usize, wanted: Wanted) -> CodedRows {
+    pub(super) fn coded(&mut self, bits: ActivationBits, count: usize, width: usize, wanted: Wanted) -> CodedRows {
         let mut rows = self.coded.pop().unwrap_or_default();
-        rows.resize(count, width, wanted);
+        rows.resize(bits, count, width, wanted);
         rows
     }
 

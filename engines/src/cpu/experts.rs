@@ -59,7 +59,7 @@ impl CpuBackend {
         mixture: &Mixture<Self>,
         hidden: &Rows,
     ) -> Result<Rows, EngineError> {
-        let Self { tier, pool, buffers, profile } = self;
+        let Self { tier, pool, buffers, profile, .. } = self;
         let started = Instant::now();
         let normed = kernels::norm(*tier, pool, buffers, hidden, norm.map(rms_norm))?;
         profile.add(Part::Encoding, started);

@@ -9,12 +9,14 @@ use super::thread_pool::{Panicked, ThreadPool};
 use crate::arithmetic::functions::{clamped_swish, gelu_tanh, silu};
 use crate::arithmetic::norms;
 use crate::backend::Batch;
+use crate::engine::ActivationBits;
 use crate::model::Activation;
 use crate::simd::Tier;
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
-/// Rows of one task. A decode step of a few rows is one task, which the calling thread runs without waking a helper.
+/// Rows of one task, an even number: two rows may share a slot. A decode step of a few rows is one task, which the
+/// calling thread runs without waking a helper.
 const TASK_ROWS: usize = 8;
 
 /// x / √(mean of x² + epsilon) · weight.
@@ -103,10 +105,11 @@ pub(super) fn encode(
     pool: &mut ThreadPool,
     buffers: &mut BufferPool,
     operand: Operand<'_>,
+    bits: ActivationBits,
     wanted: Wanted,
 ) -> Result<CodedRows, Panicked> {
     let (count, width) = (operand.rows().count(), operand.rows().width);
-    let mut codes = buffers.coded(count, width, wanted);
+    let mut codes = buffers.coded(bits, count, width, wanted);
     let parts = codes.parts();
     over_rows(tier, pool, count, |rows| Encode { rows, operand, codes: &parts })?;
     Ok(codes)
@@ -137,8 +140,13 @@ impl Kernel for Encode<'_> {
                     &scratch
                 }
             };
-            // SAFETY: the caller is a kernel of `S`; a row belongs to one task.
+            // SAFETY: the caller is a kernel of `S`; a slot belongs to one task.
             unsafe { self.codes.encode::<S>(row, values) };
+        }
+        if let Some(missing) = self.codes.missing_row().filter(|&missing| missing == self.rows.end) {
+            let zeros = vec![0.0; self.operand.rows().width];
+            // SAFETY: as above; the row shares the slot of this task's last row.
+            unsafe { self.codes.encode::<S>(missing, &zeros) };
         }
     }
 }

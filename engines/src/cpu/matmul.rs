@@ -1,14 +1,15 @@
 //! out = x · Wᵀ: rows of activations times panels of weights.
 //!
-//! A task is a range of panels, for all rows. Rows are processed in tiles, so that a panel's codes are unpacked once
-//! per tile. [`arithmetic::products`](crate::arithmetic::products) defines every bit of the result; the kernels differ
+//! A task is a range of panels, for all rows. Slots of rows are processed in tiles, so that a panel's codes are
+//! unpacked once per tile. [`arithmetic::products`](crate::arithmetic::products) defines every bit of the result; the kernels differ
 //! in how they compute the exact integer sum of a superblock: [`coded`] multiplies codes and applies the scale of each
 //! block to its sum, [`wide`] multiplies 16-bit weights, `tiles` multiplies many rows on AMX.
 
-use super::activation::{CodedRow, CodedRows, Wanted};
+use super::activation::{self, CodedRows, CodedSlot, Wanted};
 use super::packed::{Form, Packed};
 use super::thread_pool::{Panicked, ThreadPool};
 use crate::arithmetic::products::CHAIN;
+use crate::engine::ActivationBits;
 use crate::simd::Tier;
 use crate::simd::{LANES, Simd, prefetch};
 use std::ops::Range;
@@ -25,8 +26,8 @@ use wide::WidePanels;
 /// Tasks per thread: several, so that one delayed thread does not delay the step.
 const TASKS_PER_THREAD: usize = 2;
 
-/// The fewest rows for which tiles are faster than vectors.
-const TILES_ROWS_MIN: usize = 8;
+/// The fewest slots for which tiles are faster than vectors.
+const TILES_SLOTS_MIN: usize = 8;
 
 /// One product of a parallel section. The products of a section share an operand, and run as one set of tasks.
 pub(super) struct Product<'a> {
@@ -51,16 +52,16 @@ struct Job<'a> {
 unsafe impl Sync for Job<'_> {}
 
 /// Returns the forms of the operand that `products` read.
-pub(super) fn wanted(tier: Tier, products: &[Product<'_>]) -> Wanted {
+pub(super) fn wanted(tier: Tier, bits: ActivationBits, products: &[Product<'_>]) -> Wanted {
     Wanted {
         pairs: products.iter().any(|product| product.weights.wants_pairs()),
-        tiles: products.iter().any(|product| uses_tiles(tier, product.rows.len())),
+        tiles: products.iter().any(|product| uses_tiles(tier, bits, &product.rows)),
     }
 }
 
-/// Whether a product of this many rows is computed on tiles.
-fn uses_tiles(tier: Tier, rows: usize) -> bool {
-    tier == Tier::Amx && rows >= TILES_ROWS_MIN
+/// Whether a product of these rows is computed on tiles.
+fn uses_tiles(tier: Tier, bits: ActivationBits, rows: &Range<usize>) -> bool {
+    tier == Tier::Amx && activation::slots(bits, rows).len() >= TILES_SLOTS_MIN
 }
 
 /// Computes all `products` of `input`.
@@ -76,7 +77,7 @@ pub(super) fn run(
         let weights = product.weights;
         assert_eq!(product.out.len(), product.rows.len() * weights.rows, "the output has the wrong length");
         assert!(input.width == weights.columns && input.width > 0, "the operand has the wrong width");
-        assert!(input.has_tiles() || !uses_tiles(tier, product.rows.len()), "the operand has no tiles");
+        assert!(input.has_tiles() || !uses_tiles(tier, input.bits, &product.rows), "the operand has no tiles");
         assert!(input.has_pairs() || !weights.wants_pairs() || product.rows.is_empty(), "the operand has no pairs");
         jobs.push(Job {
             weights: product.weights,
@@ -114,7 +115,7 @@ impl Panels<'_, '_> {
     /// large functions.
     fn run(self, tier: Tier) {
         #[cfg(target_arch = "x86_64")]
-        if uses_tiles(tier, self.job.rows.len()) {
+        if uses_tiles(tier, self.input.bits, &self.job.rows) {
             return tiles::run(tier, &self);
         }
         match &self.job.weights.form {
@@ -123,29 +124,47 @@ impl Panels<'_, '_> {
         }
     }
 
-    /// The codes of the job's rows `first` and the following.
-    #[inline(always)]
-    fn inputs<const ROWS: usize>(&self, first: usize) -> [CodedRow; ROWS] {
-        std::array::from_fn(|r| self.input.row(first + r))
+    /// The slots of the job's rows. The first and the last may hold a row of another job.
+    fn slots(&self) -> Range<usize> {
+        activation::slots(self.input.bits, &self.job.rows)
     }
 
-    /// Writes the outputs of `panel` for `row`: sixteen, or fewer in the last panel.
+    /// The codes of the slots `first` and the following.
     #[inline(always)]
-    unsafe fn write<S: Simd>(&self, panel: usize, row: usize, sum: S::Floats) {
-        let mut values = [0.0; LANES];
-        // SAFETY: `values` has sixteen lanes.
-        unsafe { S::store(values.as_mut_ptr(), sum) };
-        self.write_values(panel, row, &mut values);
+    fn inputs<const SLOTS: usize>(&self, first: usize) -> [CodedSlot; SLOTS] {
+        std::array::from_fn(|s| self.input.slot(first + s))
     }
 
-    /// Asks for the lines of the outputs of `panel` for `row`: outputs of successive rows are in different pages, and a
+    /// The rows of `slot`, where they are the job's.
+    #[inline(always)]
+    fn rows_of(&self, slot: usize) -> [Option<usize>; 2] {
+        let per_slot = activation::slot_rows(self.input.bits);
+        let row = |number: usize| Some(slot * per_slot + number).filter(|row| self.job.rows.contains(row));
+        [row(0), if per_slot == 2 { row(1) } else { None }]
+    }
+
+    /// Writes the outputs of `panel` for the rows of `slot`: sixteen each, or fewer in the last panel.
+    #[inline(always)]
+    unsafe fn write<S: Simd>(&self, panel: usize, slot: usize, sums: [S::Floats; 2]) {
+        for (row, sum) in self.rows_of(slot).into_iter().zip(sums) {
+            let Some(row) = row else { continue };
+            let mut values = [0.0; LANES];
+            // SAFETY: `values` has sixteen lanes.
+            unsafe { S::store(values.as_mut_ptr(), sum) };
+            self.write_values(panel, row, &mut values);
+        }
+    }
+
+    /// Asks for the lines of the outputs of `panel` for `slot`: outputs of successive rows are in different pages, and a
     /// write would wait for both page and line.
     #[inline(always)]
-    fn prefetch_outputs(&self, panel: usize, row: usize) {
+    fn prefetch_outputs(&self, panel: usize, slot: usize) {
         let Job { weights, rows, out, .. } = self.job;
-        let target = out.wrapping_add((row - rows.start) * weights.rows + panel * LANES);
-        prefetch(target.cast());
-        prefetch(target.wrapping_add(LANES - 1).cast());
+        for row in self.rows_of(slot).into_iter().flatten() {
+            let target = out.wrapping_add((row - rows.start) * weights.rows + panel * LANES);
+            prefetch(target.cast());
+            prefetch(target.wrapping_add(LANES - 1).cast());
+        }
     }
 
     #[inline(always)]
@@ -170,7 +189,7 @@ impl Panels<'_, '_> {
     }
 }
 
-/// A kernel that multiplies tiles of rows with panels.
+/// A kernel that multiplies tiles of slots with panels.
 trait RowTile {
     /// The panels to multiply with.
     fn panels(&self) -> &Panels<'_, '_>;
@@ -179,104 +198,111 @@ trait RowTile {
     #[inline(always)]
     fn begin<S: Simd>(&mut self, _panel: usize) {}
 
-    /// Writes the outputs of `panel` for `ROWS` rows from `first` on.
-    fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize);
+    /// Writes the outputs of `panel` for `SLOTS` slots from `first` on.
+    fn tile<S: Simd, const SLOTS: usize>(&self, panel: usize, first: usize);
 }
 
-/// Rows whose outputs are written panel after panel: a panel writes one cache line of each, and lines of more rows than
-/// these would be gone from the caches, and their pages from the translation buffer, before the next panel.
-const CHUNK_ROWS: usize = 24;
+/// Slots whose outputs are written panel after panel: a panel writes one cache line of each row, and lines of more rows
+/// than these would be gone from the caches, and their pages from the translation buffer, before the next panel.
+const CHUNK_SLOTS: usize = 24;
 
-/// Calls `kernel` for all rows and panels: tiles of `MANY` rows, then of `FEW`, then of one.
+/// Calls `kernel` for all slots and panels: tiles of `MANY` slots, then of `FEW`, then of one.
 #[inline(always)]
 fn for_tiles<S: Simd, K: RowTile, const MANY: usize, const FEW: usize>(kernel: &mut K) {
-    let Panels { job, panels, .. } = kernel.panels();
-    let (rows, panels) = (job.rows.clone(), panels.clone());
-    for start in rows.clone().step_by(CHUNK_ROWS) {
-        let end = (start + CHUNK_ROWS).min(rows.end);
+    let (slots, panels) = (kernel.panels().slots(), kernel.panels().panels.clone());
+    for start in slots.clone().step_by(CHUNK_SLOTS) {
+        let end = (start + CHUNK_SLOTS).min(slots.end);
         for panel in panels.clone() {
             kernel.begin::<S>(panel);
-            for row in start..end {
-                kernel.panels().prefetch_outputs(panel, row);
+            for slot in start..end {
+                kernel.panels().prefetch_outputs(panel, slot);
             }
-            let mut row = start;
-            while row < end {
-                if end - row >= MANY {
-                    kernel.tile::<S, MANY>(panel, row);
-                    row += MANY;
-                } else if end - row >= FEW {
-                    kernel.tile::<S, FEW>(panel, row);
-                    row += FEW;
+            let mut slot = start;
+            while slot < end {
+                if end - slot >= MANY {
+                    kernel.tile::<S, MANY>(panel, slot);
+                    slot += MANY;
+                } else if end - slot >= FEW {
+                    kernel.tile::<S, FEW>(panel, slot);
+                    slot += FEW;
                 } else {
-                    kernel.tile::<S, 1>(panel, row);
-                    row += 1;
+                    kernel.tile::<S, 1>(panel, slot);
+                    slot += 1;
                 }
             }
         }
     }
 }
 
-/// The exact sums of a superblock so far, for `ROWS` rows × sixteen outputs: of upper bytes, and of lower bytes.
-struct Exact<S: Simd, const ROWS: usize>([[S::Ints; 2]; ROWS]);
+/// The exact sums of a superblock so far, for `SLOTS` slots × sixteen outputs: of the first and of the second plane.
+struct Exact<S: Simd, const SLOTS: usize>([[S::Ints; 2]; SLOTS]);
 
-impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
+impl<S: Simd, const SLOTS: usize> Exact<S, SLOTS> {
     /// # Safety
     /// Call only inside a kernel of `S`.
     #[inline(always)]
     unsafe fn zero() -> Self {
         // SAFETY: the caller is a kernel of `S`.
-        Self([[unsafe { S::ints_zero() }; 2]; ROWS])
+        Self([[unsafe { S::ints_zero() }; 2]; SLOTS])
     }
 }
 
-/// The running sums of `ROWS` rows × sixteen outputs, as [`arithmetic::products`](crate::arithmetic::products) defines
-/// them: chains of four superblocks, which are added in order.
-struct Sums<S: Simd, const ROWS: usize> {
-    total: [S::Floats; ROWS],
-    chain: [S::Floats; ROWS],
+/// The running sums of the rows of `SLOTS` slots × sixteen outputs, as
+/// [`arithmetic::products`](crate::arithmetic::products) defines them: chains of four superblocks, which are added in
+/// order.
+struct Sums<S: Simd, const SLOTS: usize> {
+    total: [[S::Floats; 2]; SLOTS],
+    chain: [[S::Floats; 2]; SLOTS],
 }
 
-impl<S: Simd, const ROWS: usize> Sums<S, ROWS> {
+impl<S: Simd, const SLOTS: usize> Sums<S, SLOTS> {
     /// # Safety
     /// Call only inside a kernel of `S`; so with the other methods.
     #[inline(always)]
     unsafe fn zero() -> Self {
         // SAFETY: the caller is a kernel of `S`.
         let zero = unsafe { S::splat(0.0) };
-        Self { total: [zero; ROWS], chain: [zero; ROWS] }
+        Self { total: [[zero; 2]; SLOTS], chain: [[zero; 2]; SLOTS] }
     }
 
     /// Adds the sums of superblock `index`; `units` are those of its sixteen weight rows.
     #[inline(always)]
-    unsafe fn add(&mut self, index: usize, units: S::Floats, inputs: &[CodedRow; ROWS], exact: Exact<S, ROWS>) {
+    unsafe fn add(&mut self, index: usize, units: S::Floats, inputs: &[CodedSlot; SLOTS], exact: Exact<S, SLOTS>) {
         // SAFETY: the caller is a kernel of `S`; every row has a unit for this superblock.
         unsafe {
             if index > 0 && index.is_multiple_of(CHAIN) {
                 self.close(index);
             }
-            for ((chain, [upper, lower]), input) in self.chain.iter_mut().zip(exact.0).zip(inputs) {
-                let joined = S::fma(S::floats(upper), S::splat(256.0), S::floats(lower));
+            let factor = S::splat(256.0);
+            for ((chain, [first, second]), input) in self.chain.iter_mut().zip(exact.0).zip(inputs) {
                 let unit = S::mul(units, S::splat(*input.units.add(index)));
-                *chain = S::fma(joined, unit, *chain);
+                match input.second_units {
+                    None => chain[0] = S::fma(S::fma(S::floats(first), factor, S::floats(second)), unit, chain[0]),
+                    Some(second_units) => {
+                        let second_unit = S::mul(units, S::splat(*second_units.as_ptr().add(index)));
+                        chain[0] = S::fma(S::mul(S::floats(first), factor), unit, chain[0]);
+                        chain[1] = S::fma(S::mul(S::floats(second), factor), second_unit, chain[1]);
+                    }
+                }
             }
         }
     }
 
-    /// Adds the chain that ends before superblock `end` to the total.
+    /// Adds the chains that end before superblock `end` to the totals.
     #[inline(always)]
     unsafe fn close(&mut self, end: usize) {
         // SAFETY: the caller is a kernel of `S`.
         unsafe {
-            for r in 0..ROWS {
-                self.total[r] = if end <= CHAIN { self.chain[r] } else { S::add(self.total[r], self.chain[r]) };
-                self.chain[r] = S::splat(0.0);
+            for (total, chain) in self.total.as_flattened_mut().iter_mut().zip(self.chain.as_flattened_mut()) {
+                *total = if end <= CHAIN { *chain } else { S::add(*total, *chain) };
+                *chain = S::splat(0.0);
             }
         }
     }
 
     /// Returns the totals after `count` superblocks.
     #[inline(always)]
-    unsafe fn finish(mut self, count: usize) -> [S::Floats; ROWS] {
+    unsafe fn finish(mut self, count: usize) -> [[S::Floats; 2]; SLOTS] {
         // SAFETY: the caller is a kernel of `S`.
         unsafe { self.close(count) };
         self.total

@@ -31,7 +31,7 @@ pub use packed::Packed;
 
 use crate::arithmetic;
 use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Linear, Norm, TensorData};
-use crate::engine::KvElement;
+use crate::engine::{ActivationBits, KvElement};
 use crate::error::EngineError;
 use crate::format::FormatError;
 use crate::model::{Attention, QueryKeyNorm, Rope};
@@ -52,6 +52,7 @@ pub struct CpuBackend {
     tier: Tier,
     pool: ThreadPool,
     buffers: BufferPool,
+    bits: ActivationBits,
     profile: Profile,
 }
 
@@ -95,7 +96,8 @@ impl CpuBackend {
             device: "cpu".to_owned(),
             what: format!("cannot start {threads} threads: {e}"),
         })?;
-        Ok(Self { tier, pool, buffers: BufferPool::default(), profile: Profile::default() })
+        let bits = ActivationBits::default();
+        Ok(Self { tier, pool, buffers: BufferPool::default(), bits, profile: Profile::default() })
     }
 
     /// Measures the limits of this backend's threads. It takes about a second.
@@ -125,10 +127,10 @@ impl CpuBackend {
 
     /// Computes `products`, which share the operand.
     fn multiply(&mut self, part: Part, operand: Operand<'_>, products: &mut [Product<'_>]) -> Result<(), EngineError> {
-        let Self { tier, pool, buffers, profile } = self;
-        let wanted = matmul::wanted(*tier, products);
+        let Self { tier, pool, buffers, bits, profile } = self;
+        let wanted = matmul::wanted(*tier, *bits, products);
         let started = Instant::now();
-        let codes = kernels::encode(*tier, pool, buffers, operand, wanted)?;
+        let codes = kernels::encode(*tier, pool, buffers, operand, *bits, wanted)?;
         profile.add(if let Operand::Gated { .. } = operand { Part::Activation } else { Part::Encoding }, started);
         let started = Instant::now();
         matmul::run(*tier, pool, &codes, products)?;
@@ -153,8 +155,13 @@ impl Backend for CpuBackend {
         std::mem::take(&mut self.profile)
     }
 
+    fn set_activations(&mut self, bits: ActivationBits) -> Result<(), EngineError> {
+        self.bits = bits;
+        Ok(())
+    }
+
     fn fingerprint(&self) -> String {
-        format!("exact/{}", arithmetic::VERSION)
+        arithmetic::fingerprint(self.bits)
     }
 
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Packed, EngineError> {

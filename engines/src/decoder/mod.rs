@@ -73,6 +73,7 @@ impl<B: Backend> Engine for DecoderEngine<B> {
         // The previous model is dropped first, so that memory never holds two models.
         self.loaded = None;
         load::check_spec(shard)?;
+        self.backend.set_activations(shard.activations)?;
         let (loaded_weights, weight_bytes) = load::weights(&mut self.backend, shard, weights, on)?;
         let specs: Vec<_> =
             shard.architecture.layers[shard.layers.clone()].iter().map(|layer| layer.attention.clone()).collect();

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::cpu::CpuFactory;
-use crate::engine::{EngineFactory, KvElement, LoadReport, ShardSpec, TensorRank};
+use crate::engine::{ActivationBits, EngineFactory, KvElement, LoadReport, ShardSpec, TensorRank};
 use crate::error::EngineError;
 use crate::format::gguf_writer::{Datum, GgufWriter};
 use proptest::prelude::*;
@@ -55,6 +55,7 @@ fn load_while(file: &GgufWriter, is_wanted: impl Fn(usize) -> bool) -> Result<Lo
         architecture: model.architecture,
         tensor: TensorRank::WHOLE,
         kv_element: KvElement::F16,
+        activations: ActivationBits::default(),
         kv_pages: 2,
     };
     let factory = CpuFactory::new(1);

@@ -106,7 +106,7 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four)) }
     }
     #[inline(always)]
-    unsafe fn dot_rows<const ROWS: usize, const AT: usize, const WIDE: bool>(
+    unsafe fn dot_slots<const ROWS: usize, const AT: usize, const WIDE: bool>(
         sums: &mut [[__m512i; 2]; ROWS],
         codes: __m512i,
         rows: &[*const i8; ROWS],
@@ -135,7 +135,7 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(pair)) }
     }
     #[inline(always)]
-    unsafe fn dot_pairs_rows<const ROWS: usize, const PLANE: usize>(
+    unsafe fn dot_pairs_slots<const ROWS: usize, const PLANE: usize>(
         sums: &mut [[__m512i; 2]; ROWS],
         [even, odd]: [__m512i; 2],
         rows: &[*const i16; ROWS],
@@ -264,7 +264,7 @@ impl Simd for Avx512 {
     }
 }
 
-/// [`Simd::dot_rows`] of two rows. As `asm!`, whose blocks keep their order: a compiler would put all products of one
+/// [`Simd::dot_slots`] of two rows. As `asm!`, whose blocks keep their order: a compiler would put all products of one
 /// sum behind each other, where each waits for the one before.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -295,7 +295,7 @@ unsafe fn dot_two_rows<const AT: usize>(
     }
 }
 
-/// Half of [`Simd::dot_pairs_rows`] for one row: the pairs of both planes that are `AT` bytes behind `row`. As `asm!`
+/// Half of [`Simd::dot_pairs_slots`] for one row: the pairs of both planes that are `AT` bytes behind `row`. As `asm!`
 /// for the same reason as [`dot_two_rows`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]

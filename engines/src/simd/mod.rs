@@ -87,24 +87,24 @@ pub(crate) trait Simd: Copy {
     unsafe fn ints_zero() -> Self::Ints;
     /// Per lane: sum + Σ codes[4] · four[4], with unsigned codes of at most 7 bits and the signed bytes of `four`.
     unsafe fn dot(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
-    /// Adds [`Self::dot`] (`WIDE`: [`Self::dot_wide`]) of the bytes `AT` to `AT` + 3 of every row to its sums: of the
-    /// upper bytes, and of the lower ones, which are `plane` bytes behind.
+    /// Adds [`Self::dot`] (`WIDE`: [`Self::dot_wide`]) of the bytes `AT` to `AT` + 3 of every slot to its sums: of the
+    /// first plane, and of the second, which is `plane` bytes behind.
     #[inline(always)]
-    unsafe fn dot_rows<const ROWS: usize, const AT: usize, const WIDE: bool>(
-        sums: &mut [[Self::Ints; 2]; ROWS],
+    unsafe fn dot_slots<const SLOTS: usize, const AT: usize, const WIDE: bool>(
+        sums: &mut [[Self::Ints; 2]; SLOTS],
         codes: Self::Codes,
-        rows: &[*const i8; ROWS],
+        slots: &[*const i8; SLOTS],
         plane: usize,
     ) {
-        for (sums, row) in sums.iter_mut().zip(rows) {
-            // SAFETY: the caller guarantees that every row has these bytes in both planes.
+        for (sums, slot) in sums.iter_mut().zip(slots) {
+            // SAFETY: the caller guarantees that every slot has these bytes in both planes.
             unsafe {
-                let upper = row.add(AT).cast::<i32>().read_unaligned();
-                let lower = row.add(plane + AT).cast::<i32>().read_unaligned();
+                let first = slot.add(AT).cast::<i32>().read_unaligned();
+                let second = slot.add(plane + AT).cast::<i32>().read_unaligned();
                 if WIDE {
-                    *sums = [Self::dot_wide(sums[0], codes, upper), Self::dot_wide(sums[1], codes, lower)];
+                    *sums = [Self::dot_wide(sums[0], codes, first), Self::dot_wide(sums[1], codes, second)];
                 } else {
-                    *sums = [Self::dot(sums[0], codes, upper), Self::dot(sums[1], codes, lower)];
+                    *sums = [Self::dot(sums[0], codes, first), Self::dot(sums[1], codes, second)];
                 }
             }
         }
@@ -113,20 +113,21 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
     /// Per lane: sum + pairs[2] · pair[2], with the two 16-bit halves of `pair`.
     unsafe fn dot_pairs(sum: Self::Ints, pairs: Self::Pairs, pair: i32) -> Self::Ints;
-    /// Adds [`Self::dot_pairs`] of a group of four columns to the sums of every row: `weights` are columns 0 and 2, and
-    /// 1 and 3. A row has its four upper bytes in this order, as 16-bit integers; the lower ones are `PLANE` behind.
+    /// Adds [`Self::dot_pairs`] of a group of four columns to the sums of every slot: `weights` are columns 0 and 2, and
+    /// 1 and 3. A slot has four bytes of its first plane in this order, as 16-bit integers; those of the second are
+    /// `PLANE` behind.
     #[inline(always)]
-    unsafe fn dot_pairs_rows<const ROWS: usize, const PLANE: usize>(
-        sums: &mut [[Self::Ints; 2]; ROWS],
+    unsafe fn dot_pairs_slots<const SLOTS: usize, const PLANE: usize>(
+        sums: &mut [[Self::Ints; 2]; SLOTS],
         weights: [Self::Pairs; 2],
-        rows: &[*const i16; ROWS],
+        slots: &[*const i16; SLOTS],
     ) {
         for (i, weights) in weights.into_iter().enumerate() {
-            for (sums, row) in sums.iter_mut().zip(rows) {
+            for (sums, slot) in sums.iter_mut().zip(slots) {
                 for (plane, sum) in sums.iter_mut().enumerate() {
-                    // SAFETY: the caller guarantees that every row has these integers.
+                    // SAFETY: the caller guarantees that every slot has these integers.
                     unsafe {
-                        let pair = row.add(plane * PLANE + i * 2).cast::<i32>().read_unaligned();
+                        let pair = slot.add(plane * PLANE + i * 2).cast::<i32>().read_unaligned();
                         *sum = Self::dot_pairs(*sum, weights, pair);
                     }
                 }

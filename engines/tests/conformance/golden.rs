@@ -4,7 +4,7 @@ use crate::all_fixtures;
 use crate::pipeline::Pipeline;
 use exo_engines::arithmetic::VERSION;
 use exo_engines::cpu::CpuFactory;
-use exo_engines::engine::KvElement;
+use exo_engines::engine::{ActivationBits, KvElement};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -27,7 +27,8 @@ fn hash(logits: &[f32]) -> String {
 #[test]
 fn the_bits_are_those_of_this_version() {
     let logits = all_fixtures().into_iter().map(|fixture| {
-        let mut pipeline = Pipeline::with_cache(&fixture.model, &CpuFactory::new(2), 1, KvElement::F16);
+        let mut pipeline =
+            Pipeline::with_precision(&fixture.model, &CpuFactory::new(2), 1, KvElement::F16, ActivationBits::Sixteen);
         let rows = pipeline.logits(&fixture.expected.prompt, fixture.expected.prompt.len());
         (fixture.name, hash(&rows[rows.len() - 1]))
     });

@@ -6,7 +6,7 @@
 use crate::fixture;
 use crate::pipeline::{Pipeline, row};
 use exo_engines::cpu::{CpuFactory, Tier};
-use exo_engines::engine::{KvElement, Operation, SeqId};
+use exo_engines::engine::{ActivationBits, KvElement, Operation, SeqId};
 use exo_engines::model::families::FAMILIES;
 use exo_engines::reference::ReferenceFactory;
 use proptest::prelude::*;
@@ -29,6 +29,7 @@ struct Setting {
     family: &'static str,
     tier: Tier,
     kv: KvElement,
+    activations: ActivationBits,
     shards: usize,
     threads: usize,
     /// The position at which the first sequence is forked, if it is that long.
@@ -40,8 +41,18 @@ fn setting() -> impl Strategy<Value = Setting> {
         prop::sample::select(FAMILIES.iter().map(|family| family.name).chain(["gpt_oss_mxfp4"]).collect::<Vec<_>>());
     let tiers = prop::sample::select(Tier::available());
     let kvs = prop::sample::select(KvElement::ALL.to_vec());
-    (families, tiers, kvs, 1_usize..=3, 1_usize..=3, 1_usize..90)
-        .prop_map(|(family, tier, kv, shards, threads, fork_at)| Setting { family, tier, kv, shards, threads, fork_at })
+    let bits = prop::sample::select(ActivationBits::ALL.to_vec());
+    (families, tiers, kvs, bits, 1_usize..=3, 1_usize..=3, 1_usize..90).prop_map(
+        |(family, tier, kv, activations, shards, threads, fork_at)| Setting {
+            family,
+            tier,
+            kv,
+            activations,
+            shards,
+            threads,
+            fork_at,
+        },
+    )
 }
 
 proptest! {
@@ -50,10 +61,10 @@ proptest! {
     #[test]
     fn rows_do_not_affect_each_other(setting in setting(), plans in prop::collection::vec(plan(), 1..4)) {
         let model = fixture(setting.family).model;
-        let mut alone = Pipeline::with_cache(&model, &ReferenceFactory, 1, setting.kv);
+        let mut alone = Pipeline::with_precision(&model, &ReferenceFactory, 1, setting.kv, setting.activations);
         let expected: Vec<_> = plans.iter().map(|plan| alone.logits(&plan.tokens, plan.tokens.len())).collect();
         let many = CpuFactory::with_tier(setting.threads, setting.tier);
-        let mut together = Pipeline::with_cache(&model, &many, setting.shards, setting.kv);
+        let mut together = Pipeline::with_precision(&model, &many, setting.shards, setting.kv, setting.activations);
         let mut done = vec![0; plans.len()];
         let mut turn = 0;
         while plans.iter().zip(&done).any(|(plan, &done)| done < plan.tokens.len()) {

@@ -14,14 +14,15 @@ pub(crate) struct Pipeline {
 
 impl Pipeline {
     pub(crate) fn new(model: &ModelFiles, factory: &dyn EngineFactory, shards: usize) -> Self {
-        Self::with_cache(model, factory, shards, KvElement::F32)
+        Self::with_precision(model, factory, shards, KvElement::F32, ActivationBits::Sixteen)
     }
 
-    pub(crate) fn with_cache(
+    pub(crate) fn with_precision(
         model: &ModelFiles,
         factory: &dyn EngineFactory,
         shards: usize,
         kv_element: KvElement,
+        activations: ActivationBits,
     ) -> Self {
         let device = factory.probe().remove(0).id;
         let layers = model.architecture.layers.len();
@@ -32,6 +33,7 @@ impl Pipeline {
                 layers: cut(index)..cut(index + 1),
                 tensor: TensorRank::WHOLE,
                 kv_element,
+                activations,
                 kv_pages: 32,
             };
             let mut engine = factory.open(&device).expect("the device is there");

@@ -1,13 +1,13 @@
 //! Products of byte codes: a block's sum of codes times activation bytes, times the block's scale, in integers.
 
-#![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
+#![allow(clippy::needless_range_loop)] // The loops over slots and planes index several arrays.
 
 use super::layout::{self, Layout, Planes};
 use super::wide::run_rounded;
 use super::{Exact, Panels, RowTile, Sums, for_tiles};
 use crate::arithmetic::superblocks;
 use crate::arithmetic::weights::{BLOCKS, Rule};
-use crate::cpu::activation::{BLOCK_SUMS, CodedRow, PLANE_SUMS, STEP_STARTS, STEP_SUMS};
+use crate::cpu::activation::{BLOCK_SUMS, CodedSlot, PLANE_SUMS, STEP_STARTS, STEP_SUMS};
 use crate::cpu::packed::Coded;
 use crate::format::blocks::BLOCK;
 use crate::simd::{Kernel, LANES, Simd, Tier};
@@ -30,7 +30,7 @@ struct CodedPanels<'a, 'b, L> {
 impl<L: Layout> Kernel for CodedPanels<'_, '_, L> {
     #[inline(always)]
     fn run<S: Simd>(mut self) {
-        // The sums of six rows take 24 of the 32 vector registers of AVX-512.
+        // The sums of six slots take 24 of the 32 vector registers of AVX-512.
         for_tiles::<S, Self, 6, 3>(&mut self);
     }
 }
@@ -41,24 +41,24 @@ impl<L: Layout> RowTile for CodedPanels<'_, '_, L> {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize) {
+    fn tile<S: Simd, const SLOTS: usize>(&self, panel: usize, first: usize) {
         let Self { panels, coded, .. } = self;
         let columns = panels.job.weights.columns;
         let (blocks, count) = (columns / BLOCK, superblocks(columns));
-        let inputs = panels.inputs::<ROWS>(first);
+        let inputs = panels.inputs::<SLOTS>(first);
         let units = &panels.job.weights.units[panel * count * LANES..][..count * LANES];
         let block_bytes = Coded::block_bytes(L::CODING);
         let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
-        // SAFETY: the slices above, the scales and the rows have the blocks that the loops read, in vectors of sixteen
+        // SAFETY: the slices above, the scales and the slots have the blocks that the loops read, in vectors of sixteen
         // lanes.
         unsafe {
-            let mut sums = Sums::<S, ROWS>::zero();
+            let mut sums = Sums::<S, SLOTS>::zero();
             for index in 0..count {
-                let mut exact = Exact::<S, ROWS>::zero();
+                let mut exact = Exact::<S, SLOTS>::zero();
                 for block in index * BLOCKS..((index + 1) * BLOCKS).min(blocks) {
                     let at = codes.as_ptr().add(block * block_bytes);
                     layout::prefetch_block::<L>(at);
-                    let dots = block_dots::<S, L, ROWS>(at, block, &inputs);
+                    let dots = block_dots::<S, L, SLOTS>(at, block, &inputs);
                     for half in 0..L::HALVES {
                         let scale = layout::scales::<S, L>(coded, (panel * blocks + block) * L::HALVES + half);
                         exact.add_scaled::<L>(&dots[half], scale);
@@ -68,24 +68,24 @@ impl<L: Layout> RowTile for CodedPanels<'_, '_, L> {
                     exact.shift_left(L::SHIFT);
                 }
                 if L::CODING.has_mins || L::ZERO != 0 {
-                    add_bases::<S, L, ROWS>(coded, panel, columns, index, &inputs, &mut exact);
+                    add_bases::<S, L, SLOTS>(coded, panel, columns, index, &inputs, &mut exact);
                 }
                 sums.add(index, S::load(units.as_ptr().add(index * LANES)), &inputs, exact);
             }
-            for (r, sum) in sums.finish(count).into_iter().enumerate() {
-                panels.write::<S>(panel, first + r, sum);
+            for (s, sums) in sums.finish(count).into_iter().enumerate() {
+                panels.write::<S>(panel, first + s, sums);
             }
         }
     }
 }
 
-impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
+impl<S: Simd, const SLOTS: usize> Exact<S, SLOTS> {
     /// Adds the sums of a block, or of a half, times its scale.
     ///
     /// # Safety
     /// Call only inside a kernel of `S`; so with the other method.
     #[inline(always)]
-    unsafe fn add_scaled<L: Layout>(&mut self, dots: &[[S::Ints; 2]; ROWS], scale: S::Ints) {
+    unsafe fn add_scaled<L: Layout>(&mut self, dots: &[[S::Ints; 2]; SLOTS], scale: S::Ints) {
         // SAFETY: the caller is a kernel of `S`.
         unsafe {
             let scale = if L::NARROW { S::low_words(scale) } else { scale };
@@ -111,27 +111,27 @@ impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
     }
 }
 
-/// Returns Σ (level − start) · byte of one block: \[half where split]\[row]\[plane].
+/// Returns Σ (level − start) · byte of one block: \[half where split]\[slot]\[plane].
 ///
 /// # Safety
-/// Call only inside a kernel of `S`, with a whole block at `at`, and rows that have `block`.
+/// Call only inside a kernel of `S`, with a whole block at `at`, and slots that have `block`.
 #[inline(always)]
-unsafe fn block_dots<S: Simd, L: Layout, const ROWS: usize>(
+unsafe fn block_dots<S: Simd, L: Layout, const SLOTS: usize>(
     at: *const u8,
     block: usize,
-    inputs: &[CodedRow; ROWS],
-) -> [[[S::Ints; 2]; ROWS]; 2] {
-    // All rows of an operand have the same layout.
+    inputs: &[CodedSlot; SLOTS],
+) -> [[[S::Ints; 2]; SLOTS]; 2] {
+    // All slots of an operand have the same layout.
     let plane = inputs[0].plane_bytes;
     // SAFETY: the caller upholds the contract of this function.
     unsafe {
-        let mut out = [[[S::ints_zero(); 2]; ROWS]; 2];
-        let mut rows = [std::ptr::null(); ROWS];
-        for r in 0..ROWS {
-            rows[r] = inputs[r].bytes.add(block / 2 * 2 * plane + block % 2 * BLOCK);
+        let mut out = [[[S::ints_zero(); 2]; SLOTS]; 2];
+        let mut slots = [std::ptr::null(); SLOTS];
+        for s in 0..SLOTS {
+            slots[s] = inputs[s].bytes.add(block / 2 * 2 * plane + block % 2 * BLOCK);
             if L::START != 0 {
-                let starts = inputs[r].starts.add(block / 2 * STEP_STARTS + block % 2);
-                out[0][r] = [S::splat_int(*starts), S::splat_int(*starts.add(2))];
+                let starts = inputs[s].starts.add(block / 2 * STEP_STARTS + block % 2);
+                out[0][s] = [S::splat_int(*starts), S::splat_int(*starts.add(2))];
             }
         }
         let mut planes = Planes::<S>::of::<L>(at);
@@ -140,8 +140,8 @@ unsafe fn block_dots<S: Simd, L: Layout, const ROWS: usize>(
                 let codes = planes.next::<L>(at, $group);
                 let half = if L::CODING.split { $group / 4 } else { 0 };
                 match L::WIDE {
-                    true => S::dot_rows::<ROWS, { $group * 4 }, true>(&mut out[half], codes, &rows, plane),
-                    false => S::dot_rows::<ROWS, { $group * 4 }, false>(&mut out[half], codes, &rows, plane),
+                    true => S::dot_slots::<SLOTS, { $group * 4 }, true>(&mut out[half], codes, &slots, plane),
+                    false => S::dot_slots::<SLOTS, { $group * 4 }, false>(&mut out[half], codes, &slots, plane),
                 }
             };
         }
@@ -160,15 +160,15 @@ unsafe fn block_dots<S: Simd, L: Layout, const ROWS: usize>(
 /// Adds Σ base · Σ bytes of superblock `index`: what the level from which sums count weighs.
 ///
 /// # Safety
-/// Call only inside a kernel of `S`, with rows and weights that have the superblock.
+/// Call only inside a kernel of `S`, with slots and weights that have the superblock.
 #[inline(always)]
-unsafe fn add_bases<S: Simd, L: Layout, const ROWS: usize>(
+unsafe fn add_bases<S: Simd, L: Layout, const SLOTS: usize>(
     coded: &Coded,
     panel: usize,
     columns: usize,
     index: usize,
-    inputs: &[CodedRow; ROWS],
-    exact: &mut Exact<S, ROWS>,
+    inputs: &[CodedSlot; SLOTS],
+    exact: &mut Exact<S, SLOTS>,
 ) {
     let numbers = columns / BLOCK * L::HALVES;
     let per_superblock = BLOCKS * L::HALVES / 2;

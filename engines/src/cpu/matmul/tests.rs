@@ -12,14 +12,14 @@ use crate::format::{ElementType, TensorBytes};
 use proptest::prelude::*;
 
 /// The outputs of the rows from `first` on.
-fn product(tier: Tier, threads: usize, weights: &Packed, input: &Rows, first: usize) -> Rows {
+fn product(tier: Tier, bits: ActivationBits, threads: usize, weights: &Packed, input: &Rows, first: usize) -> Rows {
     let rows = first..input.count();
     let mut out = Rows::zeroed(rows.len(), weights.rows);
     let mut pool = ThreadPool::new(threads).expect("threads");
     let mut products = [Product { weights, bias: None, rows, out: &mut out.values }];
-    let wanted = wanted(tier, &products);
-    let codes =
-        kernels::encode(tier, &mut pool, &mut BufferPool::default(), Operand::Rows(input), wanted).expect("no panic");
+    let wanted = wanted(tier, bits, &products);
+    let operand = Operand::Rows(input);
+    let codes = kernels::encode(tier, &mut pool, &mut BufferPool::default(), operand, bits, wanted).expect("no panic");
     run(tier, &mut pool, &codes, &mut products).expect("no panic");
     out
 }
@@ -49,7 +49,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(160))]
 
-    /// R6.1–R6.5: for every weight type and tier, each output has the bits of the arithmetic, in a batch on three
+    /// R6.1–R6.5: for every weight type, tier and precision of activations, each output has the bits of the arithmetic, in a batch on three
     /// threads as alone on one, and is close to the f64 product of the file's values.
     #[test]
     fn products_are_those_of_the_arithmetic(
@@ -58,6 +58,7 @@ proptest! {
         first in 0_usize..20,
         outputs in 1_usize..70,
         blocks in 1_usize..44,
+        precision in prop::sample::select(ActivationBits::ALL.to_vec()),
         seed in any::<u64>(),
     ) {
         let columns = (blocks * 32).next_multiple_of(element.block_values());
@@ -69,14 +70,14 @@ proptest! {
         let input = input(rows, columns, seed);
         let row_bytes = element.row_bytes(columns).expect("whole blocks");
         let weight_rows: Vec<_> = bytes.chunks(row_bytes).map(|row| weights::row(element, row, columns)).collect();
-        let coded: Vec<_> = (first..rows).map(|row| activations::encode(input.row(row))).collect();
+        let coded: Vec<_> = (first..rows).map(|row| activations::encode(precision, input.row(row))).collect();
         let expected: Vec<f32> =
             coded.iter().flat_map(|row| weight_rows.iter().map(|weights| products::dot(weights, row))).collect();
         for tier in Tier::available() {
-            let together = product(tier, 3, &packed, &input, first);
+            let together = product(tier, precision, 3, &packed, &input, first);
             prop_assert_eq!(bits(&together.values), bits(&expected), "{} {}", element, tier.name());
             let alone = Rows { width: columns, values: input.row(rows - 1).to_vec() };
-            let alone = product(tier, 1, &packed, &alone, 0);
+            let alone = product(tier, precision, 1, &packed, &alone, 0);
             prop_assert_eq!(bits(alone.row(0)), bits(together.row(rows - 1 - first)));
         }
         let mut values = vec![0.0; columns];
@@ -88,7 +89,8 @@ proptest! {
                 let exact: f64 = values.iter().zip(input).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
                 let size = input.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
                 let error = (f64::from(expected[(row - first) * outputs + output]) - exact).abs();
-                let bound = 1e-3 * f64::from(largest) * size;
+                let precision = if precision == ActivationBits::Eight { 0.1 } else { 1e-3 };
+                let bound = precision * f64::from(largest) * size;
                 prop_assert!(error <= bound, "{element}: off by {error}, bound {bound}");
             }
         }
@@ -120,12 +122,14 @@ fn extreme_codes_and_bytes_overflow_no_sum() {
             let mut pool = ThreadPool::new(1).expect("threads");
             let source = Source { element, rows: 16, columns, bytes: &TensorBytes::Gathered(bytes.clone()) };
             let packed = Packed::pack(Tier::best(), &mut pool, &source).expect("finite weights");
-            let coded = activations::encode(input.row(0));
-            let dot = |row| products::dot(&weights::row(element, row, columns), &coded);
-            let expected: Vec<f32> = bytes.chunks(row_bytes).map(dot).collect();
-            for tier in Tier::available() {
-                let got = product(tier, 1, &packed, &input, 0);
-                assert_eq!(bits(&got.values), bits(&expected), "{element} {} {fill} {code}", tier.name());
+            for precision in ActivationBits::ALL {
+                let coded = activations::encode(precision, input.row(0));
+                let dot = |row| products::dot(&weights::row(element, row, columns), &coded);
+                let expected: Vec<f32> = bytes.chunks(row_bytes).map(dot).collect();
+                for tier in Tier::available() {
+                    let got = product(tier, precision, 1, &packed, &input, 0);
+                    assert_eq!(bits(&got.values), bits(&expected), "{element} {} {fill} {code}", tier.name());
+                }
             }
         }
     }

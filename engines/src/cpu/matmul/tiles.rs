@@ -1,7 +1,7 @@
 //! Products of many rows on AMX tiles.
 //!
-//! Some panels are unpacked at a time, into upper and lower bytes of their 16-bit weights. Then all rows are multiplied
-//! with them, in tiles of sixteen, superblock by superblock: most operands come from the first-level cache. A
+//! Some panels are unpacked at a time, into upper and lower bytes of their 16-bit weights. Then all slots of rows are
+//! multiplied with them, in tiles of sixteen, superblock by superblock: most operands come from the first-level cache. A
 //! tile's integer sums of a superblock become floats while the next tile is multiplied: the vector and the tile units
 //! work at the same time.
 
@@ -11,9 +11,10 @@ use super::Panels;
 use super::layout::{EachGroup, Layout, Of, for_groups, with_layout};
 use crate::arithmetic::products::CHAIN;
 use crate::arithmetic::superblocks;
-use crate::cpu::activation::{STEP, SUPERBLOCK_STEPS, TILE_STEP_BYTES};
+use crate::cpu::activation::{STEP, SUPERBLOCK_STEPS, TILE_SLOTS, TILE_STEP_BYTES, slot_rows};
 use crate::cpu::lines::Lines;
 use crate::cpu::packed::{Coded, Form, GROUP_BYTES, Wide};
+use crate::engine::ActivationBits;
 use crate::simd::amx::{TILE_BYTES, TILE_ROWS, TileSums, Tiles};
 use crate::simd::{Kernel, LANES, Simd, Tier, prefetch_ahead};
 use std::cell::RefCell;
@@ -32,7 +33,7 @@ thread_local! {
 
 /// Panels that are multiplied together: all but the first find the activations in the first-level cache.
 const PANELS: usize = 4;
-/// Tiles of rows that are multiplied together: all but the first find the weights of a superblock in the caches.
+/// Tiles of slots that are multiplied together: all but the first find the weights of a superblock in the caches.
 const TILES: usize = 4;
 
 /// Computes `panels` on tiles.
@@ -140,7 +141,7 @@ unsafe fn store<S: Simd>(to: *mut u8, [even, odd]: [S::Pairs; 2]) {
     }
 }
 
-/// A superblock of a tile of rows and a panel whose integer sums are done.
+/// A superblock of a tile of slots and a panel whose integer sums are done.
 #[derive(Clone, Copy)]
 struct Done {
     panel: usize,
@@ -171,19 +172,18 @@ impl Kernel for Multiply<'_, '_> {
 impl Multiply<'_, '_> {
     #[inline(always)]
     fn all_tiles<S: Simd>(&self, tiles: &Tiles) {
-        let Panels { job, input, .. } = self.panels;
-        let count = superblocks(input.width);
+        let slots = self.panels.slots();
+        let count = superblocks(self.panels.input.width);
         let mut sums = [const { TileSums([[[0; 16]; TILE_ROWS]; 4]) }; 2];
         let mut floats = [const { Floats::ZERO }; PANELS * TILES];
         let mut before = None;
         let mut turn = 0;
-        let end = job.rows.end.div_ceil(TILE_ROWS);
-        for first in (job.rows.start / TILE_ROWS..end).step_by(TILES) {
+        let end = slots.end.div_ceil(TILE_SLOTS);
+        for first in (slots.start / TILE_SLOTS..end).step_by(TILES) {
             for superblock in 0..count {
                 if superblock + 1 == count {
-                    let rows = (first * TILE_ROWS).max(job.rows.start)..((first + TILES) * TILE_ROWS).min(job.rows.end);
-                    for row in rows {
-                        self.group.clone().for_each(|panel| self.panels.prefetch_outputs(panel, row));
+                    for slot in (first * TILE_SLOTS).max(slots.start)..((first + TILES) * TILE_SLOTS).min(slots.end) {
+                        self.group.clone().for_each(|panel| self.panels.prefetch_outputs(panel, slot));
                     }
                 }
                 for tile in first..(first + TILES).min(end) {
@@ -216,15 +216,18 @@ impl Multiply<'_, '_> {
     }
 }
 
-/// The floats of a tile of rows: \[row]\[lane].
+/// Rows of a tile of slots at most.
+const ROWS_MAX: usize = 2 * TILE_SLOTS;
+
+/// The floats of the rows of a tile: \[row]\[lane].
 #[repr(align(64))]
 struct Floats {
-    chains: [[f32; LANES]; TILE_ROWS],
-    totals: [[f32; LANES]; TILE_ROWS],
+    chains: [[f32; LANES]; ROWS_MAX],
+    totals: [[f32; LANES]; ROWS_MAX],
 }
 
 impl Floats {
-    const ZERO: Self = Self { chains: [[0.0; LANES]; TILE_ROWS], totals: [[0.0; LANES]; TILE_ROWS] };
+    const ZERO: Self = Self { chains: [[0.0; LANES]; ROWS_MAX], totals: [[0.0; LANES]; ROWS_MAX] };
 }
 
 /// Adds the sums of a superblock to the floats of its rows, and writes the totals after the last superblock.
@@ -237,28 +240,29 @@ fn finish<S: Simd>(
 ) {
     let Panels { job, input, .. } = panels;
     let count = superblocks(input.width);
+    let rows = slot_rows(input.bits) * TILE_SLOTS;
     let floats = &mut floats[number];
     let weights = &job.weights.units[(panel * count + superblock) * LANES..][..LANES];
     let units = Units { weights, rows: input.tile_units(tile, superblock), stride: count };
     // SAFETY: the caller is a kernel of `S`.
     unsafe {
         match superblock % CHAIN {
-            0 => add_rows::<S, true>(sums, &units, &mut floats.chains),
-            _ => add_rows::<S, false>(sums, &units, &mut floats.chains),
+            0 => add_rows::<S, true>(input.bits, sums, &units, &mut floats.chains),
+            _ => add_rows::<S, false>(input.bits, sums, &units, &mut floats.chains),
         }
     }
     let last = superblock + 1 == count;
     if last || (superblock + 1).is_multiple_of(CHAIN) {
-        for (total, chain) in floats.totals.iter_mut().zip(&floats.chains) {
+        for (total, chain) in floats.totals[..rows].iter_mut().zip(&floats.chains) {
             for (total, &chain) in total.iter_mut().zip(chain) {
                 *total = if superblock < CHAIN { chain } else { *total + chain };
             }
         }
     }
     if last {
-        let first = tile * TILE_ROWS;
+        let first = tile * rows;
         // The job may begin and end inside a tile.
-        for row in first.max(job.rows.start)..(first + TILE_ROWS).min(job.rows.end) {
+        for row in first.max(job.rows.start)..(first + rows).min(job.rows.end) {
             panels.write_values(panel, row, &mut floats.totals[row - first]);
         }
     }
@@ -277,25 +281,54 @@ struct Units<'a> {
 /// Call only inside a kernel of `S`.
 #[inline(always)]
 unsafe fn add_rows<S: Simd, const STARTS: bool>(
+    bits: ActivationBits,
     TileSums(sums): &TileSums,
     units: &Units<'_>,
-    chains: &mut [[f32; LANES]; TILE_ROWS],
+    chains: &mut [[f32; LANES]; ROWS_MAX],
 ) {
-    assert!(units.weights.len() >= LANES && units.rows.len() > (TILE_ROWS - 1) * units.stride, "all rows have units");
+    let last_row = slot_rows(bits) * TILE_SLOTS - 1;
+    assert!(units.weights.len() >= LANES && units.rows.len() > last_row * units.stride, "all rows have units");
     // SAFETY: the caller is a kernel of `S`; every array has sixteen lanes, and the assertion.
     unsafe {
         let weights = S::load(units.weights.as_ptr());
         let factor = S::splat(256.0);
-        for r in 0..TILE_ROWS {
-            let [upper_upper, lower_upper, upper_lower, lower_lower] =
-                [0, 1, 2, 3].map(|product| sums[product][r].as_ptr());
-            let upper = S::add_ints(S::shift_left(S::load_ints(upper_upper), 8), S::load_ints(lower_upper));
-            let lower = S::add_ints(S::shift_left(S::load_ints(upper_lower), 8), S::load_ints(lower_lower));
-            let joined = S::fma(S::floats(upper), factor, S::floats(lower));
-            let unit = S::mul(weights, S::splat(*units.rows.as_ptr().add(r * units.stride)));
-            let chain = chains.as_mut_ptr().add(r).cast::<f32>();
-            let before = if STARTS { S::splat(0.0) } else { S::load(chain) };
-            S::store(chain, S::fma(joined, unit, before));
+        for s in 0..TILE_SLOTS {
+            // The upper and the lower bytes of the weights, times the first and the second plane.
+            let [first_upper, first_lower, second_upper, second_lower] =
+                [0, 1, 2, 3].map(|product| sums[product][s].as_ptr());
+            let first = S::add_ints(S::shift_left(S::load_ints(first_upper), 8), S::load_ints(first_lower));
+            let second = S::add_ints(S::shift_left(S::load_ints(second_upper), 8), S::load_ints(second_lower));
+            let (first, second) = (S::floats(first), S::floats(second));
+            match bits {
+                ActivationBits::Sixteen => {
+                    add_row::<S, STARTS>(S::fma(first, factor, second), weights, units, s, chains);
+                }
+                ActivationBits::Eight => {
+                    add_row::<S, STARTS>(S::mul(first, factor), weights, units, 2 * s, chains);
+                    add_row::<S, STARTS>(S::mul(second, factor), weights, units, 2 * s + 1, chains);
+                }
+            }
         }
+    }
+}
+
+/// Adds the joined sums of a superblock to the chain of `row`.
+///
+/// # Safety
+/// Call only inside a kernel of `S`, with a row that has a unit and a chain.
+#[inline(always)]
+unsafe fn add_row<S: Simd, const STARTS: bool>(
+    joined: S::Floats,
+    weights: S::Floats,
+    units: &Units<'_>,
+    row: usize,
+    chains: &mut [[f32; LANES]; ROWS_MAX],
+) {
+    // SAFETY: the caller upholds the contract of this function.
+    unsafe {
+        let unit = S::mul(weights, S::splat(*units.rows.as_ptr().add(row * units.stride)));
+        let chain = chains.as_mut_ptr().add(row).cast::<f32>();
+        let before = if STARTS { S::splat(0.0) } else { S::load(chain) };
+        S::store(chain, S::fma(joined, unit, before));
     }
 }

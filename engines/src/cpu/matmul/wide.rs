@@ -3,7 +3,7 @@
 use super::layout::{EachGroup, Integers, Layout, Planes, for_groups, prefetch_block};
 use super::{Exact, Panels, RowTile, Sums, for_tiles};
 use crate::arithmetic::superblocks;
-use crate::cpu::activation::{CodedRow, STEP, STEP_PAIRS, SUPERBLOCK_STEPS};
+use crate::cpu::activation::{CodedSlot, STEP, STEP_PAIRS, SUPERBLOCK_STEPS};
 use crate::cpu::lines::Lines;
 use crate::cpu::packed::{Coded, GROUP_BYTES, Wide};
 use crate::format::blocks::BLOCK;
@@ -11,24 +11,24 @@ use crate::simd::{Kernel, LANES, Simd, Tier, prefetch_ahead};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-/// Rows of a tile. Its sums take 16 of the 32 vector registers of AVX-512.
-const ROWS: usize = 8;
+/// Slots of a tile. Its sums take 16 of the 32 vector registers of AVX-512.
+const SLOTS: usize = 8;
 
-impl<S: Simd, const ROWS: usize> Exact<S, ROWS> {
+impl<S: Simd, const SLOTS: usize> Exact<S, SLOTS> {
     /// Adds the products of the columns 4 · `group` to 4 · `group` + 3; groups count from the row's first.
     ///
     /// # Safety
-    /// Call only inside a kernel of `S`, with rows that have this group.
+    /// Call only inside a kernel of `S`, with slots that have this group.
     #[inline(always)]
-    unsafe fn add(&mut self, inputs: &[CodedRow; ROWS], group: usize, weights: [S::Pairs; 2]) {
+    unsafe fn add(&mut self, inputs: &[CodedSlot; SLOTS], group: usize, weights: [S::Pairs; 2]) {
         let at = group / (STEP / 4) * STEP_PAIRS + group % (STEP / 4) * 4;
-        let mut rows = [std::ptr::null(); ROWS];
+        let mut slots = [std::ptr::null(); SLOTS];
         // SAFETY: the caller upholds the contract of this method.
         unsafe {
-            for (row, input) in rows.iter_mut().zip(inputs) {
-                *row = input.pairs.add(at);
+            for (slot, input) in slots.iter_mut().zip(inputs) {
+                *slot = input.pairs.add(at);
             }
-            S::dot_pairs_rows::<ROWS, STEP>(&mut self.0, weights, &rows);
+            S::dot_pairs_slots::<SLOTS, STEP>(&mut self.0, weights, &slots);
         }
     }
 }
@@ -42,7 +42,7 @@ pub(super) struct WidePanels<'a, 'b> {
 impl Kernel for WidePanels<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(mut self) {
-        for_tiles::<S, Self, ROWS, 4>(&mut self);
+        for_tiles::<S, Self, SLOTS, 4>(&mut self);
     }
 }
 
@@ -52,16 +52,16 @@ impl RowTile for WidePanels<'_, '_> {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize) {
+    fn tile<S: Simd, const SLOTS: usize>(&self, panel: usize, first: usize) {
         let panel_bytes = Wide::panel_bytes(self.panels.job.weights.columns);
         let weights = &self.wide.pairs.bytes()[panel * panel_bytes..][..panel_bytes];
-        self.panels.wide_tile::<S, ROWS>(weights, panel, first);
+        self.panels.wide_tile::<S, SLOTS>(weights, panel, first);
     }
 }
 
 /// Computes panels of codes whose product with the scale is rounded.
 pub(super) fn run_rounded<L: Layout>(tier: Tier, panels: Panels<'_, '_>, coded: &Coded) {
-    if panels.job.rows.len() < ROWS {
+    if panels.slots().len() < SLOTS {
         return tier.run(RoundedPanels::<L> { panels, coded, layout: PhantomData });
     }
     let mut unpacked = UNPACKED.take();
@@ -75,7 +75,7 @@ thread_local! {
     static UNPACKED: RefCell<Lines> = RefCell::default();
 }
 
-/// Panels of few rows: codes become weights as they are multiplied.
+/// Panels for few slots: codes become weights as they are multiplied.
 struct RoundedPanels<'a, 'b, L> {
     panels: Panels<'a, 'b>,
     coded: &'a Coded,
@@ -95,17 +95,17 @@ impl<L: Layout> RowTile for RoundedPanels<'_, '_, L> {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize) {
+    fn tile<S: Simd, const SLOTS: usize>(&self, panel: usize, first: usize) {
         let Self { panels, coded, .. } = self;
         let blocks = panels.job.weights.columns / BLOCK;
         let block_bytes = Coded::block_bytes(L::CODING);
         let codes = coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes].as_ptr();
-        // SAFETY: the panel has whole blocks, and the rows have whole steps.
+        // SAFETY: the panel has whole blocks, and the slots have whole steps.
         unsafe {
             let planes = Planes::<S>::of::<L>(codes);
             let integers = Integers::<S>::load::<L>(coded, (panel * blocks, 0), 0, 0);
             let groups = RoundedGroups::<S, L> { coded, blocks, panel, codes, planes, integers, layout: PhantomData };
-            panels.superblocks::<S, _, ROWS>(panel, first, groups);
+            panels.superblocks::<S, _, SLOTS>(panel, first, groups);
         }
     }
 }
@@ -167,7 +167,7 @@ impl<S: Simd> Groups<S> for WideGroups<'_> {
     }
 }
 
-/// Panels of many rows: a panel's codes become weights once, in the layout of [`Wide`].
+/// Panels for many slots: a panel's codes become weights once, in the layout of [`Wide`].
 struct UnpackedPanels<'a, 'b, L> {
     panels: Panels<'a, 'b>,
     coded: &'a Coded,
@@ -178,7 +178,7 @@ struct UnpackedPanels<'a, 'b, L> {
 impl<L: Layout> Kernel for UnpackedPanels<'_, '_, L> {
     #[inline(always)]
     fn run<S: Simd>(mut self) {
-        for_tiles::<S, Self, ROWS, 4>(&mut self);
+        for_tiles::<S, Self, SLOTS, 4>(&mut self);
     }
 }
 
@@ -201,8 +201,8 @@ impl<L: Layout> RowTile for UnpackedPanels<'_, '_, L> {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const ROWS: usize>(&self, panel: usize, first: usize) {
-        self.panels.wide_tile::<S, ROWS>(self.unpacked.bytes(), panel, first);
+    fn tile<S: Simd, const SLOTS: usize>(&self, panel: usize, first: usize) {
+        self.panels.wide_tile::<S, SLOTS>(self.unpacked.bytes(), panel, first);
     }
 }
 
@@ -226,27 +226,27 @@ impl<S: Simd> EachGroup<S> for StorePairs {
 impl Panels<'_, '_> {
     /// Multiplies with `weights`, a panel of 16-bit integers in the layout of [`Wide`].
     #[inline(always)]
-    fn wide_tile<S: Simd, const ROWS: usize>(&self, weights: &[u8], panel: usize, first: usize) {
+    fn wide_tile<S: Simd, const SLOTS: usize>(&self, weights: &[u8], panel: usize, first: usize) {
         assert!(weights.len() >= Wide::panel_bytes(self.job.weights.columns), "a panel has whole steps");
-        // SAFETY: the assertion; the rows are whole steps, too.
-        unsafe { self.superblocks::<S, _, ROWS>(panel, first, WideGroups { weights }) };
+        // SAFETY: the assertion; the slots are whole steps, too.
+        unsafe { self.superblocks::<S, _, SLOTS>(panel, first, WideGroups { weights }) };
     }
 
-    /// Multiplies `ROWS` rows with the weights of all groups, and writes the sums.
+    /// Multiplies `SLOTS` slots with the weights of all groups, and writes the sums.
     ///
     /// # Safety
-    /// Call only inside a kernel of `S`, with groups of the panel, and rows of whole steps.
+    /// Call only inside a kernel of `S`, with groups of the panel, and slots of whole steps.
     #[inline(always)]
-    unsafe fn superblocks<S: Simd, G: Groups<S>, const ROWS: usize>(&self, panel: usize, first: usize, mut groups: G) {
+    unsafe fn superblocks<S: Simd, G: Groups<S>, const SLOTS: usize>(&self, panel: usize, first: usize, mut groups: G) {
         let columns = self.job.weights.columns;
         let (steps, count) = (columns.div_ceil(STEP), superblocks(columns));
-        let inputs = self.inputs::<ROWS>(first);
+        let inputs = self.inputs::<SLOTS>(first);
         let units = &self.job.weights.units[panel * count * LANES..][..count * LANES];
-        // SAFETY: the caller is a kernel of `S`; units and rows have every superblock.
+        // SAFETY: the caller is a kernel of `S`; units and slots have every superblock.
         unsafe {
-            let mut sums = Sums::<S, ROWS>::zero();
+            let mut sums = Sums::<S, SLOTS>::zero();
             for index in 0..count {
-                let mut exact = Exact::<S, ROWS>::zero();
+                let mut exact = Exact::<S, SLOTS>::zero();
                 let steps = index * SUPERBLOCK_STEPS..((index + 1) * SUPERBLOCK_STEPS).min(steps);
                 for group in steps.start * STEP / 4..steps.end * STEP / 4 {
                     if let Some(weights) = groups.weights(group) {
@@ -255,8 +255,8 @@ impl Panels<'_, '_> {
                 }
                 sums.add(index, S::load(units.as_ptr().add(index * LANES)), &inputs, exact);
             }
-            for (r, sum) in sums.finish(count).into_iter().enumerate() {
-                self.write::<S>(panel, first + r, sum);
+            for (s, sums) in sums.finish(count).into_iter().enumerate() {
+                self.write::<S>(panel, first + s, sums);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Tests of quantising during a load, above all its peak memory.
 
 use crate::cpu::CpuFactory;
-use crate::engine::{EngineFactory, KvElement, ShardSpec, TensorRank};
+use crate::engine::{ActivationBits, EngineFactory, KvElement, ShardSpec, TensorRank};
 use crate::format::gguf_writer::GgufWriter;
 use crate::model::{ModelFiles, Recipe};
 use std::ops::ControlFlow;
@@ -66,6 +66,7 @@ fn holds_one_tensor_besides_the_target(recipe: Recipe) {
         architecture: model.architecture.clone(),
         tensor: TensorRank::WHOLE,
         kv_element: KvElement::F16,
+        activations: ActivationBits::default(),
         kv_pages: 2,
     };
     let factory = CpuFactory::new(2);
