@@ -1,9 +1,9 @@
 //! out = x · Wᵀ: rows of activations times panels of weights.
 //!
 //! A task is a range of panels, for all rows. Slots of rows are processed in tiles, so that a panel's codes are
-//! unpacked once per tile. [`arithmetic::products`](crate::arithmetic::products) defines every bit of the result; the kernels differ
-//! in how they compute the exact integer sum of a superblock: [`coded`] multiplies codes and applies the scale of each
-//! block to its sum, [`wide`] multiplies 16-bit weights, `tiles` multiplies many rows on AMX.
+//! unpacked once per tile. [`arithmetic::products`](crate::arithmetic::products) defines every bit of the result; the
+//! kernels differ in how they compute the exact integer sum of a superblock: [`coded`] multiplies codes and applies the
+//! scale of each block to its sum, [`wide`] multiplies 16-bit weights, `tiles` multiplies many rows on AMX.
 
 use super::activation::{self, CodedRows, CodedSlot, Wanted};
 use super::packed::{Form, Packed};
@@ -155,8 +155,8 @@ impl Panels<'_, '_> {
         }
     }
 
-    /// Asks for the lines of the outputs of `panel` for `slot`: outputs of successive rows are in different pages, and a
-    /// write would wait for both page and line.
+    /// Asks for the lines of the outputs of `panel` for `slot`: outputs of successive rows are in different pages, and
+    /// a write would wait for both page and line.
     #[inline(always)]
     fn prefetch_outputs(&self, panel: usize, slot: usize) {
         let Job { weights, rows, out, .. } = self.job;

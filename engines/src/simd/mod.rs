@@ -113,8 +113,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot_wide(sum: Self::Ints, codes: Self::Codes, four: i32) -> Self::Ints;
     /// Per lane: sum + pairs[2] · pair[2], with the two 16-bit halves of `pair`.
     unsafe fn dot_pairs(sum: Self::Ints, pairs: Self::Pairs, pair: i32) -> Self::Ints;
-    /// Adds [`Self::dot_pairs`] of a group of four columns to the sums of every slot: `weights` are columns 0 and 2, and
-    /// 1 and 3. A slot has four bytes of its first plane in this order, as 16-bit integers; those of the second are
+    /// Adds [`Self::dot_pairs`] of a group of four columns to the sums of every slot: `weights` are columns 0 and 2,
+    /// and 1 and 3. A slot has four bytes of its first plane in this order, as 16-bit integers; those of the second are
     /// `PLANE` behind.
     #[inline(always)]
     unsafe fn dot_pairs_slots<const SLOTS: usize, const PLANE: usize>(

@@ -49,8 +49,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(160))]
 
-    /// R6.1–R6.5: for every weight type, tier and precision of activations, each output has the bits of the arithmetic, in a batch on three
-    /// threads as alone on one, and is close to the f64 product of the file's values.
+    /// R6.1–R6.5: for every weight type, tier and precision of activations, each output has the bits of the arithmetic,
+    /// in a batch on three threads as alone on one, and is close to the f64 product of the file's values.
     #[test]
     fn products_are_those_of_the_arithmetic(
         element in prop::sample::select(ElementType::ALL.to_vec()),

@@ -1,8 +1,8 @@
 //! Products of many rows on AMX tiles.
 //!
 //! Some panels are unpacked at a time, into upper and lower bytes of their 16-bit weights. Then all slots of rows are
-//! multiplied with them, in tiles of sixteen, superblock by superblock: most operands come from the first-level cache. A
-//! tile's integer sums of a superblock become floats while the next tile is multiplied: the vector and the tile units
+//! multiplied with them, in tiles of sixteen, superblock by superblock: most operands come from the first-level cache.
+//! A tile's integer sums of a superblock become floats while the next tile is multiplied: the vector and the tile units
 //! work at the same time.
 
 #![allow(clippy::needless_range_loop)] // The loops over rows and planes index several arrays.
