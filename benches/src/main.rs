@@ -120,7 +120,8 @@ fn programs(arguments: &Arguments) -> anyhow::Result<Vec<Program>> {
     let candle = (!arguments.skip_candle).then_some(Program::Candle(this));
     let llama_cpp = arguments.llama_bench.clone().map(Program::LlamaCpp);
     let openvino = arguments.openvino.clone().map(Program::OpenVino);
-    Ok([Some(Program::ExoNode(exo_node)), candle, llama_cpp, openvino].into_iter().flatten().collect())
+    let own = [Program::ExoNode(exo_node.clone()), Program::ExoNodeEightBits(exo_node)];
+    Ok(own.into_iter().chain([candle, llama_cpp, openvino].into_iter().flatten()).collect())
 }
 
 impl Work {

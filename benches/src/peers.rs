@@ -10,6 +10,8 @@ use std::process::Command;
 #[derive(Debug, Clone)]
 pub(crate) enum Program {
     ExoNode(PathBuf),
+    /// exo-node with activations of 8 bits, as its peers have.
+    ExoNodeEightBits(PathBuf),
     /// candle-transformers, by this program's own command.
     Candle(PathBuf),
     /// llama.cpp's llama-bench.
@@ -25,10 +27,16 @@ impl Program {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::ExoNode(_) => "exo-node",
+            Self::ExoNodeEightBits(_) => "exo-node, 8-bit activations",
             Self::Candle(_) => "candle-transformers",
             Self::LlamaCpp(_) => "llama.cpp",
             Self::OpenVino(_) => "OpenVINO GenAI",
         }
+    }
+
+    /// Whether the program is exo-node, which the others are compared with.
+    pub(crate) fn is_own(&self) -> bool {
+        matches!(self, Self::ExoNode(_) | Self::ExoNodeEightBits(_))
     }
 
     /// The program's own words for its version; `None` where it has none.
@@ -45,7 +53,7 @@ impl Program {
             Self::OpenVino(python) => {
                 output(Command::new(python).args(["-c", "import openvino_genai as g; print(g.__version__)"]))
             }
-            Self::Candle(_) => return None,
+            Self::ExoNodeEightBits(_) | Self::Candle(_) => return None,
         };
         Some(String::from_utf8_lossy(&printed.ok()?).trim().to_owned())
     }
@@ -54,11 +62,8 @@ impl Program {
     /// The program's, such as that of a type that it does not support.
     pub(crate) fn round(&self, model: &Path, work: Work) -> anyhow::Result<Round> {
         match self {
-            Self::ExoNode(program) => {
-                let mut command = Command::new(program);
-                command.arg("bench").arg(model).args(["--repeat", "1", "--json"]);
-                report(&mut work.pass_to(command))
-            }
+            Self::ExoNode(program) => exo_node(program, model, work, "16"),
+            Self::ExoNodeEightBits(program) => exo_node(program, model, work, "8"),
             Self::Candle(program) => {
                 let mut command = Command::new(program);
                 command.arg("candle").arg(model).env("RAYON_NUM_THREADS", work.threads.to_string());
@@ -72,6 +77,12 @@ impl Program {
             Self::LlamaCpp(program) => llama_cpp(program, model, work),
         }
     }
+}
+
+fn exo_node(program: &Path, model: &Path, work: Work, activations: &str) -> anyhow::Result<Round> {
+    let mut command = Command::new(program);
+    command.arg("bench").arg(model).args(["--repeat", "1", "--json", "--activations", activations]);
+    report(&mut work.pass_to(command))
 }
 
 /// The report that a command prints as one JSON object.

@@ -30,7 +30,7 @@ impl<'a> Measured<'a> {
         }
         match self.program.round(model, work) {
             Ok(round) => self.rounds.push(round),
-            Err(error) if matches!(self.program, Program::ExoNode(_)) => return Err(error),
+            Err(error) if self.program.is_own() => return Err(error),
             Err(error) => {
                 eprintln!("{error:#}");
                 self.error = Some(format!("{error:#}"));
@@ -63,28 +63,35 @@ impl<'a> ModelResult<'a> {
     fn write(&self, out: &mut String) {
         let prefill = |round: &Round| Some(round.prefill_tokens_per_s);
         let decode = |round: &Round| Some(round.decode_tokens_per_s);
-        let ours = (self.measured[0].median(prefill), self.measured[0].median(decode));
         for (number, of) in self.measured.iter().enumerate() {
             let model = match number {
                 0 => format!("{}, {:.0} MB", self.name, self.file_bytes as f64 / 1e6),
                 _ => String::new(),
             };
-            let cell = |ours: Option<f64>, value: Option<f64>| match (ours, value) {
-                (Some(ours), Some(value)) if number > 0 => format!("{value:.1} (exo {:.2}×)", ours / value),
-                (_, Some(value)) => format!("{value:.1}"),
-                (_, None) => "does not run it".to_owned(),
+            let cell = |speed: fn(&Round) -> Option<f64>| match of.median(speed) {
+                Some(value) if of.program.is_own() => format!("{value:.1}"),
+                Some(value) => format!("{value:.1} ({})", self.ratios(speed, value)),
+                None => "does not run it".to_owned(),
             };
             let plain = |value: Option<f64>| value.map_or("?".to_owned(), |value| format!("{value:.0}"));
             let _ = writeln!(
                 out,
                 "| {model} | {} | {} | {} | {} | {} |",
                 of.program.name(),
-                cell(ours.0, of.median(prefill)),
-                cell(ours.1, of.median(decode)),
+                cell(prefill),
+                cell(decode),
                 plain(of.median(|round| round.load_ms)),
                 plain(of.median(|round| round.peak_memory_bytes.map(|bytes| bytes as f64 / 1e6))),
             );
         }
+    }
+}
+
+impl ModelResult<'_> {
+    /// The speeds of exo-node, with 16 and with 8 bits, as multiples of a peer's `value`.
+    fn ratios(&self, speed: fn(&Round) -> Option<f64>, value: f64) -> String {
+        let own = self.measured.iter().filter(|of| of.program.is_own()).filter_map(|of| of.median(speed));
+        own.map(|own| format!("{:.2}×", own / value)).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -100,8 +107,9 @@ pub(crate) fn text(repeat: usize, work: Work, programs: &[Program], results: &[M
     let _ = writeln!(
         out,
         "Work on {threads} threads: a prompt of {prompt_tokens} tokens, then {generate_tokens} tokens after it; \
-         medians of {repeat} rounds in turns.\n"
+         medians of {repeat} rounds in turns."
     );
+    out.push_str("In brackets: exo-node with 16 and with 8 bits, as multiples of the program.\n\n");
     out.push_str(
         "| model | program | prefill tokens/s | decode tokens/s | load ms | peak MB |\n|---|---|---|---|---|---|\n",
     );

@@ -5,6 +5,7 @@ use super::buffer_pool::BufferPool;
 use super::cache::{LayerCache, TOKENS};
 use super::disjoint::DisjointMut;
 use super::rotary::Rotations;
+use super::scratch::Scratch;
 use super::thread_pool::{Panicked, ThreadPool};
 use crate::arithmetic::functions::{clamped_swish, gelu_tanh, silu};
 use crate::arithmetic::norms;
@@ -124,10 +125,7 @@ struct Encode<'a> {
 impl Kernel for Encode<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let mut scratch = match self.operand {
-            Operand::Rows(_) => Vec::new(),
-            Operand::Normed(rows, _) | Operand::Gated { gate: rows, .. } => vec![0.0; rows.width],
-        };
+        let mut scratch = Scratch::take(self.operand.rows().width);
         for row in self.rows.clone() {
             let values = match self.operand {
                 Operand::Rows(rows) => rows.row(row),
@@ -144,9 +142,9 @@ impl Kernel for Encode<'_> {
             unsafe { self.codes.encode::<S>(row, values) };
         }
         if let Some(missing) = self.codes.missing_row().filter(|&missing| missing == self.rows.end) {
-            let zeros = vec![0.0; self.operand.rows().width];
+            scratch.fill(0.0);
             // SAFETY: as above; the row shares the slot of this task's last row.
-            unsafe { self.codes.encode::<S>(missing, &zeros) };
+            unsafe { self.codes.encode::<S>(missing, &scratch) };
         }
     }
 }
@@ -190,7 +188,7 @@ struct TurnRows<'a> {
 impl Kernel for TurnRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let mut normed = vec![0.0; self.turn.norm_width];
+        let mut normed = Scratch::take(self.turn.norm_width);
         for row in self.rows.clone() {
             // SAFETY: a row belongs to one task.
             let values = unsafe { self.values.take(row * self.width..(row + 1) * self.width) };
@@ -256,7 +254,7 @@ impl Kernel for Add<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let width = self.delta.width;
-        let mut normed = vec![0.0; if self.norm.is_some() { width } else { 0 }];
+        let mut normed = Scratch::take(width);
         for row in self.rows.clone() {
             // SAFETY: a row belongs to one task.
             let hidden = unsafe { self.hidden.take(row * width..(row + 1) * width) };

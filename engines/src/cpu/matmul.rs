@@ -12,6 +12,7 @@ use crate::arithmetic::products::CHAIN;
 use crate::engine::ActivationBits;
 use crate::simd::Tier;
 use crate::simd::{LANES, Simd, prefetch};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 mod coded;
@@ -32,24 +33,29 @@ const TILES_SLOTS_MIN: usize = 8;
 /// One product of a parallel section. The products of a section share an operand, and run as one set of tasks.
 pub(super) struct Product<'a> {
     pub(super) weights: &'a Packed,
-    pub(super) bias: Option<&'a [f32]>,
+    bias: Option<&'a [f32]>,
     /// The operand's rows that are multiplied.
     pub(super) rows: Range<usize>,
-    /// The outputs: \[row]\[weight row].
-    pub(super) out: &'a mut [f32],
-}
-
-struct Job<'a> {
-    weights: &'a Packed,
-    bias: Option<&'a [f32]>,
-    rows: Range<usize>,
-    /// The output matrix; each task writes its own columns.
+    /// The output matrix, \[row]\[weight row]; each task writes its own columns.
     out: *mut f32,
+    life: PhantomData<&'a mut [f32]>,
+    /// The number of the first panel among those of the section.
     first_panel: usize,
 }
 
 // SAFETY: tasks write disjoint columns of `out`, and the owner of `out` waits for the end of the section.
-unsafe impl Sync for Job<'_> {}
+unsafe impl Sync for Product<'_> {}
+
+impl<'a> Product<'a> {
+    /// Describes the product of the operand's `rows` with `weights`, plus `bias`: `out` is \[row]\[weight row].
+    ///
+    /// # Panics
+    /// If `out` has another length.
+    pub(super) fn new(weights: &'a Packed, bias: Option<&'a [f32]>, rows: Range<usize>, out: &'a mut [f32]) -> Self {
+        assert_eq!(out.len(), rows.len() * weights.rows, "the output has the wrong length");
+        Self { weights, bias, rows, out: out.as_mut_ptr(), life: PhantomData, first_panel: 0 }
+    }
+}
 
 /// Returns the forms of the operand that `products` read.
 pub(super) fn wanted(tier: Tier, bits: ActivationBits, products: &[Product<'_>]) -> Wanted {
@@ -71,33 +77,26 @@ pub(super) fn run(
     input: &CodedRows,
     products: &mut [Product<'_>],
 ) -> Result<(), Panicked> {
-    let mut jobs = Vec::with_capacity(products.len());
     let mut panels = 0;
     for product in products.iter_mut() {
         let weights = product.weights;
-        assert_eq!(product.out.len(), product.rows.len() * weights.rows, "the output has the wrong length");
         assert!(input.width == weights.columns && input.width > 0, "the operand has the wrong width");
         assert!(input.has_tiles() || !uses_tiles(tier, input.bits, &product.rows), "the operand has no tiles");
         assert!(input.has_pairs() || !weights.wants_pairs() || product.rows.is_empty(), "the operand has no pairs");
-        jobs.push(Job {
-            weights: product.weights,
-            bias: product.bias,
-            rows: product.rows.clone(),
-            out: product.out.as_mut_ptr(),
-            first_panel: panels,
-        });
-        panels += product.weights.panels();
+        product.first_panel = panels;
+        panels += weights.panels();
     }
+    let products = &*products;
     let tasks = (pool.threads() * TASKS_PER_THREAD).max(products.len()).min(panels);
     pool.run(tasks, &|task| {
         let mut range = panels * task / tasks..panels * (task + 1) / tasks;
         while range.start < range.end {
-            // The last job that starts at or before the range; one exists, since the first job starts at 0.
-            let index = jobs.partition_point(|job| job.first_panel <= range.start) - 1;
-            let job = &jobs[index];
-            let end = range.end.min(job.first_panel + job.weights.panels());
-            let panels = range.start - job.first_panel..end - job.first_panel;
-            Panels { job, input, panels }.run(tier);
+            // The last product that starts at or before the range; one exists, since the first starts at 0.
+            let index = products.partition_point(|product| product.first_panel <= range.start) - 1;
+            let product = &products[index];
+            let end = range.end.min(product.first_panel + product.weights.panels());
+            let panels = range.start - product.first_panel..end - product.first_panel;
+            Panels { product, input, panels }.run(tier);
             range.start = end;
         }
     })
@@ -105,7 +104,7 @@ pub(super) fn run(
 
 /// A range of panels of one product.
 struct Panels<'a, 'b> {
-    job: &'a Job<'b>,
+    product: &'a Product<'b>,
     input: &'a CodedRows,
     panels: Range<usize>,
 }
@@ -115,18 +114,18 @@ impl Panels<'_, '_> {
     /// large functions.
     fn run(self, tier: Tier) {
         #[cfg(target_arch = "x86_64")]
-        if uses_tiles(tier, self.input.bits, &self.job.rows) {
+        if uses_tiles(tier, self.input.bits, &self.product.rows) {
             return tiles::run(tier, &self);
         }
-        match &self.job.weights.form {
+        match &self.product.weights.form {
             Form::Wide(wide) => tier.run(WidePanels { panels: self, wide }),
             Form::Coded(coded) => with_layout!(coded.element, coded::run(tier, self, coded)),
         }
     }
 
-    /// The slots of the job's rows. The first and the last may hold a row of another job.
+    /// The slots of the product's rows. The first and the last may hold a row of another product.
     fn slots(&self) -> Range<usize> {
-        activation::slots(self.input.bits, &self.job.rows)
+        activation::slots(self.input.bits, &self.product.rows)
     }
 
     /// The codes of the slots `first` and the following.
@@ -135,11 +134,11 @@ impl Panels<'_, '_> {
         std::array::from_fn(|s| self.input.slot(first + s))
     }
 
-    /// The rows of `slot`, where they are the job's.
+    /// The rows of `slot`, where they are the product's.
     #[inline(always)]
     fn rows_of(&self, slot: usize) -> [Option<usize>; 2] {
         let per_slot = activation::slot_rows(self.input.bits);
-        let row = |number: usize| Some(slot * per_slot + number).filter(|row| self.job.rows.contains(row));
+        let row = |number: usize| Some(slot * per_slot + number).filter(|row| self.product.rows.contains(row));
         [row(0), if per_slot == 2 { row(1) } else { None }]
     }
 
@@ -159,7 +158,7 @@ impl Panels<'_, '_> {
     /// a write would wait for both page and line.
     #[inline(always)]
     fn prefetch_outputs(&self, panel: usize, slot: usize) {
-        let Job { weights, rows, out, .. } = self.job;
+        let Product { weights, rows, out, .. } = self.product;
         for row in self.rows_of(slot).into_iter().flatten() {
             let target = out.wrapping_add((row - rows.start) * weights.rows + panel * LANES);
             prefetch(target.cast());
@@ -169,7 +168,7 @@ impl Panels<'_, '_> {
 
     #[inline(always)]
     fn write_values(&self, panel: usize, row: usize, values: &mut [f32; LANES]) {
-        let Job { weights, bias, rows, out, .. } = self.job;
+        let Product { weights, bias, rows, out, .. } = self.product;
         let column = panel * LANES;
         let used = (weights.rows - column).min(LANES);
         if let Some(bias) = bias {

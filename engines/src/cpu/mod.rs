@@ -19,6 +19,7 @@ mod matmul;
 mod pack;
 mod packed;
 mod rotary;
+mod scratch;
 #[cfg(test)]
 pub(crate) mod test_weights;
 mod thread_pool;
@@ -52,6 +53,7 @@ pub struct CpuBackend {
     tier: Tier,
     pool: ThreadPool,
     buffers: BufferPool,
+    attention: attention::Workspace,
     bits: ActivationBits,
     profile: Profile,
 }
@@ -71,7 +73,7 @@ fn rms_norm(norm: &Norm<CpuBackend>) -> RmsNorm<'_> {
 
 /// Describes the product of the operand's `rows` with `linear`.
 fn product<'a>(linear: &'a Linear<CpuBackend>, rows: Range<usize>, out: &'a mut [f32]) -> Product<'a> {
-    Product { weights: &linear.weight, bias: linear.bias.as_deref(), rows, out }
+    Product::new(&linear.weight, linear.bias.as_deref(), rows, out)
 }
 
 impl From<Panicked> for EngineError {
@@ -97,7 +99,8 @@ impl CpuBackend {
             what: format!("cannot start {threads} threads: {e}"),
         })?;
         let bits = ActivationBits::default();
-        Ok(Self { tier, pool, buffers: BufferPool::default(), bits, profile: Profile::default() })
+        let (buffers, attention) = (BufferPool::default(), attention::Workspace::default());
+        Ok(Self { tier, pool, buffers, attention, bits, profile: Profile::default() })
     }
 
     /// Measures the limits of this backend's threads. It takes about a second.
@@ -117,17 +120,19 @@ impl CpuBackend {
     ) -> Result<[Rows; N], EngineError> {
         let rows = operand.rows().count();
         let mut outs = linears.map(|linear| self.buffers.rows(rows, linear.weight.rows));
-        let mut products: Vec<Product<'_>> = Vec::with_capacity(N);
-        for (linear, out) in linears.iter().zip(&mut outs) {
-            products.push(product(linear, 0..rows, &mut out.values));
-        }
+        let mut number = 0;
+        let mut products = outs.each_mut().map(|out| {
+            let product = product(linears[number], 0..rows, &mut out.values);
+            number += 1;
+            product
+        });
         self.multiply(part, operand, &mut products)?;
         Ok(outs)
     }
 
     /// Computes `products`, which share the operand.
     fn multiply(&mut self, part: Part, operand: Operand<'_>, products: &mut [Product<'_>]) -> Result<(), EngineError> {
-        let Self { tier, pool, buffers, bits, profile } = self;
+        let Self { tier, pool, buffers, bits, profile, .. } = self;
         let wanted = matmul::wanted(*tier, *bits, products);
         let started = Instant::now();
         let codes = kernels::encode(*tier, pool, buffers, operand, *bits, wanted)?;
@@ -135,7 +140,7 @@ impl CpuBackend {
         let started = Instant::now();
         matmul::run(*tier, pool, &codes, products)?;
         profile.add(part, started);
-        for Product { weights, rows, .. } in products {
+        for Product { weights, rows, .. } in products.iter() {
             let operations = 2 * (rows.len() * weights.rows * weights.columns) as u64;
             profile.add_work(part, operations, weights.memory_bytes());
         }
@@ -211,7 +216,7 @@ impl Backend for CpuBackend {
 
     fn embed(&mut self, table: &Packed, tokens: &[u32], scale: f32) -> Result<Rows, EngineError> {
         let started = Instant::now();
-        let mut rows = Rows::zeroed(tokens.len(), table.columns);
+        let mut rows = self.buffers.rows(tokens.len(), table.columns);
         for (&token, row) in tokens.iter().zip(rows.values.chunks_mut(table.columns)) {
             table.read_row(token as usize, row);
             row.iter_mut().for_each(|value| *value *= scale);
@@ -255,8 +260,8 @@ impl Backend for CpuBackend {
         let started = Instant::now();
         let mut mixed = self.buffers.rows(batch.batch.rows, spec.query_width());
         let sinks = weights.sinks.as_deref();
-        let heads = attention::Heads { spec, sinks, cache };
-        attention::run(self.tier, &mut self.pool, &heads, &batch.batch, &queries, &mut mixed)?;
+        let heads = attention::Heads { spec, sinks, cache, spans: &batch.batch.spans };
+        self.attention.run(self.tier, &mut self.pool, &heads, &queries, &mut mixed)?;
         self.profile.add(Part::Attention, started);
         let [out] = self.project(Part::AttentionOutput, Operand::Rows(&mixed), [&weights.output])?;
         [queries, keys, values, mixed].into_iter().for_each(|rows| self.buffers.keep(rows));
@@ -292,16 +297,17 @@ impl Backend for CpuBackend {
         hidden: &Rows,
         rows: &[usize],
     ) -> Result<Vec<f32>, EngineError> {
-        let mut chosen = Rows::zeroed(0, hidden.width);
-        for &row in rows {
-            chosen.values.extend_from_slice(hidden.row(row));
+        let mut chosen = self.buffers.rows(rows.len(), hidden.width);
+        for (chosen, &row) in chosen.values.chunks_mut(hidden.width).zip(rows) {
+            chosen.copy_from_slice(hidden.row(row));
         }
         let mut out = Rows::zeroed(rows.len(), head.rows);
         self.multiply(
             Part::Head,
             Operand::Normed(&chosen, rms_norm(norm)),
-            &mut [Product { weights: head, bias: None, rows: 0..rows.len(), out: &mut out.values }],
+            &mut [Product::new(head, None, 0..rows.len(), &mut out.values)],
         )?;
+        self.buffers.keep(chosen);
         Ok(out.values)
     }
 }

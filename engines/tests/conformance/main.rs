@@ -4,6 +4,7 @@
 
 #![allow(clippy::expect_used)] // A failing test names the reason.
 
+mod allocations;
 mod golden;
 mod independence;
 mod pipeline;

@@ -2,7 +2,7 @@
 
 use exo_engines::engine::*;
 use exo_engines::model::ModelFiles;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 pub(crate) const SEQ: SeqId = SeqId(7);
 const LIFE: Incarnation = Incarnation { epoch: 1, owner: [0; 32] };
@@ -10,6 +10,28 @@ const LIFE: Incarnation = Incarnation { epoch: 1, owner: [0; 32] };
 /// A model on one engine, or on several engines in a pipeline.
 pub(crate) struct Pipeline {
     engines: Vec<Box<dyn Engine>>,
+}
+
+fn open(
+    model: &ModelFiles,
+    factory: &dyn EngineFactory,
+    layers: Range<usize>,
+    kv_element: KvElement,
+    activations: ActivationBits,
+) -> Box<dyn Engine> {
+    let spec = ShardSpec {
+        architecture: model.architecture.for_context(usize::MAX),
+        layers,
+        tensor: TensorRank::WHOLE,
+        kv_element,
+        activations,
+        kv_pages: 32,
+    };
+    let device = factory.probe().remove(0).id;
+    let mut engine = factory.open(&device).expect("the device is there");
+    engine.load(&spec, &model.weights, &mut |_| ControlFlow::Continue(())).expect("the fixture loads");
+    engine.warm_up().expect("the first row is finite");
+    engine
 }
 
 impl Pipeline {
@@ -24,24 +46,31 @@ impl Pipeline {
         kv_element: KvElement,
         activations: ActivationBits,
     ) -> Self {
-        let device = factory.probe().remove(0).id;
         let layers = model.architecture.layers.len();
         let cut = |index: usize| layers * index / shards;
-        let engines = (0..shards).map(|index| {
-            let spec = ShardSpec {
-                architecture: model.architecture.for_context(usize::MAX),
-                layers: cut(index)..cut(index + 1),
-                tensor: TensorRank::WHOLE,
-                kv_element,
-                activations,
-                kv_pages: 32,
-            };
-            let mut engine = factory.open(&device).expect("the device is there");
-            engine.load(&spec, &model.weights, &mut |_| ControlFlow::Continue(())).expect("the fixture loads");
-            engine.warm_up().expect("the first row is finite");
-            engine
-        });
-        Self { engines: engines.collect() }
+        let engine = |index| open(model, factory, cut(index)..cut(index + 1), kv_element, activations);
+        Self { engines: (0..shards).map(engine).collect() }
+    }
+
+    /// A shard of the first layers alone.
+    pub(crate) fn first_layers(
+        model: &ModelFiles,
+        factory: &dyn EngineFactory,
+        layers: usize,
+        kv_element: KvElement,
+        activations: ActivationBits,
+    ) -> Self {
+        assert!(layers < model.architecture.layers.len(), "the fixture has more layers");
+        Self { engines: vec![open(model, factory, 0..layers, kv_element, activations)] }
+    }
+
+    /// Computes `tokens`, and returns the hidden rows of the last shard, which lacks the model's last layer.
+    pub(crate) fn hidden(&mut self, rows: &[Row], tokens: Vec<u32>) -> Vec<f32> {
+        let step = Step { incarnation: LIFE, id: StepId(0), operations: Vec::new(), rows: rows.to_vec() };
+        match self.engines[0].forward(&step, Input::Tokens(tokens)).expect("a valid step").rows {
+            OutputRows::Hidden(hidden) => hidden,
+            OutputRows::Logits(_) => panic!("the shard has the last layer"),
+        }
     }
 
     pub(crate) fn step(&mut self, operations: &[Operation], rows: &[Row], tokens: Vec<u32>) -> Vec<f32> {

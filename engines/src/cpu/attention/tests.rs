@@ -3,6 +3,7 @@
 use super::*;
 use crate::arithmetic::attention::attend;
 use crate::arithmetic::cache;
+use crate::backend::Batch;
 use crate::cpu::cache::{KvCache, TOKENS};
 use crate::cpu::kernels;
 use crate::engine::KvElement;
@@ -89,8 +90,8 @@ proptest! {
         let mut pool = ThreadPool::new(2).expect("threads");
         for tier in Tier::available() {
             let mut out = Rows::zeroed(queries, spec.query_width());
-            let heads = Heads { spec: &spec, sinks, cache: &cache.layers[0] };
-            run(tier, &mut pool, &heads, &batch, &query_rows, &mut out).expect("no panic");
+            let heads = Heads { spec: &spec, sinks, cache: &cache.layers[0], spans: &batch.spans };
+            Workspace::default().run(tier, &mut pool, &heads, &query_rows, &mut out).expect("no panic");
             prop_assert_eq!(&out.values, &expected, "{}", tier.name());
         }
     }

@@ -3,6 +3,7 @@
 use super::super::activation::Rows;
 use super::super::cache::{LayerCache, TOKENS};
 use super::super::disjoint::DisjointMut;
+use super::super::scratch::Scratch;
 use super::stored::{F16, F32, Q8, Stored};
 use super::{Heads, Task, page};
 use crate::arithmetic::attention::{CHUNK, SUM_CHAINS, finish_score, rescales};
@@ -19,7 +20,7 @@ const TILE: usize = 8;
 /// A task, and where its results go.
 pub(super) struct Job<'a> {
     pub(super) heads: Heads<'a>,
-    pub(super) task: &'a Task<'a>,
+    pub(super) task: &'a Task,
     pub(super) queries: &'a Rows,
     pub(super) target: Target<'a>,
 }
@@ -67,10 +68,10 @@ pub(super) struct Query<'a> {
 
 impl<'a> Query<'a> {
     /// Returns query `number` of a task: rows in order, and the heads of each row.
-    pub(super) fn new(heads: &Heads<'_>, task: &Task<'_>, queries: &'a Rows, number: usize) -> Self {
+    pub(super) fn new(heads: &Heads<'_>, task: &Task, queries: &'a Rows, number: usize) -> Self {
         let row = task.rows.start + number / task.heads.len();
         let head = task.heads.start + number % task.heads.len();
-        let position = task.span.first_position + row - task.span.rows.start;
+        let position = task.position + row - task.rows.start;
         Query {
             row,
             head,
@@ -123,18 +124,18 @@ impl Running {
 }
 
 /// The memory of a tile: weights of a chunk for each query, and sums of values, of the chunk and of all chunks so far.
-struct Scratch {
-    weights: Vec<[f32; CHUNK]>,
-    part: Vec<f32>,
-    sums: Vec<f32>,
+struct Memory<'a> {
+    weights: &'a mut [[f32; CHUNK]],
+    part: &'a mut [f32],
+    sums: &'a mut [f32],
 }
 
 /// `N` queries of a job from number `first`, over a cache of the type `E`. Each size is a kernel of its own, since a
 /// compiler inlines little into very large functions.
-struct Tile<'a, 'b, E, const N: usize> {
+struct Tile<'a, 'b, 'c, E, const N: usize> {
     job: &'b Job<'a>,
     first: usize,
-    scratch: &'b mut Scratch,
+    memory: &'b mut Memory<'c>,
     stored: PhantomData<E>,
 }
 
@@ -150,28 +151,30 @@ impl Job<'_> {
     fn all_queries<E: Stored>(&self, tier: Tier) {
         let count = self.task.queries();
         let width = TILE.min(count) * self.heads.cache.padded_dim();
-        let mut scratch =
-            Scratch { weights: vec![[0.0; CHUNK]; TILE.min(count)], part: vec![0.0; width], sums: vec![0.0; width] };
+        let mut scratch = Scratch::take(TILE.min(count) * CHUNK + 2 * width);
+        let (weights, sums) = scratch.split_at_mut(TILE.min(count) * CHUNK);
+        let (part, sums) = sums.split_at_mut(width);
+        let mut memory = Memory { weights: weights.as_chunks_mut().0, part, sums };
         let mut first = 0;
         while first < count {
-            let scratch = &mut scratch;
+            let memory = &mut memory;
             first += match count - first {
-                TILE.. => self.tile::<E, TILE>(tier, first, scratch),
-                4.. => self.tile::<E, 4>(tier, first, scratch),
-                3 => self.tile::<E, 3>(tier, first, scratch),
-                2 => self.tile::<E, 2>(tier, first, scratch),
-                _ => self.tile::<E, 1>(tier, first, scratch),
+                TILE.. => self.tile::<E, TILE>(tier, first, memory),
+                4.. => self.tile::<E, 4>(tier, first, memory),
+                3 => self.tile::<E, 3>(tier, first, memory),
+                2 => self.tile::<E, 2>(tier, first, memory),
+                _ => self.tile::<E, 1>(tier, first, memory),
             };
         }
     }
 
-    fn tile<E: Stored, const N: usize>(&self, tier: Tier, first: usize, scratch: &mut Scratch) -> usize {
-        tier.run(Tile::<E, N> { job: self, first, scratch, stored: PhantomData });
+    fn tile<E: Stored, const N: usize>(&self, tier: Tier, first: usize, memory: &mut Memory<'_>) -> usize {
+        tier.run(Tile::<E, N> { job: self, first, memory, stored: PhantomData });
         N
     }
 }
 
-impl<E: Stored, const N: usize> Kernel for Tile<'_, '_, E, N> {
+impl<E: Stored, const N: usize> Kernel for Tile<'_, '_, '_, E, N> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let Job { heads, task, queries, target } = *self.job;
@@ -183,18 +186,18 @@ impl<E: Stored, const N: usize> Kernel for Tile<'_, '_, E, N> {
     }
 }
 
-impl<E: Stored, const N: usize> Tile<'_, '_, E, N> {
+impl<E: Stored, const N: usize> Tile<'_, '_, '_, E, N> {
     #[inline(always)]
     fn all_chunks<S: Simd>(self, queries: &[Query<'_>; N], out: &DisjointMut<'_, f32>, width: usize) {
         let heads = &self.job.heads;
         let padded = heads.cache.padded_dim();
-        self.scratch.sums[..N * padded].fill(0.0);
+        self.memory.sums[..N * padded].fill(0.0);
         let mut running: [Running; N] = std::array::from_fn(|i| Running::new(heads, &queries[i]));
         let start = queries.iter().map(|query| query.first_key).min().unwrap_or(0);
         let end = queries.iter().map(|query| query.end_key).max().unwrap_or(0);
         for chunk in start / CHUNK..end.div_ceil(CHUNK) {
-            let parts = chunk_mix::<S, E, N>(self.job, queries, chunk, self.scratch);
-            let Scratch { part, sums, .. } = &mut *self.scratch;
+            let parts = chunk_mix::<S, E, N>(self.job, queries, chunk, self.memory);
+            let Memory { part, sums, .. } = &mut *self.memory;
             for (i, query) in queries.iter().enumerate() {
                 if !query.seen_of(chunk).is_empty() {
                     let range = i * padded..(i + 1) * padded;
@@ -202,7 +205,7 @@ impl<E: Stored, const N: usize> Tile<'_, '_, E, N> {
                 }
             }
         }
-        for ((query, running), sums) in queries.iter().zip(running).zip(self.scratch.sums.chunks(padded)) {
+        for ((query, running), sums) in queries.iter().zip(running).zip(self.memory.sums.chunks(padded)) {
             let at = query.row * width + query.head * heads.spec.head_dim;
             // SAFETY: each pair of row and head belongs to one task.
             running.finish(sums, unsafe { out.take(at..at + heads.spec.head_dim) });
@@ -212,27 +215,27 @@ impl<E: Stored, const N: usize> Tile<'_, '_, E, N> {
     #[inline(always)]
     fn one_chunk<S: Simd>(self, queries: &[Query<'_>; N], chunk: usize, mixes: Mixes<'_>) {
         let padded = self.job.heads.cache.padded_dim();
-        let parts = chunk_mix::<S, E, N>(self.job, queries, chunk, self.scratch);
+        let parts = chunk_mix::<S, E, N>(self.job, queries, chunk, self.memory);
         for (i, part) in parts.iter().enumerate() {
             let at = (mixes.first + self.first + i) * mixes.size;
             // SAFETY: each query of a chunk belongs to one task.
             let mix = unsafe { mixes.values.take(at..at + mixes.size) };
-            mix[..padded].copy_from_slice(&self.scratch.part[i * padded..][..padded]);
+            mix[..padded].copy_from_slice(&self.memory.part[i * padded..][..padded]);
             [mix[padded], mix[padded + 1]] = [part.largest, part.total];
         }
     }
 }
 
-/// Computes one chunk of `N` queries: their parts, and in `scratch.part` their weighted sums of values. A query that
+/// Computes one chunk of `N` queries: their parts, and in `memory.part` their weighted sums of values. A query that
 /// sees no position of the chunk has an arbitrary part.
 #[inline(always)]
 fn chunk_mix<S: Simd, E: Stored, const N: usize>(
     job: &Job<'_>,
     queries: &[Query<'_>; N],
     chunk: usize,
-    scratch: &mut Scratch,
+    memory: &mut Memory<'_>,
 ) -> [Part; N] {
-    let Scratch { weights, part, .. } = scratch;
+    let Memory { weights, part, .. } = memory;
     let seen: [Range<usize>; N] = std::array::from_fn(|i| queries[i].seen_of(chunk));
     let first = seen.iter().map(|seen| seen.start).min().unwrap_or(0);
     let end = seen.iter().map(|seen| seen.end).max().unwrap_or(0);
@@ -259,11 +262,11 @@ fn chunk_mix<S: Simd, E: Stored, const N: usize>(
 impl Job<'_> {
     /// The keys of page `number` of the sequence.
     fn keys(&self, number: usize) -> &[u8] {
-        self.heads.cache.keys(self.task.span.pages[number], self.task.kv_head)
+        self.heads.cache.keys(self.heads.spans[self.task.span].pages[number], self.task.kv_head)
     }
 
     fn values(&self, number: usize) -> &[u8] {
-        self.heads.cache.values(self.task.span.pages[number], self.task.kv_head)
+        self.heads.cache.values(self.heads.spans[self.task.span].pages[number], self.task.kv_head)
     }
 }
 

@@ -43,10 +43,10 @@ impl<L: Layout> RowTile for CodedPanels<'_, '_, L> {
     #[inline(always)]
     fn tile<S: Simd, const SLOTS: usize>(&self, panel: usize, first: usize) {
         let Self { panels, coded, .. } = self;
-        let columns = panels.job.weights.columns;
+        let columns = panels.product.weights.columns;
         let (blocks, count) = (columns / BLOCK, superblocks(columns));
         let inputs = panels.inputs::<SLOTS>(first);
-        let units = &panels.job.weights.units[panel * count * LANES..][..count * LANES];
+        let units = &panels.product.weights.units[panel * count * LANES..][..count * LANES];
         let block_bytes = Coded::block_bytes(L::CODING);
         let codes = &coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes];
         // SAFETY: the slices above, the scales and the slots have the blocks that the loops read, in vectors of sixteen

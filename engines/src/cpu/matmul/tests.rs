@@ -16,7 +16,7 @@ fn product(tier: Tier, bits: ActivationBits, threads: usize, weights: &Packed, i
     let rows = first..input.count();
     let mut out = Rows::zeroed(rows.len(), weights.rows);
     let mut pool = ThreadPool::new(threads).expect("threads");
-    let mut products = [Product { weights, bias: None, rows, out: &mut out.values }];
+    let mut products = [Product::new(weights, None, rows, &mut out.values)];
     let wanted = wanted(tier, bits, &products);
     let operand = Operand::Rows(input);
     let codes = kernels::encode(tier, &mut pool, &mut BufferPool::default(), operand, bits, wanted).expect("no panic");

@@ -38,7 +38,7 @@ const TILES: usize = 4;
 
 /// Computes `panels` on tiles.
 pub(super) fn run(tier: Tier, panels: &Panels<'_, '_>) {
-    let weights = panels.job.weights;
+    let weights = panels.product.weights;
     let panel_planes = weights.columns.div_ceil(STEP) * STEP_PLANES;
     let mut planes = PLANES.take();
     planes.resize(PANELS * panel_planes);
@@ -151,7 +151,7 @@ struct Done {
     floats: usize,
 }
 
-/// Multiplies all rows of the job with a group of unpacked panels.
+/// Multiplies all rows of the product with a group of unpacked panels.
 struct Multiply<'a, 'b> {
     panels: &'a Panels<'a, 'b>,
     group: Range<usize>,
@@ -238,11 +238,11 @@ fn finish<S: Simd>(
     sums: &TileSums,
     floats: &mut [Floats; PANELS * TILES],
 ) {
-    let Panels { job, input, .. } = panels;
+    let Panels { product, input, .. } = panels;
     let count = superblocks(input.width);
     let rows = slot_rows(input.bits) * TILE_SLOTS;
     let floats = &mut floats[number];
-    let weights = &job.weights.units[(panel * count + superblock) * LANES..][..LANES];
+    let weights = &product.weights.units[(panel * count + superblock) * LANES..][..LANES];
     let units = Units { weights, rows: input.tile_units(tile, superblock), stride: count };
     // SAFETY: the caller is a kernel of `S`.
     unsafe {
@@ -261,8 +261,8 @@ fn finish<S: Simd>(
     }
     if last {
         let first = tile * rows;
-        // The job may begin and end inside a tile.
-        for row in first.max(job.rows.start)..(first + rows).min(job.rows.end) {
+        // The product may begin and end inside a tile.
+        for row in first.max(product.rows.start)..(first + rows).min(product.rows.end) {
             panels.write_values(panel, row, &mut floats.totals[row - first]);
         }
     }
@@ -275,7 +275,7 @@ struct Units<'a> {
     stride: usize,
 }
 
-/// Adds the sums of a superblock to the chains of all rows of a tile; those that no job has are arbitrary.
+/// Adds the sums of a superblock to the chains of all rows of a tile; those that no product has are arbitrary.
 ///
 /// # Safety
 /// Call only inside a kernel of `S`.

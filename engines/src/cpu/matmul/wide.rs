@@ -53,7 +53,7 @@ impl RowTile for WidePanels<'_, '_> {
 
     #[inline(always)]
     fn tile<S: Simd, const SLOTS: usize>(&self, panel: usize, first: usize) {
-        let panel_bytes = Wide::panel_bytes(self.panels.job.weights.columns);
+        let panel_bytes = Wide::panel_bytes(self.panels.product.weights.columns);
         let weights = &self.wide.pairs.bytes()[panel * panel_bytes..][..panel_bytes];
         self.panels.wide_tile::<S, SLOTS>(weights, panel, first);
     }
@@ -65,7 +65,7 @@ pub(super) fn run_rounded<L: Layout>(tier: Tier, panels: Panels<'_, '_>, coded: 
         return tier.run(RoundedPanels::<L> { panels, coded, layout: PhantomData });
     }
     let mut unpacked = UNPACKED.take();
-    unpacked.resize(Wide::panel_bytes(panels.job.weights.columns));
+    unpacked.resize(Wide::panel_bytes(panels.product.weights.columns));
     tier.run(UnpackedPanels::<L> { panels, coded, unpacked: &mut unpacked, layout: PhantomData });
     UNPACKED.set(unpacked);
 }
@@ -97,7 +97,7 @@ impl<L: Layout> RowTile for RoundedPanels<'_, '_, L> {
     #[inline(always)]
     fn tile<S: Simd, const SLOTS: usize>(&self, panel: usize, first: usize) {
         let Self { panels, coded, .. } = self;
-        let blocks = panels.job.weights.columns / BLOCK;
+        let blocks = panels.product.weights.columns / BLOCK;
         let block_bytes = Coded::block_bytes(L::CODING);
         let codes = coded.codes.bytes()[panel * blocks * block_bytes..][..blocks * block_bytes].as_ptr();
         // SAFETY: the panel has whole blocks, and the slots have whole steps.
@@ -189,7 +189,7 @@ impl<L: Layout> RowTile for UnpackedPanels<'_, '_, L> {
 
     #[inline(always)]
     fn begin<S: Simd>(&mut self, panel: usize) {
-        let columns = self.panels.job.weights.columns;
+        let columns = self.panels.product.weights.columns;
         let bytes = self.unpacked.bytes_mut();
         let used = columns / 4 * GROUP_BYTES;
         bytes[used..].fill(0);
@@ -227,7 +227,7 @@ impl Panels<'_, '_> {
     /// Multiplies with `weights`, a panel of 16-bit integers in the layout of [`Wide`].
     #[inline(always)]
     fn wide_tile<S: Simd, const SLOTS: usize>(&self, weights: &[u8], panel: usize, first: usize) {
-        assert!(weights.len() >= Wide::panel_bytes(self.job.weights.columns), "a panel has whole steps");
+        assert!(weights.len() >= Wide::panel_bytes(self.product.weights.columns), "a panel has whole steps");
         // SAFETY: the assertion; the slots are whole steps, too.
         unsafe { self.superblocks::<S, _, SLOTS>(panel, first, WideGroups { weights }) };
     }
@@ -238,10 +238,10 @@ impl Panels<'_, '_> {
     /// Call only inside a kernel of `S`, with groups of the panel, and slots of whole steps.
     #[inline(always)]
     unsafe fn superblocks<S: Simd, G: Groups<S>, const SLOTS: usize>(&self, panel: usize, first: usize, mut groups: G) {
-        let columns = self.job.weights.columns;
+        let columns = self.product.weights.columns;
         let (steps, count) = (columns.div_ceil(STEP), superblocks(columns));
         let inputs = self.inputs::<SLOTS>(first);
-        let units = &self.job.weights.units[panel * count * LANES..][..count * LANES];
+        let units = &self.product.weights.units[panel * count * LANES..][..count * LANES];
         // SAFETY: the caller is a kernel of `S`; units and slots have every superblock.
         unsafe {
             let mut sums = Sums::<S, SLOTS>::zero();
