@@ -104,20 +104,16 @@ impl GatewayHandle {
         Ok(generation)
     }
 
-    /// Loads the model of `spec` if it does not run, and its draft model if it has one, and waits until both run.
+    /// Loads the model of `spec` if it does not run, behind its draft model if it has one, and waits until both run.
     pub(crate) async fn ensure(&self, spec: ModelSpec) -> Result<RunningModel, RequestError> {
-        let draft = spec.draft_model();
-        let running = self.ensure_alone(spec).await?;
-        if let Some(draft) = draft {
-            self.ensure_draft(&running, draft).await?;
-        }
-        Ok(running)
+        let draft = self.ensure_draft(&spec).await?;
+        self.ensure_alone(spec, draft).await
     }
 
-    /// Loads the model of `spec` if it does not run, and waits until it runs.
-    async fn ensure_alone(&self, spec: ModelSpec) -> Result<RunningModel, RequestError> {
+    /// Loads the model of `spec` if it does not run, and waits until it runs. `draft`: its draft model.
+    async fn ensure_alone(&self, spec: ModelSpec, draft: Option<RunningModel>) -> Result<RunningModel, RequestError> {
         // No timeout: a download may take hours, and the caller sees its progress and can cancel.
-        match self.planner.call(|reply| PlannerMsg::Ensure { spec, reply }, None).await {
+        match self.planner.call(|reply| PlannerMsg::Ensure { spec, draft, reply }, None).await {
             Ok(CallResult::Success(outcome)) => outcome,
             _ => Err(RequestError::ShuttingDown),
         }
@@ -244,7 +240,7 @@ impl RequestTask {
             }
             tokio::time::sleep(HEAD_WAIT * heads.min(10)).await;
             // The answer goes on even where the draft model is lost.
-            running = self.gateway.ensure_alone(spec.clone()).await?;
+            running = self.gateway.ensure_alone(spec.clone(), None).await?;
         }
     }
 

@@ -53,6 +53,7 @@ use crate::worker::links::LinkRegistry;
 use crate::worker::{WorkerFact, WorkerRef};
 use drain::Drain;
 use exo_engines::engine::{DeviceId, DeviceReport};
+use exo_engines::tokenizer::Tokenizer;
 use exo_net::{Departure, NetworkThread, NodeId, WireType};
 use owned::OwnedHead;
 use pending::PendingModel;
@@ -78,6 +79,8 @@ pub(crate) enum PlannerMsg {
     /// Asks for a model to run. The reply comes when the model serves, or cannot be run.
     Ensure {
         spec: ModelSpec,
+        /// The spec's draft model, which stays in memory while this node knows the model.
+        draft: Option<RunningModel>,
         reply: EnsureReply,
     },
     /// Asks for the head of an instance; `None` where no head on this node takes its requests.
@@ -96,6 +99,13 @@ pub(crate) enum PlannerMsg {
         spec: ModelSpec,
         number: u64,
         opened: Opened,
+    },
+    /// The tokenizer of a pending model, and whether the draft model has the same tokens.
+    DraftChecked {
+        spec: ModelSpec,
+        number: u64,
+        tokenizer: Arc<Tokenizer>,
+        shares_tokens: bool,
     },
     HeadReport(HeadReport),
     /// A head of this node reports a fact about its instance.
@@ -232,7 +242,7 @@ impl Actor for Planner {
         state: &mut PlannerState,
     ) -> Result<(), ActorProcessingErr> {
         let needs_reconcile = match message {
-            PlannerMsg::Ensure { spec, reply } => state.ensure(&myself, spec, reply),
+            PlannerMsg::Ensure { spec, draft, reply } => state.ensure(&myself, spec, draft, reply),
             PlannerMsg::FindHead { instance, reply } => {
                 // The caller may no longer wait.
                 let _ = reply.send(state.active_head(instance));
@@ -242,7 +252,10 @@ impl Actor for Planner {
                 state.on_resolved(&myself, &spec, number, outcome).await;
                 Reconcile::Yes
             }
-            PlannerMsg::Tokenizer { spec, number, opened } => state.on_tokenizer(&spec, number, opened),
+            PlannerMsg::Tokenizer { spec, number, opened } => state.on_tokenizer(&myself, spec, number, opened),
+            PlannerMsg::DraftChecked { spec, number, tokenizer, shares_tokens } => {
+                state.on_draft_checked(&spec, number, tokenizer, shares_tokens)
+            }
             PlannerMsg::HeadReport(report) => state.on_head_report(report),
             PlannerMsg::HeadFact(fact) => state.on_head_fact(fact),
             PlannerMsg::HeadEnded { instance, what } => state.on_head_ended(instance, &what),

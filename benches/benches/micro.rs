@@ -52,12 +52,13 @@ fn product(bencher: Bencher<'_, '_>, (element, rows): (ElementType, usize)) {
     let mut backend = CpuBackend::new(1, Tier::best()).expect("a backend");
     let head = matrix(&mut backend, element, WIDTH);
     let norm = Norm { weight: backend.vector(vec![1.0; WIDTH]).expect("a vector"), epsilon: 1e-5 };
-    let hidden = backend.upload(vec![0.5; rows * WIDTH], WIDTH).expect("rows");
+    let values = vec![0.5; rows * WIDTH];
     let wanted: Vec<usize> = (0..rows).collect();
     let weight_bytes = CpuBackend::matrix_bytes(&head);
-    bencher
-        .counter(BytesCount::new(weight_bytes))
-        .bench_local(|| backend.logits(&norm, &head, &hidden, &wanted).expect("logits"));
+    bencher.counter(BytesCount::new(weight_bytes)).bench_local(|| {
+        let hidden = backend.upload(values.clone(), WIDTH).expect("rows");
+        backend.logits(&norm, &head, hidden, &wanted).expect("logits")
+    });
 }
 
 /// A row of an embedding table as floats.

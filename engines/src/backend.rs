@@ -220,7 +220,7 @@ pub trait Backend: Sized {
         &mut self,
         norm: &Norm<Self>,
         head: &Self::Matrix,
-        hidden: &Self::Buffer,
+        hidden: Self::Buffer,
         rows: &[usize],
     ) -> Result<Vec<f32>, EngineError>;
 }

@@ -323,7 +323,7 @@ impl Backend for ReferenceBackend {
         &mut self,
         norm: &Norm<Self>,
         head: &Matrix,
-        hidden: &Rows,
+        hidden: Rows,
         rows: &[usize],
     ) -> Result<Vec<f32>, EngineError> {
         let mut out = Vec::with_capacity(rows.len() * head.rows.len());

@@ -72,7 +72,7 @@ impl ModelArguments {
             kv_cache: self.kv_cache,
             activations: self.activations,
             speculation: self.speculate.unwrap_or_default(),
-            draft: self.draft.as_deref().map(absolute),
+            draft: self.draft.as_deref().map(absolute_with_recipe),
             split: self.split.clone(),
             policy: self.policy,
             model: absolute(&named.model),
@@ -112,6 +112,12 @@ fn absolute(model: &str) -> String {
         _ => None,
     };
     path.map_or(model, |path| path.display().to_string())
+}
+
+/// [`absolute`], of a name that may end with a recipe.
+pub(super) fn absolute_with_recipe(model: &str) -> String {
+    let named = ModelSpec::new(model);
+    ModelSpec { model: absolute(&named.model), ..named }.to_string()
 }
 
 /// The name of a model with the home folder for a leading `~/`, which a shell leaves in place within quotes.

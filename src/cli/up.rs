@@ -3,7 +3,7 @@
 use super::descriptors::raise_limit;
 use super::events::print_events;
 use super::hint::hint;
-use super::model_args::{expand_home, note_path};
+use super::model_args::{absolute_with_recipe, expand_home, note_path};
 use super::outcome::Outcome;
 use super::progress::Display;
 use super::secrets::{self, SecretArgument};
@@ -143,7 +143,7 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
         listen: arguments.listen()?,
         socket_folder: Some(data_dir.clone()),
         api_key: secrets::read(arguments.api_key.as_ref(), arguments.api_key_file.as_deref())?,
-        named_models: models.iter().map(|spec| spec.model.clone()).collect(),
+        named_models: models.iter().flat_map(names).collect(),
         allowed_origins: arguments.allowed_origins.iter().cloned().collect(),
         connections_max: connections_max(raise_limit()),
         proxies: arguments.proxies.iter().copied().collect(),
@@ -215,6 +215,11 @@ fn connections_max(descriptors: u64) -> usize {
     usize::try_from(descriptors / 2).unwrap_or(usize::MAX).min(CONNECTIONS_MAX)
 }
 
+/// The names of a spec's models.
+fn names(spec: &ModelSpec) -> impl Iterator<Item = String> {
+    std::iter::once(spec.model.clone()).chain(spec.draft_model().map(|draft| draft.model))
+}
+
 /// An origin as browsers send it: the scheme and the host in lower case, with the port, and no path.
 fn origin(text: &str) -> Result<String, String> {
     let origin = text.trim_end_matches('/').to_lowercase();
@@ -232,13 +237,14 @@ impl UpArguments {
         if self.split.is_some() && self.models.len() != 1 {
             anyhow::bail!("--split names the layers of one model, and {} are given", self.models.len());
         }
+        let draft = self.draft.as_deref().map(absolute_with_recipe);
         let spec = |name: &String| ModelSpec {
             split: self.split.clone(),
             context_tokens: self.context,
             kv_cache: self.kv_cache,
             activations: self.activations,
             speculation: self.speculate,
-            draft: self.draft.as_deref().map(expand_home),
+            draft: draft.clone().filter(|draft| ModelSpec::new(draft) != ModelSpec::new(expand_home(name))),
             ..ModelSpec::new(expand_home(name))
         };
         Ok(self.models.iter().map(spec).collect())

@@ -104,6 +104,10 @@ fn paths_over_tcp_are_unknown_models() {
     for path in ["sub/m.gguf", "./sub/m.gguf", "./sub", "./smollm2", "../..", "~", "~/.cache", &file, &absolute] {
         assert_eq!(ask(path), unknown, "{path}");
     }
+    for draft in ["sub/m.gguf", "sub/m.gguf@q4_k", "m.gguf@q4_k", "./sub@q8_0", "..@q4_k"] {
+        let answer = node.post("/plan", &object!({ "model": SMOLLM2, "draft": draft }));
+        assert_eq!(answer.status, 404, "{draft}: {}", answer.body);
+    }
     let given = node.folder().join("given/m.gguf").display().to_string();
     for name in ["given/m.gguf", "./given/m.gguf", given.as_str(), SMOLLM2] {
         let (status, body) = ask(name);

@@ -170,6 +170,12 @@ pub enum RequestError {
 }
 
 impl RequestError {
+    /// The error of a spec whose draft model cannot draft for its model.
+    pub(crate) fn bad_draft(spec: &ModelSpec, what: &'static str) -> Self {
+        let draft = spec.draft.clone().unwrap_or_default();
+        Self::BadDraft { model: spec.to_string(), draft, what: what.into() }
+    }
+
     /// Returns what the caller can do about the error.
     pub fn remedy(&self) -> &str {
         match self {

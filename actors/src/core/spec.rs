@@ -28,7 +28,8 @@ pub struct ModelSpec {
     /// The drafts of a new instance; a wish, which an instance with other drafts meets, too.
     #[serde(default)]
     pub speculation: Speculation,
-    /// The draft model: a smaller model with the same tokens, which runs as an instance of its own.
+    /// The draft model, with its recipe: a smaller model with the same tokens, which runs as an instance of its own.
+    /// `None`: any or none, which is none for a new instance.
     #[serde(default)]
     pub draft: Option<String>,
     /// The layers of each node; `None`: the planner chooses.
@@ -102,7 +103,7 @@ impl ModelSpec {
     /// The spec of the draft model, if there is one.
     pub fn draft_model(&self) -> Option<Self> {
         let named = Self::new(self.draft.as_deref()?);
-        Some(Self { context_tokens: self.context_tokens, speculation: Speculation::None, ..named })
+        Some(Self { speculation: Speculation::None, ..named })
     }
 
     /// The bits of activations of a new instance.

@@ -114,14 +114,24 @@ pub(super) struct PendingModel {
     model: Option<Arc<ResolvedModel>>,
     tokenizer_ref: Option<TokenizerRef>,
     tokenizer: Option<Arc<Tokenizer>>,
+    /// The draft model, which stays in memory as long as this value exists.
+    draft: Option<RunningModel>,
     in_use: Arc<()>,
     asked: Option<Instant>,
 }
 
 impl PendingModel {
-    fn new(number: u64) -> Self {
-        let in_use = Arc::new(());
-        Self { number, waiting: Vec::new(), model: None, tokenizer_ref: None, tokenizer: None, in_use, asked: None }
+    fn new(number: u64, draft: Option<RunningModel>) -> Self {
+        Self {
+            number,
+            waiting: Vec::new(),
+            model: None,
+            tokenizer_ref: None,
+            tokenizer: None,
+            draft,
+            in_use: Arc::new(()),
+            asked: None,
+        }
     }
 
     /// Whether a request of this node or an embedder uses the model or waits for it.
@@ -153,7 +163,13 @@ impl Drop for PendingModel {
 
 impl PlannerState {
     /// Replies at once if the model runs, and otherwise when it runs or cannot be run.
-    pub(super) fn ensure(&mut self, myself: &PlannerRef, spec: ModelSpec, reply: EnsureReply) -> Reconcile {
+    pub(super) fn ensure(
+        &mut self,
+        myself: &PlannerRef,
+        spec: ModelSpec,
+        draft: Option<RunningModel>,
+        reply: EnsureReply,
+    ) -> Reconcile {
         if let Some(running) = self.running_model(&spec) {
             // The caller may no longer wait.
             let _ = reply.send(Ok(running));
@@ -165,7 +181,7 @@ impl PlannerState {
         }
         self.next_pending += 1;
         let number = self.next_pending;
-        let mut pending = PendingModel::new(number);
+        let mut pending = PendingModel::new(number, draft);
         pending.waiting.push(reply);
         self.pending.insert(spec.clone(), pending);
         let (models, planner) = (self.args.models.clone(), myself.clone());
@@ -204,11 +220,43 @@ impl PlannerState {
         }
     }
 
-    pub(super) fn on_tokenizer(&mut self, spec: &ModelSpec, number: u64, opened: Opened) -> Reconcile {
+    pub(super) fn on_tokenizer(
+        &mut self,
+        myself: &PlannerRef,
+        spec: ModelSpec,
+        number: u64,
+        opened: Opened,
+    ) -> Reconcile {
+        if let Some(pending) = self.pending.get_mut(&spec).filter(|pending| pending.number == number) {
+            match (opened, &pending.draft) {
+                (Ok(tokenizer), None) => pending.tokenizer = Some(tokenizer),
+                (Ok(tokenizer), Some(draft)) => {
+                    let (planner, draft) = (myself.clone(), Arc::clone(&draft.tokenizer));
+                    tokio::task::spawn_blocking(move || {
+                        let shares_tokens = tokenizer.shares_tokens(&draft);
+                        // The planner may have stopped.
+                        let checked = PlannerMsg::DraftChecked { spec, number, tokenizer, shares_tokens };
+                        let _ = planner.send_message(checked);
+                    });
+                }
+                (Err(error), _) => self.refuse_here(&spec, &ModelError::from(error).into()),
+            }
+        }
+        Reconcile::Yes
+    }
+
+    /// Takes the tokenizer into use, unless the draft model has other tokens. The model is not loaded before that.
+    pub(super) fn on_draft_checked(
+        &mut self,
+        spec: &ModelSpec,
+        number: u64,
+        tokenizer: Arc<Tokenizer>,
+        shares_tokens: bool,
+    ) -> Reconcile {
         if let Some(pending) = self.pending.get_mut(spec).filter(|pending| pending.number == number) {
-            match opened {
-                Ok(tokenizer) => pending.tokenizer = Some(tokenizer),
-                Err(error) => self.refuse_here(spec, &ModelError::from(error).into()),
+            match shares_tokens {
+                true => pending.tokenizer = Some(tokenizer),
+                false => self.refuse_here(spec, &RequestError::bad_draft(spec, "the two have different tokens")),
             }
         }
         Reconcile::Yes

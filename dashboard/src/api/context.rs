@@ -67,8 +67,11 @@ impl ApiContext {
     /// As [`spec`](Self::spec).
     pub(super) fn admit(&self, spec: ModelSpec) -> Result<ModelSpec, ApiError> {
         let model = self.admit_name("model", spec.model)?;
-        let draft = spec.draft.map(|draft| self.admit_name("draft", draft)).transpose()?;
-        Ok(ModelSpec { model, draft, ..spec })
+        let draft = spec.draft.map(|draft| {
+            let named = ModelSpec::new(draft);
+            Ok::<_, ApiError>(ModelSpec { model: self.admit_name("draft", named.model)?, ..named }.to_string())
+        });
+        Ok(ModelSpec { model, draft: draft.transpose()?, ..spec })
     }
 
     fn admit_name(&self, field: &'static str, model: String) -> Result<String, ApiError> {

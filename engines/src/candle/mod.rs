@@ -345,7 +345,7 @@ impl Backend for CandleBackend {
         &mut self,
         norm: &Norm<Self>,
         head: &Matrix,
-        hidden: &Tensor,
+        hidden: Tensor,
         rows: &[usize],
     ) -> Result<Vec<f32>, EngineError> {
         let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();

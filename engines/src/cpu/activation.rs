@@ -80,7 +80,8 @@ pub(super) struct CodedRows {
     pub(super) bits: ActivationBits,
     /// The number of rows.
     count: usize,
-    /// \[tile of slots]\[step]\[plane]\[slot]\[column]. Slots of the last tile behind the last slot are arbitrary.
+    /// \[tile of slots]\[step]\[plane]\[slot]\[column]. Slots of the last tile behind the last slot are
+    /// arbitrary.
     bytes: Lines,
     /// Slots of a tile: 16 for products on tiles, so that a plane of a tile is contiguous; else 1, so that a slot is.
     tile_slots: usize,
@@ -218,7 +219,8 @@ pub(super) struct CodedParts<'a> {
 }
 
 impl CodedParts<'_> {
-    /// The row behind the last one that shares its slot. It must be zero.
+    /// The row behind the last one that shares its slot. Nobody reads its outputs, but its codes, sums and starts must
+    /// agree, as those of zeros do: else sums of products would not fit their integers.
     pub(super) fn missing_row(&self) -> Option<usize> {
         (!self.count.is_multiple_of(slot_rows(self.bits))).then_some(self.count)
     }

@@ -32,6 +32,9 @@ const TASKS_PER_THREAD: usize = 4;
 /// Most rows of a batch that is split into chunks: those of a step with drafts. It bounds the memory of mixes.
 const SPLIT_ROWS_MAX: usize = 16;
 
+/// The most floats of mixes that are kept for the next layer: those of one row over a long context.
+const MIXES_KEPT_MAX: usize = 1 << 20;
+
 /// The heads of a layer, with their sinks and cache, and the sequences of the batch.
 #[derive(Clone, Copy)]
 pub(super) struct Heads<'a> {
@@ -151,6 +154,9 @@ impl Workspace {
             Job { heads: *heads, task: &tasks[task], queries, target: Target::Mix { chunk, mixes } }.run(tier);
         })?;
         tier.run(Join { heads, tasks, chunks, mixes, queries, out });
+        if mixes.capacity() > MIXES_KEPT_MAX {
+            *mixes = Vec::new();
+        }
         Ok(())
     }
 }

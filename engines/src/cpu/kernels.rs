@@ -16,9 +16,9 @@ use crate::simd::Tier;
 use crate::simd::{Kernel, Simd};
 use std::ops::Range;
 
-/// Rows of one task, an even number: two rows may share a slot. A decode step of a few rows is one task, which the
-/// calling thread runs without waking a helper.
+/// Rows of one task. A decode step of a few rows is one task, which the calling thread runs without waking a helper.
 const TASK_ROWS: usize = 8;
+const _: () = assert!(TASK_ROWS.is_multiple_of(2), "both rows of a slot are in one task");
 
 /// x / √(mean of x² + epsilon) · weight.
 #[derive(Clone, Copy)]

@@ -1,7 +1,7 @@
 //! The native CPU backend: runs on any CPU, and uses vector instructions where available.
 //!
 //! ```text
-//! rows ─norm, round to 16 bits─► matmul (packed panels) ─► rotary, cache ─► attention ─► matmul ─► …
+//! rows ─norm, round to 16 or 8 bits─► matmul (packed panels) ─► rotary, cache ─► attention ─► matmul ─► …
 //! ```
 //! [`arithmetic`] defines every bit of the results. Threads share panels and rows, but never split a sum of floats.
 
@@ -230,7 +230,10 @@ impl Backend for CpuBackend {
     }
 
     fn download(&mut self, buffer: Rows) -> Result<Vec<f32>, EngineError> {
-        Ok(buffer.values)
+        // Copied, since a buffer of the pool may have far more memory than these rows.
+        let values = buffer.values.clone();
+        self.buffers.keep(buffer);
+        Ok(values)
     }
 
     fn attention(
@@ -294,7 +297,7 @@ impl Backend for CpuBackend {
         &mut self,
         norm: &Norm<Self>,
         head: &Packed,
-        hidden: &Rows,
+        hidden: Rows,
         rows: &[usize],
     ) -> Result<Vec<f32>, EngineError> {
         let mut chosen = self.buffers.rows(rows.len(), hidden.width);
@@ -307,7 +310,7 @@ impl Backend for CpuBackend {
             Operand::Normed(&chosen, rms_norm(norm)),
             &mut [Product::new(head, None, 0..rows.len(), &mut out.values)],
         )?;
-        self.buffers.keep(chosen);
+        [chosen, hidden].into_iter().for_each(|rows| self.buffers.keep(rows));
         Ok(out.values)
     }
 }

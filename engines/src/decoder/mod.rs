@@ -224,7 +224,7 @@ impl<B: Backend> Loaded<B> {
             return Ok(OutputRows::Logits(Vec::new()));
         }
         let head = self.weights.head().ok_or(EngineError::NotLoaded)?;
-        let mut logits = backend.logits(norm, head, &hidden, &wanted)?;
+        let mut logits = backend.logits(norm, head, hidden, &wanted)?;
         if let Some(cap) = self.spec.architecture.logit_softcap {
             logits.iter_mut().for_each(|logit| *logit = softcap(*logit, cap));
         }

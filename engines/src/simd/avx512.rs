@@ -106,23 +106,23 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four)) }
     }
     #[inline(always)]
-    unsafe fn dot_slots<const ROWS: usize, const AT: usize, const WIDE: bool>(
-        sums: &mut [[__m512i; 2]; ROWS],
+    unsafe fn dot_slots<const SLOTS: usize, const AT: usize, const WIDE: bool>(
+        sums: &mut [[__m512i; 2]; SLOTS],
         codes: __m512i,
-        rows: &[*const i8; ROWS],
+        slots: &[*const i8; SLOTS],
         plane: usize,
     ) {
         unsafe {
-            let mut r = 0;
-            while r + 1 < ROWS {
-                let (left, right) = sums.split_at_mut(r + 1);
-                dot_two_rows::<AT>([&mut left[r], &mut right[0]], codes, [rows[r], rows[r + 1]], plane);
-                r += 2;
+            let mut s = 0;
+            while s + 1 < SLOTS {
+                let (left, right) = sums.split_at_mut(s + 1);
+                dot_two_slots::<AT>([&mut left[s], &mut right[0]], codes, [slots[s], slots[s + 1]], plane);
+                s += 2;
             }
-            if r < ROWS {
-                let four = |plane: usize| rows[r].add(plane + AT).cast::<i32>().read_unaligned();
-                sums[r][0] = Self::dot(sums[r][0], codes, four(0));
-                sums[r][1] = Self::dot(sums[r][1], codes, four(plane));
+            if s < SLOTS {
+                let four = |plane: usize| slots[s].add(plane + AT).cast::<i32>().read_unaligned();
+                sums[s][0] = Self::dot(sums[s][0], codes, four(0));
+                sums[s][1] = Self::dot(sums[s][1], codes, four(plane));
             }
         }
     }
@@ -135,17 +135,17 @@ impl Simd for Avx512 {
         unsafe { _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(pair)) }
     }
     #[inline(always)]
-    unsafe fn dot_pairs_slots<const ROWS: usize, const PLANE: usize>(
-        sums: &mut [[__m512i; 2]; ROWS],
+    unsafe fn dot_pairs_slots<const SLOTS: usize, const PLANE: usize>(
+        sums: &mut [[__m512i; 2]; SLOTS],
         [even, odd]: [__m512i; 2],
-        rows: &[*const i16; ROWS],
+        slots: &[*const i16; SLOTS],
     ) {
         unsafe {
-            for r in 0..ROWS {
-                dot_pairs_of_row::<0, PLANE>(&mut sums[r], even, rows[r]);
+            for s in 0..SLOTS {
+                dot_pairs_of_slot::<0, PLANE>(&mut sums[s], even, slots[s]);
             }
-            for r in 0..ROWS {
-                dot_pairs_of_row::<4, PLANE>(&mut sums[r], odd, rows[r]);
+            for s in 0..SLOTS {
+                dot_pairs_of_slot::<4, PLANE>(&mut sums[s], odd, slots[s]);
             }
         }
     }
@@ -264,30 +264,30 @@ impl Simd for Avx512 {
     }
 }
 
-/// [`Simd::dot_slots`] of two rows. As `asm!`, whose blocks keep their order: a compiler would put all products of one
+/// [`Simd::dot_slots`] of two slots. As `asm!`, whose blocks keep their order: a compiler would put all products of one
 /// sum behind each other, where each waits for the one before.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn dot_two_rows<const AT: usize>(
-    [first, second]: [&mut [__m512i; 2]; 2],
+unsafe fn dot_two_slots<const AT: usize>(
+    [a, b]: [&mut [__m512i; 2]; 2],
     codes: __m512i,
-    rows: [*const i8; 2],
+    slots: [*const i8; 2],
     plane: usize,
 ) {
-    // SAFETY: the caller guarantees that both rows have the bytes in both planes.
+    // SAFETY: the caller guarantees that both slots have the bytes in both planes.
     unsafe {
         asm!(
-            "vpdpbusd {first_upper}, {codes}, dword ptr [{a} + {at}]{{1to16}}",
-            "vpdpbusd {first_lower}, {codes}, dword ptr [{a} + {plane} + {at}]{{1to16}}",
-            "vpdpbusd {second_upper}, {codes}, dword ptr [{b} + {at}]{{1to16}}",
-            "vpdpbusd {second_lower}, {codes}, dword ptr [{b} + {plane} + {at}]{{1to16}}",
-            first_upper = inout(zmm_reg) first[0],
-            first_lower = inout(zmm_reg) first[1],
-            second_upper = inout(zmm_reg) second[0],
-            second_lower = inout(zmm_reg) second[1],
+            "vpdpbusd {a_first}, {codes}, dword ptr [{a} + {at}]{{1to16}}",
+            "vpdpbusd {a_second}, {codes}, dword ptr [{a} + {plane} + {at}]{{1to16}}",
+            "vpdpbusd {b_first}, {codes}, dword ptr [{b} + {at}]{{1to16}}",
+            "vpdpbusd {b_second}, {codes}, dword ptr [{b} + {plane} + {at}]{{1to16}}",
+            a_first = inout(zmm_reg) a[0],
+            a_second = inout(zmm_reg) a[1],
+            b_first = inout(zmm_reg) b[0],
+            b_second = inout(zmm_reg) b[1],
             codes = in(zmm_reg) codes,
-            a = in(reg) rows[0],
-            b = in(reg) rows[1],
+            a = in(reg) slots[0],
+            b = in(reg) slots[1],
             plane = in(reg) plane,
             at = const AT,
             options(readonly, nostack, preserves_flags),
@@ -295,24 +295,24 @@ unsafe fn dot_two_rows<const AT: usize>(
     }
 }
 
-/// Half of [`Simd::dot_pairs_slots`] for one row: the pairs of both planes that are `AT` bytes behind `row`. As `asm!`
-/// for the same reason as [`dot_two_rows`].
+/// Half of [`Simd::dot_pairs_slots`] for one slot: the pairs of both planes that are `AT` bytes behind `slot`. As `asm!`
+/// for the same reason as [`dot_two_slots`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn dot_pairs_of_row<const AT: usize, const PLANE: usize>(
+unsafe fn dot_pairs_of_slot<const AT: usize, const PLANE: usize>(
     sums: &mut [__m512i; 2],
     weights: __m512i,
-    row: *const i16,
+    slot: *const i16,
 ) {
-    // SAFETY: the caller guarantees that the row has the pairs in both planes.
+    // SAFETY: the caller guarantees that the slot has the pairs in both planes.
     unsafe {
         asm!(
-            "vpdpwssd {upper}, {weights}, dword ptr [{row} + {at}]{{1to16}}",
-            "vpdpwssd {lower}, {weights}, dword ptr [{row} + 2 * {plane} + {at}]{{1to16}}",
+            "vpdpwssd {upper}, {weights}, dword ptr [{slot} + {at}]{{1to16}}",
+            "vpdpwssd {lower}, {weights}, dword ptr [{slot} + 2 * {plane} + {at}]{{1to16}}",
             upper = inout(zmm_reg) sums[0],
             lower = inout(zmm_reg) sums[1],
             weights = in(zmm_reg) weights,
-            row = in(reg) row,
+            slot = in(reg) slot,
             plane = const PLANE,
             at = const AT,
             options(readonly, nostack, preserves_flags),

@@ -10,16 +10,18 @@ impl Scheduler {
         let is_decoding = |seq: &&SeqId| self.sequences.get(seq).is_some_and(|s| s.draws || s.decodes());
         let share = self.running.iter().filter(is_decoding).count().div_ceil(self.limits.steps_in_flight.max(1));
         let rows = self.limits.draft_rows.checked_div(share).unwrap_or(0);
+        let waiting = self.await_drafts(rows);
+        if self.limits.steps_in_flight <= 1 && !waiting.is_empty() {
+            // The drafts of one round come at about the same time, and a step serves all sequences at once.
+            return;
+        }
         let mut added = 0;
         for seq in self.running.clone() {
             if added >= share {
                 return;
             }
-            let decodes = self.sequences.get(&seq).is_some_and(Sequence::decodes);
-            if !decodes || !self.running.contains(&seq) || self.awaits_draft(seq, rows) {
-                continue;
-            }
-            if self.free_page_for(seq, plan) {
+            let decodes = self.sequences.get(&seq).is_some_and(Sequence::decodes) && !waiting.contains(&seq);
+            if decodes && self.running.contains(&seq) && self.free_page_for(seq, plan) {
                 self.add_rows(seq, 1, plan);
                 self.add_draft(seq, rows, plan);
                 added += 1;

@@ -10,25 +10,33 @@ use super::drafting::{Decision, MODEL_DRAFT_MAX, Sources};
 use super::{DraftAsk, SamplerOperation, Scheduler, Sequence, StepPlan};
 use exo_engines::engine::{Operation, Row, SeqId};
 use exo_engines::sampler::{SampleError, Sampled};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The fewest rows of a sequence in a step for which a draft model is asked: waiting for shorter drafts does not pay.
+const MODEL_ROWS_MIN: usize = 4;
 
 impl Scheduler {
-    /// Whether `seq` waits for a draft, which is asked for if this is its turn. `rows`: as in
-    /// [`add_draft`](Self::add_draft).
-    pub(super) fn awaits_draft(&mut self, seq: SeqId, rows: usize) -> bool {
-        let Some(sequence) = self.sequences.get_mut(&seq) else { return false };
-        // So short an answer may itself be a draft for another instance, which must not wait for drafts in turn.
-        let is_short = sequence.max_tokens as usize <= MODEL_DRAFT_MAX;
-        let sources = Sources { lookup: self.limits.has_lookup, model: self.limits.has_draft_model && !is_short };
-        let most = sequence.draft_room(rows);
-        match sequence.drafting.decide(&sequence.tokens, most, sources) {
-            Decision::Go => return false,
-            Decision::Wait => {}
-            Decision::Ask(count) => {
-                self.asks.push_back(DraftAsk { seq, tokens: sequence.tokens.clone(), count });
+    /// Chooses the drafts of all decoding sequences, each of which may send `rows` rows. Returns those that wait for
+    /// the draft model.
+    pub(super) fn await_drafts(&mut self, rows: usize) -> BTreeSet<SeqId> {
+        let mut waiting = BTreeSet::new();
+        for seq in &self.running {
+            let Some(sequence) = self.sequences.get_mut(seq).filter(|sequence| sequence.decodes()) else { continue };
+            let sources = Sources {
+                lookup: self.limits.has_lookup,
+                model: self.limits.has_draft_model && rows >= MODEL_ROWS_MIN && sequence.takes_model_drafts(),
+            };
+            let room = sequence.draft_room(rows);
+            match sequence.drafting.decide(&sequence.tokens, room, sources) {
+                Decision::Go => continue,
+                Decision::Wait => {}
+                Decision::Ask(count) => {
+                    self.asks.push_back(DraftAsk { seq: *seq, tokens: sequence.tokens.clone(), count });
+                }
             }
+            waiting.insert(*seq);
         }
-        true
+        waiting
     }
 
     /// Adds the chosen draft behind the last row of `seq`, which draws: at most `rows` rows together, on free pages,
@@ -87,6 +95,12 @@ impl Scheduler {
 }
 
 impl Sequence {
+    /// Whether the sequence waits for a draft model. The first token does not: it is what a user waits for. Nor does a
+    /// short answer: it may itself be a draft for another instance, which must not wait for drafts in turn.
+    fn takes_model_drafts(&self) -> bool {
+        self.generated() > 0 && self.max_tokens as usize > MODEL_DRAFT_MAX
+    }
+
     /// The tokens that a draft may have where the sequence may send `rows` rows: its own row yields one token, whatever
     /// becomes of the draft.
     fn draft_room(&self, rows: usize) -> usize {

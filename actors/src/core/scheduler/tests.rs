@@ -233,38 +233,69 @@ fn only_drafted_tokens_stay_in_the_caches() {
     assert_eq!(scheduler.draft_counts(), DraftCounts { drafted: 6, accepted: 2 });
 }
 
-/// A draft of the draft model is sent with the sequence's next row, which waits for it; other sequences do not wait. An
-/// empty answer, and one for other tokens, let the sequence go on without a draft.
+/// The scheduler of an instance with a draft model, with two sequences of other tokens that have drawn their first one.
+fn with_draft_model() -> Scheduler {
+    let draft_rows = 16;
+    let mut scheduler = Scheduler::new(Limits { draft_rows, has_draft_model: true, ..limits() });
+    for seq in [1, 2] {
+        let mut own = request(seq, 8, 100);
+        own.sampler.prompt = (10 * seq as u32..).take(8).collect();
+        scheduler.handle_request(own).expect("it fits");
+    }
+    scheduler.poll_step().expect("the prompts");
+    let first = |seq| (SeqId(seq), Ok(Sampled { token: 1, logprob: 0.0, top_logprobs: Vec::new() }));
+    scheduler.handle_step_done([1, 2].map(first).into());
+    scheduler
+}
+
+/// Drafts of the draft model are sent with the next row of their sequences. A step serves all sequences, so it waits
+/// for the drafts of all; a new prompt does not wait.
 #[test]
-fn a_sequence_waits_for_the_draft_model() {
-    let mut scheduler = Scheduler::new(Limits { draft_rows: 16, has_draft_model: true, ..limits() });
-    let mut own = request(1, 8, 100);
-    own.sampler.prompt = (10..18).collect();
-    scheduler.handle_request(own).expect("it fits");
-    scheduler.poll_step().expect("the prompt");
-    scheduler.handle_step_done(results(&[1]));
-    assert_eq!(scheduler.poll_step(), None, "the sequence waits");
-    let ask = scheduler.poll_draft().expect("a question");
-    assert_eq!((ask.seq, ask.tokens.len(), ask.count), (SeqId(1), 9, 3));
-    assert_eq!(scheduler.poll_draft(), None, "one question for each draft");
-    let mut other = request(2, 4, 100);
-    other.sampler.prompt = vec![500, 501, 502, 503];
-    scheduler.handle_request(other).expect("it fits");
-    let prompt = scheduler.poll_step().expect("another sequence does not wait");
-    assert!(prompt.rows.iter().all(|row| row.seq == SeqId(2)));
-    scheduler.handle_cancel(SeqId(2));
-    scheduler.handle_step_done(Vec::new());
+fn a_step_waits_for_the_draft_model() {
+    let mut scheduler = with_draft_model();
+    assert_eq!(scheduler.poll_step(), None, "the sequences wait");
+    let asks: Vec<DraftAsk> = std::iter::from_fn(|| scheduler.poll_draft()).collect();
+    let asked: Vec<_> = asks.iter().map(|ask| (ask.seq.0, ask.tokens.len(), ask.count)).collect();
+    assert_eq!(asked, [(1, 9, 3), (2, 9, 3)]);
     scheduler.handle_draft(SeqId(1), 8, vec![77]);
     scheduler.handle_draft(SeqId(1), 9, vec![2, 3, 1_000_000, 4]);
+    assert_eq!(scheduler.poll_step(), None, "the other sequence waits");
+    scheduler.handle_draft(SeqId(2), 9, vec![5]);
     let plan = scheduler.poll_step().expect("a step");
-    assert_eq!(plan.tokens, [1, 2, 3], "the draft, up to a token that the model does not have");
+    assert_eq!(plan.tokens, [1, 2, 3, 1, 5], "the drafts, up to a token that the model does not have");
+}
+
+/// An accepted draft grows. Where there is none in time, the sequence goes on without, and does not ask again at once.
+#[test]
+fn drafts_of_a_model_grow_and_pause() {
+    let mut scheduler = with_draft_model();
+    scheduler.handle_cancel(SeqId(2));
+    scheduler.poll_step();
+    scheduler.handle_step_done(Vec::new());
+    assert_eq!(scheduler.poll_step(), None);
+    scheduler.handle_draft(SeqId(1), 9, vec![2, 3]);
+    assert_eq!(scheduler.poll_step().map(|plan| plan.tokens), Some(vec![1, 2, 3]));
     scheduler.handle_step_done(results(&[2, 3, 4]));
     assert_eq!(scheduler.draft_counts(), DraftCounts { drafted: 2, accepted: 2 });
     assert_eq!(scheduler.poll_step(), None);
-    let ask = scheduler.poll_draft().expect("the next question");
+    let ask = std::iter::from_fn(|| scheduler.poll_draft()).last().expect("the next question");
     assert_eq!((ask.tokens.len(), ask.count), (12, 6), "an accepted draft grows");
     scheduler.handle_draft(SeqId(1), 12, Vec::new());
     assert_eq!(scheduler.poll_step().map(|plan| plan.tokens), Some(vec![4]), "no draft in time");
     scheduler.handle_step_done(results(&[5]));
     assert_eq!(scheduler.poll_step().map(|plan| plan.tokens), Some(vec![5]), "then a pause");
+}
+
+/// Neither the first token nor a short answer waits for the draft model: a short answer may be a draft itself.
+#[test]
+fn short_answers_and_first_tokens_do_not_wait_for_drafts() {
+    for max_tokens in [8, 9] {
+        let mut scheduler = Scheduler::new(Limits { draft_rows: 16, has_draft_model: true, ..limits() });
+        let mut own = request(1, 1, max_tokens);
+        own.sampler.prompt = vec![10];
+        scheduler.handle_request(own).expect("it fits");
+        scheduler.poll_step().expect("the first token does not wait");
+        scheduler.handle_step_done(results(&[1]));
+        assert_eq!(scheduler.poll_step().is_some(), max_tokens == 8, "{max_tokens}");
+    }
 }

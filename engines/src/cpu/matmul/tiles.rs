@@ -203,7 +203,7 @@ impl Multiply<'_, '_> {
         }
     }
 
-    /// Multiplies a superblock of a tile of rows with panel `number` of the group.
+    /// Multiplies a superblock of a tile of slots with panel `number` of the group.
     #[inline(always)]
     fn multiply(&self, tiles: &Tiles, tile: usize, superblock: usize, number: usize, sums: &mut TileSums) {
         let input = self.panels.input;
