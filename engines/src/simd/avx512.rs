@@ -295,8 +295,8 @@ unsafe fn dot_two_slots<const AT: usize>(
     }
 }
 
-/// Half of [`Simd::dot_pairs_slots`] for one slot: the pairs of both planes that are `AT` bytes behind `slot`. As `asm!`
-/// for the same reason as [`dot_two_slots`].
+/// Half of [`Simd::dot_pairs_slots`] for one slot: the pairs of both planes that are `AT` bytes behind `slot`. As
+/// `asm!` for the same reason as [`dot_two_slots`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn dot_pairs_of_slot<const AT: usize, const PLANE: usize>(
