@@ -172,7 +172,7 @@ impl Actor for Head {
             requests: HashMap::new(),
             pipeline,
             incoming: None,
-            drafted: draft::drafted_to(&myself),
+            drafted: EventCallback::to(&myself, HeadMsg::Drafted),
             started: Instant::now(),
             next_step: 0,
             cleared: Duration::ZERO,

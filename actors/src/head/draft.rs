@@ -1,6 +1,6 @@
 //! Drafts of a draft model, which is another instance: the head asks, and the answer arrives as a message.
 
-use super::{HeadMsg, HeadState};
+use super::HeadState;
 use crate::core::scheduler::DraftAsk;
 use crate::core::spec::ModelSpec;
 use crate::transport::callback::EventCallback;
@@ -67,9 +67,4 @@ impl HeadState {
     pub(super) fn on_drafted(&mut self, Drafted { seq, length, draft }: Drafted) {
         self.scheduler.handle_draft(seq, length, draft);
     }
-}
-
-/// A callback that brings answers to the head.
-pub(super) fn drafted_to(head: &super::HeadRef) -> EventCallback<Drafted> {
-    EventCallback::to(head, HeadMsg::Drafted)
 }
