@@ -104,7 +104,7 @@ impl GatewayHandle {
         Ok(generation)
     }
 
-    /// Loads the model of `spec` if it does not run, behind its draft model if it has one, and waits until both run.
+    /// Loads the model of `spec` if it does not run, after its draft model if it has one, and waits until both run.
     pub(crate) async fn ensure(&self, spec: ModelSpec) -> Result<RunningModel, RequestError> {
         let draft = self.ensure_draft(&spec).await?;
         self.ensure_alone(spec, draft).await

@@ -224,9 +224,8 @@ impl Actor for Head {
 fn limits(deployment: &Deployment) -> Limits {
     // candle computes a row differently in other batches, so drafts could change its answers.
     let is_exact = |stage: &Stage| !stage.device.0.starts_with(CANDLE_DEVICES);
+    let may_draft = deployment.placement.stages.iter().all(is_exact);
     let spec = &deployment.spec;
-    let drafts = spec.speculation != Speculation::None || spec.draft.is_some();
-    let may_draft = drafts && deployment.placement.stages.iter().all(is_exact);
     Limits {
         pages: deployment.demand.kv_pages,
         context: deployment.model.context,

@@ -241,8 +241,8 @@ impl Scheduler {
     /// An answer that is not awaited is ignored.
     pub fn handle_draft(&mut self, seq: SeqId, length: usize, mut draft: Vec<u32>) {
         // The draft model's vocabulary may be larger.
-        let is_token = |token: &u32| *token < self.limits.vocabulary;
-        draft.truncate(draft.iter().take_while(|token| is_token(token)).count());
+        let known = draft.iter().take_while(|&&token| token < self.limits.vocabulary).count();
+        draft.truncate(known);
         if let Some(sequence) = self.sequences.get_mut(&seq) {
             sequence.drafting.answer(length, draft);
         }

@@ -78,13 +78,17 @@ impl Drafting {
             Next::Ready(..) => return Decision::Go,
             Next::Undecided => {}
         }
-        let start = if most > 0 && sources.lookup { prompt_lookup::continuation(tokens) } else { None };
-        if let Some(draft) = start.and_then(|start| Some(prompt_lookup::draft(tokens, start, self.lookup.next(most)?)))
+        if most > 0
+            && sources.lookup
+            && let Some(start) = prompt_lookup::continuation(tokens)
+            && let Some(count) = self.lookup.next(most)
         {
-            self.next = Next::Ready(Source::Lookup, draft);
+            self.next = Next::Ready(Source::Lookup, prompt_lookup::draft(tokens, start, count));
             return Decision::Go;
         }
-        if let Some(count) = Some(most).filter(|_| sources.model).and_then(|most| self.model.next(most)) {
+        if sources.model
+            && let Some(count) = self.model.next(most)
+        {
             self.next = Next::Asked;
             return Decision::Ask(count);
         }
