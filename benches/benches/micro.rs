@@ -57,7 +57,7 @@ fn product(bencher: Bencher<'_, '_>, (element, rows): (ElementType, usize)) {
     let weight_bytes = CpuBackend::matrix_bytes(&head);
     bencher.counter(BytesCount::new(weight_bytes)).bench_local(|| {
         let hidden = backend.upload(values.clone(), WIDTH).expect("rows");
-        backend.logits(&norm, &head, hidden, &wanted).expect("logits")
+        backend.logits(&norm, &head, hidden, &wanted, None).expect("logits")
     });
 }
 

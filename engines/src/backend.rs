@@ -1,12 +1,13 @@
 //! The operations that a decoder needs from a device.
 //!
-//! One call covers half a layer, so that a backend can fuse the operations inside. All data that depends on the rows of
+//! One call covers half a layer, so that a backend can fuse the operations inside, and nothing within a layer returns
+//! to the host. All data that depends on the rows of
 //! a step (positions, page tables, rotations) is passed once, to [`Backend::begin`]. A backend knows a model family
 //! only as data of [`Architecture`](crate::model::Architecture).
 //!
 //! A backend must compute each row independently: a row's result must not depend on the other rows.
 
-use crate::engine::{ActivationBits, KvElement};
+use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
 use crate::error::EngineError;
 use crate::format::{ElementType, TensorBytes};
 use crate::model::{Activation, Attention, Experts, Rope};
@@ -57,13 +58,40 @@ pub struct Norm<B: Backend> {
     pub epsilon: f32,
 }
 
-/// A linear projection: y = x · Wᵀ + b.
+/// The data of a linear projection: y = x · Wᵀ + b.
 #[derive(Debug)]
-pub struct Linear<B: Backend> {
+pub struct LinearData<'a> {
     /// W: \[outputs]\[inputs].
-    pub weight: B::Matrix,
+    pub weight: TensorData<'a>,
     /// b: \[outputs]; `None` for a projection without bias.
-    pub bias: Option<B::Vector>,
+    pub bias: Option<Vec<f32>>,
+}
+
+/// The type and shape of a matrix, known before its bytes are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MatrixShape {
+    /// The element type in which the matrix is handed over.
+    pub element: ElementType,
+    /// Number of rows: the outputs of a projection.
+    pub rows: usize,
+    /// Values in a row: the inputs of a projection.
+    pub columns: usize,
+}
+
+/// Weights of the half-layer that mixes the tokens of a sequence. Layers with a recurrent state, and layers of latent
+/// attention, are further variants.
+#[derive(Debug)]
+pub enum MixerWeights<B: Backend> {
+    /// Softmax attention over keys and values.
+    Attention(AttentionWeights<B>),
+}
+
+/// What a layer keeps of the earlier tokens of a sequence. A recurrent state, of which each sequence has one, is a
+/// further variant.
+#[derive(Debug, Clone, Copy)]
+pub enum LayerState<'a> {
+    /// A key and a value for each token and key/value head, in pages.
+    KeysAndValues(&'a Attention),
 }
 
 /// Weights of an attention half-layer.
@@ -73,74 +101,57 @@ pub struct AttentionWeights<B: Backend> {
     pub spec: Attention,
     /// The norm of the input, of the hidden width; `None` in a model that norms only outputs.
     pub norm: Option<Norm<B>>,
-    /// The query projection: \[query width]\[hidden].
-    pub query: Linear<B>,
-    /// The key projection: \[key/value width]\[hidden].
-    pub key: Linear<B>,
-    /// The value projection: \[key/value width]\[hidden].
-    pub value: Linear<B>,
+    /// Three projections: query, \[query width]\[hidden]; key and value, \[key/value width]\[hidden].
+    pub query_key_value: B::Linears,
     /// The norm of queries before their rotation, of the width of one head or of all query heads.
     pub query_norm: Option<Norm<B>>,
     /// The norm of keys before their rotation, of the width of one head or of all key heads.
     pub key_norm: Option<Norm<B>>,
     /// One attention-sink score for each query head: \[heads].
     pub sinks: Option<B::Vector>,
-    /// The output projection: \[hidden]\[query width].
-    pub output: Linear<B>,
+    /// One projection, to the output: \[hidden]\[query width].
+    pub output: B::Linears,
 }
 
-/// Weights of a feed-forward half-layer.
+/// Weights of a feed-forward half-layer: down(activation(gate x, up x)), of every row or of a row's experts.
 #[derive(Debug)]
 pub struct FeedForwardWeights<B: Backend> {
     /// The function of the gate and up projections.
     pub activation: Activation,
     /// The norm of the input, of the hidden width; `None` in a model that norms only outputs.
     pub norm: Option<Norm<B>>,
-    /// The weights: dense, or of experts.
-    pub kind: FeedForwardKind<B>,
+    /// The router of a mixture of experts; `None`: the only feed-forward computes every row.
+    pub router: Option<Router<B>>,
+    /// Two projections for each expert, gate then up: \[inner width]\[hidden]. One expert without a router.
+    pub gate_up: B::Linears,
+    /// One projection for each expert: \[hidden]\[inner width].
+    pub down: B::Linears,
 }
 
-/// A dense feed-forward, or a mixture of experts.
+/// The router of a mixture of experts. [`route`](crate::expert_routing::route) defines the experts of a row and their
+/// weights; a backend reads the weights of the chosen experts only.
 #[derive(Debug)]
-pub enum FeedForwardKind<B: Backend> {
-    /// One feed-forward, which computes every row.
-    Dense(Gated<B>),
-    /// Several feed-forwards, of which a router chooses some for each row.
-    Mixture(Mixture<B>),
-}
-
-/// One gated feed-forward: down(activation(gate x, up x)).
-#[derive(Debug)]
-pub struct Gated<B: Backend> {
-    /// The gate projection: \[inner width]\[hidden].
-    pub gate: Linear<B>,
-    /// The up projection: \[inner width]\[hidden].
-    pub up: Linear<B>,
-    /// The down projection: \[hidden]\[inner width].
-    pub down: Linear<B>,
-}
-
-/// A router and its experts. [`route`](crate::expert_routing::route) chooses the experts of a row; a backend reads the
-/// weights of the chosen experts only.
-#[derive(Debug)]
-pub struct Mixture<B: Backend> {
+pub struct Router<B: Backend> {
     /// The number of experts, and how a row's experts are chosen and weighted.
     pub spec: Experts,
-    /// The router, which computes one logit per expert: \[experts]\[hidden].
-    pub router: Linear<B>,
-    /// The experts, in order of number.
-    pub experts: Vec<Gated<B>>,
+    /// One projection, to one logit for each expert: \[experts]\[hidden].
+    pub linear: B::Linears,
 }
 
 /// A device's kernels and memory.
 pub trait Backend: Sized {
-    /// A weight matrix in the backend's own layout.
+    /// An embedding, or the head's matrix, in the backend's own layout.
     type Matrix: std::fmt::Debug;
-    /// A bias, or the weight of a norm.
+    /// Linear projections that share their input or are the same projection of several experts, so that a backend can
+    /// fuse them and choose among them on the device.
+    type Linears: std::fmt::Debug;
+    /// The weight of a norm, or attention sinks.
     type Vector: std::fmt::Debug;
     /// Rows of f32 activations: \[row]\[width].
     type Buffer;
-    /// Keys and values of all layers of a shard.
+    /// Logits of a step, on the device: \[row]\[vocabulary].
+    type Logits;
+    /// What all layers of a shard keep of sequences.
     type Cache;
     /// A [`Batch`] in the backend's own form, with its rotations.
     type Batch;
@@ -165,11 +176,25 @@ pub trait Backend: Sized {
     /// Returns the size of a matrix in memory, in bytes.
     fn matrix_bytes(matrix: &Self::Matrix) -> u64;
 
+    /// Copies projections into the backend's layout, one after the other. `parts` yields one projection for each shape,
+    /// in order; reading a part may fail, and the error is returned.
+    fn linears(
+        &mut self,
+        shapes: &[MatrixShape],
+        parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
+    ) -> Result<Self::Linears, EngineError>;
+
+    /// Returns the size of projections in memory, biases included, in bytes.
+    fn linears_bytes(linears: &Self::Linears) -> u64;
+
+    /// Returns the bytes that the backend holds beside weights and caches: pools, scratch, staging.
+    fn memory_bytes(&self) -> u64;
+
     /// Moves a vector into the backend.
     fn vector(&mut self, values: Vec<f32>) -> Result<Self::Vector, EngineError>;
 
     /// Reserves a cache of `pages` pages of [`PAGE_TOKENS`](crate::engine::PAGE_TOKENS) tokens for each of `layers`.
-    fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<Self::Cache, EngineError>;
+    fn cache(&mut self, layers: &[LayerState<'_>], element: KvElement, pages: u32) -> Result<Self::Cache, EngineError>;
 
     /// Copies whole pages in every layer; each copy is (from, to), as page numbers.
     fn copy_pages(&mut self, cache: &mut Self::Cache, copies: &[(u32, u32)]) -> Result<(), EngineError>;
@@ -188,11 +213,12 @@ pub trait Backend: Sized {
     /// Returns the rows of a buffer: \[row]\[width].
     fn download(&mut self, buffer: Self::Buffer) -> Result<Vec<f32>, EngineError>;
 
-    /// Computes norm, projections, rotation, cache write, attention over layer `layer` of `cache`, output projection.
-    /// `layer` counts from the shard's first layer. `hidden` and the result are \[row]\[hidden].
-    fn attention(
+    /// Computes the half-layer that mixes tokens; for attention: norm, projections, rotation, cache write, attention
+    /// over layer `layer` of `cache`, output projection. `layer` counts from the shard's first layer. `hidden` and the
+    /// result are \[row]\[hidden].
+    fn mix(
         &mut self,
-        weights: &AttentionWeights<Self>,
+        weights: &MixerWeights<Self>,
         cache: &mut Self::Cache,
         layer: usize,
         batch: &Self::Batch,
@@ -215,12 +241,31 @@ pub trait Backend: Sized {
         norm: Option<&Norm<Self>>,
     ) -> Result<(), EngineError>;
 
-    /// Returns the logits of `rows`, indices into `hidden`, after the final norm: \[row]\[vocabulary].
+    /// Returns `rows`, indices into `hidden`, after the final norm: \[row]\[hidden].
+    fn final_rows(&mut self, norm: &Norm<Self>, hidden: &Self::Buffer, rows: &[usize])
+    -> Result<Vec<f32>, EngineError>;
+
+    /// Computes the logits of `rows`, indices into `hidden`, after the final norm, each capped by
+    /// [`softcap`](crate::arithmetic::functions::softcap) if `cap` is given: \[row]\[vocabulary].
     fn logits(
         &mut self,
         norm: &Norm<Self>,
         head: &Self::Matrix,
         hidden: Self::Buffer,
         rows: &[usize],
-    ) -> Result<Vec<f32>, EngineError>;
+        cap: Option<f32>,
+    ) -> Result<Self::Logits, EngineError>;
+
+    /// Answers queries about rows of `logits`, in order.
+    fn top_logits(
+        &mut self,
+        logits: &Self::Logits,
+        queries: &[(usize, &TopQuery)],
+    ) -> Result<Vec<TopLogits>, EngineError>;
+
+    /// Returns rows of `logits`: \[row]\[vocabulary].
+    fn logit_rows(&mut self, logits: &Self::Logits, rows: &[usize]) -> Result<Vec<f32>, EngineError>;
+
+    /// Ends a step: waits until all queued work is done. Errors of that work belong to this step.
+    fn finish(&mut self) -> Result<(), EngineError>;
 }

@@ -10,12 +10,14 @@
 
 pub use crate::activation_bits::{ActivationBits, UnknownActivationBits};
 pub use crate::kv_element::{KvElement, UnknownKvElement};
+pub use crate::scores::{RowQuery, RowScores, Scores, TopLogits, TopQuery};
 
 use crate::error::EngineError;
 use crate::model::{Architecture, WeightSource};
 use crate::profile::Profile;
 use serde::{Deserialize, Serialize};
 use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Tokens in one page of the KV cache.
@@ -147,6 +149,13 @@ pub struct LoadReport {
     pub elapsed: Duration,
 }
 
+/// The result of a self-test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SelfTestReport {
+    /// The time of a step of a tiny model: what the device takes for any step.
+    pub step: Duration,
+}
+
 /// The first timing of a loaded engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WarmUpReport {
@@ -219,19 +228,41 @@ pub enum Input {
 pub enum OutputRows {
     /// All rows of the residual stream: \[rows]\[hidden], f32.
     Hidden(Vec<f32>),
-    /// Logits of the rows that want them, in order: \[rows that want logits]\[vocabulary], f32.
-    Logits(Vec<f32>),
+    /// The answers to the step's queries.
+    Scores(Scores),
 }
 
 /// The result of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Output {
-    /// The hidden rows, or the logits.
+    /// The hidden rows, or the scores.
     pub rows: OutputRows,
-    /// Bytes of device memory in use: the weights, and the cache pages in use.
+    /// Bytes of device memory in use: the weights, the cache pages in use, pools and staging.
     pub memory_bytes: u64,
     /// Cache pages in use, 0 to [`ShardSpec::kv_pages`].
     pub pages_used: u32,
+}
+
+/// Ends the process of an engine, from any thread. The call of the engine that runs then fails.
+#[derive(Clone)]
+pub struct KillSwitch(Arc<dyn Fn() + Send + Sync>);
+
+impl KillSwitch {
+    /// Creates a switch that calls `kill`, which must not block.
+    pub fn new(kill: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(kill))
+    }
+
+    /// Kills the process. Does not wait for its end; does nothing if it has ended.
+    pub fn kill(&self) {
+        (self.0)();
+    }
+}
+
+impl std::fmt::Debug for KillSwitch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("KillSwitch")
+    }
 }
 
 /// Finds devices of one kind and opens engines on them.
@@ -251,6 +282,12 @@ pub trait EngineFactory: Send + Sync + std::fmt::Debug {
 
 /// Computes one shard on one device. An engine is created, used and dropped on one thread.
 pub trait Engine {
+    /// Computes a tiny model with known numbers, before a shard is loaded.
+    ///
+    /// # Errors
+    /// [`EngineError::SelfTest`] if the numbers are others; an error of the device.
+    fn self_test(&mut self) -> Result<SelfTestReport, EngineError>;
+
     /// Reads the shard's weights and reserves its cache. Reports progress to `on` after each tensor; `on` returns
     /// whether to continue.
     ///
@@ -270,13 +307,29 @@ pub trait Engine {
     /// [`EngineError::SelfTest`] if the result is not finite.
     fn warm_up(&mut self) -> Result<WarmUpReport, EngineError>;
 
-    /// Applies the step's operations, then computes its rows.
+    /// Applies the step's operations, then computes its rows. The last shard answers `queries`, one for each row that
+    /// wants logits, in order; other shards get none. When the call returns, the device has done all work of the step.
     ///
     /// # Errors
     /// [`EngineError::StaleIncarnation`] for a step of an older incarnation; a newer one empties the cache first.
     /// [`EngineError::BadStep`] for rows that do not start where their sequences end.
     /// [`EngineError::CacheFull`] if the pages do not suffice: nothing is computed, and the sequences are unchanged.
-    fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError>;
+    fn forward(&mut self, step: &Step, input: Input, queries: &[RowQuery]) -> Result<Output, EngineError>;
+
+    /// Returns all logits of one row of the last step, \[vocabulary]. `row` counts the step's queries. It is called
+    /// when an answer to [`RowQuery::Top`] did not suffice.
+    ///
+    /// # Errors
+    /// [`EngineError::BadStep`] if the last step computed no logits for the row; always, for an engine that answers all
+    /// queries with all logits.
+    fn logits(&mut self, row: usize) -> Result<Vec<f32>, EngineError> {
+        Err(EngineError::BadStep { what: format!("query {row} was answered with all logits") })
+    }
+
+    /// Returns what ends the engine's process at once; `None` for an engine in this process.
+    fn kill_switch(&self) -> Option<KillSwitch> {
+        None
+    }
 
     /// Returns where the time of steps went since the last call; empty for an engine that does not count.
     fn take_profile(&mut self) -> Profile {

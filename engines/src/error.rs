@@ -104,6 +104,46 @@ pub enum EngineError {
         /// Seconds since the engine's last sign of progress.
         seconds: u64,
     },
+    /// The device computed values that cannot be right.
+    #[error("the device `{device}` computes wrong numbers: {what}")]
+    Numerics {
+        /// The id of the device.
+        device: String,
+        /// The fault.
+        what: String,
+    },
+    /// The process of the engine could not be started.
+    #[error("the engine's process `{program}` cannot be started: {what}")]
+    WorkerNotStarted {
+        /// The path of the program.
+        program: String,
+        /// The system's error.
+        what: String,
+    },
+    /// The process of the engine is a program of another version.
+    #[error("the engine's process is {found}, not {expected}")]
+    WorkerVersion {
+        /// The program that was found.
+        found: String,
+        /// The program that was expected.
+        expected: String,
+    },
+    /// The process of the engine ended or broke off.
+    #[error("the engine's process ended: {what}{}", after_lines(last_lines))]
+    WorkerEnded {
+        /// How it ended.
+        what: String,
+        /// The last lines that it wrote to its standard error.
+        last_lines: Vec<String>,
+    },
+    /// The process of the engine was killed, because it hung.
+    #[error("the engine's process was killed: it had not returned from {from} for {seconds} s")]
+    Killed {
+        /// The call: loading, or a step of some number of rows.
+        from: String,
+        /// Seconds since the engine's last sign of progress.
+        seconds: u64,
+    },
     /// A call for an earlier shard has not returned, so the device accepts no new shard.
     #[error("the device `{device}` still hangs on the work of an earlier shard")]
     StillHung {
@@ -122,9 +162,17 @@ impl EngineError {
             Self::Format(_) | Self::Unsupported { .. } | Self::NoDevice { .. } => ErrorClass::Caller,
             Self::OutOfMemory { .. } | Self::CacheFull { .. } => ErrorClass::Overload,
             Self::StaleIncarnation { .. } | Self::Interrupted => ErrorClass::Transient,
-            Self::Device { .. } | Self::SelfTest { .. } => ErrorClass::DeviceLost,
+            Self::Device { .. }
+            | Self::SelfTest { .. }
+            | Self::Numerics { .. }
+            | Self::WorkerNotStarted { .. }
+            | Self::WorkerVersion { .. } => ErrorClass::DeviceLost,
             Self::Hung { .. } | Self::StillHung { .. } => ErrorClass::Hung,
-            Self::BadStep { .. } | Self::NotLoaded | Self::Panicked { .. } => ErrorClass::Fatal,
+            Self::BadStep { .. }
+            | Self::NotLoaded
+            | Self::Panicked { .. }
+            | Self::WorkerEnded { .. }
+            | Self::Killed { .. } => ErrorClass::Fatal,
         }
     }
 
@@ -137,8 +185,13 @@ impl EngineError {
             Self::StaleIncarnation { .. } => "none needed: the step is sent again in the new incarnation",
             Self::Interrupted => "none needed: the shard was released during its load",
             Self::Unsupported { .. } | Self::NoDevice { .. } => "choose another device",
-            Self::Device { .. } | Self::SelfTest { .. } => {
+            Self::Device { .. } | Self::SelfTest { .. } | Self::Numerics { .. } => {
                 "the CPU engine takes over; see the log for the device's state"
+            }
+            Self::WorkerNotStarted { .. } => "make the program executable, or run without isolation",
+            Self::WorkerVersion { .. } => "restart the node, so that it runs the program that is installed now",
+            Self::WorkerEnded { .. } | Self::Killed { .. } => {
+                "none needed: the engine is started again; if that recurs, see this log and the system log"
             }
             Self::Hung { .. } | Self::StillHung { .. } => {
                 "its layers move elsewhere; see this log and the system log, and restart the node to free its memory"
@@ -147,5 +200,13 @@ impl EngineError {
                 "this is a bug: the engine is restarted; please report it with the log"
             }
         }
+    }
+}
+
+/// The clause of the last lines in an error's text.
+fn after_lines(lines: &[String]) -> String {
+    match lines.is_empty() {
+        true => String::new(),
+        false => format!("; it last wrote: {}", lines.join(" | ")),
     }
 }

@@ -3,6 +3,7 @@
 //! An engine counts calls, time and work of each [`Part`] of a step. Reading the clock costs some tens of nanoseconds a
 //! part, so counting is always on.
 
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// A part of a step.
@@ -71,7 +72,7 @@ impl Part {
 }
 
 /// The work of one part.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// How often the part ran.
     pub calls: u64,
@@ -84,7 +85,7 @@ pub struct Tally {
 }
 
 /// The tallies of all parts.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
     tallies: [Tally; Part::ALL.len()],
 }

@@ -1,20 +1,22 @@
 //! The arithmetic as a backend: one row at a time, one output at a time. It is slow, and made to be read; tests compare
 //! other backends with it, to the bit.
 
-use crate::arithmetic::functions::{clamped_swish, gelu_tanh, silu};
+use crate::arithmetic::functions::{clamped_swish, gelu_tanh, silu, softcap};
 use crate::arithmetic::norms::rms_norm;
 use crate::arithmetic::weights::{self, WeightRow};
 use crate::arithmetic::{self, SUPERBLOCK, activations, attention, cache, products, rotary};
 use crate::backend::{
-    AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
+    Backend, Batch, FeedForwardWeights, LayerState, LinearData, MatrixShape, MixerWeights, Norm, Router, TensorData,
 };
 use crate::decoder::DecoderEngine;
 use crate::engine::{
-    ActivationBits, DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory, KvElement, PAGE_TOKENS,
+    ActivationBits, DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory, KvElement, PAGE_TOKENS, TopLogits,
+    TopQuery,
 };
 use crate::error::EngineError;
 use crate::expert_routing;
 use crate::format::FormatError;
+use crate::logits;
 use crate::model::{Activation, Attention, Pairing, QueryKeyNorm, Rope};
 use half::f16;
 
@@ -25,6 +27,13 @@ pub type Rows = Vec<Vec<f32>>;
 #[derive(Debug)]
 pub struct Matrix {
     rows: Vec<WeightRow>,
+}
+
+/// A linear projection: y = x · Wᵀ + b.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Matrix,
+    bias: Option<Vec<f32>>,
 }
 
 /// Keys and values of every layer, by page, slot and head: \[layer]\[page · 32 + slot]\[head · dimension].
@@ -101,7 +110,7 @@ fn normed(norm: Option<&Norm<ReferenceBackend>>, row: &[f32]) -> Vec<f32> {
     out
 }
 
-fn linear(bits: ActivationBits, linear: &Linear<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
+fn linear(bits: ActivationBits, linear: &Linear, row: &[f32]) -> Vec<f32> {
     let input = activations::encode(bits, row);
     let mut out: Vec<f32> = linear.weight.rows.iter().map(|weights| products::dot(weights, &input)).collect();
     if let Some(bias) = &linear.bias {
@@ -110,11 +119,12 @@ fn linear(bits: ActivationBits, linear: &Linear<ReferenceBackend>, row: &[f32]) 
     out
 }
 
-fn gated(bits: ActivationBits, activation: Activation, gated: &Gated<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
-    let gate = linear(bits, &gated.gate, row);
-    let up = linear(bits, &gated.up, row);
-    let inner: Vec<f32> = gate.into_iter().zip(up).map(|(gate, up)| activate(activation, gate, up)).collect();
-    linear(bits, &gated.down, &inner)
+/// down(activation(gate x, up x)) of one expert.
+fn gated(bits: ActivationBits, weights: &FeedForwardWeights<ReferenceBackend>, expert: usize, row: &[f32]) -> Vec<f32> {
+    let gate = linear(bits, &weights.gate_up[2 * expert], row);
+    let up = linear(bits, &weights.gate_up[2 * expert + 1], row);
+    let inner: Vec<f32> = gate.into_iter().zip(up).map(|(gate, up)| activate(weights.activation, gate, up)).collect();
+    linear(bits, &weights.down[expert], &inner)
 }
 
 fn activate(activation: Activation, gate: f32, up: f32) -> f32 {
@@ -126,11 +136,16 @@ fn activate(activation: Activation, gate: f32, up: f32) -> f32 {
 }
 
 /// Each output is one fused chain over the row's experts, in the order of its choices.
-fn mixture(bits: ActivationBits, activation: Activation, mixture: &Mixture<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
-    let logits = linear(bits, &mixture.router, row);
+fn mixture(
+    bits: ActivationBits,
+    router: &Router<ReferenceBackend>,
+    weights: &FeedForwardWeights<ReferenceBackend>,
+    row: &[f32],
+) -> Vec<f32> {
+    let logits = linear(bits, &router.linear[0], row);
     let mut out = vec![0.0_f32; row.len()];
-    for choice in expert_routing::route(&mixture.spec, &logits) {
-        let part = gated(bits, activation, &mixture.experts[choice.expert], row);
+    for choice in expert_routing::route(&router.spec, &logits) {
+        let part = gated(bits, weights, choice.expert, row);
         out.iter_mut().zip(&part).for_each(|(out, part)| *out = choice.weight.mul_add(*part, *out));
     }
     out
@@ -165,8 +180,10 @@ fn unreadable(tensor: &TensorData<'_>, row: usize) -> EngineError {
 
 impl Backend for ReferenceBackend {
     type Matrix = Matrix;
+    type Linears = Vec<Linear>;
     type Vector = Vec<f32>;
     type Buffer = Rows;
+    type Logits = Rows;
     type Cache = Cache;
     type Batch = TurnedBatch;
 
@@ -198,13 +215,34 @@ impl Backend for ReferenceBackend {
         matrix.rows.iter().map(|row| (row.codes.len() * 2 + row.units.len() * 4) as u64).sum()
     }
 
+    fn linears(
+        &mut self,
+        _: &[MatrixShape],
+        parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
+    ) -> Result<Vec<Linear>, EngineError> {
+        let read = parts.map(|part| {
+            let LinearData { weight, bias } = part?;
+            Ok(Linear { weight: self.matrix(&weight)?, bias })
+        });
+        read.collect()
+    }
+
+    fn linears_bytes(linears: &Vec<Linear>) -> u64 {
+        let bias_bytes = |linear: &Linear| linear.bias.as_ref().map_or(0, |bias| bias.len() as u64 * 4);
+        linears.iter().map(|linear| Self::matrix_bytes(&linear.weight) + bias_bytes(linear)).sum()
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        0
+    }
+
     fn vector(&mut self, values: Vec<f32>) -> Result<Vec<f32>, EngineError> {
         Ok(values)
     }
 
-    fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<Cache, EngineError> {
+    fn cache(&mut self, layers: &[LayerState<'_>], element: KvElement, pages: u32) -> Result<Cache, EngineError> {
         let tokens = pages as usize * PAGE_TOKENS as usize;
-        let layers = layers.iter().map(|spec| CachedLayer {
+        let layers = layers.iter().map(|&LayerState::KeysAndValues(spec)| CachedLayer {
             keys: vec![vec![0.0; spec.kv_width()]; tokens],
             values: vec![vec![0.0; spec.kv_width()]; tokens],
         });
@@ -255,14 +293,18 @@ impl Backend for ReferenceBackend {
         Ok(buffer.concat())
     }
 
-    fn attention(
+    fn mix(
         &mut self,
-        weights: &AttentionWeights<Self>,
+        weights: &MixerWeights<Self>,
         cache: &mut Cache,
         layer: usize,
         batch: &TurnedBatch,
         hidden: &Rows,
     ) -> Result<Rows, EngineError> {
+        let MixerWeights::Attention(weights) = weights;
+        let [query_weights, key_weights, value_weights] = weights.query_key_value.as_slice() else {
+            return Err(EngineError::BadStep { what: "attention without its three projections".to_owned() });
+        };
         let spec = &weights.spec;
         let mut out = Vec::with_capacity(hidden.len());
         for span in &batch.batch.spans {
@@ -274,9 +316,9 @@ impl Backend for ReferenceBackend {
                 let input = normed(weights.norm.as_ref(), &hidden[row]);
                 let rotation = &batch.rotations[spec.rope][row];
                 let query =
-                    turned(spec, weights.query_norm.as_ref(), rotation, linear(self.bits, &weights.query, &input));
-                let key = turned(spec, weights.key_norm.as_ref(), rotation, linear(self.bits, &weights.key, &input));
-                let value = linear(self.bits, &weights.value, &input);
+                    turned(spec, weights.query_norm.as_ref(), rotation, linear(self.bits, query_weights, &input));
+                let key = turned(spec, weights.key_norm.as_ref(), rotation, linear(self.bits, key_weights, &input));
+                let value = linear(self.bits, value_weights, &input);
                 let (key, value) = (cache.rounded(spec.head_dim, key), cache.rounded(spec.head_dim, value));
                 let cached = &mut cache.layers[layer];
                 cached.keys[slot(position)] = key;
@@ -295,7 +337,7 @@ impl Backend for ReferenceBackend {
                         |position| &cached.values[slot(position)][start..start + spec.head_dim],
                     ));
                 }
-                out.push(linear(self.bits, &weights.output, &mixed));
+                out.push(linear(self.bits, &weights.output[0], &mixed));
             }
         }
         Ok(out)
@@ -304,9 +346,9 @@ impl Backend for ReferenceBackend {
     fn feed_forward(&mut self, weights: &FeedForwardWeights<Self>, hidden: &Rows) -> Result<Rows, EngineError> {
         let row = |row: &Vec<f32>| {
             let input = normed(weights.norm.as_ref(), row);
-            match &weights.kind {
-                FeedForwardKind::Dense(dense) => gated(self.bits, weights.activation, dense, &input),
-                FeedForwardKind::Mixture(experts) => mixture(self.bits, weights.activation, experts, &input),
+            match &weights.router {
+                None => gated(self.bits, weights, 0, &input),
+                Some(router) => mixture(self.bits, router, weights, &input),
             }
         };
         Ok(hidden.iter().map(row).collect())
@@ -319,18 +361,35 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
+    fn final_rows(&mut self, norm: &Norm<Self>, hidden: &Rows, rows: &[usize]) -> Result<Vec<f32>, EngineError> {
+        Ok(rows.iter().flat_map(|&row| normed(Some(norm), &hidden[row])).collect())
+    }
+
     fn logits(
         &mut self,
         norm: &Norm<Self>,
         head: &Matrix,
         hidden: Rows,
         rows: &[usize],
-    ) -> Result<Vec<f32>, EngineError> {
-        let mut out = Vec::with_capacity(rows.len() * head.rows.len());
-        for &row in rows {
+        cap: Option<f32>,
+    ) -> Result<Rows, EngineError> {
+        let logits = |&row: &usize| {
             let input = activations::encode(self.bits, &normed(Some(norm), &hidden[row]));
-            out.extend(head.rows.iter().map(|weights| products::dot(weights, &input)));
-        }
-        Ok(out)
+            let logits = head.rows.iter().map(|weights| products::dot(weights, &input));
+            logits.map(|logit| cap.map_or(logit, |cap| softcap(logit, cap))).collect()
+        };
+        Ok(rows.iter().map(logits).collect())
+    }
+
+    fn top_logits(&mut self, logits: &Rows, queries: &[(usize, &TopQuery)]) -> Result<Vec<TopLogits>, EngineError> {
+        Ok(queries.iter().map(|&(row, query)| logits::top(&logits[row], query)).collect())
+    }
+
+    fn logit_rows(&mut self, logits: &Rows, rows: &[usize]) -> Result<Vec<f32>, EngineError> {
+        Ok(rows.iter().flat_map(|&row| &logits[row]).copied().collect())
+    }
+
+    fn finish(&mut self) -> Result<(), EngineError> {
+        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{
     ActivationBits, DeviceId, Engine, EngineFactory, Incarnation, Input, KvElement, Operation, OutputRows, Row,
-    ShardSpec, Step, StepId, TensorRank,
+    RowQuery, ShardSpec, Step, StepId, TensorRank,
 };
 use exo_engines::model::ModelFiles;
 use std::ops::ControlFlow;
@@ -49,9 +49,10 @@ pub(super) fn forward(
     tokens: Vec<u32>,
 ) -> anyhow::Result<Vec<f32>> {
     let incarnation = Incarnation { epoch: 1, owner: [0; 32] };
+    let queries = vec![RowQuery::Logits; rows.iter().filter(|row| row.wants_logits).count()];
     let step = Step { incarnation, id: StepId(0), operations, rows };
-    match engine.forward(&step, Input::Tokens(tokens))?.rows {
-        OutputRows::Logits(logits) => Ok(logits),
+    match engine.forward(&step, Input::Tokens(tokens), &queries)?.rows {
+        OutputRows::Scores(scores) => Ok(scores.values),
         OutputRows::Hidden(_) => anyhow::bail!("the engine gave hidden states instead of logits"),
     }
 }

@@ -5,21 +5,23 @@
 //! ```
 //! Frames for another node leave over a link (`links.rs`). The engine is created, used and dropped on its thread. A
 //! step passes no actor: each thread hands its output to the next. An engine's error or panic ends its thread, and is
-//! reported once.
+//! reported once. An engine in a process of its own can be killed from any thread; its own thread then waits until the
+//! process is gone, and holds its memory until then.
 
+use super::draws::Draws;
 use super::memory_guard::MemoryGuard;
 use crate::core::scheduler::SamplerOperation;
+use crate::core::spec::InstanceId;
 use crate::transport::callback::EventCallback;
 use exo_engines::engine::{
-    DeviceId, EngineFactory, Incarnation, Input, LoadProgress, LoadReport, OutputRows, Row, SeqId, ShardSpec, Step,
-    StepId, WarmUpReport,
+    DeviceId, EngineFactory, Incarnation, Input, KillSwitch, LoadProgress, LoadReport, OutputRows, SeqId, ShardSpec,
+    Step, StepId, WarmUpReport,
 };
 use exo_engines::model::WeightSource;
 use exo_engines::sampler::{SampleError, Sampled, Sampler, TokenSampler};
 use exo_engines::{Engine, EngineError};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -142,6 +144,19 @@ impl ThreadEnd {
     }
 }
 
+/// What ends an engine that does not return.
+#[derive(Debug, Default)]
+enum Killer {
+    /// The engine is not open yet.
+    #[default]
+    Unknown,
+    /// The engine is to be killed as soon as it is open.
+    Wanted,
+    /// The engine runs in this process, and cannot be killed.
+    None,
+    Process(KillSwitch),
+}
+
 /// The handle of an engine's thread.
 #[derive(Clone)]
 pub(crate) struct EngineHandle {
@@ -150,6 +165,7 @@ pub(crate) struct EngineHandle {
     is_stopped: Arc<AtomicBool>,
     heartbeat: Heartbeat,
     end: ThreadEnd,
+    killer: Arc<Mutex<Killer>>,
 }
 
 impl std::fmt::Debug for EngineHandle {
@@ -182,9 +198,24 @@ impl EngineHandle {
         self.end.clone()
     }
 
-    /// Ends the thread after its current step; a load is interrupted.
+    /// Kills the engine's process. Returns false if the engine runs in this process, where it cannot be killed.
+    pub(crate) fn kill(&self) -> bool {
+        let mut killer = self.killer.lock();
+        match &*killer {
+            Killer::Process(switch) => switch.kill(),
+            Killer::Unknown | Killer::Wanted => *killer = Killer::Wanted,
+            Killer::None => return false,
+        }
+        true
+    }
+
+    /// Ends the thread after its current step; a load is interrupted. The process of a busy engine is killed: nobody
+    /// waits for its work.
     pub(crate) fn stop(&self) {
         self.is_stopped.store(true, Ordering::Relaxed);
+        if self.heartbeat.read().1 != EngineActivity::Waiting {
+            self.kill();
+        }
         // A thread that accepts no commands has ended, or hangs for good.
         let _ = self.command(Command::Stop);
     }
@@ -211,6 +242,9 @@ pub(crate) enum EngineEvent {
 /// The shard that a thread loads and serves.
 #[derive(Debug, Clone)]
 pub(crate) struct EngineTask {
+    /// The instance and the stage, for the log.
+    pub instance: InstanceId,
+    pub stage: usize,
     pub factory: Arc<dyn EngineFactory>,
     pub device: DeviceId,
     pub spec: ShardSpec,
@@ -229,11 +263,23 @@ pub(crate) fn start(task: EngineTask, on: impl Fn(EngineEvent) + Send + 'static)
     let heartbeat = Heartbeat::default();
     let alive = Arc::new(());
     let end = ThreadEnd(Arc::downgrade(&alive));
-    let engine = EngineHandle { commands, is_stopped: Arc::clone(&is_stopped), heartbeat: heartbeat.clone(), end };
+    let killer = Arc::new(Mutex::new(Killer::default()));
+    let engine = EngineHandle {
+        commands,
+        is_stopped: Arc::clone(&is_stopped),
+        heartbeat: heartbeat.clone(),
+        end,
+        killer: Arc::clone(&killer),
+    };
+    let span = tracing::info_span!("shard", instance = %task.instance, stage = task.stage, layers = ?task.spec.layers);
     let name = format!("shard-{}-{}", task.spec.layers.start, task.spec.layers.end);
     std::thread::Builder::new().name(name).spawn(move || {
         let _alive = alive;
-        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&task, &receiver, &is_stopped, &heartbeat, &on)));
+        let _entered = span.entered();
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let engine = open(&task, &killer)?;
+            serve(engine, &task, &receiver, &is_stopped, &heartbeat, &on)
+        }));
         let error = match outcome {
             Ok(Ok(()) | Err(EngineError::Interrupted)) => return,
             Ok(Err(error)) => error,
@@ -249,14 +295,28 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
 
+/// Opens the engine, and kills its process if that is wanted already.
+fn open(task: &EngineTask, killer: &Mutex<Killer>) -> Result<Box<dyn Engine>, EngineError> {
+    let engine = task.factory.open(&task.device)?;
+    let opened = engine.kill_switch().map_or(Killer::None, Killer::Process);
+    let mut killer = killer.lock();
+    if let (Killer::Wanted, Killer::Process(switch)) = (&*killer, &opened) {
+        switch.kill();
+    }
+    *killer = opened;
+    Ok(engine)
+}
+
 fn serve(
+    mut engine: Box<dyn Engine>,
     task: &EngineTask,
     commands: &Receiver<Command>,
     is_stopped: &AtomicBool,
     heartbeat: &Heartbeat,
     on: &impl Fn(EngineEvent),
 ) -> Result<(), EngineError> {
-    let mut engine = task.factory.open(&task.device)?;
+    let tested = engine.self_test()?;
+    tracing::debug!(step_us = tested.step.as_micros(), "the self-test has passed");
     let mut told: Option<Instant> = None;
     let report = engine.load(&task.spec, &task.weights, &mut |progress| {
         heartbeat.beat(EngineActivity::Loading);
@@ -272,7 +332,6 @@ fn serve(
     on(EngineEvent::Loaded { report, warm_up });
     let mut wired: Option<(Incarnation, Next)> = None;
     let mut sampler = TokenSampler::default();
-    let vocabulary = task.spec.architecture.vocabulary;
     while let Ok(command) = commands.recv() {
         match command {
             Command::Stop => break,
@@ -286,7 +345,7 @@ fn serve(
             Command::Frame(frame) => match &wired {
                 Some((incarnation, next)) if *incarnation == frame.step.incarnation => {
                     heartbeat.beat(EngineActivity::Step { rows: frame.step.rows.len() });
-                    run_step(&mut *engine, &mut sampler, vocabulary, *frame, next)?;
+                    run_step(&mut *engine, &mut sampler, &task.spec, *frame, next)?;
                     heartbeat.beat(EngineActivity::Waiting);
                 }
                 _ => tracing::debug!(epoch = frame.step.incarnation.epoch, "dropped a frame of another incarnation"),
@@ -300,69 +359,34 @@ fn serve(
 fn run_step(
     engine: &mut dyn Engine,
     sampler: &mut dyn Sampler,
-    vocabulary: usize,
+    spec: &ShardSpec,
     frame: Frame,
     next: &Next,
 ) -> Result<(), EngineError> {
     let Frame { step, input, samplers } = frame;
-    let output = engine.forward(&step, input)?;
-    match output.rows {
-        OutputRows::Hidden(hidden) => {
-            let frame = Frame { step, input: Input::Hidden(hidden), samplers };
-            match next {
-                // If the next shard has stopped, its own device reports that.
-                Next::Shard(engine) => drop(engine.send(frame)),
-                Next::Link(link) => link.send(EngineOutput::Frame(frame)),
-                Next::Head(_) => return Err(EngineError::BadStep { what: "the head got hidden rows".to_owned() }),
-            }
+    if !spec.is_last() {
+        let OutputRows::Hidden(hidden) = engine.forward(&step, input, &[])?.rows else {
+            return Err(EngineError::BadStep { what: "an inner shard gave scores".to_owned() });
+        };
+        let frame = Frame { step, input: Input::Hidden(hidden), samplers };
+        match next {
+            // If the next shard has stopped, its own device reports that.
+            Next::Shard(engine) => drop(engine.send(frame)),
+            Next::Link(link) => link.send(EngineOutput::Frame(frame)),
+            Next::Head(_) => return Err(EngineError::BadStep { what: "the head got hidden rows".to_owned() }),
         }
-        OutputRows::Logits(logits) => {
-            let mut drafts = Drafts::new();
-            for operation in samplers {
-                match operation {
-                    SamplerOperation::Open { seq, spec } => sampler.open(seq, spec),
-                    SamplerOperation::Close { seq } => sampler.close(seq),
-                    SamplerOperation::Draft { seq, tokens } => drop(drafts.insert(seq, tokens.into())),
-                }
-            }
-            let tokens = draw(sampler, &step.rows, &logits, vocabulary, drafts);
-            let result = StepResult { incarnation: step.incarnation, id: step.id, tokens };
-            match next {
-                Next::Head(head) => head(result),
-                Next::Link(link) => link.send(EngineOutput::Result(result)),
-                Next::Shard(_) => return Err(EngineError::BadStep { what: "a shard got sampled tokens".to_owned() }),
-            }
-        }
+        return Ok(());
+    }
+    let draws = Draws::prepare(sampler, samplers, &step.rows, spec.architecture.vocabulary);
+    let OutputRows::Scores(scores) = engine.forward(&step, input, draws.queries())?.rows else {
+        return Err(EngineError::BadStep { what: "the last shard gave hidden rows".to_owned() });
+    };
+    let tokens = draws.draw(sampler, engine, &scores)?;
+    let result = StepResult { incarnation: step.incarnation, id: step.id, tokens };
+    match next {
+        Next::Head(head) => head(result),
+        Next::Link(link) => link.send(EngineOutput::Result(result)),
+        Next::Shard(_) => return Err(EngineError::BadStep { what: "a shard got sampled tokens".to_owned() }),
     }
     Ok(())
 }
-
-/// The drafted tokens of each sequence that were not reached yet.
-type Drafts = HashMap<SeqId, VecDeque<u32>>;
-
-/// Draws a token for each row that wants logits. Rows of a draft end with the first token that was not drafted.
-fn draw(
-    sampler: &mut dyn Sampler,
-    rows: &[Row],
-    logits: &[f32],
-    vocabulary: usize,
-    mut drafts: Drafts,
-) -> Vec<(SeqId, Result<Sampled, SampleError>)> {
-    let with_logits = rows.iter().filter(|row| row.wants_logits);
-    let mut drawn = Vec::new();
-    let mut rejected = None;
-    for (row, logits) in with_logits.zip(logits.chunks_exact(vocabulary)) {
-        if rejected == Some(row.seq) {
-            continue;
-        }
-        let result = sampler.sample(row.seq, row.position, logits);
-        let drafted = drafts.get_mut(&row.seq).and_then(VecDeque::pop_front);
-        let is_accepted = matches!((&result, drafted), (Ok(sampled), Some(drafted)) if sampled.token == drafted);
-        rejected = (!is_accepted).then_some(row.seq);
-        drawn.push((row.seq, result));
-    }
-    drawn
-}
-
-#[cfg(test)]
-mod tests;

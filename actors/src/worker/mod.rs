@@ -6,6 +6,7 @@
 //! ```
 
 pub(crate) mod device;
+mod draws;
 pub(crate) mod engine_thread;
 pub(crate) mod links;
 pub(crate) mod machine;

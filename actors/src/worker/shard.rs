@@ -141,7 +141,7 @@ impl ShardState {
         Ok(())
     }
 
-    /// Ends the shard if its engine hangs.
+    /// Ends the shard if its engine hangs, and kills the engine's process, if it has one.
     fn check(&mut self) -> Result<(), ActorProcessingErr> {
         let (beats, activity) = self.engine.heartbeat().read();
         let silence = self.watchdog.check(beats, self.started.elapsed());
@@ -154,7 +154,11 @@ impl ShardState {
         if silence <= timeout {
             return Ok(());
         }
-        self.fail(EngineError::Hung { from, seconds: silence.as_secs() })
+        let seconds = silence.as_secs();
+        self.fail(match self.engine.kill() {
+            true => EngineError::Killed { from, seconds },
+            false => EngineError::Hung { from, seconds },
+        })
     }
 
     fn fail(&self, error: EngineError) -> Result<(), ActorProcessingErr> {

@@ -311,6 +311,8 @@ impl WorkerState {
         let instance = key.instance;
         let memory = MemoryGuard { instance, bytes: task.memory_bytes, on_release };
         let engine = EngineTask {
+            instance,
+            stage: key.stage,
             factory: Arc::clone(&local.factory),
             device: task.device.clone(),
             spec,

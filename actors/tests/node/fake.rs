@@ -159,6 +159,10 @@ pub(crate) fn answer(prompt: &[u32], max_tokens: usize) -> Vec<u32> {
 }
 
 impl Engine for FakeEngine {
+    fn self_test(&mut self) -> Result<SelfTestReport, EngineError> {
+        Ok(SelfTestReport { step: Duration::ZERO })
+    }
+
     fn load(
         &mut self,
         shard: &ShardSpec,
@@ -189,7 +193,7 @@ impl Engine for FakeEngine {
         Ok(WarmUpReport { row: Duration::ZERO })
     }
 
-    fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError> {
+    fn forward(&mut self, step: &Step, input: Input, _: &[RowQuery]) -> Result<Output, EngineError> {
         let spec = self.spec.clone().ok_or(EngineError::NotLoaded)?;
         if self.life != Some(step.incarnation) {
             assert!(self.life.is_none_or(|life| life < step.incarnation), "a step of an earlier incarnation");
@@ -241,7 +245,11 @@ impl Engine for FakeEngine {
                 logits.extend((0..VOCABULARY).map(|id| if id == next { 10.0 } else { 0.0 }));
             }
         }
-        let rows = if spec.is_last() { OutputRows::Logits(logits) } else { OutputRows::Hidden(hidden) };
+        let rows = if spec.is_last() {
+            OutputRows::Scores(Scores::of_logits(logits, VOCABULARY as usize))
+        } else {
+            OutputRows::Hidden(hidden)
+        };
         Ok(Output { rows, memory_bytes: 0, pages_used: self.pages.used() })
     }
 }

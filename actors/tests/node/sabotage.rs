@@ -56,6 +56,10 @@ struct SabotagedEngine {
 }
 
 impl Engine for SabotagedEngine {
+    fn self_test(&mut self) -> Result<SelfTestReport, EngineError> {
+        self.inner.self_test()
+    }
+
     fn load(
         &mut self,
         shard: &ShardSpec,
@@ -69,7 +73,7 @@ impl Engine for SabotagedEngine {
         self.inner.warm_up()
     }
 
-    fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError> {
+    fn forward(&mut self, step: &Step, input: Input, queries: &[RowQuery]) -> Result<Output, EngineError> {
         let number = self.plan.steps.fetch_add(1, Ordering::Relaxed);
         let fails = {
             let mut failures = self.plan.failures.lock();
@@ -81,10 +85,14 @@ impl Engine for SabotagedEngine {
         };
         // A panic comes before the step is computed, an error after it, and the result is lost.
         assert!(!fails || number.is_multiple_of(2), "planned");
-        let output = self.inner.forward(step, input)?;
+        let output = self.inner.forward(step, input, queries)?;
         match fails {
             true => Err(EngineError::Device { device: "cpu".to_owned(), what: "planned".to_owned() }),
             false => Ok(output),
         }
+    }
+
+    fn logits(&mut self, row: usize) -> Result<Vec<f32>, EngineError> {
+        self.inner.logits(row)
     }
 }

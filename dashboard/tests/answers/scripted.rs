@@ -92,6 +92,10 @@ struct ScriptedEngine {
 }
 
 impl Engine for ScriptedEngine {
+    fn self_test(&mut self) -> Result<SelfTestReport, EngineError> {
+        Ok(SelfTestReport { step: Duration::ZERO })
+    }
+
     fn load(
         &mut self,
         _: &ShardSpec,
@@ -105,7 +109,7 @@ impl Engine for ScriptedEngine {
         Ok(WarmUpReport { row: Duration::ZERO })
     }
 
-    fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError> {
+    fn forward(&mut self, step: &Step, input: Input, _: &[RowQuery]) -> Result<Output, EngineError> {
         let Input::Tokens(tokens) = input else { panic!("the model is one shard") };
         let mut logits = Vec::new();
         for (row, token) in step.rows.iter().zip(tokens) {
@@ -118,7 +122,7 @@ impl Engine for ScriptedEngine {
                 logits.extend((0..VOCABULARY as u32).map(|id| if id == next { 100.0 } else { 0.0 }));
             }
         }
-        Ok(Output { rows: OutputRows::Logits(logits), memory_bytes: 0, pages_used: 0 })
+        Ok(Output { rows: OutputRows::Scores(Scores::of_logits(logits, VOCABULARY)), memory_bytes: 0, pages_used: 0 })
     }
 }
 

@@ -10,6 +10,8 @@
 //! cache.rs        keys and values as bytes
 //! attention.rs    scores, softmax and mixing, in chunks of 256 positions
 //! ```
+//! The experts of a row, and their weights, are those of [`route`](crate::expert_routing::route).
+//!
 //! The bits of a result depend on the model and on the row's own sequence alone. The other rows, the number of threads
 //! and the device change nothing. Integer sums are exact, so a device may compute them in any order. An engine that
 //! follows these files has the same bits on any processor with IEEE single precision and a fused multiply-add. Tests

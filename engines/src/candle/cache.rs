@@ -16,7 +16,7 @@ pub struct CandleCache {
 }
 
 impl CandleCache {
-    pub(super) fn new(layers: &[Attention], dtype: DType, pages: u32, device: &Device) -> Result<Self> {
+    pub(super) fn new(layers: &[&Attention], dtype: DType, pages: u32, device: &Device) -> Result<Self> {
         let slots = pages as usize * TOKENS;
         let tensor = |spec: &Attention| Tensor::zeros((slots, spec.kv_heads, spec.head_dim), dtype, device);
         let layers = layers.iter().map(|spec| Ok((tensor(spec)?, tensor(spec)?)));

@@ -11,14 +11,16 @@ mod factory;
 pub use cache::CandleCache;
 pub use factory::CandleFactory;
 
+use crate::arithmetic::functions::softcap;
 use crate::backend::{
-    AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
+    Backend, Batch, FeedForwardWeights, LayerState, LinearData, MatrixShape, MixerWeights, Norm, Router, TensorData,
 };
-use crate::engine::{ActivationBits, KvElement};
+use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
 use crate::error::EngineError;
 use crate::expert_routing::{self, RoutedExpert};
 use crate::format::ElementType;
 use crate::format::blocks::dequantise_row;
+use crate::logits;
 use crate::model::{Activation, Attention, Pairing, QueryKeyNorm, Rope};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{D, DType, Device, Tensor};
@@ -37,6 +39,26 @@ pub struct Matrix {
     element: ElementType,
     rows: usize,
     columns: usize,
+}
+
+/// A linear projection: y = x · Wᵀ + b.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Matrix,
+    bias: Option<Tensor>,
+}
+
+/// Logits of a step: \[row]\[vocabulary].
+#[derive(Debug)]
+pub struct Logits {
+    values: Vec<f32>,
+    vocabulary: usize,
+}
+
+impl Logits {
+    fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.vocabulary..][..self.vocabulary]
+    }
 }
 
 #[derive(Debug)]
@@ -79,7 +101,7 @@ impl CandleBackend {
         x.matmul(&weight.t()?)
     }
 
-    fn linear(&self, linear: &Linear<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
+    fn linear(&self, linear: &Linear, x: &Tensor) -> candle_core::Result<Tensor> {
         let y = self.product(&linear.weight, x)?;
         match &linear.bias {
             Some(bias) => y.broadcast_add(bias),
@@ -87,10 +109,11 @@ impl CandleBackend {
         }
     }
 
-    fn gated(&self, activation: Activation, gated: &Gated<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
-        let gate = self.linear(&gated.gate, x)?;
-        let up = self.linear(&gated.up, x)?;
-        let inner = match activation {
+    /// down(activation(gate x, up x)) of one expert.
+    fn gated(&self, weights: &FeedForwardWeights<Self>, expert: usize, x: &Tensor) -> candle_core::Result<Tensor> {
+        let gate = self.linear(&weights.gate_up[2 * expert], x)?;
+        let up = self.linear(&weights.gate_up[2 * expert + 1], x)?;
+        let inner = match weights.activation {
             Activation::Silu => (gate.silu()? * up)?,
             Activation::GeluTanh => (gate.gelu()? * up)?,
             Activation::ClampedSwish { slope, limit } => {
@@ -99,30 +122,40 @@ impl CandleBackend {
                 ((up.clamp(-limit, limit)? + 1.0)? * (gate * sigmoid)?)?
             }
         };
-        self.linear(&gated.down, &inner)
+        self.linear(&weights.down[expert], &inner)
     }
 
     /// Computes the rows of each expert together; a row's sum is in the order of expert numbers.
-    fn mixture(&self, activation: Activation, mixture: &Mixture<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
-        let logits = self.linear(&mixture.router, x)?.to_vec2::<f32>()?;
+    fn mixture(
+        &self,
+        router: &Router<Self>,
+        weights: &FeedForwardWeights<Self>,
+        x: &Tensor,
+    ) -> candle_core::Result<Tensor> {
+        let logits = self.linear(&router.linear[0], x)?.to_vec2::<f32>()?;
         let choices: Vec<Vec<RoutedExpert>> =
-            logits.iter().map(|row| expert_routing::route(&mixture.spec, row)).collect();
+            logits.iter().map(|row| expert_routing::route(&router.spec, row)).collect();
         let mut out = x.zeros_like()?;
-        for (number, gated) in mixture.experts.iter().enumerate() {
+        for number in 0..router.spec.count {
             let mine = choices.iter().enumerate().flat_map(|(row, choices)| {
                 choices.iter().filter(|choice| choice.expert == number).map(move |choice| (row as u32, choice.weight))
             });
-            let (rows, weights): (Vec<u32>, Vec<f32>) = mine.unzip();
+            let (rows, shares): (Vec<u32>, Vec<f32>) = mine.unzip();
             if rows.is_empty() {
                 continue;
             }
             let count = rows.len();
             let rows = Tensor::from_vec(rows, count, &self.device)?;
-            let weights = Tensor::from_vec(weights, (count, 1), &self.device)?;
-            let part = self.gated(activation, gated, &x.index_select(&rows, 0)?)?;
-            out = out.index_add(&rows, &part.broadcast_mul(&weights)?, 0)?;
+            let shares = Tensor::from_vec(shares, (count, 1), &self.device)?;
+            let part = self.gated(weights, number, &x.index_select(&rows, 0)?)?;
+            out = out.index_add(&rows, &part.broadcast_mul(&shares)?, 0)?;
         }
         Ok(out)
+    }
+
+    fn chosen(&self, hidden: &Tensor, rows: &[usize]) -> candle_core::Result<Tensor> {
+        let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+        hidden.index_select(&Tensor::from_slice(&rows, rows.len(), &self.device)?, 0)
     }
 
     /// Normalises (if the model does) and rotates queries or keys; returns \[rows, heads, head_dim].
@@ -187,8 +220,10 @@ fn dense_type(element: ElementType) -> DType {
 
 impl Backend for CandleBackend {
     type Matrix = Matrix;
+    type Linears = Vec<Linear>;
     type Vector = Tensor;
     type Buffer = Tensor;
+    type Logits = Logits;
     type Cache = CandleCache;
     type Batch = CandleBatch;
 
@@ -227,6 +262,29 @@ impl Backend for CandleBackend {
         }
     }
 
+    fn linears(
+        &mut self,
+        _: &[MatrixShape],
+        parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
+    ) -> Result<Vec<Linear>, EngineError> {
+        let read = parts.map(|part| {
+            let LinearData { weight, bias } = part?;
+            let bias = bias.map(|bias| self.vector(bias)).transpose()?;
+            Ok(Linear { weight: self.matrix(&weight)?, bias })
+        });
+        read.collect()
+    }
+
+    fn linears_bytes(linears: &Vec<Linear>) -> u64 {
+        let bias_bytes = |linear: &Linear| linear.bias.as_ref().map_or(0, |bias| bias.elem_count() as u64 * 4);
+        linears.iter().map(|linear| Self::matrix_bytes(&linear.weight) + bias_bytes(linear)).sum()
+    }
+
+    /// candle frees each tensor when it is dropped.
+    fn memory_bytes(&self) -> u64 {
+        0
+    }
+
     fn vector(&mut self, values: Vec<f32>) -> Result<Tensor, EngineError> {
         let length = values.len();
         Ok(Tensor::from_vec(values, length, &self.device)?)
@@ -242,7 +300,8 @@ impl Backend for CandleBackend {
         }
     }
 
-    fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<CandleCache, EngineError> {
+    fn cache(&mut self, layers: &[LayerState<'_>], element: KvElement, pages: u32) -> Result<CandleCache, EngineError> {
+        let layers: Vec<_> = layers.iter().map(|&LayerState::KeysAndValues(spec)| spec).collect();
         let dtype = match element {
             KvElement::F16 => DType::F16,
             KvElement::F32 => DType::F32,
@@ -251,7 +310,7 @@ impl Backend for CandleBackend {
                 return Err(EngineError::Unsupported { engine: "candle".to_owned(), what });
             }
         };
-        Ok(CandleCache::new(layers, dtype, pages, &self.device)?)
+        Ok(CandleCache::new(&layers, dtype, pages, &self.device)?)
     }
 
     fn copy_pages(&mut self, cache: &mut CandleCache, copies: &[(u32, u32)]) -> Result<(), EngineError> {
@@ -303,20 +362,24 @@ impl Backend for CandleBackend {
         Ok(buffer.flatten_all()?.to_vec1()?)
     }
 
-    fn attention(
+    fn mix(
         &mut self,
-        weights: &AttentionWeights<Self>,
+        weights: &MixerWeights<Self>,
         cache: &mut CandleCache,
         layer: usize,
         batch: &CandleBatch,
         hidden: &Tensor,
     ) -> Result<Tensor, EngineError> {
+        let MixerWeights::Attention(weights) = weights;
+        let [query_weights, key_weights, value_weights] = weights.query_key_value.as_slice() else {
+            return Err(EngineError::BadStep { what: "attention without its three projections".to_owned() });
+        };
         let spec = &weights.spec;
         let x = Self::norm(weights.norm.as_ref(), hidden)?;
         let rotation = &batch.rotations[spec.rope];
-        let queries = Self::turn(&self.linear(&weights.query, &x)?, spec, weights.query_norm.as_ref(), rotation)?;
-        let keys = Self::turn(&self.linear(&weights.key, &x)?, spec, weights.key_norm.as_ref(), rotation)?;
-        let values = self.linear(&weights.value, &x)?;
+        let queries = Self::turn(&self.linear(query_weights, &x)?, spec, weights.query_norm.as_ref(), rotation)?;
+        let keys = Self::turn(&self.linear(key_weights, &x)?, spec, weights.key_norm.as_ref(), rotation)?;
+        let values = self.linear(value_weights, &x)?;
         let values = values.reshape((values.dim(0)?, spec.kv_heads, spec.head_dim))?;
         let mut mixed = Vec::new();
         for span in &batch.batch.spans {
@@ -325,14 +388,14 @@ impl Backend for CandleBackend {
             mixed.push(cache.attend(layer, span, spec, weights.sinks.as_ref(), &rows)?);
         }
         let mixed = Tensor::cat(&mixed, 0)?;
-        Ok(self.linear(&weights.output, &mixed)?)
+        Ok(self.linear(&weights.output[0], &mixed)?)
     }
 
     fn feed_forward(&mut self, weights: &FeedForwardWeights<Self>, hidden: &Tensor) -> Result<Tensor, EngineError> {
         let x = Self::norm(weights.norm.as_ref(), hidden)?;
-        match &weights.kind {
-            FeedForwardKind::Dense(gated) => Ok(self.gated(weights.activation, gated, &x)?),
-            FeedForwardKind::Mixture(mixture) => Ok(self.mixture(weights.activation, mixture, &x)?),
+        match &weights.router {
+            None => Ok(self.gated(weights, 0, &x)?),
+            Some(router) => Ok(self.mixture(router, weights, &x)?),
         }
     }
 
@@ -341,16 +404,35 @@ impl Backend for CandleBackend {
         Ok(())
     }
 
+    fn final_rows(&mut self, norm: &Norm<Self>, hidden: &Tensor, rows: &[usize]) -> Result<Vec<f32>, EngineError> {
+        Ok(Self::norm(Some(norm), &self.chosen(hidden, rows)?)?.flatten_all()?.to_vec1()?)
+    }
+
     fn logits(
         &mut self,
         norm: &Norm<Self>,
         head: &Matrix,
         hidden: Tensor,
         rows: &[usize],
-    ) -> Result<Vec<f32>, EngineError> {
-        let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
-        let chosen = hidden.index_select(&Tensor::from_slice(&rows, rows.len(), &self.device)?, 0)?;
-        let logits = self.product(head, &Self::norm(Some(norm), &chosen)?)?;
-        Ok(logits.flatten_all()?.to_vec1()?)
+        cap: Option<f32>,
+    ) -> Result<Logits, EngineError> {
+        let logits = self.product(head, &Self::norm(Some(norm), &self.chosen(&hidden, rows)?)?)?;
+        let mut values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+        if let Some(cap) = cap {
+            values.iter_mut().for_each(|logit| *logit = softcap(*logit, cap));
+        }
+        Ok(Logits { values, vocabulary: head.rows })
+    }
+
+    fn top_logits(&mut self, logits: &Logits, queries: &[(usize, &TopQuery)]) -> Result<Vec<TopLogits>, EngineError> {
+        Ok(queries.iter().map(|&(row, query)| logits::top(logits.row(row), query)).collect())
+    }
+
+    fn logit_rows(&mut self, logits: &Logits, rows: &[usize]) -> Result<Vec<f32>, EngineError> {
+        Ok(rows.iter().flat_map(|&row| logits.row(row)).copied().collect())
+    }
+
+    fn finish(&mut self) -> Result<(), EngineError> {
+        Ok(self.device.synchronize()?)
     }
 }

@@ -121,6 +121,15 @@ pub(super) struct CodedSlot {
 }
 
 impl CodedRows {
+    /// The size of the buffers, in bytes.
+    pub(super) fn memory_bytes(&self) -> usize {
+        let integers = (self.pairs.capacity() + self.sums.capacity()) * size_of::<i16>();
+        self.bytes.length()
+            + integers
+            + self.starts.capacity() * size_of::<i32>()
+            + self.units.capacity() * size_of::<f32>()
+    }
+
     /// Resizes to `rows` rows in the `wanted` forms. Earlier contents become meaningless.
     pub(super) fn resize(&mut self, bits: ActivationBits, rows: usize, width: usize, wanted: Wanted) {
         let (steps, slots) = (width.div_ceil(STEP), slots(bits, &(0..rows)).end);

@@ -44,6 +44,12 @@ impl BufferPool {
         rows
     }
 
+    /// The size of the buffers in the pool, in bytes.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        let floats = self.floats.iter().map(|buffer| buffer.capacity() * size_of::<f32>()).sum::<usize>();
+        (floats + self.coded.iter().map(CodedRows::memory_bytes).sum::<usize>()) as u64
+    }
+
     pub(super) fn keep_coded(&mut self, rows: CodedRows) {
         if self.coded.len() < BUFFERS_MAX {
             self.coded.push(rows);

@@ -30,14 +30,14 @@ pub(super) struct LayerCache {
 
 impl KvCache {
     /// Reserves `pages` pages for each layer; `None` if the operating system refuses the memory.
-    pub(super) fn new(layers: &[Attention], element: KvElement, pages: u32) -> Option<Self> {
+    pub(super) fn new(layers: &[&Attention], element: KvElement, pages: u32) -> Option<Self> {
         let layers = layers.iter().map(|spec| LayerCache::new(spec, element, pages));
         Some(Self { layers: layers.collect::<Option<_>>()? })
     }
 
     /// The memory of such a cache when all pages are used, in bytes.
-    pub(super) fn bytes(layers: &[Attention], element: KvElement, pages: u32) -> u64 {
-        let page = |spec: &Attention| {
+    pub(super) fn bytes(layers: &[&Attention], element: KvElement, pages: u32) -> u64 {
+        let page = |spec: &&Attention| {
             let layer = LayerCache::empty(spec, element);
             (layer.key_page_bytes() as u64).saturating_add(layer.value_page_bytes() as u64)
         };

@@ -10,11 +10,11 @@
 use super::activation::Rows;
 use super::kernels::{self, Operand};
 use super::matmul::Product;
-use super::{CpuBackend, product, rms_norm};
-use crate::backend::{Gated, Linear, Mixture, Norm};
+use super::{CpuBackend, Linear, product, rms_norm};
+use crate::backend::{FeedForwardWeights, Router};
 use crate::error::EngineError;
 use crate::expert_routing;
-use crate::model::Activation;
+use crate::model::Experts;
 use crate::profile::Part;
 use std::ops::Range;
 use std::time::Instant;
@@ -30,11 +30,11 @@ struct Routes {
 }
 
 impl Routes {
-    fn new(mixture: &Mixture<CpuBackend>, logits: &Rows) -> Self {
+    fn new(spec: &Experts, logits: &Rows) -> Self {
         let mut choices = Vec::with_capacity(logits.count());
         let mut sorted: Vec<(usize, usize, usize)> = Vec::new();
         for row in 0..logits.count() {
-            let chosen = expert_routing::route(&mixture.spec, logits.row(row));
+            let chosen = expert_routing::route(spec, logits.row(row));
             sorted.extend(chosen.iter().enumerate().map(|(slot, choice)| (choice.expert, row, slot)));
             choices.push(chosen.iter().map(|choice| (0, choice.weight)).collect::<Vec<_>>());
         }
@@ -54,28 +54,26 @@ impl Routes {
 impl CpuBackend {
     pub(super) fn mixture(
         &mut self,
-        activation: Activation,
-        norm: Option<&Norm<Self>>,
-        mixture: &Mixture<Self>,
+        router: &Router<Self>,
+        weights: &FeedForwardWeights<Self>,
         hidden: &Rows,
     ) -> Result<Rows, EngineError> {
         let Self { tier, pool, buffers, profile, .. } = self;
         let started = Instant::now();
-        let normed = kernels::norm(*tier, pool, buffers, hidden, norm.map(rms_norm))?;
+        let normed = kernels::norm(*tier, pool, buffers, hidden, weights.norm.as_ref().map(rms_norm))?;
         profile.add(Part::Encoding, started);
         let input = normed.as_ref().unwrap_or(hidden);
-        let [logits] = self.project(Part::Routing, Operand::Rows(input), [&mixture.router])?;
+        let [logits] = self.project(Part::Routing, Operand::Rows(input), &router.linear)?;
         let started = Instant::now();
-        let routes = Routes::new(mixture, &logits);
+        let routes = Routes::new(&router.spec, &logits);
         let mut sorted = self.buffers.rows(routes.rows.len(), input.width);
         for (to, &row) in sorted.values.chunks_mut(input.width).zip(&routes.rows) {
             to.copy_from_slice(input.row(row));
         }
         self.profile.add(Part::Routing, started);
-        let [gate, up] =
-            self.experts(Part::GateUp, mixture, &routes, Operand::Rows(&sorted), |gated| [&gated.gate, &gated.up])?;
-        let inner = Operand::Gated { activation, gate: &gate, up: &up };
-        let [parts] = self.experts(Part::Down, mixture, &routes, inner, |gated| [&gated.down])?;
+        let [gate, up] = self.experts(Part::GateUp, &routes, Operand::Rows(&sorted), &weights.gate_up)?;
+        let inner = Operand::Gated { activation: weights.activation, gate: &gate, up: &up };
+        let [parts] = self.experts(Part::Down, &routes, inner, &weights.down)?;
         let started = Instant::now();
         let mut out = self.buffers.rows(hidden.count(), parts.width);
         kernels::combine(self.tier, &mut self.pool, &routes.choices, &parts, &mut out)?;
@@ -84,22 +82,22 @@ impl CpuBackend {
         Ok(out)
     }
 
-    /// Returns the products of each expert's rows of `operand` with the `linears` of that expert.
-    fn experts<'m, const N: usize>(
+    /// Returns the products of each expert's rows of `operand` with the `N` projections of that expert.
+    fn experts<const N: usize>(
         &mut self,
         part: Part,
-        mixture: &'m Mixture<Self>,
         routes: &Routes,
         operand: Operand<'_>,
-        linears: impl Fn(&'m Gated<Self>) -> [&'m Linear<Self>; N],
+        linears: &[Linear],
     ) -> Result<[Rows; N], EngineError> {
-        let widths = mixture.experts.first().map_or([0; N], |gated| linears(gated).map(|linear| linear.weight.rows));
+        let (experts, _) = linears.as_chunks::<N>();
+        let widths = experts.first().map_or([0; N], |expert| expert.each_ref().map(|linear| linear.weight.rows));
         let mut outs = widths.map(|width| self.buffers.rows(operand.rows().count(), width));
         {
             let mut products: Vec<Product<'_>> = Vec::with_capacity(N * routes.groups.len());
             let mut rest = outs.each_mut().map(|rows| rows.values.as_mut_slice());
             for (expert, rows) in &routes.groups {
-                for (linear, rest) in linears(&mixture.experts[*expert]).into_iter().zip(&mut rest) {
+                for (linear, rest) in experts[*expert].iter().zip(&mut rest) {
                     let (own, behind) = std::mem::take(rest).split_at_mut(rows.len() * linear.weight.rows);
                     *rest = behind;
                     products.push(product(linear, rows.clone(), own));
@@ -114,9 +112,9 @@ impl CpuBackend {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Backend, FeedForwardKind, FeedForwardWeights, TensorData};
+    use crate::backend::{Backend, TensorData};
     use crate::format::{ElementType, TensorBytes};
-    use crate::model::{Experts, Weighting};
+    use crate::model::{Activation, Weighting};
     use crate::simd::Tier;
 
     const HIDDEN: usize = 32;
@@ -137,17 +135,15 @@ mod tests {
             (5.., _) => -9.0,
             _ => 0.0,
         });
-        let experts = (0..EXPERTS).map(|expert| {
-            let mut weight = |salt: usize| {
-                let value = move |i: usize| ((i * 7 + expert * 13 + salt) as f32 * 0.37).sin();
-                linear(HIDDEN, &move |i| if expert < 5 { value(i) } else { f32::MAX })
-            };
-            Gated { gate: weight(1), up: weight(2), down: weight(3) }
-        });
-        let experts = experts.collect();
+        let mut weight = |expert: usize, salt: usize| {
+            let value = move |i: usize| ((i * 7 + expert * 13 + salt) as f32 * 0.37).sin();
+            linear(HIDDEN, &move |i| if expert < 5 { value(i) } else { f32::MAX })
+        };
+        let gate_up = (0..EXPERTS).flat_map(|expert| [1, 2].map(|salt| weight(expert, salt))).collect();
+        let down = (0..EXPERTS).map(|expert| weight(expert, 3)).collect();
         let spec = Experts { count: EXPERTS, used: 2, weighting: Weighting::AmongChosen, router_bias: false };
-        let kind = FeedForwardKind::Mixture(Mixture { spec, router, experts });
-        FeedForwardWeights { activation: Activation::Silu, norm: None, kind }
+        let router = Some(Router { spec, linear: vec![router] });
+        FeedForwardWeights { activation: Activation::Silu, norm: None, router, gate_up, down }
     }
 
     fn input(rows: std::ops::Range<usize>) -> Rows {

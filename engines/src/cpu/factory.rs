@@ -13,6 +13,8 @@ pub struct CpuFactory {
 }
 
 impl CpuFactory {
+    /// The name of the engine.
+    pub const NAME: &'static str = "cpu";
     /// The id of this factory's only device.
     pub const DEVICE: &'static str = "cpu";
 
@@ -29,7 +31,7 @@ impl CpuFactory {
 
 impl EngineFactory for CpuFactory {
     fn name(&self) -> &'static str {
-        "cpu"
+        Self::NAME
     }
 
     fn probe(&self) -> Vec<DeviceReport> {

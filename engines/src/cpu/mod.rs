@@ -30,12 +30,16 @@ pub use factory::CpuFactory;
 pub use limits::Limits;
 pub use packed::Packed;
 
-use crate::arithmetic;
-use crate::backend::{AttentionWeights, Backend, Batch, FeedForwardKind, FeedForwardWeights, Linear, Norm, TensorData};
-use crate::engine::{ActivationBits, KvElement};
+use crate::arithmetic::{self, functions};
+use crate::backend::{
+    AttentionWeights, Backend, Batch, FeedForwardWeights, LayerState, LinearData, MatrixShape, MixerWeights, Norm,
+    TensorData,
+};
+use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
 use crate::error::EngineError;
 use crate::format::FormatError;
-use crate::model::{Attention, QueryKeyNorm, Rope};
+use crate::logits;
+use crate::model::{QueryKeyNorm, Rope};
 use crate::profile::{Part, Profile};
 use activation::Rows;
 use buffer_pool::BufferPool;
@@ -66,13 +70,20 @@ pub struct CpuBatch {
     rotations: Vec<Rotations>,
 }
 
+/// A linear projection: y = x · Wᵀ + b.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Packed,
+    bias: Option<Vec<f32>>,
+}
+
 /// Returns a norm in the kernels' form.
 fn rms_norm(norm: &Norm<CpuBackend>) -> RmsNorm<'_> {
     RmsNorm { weight: &norm.weight, epsilon: norm.epsilon }
 }
 
 /// Describes the product of the operand's `rows` with `linear`.
-fn product<'a>(linear: &'a Linear<CpuBackend>, rows: Range<usize>, out: &'a mut [f32]) -> Product<'a> {
+fn product<'a>(linear: &'a Linear, rows: Range<usize>, out: &'a mut [f32]) -> Product<'a> {
     Product::new(&linear.weight, linear.bias.as_deref(), rows, out)
 }
 
@@ -116,13 +127,16 @@ impl CpuBackend {
         &mut self,
         part: Part,
         operand: Operand<'_>,
-        linears: [&Linear<Self>; N],
+        linears: &[Linear],
     ) -> Result<[Rows; N], EngineError> {
+        let linears: &[Linear; N] = linears
+            .try_into()
+            .map_err(|_| EngineError::BadStep { what: format!("{} projections in place of {N}", linears.len()) })?;
         let rows = operand.rows().count();
-        let mut outs = linears.map(|linear| self.buffers.rows(rows, linear.weight.rows));
+        let mut outs = linears.each_ref().map(|linear| self.buffers.rows(rows, linear.weight.rows));
         let mut number = 0;
         let mut products = outs.each_mut().map(|out| {
-            let product = product(linears[number], 0..rows, &mut out.values);
+            let product = product(&linears[number], 0..rows, &mut out.values);
             number += 1;
             product
         });
@@ -147,12 +161,58 @@ impl CpuBackend {
         buffers.keep_coded(codes);
         Ok(())
     }
+
+    /// Computes an attention half-layer.
+    fn attend(
+        &mut self,
+        weights: &AttentionWeights<Self>,
+        cache: &mut KvCache,
+        layer: usize,
+        batch: &CpuBatch,
+        hidden: &Rows,
+    ) -> Result<Rows, EngineError> {
+        let spec = &weights.spec;
+        let operand = Operand::new(hidden, weights.norm.as_ref().map(rms_norm));
+        let [mut queries, mut keys, values] = self.project(Part::QueryKeyValue, operand, &weights.query_key_value)?;
+        let started = Instant::now();
+        let per_head = spec.query_key_norm == Some(QueryKeyNorm::PerHead);
+        let rotations = &batch.rotations[spec.rope];
+        for (rows, norm) in [(&mut queries, &weights.query_norm), (&mut keys, &weights.key_norm)] {
+            let norm_width = if per_head { spec.head_dim } else { rows.width };
+            let turn =
+                kernels::Turn { norm: norm.as_ref().map(rms_norm), norm_width, head_dim: spec.head_dim, rotations };
+            kernels::turn_heads(self.tier, &mut self.pool, &turn, rows)?;
+        }
+        let cache = &mut cache.layers[layer];
+        kernels::write_cache(self.tier, cache, &batch.batch, &keys, &values);
+        self.profile.add(Part::Rotation, started);
+        let started = Instant::now();
+        let mut mixed = self.buffers.rows(batch.batch.rows, spec.query_width());
+        let sinks = weights.sinks.as_deref();
+        let heads = attention::Heads { spec, sinks, cache, spans: &batch.batch.spans };
+        self.attention.run(self.tier, &mut self.pool, &heads, &queries, &mut mixed)?;
+        self.profile.add(Part::Attention, started);
+        let [out] = self.project(Part::AttentionOutput, Operand::Rows(&mixed), &weights.output)?;
+        [queries, keys, values, mixed].into_iter().for_each(|rows| self.buffers.keep(rows));
+        Ok(out)
+    }
+
+    /// Copies `rows` of `hidden`.
+    fn chosen(&mut self, hidden: &Rows, rows: &[usize]) -> Rows {
+        let mut chosen = self.buffers.rows(rows.len(), hidden.width);
+        for (chosen, &row) in chosen.values.chunks_mut(hidden.width).zip(rows) {
+            chosen.copy_from_slice(hidden.row(row));
+        }
+        chosen
+    }
 }
 
 impl Backend for CpuBackend {
     type Matrix = Packed;
+    type Linears = Vec<Linear>;
     type Vector = Vec<f32>;
     type Buffer = Rows;
+    type Logits = Rows;
     type Cache = KvCache;
     type Batch = CpuBatch;
 
@@ -188,14 +248,36 @@ impl Backend for CpuBackend {
         matrix.memory_bytes()
     }
 
+    fn linears(
+        &mut self,
+        _: &[MatrixShape],
+        parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
+    ) -> Result<Vec<Linear>, EngineError> {
+        let packed = parts.map(|part| {
+            let LinearData { weight, bias } = part?;
+            Ok(Linear { weight: self.matrix(&weight)?, bias })
+        });
+        packed.collect()
+    }
+
+    fn linears_bytes(linears: &Vec<Linear>) -> u64 {
+        let bias_bytes = |linear: &Linear| linear.bias.as_ref().map_or(0, |bias| bias.len() as u64 * 4);
+        linears.iter().map(|linear| linear.weight.memory_bytes() + bias_bytes(linear)).sum()
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        self.buffers.memory_bytes()
+    }
+
     fn vector(&mut self, values: Vec<f32>) -> Result<Vec<f32>, EngineError> {
         Ok(values)
     }
 
-    fn cache(&mut self, layers: &[Attention], element: KvElement, pages: u32) -> Result<KvCache, EngineError> {
-        KvCache::new(layers, element, pages).ok_or_else(|| EngineError::OutOfMemory {
+    fn cache(&mut self, layers: &[LayerState<'_>], element: KvElement, pages: u32) -> Result<KvCache, EngineError> {
+        let layers: Vec<_> = layers.iter().map(|&LayerState::KeysAndValues(spec)| spec).collect();
+        KvCache::new(&layers, element, pages).ok_or_else(|| EngineError::OutOfMemory {
             what: format!("a cache of {pages} pages"),
-            needed_bytes: KvCache::bytes(layers, element, pages),
+            needed_bytes: KvCache::bytes(&layers, element, pages),
             free_bytes: 0,
         })
     }
@@ -236,51 +318,26 @@ impl Backend for CpuBackend {
         Ok(values)
     }
 
-    fn attention(
+    fn mix(
         &mut self,
-        weights: &AttentionWeights<Self>,
+        weights: &MixerWeights<Self>,
         cache: &mut KvCache,
         layer: usize,
         batch: &CpuBatch,
         hidden: &Rows,
     ) -> Result<Rows, EngineError> {
-        let spec = &weights.spec;
-        let operand = Operand::new(hidden, weights.norm.as_ref().map(rms_norm));
-        let projections = [&weights.query, &weights.key, &weights.value];
-        let [mut queries, mut keys, values] = self.project(Part::QueryKeyValue, operand, projections)?;
-        let started = Instant::now();
-        let per_head = spec.query_key_norm == Some(QueryKeyNorm::PerHead);
-        let rotations = &batch.rotations[spec.rope];
-        for (rows, norm) in [(&mut queries, &weights.query_norm), (&mut keys, &weights.key_norm)] {
-            let norm_width = if per_head { spec.head_dim } else { rows.width };
-            let turn =
-                kernels::Turn { norm: norm.as_ref().map(rms_norm), norm_width, head_dim: spec.head_dim, rotations };
-            kernels::turn_heads(self.tier, &mut self.pool, &turn, rows)?;
-        }
-        let cache = &mut cache.layers[layer];
-        kernels::write_cache(self.tier, cache, &batch.batch, &keys, &values);
-        self.profile.add(Part::Rotation, started);
-        let started = Instant::now();
-        let mut mixed = self.buffers.rows(batch.batch.rows, spec.query_width());
-        let sinks = weights.sinks.as_deref();
-        let heads = attention::Heads { spec, sinks, cache, spans: &batch.batch.spans };
-        self.attention.run(self.tier, &mut self.pool, &heads, &queries, &mut mixed)?;
-        self.profile.add(Part::Attention, started);
-        let [out] = self.project(Part::AttentionOutput, Operand::Rows(&mixed), [&weights.output])?;
-        [queries, keys, values, mixed].into_iter().for_each(|rows| self.buffers.keep(rows));
-        Ok(out)
+        let MixerWeights::Attention(weights) = weights;
+        self.attend(weights, cache, layer, batch, hidden)
     }
 
     fn feed_forward(&mut self, weights: &FeedForwardWeights<Self>, hidden: &Rows) -> Result<Rows, EngineError> {
-        let norm = weights.norm.as_ref();
-        let gated = match &weights.kind {
-            FeedForwardKind::Dense(gated) => gated,
-            FeedForwardKind::Mixture(mixture) => return self.mixture(weights.activation, norm, mixture, hidden),
-        };
-        let operand = Operand::new(hidden, norm.map(rms_norm));
-        let [gate, up] = self.project(Part::GateUp, operand, [&gated.gate, &gated.up])?;
+        if let Some(router) = &weights.router {
+            return self.mixture(router, weights, hidden);
+        }
+        let operand = Operand::new(hidden, weights.norm.as_ref().map(rms_norm));
+        let [gate, up] = self.project(Part::GateUp, operand, &weights.gate_up)?;
         let inner = Operand::Gated { activation: weights.activation, gate: &gate, up: &up };
-        let [out] = self.project(Part::Down, inner, [&gated.down])?;
+        let [out] = self.project(Part::Down, inner, &weights.down)?;
         [gate, up].into_iter().for_each(|rows| self.buffers.keep(rows));
         Ok(out)
     }
@@ -293,17 +350,23 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn final_rows(&mut self, norm: &Norm<Self>, hidden: &Rows, rows: &[usize]) -> Result<Vec<f32>, EngineError> {
+        let chosen = self.chosen(hidden, rows);
+        let Self { tier, pool, buffers, .. } = self;
+        let normed = kernels::norm(*tier, pool, buffers, &chosen, Some(rms_norm(norm)))?;
+        self.buffers.keep(chosen);
+        Ok(normed.map(|rows| rows.values).unwrap_or_default())
+    }
+
     fn logits(
         &mut self,
         norm: &Norm<Self>,
         head: &Packed,
         hidden: Rows,
         rows: &[usize],
-    ) -> Result<Vec<f32>, EngineError> {
-        let mut chosen = self.buffers.rows(rows.len(), hidden.width);
-        for (chosen, &row) in chosen.values.chunks_mut(hidden.width).zip(rows) {
-            chosen.copy_from_slice(hidden.row(row));
-        }
+        cap: Option<f32>,
+    ) -> Result<Rows, EngineError> {
+        let chosen = self.chosen(&hidden, rows);
         let mut out = Rows::zeroed(rows.len(), head.rows);
         self.multiply(
             Part::Head,
@@ -311,6 +374,21 @@ impl Backend for CpuBackend {
             &mut [Product::new(head, None, 0..rows.len(), &mut out.values)],
         )?;
         [chosen, hidden].into_iter().for_each(|rows| self.buffers.keep(rows));
-        Ok(out.values)
+        if let Some(cap) = cap {
+            out.values.iter_mut().for_each(|logit| *logit = functions::softcap(*logit, cap));
+        }
+        Ok(out)
+    }
+
+    fn top_logits(&mut self, logits: &Rows, queries: &[(usize, &TopQuery)]) -> Result<Vec<TopLogits>, EngineError> {
+        Ok(queries.iter().map(|&(row, query)| logits::top(logits.row(row), query)).collect())
+    }
+
+    fn logit_rows(&mut self, logits: &Rows, rows: &[usize]) -> Result<Vec<f32>, EngineError> {
+        Ok(rows.iter().flat_map(|&row| logits.row(row)).copied().collect())
+    }
+
+    fn finish(&mut self) -> Result<(), EngineError> {
+        Ok(())
     }
 }

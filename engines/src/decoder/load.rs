@@ -1,14 +1,12 @@
 //! Loads a shard's weights: reads each role, checks it against the architecture, and passes it to the backend.
 
+use super::tensors::Tensors;
 use crate::backend::{
-    AttentionWeights, Backend, FeedForwardKind, FeedForwardWeights, Gated, Linear, Mixture, Norm, TensorData,
+    AttentionWeights, Backend, FeedForwardWeights, LinearData, MatrixShape, MixerWeights, Norm, Router,
 };
 use crate::engine::{LoadProgress, ShardSpec};
 use crate::error::EngineError;
-use crate::format::blocks::dequantise_row;
-use crate::format::quantise::{self, QuantiseError};
-use crate::format::{ElementType, FormatError, TensorBytes};
-use crate::model::{FeedForward, Layer, LayerRole, Part, QueryKeyNorm, Role, TensorSlice, WeightReader, WeightSource};
+use crate::model::{Layer, LayerRole, Part, QueryKeyNorm, Role, TensorSlice, WeightReader, WeightSource};
 use std::ops::ControlFlow;
 
 /// The weights of a shard.
@@ -16,12 +14,12 @@ pub(super) struct ShardWeights<B: Backend> {
     pub(super) embedding: Option<B::Matrix>,
     pub(super) layers: Vec<LayerWeights<B>>,
     pub(super) output_norm: Option<Norm<B>>,
-    output: Option<B::Matrix>,
+    pub(super) output: Option<B::Matrix>,
 }
 
 pub(super) struct LayerWeights<B: Backend> {
-    pub(super) attention: AttentionWeights<B>,
-    pub(super) after_attention: Option<Norm<B>>,
+    pub(super) mixer: MixerWeights<B>,
+    pub(super) after_mixer: Option<Norm<B>>,
     pub(super) feed_forward: FeedForwardWeights<B>,
     pub(super) after_feed_forward: Option<Norm<B>>,
 }
@@ -58,33 +56,48 @@ pub(super) fn weights<B: Backend>(
     source: &WeightSource,
     on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
 ) -> Result<(ShardWeights<B>, u64), EngineError> {
-    let reader = WeightReader::open(source)?;
+    let tensors = Tensors { source, reader: WeightReader::open(source)? };
     let total_bytes = source.shard_bytes(shard.layers.clone(), shard.architecture.layers.len());
-    let mut loader = Loader {
-        backend,
-        shard,
-        source,
-        reader,
-        progress: LoadProgress { loaded_bytes: 0, total_bytes },
-        on,
-        memory_bytes: 0,
-    };
+    let progress = Progress { loaded: LoadProgress { loaded_bytes: 0, total_bytes }, on };
+    let mut loader = Loader { backend, shard, tensors: &tensors, progress, memory_bytes: 0 };
     let weights = loader.shard()?;
     Ok((weights, loader.memory_bytes))
 }
 
-struct Loader<'a, 's, B: Backend> {
+struct Loader<'a, B: Backend> {
     backend: &'a mut B,
     shard: &'a ShardSpec,
-    source: &'s WeightSource,
-    reader: WeightReader,
-    progress: LoadProgress,
-    on: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+    tensors: &'a Tensors<'a>,
+    progress: Progress<'a>,
     /// The size of the loaded weights in the backend's layout.
     memory_bytes: u64,
 }
 
-impl<'s, B: Backend> Loader<'_, 's, B> {
+/// The bytes that were read so far, and the function that is told so.
+struct Progress<'a> {
+    loaded: LoadProgress,
+    on: &'a mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+}
+
+impl Progress<'_> {
+    fn add(&mut self, bytes: u64) -> Result<(), EngineError> {
+        self.loaded.loaded_bytes += bytes;
+        match (self.on)(self.loaded) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(EngineError::Interrupted),
+        }
+    }
+}
+
+/// The roles of a projection's weight and bias, and its shape.
+struct Projection {
+    weight: Role,
+    bias: Option<Role>,
+    rows: usize,
+    columns: usize,
+}
+
+impl<B: Backend> Loader<'_, B> {
     fn shard(&mut self) -> Result<ShardWeights<B>, EngineError> {
         let (vocabulary, hidden) = (self.shard.architecture.vocabulary, self.shard.architecture.hidden);
         let embedding = match self.shard.is_first() {
@@ -99,16 +112,11 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         let mut output = None;
         if self.shard.is_last() {
             output_norm = Some(self.norm(Role::OutputNorm, hidden)?);
-            if !(self.shard.is_first() && self.is_tied()) {
+            if !(self.shard.is_first() && self.tensors.is_tied()) {
                 output = Some(self.matrix(Role::Output, vocabulary, hidden)?);
             }
         }
         Ok(ShardWeights { embedding, layers, output_norm, output })
-    }
-
-    fn is_tied(&self) -> bool {
-        let place = |role| self.source.tensors.get(&role).map(|slice| (slice.file, slice.offset_bytes));
-        place(Role::Output) == place(Role::TokenEmbedding)
     }
 
     fn layer(&mut self, index: usize) -> Result<LayerWeights<B>, EngineError> {
@@ -116,15 +124,15 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         let layer = &shard.architecture.layers[index];
         let hidden = shard.architecture.hidden;
         let role = |part| Role::Layer(index as u32, part);
-        let attention = self.attention(index, layer)?;
+        let mixer = MixerWeights::Attention(self.attention(index, layer)?);
         let feed_forward = self.feed_forward(index, layer)?;
         let mut after = |part| match layer.norms.after() {
             true => self.norm(role(part), hidden).map(Some),
             false => Ok(None),
         };
         Ok(LayerWeights {
-            attention,
-            after_attention: after(LayerRole::PostAttentionNorm)?,
+            mixer,
+            after_mixer: after(LayerRole::PostAttentionNorm)?,
             feed_forward,
             after_feed_forward: after(LayerRole::PostFeedForwardNorm)?,
         })
@@ -135,7 +143,21 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         let hidden = self.shard.architecture.hidden;
         let (query_width, kv_width) = (spec.query_width(), spec.kv_width());
         let role = |part| Role::Layer(index as u32, part);
-        let bias = |part, has: bool| has.then(|| role(part));
+        let input = |weight, bias, rows| {
+            let bias = spec.input_bias.then(|| role(bias));
+            Projection { weight: role(weight), bias, rows, columns: hidden }
+        };
+        let query_key_value = [
+            input(LayerRole::Query, LayerRole::QueryBias, query_width),
+            input(LayerRole::Key, LayerRole::KeyBias, kv_width),
+            input(LayerRole::Value, LayerRole::ValueBias, kv_width),
+        ];
+        let output = Projection {
+            weight: role(LayerRole::AttentionOutput),
+            bias: spec.output_bias.then(|| role(LayerRole::AttentionOutputBias)),
+            rows: hidden,
+            columns: query_width,
+        };
         let (query_norm, key_norm) = match spec.query_key_norm {
             None => (None, None),
             Some(QueryKeyNorm::PerHead) => (Some(spec.head_dim), Some(spec.head_dim)),
@@ -144,31 +166,17 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         Ok(AttentionWeights {
             spec: spec.clone(),
             norm: self.norm_if(layer.norms.before().then_some(hidden), role(LayerRole::AttentionNorm))?,
-            query: self.linear(
-                role(LayerRole::Query),
-                bias(LayerRole::QueryBias, spec.input_bias),
-                query_width,
-                hidden,
-            )?,
-            key: self.linear(role(LayerRole::Key), bias(LayerRole::KeyBias, spec.input_bias), kv_width, hidden)?,
-            value: self.linear(
-                role(LayerRole::Value),
-                bias(LayerRole::ValueBias, spec.input_bias),
-                kv_width,
-                hidden,
-            )?,
+            query_key_value: self.linears(&query_key_value)?,
             query_norm: self.norm_if(query_norm, role(LayerRole::QueryNorm))?,
             key_norm: self.norm_if(key_norm, role(LayerRole::KeyNorm))?,
             sinks: match spec.sinks {
-                true => Some(self.bias(role(LayerRole::Sinks), spec.heads)?),
+                true => {
+                    let sinks = self.vector(role(LayerRole::Sinks), spec.heads)?;
+                    Some(self.backend.vector(sinks)?)
+                }
                 false => None,
             },
-            output: self.linear(
-                role(LayerRole::AttentionOutput),
-                bias(LayerRole::AttentionOutputBias, spec.output_bias),
-                hidden,
-                query_width,
-            )?,
+            output: self.linears(&[output])?,
         })
     }
 
@@ -177,46 +185,66 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         let hidden = self.shard.architecture.hidden;
         let role = |part| Role::Layer(index as u32, part);
         let norm = self.norm_if(layer.norms.before().then_some(hidden), role(LayerRole::FeedForwardNorm))?;
-        let kind = match &spec.experts {
-            None => FeedForwardKind::Dense(self.gated(spec, |part| role(LayerRole::Gated(part)))?),
+        let router = match &spec.experts {
+            None => None,
             Some(experts) => {
+                let weight = role(LayerRole::Router);
                 let bias = experts.router_bias.then(|| role(LayerRole::RouterBias));
-                let router = self.linear(role(LayerRole::Router), bias, experts.count, hidden)?;
-                let numbers = 0..experts.count as u32;
-                let experts_loaded =
-                    numbers.map(|number| self.gated(spec, |part| role(LayerRole::Expert(number, part))));
-                let experts_loaded = experts_loaded.collect::<Result<_, _>>()?;
-                FeedForwardKind::Mixture(Mixture { spec: experts.clone(), router, experts: experts_loaded })
+                let linear = self.linears(&[Projection { weight, bias, rows: experts.count, columns: hidden }])?;
+                Some(Router { spec: experts.clone(), linear })
             }
         };
-        Ok(FeedForwardWeights { activation: spec.activation, norm, kind })
+        let projection = |part: Part, bias: Part, expert: u32| {
+            let of = |part| match spec.experts {
+                None => role(LayerRole::Gated(part)),
+                Some(_) => role(LayerRole::Expert(expert, part)),
+            };
+            let (rows, columns) = if part == Part::Down { (hidden, spec.width) } else { (spec.width, hidden) };
+            Projection { weight: of(part), bias: spec.bias.then(|| of(bias)), rows, columns }
+        };
+        let experts = 0..spec.experts.as_ref().map_or(1, |experts| experts.count as u32);
+        let gate_up: Vec<Projection> = experts
+            .clone()
+            .flat_map(|expert| {
+                [projection(Part::Gate, Part::GateBias, expert), projection(Part::Up, Part::UpBias, expert)]
+            })
+            .collect();
+        let down: Vec<Projection> = experts.map(|expert| projection(Part::Down, Part::DownBias, expert)).collect();
+        let (gate_up, down) = (self.linears(&gate_up)?, self.linears(&down)?);
+        Ok(FeedForwardWeights { activation: spec.activation, norm, router, gate_up, down })
     }
 
-    fn gated(&mut self, spec: &FeedForward, role: impl Fn(Part) -> Role) -> Result<Gated<B>, EngineError> {
-        let hidden = self.shard.architecture.hidden;
-        let bias = |part| spec.bias.then(|| role(part));
-        Ok(Gated {
-            gate: self.linear(role(Part::Gate), bias(Part::GateBias), spec.width, hidden)?,
-            up: self.linear(role(Part::Up), bias(Part::UpBias), spec.width, hidden)?,
-            down: self.linear(role(Part::Down), bias(Part::DownBias), hidden, spec.width)?,
-        })
-    }
-
-    fn linear(
-        &mut self,
-        weight: Role,
-        bias: Option<Role>,
-        rows: usize,
-        columns: usize,
-    ) -> Result<Linear<B>, EngineError> {
-        let weight = self.matrix(weight, rows, columns)?;
-        let bias = bias.map(|role| self.bias(role, rows)).transpose()?;
-        Ok(Linear { weight, bias })
-    }
-
-    fn bias(&mut self, role: Role, length: usize) -> Result<B::Vector, EngineError> {
-        let values = self.vector(role, length)?;
-        self.backend.vector(values)
+    /// Loads projections one after the other, so that the bytes of one alone are in memory beside the backend's own.
+    fn linears(&mut self, projections: &[Projection]) -> Result<B::Linears, EngineError> {
+        let Self { backend, tensors, progress, .. } = self;
+        let slices = projections.iter().map(|of| tensors.slice(of.weight, of.rows, of.columns));
+        let slices = slices.collect::<Result<Vec<_>, _>>()?;
+        let shape =
+            |slice: &&TensorSlice| MatrixShape { element: slice.kept_as, rows: slice.rows, columns: slice.columns };
+        let shapes: Vec<MatrixShape> = slices.iter().map(shape).collect();
+        // The bytes of the part that the backend copies now count when it asks for the next.
+        let mut pending_bytes = 0;
+        let mut parts = projections.iter().zip(&slices).map(|(of, slice)| {
+            if pending_bytes > 0 {
+                progress.add(std::mem::take(&mut pending_bytes))?;
+            }
+            pending_bytes = slice.length_bytes;
+            let bias = match of.bias {
+                None => None,
+                Some(role) => {
+                    let (values, bytes) = tensors.vector(role, of.rows)?;
+                    pending_bytes += bytes;
+                    Some(values)
+                }
+            };
+            Ok(LinearData { weight: tensors.data(slice)?, bias })
+        });
+        let linears = backend.linears(&shapes, &mut parts);
+        drop(parts);
+        let linears = linears.map_err(|error| tensors.with_path(&slices, error))?;
+        progress.add(pending_bytes)?;
+        self.memory_bytes += B::linears_bytes(&linears);
+        Ok(linears)
     }
 
     fn norm_if(&mut self, length: Option<usize>, role: Role) -> Result<Option<Norm<B>>, EngineError> {
@@ -230,90 +258,21 @@ impl<'s, B: Backend> Loader<'_, 's, B> {
         Ok(Norm { weight: self.backend.vector(values)?, epsilon: self.shard.architecture.norm_epsilon })
     }
 
-    fn matrix(&mut self, role: Role, rows: usize, columns: usize) -> Result<B::Matrix, EngineError> {
-        let slice = self.slice(role, rows, columns)?;
-        let bytes = self.reader.bytes(slice)?;
-        let bytes = match slice.kept_as == slice.element {
-            true => bytes,
-            false => TensorBytes::Gathered(self.quantised(slice, &bytes)?),
-        };
-        let data = TensorData { name: &slice.name, element: slice.kept_as, rows, columns, bytes };
-        let matrix = self.backend.matrix(&data).map_err(|error| self.with_path(slice, error))?;
-        self.memory_bytes += B::matrix_bytes(&matrix);
-        self.done(slice)?;
-        Ok(matrix)
-    }
-
-    fn quantised(&self, slice: &TensorSlice, bytes: &TensorBytes<'_>) -> Result<Vec<u8>, FormatError> {
-        let types = (slice.element, slice.kept_as);
-        quantise::rows(types, bytes, slice.columns).map_err(|error| {
-            let what = match error {
-                QuantiseError::Unreadable(error) => return error,
-                QuantiseError::NotANumber { row } => format!("row {row} has a value that is not a finite number"),
-                QuantiseError::Failed { what } => format!("it cannot be quantised: {what}"),
-            };
-            self.bad(slice, what)
-        })
-    }
-
     fn vector(&mut self, role: Role, length: usize) -> Result<Vec<f32>, EngineError> {
-        let slice = self.slice(role, 1, length)?;
-        let mut values = vec![0.0; length];
-        dequantise_row(slice.element, &self.reader.bytes(slice)?.whole()?, &mut values);
-        if values.iter().any(|value| !value.is_finite()) {
-            return Err(self.bad(slice, "it has a value that is not a finite number".to_owned()).into());
-        }
+        let (values, bytes) = self.tensors.vector(role, length)?;
         self.memory_bytes += (values.len() * 4) as u64;
-        self.done(slice)?;
+        self.progress.add(bytes)?;
         Ok(values)
     }
 
-    /// Returns the tensor of `role`, if its shape and size match the architecture.
-    fn slice(&self, role: Role, rows: usize, columns: usize) -> Result<&'s TensorSlice, EngineError> {
-        let source = self.source;
-        let Some(slice) = source.tensors.get(&role) else {
-            return Err(FormatError::BadTensor {
-                path: source.files.first().cloned().unwrap_or_default(),
-                tensor: format!("{role:?}"),
-                what: "it is missing".to_owned(),
-            }
-            .into());
-        };
-        if (slice.rows, slice.columns) != (rows, columns) {
-            let what = format!("its shape is {}×{}, not {rows}×{columns}", slice.rows, slice.columns);
-            return Err(self.bad(slice, what).into());
-        }
-        if expected_bytes(slice.element, rows, columns) != Some(slice.length_bytes) {
-            let what = format!("{} bytes are not {rows}×{columns} values of {}", slice.length_bytes, slice.element);
-            return Err(self.bad(slice, what).into());
-        }
-        Ok(slice)
+    fn matrix(&mut self, role: Role, rows: usize, columns: usize) -> Result<B::Matrix, EngineError> {
+        let slice = self.tensors.slice(role, rows, columns)?;
+        let data = self.tensors.data(slice)?;
+        let matrix = self.backend.matrix(&data).map_err(|error| self.tensors.with_path(&[slice], error))?;
+        self.memory_bytes += B::matrix_bytes(&matrix);
+        self.progress.add(slice.length_bytes)?;
+        Ok(matrix)
     }
-
-    fn with_path(&self, slice: &TensorSlice, error: EngineError) -> EngineError {
-        match error {
-            EngineError::Format(FormatError::BadTensor { tensor, what, .. }) => {
-                FormatError::BadTensor { path: self.reader.path(slice), tensor, what }.into()
-            }
-            other => other,
-        }
-    }
-
-    fn bad(&self, slice: &TensorSlice, what: String) -> FormatError {
-        FormatError::BadTensor { path: self.reader.path(slice), tensor: slice.name.clone(), what }
-    }
-
-    fn done(&mut self, slice: &TensorSlice) -> Result<(), EngineError> {
-        self.progress.loaded_bytes += slice.length_bytes;
-        match (self.on)(self.progress) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(EngineError::Interrupted),
-        }
-    }
-}
-
-fn expected_bytes(element: ElementType, rows: usize, columns: usize) -> Option<u64> {
-    (element.row_bytes(columns)? as u64).checked_mul(rows as u64)
 }
 
 #[cfg(test)]

@@ -1,26 +1,29 @@
 //! The decoder: computes a shard's layers on any backend.
 //!
 //! ```text
-//! Step ─operations─► PageTable ─rows─► Batch ─► embed │ upload ─► layers ─► download │ logits ─► Output
+//! Step ─operations─► PageTable ─rows─► Batch ─► embed │ upload ─► layers ─► download │ logits, queries ─► Output
 //! ```
 //! The decoder checks a step before it computes: a refused step changes no sequence of its incarnation.
 
 mod load;
+mod output;
 mod pages;
+mod self_test;
+mod tensors;
 
 pub use pages::{PageError, PageTable};
 
-use crate::arithmetic::functions::softcap;
-use crate::backend::{Backend, Batch, Span};
+use crate::backend::{Backend, Batch, LayerState, Span};
 use crate::collective::{AllReduce, SingleRank};
 use crate::engine::{
-    Engine, Incarnation, Input, LoadProgress, LoadReport, Output, OutputRows, PAGE_TOKENS, Row, SeqId, ShardSpec, Step,
-    StepId, WarmUpReport,
+    Engine, Incarnation, Input, LoadProgress, LoadReport, Output, OutputRows, PAGE_TOKENS, Row, RowQuery, Scores,
+    SelfTestReport, SeqId, ShardSpec, Step, StepId, WarmUpReport,
 };
 use crate::error::EngineError;
 use crate::model::WeightSource;
 use crate::profile::Profile;
 use load::ShardWeights;
+use output::{KeptLogits, OutputLayer};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -43,7 +46,9 @@ struct Loaded<B: Backend> {
     pages: PageTable,
     incarnation: Option<Incarnation>,
     all_reduce: Box<dyn AllReduce>,
-    memory_bytes: u64,
+    weight_bytes: u64,
+    /// The logits of the last step.
+    logits: Option<KeptLogits<B>>,
 }
 
 impl<B: Backend> std::fmt::Debug for Loaded<B> {
@@ -75,18 +80,11 @@ impl<B: Backend> Engine for DecoderEngine<B> {
         load::check_spec(shard)?;
         self.backend.set_activations(shard.activations)?;
         let (loaded_weights, weight_bytes) = load::weights(&mut self.backend, shard, weights, on)?;
-        let specs: Vec<_> =
-            shard.architecture.layers[shard.layers.clone()].iter().map(|layer| layer.attention.clone()).collect();
-        let cache = self.backend.cache(&specs, shard.kv_element, shard.kv_pages)?;
-        self.loaded = Some(Loaded {
-            spec: shard.clone(),
-            weights: loaded_weights,
-            cache,
-            pages: PageTable::new(shard.kv_pages),
-            incarnation: None,
-            all_reduce: Box::new(SingleRank),
-            memory_bytes: weight_bytes,
-        });
+        let layers = &shard.architecture.layers[shard.layers.clone()];
+        let states: Vec<_> = layers.iter().map(|layer| LayerState::KeysAndValues(&layer.attention)).collect();
+        let cache = self.backend.cache(&states, shard.kv_element, shard.kv_pages)?;
+        self.backend.finish()?;
+        self.loaded = Some(Loaded::new(shard.clone(), loaded_weights, cache, weight_bytes));
         Ok(LoadReport {
             weight_bytes,
             kv_bytes: shard.kv_bytes(),
@@ -95,13 +93,18 @@ impl<B: Backend> Engine for DecoderEngine<B> {
         })
     }
 
+    fn self_test(&mut self) -> Result<SelfTestReport, EngineError> {
+        self.loaded = None;
+        Ok(SelfTestReport { step: self_test::run(&mut self.backend)? })
+    }
+
     fn warm_up(&mut self) -> Result<WarmUpReport, EngineError> {
         let Self { backend, loaded } = self;
         let loaded = loaded.as_mut().ok_or(EngineError::NotLoaded)?;
         let (first, hidden) = (loaded.spec.is_first(), loaded.spec.architecture.hidden);
         let input = || if first { Input::Tokens(vec![0]) } else { Input::Hidden(vec![0.5; hidden]) };
         // The first pass makes the weights resident.
-        let (OutputRows::Hidden(values) | OutputRows::Logits(values)) = loaded.probe(backend, input())?;
+        let values = loaded.probe(backend, input())?;
         let (begun, mut row) = (Instant::now(), Duration::MAX);
         for _ in 0..TIMED_ROWS_MAX {
             let start = Instant::now();
@@ -117,9 +120,17 @@ impl<B: Backend> Engine for DecoderEngine<B> {
         Ok(WarmUpReport { row })
     }
 
-    fn forward(&mut self, step: &Step, input: Input) -> Result<Output, EngineError> {
+    fn forward(&mut self, step: &Step, input: Input, queries: &[RowQuery]) -> Result<Output, EngineError> {
         let Self { backend, loaded } = self;
-        loaded.as_mut().ok_or(EngineError::NotLoaded)?.forward(backend, step, input)
+        loaded.as_mut().ok_or(EngineError::NotLoaded)?.forward(backend, step, input, queries)
+    }
+
+    fn logits(&mut self, row: usize) -> Result<Vec<f32>, EngineError> {
+        let Self { backend, loaded } = self;
+        let loaded = loaded.as_ref().ok_or(EngineError::NotLoaded)?;
+        let kept = loaded.logits.as_ref().and_then(|kept| kept.row(row));
+        let (logits, row) = kept.ok_or_else(|| bad_step(format!("the last step has no logits of query {row}")))?;
+        backend.logit_rows(logits, &[row])
     }
 
     fn take_profile(&mut self) -> Profile {
@@ -132,8 +143,21 @@ fn bad_step(what: String) -> EngineError {
 }
 
 impl<B: Backend> Loaded<B> {
+    fn new(spec: ShardSpec, weights: ShardWeights<B>, cache: B::Cache, weight_bytes: u64) -> Self {
+        Self {
+            pages: PageTable::new(spec.kv_pages),
+            spec,
+            weights,
+            cache,
+            incarnation: None,
+            all_reduce: Box::new(SingleRank),
+            weight_bytes,
+            logits: None,
+        }
+    }
+
     /// Computes one row of a temporary sequence, then empties the cache.
-    fn probe(&mut self, backend: &mut B, input: Input) -> Result<OutputRows, EngineError> {
+    fn probe(&mut self, backend: &mut B, input: Input) -> Result<Vec<f32>, EngineError> {
         let seq = SeqId(u64::MAX);
         let row = Row { seq, position: 0, wants_logits: true };
         let step = Step {
@@ -142,23 +166,35 @@ impl<B: Backend> Loaded<B> {
             operations: Vec::new(),
             rows: vec![row],
         };
-        let rows = self.compute(backend, &step, input);
+        let queries: &[RowQuery] = if self.spec.is_last() { &[RowQuery::Logits] } else { &[] };
+        let rows = self.compute(backend, &step, input, queries);
         self.pages.clear();
-        rows
+        backend.finish()?;
+        let (OutputRows::Hidden(values) | OutputRows::Scores(Scores { values, .. })) = rows?;
+        Ok(values)
     }
 
-    fn forward(&mut self, backend: &mut B, step: &Step, input: Input) -> Result<Output, EngineError> {
+    fn forward(
+        &mut self,
+        backend: &mut B,
+        step: &Step,
+        input: Input,
+        queries: &[RowQuery],
+    ) -> Result<Output, EngineError> {
         self.enter(step.incarnation)?;
+        output::check_queries(&self.spec, &step.rows, queries)?;
         // Operations run on a copy, so that a refused step changes nothing.
         let mut pages = self.pages.clone();
         for &operation in &step.operations {
             pages.apply(operation).map_err(|e| bad_step(e.to_string()))?;
         }
         let before = std::mem::replace(&mut self.pages, pages);
-        match self.compute(backend, step, input) {
+        let computed = self.compute(backend, step, input, queries);
+        let finished = backend.finish();
+        match computed.and_then(|rows| finished.map(|()| rows)) {
             Ok(rows) => Ok(Output {
                 rows,
-                memory_bytes: self.memory_bytes + self.cache_bytes_in_use(),
+                memory_bytes: self.weight_bytes + self.cache_bytes_in_use() + backend.memory_bytes(),
                 pages_used: self.pages.used(),
             }),
             Err(error) => {
@@ -186,10 +222,17 @@ impl<B: Backend> Loaded<B> {
         Ok(())
     }
 
-    fn compute(&mut self, backend: &mut B, step: &Step, input: Input) -> Result<OutputRows, EngineError> {
+    fn compute(
+        &mut self,
+        backend: &mut B,
+        step: &Step,
+        input: Input,
+        queries: &[RowQuery],
+    ) -> Result<OutputRows, EngineError> {
+        self.logits = None;
         if step.rows.is_empty() {
             return Ok(match self.spec.is_last() {
-                true => OutputRows::Logits(Vec::new()),
+                true => OutputRows::Scores(Scores::default()),
                 false => OutputRows::Hidden(Vec::new()),
             });
         }
@@ -205,30 +248,32 @@ impl<B: Backend> Loaded<B> {
             Input::Hidden(values) => backend.upload(values, self.spec.architecture.hidden)?,
         };
         for (index, layer) in self.weights.layers.iter().enumerate() {
-            let delta = backend.attention(&layer.attention, &mut self.cache, index, &batch, &hidden)?;
+            let delta = backend.mix(&layer.mixer, &mut self.cache, index, &batch, &hidden)?;
             let delta = sum_ranks(backend, &mut *self.all_reduce, delta, self.spec.architecture.hidden)?;
-            backend.add(&mut hidden, delta, layer.after_attention.as_ref())?;
+            backend.add(&mut hidden, delta, layer.after_mixer.as_ref())?;
             let delta = backend.feed_forward(&layer.feed_forward, &hidden)?;
             let delta = sum_ranks(backend, &mut *self.all_reduce, delta, self.spec.architecture.hidden)?;
             backend.add(&mut hidden, delta, layer.after_feed_forward.as_ref())?;
         }
-        self.finish(backend, &step.rows, hidden)
+        self.output(backend, &step.rows, queries, hidden)
     }
 
-    fn finish(&self, backend: &mut B, rows: &[Row], hidden: B::Buffer) -> Result<OutputRows, EngineError> {
+    fn output(
+        &mut self,
+        backend: &mut B,
+        rows: &[Row],
+        queries: &[RowQuery],
+        hidden: B::Buffer,
+    ) -> Result<OutputRows, EngineError> {
         let Some(norm) = &self.weights.output_norm else {
             return Ok(OutputRows::Hidden(backend.download(hidden)?));
         };
-        let wanted: Vec<usize> = (0..rows.len()).filter(|&row| rows[row].wants_logits).collect();
-        if wanted.is_empty() {
-            return Ok(OutputRows::Logits(Vec::new()));
-        }
         let head = self.weights.head().ok_or(EngineError::NotLoaded)?;
-        let mut logits = backend.logits(norm, head, hidden, &wanted)?;
-        if let Some(cap) = self.spec.architecture.logit_softcap {
-            logits.iter_mut().for_each(|logit| *logit = softcap(*logit, cap));
-        }
-        Ok(OutputRows::Logits(logits))
+        let output = OutputLayer { norm, head, architecture: &self.spec.architecture };
+        let wanted: Vec<usize> = (0..rows.len()).filter(|&row| rows[row].wants_logits).collect();
+        let (scores, logits) = output.answer(backend, hidden, &wanted, queries)?;
+        self.logits = logits;
+        Ok(OutputRows::Scores(scores))
     }
 
     fn check_input(&self, rows: &[Row], input: &Input) -> Result<(), EngineError> {

@@ -4,17 +4,20 @@
 //! logits ─► penalties, bias ─► temperature ─► top-k ─► top-p ─► min-p ─► one draw ─► token
 //!    └► log-probabilities of the unchanged logits
 //! ```
+//! A few logits of a row decide most draws ([`Sampler::query`]); the others need all. The token is the same.
+//!
 //! The random number of a draw depends only on (seed, position), so a replay of the same prefix draws the same tokens.
 
-mod logits;
 mod params;
 mod philox;
+mod top;
 
 pub use params::{ParamsError, SamplingParams};
 
-use crate::engine::SeqId;
+use crate::engine::{RowQuery, SeqId, TopLogits, TopQuery};
+use crate::logits;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// The sampling state of a sequence.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,6 +69,22 @@ pub trait Sampler: Send {
     /// Closes the sampler of `seq`. Does nothing if none is open.
     fn close(&mut self, seq: SeqId);
 
+    /// Returns the logits that the next draw of `seq` needs, after the tokens `ahead` were drawn, too. Tokens are below
+    /// `vocabulary`.
+    fn query(&self, seq: SeqId, ahead: &[u32], vocabulary: usize) -> RowQuery;
+
+    /// Draws from the answer to `query`, as [`Sampler::sample`] does from all logits; `None`: all logits are needed.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    fn sample_top(
+        &mut self,
+        seq: SeqId,
+        position: u32,
+        query: &TopQuery,
+        top: &TopLogits,
+    ) -> Result<Option<Sampled>, SampleError>;
+
     /// Draws the token that follows `position`, the position of the row that gave `logits`: `[vocabulary]`. Positions
     /// count tokens of the sequence from 0.
     ///
@@ -99,6 +118,29 @@ impl Sampler for TokenSampler {
 
     fn close(&mut self, seq: SeqId) {
         self.open.remove(&seq);
+    }
+
+    fn query(&self, seq: SeqId, ahead: &[u32], vocabulary: usize) -> RowQuery {
+        // The draw of a sequence that is not open reports that.
+        self.open.get(&seq).map_or(RowQuery::Logits, |open| open.query(ahead, vocabulary))
+    }
+
+    fn sample_top(
+        &mut self,
+        seq: SeqId,
+        position: u32,
+        query: &TopQuery,
+        top: &TopLogits,
+    ) -> Result<Option<Sampled>, SampleError> {
+        let open = self.open.get_mut(&seq).ok_or(SampleError::NotOpen(seq))?;
+        if top.best.is_empty() {
+            return Err(SampleError::NotANumber(seq));
+        }
+        let sampled = open.draw_top(position, query, top);
+        if let Some(sampled) = &sampled {
+            open.note(sampled.token);
+        }
+        Ok(sampled)
     }
 
     fn sample(&mut self, seq: SeqId, position: u32, logits: &[f32]) -> Result<Sampled, SampleError> {
@@ -136,31 +178,43 @@ impl OpenSampler {
     }
 
     /// Returns the logits after penalties and bias.
-    ///
-    /// The repetition penalty covers prompt and answer (Keskar et al. 2019, CTRL, §4.1). Presence and frequency
-    /// penalties cover the answer, as OpenAI documents them.
     fn changed(&self, logits: &[f32]) -> Vec<f32> {
-        let params = &self.params;
         let mut changed = logits.to_vec();
-        if params.repetition_penalty != 1.0 {
-            for &token in &self.seen {
-                if let Some(logit) = changed.get_mut(token as usize) {
-                    let by = if *logit > 0.0 { params.repetition_penalty.recip() } else { params.repetition_penalty };
-                    *logit *= by;
-                }
-            }
-        }
-        for (&token, &count) in &self.generated {
+        for token in self.changed_tokens() {
             if let Some(logit) = changed.get_mut(token as usize) {
-                *logit -= params.presence_penalty + params.frequency_penalty * count as f32;
-            }
-        }
-        for (&token, &bias) in &params.logit_bias {
-            if let Some(logit) = changed.get_mut(token as usize) {
-                *logit += bias;
+                *logit = self.change(token, *logit);
             }
         }
         changed
+    }
+
+    /// Returns the tokens whose logits penalties and bias change.
+    fn changed_tokens(&self) -> BTreeSet<u32> {
+        let params = &self.params;
+        let mut tokens: BTreeSet<u32> = params.logit_bias.keys().copied().collect();
+        if params.repetition_penalty != 1.0 {
+            tokens.extend(&self.seen);
+        }
+        if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+            tokens.extend(self.generated.keys());
+        }
+        tokens
+    }
+
+    /// Returns the logit of a token after penalties and bias.
+    ///
+    /// The repetition penalty covers prompt and answer (Keskar et al. 2019, CTRL, §4.1). Presence and frequency
+    /// penalties cover the answer, as OpenAI documents them.
+    fn change(&self, token: u32, mut logit: f32) -> f32 {
+        let params = &self.params;
+        if params.repetition_penalty != 1.0 && self.seen.contains(&token) {
+            let by = if logit > 0.0 { params.repetition_penalty.recip() } else { params.repetition_penalty };
+            logit *= by;
+        }
+        if let Some(&count) = self.generated.get(&token) {
+            logit -= params.presence_penalty + params.frequency_penalty * count as f32;
+        }
+        logit + params.logit_bias.get(&token).copied().unwrap_or(0.0)
     }
 
     /// Chooses the next token. `best` is the likeliest token, and `largest` its logit.
@@ -169,8 +223,7 @@ impl OpenSampler {
         if params.temperature == 0.0 {
             return Some(best);
         }
-        // An infinite factor would give the likeliest token no weight.
-        let factor = params.temperature.recip().min(f32::MAX);
+        let factor = self.factor();
         let share = philox::uniform(params.seed, u64::from(position));
         if params.top_k == 0 {
             let (weights, total) = logits::weights(logits, largest, factor);
@@ -184,6 +237,12 @@ impl OpenSampler {
         let (weights, total) = logits::weights(&chosen, largest, factor);
         let candidates = Candidates { ids: order, weights };
         candidates.within(params.top_p, total).of_at_least(params.min_p).pick(share)
+    }
+
+    /// Returns the factor of the logits, for a temperature above 0. An infinite one would give the likeliest token no
+    /// weight.
+    fn factor(&self) -> f32 {
+        self.params.temperature.recip().min(f32::MAX)
     }
 
     /// Applies top-p and min-p to all entries. `total` is the sum of the weights; the likeliest token has weight 1.

@@ -8,6 +8,7 @@ mod allocations;
 mod golden;
 mod independence;
 mod pipeline;
+mod queries;
 mod templates;
 
 use exo_engines::candle::CandleFactory;

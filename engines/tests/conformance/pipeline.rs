@@ -67,22 +67,43 @@ impl Pipeline {
     /// Computes `tokens`, and returns the hidden rows of the last shard, which lacks the model's last layer.
     pub(crate) fn hidden(&mut self, rows: &[Row], tokens: Vec<u32>) -> Vec<f32> {
         let step = Step { incarnation: LIFE, id: StepId(0), operations: Vec::new(), rows: rows.to_vec() };
-        match self.engines[0].forward(&step, Input::Tokens(tokens)).expect("a valid step").rows {
+        match self.engines[0].forward(&step, Input::Tokens(tokens), &[]).expect("a valid step").rows {
             OutputRows::Hidden(hidden) => hidden,
-            OutputRows::Logits(_) => panic!("the shard has the last layer"),
+            OutputRows::Scores(_) => panic!("the shard has the last layer"),
         }
     }
 
+    /// Computes `tokens`, and returns the logits of the rows that want them.
     pub(crate) fn step(&mut self, operations: &[Operation], rows: &[Row], tokens: Vec<u32>) -> Vec<f32> {
+        let queries = vec![RowQuery::Logits; rows.iter().filter(|row| row.wants_logits).count()];
+        self.scores(operations, rows, tokens, &queries).values
+    }
+
+    /// All logits of a row of the last step.
+    pub(crate) fn all_logits(&mut self, row: usize) -> Vec<f32> {
+        self.engines.last_mut().expect("an engine").logits(row).expect("it was computed")
+    }
+
+    pub(crate) fn scores(
+        &mut self,
+        operations: &[Operation],
+        rows: &[Row],
+        tokens: Vec<u32>,
+        queries: &[RowQuery],
+    ) -> Scores {
         let step = Step { incarnation: LIFE, id: StepId(0), operations: operations.to_vec(), rows: rows.to_vec() };
         let mut input = Input::Tokens(tokens);
-        for engine in &mut self.engines {
-            match engine.forward(&step, input).expect("a valid step").rows {
+        let last = self.engines.len() - 1;
+        for engine in &mut self.engines[..last] {
+            match engine.forward(&step, input, &[]).expect("a valid step").rows {
                 OutputRows::Hidden(hidden) => input = Input::Hidden(hidden),
-                OutputRows::Logits(logits) => return logits,
+                OutputRows::Scores(_) => panic!("the shard lacks the last layer"),
             }
         }
-        panic!("the last shard returned no logits");
+        match self.engines[last].forward(&step, input, queries).expect("a valid step").rows {
+            OutputRows::Scores(scores) => scores,
+            OutputRows::Hidden(_) => panic!("the last shard returned no scores"),
+        }
     }
 
     /// Logits of every row of `tokens`, computed from an empty sequence in chunks of `chunk` tokens.

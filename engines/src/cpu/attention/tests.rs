@@ -63,7 +63,7 @@ proptest! {
         let sinks = with_sinks.then_some(sinks.as_slice());
         // Pages in an order of their own.
         let pages: Vec<u32> = (0..length.div_ceil(TOKENS) as u32).rev().collect();
-        let mut cache = KvCache::new(std::slice::from_ref(&spec), element, pages.len() as u32).expect("memory");
+        let mut cache = KvCache::new(&[&spec], element, pages.len() as u32).expect("memory");
         let all = Batch { rows: length, spans: vec![Span { rows: 0..length, first_position: 0, pages: pages.clone() }] };
         kernels::write_cache(Tier::best(), &mut cache.layers[0], &all, &keys, &values);
         let (keys, values) = (rounded(element, head_dim, &keys), rounded(element, head_dim, &values));

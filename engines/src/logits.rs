@@ -1,8 +1,10 @@
 //! Loops over all logits of a vocabulary row, which are among the longest loops of this program.
 //!
-//! The loop bodies are compiled for the machine's best instruction set; the results have the same bits on all tiers.
+//! Host backends answer [`TopQuery`]s with them, and the sampler draws with them. The loop bodies are compiled for the
+//! machine's best instruction set; the results have the same bits on all tiers.
 
 use crate::arithmetic::functions::exp;
+use crate::engine::{TopLogits, TopQuery};
 use crate::simd::{Kernel, LANES, Simd, Tier};
 use std::cell::Cell;
 use std::sync::LazyLock;
@@ -17,7 +19,7 @@ const GLANCE: usize = 4 * LANES;
 const KEPT_IN_ORDER: usize = 256;
 
 /// Returns the id and value of the largest logit; among equals, the lowest id. `None` if the largest is not finite.
-pub(super) fn largest(logits: &[f32]) -> Option<(u32, f32)> {
+pub(crate) fn largest(logits: &[f32]) -> Option<(u32, f32)> {
     let mut value = f32::NEG_INFINITY;
     TIER.run(Largest { logits, value: &mut value });
     if !value.is_finite() {
@@ -28,15 +30,35 @@ pub(super) fn largest(logits: &[f32]) -> Option<(u32, f32)> {
     found.map(|id| (id, value))
 }
 
+/// Answers a query about a row of logits.
+pub(crate) fn top(logits: &[f32], query: &TopQuery) -> TopLogits {
+    let of = |token: &u32| logits.get(*token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    let tokens = query.tokens.iter().map(of).collect();
+    let Some((token, largest)) = largest(logits) else {
+        return TopLogits { best: Vec::new(), tokens, log_total: f64::NAN, weight_total: 0.0 };
+    };
+    let best = match query.count {
+        0 | 1 => vec![(token, largest)],
+        count => likeliest(logits, count as usize).into_iter().map(|id| (id, logits[id as usize])).collect(),
+    };
+    let weight_total = query.factor.map_or(0.0, |factor| weight_total(logits, largest, factor));
+    TopLogits { best, tokens, log_total: log_total(logits, largest), weight_total }
+}
+
 /// Returns ln Σ e^logit.
-pub(super) fn log_total(logits: &[f32], largest: f32) -> f64 {
+pub(crate) fn log_total(logits: &[f32], largest: f32) -> f64 {
+    f64::from(largest) + libm::log(weight_total(logits, largest, 1.0))
+}
+
+/// Returns Σ e^((logit − largest) · `factor`).
+fn weight_total(logits: &[f32], largest: f32, factor: f32) -> f64 {
     let mut total = 0.0;
-    TIER.run(Total { logits, largest, total: &mut total });
-    f64::from(largest) + libm::log(total)
+    TIER.run(Total { logits, largest, factor, total: &mut total });
+    total
 }
 
 /// Returns e^((logit − largest) · `factor`) of each logit, and the sum.
-pub(super) fn weights(logits: &[f32], largest: f32, factor: f32) -> (Vec<f32>, f64) {
+pub(crate) fn weights(logits: &[f32], largest: f32, factor: f32) -> (Vec<f32>, f64) {
     let mut weights = vec![0.0; logits.len()];
     TIER.run(Weights { logits, largest, factor, weights: &mut weights });
     let total = sum(&weights);
@@ -45,7 +67,7 @@ pub(super) fn weights(logits: &[f32], largest: f32, factor: f32) -> (Vec<f32>, f
 
 /// Returns the first entry at which the running sum of weights exceeds `left`; the last entry of positive weight if
 /// rounding leaves a remainder.
-pub(super) fn entry_at(weights: &[f32], mut left: f64) -> Option<usize> {
+pub(crate) fn entry_at(weights: &[f32], mut left: f64) -> Option<usize> {
     for (number, block) in weights.chunks(BLOCK).enumerate() {
         let of_block = sum(block);
         if left < of_block {
@@ -64,7 +86,7 @@ pub(super) fn entry_at(weights: &[f32], mut left: f64) -> Option<usize> {
 }
 
 /// Returns the entries of at least `floor`, as (id, weight).
-pub(super) fn at_least(weights: &[f32], floor: f32) -> Vec<(u32, f32)> {
+pub(crate) fn at_least(weights: &[f32], floor: f32) -> Vec<(u32, f32)> {
     let mut found = Vec::new();
     TIER.run(Above {
         values: weights,
@@ -75,7 +97,7 @@ pub(super) fn at_least(weights: &[f32], floor: f32) -> Vec<(u32, f32)> {
 }
 
 /// Returns the ids of the `count` largest logits, largest first; among equals, the lower id first. NaN counts as −∞.
-pub(super) fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
+pub(crate) fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
     let count = count.min(logits.len());
     if count == 0 {
         return Vec::new();
@@ -205,14 +227,15 @@ fn summed(values: &[f32], of: impl Fn(f32) -> f32) -> f64 {
 struct Total<'a> {
     logits: &'a [f32],
     largest: f32,
+    factor: f32,
     total: &'a mut f64,
 }
 
 impl Kernel for Total<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let Self { logits, largest, total } = self;
-        *total = summed(logits, |logit| weigh(logit, largest, 1.0));
+        let Self { logits, largest, factor, total } = self;
+        *total = summed(logits, |logit| weigh(logit, largest, factor));
     }
 }
 
@@ -268,6 +291,7 @@ mod tests {
                 .collect();
             let plain_total: f64 = plain.iter().sum();
             prop_assert!((total - plain_total).abs() < 1e-5 * plain_total);
+            prop_assert_eq!(weight_total(&logits, best, factor), total);
             for (&weight, plain) in weights.iter().zip(&plain) {
                 prop_assert!((f64::from(weight) - plain).abs() < 1e-5 * plain + 1e-30);
             }
@@ -316,7 +340,7 @@ mod tests {
                 let (mut value, mut total) = (0.0, 0.0);
                 let mut weights = vec![0.0; logits.len()];
                 tier.run(Largest { logits: &logits, value: &mut value });
-                tier.run(Total { logits: &logits, largest: value, total: &mut total });
+                tier.run(Total { logits: &logits, largest: value, factor: 1.0, total: &mut total });
                 tier.run(Weights { logits: &logits, largest: value, factor: 0.7, weights: &mut weights });
                 let bits: Vec<u32> = weights.iter().map(|weight| weight.to_bits()).collect();
                 (value.to_bits(), total.to_bits(), bits)
