@@ -26,6 +26,14 @@ pub struct Directories {
 #[error("no home folder is known: set HOME, or EXO_DATA_DIR and EXO_MODELS_DIR")]
 pub struct ConfigError;
 
+/// The variable that makes this program the process of an engine. Its value is the number of the engine's threads.
+pub(crate) const WORKER_VARIABLE: &str = "EXO_ENGINE_WORKER";
+
+/// Returns the engine's threads if this process is to serve an engine.
+pub(crate) fn worker_threads() -> Option<usize> {
+    std::env::var(WORKER_VARIABLE).ok()?.parse().ok()
+}
+
 /// Returns `given`, or the environment's folder of the identity and settings.
 ///
 /// # Errors

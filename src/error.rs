@@ -27,6 +27,12 @@ pub enum StartError {
     /// The cluster's network did not start.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// Engines were to run in processes of their own, but this program cannot run as such a process.
+    #[error(
+        "engines cannot run in processes of their own: call `exo::run_worker_if_asked()` first in `main`, or name a \
+         program that does with `NodeBuilder::worker_program`"
+    )]
+    NoWorker,
     /// An actor did not start; the text says why.
     #[error("an actor could not be started: {0}")]
     Actor(String),

@@ -35,6 +35,7 @@ mod cluster;
 mod config;
 mod error;
 mod node;
+mod worker;
 
 pub use cluster::{ClusterSettings, PORT_DEFAULT};
 pub use config::{ConfigError, Directories};
@@ -55,7 +56,8 @@ pub use exo_actors::{
 pub use exo_engines::engine::{ActivationBits, DeviceId, DeviceReport, EngineFactory, KvElement};
 pub use exo_engines::model::Recipe;
 pub use exo_net::{ClusterSecret, Discover, Identity, JoinToken, NodeId, WireType};
-pub use node::{Node, NodeBuilder};
+pub use node::{Isolation, Node, NodeBuilder};
+pub use worker::run_worker_if_asked;
 
 /// The engine port, for embedders that add their own engine.
 pub mod engine {

@@ -3,12 +3,13 @@
 use crate::cluster::{self, ClusterSettings};
 use crate::config::Directories;
 use crate::error::StartError;
+use crate::worker;
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::{ModelsConfig, Progress};
 use exo_actors::{NodeConfig, NodeHandle, PlannerLimits};
-use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::EngineFactory;
+use exo_engines::worker::WorkerFactory;
 use exo_net::Identity;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +27,8 @@ impl Node {
             models_dirs: None,
             threads: None,
             factories: None,
+            isolation: Isolation::default(),
+            worker_program: None,
             limits: PlannerLimits::default(),
             hang_timeouts: HangTimeouts::default(),
             name: None,
@@ -35,6 +38,19 @@ impl Node {
     }
 }
 
+/// Which of the built-in engines run in processes of their own. The node then survives a crash of an engine, and gets
+/// the memory of a hung one back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Isolation {
+    /// All but those of the native CPU engine, if this program can run as their process.
+    #[default]
+    Default,
+    /// All.
+    All,
+    /// None.
+    None,
+}
+
 /// The settings of a node to start. Unset ones come from the environment, or have a default.
 #[derive(Clone)]
 pub struct NodeBuilder {
@@ -42,6 +58,8 @@ pub struct NodeBuilder {
     models_dirs: Option<Vec<PathBuf>>,
     threads: Option<usize>,
     factories: Option<Vec<Arc<dyn EngineFactory>>>,
+    isolation: Isolation,
+    worker_program: Option<PathBuf>,
     limits: PlannerLimits,
     hang_timeouts: HangTimeouts,
     name: Option<String>,
@@ -75,6 +93,19 @@ impl NodeBuilder {
     /// Sets the threads of each built-in CPU engine; default: the available cores.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
+        self
+    }
+
+    /// Sets which of the built-in engines run in processes of their own.
+    pub fn isolation(mut self, isolation: Isolation) -> Self {
+        self.isolation = isolation;
+        self
+    }
+
+    /// Sets the program that runs as the process of an engine, and calls
+    /// [`run_worker_if_asked`](crate::run_worker_if_asked); default: this program, if it does so.
+    pub fn worker_program(mut self, program: impl Into<PathBuf>) -> Self {
+        self.worker_program = Some(program.into());
         self
     }
 
@@ -137,8 +168,10 @@ impl NodeBuilder {
         };
         let threads =
             self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
-        let factories =
-            self.factories.unwrap_or_else(|| vec![Arc::new(CpuFactory::new(threads)), Arc::new(CandleFactory)]);
+        let factories = match self.factories {
+            Some(factories) => factories,
+            None => built_in(threads, self.isolation, self.worker_program)?,
+        };
         let models = ModelsConfig {
             folders: self.models_dirs.unwrap_or(directories.models),
             hub_endpoint: directories.hub_endpoint,
@@ -152,4 +185,28 @@ impl NodeBuilder {
         let config = NodeConfig { id, name, factories, models, limits, hang_timeouts, wire_type, cluster };
         exo_actors::start(config).await.map_err(|error| StartError::Actor(error.to_string()))
     }
+}
+
+/// The built-in factories; those that `isolation` names open their engines in processes of their own.
+fn built_in(
+    threads: usize,
+    isolation: Isolation,
+    program: Option<PathBuf>,
+) -> Result<Vec<Arc<dyn EngineFactory>>, StartError> {
+    let command = match program {
+        Some(program) => Some(worker::command(program, threads)),
+        None => worker::own_command(threads),
+    };
+    if isolation == Isolation::All && command.is_none() {
+        return Err(StartError::NoWorker);
+    }
+    let isolated = |factory: Arc<dyn EngineFactory>| -> Arc<dyn EngineFactory> {
+        let is_native = factory.name() == CpuFactory::NAME;
+        match (&command, isolation) {
+            (Some(command), Isolation::All) => Arc::new(WorkerFactory::new(factory, command.clone())),
+            (Some(command), Isolation::Default) if !is_native => Arc::new(WorkerFactory::new(factory, command.clone())),
+            _ => factory,
+        }
+    };
+    Ok(worker::factories(threads).into_iter().map(isolated).collect())
 }

@@ -27,6 +27,8 @@ mod scores;
 mod simd;
 pub mod template;
 pub mod tokenizer;
+#[cfg(unix)]
+pub mod worker;
 
 pub use engine::{Engine, EngineFactory};
 pub use error::{EngineError, ErrorClass};

@@ -101,7 +101,7 @@ pub(super) async fn run(arguments: BenchArguments) -> anyhow::Result<Outcome> {
         generate_tokens: arguments.generate_tokens,
         sequences: arguments.sequences,
         repeat: arguments.repeat,
-        threads: model.threads,
+        threads: model.engines.threads,
         prefill_tokens_per_s: median(rounds.iter().map(|round| round.prefill)),
         decode_tokens_per_s: median(rounds.iter().map(|round| round.decode)),
         load_ms: milliseconds(loaded.load),
@@ -127,7 +127,7 @@ async fn run_profile(arguments: BenchArguments, display: &Arc<Display>) -> anyho
         generated: scattered_prompt(1, arguments.generate_tokens, vocabulary),
         sequences: arguments.sequences,
         precision,
-        threads: arguments.model.threads,
+        threads: arguments.model.engines.threads,
     };
     let profiled = tokio::task::spawn_blocking(move || profile::profile(&model.files, &work));
     let report = tokio::select! {

@@ -9,6 +9,7 @@ mod chat;
 mod client;
 mod descriptors;
 mod drain;
+mod engine_args;
 mod events;
 mod evict;
 mod hint;
@@ -69,10 +70,14 @@ enum Command {
     Bench(bench::BenchArguments),
     /// Measure how well a model predicts a text
     Perplexity(perplexity::PerplexityArguments),
+    /// Serve one engine to the node that starts this process
+    #[command(hide = true)]
+    EngineWorker,
 }
 
 /// Parses the arguments of this process, and runs their command. Returns the exit code.
 pub fn main() -> ExitCode {
+    crate::run_worker_if_asked();
     let arguments = Arguments::parse();
     let command = arguments.command.unwrap_or_else(|| Command::Up(Box::new(up::UpArguments::parse_from(["up"]))));
     start_logging(match command {
@@ -99,6 +104,9 @@ pub fn main() -> ExitCode {
             Command::Models(arguments) => models::run(&arguments),
             Command::Bench(arguments) => bench::run(arguments).await,
             Command::Perplexity(arguments) => perplexity::run(arguments).await,
+            Command::EngineWorker => {
+                Err(anyhow::anyhow!("a node starts this command for its engines; it has no use by hand"))
+            }
         }
     });
     // The process exits without waiting for downloads and engines.

@@ -1,6 +1,7 @@
 //! The arguments that choose a model and how it runs, and the node that runs it.
 
 use super::client::NodeClient;
+use super::engine_args::EngineArguments;
 use super::progress::Display;
 use crate::config::data_folder;
 use crate::{
@@ -25,9 +26,8 @@ pub(super) struct ModelArguments {
     /// What the placement optimises: latency, throughput or fewest-nodes
     #[arg(long, value_name = "POLICY", default_value = "latency")]
     pub(super) policy: Policy,
-    /// Threads of each engine of this process [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub(super) threads: Option<u32>,
+    #[command(flatten)]
+    pub(super) engines: EngineArguments,
     /// Device to run on, such as cpu or candle:cpu [default: the best one]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
@@ -86,19 +86,19 @@ impl ModelArguments {
             return Ok(None);
         }
         let running = NodeClient::find(&data_folder(self.data_dir.as_deref())?).await?;
-        if running.is_some() && self.threads.is_some() {
-            anyhow::bail!("--threads has no effect on the running node: stop that node, or add --standalone");
+        if running.is_some() && self.engines.is_given() {
+            anyhow::bail!(
+                "--threads, --isolate and --no-isolate have no effect on the running node: stop that node, or add \
+                 --standalone"
+            );
         }
         Ok(running)
     }
 
     /// Starts a node in this process.
     pub(super) async fn start_node(&self, display: &Arc<Display>) -> anyhow::Result<NodeHandle> {
-        let mut builder = builder(self.data_dir.as_deref(), display);
-        if let Some(threads) = self.threads {
-            builder = builder.threads(threads as usize);
-        }
-        Ok(builder.start().await?)
+        let builder = builder(self.data_dir.as_deref(), display);
+        Ok(self.engines.apply(builder).start().await?)
     }
 }
 

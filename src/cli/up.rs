@@ -1,6 +1,7 @@
 //! `exo-node up`: starts a node that keeps running and serves the HTTP API.
 
 use super::descriptors::raise_limit;
+use super::engine_args::EngineArguments;
 use super::events::print_events;
 use super::hint::hint;
 use super::model_args::{absolute_with_recipe, expand_home, note_path};
@@ -108,9 +109,8 @@ pub(super) struct UpArguments {
     /// Number type of activations sent to other machines: f32, or f16 or bf16 for half the bytes and less accuracy
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     wire_dtype: WireType,
-    /// Threads of each engine [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    threads: Option<u32>,
+    #[command(flatten)]
+    engines: EngineArguments,
     /// Folder of this node's identity and settings; models are in the shared cache
     #[arg(long, value_name = "FOLDER")]
     data_dir: Option<PathBuf>,
@@ -125,9 +125,7 @@ pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<Outcome> {
     if let Some(bytes) = arguments.memory_bytes()? {
         builder = builder.memory_limit_bytes(bytes);
     }
-    if let Some(threads) = arguments.threads {
-        builder = builder.threads(threads as usize);
-    }
+    builder = arguments.engines.apply(builder);
     if let Some(name) = &arguments.name {
         builder = builder.name(name.clone());
     }

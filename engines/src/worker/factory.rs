@@ -1,0 +1,52 @@
+//! A factory whose engines run in processes of their own.
+
+use super::channel::Channel;
+use super::process::WorkerCommand;
+use super::proxy::WorkerEngine;
+use super::shared_memory::SharedMemory;
+use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory};
+use crate::error::EngineError;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+/// Opens another factory's engines in processes of their own.
+#[derive(Debug, Clone)]
+pub struct WorkerFactory {
+    factory: Arc<dyn EngineFactory>,
+    command: WorkerCommand,
+}
+
+impl WorkerFactory {
+    /// Creates a factory of the engines of `factory`. `command` runs a program that calls
+    /// [`serve`](super::serve()) with an equal factory.
+    pub fn new(factory: Arc<dyn EngineFactory>, command: WorkerCommand) -> Self {
+        Self { factory, command }
+    }
+
+    fn start(&self, device: &DeviceId) -> io::Result<WorkerEngine> {
+        let (socket, of_worker) = UnixStream::pair()?;
+        let memory = SharedMemory::create()?;
+        let descriptor = memory.as_ref().map(SharedMemory::descriptor).transpose()?;
+        let (process, stderr) = self.command.start(of_worker.into(), descriptor)?;
+        Ok(WorkerEngine::new(self.name(), device.clone(), Channel::new(socket, memory), process, stderr))
+    }
+}
+
+impl EngineFactory for WorkerFactory {
+    fn name(&self) -> &'static str {
+        self.factory.name()
+    }
+
+    fn probe(&self) -> Vec<DeviceReport> {
+        self.factory.probe()
+    }
+
+    fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
+        let engine = self.start(device).map_err(|error| EngineError::WorkerNotStarted {
+            program: self.command.program.display().to_string(),
+            what: error.to_string(),
+        })?;
+        Ok(Box::new(engine))
+    }
+}

@@ -1,0 +1,273 @@
+//! The node's side of an engine in a worker.
+
+use super::channel::{Channel, ChannelError, VALUES_MAX};
+use super::message::{Hello, LogLevel, Reply, Request};
+use super::process::Process;
+use super::stderr::Stderr;
+use crate::engine::{
+    DeviceId, Engine, Input, KillSwitch, LoadProgress, LoadReport, Output, OutputRows, RowQuery, RowScores, Scores,
+    SelfTestReport, ShardSpec, Step, WarmUpReport,
+};
+use crate::error::EngineError;
+use crate::model::WeightSource;
+use crate::profile::Profile;
+use std::borrow::Cow;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a worker may take to release its device, before it is killed.
+const RELEASE_WITHIN: Duration = Duration::from_secs(2);
+
+/// An engine in a worker.
+#[derive(Debug)]
+pub(super) struct WorkerEngine {
+    engine: &'static str,
+    device: DeviceId,
+    /// `None`: the worker was killed, or has ended.
+    channel: Option<Channel>,
+    process: Arc<Process>,
+    stderr: Stderr,
+    /// Whether the worker has opened its engine.
+    is_open: bool,
+    shape: Shape,
+}
+
+/// The lengths of a loaded shard's rows.
+#[derive(Debug, Clone, Copy, Default)]
+struct Shape {
+    hidden: usize,
+    vocabulary: usize,
+}
+
+impl WorkerEngine {
+    pub(super) fn new(
+        engine: &'static str,
+        device: DeviceId,
+        channel: Channel,
+        process: Process,
+        stderr: Stderr,
+    ) -> Self {
+        let (channel, process) = (Some(channel), Arc::new(process));
+        Self { engine, device, channel, process, stderr, is_open: false, shape: Shape::default() }
+    }
+
+    fn request(&mut self, request: &Request<'_>, values: &[f32]) -> Result<(), EngineError> {
+        let sent = self.channel.as_mut().ok_or(EngineError::NotLoaded)?.send(request, values);
+        sent.map_err(|error| self.ended(&error))
+    }
+
+    /// Waits for a reply with at most `values_max` values.
+    fn reply(&mut self, values_max: usize) -> Result<(Reply, Vec<f32>), EngineError> {
+        let received = self.channel.as_mut().ok_or(EngineError::NotLoaded)?.receive(values_max);
+        match received {
+            Ok((Reply::Failed(error), _)) => {
+                self.channel = None;
+                Err(error)
+            }
+            Ok(reply) => Ok(reply),
+            Err(error) => Err(self.ended(&error)),
+        }
+    }
+
+    /// Waits for the worker's start, and opens its engine, unless that is done.
+    fn open(&mut self) -> Result<(), EngineError> {
+        if self.is_open {
+            return Ok(());
+        }
+        self.greet()?;
+        let (engine, device) = (Cow::Borrowed(self.engine), Cow::Owned(self.device.clone()));
+        self.request(&Request::Open { engine, device, log: LogLevel::of_this_process() }, &[])?;
+        match self.reply(0)?.0 {
+            Reply::Opened => {
+                self.is_open = true;
+                Ok(())
+            }
+            _ => Err(self.broken("a reply to another request than an opening")),
+        }
+    }
+
+    /// Checks that the worker is a program of this version.
+    fn greet(&mut self) -> Result<(), EngineError> {
+        let received = self.channel.as_mut().ok_or(EngineError::NotLoaded)?.receive::<Hello>(0);
+        match received {
+            Ok((hello, _)) if hello == Hello::own() => Ok(()),
+            Ok((Hello { exo, .. }, _)) => Err(self.give_up(format!("exo {exo}"))),
+            Err(ChannelError::Io(error)) => Err(self.ended(&ChannelError::Io(error))),
+            Err(_) => Err(self.give_up("another program".to_owned())),
+        }
+    }
+
+    fn give_up(&mut self, found: String) -> EngineError {
+        self.process.kill();
+        self.channel = None;
+        EngineError::WorkerVersion { found, expected: format!("exo {}", Hello::own().exo) }
+    }
+
+    /// Ends a worker that has broken off, and says why.
+    fn ended(&mut self, error: &ChannelError) -> EngineError {
+        self.channel = None;
+        if let ChannelError::Io(_) = error {
+            // Its end says more than the broken channel. A worker that still runs has closed the channel itself.
+            self.process.wait_at_most(RELEASE_WITHIN);
+        }
+        self.process.kill();
+        let end = self.process.wait();
+        let what = match error {
+            ChannelError::Io(_) => end,
+            error => format!("{error} ({end})"),
+        };
+        EngineError::WorkerEnded { what, last_lines: self.stderr.last_lines() }
+    }
+
+    fn broken(&mut self, what: &str) -> EngineError {
+        self.ended(&ChannelError::Message(super::message::MessageError::Decode(what.to_owned())))
+    }
+
+    /// Checks an output against the step that it belongs to.
+    fn check(
+        &self,
+        step: &Step,
+        queries: &[RowQuery],
+        scores: Option<&[RowScores]>,
+        values: &[f32],
+    ) -> Result<(), String> {
+        let Some(rows) = scores else {
+            let expected = step.rows.len() * self.shape.hidden;
+            return match values.len() == expected && values.iter().all(|value| value.is_finite()) {
+                true => Ok(()),
+                false if values.len() != expected => {
+                    Err(format!("{} hidden values instead of {expected}", values.len()))
+                }
+                false => Err("hidden rows with values that are not finite".to_owned()),
+            };
+        };
+        if rows.len() != queries.len() {
+            return Err(format!("{} answers to {} queries", rows.len(), queries.len()));
+        }
+        for (scores, query) in rows.iter().zip(queries) {
+            match scores {
+                RowScores::Top(top) => match query {
+                    RowQuery::Top(asked) if asked.tokens.len() != top.tokens.len() => {
+                        return Err("too few logits".to_owned());
+                    }
+                    RowQuery::Top(_) if top.best.is_empty() => return Err("logits without a finite maximum".to_owned()),
+                    RowQuery::Top(_) if top.best.iter().any(|&(id, _)| id as usize >= self.shape.vocabulary) => {
+                        return Err("a token outside the vocabulary".to_owned());
+                    }
+                    RowQuery::Top(_) => {}
+                    RowQuery::Logits | RowQuery::FinalNorm => return Err("an answer to another query".to_owned()),
+                },
+                RowScores::Values(range) => {
+                    let width = if *query == RowQuery::FinalNorm { self.shape.hidden } else { self.shape.vocabulary };
+                    let row = values.get(range.clone()).filter(|row| row.len() == width);
+                    let row = row.ok_or_else(|| format!("{} values of a row instead of {width}", range.len()))?;
+                    if row.iter().any(|value| value.is_nan()) {
+                        return Err("a row with values that are not numbers".to_owned());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Engine for WorkerEngine {
+    fn self_test(&mut self) -> Result<SelfTestReport, EngineError> {
+        self.open()?;
+        self.request(&Request::SelfTest, &[])?;
+        match self.reply(0)?.0 {
+            Reply::Tested(report) => Ok(report),
+            _ => Err(self.broken("a reply to another request than a self-test")),
+        }
+    }
+
+    fn load(
+        &mut self,
+        shard: &ShardSpec,
+        weights: &WeightSource,
+        on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<LoadReport, EngineError> {
+        self.open()?;
+        self.shape = Shape { hidden: shard.architecture.hidden, vocabulary: shard.architecture.vocabulary };
+        self.request(&Request::Load { shard: Cow::Borrowed(shard), weights: Cow::Borrowed(weights) }, &[])?;
+        loop {
+            match self.reply(0)?.0 {
+                Reply::Progress(progress) => {
+                    if on(progress).is_break() {
+                        self.process.kill();
+                        self.channel = None;
+                        return Err(EngineError::Interrupted);
+                    }
+                }
+                Reply::Loaded(report) => return Ok(report),
+                _ => return Err(self.broken("a reply to another request than a load")),
+            }
+        }
+    }
+
+    fn warm_up(&mut self) -> Result<WarmUpReport, EngineError> {
+        self.request(&Request::WarmUp, &[])?;
+        match self.reply(0)?.0 {
+            Reply::WarmedUp(report) => Ok(report),
+            _ => Err(self.broken("a reply to another request than a warm-up")),
+        }
+    }
+
+    fn forward(&mut self, step: &Step, input: Input, queries: &[RowQuery]) -> Result<Output, EngineError> {
+        let (tokens, hidden) = match &input {
+            Input::Tokens(tokens) => (Some(Cow::Borrowed(tokens.as_slice())), [].as_slice()),
+            Input::Hidden(values) => (None, values.as_slice()),
+        };
+        let request = Request::Forward { step: Cow::Borrowed(step), tokens, queries: Cow::Borrowed(queries) };
+        self.request(&request, hidden)?;
+        let widest = self.shape.hidden.max(self.shape.vocabulary);
+        let (reply, values) = self.reply(step.rows.len().saturating_mul(widest).min(VALUES_MAX))?;
+        let Reply::Output { scores, memory_bytes, pages_used } = reply else {
+            return Err(self.broken("a reply to another request than a step"));
+        };
+        if let Err(what) = self.check(step, queries, scores.as_deref(), &values) {
+            self.process.kill();
+            self.channel = None;
+            return Err(EngineError::Numerics { device: self.device.to_string(), what });
+        }
+        let rows = match scores {
+            None => OutputRows::Hidden(values),
+            Some(rows) => OutputRows::Scores(Scores { rows, values }),
+        };
+        Ok(Output { rows, memory_bytes, pages_used })
+    }
+
+    fn logits(&mut self, row: usize) -> Result<Vec<f32>, EngineError> {
+        self.request(&Request::Logits { row }, &[])?;
+        let (reply, values) = self.reply(self.shape.vocabulary)?;
+        match reply {
+            Reply::Logits if values.len() == self.shape.vocabulary => Ok(values),
+            _ => Err(self.broken("a reply to another request than one for logits")),
+        }
+    }
+
+    fn take_profile(&mut self) -> Profile {
+        let asked = self.request(&Request::TakeProfile, &[]);
+        match asked.and_then(|()| self.reply(0)) {
+            Ok((Reply::Profile(profile), _)) => *profile,
+            // The next step reports a broken worker.
+            _ => Profile::default(),
+        }
+    }
+
+    fn kill_switch(&self) -> Option<KillSwitch> {
+        let process = Arc::clone(&self.process);
+        Some(KillSwitch::new(move || process.kill()))
+    }
+}
+
+impl Drop for WorkerEngine {
+    /// Closes the channel, so that the worker releases its device, and waits for its end on the engine's thread.
+    fn drop(&mut self) {
+        if self.channel.take().is_none() || !self.process.wait_at_most(RELEASE_WITHIN) {
+            self.process.kill();
+        }
+        self.process.wait();
+    }
+}

@@ -1,0 +1,176 @@
+//! The worker's side: computes what its node asks for, until the node closes the channel.
+
+use super::channel::{Channel, ChannelError, VALUES_MAX};
+use super::log;
+use super::message::{Hello, Reply, Request};
+use super::shared_memory::SharedMemory;
+use crate::engine::{Engine, EngineFactory, Input, Output, OutputRows, Scores};
+use crate::error::EngineError;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Signal, getpid, kill_process};
+use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a worker whose node has gone may take to release its device.
+const RELEASE_WITHIN: Duration = Duration::from_secs(2);
+
+/// Serves one engine of `factories` to the node that has started this process with a
+/// [`WorkerCommand`](super::WorkerCommand), then ends the process. Call it before anything opens a file or starts a
+/// thread.
+pub fn serve(factories: &[Arc<dyn EngineFactory>]) -> ! {
+    match start() {
+        Ok(channel) => {
+            let mut worker = Worker { factories, engine: None, channel };
+            match worker.run() {
+                End::Closed => drop(worker),
+                End::Failed => kill_this_process(),
+            }
+        }
+        Err(error) => eprintln!("the worker cannot start: {error}"),
+    }
+    std::process::exit(0)
+}
+
+/// Ends the process without releasing anything: a device that has failed may not return from a release.
+fn kill_this_process() -> ! {
+    let _ = kill_process(getpid(), Signal::KILL);
+    std::process::abort()
+}
+
+/// Takes the node's descriptors, and makes the process end with its node.
+fn start() -> io::Result<Channel> {
+    close_inherited();
+    let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    let memory = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?;
+    // What a library prints must not reach the channel.
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    #[cfg(target_os = "linux")]
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    log::start();
+    let socket = UnixStream::from(socket);
+    end_with(socket.try_clone()?.into())?;
+    let mut channel = Channel::new(socket, SharedMemory::received(memory));
+    channel.send(&Hello::own(), &[]).map_err(io::Error::other)?;
+    Ok(channel)
+}
+
+/// Closes the files that the node had open for its own children.
+fn close_inherited() {
+    let Ok(entries) = std::fs::read_dir("/dev/fd") else { return };
+    let open = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    // The folder's own descriptor is among them, so the list is read first.
+    let open: Vec<i32> = open.filter(|&descriptor| descriptor > 2).collect();
+    for descriptor in open {
+        // The folder's descriptor is closed already.
+        if rustix::io::fcntl_getfd(borrowed(descriptor)).is_ok() {
+            // SAFETY: the process has just started, and nothing in it uses the descriptor.
+            unsafe { rustix::io::close(descriptor) };
+        }
+    }
+}
+
+fn borrowed<'a>(descriptor: i32) -> std::os::fd::BorrowedFd<'a> {
+    // SAFETY: it is used for one call, which reports a descriptor that is not open.
+    unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) }
+}
+
+/// Starts a thread that ends the process some time after the node has closed the socket, whatever the engine does.
+fn end_with(socket: OwnedFd) -> io::Result<()> {
+    std::thread::Builder::new().name("node-watch".to_owned()).spawn(move || {
+        // No event is asked for: a closed socket is reported anyway.
+        let mut watched = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::empty())];
+        while let Err(rustix::io::Errno::INTR) = poll(&mut watched, None) {}
+        std::thread::sleep(RELEASE_WITHIN);
+        kill_this_process();
+    })?;
+    Ok(())
+}
+
+struct Worker<'a> {
+    factories: &'a [Arc<dyn EngineFactory>],
+    engine: Option<Box<dyn Engine>>,
+    channel: Channel,
+}
+
+/// Why a worker stops serving.
+enum End {
+    /// The node has closed the channel.
+    Closed,
+    /// The engine or the channel has failed.
+    Failed,
+}
+
+impl Worker<'_> {
+    fn run(&mut self) -> End {
+        loop {
+            let (request, values) = match self.channel.receive::<Request<'static>>(VALUES_MAX) {
+                Ok(received) => received,
+                Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => return End::Closed,
+                Err(error) => {
+                    eprintln!("{error}");
+                    return End::Failed;
+                }
+            };
+            let answered = catch_unwind(AssertUnwindSafe(|| self.answer(request, values)));
+            let answered = answered.unwrap_or_else(|panic| {
+                let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+                let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+                Err(EngineError::Panicked { what: text.unwrap_or_else(|| "no message".to_owned()) })
+            });
+            let is_failed = answered.is_err();
+            let (reply, values) = answered.unwrap_or_else(|error| (Reply::Failed(error), Vec::new()));
+            if let Err(error) = self.channel.send(&reply, &values) {
+                eprintln!("{error}");
+                return End::Failed;
+            }
+            if is_failed {
+                return End::Failed;
+            }
+        }
+    }
+
+    fn answer(&mut self, request: Request<'static>, values: Vec<f32>) -> Result<(Reply, Vec<f32>), EngineError> {
+        if let Request::Open { engine, device, log } = request {
+            log::set_level(log);
+            let factory = self.factories.iter().find(|factory| factory.name() == engine);
+            let factory = factory
+                .ok_or_else(|| EngineError::NoDevice { engine: engine.into_owned(), device: device.to_string() })?;
+            self.engine = Some(factory.open(&device)?);
+            return Ok((Reply::Opened, Vec::new()));
+        }
+        let engine = self.engine.as_mut().ok_or(EngineError::NotLoaded)?;
+        match request {
+            Request::SelfTest => Ok((Reply::Tested(engine.self_test()?), Vec::new())),
+            Request::Load { shard, weights } => {
+                let channel = &mut self.channel;
+                let report = engine.load(&shard, &weights, &mut |progress| match channel
+                    .send(&Reply::Progress(progress), &[])
+                {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                });
+                Ok((Reply::Loaded(report?), Vec::new()))
+            }
+            Request::Forward { step, tokens, queries } => {
+                let input = tokens.map_or(Input::Hidden(values), |tokens| Input::Tokens(tokens.into_owned()));
+                let Output { rows, memory_bytes, pages_used } = engine.forward(&step, input, &queries)?;
+                let (scores, values) = match rows {
+                    OutputRows::Hidden(values) => (None, values),
+                    OutputRows::Scores(Scores { rows, values }) => (Some(rows), values),
+                };
+                Ok((Reply::Output { scores, memory_bytes, pages_used }, values))
+            }
+            Request::Logits { row } => Ok((Reply::Logits, engine.logits(row)?)),
+            Request::WarmUp => Ok((Reply::WarmedUp(engine.warm_up()?), Vec::new())),
+            Request::TakeProfile => Ok((Reply::Profile(Box::new(engine.take_profile())), Vec::new())),
+            Request::Open { .. } => Err(EngineError::BadStep { what: "a second engine".to_owned() }),
+        }
+    }
+}
