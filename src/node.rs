@@ -4,6 +4,7 @@ use crate::cluster::{self, ClusterSettings};
 use crate::config::Directories;
 use crate::error::StartError;
 use crate::worker;
+use exo_actors::core::device_policy::PROBE_AFTER;
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::{ModelsConfig, Progress};
 use exo_actors::{NodeConfig, NodeHandle, PlannerLimits};
@@ -31,6 +32,7 @@ impl Node {
             worker_program: None,
             limits: PlannerLimits::default(),
             hang_timeouts: HangTimeouts::default(),
+            probe_after: PROBE_AFTER,
             name: None,
             cluster: None,
             progress: Arc::new(|_| {}),
@@ -62,6 +64,7 @@ pub struct NodeBuilder {
     worker_program: Option<PathBuf>,
     limits: PlannerLimits,
     hang_timeouts: HangTimeouts,
+    probe_after: Duration,
     name: Option<String>,
     cluster: Option<ClusterSettings>,
     progress: Arc<dyn Fn(Progress) + Send + Sync>,
@@ -133,6 +136,13 @@ impl NodeBuilder {
         self
     }
 
+    /// Sets the first pause before a device that has failed is tried again; default: 10 seconds. Each further failure
+    /// doubles it.
+    pub fn probe_after(mut self, pause: Duration) -> Self {
+        self.probe_after = pause;
+        self
+    }
+
     /// Sets the name that other members show; default: the machine's name.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
@@ -181,8 +191,9 @@ impl NodeBuilder {
             python: "python3".to_owned(),
             progress: self.progress,
         };
-        let (id, limits, hang_timeouts) = (identity.node_id(), self.limits, self.hang_timeouts);
-        let config = NodeConfig { id, name, factories, models, limits, hang_timeouts, wire_type, cluster };
+        let (id, limits) = (identity.node_id(), self.limits);
+        let (hang_timeouts, probe_after) = (self.hang_timeouts, self.probe_after);
+        let config = NodeConfig { id, name, factories, models, limits, hang_timeouts, probe_after, wire_type, cluster };
         exo_actors::start(config).await.map_err(|error| StartError::Actor(error.to_string()))
     }
 }

@@ -88,8 +88,10 @@ fn modules_of_a_crate_import_downwards_only() {
 #[test]
 fn modules_of_the_core_import_downwards_only() {
     let core = [
+        "step_times",
         "watchdog",
         "restart_policy",
+        "device_policy",
         "model_error",
         "context",
         "speed",

@@ -69,6 +69,8 @@ pub struct NodeConfig {
     pub limits: PlannerLimits,
     /// How long work on a device may take before the device counts as hung.
     pub hang_timeouts: HangTimeouts,
+    /// The first pause before a device that has failed is tried again; each further failure doubles it.
+    pub probe_after: Duration,
     /// How activations are encoded on links to other nodes.
     pub wire_type: WireType,
     /// The node's cluster; `None`: the node has no network.
@@ -183,7 +185,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
     let (router, link_registry) = (Router::new(config.id), LinkRegistry::default());
     let models_args = ModelsArgs { config: config.models, router: router.clone() };
     let (models, _) = Models::spawn_linked(None, Models, models_args, cell()).await?;
-    let devices = start_devices(myself, &config.factories, config.hang_timeouts, &facts).await?;
+    let devices = start_devices(myself, &config.factories, (config.hang_timeouts, config.probe_after), &facts).await?;
     let machine = tokio::task::spawn_blocking(measure_once).await?;
     facts.tell(Fact::MachineMeasured(machine.clone()));
     let reports = devices.iter().map(|local| local.report.clone()).collect();
@@ -271,7 +273,7 @@ fn deliver(worker: WorkerRef, planner: PlannerRef) -> EventCallback<ReceivedMess
 async fn start_devices(
     myself: &NodeRef,
     factories: &[Arc<dyn EngineFactory>],
-    hang_timeouts: HangTimeouts,
+    (hang_timeouts, probe_after): (HangTimeouts, Duration),
     facts: &Facts,
 ) -> Result<Vec<LocalDevice>, ActorProcessingErr> {
     let mut found = Vec::new();
@@ -288,6 +290,7 @@ async fn start_devices(
             factory: Arc::clone(&factory),
             fallback: if is_cpu { None } else { fallback.clone() },
             hang_timeouts,
+            probe_after,
             facts: facts.clone(),
         };
         let (device, _) = Device::spawn_linked(None, Device, args, myself.get_cell()).await?;

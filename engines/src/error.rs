@@ -20,6 +20,36 @@ pub enum ErrorClass {
     Fatal,
 }
 
+/// The part of a device or of its software that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum DeviceFault {
+    /// The driver is missing, or reports an error.
+    Driver,
+    /// The library between the engine and the driver is missing or too old.
+    Runtime,
+    /// This user may not use the device.
+    Permission,
+    /// The device was reset or removed.
+    Lost,
+    /// The driver cannot compile a kernel.
+    Compile,
+    /// The operating system refuses threads or processes.
+    System,
+}
+
+impl DeviceFault {
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::Driver => "the CPU engine takes over; install or update the device's driver, and see the system log",
+            Self::Runtime => "the CPU engine takes over; install or update the device's runtime",
+            Self::Permission => "add this user to the group that owns the device, such as `render`, and log in again",
+            Self::Lost => "the CPU engine takes over; see the system log for why the device was reset",
+            Self::Compile => "the CPU engine takes over; update the device's driver, and report this with the log",
+            Self::System => "raise this user's limit on processes, or close other programs",
+        }
+    }
+}
+
 /// The reason why an engine call failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -87,6 +117,8 @@ pub enum EngineError {
     Device {
         /// The name of the device, or of a rank of a tensor-sharded layer.
         device: String,
+        /// The part that failed.
+        fault: DeviceFault,
         /// The cause.
         what: String,
     },
@@ -166,13 +198,12 @@ impl EngineError {
             | Self::SelfTest { .. }
             | Self::Numerics { .. }
             | Self::WorkerNotStarted { .. }
-            | Self::WorkerVersion { .. } => ErrorClass::DeviceLost,
+            | Self::WorkerVersion { .. }
+            | Self::Killed { .. } => ErrorClass::DeviceLost,
             Self::Hung { .. } | Self::StillHung { .. } => ErrorClass::Hung,
-            Self::BadStep { .. }
-            | Self::NotLoaded
-            | Self::Panicked { .. }
-            | Self::WorkerEnded { .. }
-            | Self::Killed { .. } => ErrorClass::Fatal,
+            Self::BadStep { .. } | Self::NotLoaded | Self::Panicked { .. } | Self::WorkerEnded { .. } => {
+                ErrorClass::Fatal
+            }
         }
     }
 
@@ -185,8 +216,9 @@ impl EngineError {
             Self::StaleIncarnation { .. } => "none needed: the step is sent again in the new incarnation",
             Self::Interrupted => "none needed: the shard was released during its load",
             Self::Unsupported { .. } | Self::NoDevice { .. } => "choose another device",
-            Self::Device { .. } | Self::SelfTest { .. } | Self::Numerics { .. } => {
-                "the CPU engine takes over; see the log for the device's state"
+            Self::Device { fault, .. } => fault.remedy(),
+            Self::SelfTest { .. } | Self::Numerics { .. } => {
+                "the CPU engine takes over; update the device's driver, and check the device's memory and temperature"
             }
             Self::WorkerNotStarted { .. } => "make the program executable, or run without isolation",
             Self::WorkerVersion { .. } => "restart the node, so that it runs the program that is installed now",

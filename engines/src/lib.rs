@@ -31,4 +31,4 @@ pub mod tokenizer;
 pub mod worker;
 
 pub use engine::{Engine, EngineFactory};
-pub use error::{EngineError, ErrorClass};
+pub use error::{DeviceFault, EngineError, ErrorClass};

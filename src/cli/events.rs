@@ -120,12 +120,30 @@ impl Narrator {
                     None => format!("{} is unloaded", told.name),
                 })
             }
+            Fact::DeviceFailed { device, trouble } => Some(format!(
+                "warning: {device} failed, and its shards run on the fallback: {}\n  remedy: {}",
+                trouble.error, trouble.remedy
+            )),
+            Fact::ShardSpeed { instance, stage, slow_down: Some(slow) } => {
+                let told = self.models.get(instance)?;
+                let (name, best, latest) = (&told.name, slow.best.as_secs_f64(), slow.latest.as_secs_f64());
+                Some(format!(
+                    "warning: {name}: stage {stage} has become slow: steps of {} rows take {latest:.3} s, not {best:.3} s",
+                    slow.rows
+                ))
+            }
+            Fact::ShardSpeed { instance, stage, slow_down: None } => {
+                let told = self.models.get(instance)?;
+                Some(format!("{}: stage {stage} is as fast as before again", told.name))
+            }
+            Fact::DeviceRecovered(device) => Some(format!("{device} has passed its test, and takes its shards back")),
             Fact::DeviceFound(_)
             | Fact::EvictionsChanged(_)
             | Fact::SameKeyOver(_)
             | Fact::MachineMeasured(_)
             | Fact::ShardFetching { .. }
             | Fact::ShardLoading { .. }
+            | Fact::ShardLoaded { .. }
             | Fact::RequestsChanged { .. } => None,
         }
     }

@@ -69,6 +69,10 @@ fn draw(status: &NodeStatus) -> String {
     draw_machine(&mut out, &status.machine);
     for device in &status.devices {
         let _ = writeln!(out, "device   {:12} {} {}, {}", device.id, device.engine, device.tier, device.name);
+        if let Some(trouble) = status.failed_devices.get(&device.id) {
+            let _ = writeln!(out, "         failed: {}", trouble.error);
+            let _ = writeln!(out, "         remedy: {}", trouble.remedy);
+        }
     }
     for (id, member) in &status.members {
         draw_member(&mut out, status, *id, member);
@@ -162,11 +166,17 @@ fn draw_troubles(out: &mut String, status: &NodeStatus, now_s: u64) {
 fn draw_instance(out: &mut String, status: &NodeStatus, id: InstanceId, instance: &InstanceStatus) {
     let (name, quantization) = (&instance.model.name, &instance.model.quantization);
     let _ = writeln!(out, "model    {name} ({quantization})  instance {id}, {}", phase(instance));
-    for stage in &instance.placement.stages {
+    for (index, stage) in instance.placement.stages.iter().enumerate() {
         let bytes = gigabytes(Some(stage.memory_bytes));
         let (first, last) = (stage.layers.start, stage.layers.end - 1);
         let on = format!("{} of {}", stage.device, name_of(status, stage.node));
-        let _ = writeln!(out, "         layers {first}–{last} on {on}, {bytes} GB");
+        let fallback = instance.devices.get(&index).filter(|device| **device != stage.device);
+        let fallback = fallback.map_or(String::new(), |device| format!(", for now on {device}"));
+        let _ = writeln!(out, "         layers {first}–{last} on {on}{fallback}, {bytes} GB");
+        if let Some(slow) = instance.slow.get(&index) {
+            let (best, latest) = (slow.best.as_secs_f64(), slow.latest.as_secs_f64());
+            let _ = writeln!(out, "         slow: steps of {} rows take {latest:.3} s, not {best:.3} s", slow.rows);
+        }
     }
     let _ = writeln!(out, "         context of {}", instance.model.context);
     let totals = &instance.totals;

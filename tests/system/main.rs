@@ -11,6 +11,7 @@ mod cluster;
 mod commands;
 mod connections;
 mod context;
+mod faults;
 mod hosts;
 mod joining;
 mod lan;

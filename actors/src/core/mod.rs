@@ -18,12 +18,14 @@
 //! How it runs:
 //! - `pipeline`, `stage`: the bring-up of one placement, and the reports of its stages;
 //! - [`scheduler`]: turns requests and results into steps and tokens;
-//! - [`restart_policy`]: decides what to do about a failed shard;
-//! - [`watchdog`]: how long work may take before it counts as hung.
+//! - [`restart_policy`]: decides what to do about a failed shard; [`device_policy`]: where a device's
+//!   shards run;
+//! - [`watchdog`]: how long work may take before it counts as hung; [`step_times`]: how long steps do take.
 
 pub mod clique;
 pub mod context;
 pub mod desired;
+pub mod device_policy;
 pub mod leader;
 pub mod members;
 pub mod model_error;
@@ -37,6 +39,7 @@ pub mod spec;
 pub mod speed;
 pub(crate) mod stage;
 pub mod status;
+pub mod step_times;
 #[cfg(test)]
 mod tests;
 pub mod watchdog;

@@ -7,7 +7,8 @@ use crate::core::members::MemberReport;
 use crate::core::plan::Placement;
 use crate::core::spec::{InstanceId, Model};
 use crate::core::status::{InstanceStatus, KeyClash, Load, Machine, Phase, Totals};
-use exo_engines::engine::DeviceReport;
+use crate::core::step_times::SlowDown;
+use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -18,6 +19,15 @@ use std::net::SocketAddr;
 pub enum Fact {
     /// A factory found a device when the node started.
     DeviceFound(DeviceReport),
+    /// A device of this node has failed, and is left alone until its next probe.
+    DeviceFailed {
+        /// The device.
+        device: DeviceId,
+        /// Why.
+        trouble: DeviceTrouble,
+    },
+    /// A device that had failed has passed its probe.
+    DeviceRecovered(DeviceId),
     /// The machine was measured, as happens every second.
     MachineMeasured(Machine),
     /// An instance whose head is on this node starts, or moves to another placement.
@@ -50,6 +60,24 @@ pub enum Fact {
         loaded_bytes: u64,
         /// Bytes to load in all.
         total_bytes: u64,
+    },
+    /// A stage's shard is loaded.
+    ShardLoaded {
+        /// The instance.
+        instance: InstanceId,
+        /// The stage's position in the pipeline, from 0.
+        stage: usize,
+        /// The device: the one of its placement, or the fallback of that node.
+        device: DeviceId,
+    },
+    /// A stage's shard has become slow, or is as fast as before again.
+    ShardSpeed {
+        /// The instance.
+        instance: InstanceId,
+        /// The stage's position in the pipeline, from 0.
+        stage: usize,
+        /// How slow; `None`: not slow any more.
+        slow_down: Option<SlowDown>,
     },
     /// All shards are loaded and connected: the instance serves.
     InstanceReady {
@@ -130,11 +158,15 @@ impl Fact {
             Self::InstancePlaced { instance, .. }
             | Self::ShardFetching { instance, .. }
             | Self::ShardLoading { instance, .. }
+            | Self::ShardLoaded { instance, .. }
+            | Self::ShardSpeed { instance, .. }
             | Self::InstanceReady { instance, .. }
             | Self::ShardFailed { instance, .. }
             | Self::InstanceStopped { instance, .. }
             | Self::RequestsChanged { instance, .. } => Some(*instance),
             Self::DeviceFound(_)
+            | Self::DeviceFailed { .. }
+            | Self::DeviceRecovered(_)
             | Self::MachineMeasured(_)
             | Self::MemberReported { .. }
             | Self::MemberLost { .. }
@@ -159,6 +191,9 @@ pub struct NodeStatus {
     pub addresses: Vec<SocketAddr>,
     /// The node's devices, best first.
     pub devices: Vec<DeviceReport>,
+    /// The devices that have failed. Their shards run on the fallback.
+    #[serde(default)]
+    pub failed_devices: BTreeMap<DeviceId, DeviceTrouble>,
     /// The latest measurement of its machine.
     pub machine: Machine,
     /// The instances whose head is on this node, and the latest that have stopped, at most 16.
@@ -185,6 +220,17 @@ pub struct NodeStatus {
     pub totals: BTreeMap<String, Totals>,
     /// The number of facts applied so far.
     pub version: u64,
+}
+
+/// Why a device is left alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceTrouble {
+    /// The error.
+    pub error: String,
+    /// Advice for the user.
+    pub remedy: String,
+    /// When the device is tried again, in seconds since 1970.
+    pub probe_at_s: u64,
 }
 
 /// A member that has gone.
@@ -214,6 +260,7 @@ impl NodeStatus {
             name,
             addresses,
             devices,
+            failed_devices: BTreeMap::new(),
             machine,
             instances: BTreeMap::new(),
             members: BTreeMap::new(),
@@ -255,6 +302,10 @@ impl NodeStatus {
                 self.devices.retain(|device| device.id != report.id);
                 self.devices.push(report.clone());
             }
+            Fact::DeviceFailed { device, trouble } => {
+                self.failed_devices.insert(device.clone(), trouble.clone());
+            }
+            Fact::DeviceRecovered(device) => drop(self.failed_devices.remove(device)),
             Fact::MachineMeasured(machine) => self.machine = machine.clone(),
             Fact::InstancePlaced { instance, model, placement } => {
                 let known = self.instances.get_mut(instance);
@@ -267,6 +318,8 @@ impl NodeStatus {
             }
             Fact::ShardFetching { instance, .. }
             | Fact::ShardLoading { instance, .. }
+            | Fact::ShardLoaded { instance, .. }
+            | Fact::ShardSpeed { instance, .. }
             | Fact::InstanceReady { instance, .. }
             | Fact::ShardFailed { instance, .. }
             | Fact::InstanceStopped { instance, .. }
@@ -347,9 +400,17 @@ impl InstanceStatus {
             }
             Fact::ShardLoading { .. }
             | Fact::ShardFetching { .. }
+            | Fact::ShardLoaded { .. }
+            | Fact::ShardSpeed { .. }
             | Fact::InstanceReady { .. }
             | Fact::ShardFailed { .. }
                 if is_stopped => {}
+            Fact::ShardLoaded { stage, device, .. } => {
+                self.devices.insert(*stage, device.clone());
+                self.slow.remove(stage);
+            }
+            Fact::ShardSpeed { stage, slow_down: None, .. } => drop(self.slow.remove(stage)),
+            Fact::ShardSpeed { stage, slow_down: Some(slow_down), .. } => drop(self.slow.insert(*stage, *slow_down)),
             Fact::ShardLoading { stage, loaded_bytes, total_bytes, .. } => {
                 self.loading(*stage, *loaded_bytes, *total_bytes);
             }
@@ -367,6 +428,8 @@ impl InstanceStatus {
                 self.totals = *totals;
             }
             Fact::DeviceFound(_)
+            | Fact::DeviceFailed { .. }
+            | Fact::DeviceRecovered(_)
             | Fact::MachineMeasured(_)
             | Fact::MemberReported { .. }
             | Fact::MemberLost { .. }

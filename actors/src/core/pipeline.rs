@@ -7,7 +7,7 @@ use crate::core::desired::{Deployment, Stamp, incarnation};
 use crate::core::request::RequestError;
 use crate::core::spec::InstanceId;
 use crate::core::stage::{StageEvent, StageTask};
-use exo_engines::engine::Incarnation;
+use exo_engines::engine::{DeviceId, Incarnation};
 use exo_net::NodeId;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,6 +47,8 @@ pub(crate) enum PipelineEvent {
     Loaded,
     /// All shards are connected, so an incarnation begins.
     Running,
+    /// All shards are loaded, one of them on another device than before: the shards must connect again.
+    Moved,
     /// A shard failed, and its device restarts it.
     Down(usize, String),
     /// A shard cannot run on its device any more.
@@ -60,6 +62,8 @@ pub(crate) struct Pipeline {
     stamp: Stamp,
     deployment: Arc<Deployment>,
     stages: Vec<StageState>,
+    /// The device on which each stage's shard was last loaded.
+    devices: Vec<Option<DeviceId>>,
     /// When each stage last reported, or was last ordered to load.
     heard: Vec<Duration>,
     /// When each stage last reported.
@@ -85,6 +89,7 @@ impl Pipeline {
             stamp,
             deployment,
             stages,
+            devices: vec![None; heard.len()],
             advanced: heard.clone(),
             heard,
             incarnations: 0,
@@ -196,7 +201,7 @@ impl Pipeline {
     pub(crate) fn shares_stage(&self, other: &Self, event: &StageEvent) -> bool {
         let (StageEvent::Down { stage, .. }
         | StageEvent::Lost { stage, .. }
-        | StageEvent::Up { stage }
+        | StageEvent::Up { stage, .. }
         | StageEvent::Cut { stage, .. }
         | StageEvent::Wired { stage, .. }) = event
         else {
@@ -239,11 +244,7 @@ impl Pipeline {
             (self.heard[event.stage()], self.advanced[event.stage()]) = (now, now);
         }
         match event {
-            StageEvent::Up { stage } if is_from(*stage) => {
-                let was_loaded = self.is_loaded();
-                self.stages[*stage] = StageState::Up;
-                if self.is_loaded() && !was_loaded { PipelineEvent::Loaded } else { PipelineEvent::Nothing }
-            }
+            StageEvent::Up { stage, device } if is_from(*stage) => self.on_up(*stage, device),
             StageEvent::Wired { stage, incarnation } if is_from(*stage) && self.incarnation == Some(*incarnation) => {
                 self.stages[*stage] = StageState::Wired(incarnation.epoch);
                 let is_wired = |stage: &StageState| matches!(stage, StageState::Wired(of) if *of == incarnation.epoch);
@@ -268,6 +269,22 @@ impl Pipeline {
                 if is_from(*stage) && self.incarnation == Some(*incarnation) =>
             {
                 self.cut(*stage, what.clone(), now)
+            }
+            _ => PipelineEvent::Nothing,
+        }
+    }
+
+    fn on_up(&mut self, stage: usize, device: &DeviceId) -> PipelineEvent {
+        let was_loaded = self.is_loaded();
+        let before = self.devices[stage].replace(device.clone());
+        self.stages[stage] = StageState::Up;
+        match (self.is_loaded(), was_loaded) {
+            (true, false) => PipelineEvent::Loaded,
+            (true, true) if before.as_ref() != Some(device) => {
+                self.stop_running();
+                // Further events of this incarnation are ignored.
+                self.incarnation = None;
+                PipelineEvent::Moved
             }
             _ => PipelineEvent::Nothing,
         }

@@ -1,15 +1,14 @@
 //! What to do about a failed shard, by the class of its error and the number of its recent failures.
 
 use exo_engines::ErrorClass;
-use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Failures within this time count together.
-const WINDOW: Duration = Duration::from_secs(60);
-/// The limit on restarts within [`WINDOW`]: more do not help.
+/// One failure is forgiven after each such time.
+const FORGIVEN_AFTER: Duration = Duration::from_secs(60);
+/// The limit on restarts that are not forgiven: more do not help.
 const RESTARTS_MAX: usize = 3;
-/// The wait before a restart, by the number of recent failures: a short fault costs no time, and a lasting fault does
-/// not keep the machine busy.
+/// The wait before a restart, by the number of failures that are not forgiven: a short fault costs no time, and a
+/// lasting fault does not keep the machine busy.
 const WAITS: [Duration; RESTARTS_MAX] = [Duration::ZERO, Duration::from_millis(100), Duration::from_secs(1)];
 
 /// Whether a shard can move to another device of the same node.
@@ -37,21 +36,22 @@ pub enum Verdict {
     Stop,
 }
 
-/// The recent failures of a shard.
-#[derive(Debug, Clone, Default)]
+/// The failures of a shard that are not forgiven.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct FailureHistory {
-    /// Times of the failures, ascending, from any fixed start.
-    failures: VecDeque<Duration>,
+    failures: usize,
+    /// When the first of these failed, or a failure was last forgiven, from any fixed start.
+    since: Duration,
 }
 
 impl FailureHistory {
     /// Records a failure at `now`, and decides what to do.
     pub fn decide(&mut self, now: Duration, class: ErrorClass, fallback: Fallback) -> Verdict {
-        while self.failures.front().is_some_and(|&at| at + WINDOW < now) {
-            self.failures.pop_front();
-        }
-        let recent = self.failures.len();
-        self.failures.push_back(now);
+        let forgiven = now.saturating_sub(self.since).as_secs() / FORGIVEN_AFTER.as_secs();
+        let recent = self.failures.saturating_sub(usize::try_from(forgiven).unwrap_or(usize::MAX));
+        self.since = if recent == 0 { now } else { self.since + FORGIVEN_AFTER * u32::try_from(forgiven).unwrap_or(0) };
+        // A failure beyond the limit does not delay forgiveness.
+        self.failures = (recent + 1).min(RESTARTS_MAX);
         let restart = WAITS.get(recent).map(|&after| Verdict::Restart { after });
         let otherwise = match fallback {
             Fallback::Available => Verdict::FallBack,
@@ -106,8 +106,8 @@ mod tests {
 
     proptest! {
         /// R1.4, R8.1–R8.5: a shard of a lost device falls back at once if it can, a caller's mistake is never retried,
-        /// a hung shard is never restarted on its device, and no sequence of failures exceeds the limit on restarts in
-        /// a window.
+        /// a hung shard is never restarted on its device, and in no time there are more restarts than the limit and
+        /// those forgiven in that time.
         #[test]
         fn restarts_are_bounded(steps in prop::collection::vec((0_usize..6, 0_u64..30), 1..60), fall in any::<bool>()) {
             let fallback = if fall { Fallback::Available } else { Fallback::None };
@@ -126,8 +126,10 @@ mod tests {
                     Verdict::FallBack => prop_assert_eq!(fallback, Fallback::Available),
                     Verdict::Replan | Verdict::Stop => {}
                 }
-                let recent = restarts.iter().filter(|&&at| at + WINDOW >= now).count();
-                prop_assert!(recent <= RESTARTS_MAX);
+                for (index, &from) in restarts.iter().enumerate() {
+                    let forgiven = (now.saturating_sub(from).as_secs() / FORGIVEN_AFTER.as_secs()) as usize + 1;
+                    prop_assert!(restarts.len() - index <= RESTARTS_MAX + forgiven);
+                }
             }
         }
     }

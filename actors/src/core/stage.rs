@@ -4,6 +4,7 @@ use crate::core::desired::Stamp;
 use crate::core::plan::{KV_PAGES_MAX, SHARD_BYTES_MAX};
 use crate::core::request::RequestError;
 use crate::core::spec::{FilesId, InstanceId, ModelSpec};
+use crate::core::step_times::SlowDown;
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, Incarnation};
 use exo_engines::model::LAYERS_MAX;
@@ -46,8 +47,11 @@ pub(crate) enum StageEvent {
     Fetching { stage: usize, fetched_bytes: u64, total_bytes: u64 },
     /// The shard's engine loads the weights.
     Loading { stage: usize, loaded_bytes: u64, total_bytes: u64 },
-    /// The shard is loaded.
-    Up { stage: usize },
+    /// The shard is loaded on `device`: its own, or the fallback of its node. The event of a loaded shard with another
+    /// device means that the shard is loaded there, too, and serves there when it is connected again.
+    Up { stage: usize, device: DeviceId },
+    /// The shard has become slow; `None`: it is as fast as before again.
+    Speed { stage: usize, slow_down: Option<SlowDown> },
     /// The shard is connected for this incarnation.
     Wired { stage: usize, incarnation: Incarnation },
     /// The shard failed; its device restarts it, or moves it to the fallback device.
@@ -65,7 +69,8 @@ impl StageEvent {
         match self {
             Self::Fetching { stage, .. }
             | Self::Loading { stage, .. }
-            | Self::Up { stage }
+            | Self::Up { stage, .. }
+            | Self::Speed { stage, .. }
             | Self::Wired { stage, .. }
             | Self::Down { stage, .. }
             | Self::Lost { stage, .. }

@@ -2,6 +2,8 @@
 
 use crate::core::plan::Placement;
 use crate::core::spec::Model;
+use crate::core::step_times::SlowDown;
+use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -135,6 +137,13 @@ pub struct InstanceStatus {
     pub model: Model,
     /// Where it runs, or is to run.
     pub placement: Placement,
+    /// The device on which each stage's shard was last loaded, by the stage's position: another than that of the
+    /// placement while that one is not well.
+    #[serde(default)]
+    pub devices: BTreeMap<usize, DeviceId>,
+    /// The stages whose shards have become slow, by their position.
+    #[serde(default)]
+    pub slow: BTreeMap<usize, SlowDown>,
     /// Its phase.
     pub phase: Phase,
     /// The epoch of its latest incarnation.
@@ -161,6 +170,8 @@ impl InstanceStatus {
         Self {
             model,
             placement,
+            devices: BTreeMap::new(),
+            slow: BTreeMap::new(),
             phase: Phase::Loading { loaded_bytes: 0, total_bytes: 0 },
             epoch: 0,
             fetching: BTreeMap::new(),
@@ -177,6 +188,8 @@ impl InstanceStatus {
     /// loaded.
     pub(super) fn move_to(&mut self, placement: Placement) {
         self.placement = placement;
+        self.devices.clear();
+        self.slow.clear();
         self.loading.clear();
         self.fetching.clear();
     }

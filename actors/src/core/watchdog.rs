@@ -1,10 +1,15 @@
 //! How long work may show no progress before it counts as hung.
 
+use crate::core::step_times::StepTimes;
+use exo_engines::engine::DeviceKind;
 use std::time::Duration;
 
 /// The most time that one check counts since the previous check: a longer gap means that the process or machine was
 /// suspended, not that the work hangs.
 const CHECK_MAX: Duration = Duration::from_secs(2);
+
+/// The least deadline of a GPU's step: a driver that recompiles a kernel, or a desktop that uses the GPU, takes less.
+const GPU_STEP_MIN: Duration = Duration::from_secs(5);
 
 /// How long one device may work without progress before it counts as hung.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +33,18 @@ impl HangTimeouts {
     /// The timeout for a step of `rows` rows on one device.
     pub fn for_step(&self, rows: usize) -> Duration {
         self.step.saturating_add(self.row.saturating_mul(u32::try_from(rows).unwrap_or(u32::MAX)))
+    }
+}
+
+impl HangTimeouts {
+    /// The timeout for a step of `rows` rows on a device of this kind. A GPU computes for nobody else, so it gets no
+    /// more than a multiple of its own slowest step; a CPU that is busy with other work must not look broken.
+    pub(crate) fn for_step_on(&self, kind: DeviceKind, rows: usize, times: &StepTimes) -> Duration {
+        let most = self.for_step(rows);
+        match (kind, times.deadline(rows)) {
+            (DeviceKind::Gpu, Some(deadline)) => deadline.max(GPU_STEP_MIN).min(most),
+            (DeviceKind::Gpu, None) | (DeviceKind::Cpu, _) => most,
+        }
     }
 }
 
@@ -70,6 +87,19 @@ mod tests {
         assert_eq!(watchdog.check(1, 2 * SECOND), SECOND);
         assert_eq!(watchdog.check(1, 3600 * SECOND), SECOND + CHECK_MAX);
         assert_eq!(watchdog.check(1, 3601 * SECOND), 2 * SECOND + CHECK_MAX);
+    }
+
+    #[test]
+    fn a_gpu_has_its_own_history_as_deadline_and_a_cpu_has_not() {
+        let timeouts = HangTimeouts::default();
+        let mut times = StepTimes::default();
+        let on = |kind, times: &StepTimes| timeouts.for_step_on(kind, 1, times);
+        assert_eq!(on(DeviceKind::Gpu, &times), timeouts.for_step(1), "its first step may compile kernels");
+        times.note(1, Duration::from_millis(400));
+        assert_eq!(on(DeviceKind::Gpu, &times), 8 * SECOND);
+        assert_eq!(on(DeviceKind::Cpu, &times), timeouts.for_step(1));
+        times.note(1, 30 * SECOND);
+        assert_eq!(on(DeviceKind::Gpu, &times), timeouts.for_step(1), "never longer than the setting");
     }
 
     #[test]

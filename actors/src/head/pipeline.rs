@@ -62,7 +62,14 @@ impl HeadState {
 
     fn publish_progress(&self, event: &StageEvent) {
         let instance = self.args.id;
+        if let StageEvent::Up { stage, device } = event {
+            let (stage, device) = (*stage, device.clone());
+            return self.args.facts.tell(Fact::ShardLoaded { instance, stage, device });
+        }
         match *event {
+            StageEvent::Speed { stage, slow_down } => {
+                self.args.facts.tell(Fact::ShardSpeed { instance, stage, slow_down });
+            }
             StageEvent::Fetching { stage, fetched_bytes, total_bytes } => {
                 self.args.facts.tell(Fact::ShardFetching { instance, stage, fetched_bytes, total_bytes });
             }
@@ -79,6 +86,10 @@ impl HeadState {
             PipelineEvent::Nothing => {}
             PipelineEvent::Loaded => self.begin_incarnation(myself),
             PipelineEvent::Running => self.on_running(),
+            PipelineEvent::Moved => {
+                self.void_steps();
+                self.begin_incarnation(myself);
+            }
             PipelineEvent::Down(stage, error) => {
                 tracing::info!(instance = %self.args.id, stage, error, "a shard failed: requests wait for its restart");
                 self.pause(stage, &error);
@@ -110,11 +121,16 @@ impl HeadState {
 
     /// Makes requests wait because a stage does not work. The steps in flight are void.
     fn pause(&mut self, stage: usize, error: &str) {
-        self.args.link_registry.remove(self.args.id, LinkEnd::Head, Some(self.pipeline.incarnation()));
-        self.scheduler.handle_pipeline_lost();
+        self.void_steps();
         let (instance, error) = (self.args.id, error.to_owned());
         self.args.facts.tell(Fact::ShardFailed { instance, stage, error });
         self.args.planner.tell(HeadReport::Waiting { instance });
+    }
+
+    /// Gives up the steps in flight; the next incarnation computes their rows again.
+    fn void_steps(&mut self) {
+        self.args.link_registry.remove(self.args.id, LinkEnd::Head, Some(self.pipeline.incarnation()));
+        self.scheduler.handle_pipeline_lost();
     }
 
     fn report_broken(&self, stamp: Stamp, stage: usize, error: RequestError) {
@@ -190,8 +206,8 @@ impl HeadState {
             };
             let from = stage.checked_sub(1).map_or(own, |before| stages[before].node);
             let (instance, wire_type) = (self.args.id, self.args.wire_type);
-            let layers = placed.layers.clone();
-            let order = StageOrder::Wire { instance, stage, layers, incarnation, from, next, to, wire_type };
+            let (layers, device) = (placed.layers.clone(), placed.device.clone());
+            let order = StageOrder::Wire { instance, stage, layers, device, incarnation, from, next, to, wire_type };
             self.args.router.tell(placed.node, ControlMessage::Stage(order));
         }
     }

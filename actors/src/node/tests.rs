@@ -47,6 +47,7 @@ fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Pat
         models,
         limits: PlannerLimits::default(),
         hang_timeouts: HangTimeouts::default(),
+        probe_after: Duration::from_secs(10),
         wire_type: WireType::F32,
         cluster: Some(ClusterConfig { network, events, cookie, addresses, evicted }),
     };
@@ -86,7 +87,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
     let stamp = Stamp { counter: u64::MAX - round, by: own };
     let (instance, incarnation) = (InstanceId(round), Incarnation { epoch: u64::MAX, owner: *own.as_bytes() });
     let events = [
-        StageEvent::Up { stage: usize::MAX },
+        StageEvent::Up { stage: usize::MAX, device: DeviceId("x".repeat(10_000)) },
         StageEvent::Loading { stage: 3, loaded_bytes: u64::MAX, total_bytes: 0 },
         StageEvent::Wired { stage: 0, incarnation },
         StageEvent::Cut { stage: 9, incarnation, what: "x".repeat(10_000) },
@@ -95,6 +96,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
         instance: InstanceId(7),
         stage: 2,
         layers: 0..9,
+        device: DeviceId("cpu".to_owned()),
         incarnation,
         from: own,
         next: own,

@@ -15,7 +15,7 @@ use crate::core::request::RequestError;
 use crate::core::scheduler::FinishReason;
 use crate::core::spec::{FilesId, InstanceId, ModelSpec};
 use crate::core::stage::{StageEvent, StageTask};
-use exo_engines::engine::Incarnation;
+use exo_engines::engine::{DeviceId, Incarnation};
 use exo_engines::sampler::{Sampled, SamplerSpec};
 use exo_net::{NodeId, WireType};
 use serde::{Deserialize, Serialize};
@@ -194,8 +194,9 @@ pub(crate) enum StageOrder {
     Wire {
         instance: InstanceId,
         stage: usize,
-        /// Selects one of the stage's two shards while an instance moves.
+        /// Selects, with the device, one of the stage's two shards while an instance moves.
         layers: Range<usize>,
+        device: DeviceId,
         incarnation: Incarnation,
         from: NodeId,
         next: NodeId,

@@ -1,34 +1,51 @@
 //! Device: one compute device of this node.
 //!
-//! - owns: the shards on the device, the recent failures of each, and the engine threads that hang;
-//! - receives: shards to start and to stop;
-//! - emits: failures and losses of shards, to the worker; the device's description, as a fact;
+//! - owns: the shards on the device, its health, and the engine threads that have not ended;
+//! - receives: shards to start, to retire and to stop; results of probes; ticks, at which probes start;
+//! - emits: failures and losses of shards, to the worker; the device's description and health, as facts;
 //! - dies when: the node stops;
 //! - supervised by: the node.
+//!
+//! A shard that cannot run here runs on the fallback device until this one has passed a probe; then it loads here
+//! beside what serves, and the worker lets it take over.
 
 use super::engine_thread::ThreadEnd;
+use super::probe::{self, Probe};
 use super::shard::{Shard, ShardArgs, ShardFailure, ShardReport, ShardTask};
-use crate::core::node_status::Fact;
-use crate::core::restart_policy::{FailureHistory, Fallback, Verdict};
-use crate::core::spec::InstanceId;
+use crate::core::device_policy::{Decision, DevicePolicy, Health, ShardNumber, Start};
+use crate::core::node_status::{DeviceTrouble, Fact};
+use crate::core::restart_policy::{Fallback, Verdict};
 use crate::core::watchdog::HangTimeouts;
 use crate::transport::callback::Facts;
-use exo_engines::engine::{DeviceReport, EngineFactory};
-use exo_engines::{EngineError, ErrorClass};
+use exo_engines::engine::{DeviceReport, EngineFactory, SelfTestReport};
+use exo_engines::{DeviceFault, EngineError, ErrorClass};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::RactorMessage;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub(crate) type DeviceRef = ActorRef<DeviceMsg>;
+
+/// How often the device looks for a probe that is due.
+const TICK_EVERY: Duration = Duration::from_secs(1);
+/// How often a start looks whether the engine before it has ended.
+const END_CHECKED_EVERY: Duration = Duration::from_millis(20);
+/// How long a start waits for the end of the engine before it. A killed process that takes longer hangs in its driver.
+const ENDS_WITHIN: Duration = Duration::from_secs(5);
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum DeviceMsg {
     /// Starts a shard on this device, even if the task names another device.
     Start(Box<ShardTask>),
+    /// A shard that this device has loaded beside another device's serves now.
+    Promoted(ShardNumber),
+    /// Stops a shard, because another device serves it now.
+    Retire(ShardNumber),
     /// Stops the shards whose tasks are cancelled.
     Sweep,
+    Probed(Result<SelfTestReport, EngineError>),
+    Tick,
 }
 
 #[derive(Debug)]
@@ -38,6 +55,8 @@ pub(crate) struct DeviceArgs {
     /// The device that receives the shards which cannot run on this one.
     pub fallback: Option<DeviceRef>,
     pub hang_timeouts: HangTimeouts,
+    /// The first pause before a probe of the device.
+    pub probe_after: Duration,
     pub facts: Facts,
 }
 
@@ -45,10 +64,21 @@ pub(crate) struct DeviceArgs {
 pub(crate) struct DeviceState {
     args: DeviceArgs,
     started: Instant,
-    shards: HashMap<ActorId, (ActorCell, ShardTask)>,
-    histories: HashMap<(InstanceId, usize), FailureHistory>,
-    /// Threads of hung engines. No shard starts until they end, because it would hang, too.
-    hung: Vec<ThreadEnd>,
+    policy: DevicePolicy,
+    running: HashMap<ActorId, (ActorCell, ShardTask)>,
+    /// The shards of this device that run on the fallback.
+    fallen: HashMap<ShardNumber, ShardTask>,
+    /// Engines that have failed, whose threads have not ended yet.
+    ending: Vec<Ending>,
+    probe: Option<Probe>,
+}
+
+#[derive(Debug)]
+struct Ending {
+    end: ThreadEnd,
+    since: Instant,
+    /// Whether the engine hangs in this process: no shard starts until it returns, because it would hang, too.
+    is_hung: bool,
 }
 
 #[derive(Debug)]
@@ -59,10 +89,20 @@ impl Actor for Device {
     type State = DeviceState;
     type Arguments = DeviceArgs;
 
-    async fn pre_start(&self, _: DeviceRef, args: DeviceArgs) -> Result<DeviceState, ActorProcessingErr> {
+    async fn pre_start(&self, myself: DeviceRef, args: DeviceArgs) -> Result<DeviceState, ActorProcessingErr> {
         args.facts.tell(Fact::DeviceFound(args.report.clone()));
-        let (shards, histories) = (HashMap::new(), HashMap::new());
-        Ok(DeviceState { args, started: Instant::now(), shards, histories, hung: Vec::new() })
+        let fallback = if args.fallback.is_some() { Fallback::Available } else { Fallback::None };
+        let policy = DevicePolicy::new(fallback, args.probe_after);
+        myself.send_interval(TICK_EVERY, || DeviceMsg::Tick);
+        Ok(DeviceState {
+            args,
+            started: Instant::now(),
+            policy,
+            running: HashMap::new(),
+            fallen: HashMap::new(),
+            ending: Vec::new(),
+            probe: None,
+        })
     }
 
     async fn handle(
@@ -73,7 +113,11 @@ impl Actor for Device {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             DeviceMsg::Start(task) => state.start(&myself, *task).await,
+            DeviceMsg::Promoted(shard) => state.on_promoted(shard),
+            DeviceMsg::Retire(shard) => state.retire(shard),
             DeviceMsg::Sweep => state.sweep(),
+            DeviceMsg::Probed(outcome) => state.on_probed(&myself, outcome),
+            DeviceMsg::Tick => state.tick(&myself),
         }
         Ok(())
     }
@@ -88,14 +132,16 @@ impl Actor for Device {
             SupervisionEvent::ActorFailed(who, error) => {
                 let error = match error.downcast_ref::<ShardFailure>() {
                     Some(failure) => {
-                        state.note_hang(failure);
+                        state.note_end(failure);
                         failure.error.clone()
                     }
                     None => EngineError::Panicked { what: error.to_string() },
                 };
-                state.on_failure(&myself, who.get_id(), error);
+                if let Some((_, task)) = state.running.remove(&who.get_id()) {
+                    state.on_failure(&myself, task, error);
+                }
             }
-            SupervisionEvent::ActorTerminated(who, _, _) => drop(state.shards.remove(&who.get_id())),
+            SupervisionEvent::ActorTerminated(who, _, _) => drop(state.running.remove(&who.get_id())),
             _ => {}
         }
         Ok(())
@@ -103,66 +149,183 @@ impl Actor for Device {
 }
 
 impl DeviceState {
-    async fn start(&mut self, myself: &DeviceRef, mut task: ShardTask) {
+    async fn start(&mut self, myself: &DeviceRef, task: ShardTask) {
         // The task may have been cancelled while it waited for a restart or moved here from another device.
         if task.is_over.is_cancelled() {
-            self.histories.remove(&(task.instance, task.stage));
-            return;
+            return self.forget(task.number);
         }
-        self.hung.retain(|thread| !thread.has_ended());
-        if !self.hung.is_empty() {
+        match self.policy.handle_start(task.number) {
+            Start::OnFallback => self.fall_back(task),
+            Start::Here => self.launch(myself, task).await,
+        }
+    }
+
+    /// Starts a shard as soon as the engines that failed before it have ended.
+    async fn launch(&mut self, myself: &DeviceRef, mut task: ShardTask) {
+        self.ending.retain(|ending| !ending.end.has_ended());
+        if self.ending.iter().any(|ending| ending.is_hung || ending.since.elapsed() > ENDS_WITHIN) {
             let error = EngineError::StillHung { device: self.args.report.id.to_string() };
-            return self.decide(myself, task, error);
+            return self.on_failure(myself, task, error);
+        }
+        if !self.ending.is_empty() {
+            return drop(myself.send_after(END_CHECKED_EVERY, move || DeviceMsg::Start(Box::new(task))));
         }
         task.engine.device = self.args.report.id.clone();
         task.engine.factory = Arc::clone(&self.args.factory);
-        let args = ShardArgs { task: task.clone(), hang_timeouts: self.args.hang_timeouts };
+        let (hang_timeouts, kind) = (self.args.hang_timeouts, self.args.report.kind);
+        let args = ShardArgs { task: task.clone(), hang_timeouts, kind };
         match Shard::spawn_linked(None, Shard, args, myself.get_cell()).await {
-            Ok((shard, _)) => drop(self.shards.insert(shard.get_id(), (shard.get_cell(), task))),
+            Ok((shard, _)) => drop(self.running.insert(shard.get_id(), (shard.get_cell(), task))),
             Err(error) => {
-                let error = EngineError::Device { device: self.args.report.id.to_string(), what: error.to_string() };
-                self.decide(myself, task, error);
+                let error = EngineError::Device {
+                    device: self.args.report.id.to_string(),
+                    fault: DeviceFault::System,
+                    what: error.to_string(),
+                };
+                self.on_failure(myself, task, error);
             }
         }
     }
 
-    fn note_hang(&mut self, failure: &ShardFailure) {
-        if failure.error.class() == ErrorClass::Hung {
-            self.hung.push(failure.end.clone());
+    fn note_end(&mut self, failure: &ShardFailure) {
+        let is_hung = failure.error.class() == ErrorClass::Hung;
+        self.ending.push(Ending { end: failure.end.clone(), since: Instant::now(), is_hung });
+    }
+
+    fn forget(&mut self, shard: ShardNumber) {
+        self.policy.handle_over(shard);
+        self.fallen.remove(&shard);
+    }
+
+    fn on_promoted(&mut self, shard: ShardNumber) {
+        self.policy.handle_promoted(shard);
+        if let Some(task) = self.fallen.remove(&shard) {
+            let (instance, stage, device) = (task.instance, task.stage, &self.args.report.id);
+            tracing::info!(%instance, stage, %device, "a shard runs on its device again");
         }
     }
 
-    fn sweep(&mut self) {
-        for (cell, task) in self.shards.values().filter(|(_, task)| task.is_over.is_cancelled()) {
-            self.histories.remove(&(task.instance, task.stage));
+    fn retire(&mut self, shard: ShardNumber) {
+        self.policy.handle_over(shard);
+        for (cell, _) in self.running.values().filter(|(_, task)| task.number == shard) {
             cell.stop(None);
         }
     }
 
-    fn on_failure(&mut self, myself: &DeviceRef, who: ActorId, error: EngineError) {
-        let Some((_, task)) = self.shards.remove(&who) else { return };
-        task.reports.tell(ShardReport::Down(error.clone()));
-        self.decide(myself, task, error);
+    fn sweep(&mut self) {
+        let running = self.running.values().filter(|(_, task)| task.is_over.is_cancelled());
+        let mut over: Vec<ShardNumber> = Vec::new();
+        for (cell, task) in running {
+            cell.stop(None);
+            over.push(task.number);
+        }
+        over.extend(self.fallen.values().filter(|task| task.is_over.is_cancelled()).map(|task| task.number));
+        over.into_iter().for_each(|shard| self.forget(shard));
     }
 
-    fn decide(&mut self, myself: &DeviceRef, task: ShardTask, error: EngineError) {
-        let fallback = if self.args.fallback.is_some() { Fallback::Available } else { Fallback::None };
-        let history = self.histories.entry((task.instance, task.stage)).or_default();
-        let verdict = history.decide(self.started.elapsed(), error.class(), fallback);
-        if !matches!(verdict, Verdict::Restart { .. }) {
-            self.histories.remove(&(task.instance, task.stage));
-        }
+    fn on_failure(&mut self, myself: &DeviceRef, task: ShardTask, error: EngineError) {
+        let decision = self.policy.handle_failure(task.number, error.class(), self.started.elapsed());
         tracing::info!(
             instance = %task.instance, stage = task.stage, device = %self.args.report.id, class = ?error.class(),
-            %error, remedy = error.remedy(), ?verdict, "a shard failed"
+            %error, remedy = error.remedy(), ?decision, "a shard failed"
         );
-        match (verdict, &self.args.fallback) {
-            (Verdict::Restart { after }, _) => drop(myself.send_after(after, move || DeviceMsg::Start(Box::new(task)))),
-            (Verdict::FallBack, Some(device)) => {
-                let _ = device.send_message(DeviceMsg::Start(Box::new(task)));
+        self.tell_trouble(&error);
+        let verdict = match decision {
+            Decision::Serve(verdict) => verdict,
+            Decision::StayFallen => return task.reports.tell(ShardReport::NotPromoted),
+            Decision::Abandon => {
+                self.fallen.remove(&task.number);
+                return task.reports.tell(ShardReport::NotPromoted);
             }
-            (Verdict::FallBack | Verdict::Replan | Verdict::Stop, _) => {
-                task.reports.tell(ShardReport::Lost(error));
+        };
+        if let Verdict::Replan | Verdict::Stop = verdict {
+            return task.reports.tell(ShardReport::Lost(error));
+        }
+        task.reports.tell(ShardReport::Down(error));
+        match verdict {
+            Verdict::Restart { after } => drop(myself.send_after(after, move || DeviceMsg::Start(Box::new(task)))),
+            _ => self.fall_back(task),
+        }
+    }
+
+    fn fall_back(&mut self, task: ShardTask) {
+        if let Some(fallback) = &self.args.fallback {
+            self.fallen.insert(task.number, task.clone());
+            // Sending fails only if the device has stopped; the node stops, too.
+            let _ = fallback.send_message(DeviceMsg::Start(Box::new(task)));
+        }
+    }
+
+    fn tell_trouble(&self, error: &EngineError) {
+        let Health::Resting { until } = self.policy.health() else { return };
+        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let probe_at_s = now_s + until.saturating_sub(self.started.elapsed()).as_secs();
+        let (error, remedy) = (error.to_string(), error.remedy().to_owned());
+        let trouble = DeviceTrouble { error, remedy, probe_at_s };
+        self.args.facts.tell(Fact::DeviceFailed { device: self.args.report.id.clone(), trouble });
+    }
+
+    fn tick(&mut self, myself: &DeviceRef) {
+        if let Some(probe) = self.probe.as_ref().filter(|probe| probe.started.elapsed() > self.args.hang_timeouts.load)
+        {
+            // The probe's thread then reports the end of the process.
+            if !probe.killer.kill() {
+                self.probe = None;
+                let seconds = self.args.hang_timeouts.load.as_secs();
+                self.fail_probe(&EngineError::Hung { from: "a self-test".to_owned(), seconds });
+            }
+        }
+        if self.policy.poll_probe(self.started.elapsed()) {
+            self.start_probe(myself);
+        }
+    }
+
+    fn start_probe(&mut self, myself: &DeviceRef) {
+        self.ending.retain(|ending| !ending.end.has_ended());
+        let device = self.args.report.id.clone();
+        if !self.ending.is_empty() {
+            return self.fail_probe(&EngineError::StillHung { device: device.to_string() });
+        }
+        let to = myself.clone();
+        let probe = probe::start(Arc::clone(&self.args.factory), device.clone(), move |outcome| {
+            // Sending fails only if the device has stopped; the node stops, too.
+            let _ = to.send_message(DeviceMsg::Probed(outcome));
+        });
+        match probe {
+            Ok(probe) => self.probe = Some(probe),
+            Err(error) => {
+                self.fail_probe(&EngineError::Device {
+                    device: device.to_string(),
+                    fault: DeviceFault::System,
+                    what: error.to_string(),
+                });
+            }
+        }
+    }
+
+    fn fail_probe(&mut self, error: &EngineError) {
+        self.policy.handle_probe_failed(self.started.elapsed());
+        tracing::info!(device = %self.args.report.id, %error, remedy = error.remedy(), "a device failed its probe");
+        self.tell_trouble(error);
+    }
+
+    fn on_probed(&mut self, myself: &DeviceRef, outcome: Result<SelfTestReport, EngineError>) {
+        // The result of a probe that was given up comes too late.
+        if self.probe.take().is_none() {
+            return;
+        }
+        let report = match outcome {
+            Ok(report) => report,
+            Err(error) => return self.fail_probe(&error),
+        };
+        let device = self.args.report.id.clone();
+        tracing::info!(%device, step_us = report.step.as_micros(), "a device passed its probe");
+        self.args.facts.tell(Fact::DeviceRecovered(device));
+        for shard in self.policy.handle_probe_passed(self.started.elapsed()) {
+            match self.fallen.get(&shard) {
+                // Sending fails only if this device has stopped; the node stops, too.
+                Some(task) => drop(myself.send_message(DeviceMsg::Start(Box::new(task.clone())))),
+                None => self.policy.handle_over(shard),
             }
         }
     }

@@ -9,13 +9,15 @@
 //! process is gone, and holds its memory until then.
 
 use super::draws::Draws;
+use super::killer::Killer;
 use super::memory_guard::MemoryGuard;
 use crate::core::scheduler::SamplerOperation;
 use crate::core::spec::InstanceId;
+use crate::core::step_times::StepTimes;
 use crate::transport::callback::EventCallback;
 use exo_engines::engine::{
-    DeviceId, EngineFactory, Incarnation, Input, KillSwitch, LoadProgress, LoadReport, OutputRows, SeqId, ShardSpec,
-    Step, StepId, WarmUpReport,
+    DeviceId, EngineFactory, Incarnation, Input, LoadProgress, LoadReport, OutputRows, SeqId, ShardSpec, Step, StepId,
+    WarmUpReport,
 };
 use exo_engines::model::WeightSource;
 use exo_engines::sampler::{SampleError, Sampled, Sampler, TokenSampler};
@@ -119,18 +121,38 @@ pub(crate) enum EngineActivity {
     },
 }
 
-/// The activity of an engine's thread, and a count of its changes, for its shard's watchdog.
+/// The activity of an engine's thread, for its shard's watchdog.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Heartbeat(Arc<Mutex<(u64, EngineActivity)>>);
+pub(crate) struct Heartbeat(Arc<Mutex<Pulse>>);
+
+/// What a heartbeat shows.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Pulse {
+    /// The number of changes so far.
+    pub beats: u64,
+    pub activity: EngineActivity,
+    /// When the activity began.
+    since: Option<Instant>,
+    /// The times of finished steps.
+    pub times: StepTimes,
+}
 
 impl Heartbeat {
     fn beat(&self, activity: EngineActivity) {
-        let mut heartbeat = self.0.lock();
-        *heartbeat = (heartbeat.0 + 1, activity);
+        let mut pulse = self.0.lock();
+        if let (EngineActivity::Step { rows: rows @ 1.. }, Some(since)) = (pulse.activity, pulse.since) {
+            pulse.times.note(rows, since.elapsed());
+        }
+        pulse.beats += 1;
+        (pulse.activity, pulse.since) = (activity, Some(Instant::now()));
     }
 
-    pub(crate) fn read(&self) -> (u64, EngineActivity) {
-        *self.0.lock()
+    pub(crate) fn activity(&self) -> EngineActivity {
+        self.0.lock().activity
+    }
+
+    pub(crate) fn read(&self) -> Pulse {
+        self.0.lock().clone()
     }
 }
 
@@ -144,19 +166,6 @@ impl ThreadEnd {
     }
 }
 
-/// What ends an engine that does not return.
-#[derive(Debug, Default)]
-enum Killer {
-    /// The engine is not open yet.
-    #[default]
-    Unknown,
-    /// The engine is to be killed as soon as it is open.
-    Wanted,
-    /// The engine runs in this process, and cannot be killed.
-    None,
-    Process(KillSwitch),
-}
-
 /// The handle of an engine's thread.
 #[derive(Clone)]
 pub(crate) struct EngineHandle {
@@ -165,7 +174,7 @@ pub(crate) struct EngineHandle {
     is_stopped: Arc<AtomicBool>,
     heartbeat: Heartbeat,
     end: ThreadEnd,
-    killer: Arc<Mutex<Killer>>,
+    killer: Killer,
 }
 
 impl std::fmt::Debug for EngineHandle {
@@ -200,20 +209,14 @@ impl EngineHandle {
 
     /// Kills the engine's process. Returns false if the engine runs in this process, where it cannot be killed.
     pub(crate) fn kill(&self) -> bool {
-        let mut killer = self.killer.lock();
-        match &*killer {
-            Killer::Process(switch) => switch.kill(),
-            Killer::Unknown | Killer::Wanted => *killer = Killer::Wanted,
-            Killer::None => return false,
-        }
-        true
+        self.killer.kill()
     }
 
     /// Ends the thread after its current step; a load is interrupted. The process of a busy engine is killed: nobody
     /// waits for its work.
     pub(crate) fn stop(&self) {
         self.is_stopped.store(true, Ordering::Relaxed);
-        if self.heartbeat.read().1 != EngineActivity::Waiting {
+        if self.heartbeat.activity() != EngineActivity::Waiting {
             self.kill();
         }
         // A thread that accepts no commands has ended, or hangs for good.
@@ -263,13 +266,13 @@ pub(crate) fn start(task: EngineTask, on: impl Fn(EngineEvent) + Send + 'static)
     let heartbeat = Heartbeat::default();
     let alive = Arc::new(());
     let end = ThreadEnd(Arc::downgrade(&alive));
-    let killer = Arc::new(Mutex::new(Killer::default()));
+    let killer = Killer::default();
     let engine = EngineHandle {
         commands,
         is_stopped: Arc::clone(&is_stopped),
         heartbeat: heartbeat.clone(),
         end,
-        killer: Arc::clone(&killer),
+        killer: killer.clone(),
     };
     let span = tracing::info_span!("shard", instance = %task.instance, stage = task.stage, layers = ?task.spec.layers);
     let name = format!("shard-{}-{}", task.spec.layers.start, task.spec.layers.end);
@@ -277,7 +280,8 @@ pub(crate) fn start(task: EngineTask, on: impl Fn(EngineEvent) + Send + 'static)
         let _alive = alive;
         let _entered = span.entered();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            let engine = open(&task, &killer)?;
+            let engine = task.factory.open(&task.device)?;
+            killer.opened(engine.kill_switch());
             serve(engine, &task, &receiver, &is_stopped, &heartbeat, &on)
         }));
         let error = match outcome {
@@ -290,21 +294,9 @@ pub(crate) fn start(task: EngineTask, on: impl Fn(EngineEvent) + Send + 'static)
     Ok(engine)
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
-}
-
-/// Opens the engine, and kills its process if that is wanted already.
-fn open(task: &EngineTask, killer: &Mutex<Killer>) -> Result<Box<dyn Engine>, EngineError> {
-    let engine = task.factory.open(&task.device)?;
-    let opened = engine.kill_switch().map_or(Killer::None, Killer::Process);
-    let mut killer = killer.lock();
-    if let (Killer::Wanted, Killer::Process(switch)) = (&*killer, &opened) {
-        switch.kill();
-    }
-    *killer = opened;
-    Ok(engine)
 }
 
 fn serve(

@@ -8,9 +8,11 @@
 pub(crate) mod device;
 mod draws;
 pub(crate) mod engine_thread;
+mod killer;
 pub(crate) mod links;
 pub(crate) mod machine;
 mod memory_guard;
+mod probe;
 mod shard;
 mod shards;
 

@@ -6,12 +6,14 @@
 //! - dies when: its engine fails (with the engine's error) or hangs, or it is stopped;
 //! - supervised by: its device.
 
-use super::engine_thread::{self, EngineActivity, EngineEvent, EngineHandle, EngineTask, ThreadEnd};
+use super::engine_thread::{self, EngineActivity, EngineEvent, EngineHandle, EngineTask, Pulse, ThreadEnd};
+use crate::core::device_policy::ShardNumber;
 use crate::core::spec::InstanceId;
+use crate::core::step_times::SlowDown;
 use crate::core::watchdog::{HangTimeouts, Watchdog};
 use crate::transport::callback::EventCallback;
 use exo_engines::EngineError;
-use exo_engines::engine::{DeviceId, LoadProgress};
+use exo_engines::engine::{DeviceId, DeviceKind, LoadProgress};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::time::{Duration, Instant};
@@ -23,6 +25,8 @@ const TICK_EVERY: Duration = Duration::from_secs(1);
 /// A shard to start.
 #[derive(Debug, Clone)]
 pub(crate) struct ShardTask {
+    /// The number of the shard on this node.
+    pub number: ShardNumber,
     pub instance: InstanceId,
     pub stage: usize,
     pub engine: EngineTask,
@@ -52,6 +56,10 @@ pub(crate) enum ShardReport {
     Down(EngineError),
     /// The shard failed for good on this node.
     Lost(EngineError),
+    /// The shard has become slow, or is as fast as before again.
+    Speed(Option<SlowDown>),
+    /// The shard failed on its device, where it was loaded beside the one that serves on the fallback.
+    NotPromoted,
 }
 
 #[derive(Debug, RactorMessage)]
@@ -64,6 +72,7 @@ pub(crate) enum ShardMsg {
 pub(crate) struct ShardArgs {
     pub task: ShardTask,
     pub hang_timeouts: HangTimeouts,
+    pub kind: DeviceKind,
 }
 
 #[derive(Debug)]
@@ -72,6 +81,8 @@ pub(crate) struct ShardState {
     engine: EngineHandle,
     started: Instant,
     watchdog: Watchdog,
+    /// Whether the shard was reported as slow.
+    is_slow: bool,
 }
 
 /// The error with which a shard's actor ends.
@@ -98,7 +109,7 @@ impl Actor for Shard {
             // Sending fails only if the shard has stopped; it needs no events then.
             let _ = myself.send_message(ShardMsg::Engine(event));
         })?;
-        Ok(ShardState { args, engine, started: Instant::now(), watchdog: Watchdog::default() })
+        Ok(ShardState { args, engine, started: Instant::now(), watchdog: Watchdog::default(), is_slow: false })
     }
 
     async fn handle(
@@ -141,15 +152,22 @@ impl ShardState {
         Ok(())
     }
 
-    /// Ends the shard if its engine hangs, and kills the engine's process, if it has one.
+    /// Reports a change of speed. Ends the shard if its engine hangs, and kills the engine's process, if it has one.
     fn check(&mut self) -> Result<(), ActorProcessingErr> {
-        let (beats, activity) = self.engine.heartbeat().read();
+        let Pulse { beats, activity, times, .. } = self.engine.heartbeat().read();
+        let slow_down = times.slow_down();
+        if slow_down.is_some() != self.is_slow {
+            self.is_slow = slow_down.is_some();
+            self.args.task.reports.tell(ShardReport::Speed(slow_down));
+        }
         let silence = self.watchdog.check(beats, self.started.elapsed());
         let timeouts = &self.args.hang_timeouts;
         let (from, timeout) = match activity {
             EngineActivity::Waiting => return Ok(()),
             EngineActivity::Loading => ("loading".to_owned(), timeouts.load),
-            EngineActivity::Step { rows } => (format!("a step of {rows} rows"), timeouts.for_step(rows)),
+            EngineActivity::Step { rows } => {
+                (format!("a step of {rows} rows"), timeouts.for_step_on(self.args.kind, rows, &times))
+            }
         };
         if silence <= timeout {
             return Ok(());

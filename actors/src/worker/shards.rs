@@ -9,6 +9,7 @@
 //! The worker drops an order with an earlier stamp than the instance's latest. A shard that a later order repeats
 //! unchanged stays loaded. A shard with other layers loads beside the serving one.
 
+mod promotion;
 mod release;
 mod wiring;
 
@@ -22,6 +23,7 @@ use crate::core::plan::PlanError;
 use crate::core::request::RequestError;
 use crate::core::spec::InstanceId;
 use crate::core::stage::{StageEvent, StageTask};
+use crate::core::step_times::SlowDown;
 use crate::models::{Extent, Fetched, ModelsRef, ResolvedModel};
 use crate::transport::callback::EventCallback;
 use crate::transport::protocol::{ControlMessage, LinkEnd, StageOrder};
@@ -44,17 +46,19 @@ pub(crate) type WorkerRef = ActorRef<WorkerMsg>;
 /// The most shards that this node hosts at once.
 const SHARDS_MAX: usize = 256;
 
-/// The key of a shard. A stage has two shards while it moves to other layers.
+/// The key of a shard. A stage has two shards while it moves to other layers or to another device.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct ShardKey {
     instance: InstanceId,
     stage: usize,
     layers: Range<usize>,
+    /// The device of its placement. The shard may run on the fallback.
+    device: DeviceId,
 }
 
 impl ShardKey {
     fn of(task: &StageTask) -> Self {
-        Self { instance: task.instance, stage: task.stage, layers: task.layers.clone() }
+        Self { instance: task.instance, stage: task.stage, layers: task.layers.clone(), device: task.device.clone() }
     }
 }
 
@@ -152,6 +156,8 @@ struct HostedShard {
     /// The cost of a row, in bytes of weights; 0 until the model's headers are read.
     cost_bytes: u64,
     loaded: Option<Loaded>,
+    /// The shard as its device has loaded it beside the one that serves on the fallback.
+    promoted: Option<Loaded>,
     /// The incarnation for which the shard is connected.
     wired: Option<Incarnation>,
     is_over: CancellationToken,
@@ -160,6 +166,7 @@ struct HostedShard {
 #[derive(Debug, Clone)]
 struct Loaded {
     engine: EngineHandle,
+    device: DeviceId,
     hidden: usize,
     vocabulary: u32,
 }
@@ -212,9 +219,9 @@ impl WorkerState {
         match order {
             StageOrder::Start(task) => self.start(myself, from, *task),
             StageOrder::Clear { instance, below } => self.clear(instance, below),
-            StageOrder::Wire { instance, stage, layers, incarnation, from: before, next, to, wire_type } => {
+            StageOrder::Wire { instance, stage, layers, device, incarnation, from: before, next, to, wire_type } => {
                 let wiring = Wiring { incarnation, from: before, next, to, wire_type };
-                self.wire(myself, from, ShardKey { instance, stage, layers }, wiring);
+                self.wire(myself, from, ShardKey { instance, stage, layers, device }, wiring);
             }
         }
     }
@@ -239,8 +246,8 @@ impl WorkerState {
             let is_unchanged = StageTask { stamp: task.stamp, ..shard.task.clone() } == task;
             if is_unchanged {
                 (shard.owner, shard.task, shard.ordered) = (owner, task, Instant::now());
-                if shard.loaded.is_some() {
-                    self.tell(&key, StageEvent::Up { stage: key.stage });
+                if let Some(device) = shard.newest_device() {
+                    self.tell(&key, StageEvent::Up { stage: key.stage, device });
                 }
                 return;
             }
@@ -261,6 +268,7 @@ impl WorkerState {
             ordered: Instant::now(),
             cost_bytes: 0,
             loaded: None,
+            promoted: None,
             wired: None,
             is_over: CancellationToken::new(),
         };
@@ -325,7 +333,7 @@ impl WorkerState {
         *held_bytes = held_bytes.saturating_add(task.memory_bytes);
         shard.cost_bytes = cost_bytes(&model.files, &task.layers);
         let is_over = shard.is_over.clone();
-        let start = ShardTask { instance, stage: key.stage, engine, reports, hidden, is_over };
+        let start = ShardTask { number: serial, instance, stage: key.stage, engine, reports, hidden, is_over };
         // Sending fails only if the device has stopped; the node stops, too.
         let _ = local.device.send_message(DeviceMsg::Start(Box::new(start)));
         self.tell_memory();
@@ -342,23 +350,36 @@ impl WorkerState {
         let Some(shard) = self.shards.get_mut(&key).filter(|shard| shard.serial == serial) else { return };
         let stage = key.stage;
         let event = match report {
+            // A load beside the serving shard is of no interest to its users.
+            ShardReport::Loading(_) if shard.loaded.is_some() => return,
             ShardReport::Loading(progress) => {
                 let (loaded_bytes, total_bytes) = (progress.loaded_bytes, progress.total_bytes);
                 StageEvent::Loading { stage, loaded_bytes, total_bytes }
             }
             ShardReport::Up { engine, hidden, vocabulary, device, row } => {
-                shard.loaded = Some(Loaded { engine, hidden, vocabulary });
+                let loaded = Loaded { engine, device: device.clone(), hidden, vocabulary };
+                let place = if shard.loaded.is_some() { &mut shard.promoted } else { &mut shard.loaded };
+                *place = Some(loaded);
                 if row > Duration::ZERO {
                     let bytes_per_s = shard.cost_bytes as f64 / row.as_secs_f64();
-                    self.args.facts.tell(WorkerFact::Measured { device, bytes_per_s });
+                    self.args.facts.tell(WorkerFact::Measured { device: device.clone(), bytes_per_s });
                 }
-                StageEvent::Up { stage }
+                StageEvent::Up { stage, device }
             }
+            ShardReport::Speed(slow_down) => {
+                if let Some(SlowDown { rows, best, latest }) = slow_down {
+                    let (best_ms, latest_ms) = (best.as_millis(), latest.as_millis());
+                    tracing::warn!(instance = %key.instance, stage, rows, best_ms, latest_ms, "a shard has become slow");
+                }
+                StageEvent::Speed { stage, slow_down }
+            }
+            ShardReport::NotPromoted => return self.on_not_promoted(&key),
             ShardReport::Down(error) => {
                 shard.loaded = None;
                 let wired = shard.wired.take();
                 self.args.link_registry.remove(key.instance, LinkEnd::Stage(stage), wired);
-                StageEvent::Down { stage, error }
+                self.tell(&key, StageEvent::Down { stage, error });
+                return self.promote(&key);
             }
             ShardReport::Lost(error) => {
                 self.tell(&key, StageEvent::Lost { stage, error });

@@ -64,6 +64,7 @@ impl Client {
             models,
             limits: PlannerLimits::default(),
             hang_timeouts: HangTimeouts::default(),
+            probe_after: std::time::Duration::from_secs(10),
         })
         .await
         .expect("the node starts");

@@ -13,7 +13,7 @@ use exo_engines::decoder::PageTable;
 use exo_engines::engine::*;
 use exo_engines::model::WeightSource;
 use exo_engines::sampler::{Sampled, SamplingParams};
-use exo_engines::{Engine, EngineError};
+use exo_engines::{DeviceFault, Engine, EngineError};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -30,6 +30,8 @@ const CONTEXT: u32 = 2048;
 
 /// The hang timeout of [`World::impatient`].
 const NO_TIME: Duration = Duration::from_secs(2);
+/// The pause after which a failed device is probed.
+const PROBE_AFTER: Duration = Duration::from_secs(1);
 /// The duration of a scripted hang: longer than any test waits for an engine.
 const HANGS_FOR: Duration = Duration::from_secs(60);
 
@@ -130,7 +132,11 @@ impl FakeEngine {
         match how {
             None => Ok(()),
             Some(How::Error) => Err(EngineError::NotLoaded),
-            Some(How::DeviceLost) => Err(EngineError::Device { device: "fake".to_owned(), what: "planned".to_owned() }),
+            Some(How::DeviceLost) => Err(EngineError::Device {
+                device: "fake".to_owned(),
+                fault: DeviceFault::Lost,
+                what: "planned".to_owned(),
+            }),
             Some(How::Hang) => {
                 std::thread::sleep(HANGS_FOR);
                 Err(EngineError::NotLoaded)
@@ -343,6 +349,7 @@ impl World {
             },
             limits,
             hang_timeouts,
+            probe_after: PROBE_AFTER,
         };
         let node = exo_actors::start(config).await.expect("the node starts");
         Self { node, script, model, _folder: folder }

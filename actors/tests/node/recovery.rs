@@ -3,12 +3,14 @@
 use crate::PROMPT;
 use crate::fake::{How, Script, When, World, answer, collect};
 use crate::sabotage::Sabotaged;
+use exo_actors::core::node_status::Fact;
 use exo_actors::core::status::Phase;
 use exo_actors::{GenerateRequest, RequestError};
 use exo_engines::engine::{DeviceId, DeviceKind};
 use exo_engines::sampler::SamplingParams;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::time::Duration;
 
 fn failing(failures: Vec<(usize, When, How, u32)>) -> Script {
     Script { failures, ..Script::default() }
@@ -42,6 +44,49 @@ async fn a_lost_device_falls_back_to_the_cpu() {
     let world = World::with_devices(failing(vec![(0, When::Decode, How::DeviceLost, 1)]), &devices).await;
     assert_eq!(world.ask(world.request(1, &PROMPT, 40)).await, Ok(answer(&PROMPT, 40)));
     assert_eq!(world.script.lock().loads, 2);
+    world.node.shutdown().await;
+}
+
+/// R1.4, R8.1–R8.5: the shard of a GPU that has failed goes back to it, in the middle of an answer, when the GPU has
+/// passed a probe; meanwhile the status shows the failure and the fallback.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_recovers_takes_its_shard_back() {
+    let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
+    let failures = vec![(0, When::Decode, How::DeviceLost, 1)];
+    let script = Script { failures, step_delay: Duration::from_millis(100), ..Script::default() };
+    let world = World::with_devices(script, &devices).await;
+    let mut facts = world.node.subscribe().await.expect("the node lives");
+    let answering = world.ask(world.request(1, &PROMPT, 40));
+    let watching = async {
+        let mut seen = Vec::new();
+        while let Ok(Some(fact)) = facts.next().await {
+            match fact {
+                Fact::DeviceFailed { device, .. } => {
+                    assert!(facts.status().failed_devices.contains_key(&device));
+                    seen.push(format!("{device} failed"));
+                }
+                Fact::DeviceRecovered(device) => {
+                    assert!(facts.status().failed_devices.is_empty());
+                    seen.push(format!("{device} recovered"));
+                }
+                Fact::ShardLoaded { instance, device, .. } => {
+                    assert_eq!(facts.status().instances[&instance].devices[&0], device);
+                    seen.push(format!("loaded on {device}"));
+                }
+                _ => {}
+            }
+            if seen.len() == 5 {
+                break;
+            }
+        }
+        seen
+    };
+    let (answered, seen) = tokio::join!(answering, watching);
+    assert_eq!(answered, Ok(answer(&PROMPT, 40)));
+    assert_eq!(seen, ["loaded on gpu", "gpu failed", "loaded on cpu", "gpu recovered", "loaded on gpu"]);
+    assert_eq!(world.ask(world.request(1, &PROMPT[..9], 10)).await, Ok(answer(&PROMPT[..9], 10)));
+    let loaded = |script: &Script| (script.loads, script.loaded_on);
+    assert_eq!(loaded(&world.script.lock()), (3, "gpu"));
     world.node.shutdown().await;
 }
 

@@ -3,7 +3,7 @@
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::*;
 use exo_engines::model::WeightSource;
-use exo_engines::{Engine, EngineError};
+use exo_engines::{DeviceFault, Engine, EngineError};
 use parking_lot::Mutex;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -87,7 +87,11 @@ impl Engine for SabotagedEngine {
         assert!(!fails || number.is_multiple_of(2), "planned");
         let output = self.inner.forward(step, input, queries)?;
         match fails {
-            true => Err(EngineError::Device { device: "cpu".to_owned(), what: "planned".to_owned() }),
+            true => Err(EngineError::Device {
+                device: "cpu".to_owned(),
+                fault: DeviceFault::Lost,
+                what: "planned".to_owned(),
+            }),
             false => Ok(output),
         }
     }

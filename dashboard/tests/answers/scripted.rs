@@ -161,6 +161,7 @@ impl World {
             },
             limits: PlannerLimits::default(),
             hang_timeouts: HangTimeouts::default(),
+            probe_after: Duration::from_secs(10),
         };
         let node = exo_actors::start(config).await.expect("the node starts");
         let socket = ApiConfig { socket_folder: Some(folder.path().to_owned()), ..ApiConfig::default() };

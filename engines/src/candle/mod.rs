@@ -16,7 +16,7 @@ use crate::backend::{
     Backend, Batch, FeedForwardWeights, LayerState, LinearData, MatrixShape, MixerWeights, Norm, Router, TensorData,
 };
 use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
-use crate::error::EngineError;
+use crate::error::{DeviceFault, EngineError};
 use crate::expert_routing::{self, RoutedExpert};
 use crate::format::ElementType;
 use crate::format::blocks::dequantise_row;
@@ -76,7 +76,7 @@ pub struct CandleBatch {
 
 impl From<candle_core::Error> for EngineError {
     fn from(error: candle_core::Error) -> Self {
-        Self::Device { device: "candle".to_owned(), what: error.to_string() }
+        Self::Device { device: "candle".to_owned(), fault: DeviceFault::Driver, what: error.to_string() }
     }
 }
 

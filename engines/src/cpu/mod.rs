@@ -36,7 +36,7 @@ use crate::backend::{
     TensorData,
 };
 use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
-use crate::error::EngineError;
+use crate::error::{DeviceFault, EngineError};
 use crate::format::FormatError;
 use crate::logits;
 use crate::model::{QueryKeyNorm, Rope};
@@ -102,11 +102,13 @@ impl CpuBackend {
         if !Tier::available().contains(&tier) {
             return Err(EngineError::Device {
                 device: "cpu".to_owned(),
+                fault: DeviceFault::System,
                 what: format!("this CPU does not support {}", tier.name()),
             });
         }
         let pool = ThreadPool::new(threads).map_err(|e| EngineError::Device {
             device: "cpu".to_owned(),
+            fault: DeviceFault::System,
             what: format!("cannot start {threads} threads: {e}"),
         })?;
         let bits = ActivationBits::default();

@@ -19,7 +19,7 @@ use crate::engine::{
     Engine, Incarnation, Input, LoadProgress, LoadReport, Output, OutputRows, PAGE_TOKENS, Row, RowQuery, Scores,
     SelfTestReport, SeqId, ShardSpec, Step, StepId, WarmUpReport,
 };
-use crate::error::EngineError;
+use crate::error::{DeviceFault, EngineError};
 use crate::model::WeightSource;
 use crate::profile::Profile;
 use load::ShardWeights;
@@ -340,9 +340,11 @@ fn sum_ranks<B: Backend>(
         return Ok(partial);
     }
     let mut values = backend.download(partial)?;
-    all_reduce
-        .sum(&mut values)
-        .map_err(|e| EngineError::Device { device: format!("rank {}", e.rank), what: e.to_string() })?;
+    all_reduce.sum(&mut values).map_err(|e| EngineError::Device {
+        device: format!("rank {}", e.rank),
+        fault: DeviceFault::Lost,
+        what: e.to_string(),
+    })?;
     backend.upload(values, width)
 }
 

@@ -14,6 +14,7 @@
 //! closes. It is not reachable from outside.
 
 mod channel;
+mod check;
 mod factory;
 mod log;
 mod message;

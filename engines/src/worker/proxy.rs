@@ -1,11 +1,12 @@
 //! The node's side of an engine in a worker.
 
 use super::channel::{Channel, ChannelError, VALUES_MAX};
+use super::check::Shape;
 use super::message::{Hello, LogLevel, Reply, Request};
 use super::process::Process;
 use super::stderr::Stderr;
 use crate::engine::{
-    DeviceId, Engine, Input, KillSwitch, LoadProgress, LoadReport, Output, OutputRows, RowQuery, RowScores, Scores,
+    DeviceId, Engine, Input, KillSwitch, LoadProgress, LoadReport, Output, OutputRows, RowQuery, Scores,
     SelfTestReport, ShardSpec, Step, WarmUpReport,
 };
 use crate::error::EngineError;
@@ -31,13 +32,6 @@ pub(super) struct WorkerEngine {
     /// Whether the worker has opened its engine.
     is_open: bool,
     shape: Shape,
-}
-
-/// The lengths of a loaded shard's rows.
-#[derive(Debug, Clone, Copy, Default)]
-struct Shape {
-    hidden: usize,
-    vocabulary: usize,
 }
 
 impl WorkerEngine {
@@ -123,53 +117,6 @@ impl WorkerEngine {
     fn broken(&mut self, what: &str) -> EngineError {
         self.ended(&ChannelError::Message(super::message::MessageError::Decode(what.to_owned())))
     }
-
-    /// Checks an output against the step that it belongs to.
-    fn check(
-        &self,
-        step: &Step,
-        queries: &[RowQuery],
-        scores: Option<&[RowScores]>,
-        values: &[f32],
-    ) -> Result<(), String> {
-        let Some(rows) = scores else {
-            let expected = step.rows.len() * self.shape.hidden;
-            return match values.len() == expected && values.iter().all(|value| value.is_finite()) {
-                true => Ok(()),
-                false if values.len() != expected => {
-                    Err(format!("{} hidden values instead of {expected}", values.len()))
-                }
-                false => Err("hidden rows with values that are not finite".to_owned()),
-            };
-        };
-        if rows.len() != queries.len() {
-            return Err(format!("{} answers to {} queries", rows.len(), queries.len()));
-        }
-        for (scores, query) in rows.iter().zip(queries) {
-            match scores {
-                RowScores::Top(top) => match query {
-                    RowQuery::Top(asked) if asked.tokens.len() != top.tokens.len() => {
-                        return Err("too few logits".to_owned());
-                    }
-                    RowQuery::Top(_) if top.best.is_empty() => return Err("logits without a finite maximum".to_owned()),
-                    RowQuery::Top(_) if top.best.iter().any(|&(id, _)| id as usize >= self.shape.vocabulary) => {
-                        return Err("a token outside the vocabulary".to_owned());
-                    }
-                    RowQuery::Top(_) => {}
-                    RowQuery::Logits | RowQuery::FinalNorm => return Err("an answer to another query".to_owned()),
-                },
-                RowScores::Values(range) => {
-                    let width = if *query == RowQuery::FinalNorm { self.shape.hidden } else { self.shape.vocabulary };
-                    let row = values.get(range.clone()).filter(|row| row.len() == width);
-                    let row = row.ok_or_else(|| format!("{} values of a row instead of {width}", range.len()))?;
-                    if row.iter().any(|value| value.is_nan()) {
-                        return Err("a row with values that are not numbers".to_owned());
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Engine for WorkerEngine {
@@ -226,7 +173,7 @@ impl Engine for WorkerEngine {
         let Reply::Output { scores, memory_bytes, pages_used } = reply else {
             return Err(self.broken("a reply to another request than a step"));
         };
-        if let Err(what) = self.check(step, queries, scores.as_deref(), &values) {
+        if let Err(what) = self.shape.check(step.rows.len(), queries, scores.as_deref(), &values) {
             self.process.kill();
             self.channel = None;
             return Err(EngineError::Numerics { device: self.device.to_string(), what });

@@ -18,7 +18,11 @@ impl Running {
         let pipeline = Pipeline::new(stamp, Arc::new(Deployment::of_one_layer("m", node)), Duration::ZERO);
         let mut running = Self { pipeline, node, now: SECOND };
         assert!(matches!(
-            running.pipeline.on_stage_event(node, &StageEvent::Up { stage: 0 }, running.now),
+            running.pipeline.on_stage_event(
+                node,
+                &StageEvent::Up { stage: 0, device: DeviceId("cpu".to_owned()) },
+                running.now
+            ),
             PipelineEvent::Loaded
         ));
         running
@@ -79,4 +83,19 @@ fn a_rarely_lost_step_is_replayed_each_time() {
     for _ in 0..100 {
         assert!(matches!(running.incarnations(900, stall), PipelineEvent::Cut(0, ..)));
     }
+}
+
+/// R7.1–R7.5: a shard that is loaded on another device of its node is connected anew; one that reports the same device
+/// again is not.
+#[test]
+fn a_shard_on_another_device_is_connected_anew() {
+    let mut running = Running::new();
+    let up = |device: &str| StageEvent::Up { stage: 0, device: DeviceId(device.to_owned()) };
+    let node = running.node;
+    let event = running.incarnations(1, |pipeline, now| {
+        assert!(matches!(pipeline.on_stage_event(node, &up("cpu"), now), PipelineEvent::Nothing));
+        pipeline.on_stage_event(node, &up("gpu:0"), now)
+    });
+    assert!(matches!(event, PipelineEvent::Moved));
+    assert!(running.pipeline.is_loaded() && !running.pipeline.is_running());
 }

@@ -271,10 +271,10 @@ impl Cluster {
         let mut told = Vec::new();
         for ((id, stage), shard) in node.shards.iter_mut().filter(|(_, shard)| !shard.is_up && shard.up <= now) {
             shard.is_up = true;
-            told.push((shard.owner, *id, shard.task.stamp, *stage));
+            told.push((shard.owner, *id, shard.task.stamp, *stage, shard.task.device.clone()));
         }
-        for (to, id, stamp, stage) in told {
-            self.send(index, to, Message::StageEvent { id, stamp, event: StageEvent::Up { stage } });
+        for (to, id, stamp, stage, device) in told {
+            self.send(index, to, Message::StageEvent { id, stamp, event: StageEvent::Up { stage, device } });
         }
     }
 

@@ -26,9 +26,13 @@ pub(crate) struct Wiring {
 impl WorkerState {
     /// Connects a shard: at once if its successor is on this node, else when the link to the successor is open.
     pub(super) fn wire(&mut self, myself: &WorkerRef, owner: NodeId, key: ShardKey, wiring: Wiring) {
-        let shard = self.shards.get(&key).filter(|shard| shard.owner == owner);
-        let is_due = |shard: &&HostedShard| shard.wired.is_none_or(|wired| wired <= wiring.incarnation);
-        let Some(shard) = shard.filter(is_due) else { return };
+        let is_due =
+            |shard: &&HostedShard| shard.owner == owner && shard.wired.is_none_or(|wired| wired <= wiring.incarnation);
+        if self.shards.get(&key).filter(is_due).is_none() {
+            return;
+        }
+        self.promote_all(key.instance);
+        let Some(shard) = self.shards.get(&key) else { return };
         // The owner receives the failure of a shard, and connects the shards again after its restart.
         if shard.loaded.is_none() {
             return;
@@ -93,7 +97,7 @@ impl WorkerState {
         if shard.wired.is_some_and(|wired| wired > wiring.incarnation) {
             return;
         }
-        let Some(Loaded { engine, hidden, vocabulary }) = shard.loaded.clone() else { return };
+        let Some(Loaded { engine, hidden, vocabulary, .. }) = shard.loaded.clone() else { return };
         if engine.wire(wiring.incarnation, next).is_err() {
             // The engine's thread has ended or hangs; its shard reports that.
             return;

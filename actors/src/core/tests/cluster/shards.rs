@@ -71,7 +71,7 @@ impl Cluster {
         let now = self.now;
         let Some(head) = self.nodes[index].as_mut().and_then(|node| node.heads.get_mut(&id)) else { return };
         match step {
-            PipelineEvent::Loaded => head.rewire = Some(now),
+            PipelineEvent::Loaded | PipelineEvent::Moved => head.rewire = Some(now),
             PipelineEvent::Cut(.., wait) => head.rewire = Some(now + wait),
             PipelineEvent::Running => {
                 let below = head.pipeline.stamp();

@@ -1,0 +1,40 @@
+//! The probe of a device that has failed: a self-test in a fresh engine.
+
+use super::engine_thread::panic_text;
+use super::killer::Killer;
+use exo_engines::EngineError;
+use exo_engines::engine::{DeviceId, EngineFactory, SelfTestReport};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A probe that runs.
+#[derive(Debug)]
+pub(super) struct Probe {
+    pub(super) killer: Killer,
+    pub(super) started: Instant,
+}
+
+/// Starts a thread that opens an engine on the device, and tests it.
+///
+/// # Errors
+/// The operating system's error if it cannot start a thread.
+pub(super) fn start(
+    factory: Arc<dyn EngineFactory>,
+    device: DeviceId,
+    on: impl FnOnce(Result<SelfTestReport, EngineError>) + Send + 'static,
+) -> std::io::Result<Probe> {
+    let killer = Killer::default();
+    let probe = Probe { killer: killer.clone(), started: Instant::now() };
+    let span = tracing::info_span!("probe", %device);
+    std::thread::Builder::new().name("device-probe".to_owned()).spawn(move || {
+        let _entered = span.entered();
+        let tested = catch_unwind(AssertUnwindSafe(|| {
+            let mut engine = factory.open(&device)?;
+            killer.opened(engine.kill_switch());
+            engine.self_test()
+        }));
+        on(tested.unwrap_or_else(|panic| Err(EngineError::Panicked { what: panic_text(&*panic) })));
+    })?;
+    Ok(probe)
+}

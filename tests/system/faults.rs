@@ -1,0 +1,234 @@
+//! Faults of an engine's process, in every phase of its life, while answers are computed: no answer is lost, and none
+//! changes.
+//!
+//! The device is the native CPU engine under the name of a GPU, in a process that fails once as it is told
+//! (`faulty_worker`). Its fallback is the same engine on a thread, so an answer has the same bits on both.
+
+#[path = "faulty_worker/gpu.rs"]
+mod gpu;
+
+use exo::{DeviceId, HangTimeouts, RunningModel};
+use exo::{GenerateRequest, Generated, ModelSpec, Node, NodeHandle, Prompt, RequestError, Sampled, SamplingParams};
+use exo_engines::cpu::CpuFactory;
+use exo_engines::engine::EngineFactory;
+use exo_engines::worker::{WorkerCommand, WorkerFactory};
+use gpu::GpuFactory;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a call may take until the process is killed.
+const HANGS_AFTER: Duration = Duration::from_millis(1500);
+/// The pause before the first probe of the device.
+const PROBE_AFTER: Duration = Duration::from_millis(300);
+const PROMPT_TOKENS: u32 = 70;
+const ANSWER_TOKENS: u32 = 60;
+
+/// A fault: the phase, the kind, and at which call of the phase it happens.
+type Fault = (&'static str, &'static str, u64);
+
+const ENDS: [&str; 5] = ["abort", "kill", "stop", "loop", "exit"];
+
+/// Every fault that the phase can have.
+fn faults() -> Vec<Fault> {
+    let of = |phase: &'static str, number: u64, kinds: &[&'static str]| -> Vec<Fault> {
+        kinds.iter().chain(&ENDS).map(|&kind| (phase, kind, number)).collect()
+    };
+    [
+        of("spawn", 1, &["version", "garbage", "cut"]),
+        of("self-test", 1, &["error", "panic", "cut"]),
+        of("load", 7, &["error", "memory", "panic", "cut"]),
+        of("prefill", 1, &["error", "memory", "panic", "garbage", "cut"]),
+        of("decode", 8, &["error", "memory", "panic", "garbage", "cut"]),
+    ]
+    .concat()
+}
+
+/// A model with random weights, and a tokenizer of the words `w0` … `w95`.
+fn tiny_model(folder: &Path) -> PathBuf {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/tests/fixtures/llama");
+    for file in ["model.safetensors", "config.json"] {
+        std::fs::copy(fixture.join(file), folder.join(file)).expect("the fixture is there");
+    }
+    let config = std::fs::read_to_string(folder.join("config.json")).expect("copied");
+    let mut config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    config["max_position_embeddings"] = 512.into();
+    std::fs::write(folder.join("config.json"), config.to_string()).expect("written");
+    let words: BTreeMap<String, u32> = (0..96).map(|id| (format!("w{id}"), id)).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+    });
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).expect("written");
+    folder.to_owned()
+}
+
+/// A node with a GPU that fails once, and the CPU; or, without a fault, the CPU alone.
+struct World {
+    node: NodeHandle,
+    fault: Option<Fault>,
+    folder: tempfile::TempDir,
+}
+
+impl World {
+    async fn new(fault: Option<Fault>) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        tiny_model(folder.path());
+        let mut factories: Vec<Arc<dyn EngineFactory>> = vec![Arc::new(CpuFactory::new(1))];
+        if let Some((phase, kind, number)) = fault {
+            let file = folder.path().join("fault");
+            std::fs::write(&file, "").expect("written");
+            let fault = format!("{phase} {kind} {number} {}", file.display());
+            let command = WorkerCommand {
+                program: faulty_worker(),
+                arguments: Vec::new(),
+                environment: vec![("EXO_FAULT".into(), fault.into())],
+            };
+            factories.insert(0, Arc::new(WorkerFactory::new(Arc::new(GpuFactory::new()), command)));
+        }
+        let hang_timeouts = HangTimeouts { load: HANGS_AFTER, step: HANGS_AFTER, row: Duration::ZERO };
+        let builder = Node::builder().data_dir(folder.path().join("data")).models_dirs(vec![folder.path().to_owned()]);
+        let builder = builder.factories(factories).hang_timeouts(hang_timeouts).probe_after(PROBE_AFTER);
+        Self { node: builder.start().await.expect("the node starts"), fault, folder }
+    }
+
+    fn spec(&self) -> ModelSpec {
+        // A device that is out of memory has no fallback: its shard is placed on another device.
+        let device = self.fault.filter(|fault| fault.1 != "memory").map(|_| DeviceId(GpuFactory::DEVICE.to_owned()));
+        ModelSpec { shards: Some(2), device, ..ModelSpec::new(self.folder.path().display().to_string()) }
+    }
+
+    async fn load(&self) -> RunningModel {
+        self.node.load(self.spec()).await.expect("it loads")
+    }
+
+    /// The tokens of an answer with their log-probabilities, and the longest wait for a token.
+    async fn ask(&self, temperature: f32) -> Result<(Vec<Sampled>, Duration), RequestError> {
+        let prompt = (0..PROMPT_TOKENS).map(|at| 3 + at * 7 % 90).collect();
+        let mut generation = self.node.generate(GenerateRequest {
+            model: self.spec(),
+            prompt: Prompt::Tokens(prompt),
+            params: SamplingParams { temperature, seed: 11, top_p: 0.9, top_logprobs: 3, ..SamplingParams::greedy() },
+            max_tokens: Some(ANSWER_TOKENS),
+            stop: Vec::new(),
+        })?;
+        let (mut tokens, mut last, mut longest) = (Vec::new(), Instant::now(), Duration::ZERO);
+        loop {
+            let event = tokio::time::timeout(Duration::from_secs(30), generation.next()).await;
+            match event.expect("the answer goes on").expect("a stream has an end")? {
+                Generated::Token { sampled, .. } => tokens.push(sampled),
+                Generated::Finished { .. } => return Ok((tokens, longest)),
+                Generated::Started { .. } => {}
+            }
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+        }
+    }
+}
+
+fn faulty_worker() -> PathBuf {
+    let folder = Path::new(env!("CARGO_BIN_EXE_exo-node")).parent().expect("a folder");
+    folder.join("examples/faulty-worker")
+}
+
+/// The children of this process that have not been reaped, and the number of its open files.
+fn leftovers() -> (Vec<String>, usize) {
+    let own = std::process::id().to_string();
+    let processes = std::fs::read_dir("/proc").expect("Linux").filter_map(|entry| {
+        let stat = std::fs::read_to_string(entry.ok()?.path().join("stat")).ok()?;
+        let after_name = stat.rsplit_once(") ")?.1;
+        (after_name.split(' ').nth(1)? == own).then_some(stat)
+    });
+    (processes.collect(), std::fs::read_dir("/proc/self/fd").expect("Linux").count())
+}
+
+/// Waits until no worker is left, and returns the number of open files.
+async fn files_when_all_have_ended() -> usize {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let (processes, files) = leftovers();
+        match processes.is_empty() {
+            true => return files,
+            false => assert!(Instant::now() < deadline, "still there: {processes:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// R1.4, R3.1–R3.5, R8.1–R8.5: whatever happens to the process of an engine, in whichever phase, sampled and greedy
+/// answers have the tokens and log-probabilities of an undisturbed run. No process and no file is left.
+#[test]
+fn no_fault_changes_an_answer() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let calm = World::new(None).await;
+        let greedy = calm.ask(0.0).await.expect("an answer").0;
+        let sampled = calm.ask(0.9).await.expect("an answer").0;
+        calm.node.shutdown().await;
+        assert!(greedy.len() > 30 && sampled.len() > 30, "long enough to be disturbed");
+        let files = files_when_all_have_ended().await;
+        for fault in faults() {
+            let world = World::new(Some(fault)).await;
+            let (a, b) = tokio::join!(world.ask(0.0), world.ask(0.9));
+            let ((a, pause), (b, other)) = (a.expect("an answer"), b.expect("an answer"));
+            let pause = pause.max(other);
+            println!("{:10} {:8} pause {:4} ms", fault.0, fault.1, pause.as_millis());
+            assert!(!world.folder.path().join("fault").exists(), "{fault:?} has not happened");
+            assert!(a == greedy, "{fault:?} changes the greedy answer");
+            assert!(b == sampled, "{fault:?} changes the sampled answer");
+            world.node.shutdown().await;
+            let left = files_when_all_have_ended().await;
+            assert!(left <= files, "{fault:?}: {left} open files after {files}");
+        }
+    });
+}
+
+/// R1.4, R8.1–R8.5: faults at random moments. `EXO_FAULT_RUNS` sets the number of runs, and `EXO_FAULT_SEED` the first.
+#[test]
+fn no_fault_at_a_random_moment_changes_an_answer() {
+    let number = |name, default| std::env::var(name).map_or(default, |value| value.parse().expect("a number"));
+    let (runs, first): (u64, u64) = (number("EXO_FAULT_RUNS", 25), number("EXO_FAULT_SEED", 0));
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let calm = World::new(None).await;
+        let greedy = calm.ask(0.0).await.expect("an answer").0;
+        let sampled = calm.ask(0.9).await.expect("an answer").0;
+        calm.node.shutdown().await;
+        let faults = faults();
+        for seed in first..first + runs {
+            // Knuth's multiplicative hash.
+            let random = |salt: u64| (seed * 8 + salt).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40;
+            let (phase, kind, _) = faults[random(0) as usize % faults.len()];
+            let number = match phase {
+                "spawn" | "self-test" => 1,
+                "load" => 1 + random(1) % 12,
+                _ => 1 + random(1) % 50,
+            };
+            println!("EXO_FAULT_SEED={seed}: {phase} {kind} {number}");
+            let world = World::new(Some((phase, kind, number))).await;
+            let (a, b) = tokio::join!(world.ask(0.0), world.ask(0.9));
+            assert!(a.expect("an answer").0 == greedy, "the greedy answer");
+            assert!(b.expect("an answer").0 == sampled, "the sampled answer");
+            world.node.shutdown().await;
+            files_when_all_have_ended().await;
+        }
+    });
+}
+
+/// R8.1–R8.5: a process that does not let go of its device ends all the same when its model is unloaded.
+#[test]
+fn a_process_that_is_not_released_is_killed() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        for kind in ENDS {
+            let world = World::new(Some(("release", kind, 1))).await;
+            drop(world.load().await);
+            assert_eq!(leftovers().0.len(), 2, "a process for each shard");
+            world.node.shutdown().await;
+            files_when_all_have_ended().await;
+        }
+    });
+}
