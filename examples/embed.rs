@@ -3,7 +3,8 @@
 //! `cargo run --release --example embed -- MODEL "one question" "another"`
 //!
 //! The actor, a scribe, receives questions, asks the node, and keeps minutes of the answers. The example shows how an
-//! embedder starts a node, holds its handle inside an actor, streams answers, and shuts the node down.
+//! embedder lets engines run in processes of their own, starts a node, holds its handle inside an actor, streams
+//! answers, and shuts the node down.
 
 use exo::{GenerateRequest, Generated, ModelSpec, Node, NodeHandle, Prompt, SamplingParams};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -81,8 +82,14 @@ async fn ask(node: &NodeHandle, model: ModelSpec, question: &str) -> Result<Stri
     Ok(answer)
 }
 
+fn main() -> anyhow::Result<()> {
+    // Before the runtime starts its threads.
+    exo::run_worker_if_asked();
+    answer_questions()
+}
+
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn answer_questions() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
     let model = ModelSpec::new(arguments.next().unwrap_or_else(|| "smollm2".to_owned()));
     let node = Node::builder().start().await?;

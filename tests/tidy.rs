@@ -89,6 +89,7 @@ fn modules_of_a_crate_import_downwards_only() {
 fn modules_of_the_core_import_downwards_only() {
     let core = [
         "step_times",
+        "memory_watch",
         "watchdog",
         "restart_policy",
         "device_policy",
@@ -105,6 +106,7 @@ fn modules_of_the_core_import_downwards_only() {
         "pipeline",
         "members",
         "clique",
+        "fact",
         "node_status",
         "leader",
         "tests",

@@ -2,10 +2,11 @@
 //!
 //! - owns: the sampler of the operating system's counters;
 //! - receives: its own ticks, and finished measurements;
-//! - emits: each measurement, as a fact and to the planner;
+//! - emits: each measurement, as a fact and to the planner; an alarm where drivers leak;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
+use crate::core::memory_watch::{MemoryGrowth, MemoryWatch};
 use crate::core::node_status::Fact;
 use crate::core::status::Machine;
 use crate::planner::{PlannerMsg, PlannerRef};
@@ -13,11 +14,13 @@ use crate::transport::callback::Facts;
 use crate::worker::machine::measure;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use sysinfo::System;
 
 /// How often the machine is measured.
 const EVERY: Duration = Duration::from_secs(1);
+/// How much the memory of drivers may grow without an alarm, in bytes: a desktop's windows take less.
+const DRIVER_SLACK: u64 = 1 << 30;
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum MonitorMsg {
@@ -37,6 +40,8 @@ pub(crate) struct MonitorState {
     args: MonitorArgs,
     /// The sampler; `None` while a measurement runs, and on a machine that cannot be measured.
     system: Option<Box<System>>,
+    started: Instant,
+    watch: MemoryWatch,
 }
 
 #[derive(Debug)]
@@ -55,7 +60,7 @@ impl Actor for Monitor {
         myself.send_interval(EVERY, || MonitorMsg::Tick);
         // A machine that cannot be measured is shown as unknown.
         let system = System::new().map(Box::new).map_err(|error| tracing::warn!(%error, "cannot measure this machine"));
-        Ok(MonitorState { args, system: system.ok() })
+        Ok(MonitorState { args, system: system.ok(), started: Instant::now(), watch: MemoryWatch::default() })
     }
 
     async fn handle(
@@ -76,6 +81,14 @@ impl Actor for Monitor {
             }
             MonitorMsg::Sampled(system, machine) => {
                 state.system = Some(system);
+                let unaccounted = machine.unaccounted_bytes;
+                let growth =
+                    unaccounted.and_then(|bytes| state.watch.check(bytes, DRIVER_SLACK, state.started.elapsed()));
+                if let Some(growth) = growth {
+                    let MemoryGrowth { from_bytes, to_bytes } = growth;
+                    tracing::warn!(from_bytes, to_bytes, "memory grows that no process has: a driver may leak");
+                    state.args.facts.tell(Fact::MachineLeaks(growth));
+                }
                 let _ = state.args.planner.send_message(PlannerMsg::MachineMeasured(machine.clone()));
                 state.args.facts.tell(Fact::MachineMeasured(machine));
             }

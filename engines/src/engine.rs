@@ -243,25 +243,34 @@ pub struct Output {
     pub pages_used: u32,
 }
 
-/// Ends the process of an engine, from any thread. The call of the engine that runs then fails.
+/// The process of an engine that has one of its own.
 #[derive(Clone)]
-pub struct KillSwitch(Arc<dyn Fn() + Send + Sync>);
+pub struct EngineProcess {
+    id: u32,
+    kill: Arc<dyn Fn() + Send + Sync>,
+}
 
-impl KillSwitch {
-    /// Creates a switch that calls `kill`, which must not block.
-    pub fn new(kill: impl Fn() + Send + Sync + 'static) -> Self {
-        Self(Arc::new(kill))
+impl EngineProcess {
+    /// Creates the handle of the process with the number `id`. `kill` ends it, and must not block.
+    pub fn new(id: u32, kill: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { id, kill: Arc::new(kill) }
     }
 
-    /// Kills the process. Does not wait for its end; does nothing if it has ended.
+    /// Returns the number of the process.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Kills the process, from any thread. The call of the engine that runs then fails. Does not wait for the end of
+    /// the process; does nothing if it has ended.
     pub fn kill(&self) {
-        (self.0)();
+        (self.kill)();
     }
 }
 
-impl std::fmt::Debug for KillSwitch {
+impl std::fmt::Debug for EngineProcess {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("KillSwitch")
+        f.debug_tuple("EngineProcess").field(&self.id).finish()
     }
 }
 
@@ -326,8 +335,8 @@ pub trait Engine {
         Err(EngineError::BadStep { what: format!("query {row} was answered with all logits") })
     }
 
-    /// Returns what ends the engine's process at once; `None` for an engine in this process.
-    fn kill_switch(&self) -> Option<KillSwitch> {
+    /// Returns the engine's process; `None` for an engine in this process.
+    fn process(&self) -> Option<EngineProcess> {
         None
     }
 

@@ -136,6 +136,20 @@ impl Narrator {
                 let told = self.models.get(instance)?;
                 Some(format!("{}: stage {stage} is as fast as before again", told.name))
             }
+            Fact::ShardLeaks { instance, stage, growth } => {
+                let told = self.models.get(instance)?;
+                let megabytes = (growth.to_bytes - growth.from_bytes.min(growth.to_bytes)) / 1_000_000;
+                Some(format!(
+                    "warning: {}: the process of stage {stage} leaks memory, {megabytes} MB so far: it is replaced",
+                    told.name
+                ))
+            }
+            Fact::MachineLeaks(growth) => Some(format!(
+                "warning: memory that no process has grew from {} to {} MB: a driver may leak\n  remedy: restart this \
+                 machine when it suits, and update its drivers",
+                growth.from_bytes / 1_000_000,
+                growth.to_bytes / 1_000_000
+            )),
             Fact::DeviceRecovered(device) => Some(format!("{device} has passed its test, and takes its shards back")),
             Fact::DeviceFound(_)
             | Fact::EvictionsChanged(_)

@@ -7,7 +7,7 @@
 #[path = "faulty_worker/gpu.rs"]
 mod gpu;
 
-use exo::{DeviceId, HangTimeouts, RunningModel};
+use exo::{DeviceId, Fact, HangTimeouts, RunningModel};
 use exo::{GenerateRequest, Generated, ModelSpec, Node, NodeHandle, Prompt, RequestError, Sampled, SamplingParams};
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::EngineFactory;
@@ -212,6 +212,50 @@ fn no_fault_at_a_random_moment_changes_an_answer() {
             let (a, b) = tokio::join!(world.ask(0.0), world.ask(0.9));
             assert!(a.expect("an answer").0 == greedy, "the greedy answer");
             assert!(b.expect("an answer").0 == sampled, "the sampled answer");
+            world.node.shutdown().await;
+            files_when_all_have_ended().await;
+        }
+    });
+}
+
+/// R8.1–R8.5: a shard that becomes twenty times as slow, and one whose process leaks memory, raise an alarm; a leaking
+/// process is replaced in the middle of an answer.
+#[test]
+fn slow_and_leaking_processes_raise_alarms() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let calm = World::new(None).await;
+        let expected = calm.ask(0.9).await.expect("an answer").0;
+        calm.node.shutdown().await;
+        for (kind, number) in [("slow", 60), ("leak", 20)] {
+            let world = World::new(Some(("decode", kind, number))).await;
+            let mut facts = world.node.subscribe().await.expect("the node lives");
+            let alarm = async {
+                loop {
+                    match facts.next().await.expect("not too slow").expect("the node lives") {
+                        Fact::ShardSpeed { slow_down: Some(slow), .. } if kind == "slow" => {
+                            assert!(slow.latest >= slow.best * 10, "{slow:?}");
+                            break kind;
+                        }
+                        Fact::ShardLeaks { .. } if kind == "leak" => break kind,
+                        _ => {}
+                    }
+                }
+            };
+            let answers = async {
+                loop {
+                    assert!(world.ask(0.9).await.expect("an answer").0 == expected, "{kind} changes the answer");
+                }
+            };
+            let alarm = tokio::time::timeout(Duration::from_secs(60), async {
+                tokio::select! { alarm = alarm => alarm, () = answers => "" }
+            });
+            assert_eq!(alarm.await.expect("an alarm"), kind);
+            if kind == "leak" {
+                let renewed = async { while !matches!(facts.next().await, Ok(Some(Fact::ShardLoaded { .. }))) {} };
+                tokio::time::timeout(Duration::from_secs(20), renewed).await.expect("another process has the shard");
+            }
+            assert!(world.ask(0.9).await.expect("an answer").0 == expected, "{kind} changes the answer");
             world.node.shutdown().await;
             files_when_all_have_ended().await;
         }

@@ -142,11 +142,10 @@ impl DevicePolicy {
         self.shards.remove(&shard);
     }
 
-    /// Notes that a shard serves on this device again.
-    pub(crate) fn handle_promoted(&mut self, shard: ShardNumber) {
-        if let Some(known) = self.shards.get_mut(&shard) {
-            known.place = Place::Here;
-        }
+    /// Notes that a shard serves on this device again. Returns false if it has failed here meanwhile.
+    pub(crate) fn handle_promoted(&mut self, shard: ShardNumber) -> bool {
+        let known = self.shards.get_mut(&shard).filter(|known| known.place == Place::Promoting);
+        known.map(|known| known.place = Place::Here).is_some()
     }
 
     /// Notes that the probe has passed. Returns the shards to load on the device again, beside what serves.

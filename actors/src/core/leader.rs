@@ -46,16 +46,23 @@ pub const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The most models that wait for a placement at once.
 const REQUESTS_MAX: usize = 256;
 
-/// A device that failed, and the time of the failure.
-type Excluded = ((NodeId, DeviceId), Duration);
+/// A device that failed an instance.
+#[derive(Debug)]
+struct Failed {
+    node: NodeId,
+    device: DeviceId,
+    at: Duration,
+    /// The memory that the device had, if it ran out of it: less may be placed there. `None`: nothing is.
+    free_bytes: Option<u64>,
+}
 
 /// The leader's own state: everything that neither the desired list nor the members' reports hold.
 #[derive(Debug, Default)]
 pub struct Leader {
     /// Requests and the nodes that sent them, by [`key`]: the order of placement does not depend on the senders.
     requests: BTreeMap<String, (PlacementRequest, BTreeSet<NodeId>)>,
-    /// Devices that failed an instance, and when.
-    excluded: BTreeMap<InstanceId, Vec<Excluded>>,
+    /// Devices that failed an instance lately.
+    failed: BTreeMap<InstanceId, Vec<Failed>>,
     /// When each instance was last used.
     used: BTreeMap<InstanceId, Duration>,
     /// Placement times of instances that no member has reported to use yet.
@@ -153,8 +160,8 @@ impl Leader {
     /// Records that a member's process has ended, as the member or its host said. Failures of its devices no longer
     /// count when it returns.
     pub fn handle_ended(&mut self, ended: NodeId, now: Duration) {
-        for excluded in self.excluded.values_mut() {
-            excluded.retain(|((node, _), _)| *node != ended);
+        for failed in self.failed.values_mut() {
+            failed.retain(|failed| failed.node != ended);
         }
         self.lost.insert(ended);
         self.churn.note(now);
@@ -173,8 +180,8 @@ impl Leader {
 
     /// Records that an entry of an instance arrived: devices that failed the instance long ago may be tried again.
     pub fn handle_placed(&mut self, id: InstanceId, now: Duration) {
-        if let Some(excluded) = self.excluded.get_mut(&id) {
-            excluded.retain(|(_, since)| now.saturating_sub(*since) < EXCLUDED_FOR);
+        if let Some(failed) = self.failed.get_mut(&id) {
+            failed.retain(|failed| now.saturating_sub(failed.at) < EXCLUDED_FOR);
         }
     }
 

@@ -6,7 +6,7 @@
 //! What a user asks for and sees:
 //! - [`request`]: requests to generate, events and errors; [`model_error`]: why a model's files are not available;
 //! - [`spec`]: which model is asked for, and how it runs; [`context`]: how many tokens a sequence may have;
-//! - [`status`], [`node_status`]: the reported status of machines, instances and the node.
+//! - [`status`], [`node_status`]: the reported status of machines, instances and the node; [`fact`]: what changes it.
 //!
 //! What runs where:
 //! - [`speed`]: how fast a device is, and how certain that is;
@@ -20,14 +20,17 @@
 //! - [`scheduler`]: turns requests and results into steps and tokens;
 //! - [`restart_policy`]: decides what to do about a failed shard; [`device_policy`]: where a device's
 //!   shards run;
-//! - [`watchdog`]: how long work may take before it counts as hung; [`step_times`]: how long steps do take.
+//! - [`watchdog`]: how long work may take before it counts as hung; [`step_times`]: how long steps do take;
+//!   [`memory_watch`]: memory that grows without a cause.
 
 pub mod clique;
 pub mod context;
 pub mod desired;
 pub mod device_policy;
+pub mod fact;
 pub mod leader;
 pub mod members;
+pub mod memory_watch;
 pub mod model_error;
 pub mod node_status;
 pub(crate) mod pipeline;

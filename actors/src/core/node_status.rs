@@ -2,183 +2,18 @@
 //!
 //! A subscriber gets the status once and then the facts. Applying the facts gives it the same status that the node has.
 
+pub use crate::core::fact::{DeviceTrouble, Fact};
+
 use crate::core::clique::Outside;
 use crate::core::members::MemberReport;
-use crate::core::plan::Placement;
-use crate::core::spec::{InstanceId, Model};
-use crate::core::status::{InstanceStatus, KeyClash, Load, Machine, Phase, Totals};
-use crate::core::step_times::SlowDown;
+use crate::core::memory_watch::MemoryGrowth;
+use crate::core::spec::InstanceId;
+use crate::core::status::{InstanceStatus, KeyClash, Machine, Phase, Totals};
 use exo_engines::engine::{DeviceId, DeviceReport};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-
-/// Something that happened on this node, or to its peers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Fact {
-    /// A factory found a device when the node started.
-    DeviceFound(DeviceReport),
-    /// A device of this node has failed, and is left alone until its next probe.
-    DeviceFailed {
-        /// The device.
-        device: DeviceId,
-        /// Why.
-        trouble: DeviceTrouble,
-    },
-    /// A device that had failed has passed its probe.
-    DeviceRecovered(DeviceId),
-    /// The machine was measured, as happens every second.
-    MachineMeasured(Machine),
-    /// An instance whose head is on this node starts, or moves to another placement.
-    InstancePlaced {
-        /// The instance.
-        instance: InstanceId,
-        /// What it runs.
-        model: Model,
-        /// Where it runs.
-        placement: Placement,
-    },
-    /// A stage's node fetches the weights of its layers.
-    ShardFetching {
-        /// The instance.
-        instance: InstanceId,
-        /// The stage's position in the pipeline, from 0.
-        stage: usize,
-        /// Bytes fetched so far.
-        fetched_bytes: u64,
-        /// Bytes to fetch in all.
-        total_bytes: u64,
-    },
-    /// A stage's engine loads the weights of its layers.
-    ShardLoading {
-        /// The instance.
-        instance: InstanceId,
-        /// The stage's position in the pipeline, from 0.
-        stage: usize,
-        /// Bytes loaded so far.
-        loaded_bytes: u64,
-        /// Bytes to load in all.
-        total_bytes: u64,
-    },
-    /// A stage's shard is loaded.
-    ShardLoaded {
-        /// The instance.
-        instance: InstanceId,
-        /// The stage's position in the pipeline, from 0.
-        stage: usize,
-        /// The device: the one of its placement, or the fallback of that node.
-        device: DeviceId,
-    },
-    /// A stage's shard has become slow, or is as fast as before again.
-    ShardSpeed {
-        /// The instance.
-        instance: InstanceId,
-        /// The stage's position in the pipeline, from 0.
-        stage: usize,
-        /// How slow; `None`: not slow any more.
-        slow_down: Option<SlowDown>,
-    },
-    /// All shards are loaded and connected: the instance serves.
-    InstanceReady {
-        /// The instance.
-        instance: InstanceId,
-        /// The epoch of its incarnation.
-        epoch: u64,
-    },
-    /// A shard failed: requests wait until it is restarted, or placed elsewhere.
-    ShardFailed {
-        /// The instance.
-        instance: InstanceId,
-        /// The stage's position in the pipeline, from 0.
-        stage: usize,
-        /// What failed.
-        error: String,
-    },
-    /// The head of an instance on this node ended.
-    InstanceStopped {
-        /// The instance.
-        instance: InstanceId,
-        /// Why, if it failed.
-        error: Option<String>,
-    },
-    /// The requests of an instance changed in number or progress.
-    RequestsChanged {
-        /// The instance.
-        instance: InstanceId,
-        /// The requests in progress, and the cache pages in use.
-        load: Load,
-        /// What it has done so far.
-        totals: Totals,
-    },
-    /// A member sent its report.
-    MemberReported {
-        /// The member.
-        node: NodeId,
-        /// Its report.
-        report: Box<MemberReport>,
-    },
-    /// A peer was lost.
-    MemberLost {
-        /// The peer.
-        node: NodeId,
-        /// Why.
-        reason: String,
-        /// When, in seconds since 1970.
-        at_s: u64,
-    },
-    /// Other nodes reach this one at these addresses now.
-    AddressesChanged(Vec<SocketAddr>),
-    /// A member is missing at an address, or is there again.
-    AddressTried {
-        /// The address.
-        address: SocketAddr,
-        /// Why no member answers there; `None`: one answers.
-        failure: Option<String>,
-    },
-    /// Two running nodes have the same key.
-    SameKey(KeyClash),
-    /// Two nodes have not been seen with the same key for a while.
-    SameKeyOver(KeyClash),
-    /// These nodes are not admitted.
-    EvictionsChanged(BTreeMap<NodeId, String>),
-    /// A connected peer is outside this node's clique.
-    PeerOutside {
-        /// The peer.
-        node: NodeId,
-        /// Why.
-        outside: Outside,
-    },
-}
-
-impl Fact {
-    /// The instance that the fact is about.
-    pub fn instance(&self) -> Option<InstanceId> {
-        match self {
-            Self::InstancePlaced { instance, .. }
-            | Self::ShardFetching { instance, .. }
-            | Self::ShardLoading { instance, .. }
-            | Self::ShardLoaded { instance, .. }
-            | Self::ShardSpeed { instance, .. }
-            | Self::InstanceReady { instance, .. }
-            | Self::ShardFailed { instance, .. }
-            | Self::InstanceStopped { instance, .. }
-            | Self::RequestsChanged { instance, .. } => Some(*instance),
-            Self::DeviceFound(_)
-            | Self::DeviceFailed { .. }
-            | Self::DeviceRecovered(_)
-            | Self::MachineMeasured(_)
-            | Self::MemberReported { .. }
-            | Self::MemberLost { .. }
-            | Self::AddressesChanged(_)
-            | Self::AddressTried { .. }
-            | Self::SameKey(_)
-            | Self::SameKeyOver(_)
-            | Self::EvictionsChanged(_)
-            | Self::PeerOutside { .. } => None,
-        }
-    }
-}
 
 /// The status of a node, and of its cluster as the node sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -194,6 +29,9 @@ pub struct NodeStatus {
     /// The devices that have failed. Their shards run on the fallback.
     #[serde(default)]
     pub failed_devices: BTreeMap<DeviceId, DeviceTrouble>,
+    /// The latest growth of memory that nothing on the machine accounts for.
+    #[serde(default)]
+    pub machine_leak: Option<MemoryGrowth>,
     /// The latest measurement of its machine.
     pub machine: Machine,
     /// The instances whose head is on this node, and the latest that have stopped, at most 16.
@@ -220,17 +58,6 @@ pub struct NodeStatus {
     pub totals: BTreeMap<String, Totals>,
     /// The number of facts applied so far.
     pub version: u64,
-}
-
-/// Why a device is left alone.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeviceTrouble {
-    /// The error.
-    pub error: String,
-    /// Advice for the user.
-    pub remedy: String,
-    /// When the device is tried again, in seconds since 1970.
-    pub probe_at_s: u64,
 }
 
 /// A member that has gone.
@@ -261,6 +88,7 @@ impl NodeStatus {
             addresses,
             devices,
             failed_devices: BTreeMap::new(),
+            machine_leak: None,
             machine,
             instances: BTreeMap::new(),
             members: BTreeMap::new(),
@@ -306,6 +134,7 @@ impl NodeStatus {
                 self.failed_devices.insert(device.clone(), trouble.clone());
             }
             Fact::DeviceRecovered(device) => drop(self.failed_devices.remove(device)),
+            Fact::MachineLeaks(growth) => self.machine_leak = Some(*growth),
             Fact::MachineMeasured(machine) => self.machine = machine.clone(),
             Fact::InstancePlaced { instance, model, placement } => {
                 let known = self.instances.get_mut(instance);
@@ -320,6 +149,7 @@ impl NodeStatus {
             | Fact::ShardLoading { instance, .. }
             | Fact::ShardLoaded { instance, .. }
             | Fact::ShardSpeed { instance, .. }
+            | Fact::ShardLeaks { instance, .. }
             | Fact::InstanceReady { instance, .. }
             | Fact::ShardFailed { instance, .. }
             | Fact::InstanceStopped { instance, .. }
@@ -402,13 +232,16 @@ impl InstanceStatus {
             | Fact::ShardFetching { .. }
             | Fact::ShardLoaded { .. }
             | Fact::ShardSpeed { .. }
+            | Fact::ShardLeaks { .. }
             | Fact::InstanceReady { .. }
             | Fact::ShardFailed { .. }
                 if is_stopped => {}
             Fact::ShardLoaded { stage, device, .. } => {
                 self.devices.insert(*stage, device.clone());
                 self.slow.remove(stage);
+                self.leaks.remove(stage);
             }
+            Fact::ShardLeaks { stage, growth, .. } => drop(self.leaks.insert(*stage, *growth)),
             Fact::ShardSpeed { stage, slow_down: None, .. } => drop(self.slow.remove(stage)),
             Fact::ShardSpeed { stage, slow_down: Some(slow_down), .. } => drop(self.slow.insert(*stage, *slow_down)),
             Fact::ShardLoading { stage, loaded_bytes, total_bytes, .. } => {
@@ -430,6 +263,7 @@ impl InstanceStatus {
             Fact::DeviceFound(_)
             | Fact::DeviceFailed { .. }
             | Fact::DeviceRecovered(_)
+            | Fact::MachineLeaks(_)
             | Fact::MachineMeasured(_)
             | Fact::MemberReported { .. }
             | Fact::MemberLost { .. }

@@ -7,7 +7,7 @@ use crate::core::desired::{Deployment, Stamp, incarnation};
 use crate::core::request::RequestError;
 use crate::core::spec::InstanceId;
 use crate::core::stage::{StageEvent, StageTask};
-use exo_engines::engine::{DeviceId, Incarnation};
+use exo_engines::engine::Incarnation;
 use exo_net::NodeId;
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,7 +47,7 @@ pub(crate) enum PipelineEvent {
     Loaded,
     /// All shards are connected, so an incarnation begins.
     Running,
-    /// All shards are loaded, one of them on another device than before: the shards must connect again.
+    /// All shards are loaded, one of them anew beside what serves: the shards must connect again.
     Moved,
     /// A shard failed, and its device restarts it.
     Down(usize, String),
@@ -62,8 +62,8 @@ pub(crate) struct Pipeline {
     stamp: Stamp,
     deployment: Arc<Deployment>,
     stages: Vec<StageState>,
-    /// The device on which each stage's shard was last loaded.
-    devices: Vec<Option<DeviceId>>,
+    /// The number of each stage's latest load on its node.
+    loads: Vec<Option<u64>>,
     /// When each stage last reported, or was last ordered to load.
     heard: Vec<Duration>,
     /// When each stage last reported.
@@ -89,7 +89,7 @@ impl Pipeline {
             stamp,
             deployment,
             stages,
-            devices: vec![None; heard.len()],
+            loads: vec![None; heard.len()],
             advanced: heard.clone(),
             heard,
             incarnations: 0,
@@ -244,7 +244,7 @@ impl Pipeline {
             (self.heard[event.stage()], self.advanced[event.stage()]) = (now, now);
         }
         match event {
-            StageEvent::Up { stage, device } if is_from(*stage) => self.on_up(*stage, device),
+            StageEvent::Up { stage, load, .. } if is_from(*stage) => self.on_up(*stage, *load),
             StageEvent::Wired { stage, incarnation } if is_from(*stage) && self.incarnation == Some(*incarnation) => {
                 self.stages[*stage] = StageState::Wired(incarnation.epoch);
                 let is_wired = |stage: &StageState| matches!(stage, StageState::Wired(of) if *of == incarnation.epoch);
@@ -260,10 +260,7 @@ impl Pipeline {
                 self.stop_running();
                 PipelineEvent::Down(*stage, error.to_string())
             }
-            StageEvent::Lost { stage, error } if is_from(*stage) => {
-                let (what, remedy) = (error.to_string(), error.remedy().into());
-                self.lose(*stage, RequestError::Engine { what, remedy })
-            }
+            StageEvent::Lost { stage, error } if is_from(*stage) => self.lose(*stage, RequestError::of_engine(error)),
             StageEvent::NoModel { stage, error } if is_from(*stage) => self.lose(*stage, error.clone()),
             StageEvent::Cut { stage, incarnation, what }
                 if is_from(*stage) && self.incarnation == Some(*incarnation) =>
@@ -274,13 +271,13 @@ impl Pipeline {
         }
     }
 
-    fn on_up(&mut self, stage: usize, device: &DeviceId) -> PipelineEvent {
+    fn on_up(&mut self, stage: usize, load: u64) -> PipelineEvent {
         let was_loaded = self.is_loaded();
-        let before = self.devices[stage].replace(device.clone());
+        let before = self.loads[stage].replace(load);
         self.stages[stage] = StageState::Up;
         match (self.is_loaded(), was_loaded) {
             (true, false) => PipelineEvent::Loaded,
-            (true, true) if before.as_ref() != Some(device) => {
+            (true, true) if before != Some(load) => {
                 self.stop_running();
                 // Further events of this incarnation are ignored.
                 self.incarnation = None;

@@ -5,6 +5,7 @@ use crate::core::plan::{Placement, PlanError};
 use crate::core::scheduler::{AdmitError, FinishReason};
 use crate::core::spec::InstanceId;
 pub use crate::core::spec::ModelSpec;
+use exo_engines::EngineError;
 use exo_engines::sampler::{ParamsError, Sampled, SamplingParams};
 use exo_engines::template::Conversation;
 use serde::{Deserialize, Serialize};
@@ -140,6 +141,16 @@ pub enum RequestError {
         /// What the user can do about it.
         remedy: Cow<'static, str>,
     },
+    /// A device has less memory than was planned, and no other placement is left.
+    #[error("a device ran out of memory: {what}")]
+    DeviceMemory {
+        /// What needed the memory.
+        what: String,
+        /// What the user can do about it.
+        remedy: Cow<'static, str>,
+        /// The memory that the device had, in bytes; `None`: unknown.
+        free_bytes: Option<u64>,
+    },
     /// The head has moved to another node.
     #[error("the model has moved to another machine")]
     Moved,
@@ -176,6 +187,17 @@ impl RequestError {
         Self::BadDraft { model: spec.to_string(), draft, what: what.into() }
     }
 
+    /// The error of requests to a model whose engine has failed for good.
+    pub(crate) fn of_engine(error: &EngineError) -> Self {
+        let (what, remedy) = (error.to_string(), error.remedy().into());
+        match error {
+            EngineError::OutOfMemory { free_bytes, .. } => {
+                Self::DeviceMemory { what, remedy, free_bytes: Some(*free_bytes).filter(|&bytes| bytes > 0) }
+            }
+            _ => Self::Engine { what, remedy },
+        }
+    }
+
     /// Returns what the caller can do about the error.
     pub fn remedy(&self) -> &str {
         match self {
@@ -189,7 +211,7 @@ impl RequestError {
             Self::Admit(AdmitError::EmptyPrompt) => "give a prompt",
             Self::Admit(AdmitError::TooLong { context, .. }) => context.remedy(),
             Self::Overloaded { .. } | Self::NotReady | Self::MemoryBusy { .. } | Self::Moved => "try again in a moment",
-            Self::Engine { remedy, .. } => remedy,
+            Self::Engine { remedy, .. } | Self::DeviceMemory { remedy, .. } => remedy,
             Self::NotClustered => "start the node with a network",
             Self::BadDraft { .. } => "name a smaller model of the same family as the draft model",
             Self::ShuttingDown => "start the node again",

@@ -1,6 +1,7 @@
 //! The messages between an instance's owner and the nodes of its stages.
 
 use crate::core::desired::Stamp;
+use crate::core::memory_watch::MemoryGrowth;
 use crate::core::plan::{KV_PAGES_MAX, SHARD_BYTES_MAX};
 use crate::core::request::RequestError;
 use crate::core::spec::{FilesId, InstanceId, ModelSpec};
@@ -47,11 +48,14 @@ pub(crate) enum StageEvent {
     Fetching { stage: usize, fetched_bytes: u64, total_bytes: u64 },
     /// The shard's engine loads the weights.
     Loading { stage: usize, loaded_bytes: u64, total_bytes: u64 },
-    /// The shard is loaded on `device`: its own, or the fallback of its node. The event of a loaded shard with another
-    /// device means that the shard is loaded there, too, and serves there when it is connected again.
-    Up { stage: usize, device: DeviceId },
+    /// The shard is loaded on `device`: its own, or the fallback of its node. `load` counts the loads of that node. If
+    /// it differs from that of the shard that serves, the shard is loaded once more, and that one serves when the
+    /// shards are connected again.
+    Up { stage: usize, device: DeviceId, load: u64 },
     /// The shard has become slow; `None`: it is as fast as before again.
     Speed { stage: usize, slow_down: Option<SlowDown> },
+    /// The shard's process holds memory that nothing explains.
+    Leaks { stage: usize, growth: MemoryGrowth },
     /// The shard is connected for this incarnation.
     Wired { stage: usize, incarnation: Incarnation },
     /// The shard failed; its device restarts it, or moves it to the fallback device.
@@ -71,6 +75,7 @@ impl StageEvent {
             | Self::Loading { stage, .. }
             | Self::Up { stage, .. }
             | Self::Speed { stage, .. }
+            | Self::Leaks { stage, .. }
             | Self::Wired { stage, .. }
             | Self::Down { stage, .. }
             | Self::Lost { stage, .. }

@@ -1,5 +1,6 @@
 //! The status of a machine and of an instance, as users see it and members report it.
 
+use crate::core::memory_watch::MemoryGrowth;
 use crate::core::plan::Placement;
 use crate::core::spec::Model;
 use crate::core::step_times::SlowDown;
@@ -90,6 +91,9 @@ pub struct Machine {
     pub process_bytes: Option<u64>,
     /// The share of all cores in use, 0 to 1.
     pub cpu_utilisation: Option<f32>,
+    /// Memory that neither processes nor caches account for, such as that of drivers.
+    #[serde(default)]
+    pub unaccounted_bytes: Option<u64>,
 }
 
 /// The phase of an instance.
@@ -144,6 +148,9 @@ pub struct InstanceStatus {
     /// The stages whose shards have become slow, by their position.
     #[serde(default)]
     pub slow: BTreeMap<usize, SlowDown>,
+    /// The stages whose processes hold memory that nothing explains, by their position.
+    #[serde(default)]
+    pub leaks: BTreeMap<usize, MemoryGrowth>,
     /// Its phase.
     pub phase: Phase,
     /// The epoch of its latest incarnation.
@@ -172,6 +179,7 @@ impl InstanceStatus {
             placement,
             devices: BTreeMap::new(),
             slow: BTreeMap::new(),
+            leaks: BTreeMap::new(),
             phase: Phase::Loading { loaded_bytes: 0, total_bytes: 0 },
             epoch: 0,
             fetching: BTreeMap::new(),
@@ -190,6 +198,7 @@ impl InstanceStatus {
         self.placement = placement;
         self.devices.clear();
         self.slow.clear();
+        self.leaks.clear();
         self.loading.clear();
         self.fetching.clear();
     }

@@ -62,13 +62,16 @@ impl HeadState {
 
     fn publish_progress(&self, event: &StageEvent) {
         let instance = self.args.id;
-        if let StageEvent::Up { stage, device } = event {
+        if let StageEvent::Up { stage, device, .. } = event {
             let (stage, device) = (*stage, device.clone());
             return self.args.facts.tell(Fact::ShardLoaded { instance, stage, device });
         }
         match *event {
             StageEvent::Speed { stage, slow_down } => {
                 self.args.facts.tell(Fact::ShardSpeed { instance, stage, slow_down });
+            }
+            StageEvent::Leaks { stage, growth } => {
+                self.args.facts.tell(Fact::ShardLeaks { instance, stage, growth });
             }
             StageEvent::Fetching { stage, fetched_bytes, total_bytes } => {
                 self.args.facts.tell(Fact::ShardFetching { instance, stage, fetched_bytes, total_bytes });

@@ -87,7 +87,7 @@ fn out_of_turn(own: NodeId, round: u64) -> Vec<ControlMessage> {
     let stamp = Stamp { counter: u64::MAX - round, by: own };
     let (instance, incarnation) = (InstanceId(round), Incarnation { epoch: u64::MAX, owner: *own.as_bytes() });
     let events = [
-        StageEvent::Up { stage: usize::MAX, device: DeviceId("x".repeat(10_000)) },
+        StageEvent::Up { stage: usize::MAX, device: DeviceId("x".repeat(10_000)), load: 0 },
         StageEvent::Loading { stage: 3, loaded_bytes: u64::MAX, total_bytes: 0 },
         StageEvent::Wired { stage: 0, incarnation },
         StageEvent::Cut { stage: 9, incarnation, what: "x".repeat(10_000) },

@@ -34,14 +34,26 @@ const END_CHECKED_EVERY: Duration = Duration::from_millis(20);
 /// How long a start waits for the end of the engine before it. A killed process that takes longer hangs in its driver.
 const ENDS_WITHIN: Duration = Duration::from_secs(5);
 
+/// How long a retired shard is remembered: longer than any wait for a restart.
+const RETIRED_FOR: Duration = Duration::from_secs(60);
+
 #[derive(Debug, RactorMessage)]
 pub(crate) enum DeviceMsg {
     /// Starts a shard on this device, even if the task names another device.
     Start(Box<ShardTask>),
+    /// Starts a shard of this device again.
+    Restart(Box<ShardTask>),
     /// A shard that this device has loaded beside another device's serves now.
     Promoted(ShardNumber),
-    /// Stops a shard, because another device serves it now.
-    Retire(ShardNumber),
+    /// A shard that was promoted has failed before this device knew of the promotion: it serves nowhere.
+    Unserved(ShardNumber),
+    /// Loads a shard into another engine, beside the one that serves, because that one leaks memory.
+    Renew(ShardNumber),
+    /// Stops an engine of a shard, because another one serves now.
+    Retire {
+        shard: ShardNumber,
+        run: u64,
+    },
     /// Stops the shards whose tasks are cancelled.
     Sweep,
     Probed(Result<SelfTestReport, EngineError>),
@@ -71,6 +83,12 @@ pub(crate) struct DeviceState {
     /// Engines that have failed, whose threads have not ended yet.
     ending: Vec<Ending>,
     probe: Option<Probe>,
+    /// The shards that are loaded into another engine beside the one that serves here, with that engine's run.
+    renewing: HashMap<ShardNumber, u64>,
+    /// The number of engines that were started here.
+    runs: u64,
+    /// Shards that were retired while they waited for a restart, and when.
+    retired: HashMap<ShardNumber, Instant>,
 }
 
 #[derive(Debug)]
@@ -102,6 +120,9 @@ impl Actor for Device {
             fallen: HashMap::new(),
             ending: Vec::new(),
             probe: None,
+            renewing: HashMap::new(),
+            runs: 0,
+            retired: HashMap::new(),
         })
     }
 
@@ -112,9 +133,15 @@ impl Actor for Device {
         state: &mut DeviceState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            DeviceMsg::Start(task) => state.start(&myself, *task).await,
+            DeviceMsg::Start(task) => {
+                state.retired.remove(&task.number);
+                state.start(&myself, *task).await;
+            }
+            DeviceMsg::Restart(task) => state.restart(&myself, *task).await,
             DeviceMsg::Promoted(shard) => state.on_promoted(shard),
-            DeviceMsg::Retire(shard) => state.retire(shard),
+            DeviceMsg::Unserved(shard) => state.on_unserved(shard),
+            DeviceMsg::Renew(shard) => state.renew(&myself, shard).await,
+            DeviceMsg::Retire { shard, run } => state.retire(shard, run),
             DeviceMsg::Sweep => state.sweep(),
             DeviceMsg::Probed(outcome) => state.on_probed(&myself, outcome),
             DeviceMsg::Tick => state.tick(&myself),
@@ -160,6 +187,14 @@ impl DeviceState {
         }
     }
 
+    /// Starts a shard again, unless it has been retired meanwhile.
+    async fn restart(&mut self, myself: &DeviceRef, task: ShardTask) {
+        match self.retired.remove(&task.number) {
+            Some(_) => self.forget(task.number),
+            None => self.start(myself, task).await,
+        }
+    }
+
     /// Starts a shard as soon as the engines that failed before it have ended.
     async fn launch(&mut self, myself: &DeviceRef, mut task: ShardTask) {
         self.ending.retain(|ending| !ending.end.has_ended());
@@ -168,10 +203,12 @@ impl DeviceState {
             return self.on_failure(myself, task, error);
         }
         if !self.ending.is_empty() {
-            return drop(myself.send_after(END_CHECKED_EVERY, move || DeviceMsg::Start(Box::new(task))));
+            return drop(myself.send_after(END_CHECKED_EVERY, move || DeviceMsg::Restart(Box::new(task))));
         }
         task.engine.device = self.args.report.id.clone();
         task.engine.factory = Arc::clone(&self.args.factory);
+        self.runs += 1;
+        task.run = self.runs;
         let (hang_timeouts, kind) = (self.args.hang_timeouts, self.args.report.kind);
         let args = ShardArgs { task: task.clone(), hang_timeouts, kind };
         match Shard::spawn_linked(None, Shard, args, myself.get_cell()).await {
@@ -195,20 +232,48 @@ impl DeviceState {
     fn forget(&mut self, shard: ShardNumber) {
         self.policy.handle_over(shard);
         self.fallen.remove(&shard);
+        self.renewing.remove(&shard);
     }
 
     fn on_promoted(&mut self, shard: ShardNumber) {
-        self.policy.handle_promoted(shard);
+        self.renewing.remove(&shard);
+        if !self.policy.handle_promoted(shard) {
+            return;
+        }
         if let Some(task) = self.fallen.remove(&shard) {
             let (instance, stage, device) = (task.instance, task.stage, &self.args.report.id);
             tracing::info!(%instance, stage, %device, "a shard runs on its device again");
         }
     }
 
-    fn retire(&mut self, shard: ShardNumber) {
-        self.policy.handle_over(shard);
-        for (cell, _) in self.running.values().filter(|(_, task)| task.number == shard) {
+    fn on_unserved(&mut self, shard: ShardNumber) {
+        if let Some(task) = self.fallen.get(&shard).cloned() {
+            self.fall_back(task);
+        }
+    }
+
+    async fn renew(&mut self, myself: &DeviceRef, shard: ShardNumber) {
+        let task = self.running.values().find(|(_, task)| task.number == shard).map(|(_, task)| task.clone());
+        // The alarm comes again if the shard cannot be loaded now.
+        self.ending.retain(|ending| !ending.end.has_ended());
+        if let Some(task) = task.filter(|_| self.ending.is_empty() && !self.renewing.contains_key(&shard)) {
+            self.renewing.insert(shard, self.runs + 1);
+            self.launch(myself, task).await;
+        }
+    }
+
+    fn retire(&mut self, shard: ShardNumber, run: u64) {
+        let of_shard = |(_, task): &&(ActorCell, ShardTask)| task.number == shard;
+        for (cell, _) in self.running.values().filter(of_shard).filter(|(_, task)| task.run == run) {
             cell.stop(None);
+        }
+        if !self.running.values().any(|running| of_shard(&running)) {
+            // It waits for a restart, or has ended.
+            self.retired.insert(shard, Instant::now());
+        }
+        // A shard that was renewed stays on this device.
+        if self.running.values().filter(of_shard).all(|(_, task)| task.run == run) {
+            self.policy.handle_over(shard);
         }
     }
 
@@ -224,6 +289,11 @@ impl DeviceState {
     }
 
     fn on_failure(&mut self, myself: &DeviceRef, task: ShardTask, error: EngineError) {
+        if self.renewing.get(&task.number) == Some(&task.run) {
+            tracing::warn!(instance = %task.instance, stage = task.stage, %error, "a shard could not be renewed");
+            self.renewing.remove(&task.number);
+            return task.report(ShardReport::NotPromoted(error));
+        }
         let decision = self.policy.handle_failure(task.number, error.class(), self.started.elapsed());
         tracing::info!(
             instance = %task.instance, stage = task.stage, device = %self.args.report.id, class = ?error.class(),
@@ -232,18 +302,18 @@ impl DeviceState {
         self.tell_trouble(&error);
         let verdict = match decision {
             Decision::Serve(verdict) => verdict,
-            Decision::StayFallen => return task.reports.tell(ShardReport::NotPromoted),
+            Decision::StayFallen => return task.report(ShardReport::NotPromoted(error)),
             Decision::Abandon => {
                 self.fallen.remove(&task.number);
-                return task.reports.tell(ShardReport::NotPromoted);
+                return task.report(ShardReport::NotPromoted(error));
             }
         };
         if let Verdict::Replan | Verdict::Stop = verdict {
-            return task.reports.tell(ShardReport::Lost(error));
+            return task.report(ShardReport::Lost(error));
         }
-        task.reports.tell(ShardReport::Down(error));
+        task.report(ShardReport::Down(error));
         match verdict {
-            Verdict::Restart { after } => drop(myself.send_after(after, move || DeviceMsg::Start(Box::new(task)))),
+            Verdict::Restart { after } => drop(myself.send_after(after, move || DeviceMsg::Restart(Box::new(task)))),
             _ => self.fall_back(task),
         }
     }
@@ -266,6 +336,7 @@ impl DeviceState {
     }
 
     fn tick(&mut self, myself: &DeviceRef) {
+        self.retired.retain(|_, since| since.elapsed() < RETIRED_FOR);
         if let Some(probe) = self.probe.as_ref().filter(|probe| probe.started.elapsed() > self.args.hang_timeouts.load)
         {
             // The probe's thread then reports the end of the process.

@@ -10,14 +10,15 @@
 
 use super::draws::Draws;
 use super::killer::Killer;
+use super::machine::resident_bytes;
 use super::memory_guard::MemoryGuard;
 use crate::core::scheduler::SamplerOperation;
 use crate::core::spec::InstanceId;
 use crate::core::step_times::StepTimes;
 use crate::transport::callback::EventCallback;
 use exo_engines::engine::{
-    DeviceId, EngineFactory, Incarnation, Input, LoadProgress, LoadReport, OutputRows, SeqId, ShardSpec, Step, StepId,
-    WarmUpReport,
+    DeviceId, EngineFactory, Incarnation, Input, LoadProgress, LoadReport, Output, OutputRows, SeqId, ShardSpec, Step,
+    StepId, WarmUpReport,
 };
 use exo_engines::model::WeightSource;
 use exo_engines::sampler::{SampleError, Sampled, Sampler, TokenSampler};
@@ -135,6 +136,8 @@ pub(crate) struct Pulse {
     since: Option<Instant>,
     /// The times of finished steps.
     pub times: StepTimes,
+    /// The memory that the engine accounts for; 0 before it is loaded.
+    pub memory_bytes: u64,
 }
 
 impl Heartbeat {
@@ -145,6 +148,10 @@ impl Heartbeat {
         }
         pulse.beats += 1;
         (pulse.activity, pulse.since) = (activity, Some(Instant::now()));
+    }
+
+    fn note_memory(&self, bytes: u64) {
+        self.0.lock().memory_bytes = bytes;
     }
 
     pub(crate) fn activity(&self) -> EngineActivity {
@@ -203,6 +210,11 @@ impl EngineHandle {
         &self.heartbeat
     }
 
+    /// The number of the engine's process, if it has one of its own.
+    pub(crate) fn process_id(&self) -> Option<u32> {
+        self.killer.process_id()
+    }
+
     pub(crate) fn end(&self) -> ThreadEnd {
         self.end.clone()
     }
@@ -237,6 +249,8 @@ pub(crate) enum EngineEvent {
     Loaded {
         report: LoadReport,
         warm_up: WarmUpReport,
+        /// The memory of the engine's process; `None` for an engine in this process.
+        resident_bytes: Option<u64>,
     },
     /// The thread has ended.
     Failed(EngineError),
@@ -281,7 +295,7 @@ pub(crate) fn start(task: EngineTask, on: impl Fn(EngineEvent) + Send + 'static)
         let _entered = span.entered();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             let engine = task.factory.open(&task.device)?;
-            killer.opened(engine.kill_switch());
+            killer.opened(engine.process());
             serve(engine, &task, &receiver, &is_stopped, &heartbeat, &on)
         }));
         let error = match outcome {
@@ -321,7 +335,9 @@ fn serve(
     })?;
     let warm_up = engine.warm_up()?;
     heartbeat.beat(EngineActivity::Waiting);
-    on(EngineEvent::Loaded { report, warm_up });
+    heartbeat.note_memory(report.weight_bytes);
+    let resident_bytes = engine.process().and_then(|process| resident_bytes(process.id()));
+    on(EngineEvent::Loaded { report, warm_up, resident_bytes });
     let mut wired: Option<(Incarnation, Next)> = None;
     let mut sampler = TokenSampler::default();
     while let Ok(command) = commands.recv() {
@@ -337,7 +353,8 @@ fn serve(
             Command::Frame(frame) => match &wired {
                 Some((incarnation, next)) if *incarnation == frame.step.incarnation => {
                     heartbeat.beat(EngineActivity::Step { rows: frame.step.rows.len() });
-                    run_step(&mut *engine, &mut sampler, &task.spec, *frame, next)?;
+                    let bytes = run_step(&mut *engine, &mut sampler, &task.spec, *frame, next)?;
+                    heartbeat.note_memory(bytes);
                     heartbeat.beat(EngineActivity::Waiting);
                 }
                 _ => tracing::debug!(epoch = frame.step.incarnation.epoch, "dropped a frame of another incarnation"),
@@ -347,17 +364,17 @@ fn serve(
     Ok(())
 }
 
-/// Computes a frame, and sends the output to `next`.
+/// Computes a frame, and sends the output to `next`. Returns the memory in use.
 fn run_step(
     engine: &mut dyn Engine,
     sampler: &mut dyn Sampler,
     spec: &ShardSpec,
     frame: Frame,
     next: &Next,
-) -> Result<(), EngineError> {
+) -> Result<u64, EngineError> {
     let Frame { step, input, samplers } = frame;
     if !spec.is_last() {
-        let OutputRows::Hidden(hidden) = engine.forward(&step, input, &[])?.rows else {
+        let Output { rows: OutputRows::Hidden(hidden), memory_bytes, .. } = engine.forward(&step, input, &[])? else {
             return Err(EngineError::BadStep { what: "an inner shard gave scores".to_owned() });
         };
         let frame = Frame { step, input: Input::Hidden(hidden), samplers };
@@ -367,10 +384,11 @@ fn run_step(
             Next::Link(link) => link.send(EngineOutput::Frame(frame)),
             Next::Head(_) => return Err(EngineError::BadStep { what: "the head got hidden rows".to_owned() }),
         }
-        return Ok(());
+        return Ok(memory_bytes);
     }
     let draws = Draws::prepare(sampler, samplers, &step.rows, spec.architecture.vocabulary);
-    let OutputRows::Scores(scores) = engine.forward(&step, input, draws.queries())?.rows else {
+    let output = engine.forward(&step, input, draws.queries())?;
+    let Output { rows: OutputRows::Scores(scores), memory_bytes, .. } = output else {
         return Err(EngineError::BadStep { what: "the last shard gave hidden rows".to_owned() });
     };
     let tokens = draws.draw(sampler, engine, &scores)?;
@@ -380,5 +398,5 @@ fn run_step(
         Next::Link(link) => link.send(EngineOutput::Result(result)),
         Next::Shard(_) => return Err(EngineError::BadStep { what: "a shard got sampled tokens".to_owned() }),
     }
-    Ok(())
+    Ok(memory_bytes)
 }

@@ -1,6 +1,6 @@
 //! What ends an engine that does not return.
 
-use exo_engines::engine::KillSwitch;
+use exo_engines::engine::EngineProcess;
 use parking_lot::Mutex;
 use std::sync::Arc;
 
@@ -17,16 +17,16 @@ enum State {
     Wanted,
     /// The engine runs in this process, and cannot be killed.
     InThisProcess,
-    Process(KillSwitch),
+    Process(EngineProcess),
 }
 
 impl Killer {
-    /// Notes that the engine is open, with its kill switch, and kills it if that is wanted already.
-    pub(super) fn opened(&self, switch: Option<KillSwitch>) {
+    /// Notes that the engine is open, with its process, and kills that if it is wanted already.
+    pub(super) fn opened(&self, process: Option<EngineProcess>) {
         let mut state = self.0.lock();
-        let opened = switch.map_or(State::InThisProcess, State::Process);
-        if let (State::Wanted, State::Process(switch)) = (&*state, &opened) {
-            switch.kill();
+        let opened = process.map_or(State::InThisProcess, State::Process);
+        if let (State::Wanted, State::Process(process)) = (&*state, &opened) {
+            process.kill();
         }
         *state = opened;
     }
@@ -35,10 +35,18 @@ impl Killer {
     pub(super) fn kill(&self) -> bool {
         let mut state = self.0.lock();
         match &*state {
-            State::Process(switch) => switch.kill(),
+            State::Process(process) => process.kill(),
             State::Unknown | State::Wanted => *state = State::Wanted,
             State::InThisProcess => return false,
         }
         true
+    }
+
+    /// The number of the engine's process.
+    pub(super) fn process_id(&self) -> Option<u32> {
+        match &*self.0.lock() {
+            State::Process(process) => Some(process.id()),
+            State::Unknown | State::Wanted | State::InThisProcess => None,
+        }
     }
 }

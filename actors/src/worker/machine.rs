@@ -26,6 +26,47 @@ pub(crate) fn measure(system: &mut System) -> Machine {
         memory_total_bytes: known(system.total_memory()),
         memory_free_bytes: known(system.available_memory()),
         process_bytes: system.process(pid).map(sysinfo::Process::memory).and_then(known),
+        unaccounted_bytes: unaccounted_bytes(),
         cpu_utilisation: usage.is_finite().then_some(usage / 100.0),
+    }
+}
+
+/// The resident memory of a process; `None` if it cannot be read.
+pub(crate) fn resident_bytes(process: u32) -> Option<u64> {
+    let mut system = System::new().ok()?;
+    let pid = Pid::from_u32(process);
+    let memory = ProcessRefreshKind::nothing().with_memory();
+    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), true, memory);
+    system.process(pid).map(sysinfo::Process::memory)
+}
+
+/// The memory of the machine that neither processes nor caches nor the kernel's tables account for, such as that of
+/// drivers. `None` where the system does not tell.
+fn unaccounted_bytes() -> Option<u64> {
+    unaccounted_in(&std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+/// Reads the text of Linux's `/proc/meminfo`, which the kernel's `Documentation/filesystems/proc.rst` describes.
+fn unaccounted_in(meminfo: &str) -> Option<u64> {
+    let field = |name: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    };
+    let accounted =
+        ["MemFree", "Buffers", "Cached", "SwapCached", "AnonPages", "Slab", "KernelStack", "PageTables", "Percpu"];
+    let accounted: u64 = accounted.iter().filter_map(|name| field(name)).sum();
+    Some(field("MemTotal")?.saturating_sub(accounted) * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_nothing_accounts_for_is_what_is_left() {
+        let meminfo = "MemTotal:       1000 kB\nMemFree:         400 kB\nMemAvailable:    600 kB\nBuffers:          10 kB\n\
+                       Cached:          190 kB\nAnonPages:       250 kB\nSlab:             50 kB\n";
+        assert_eq!(unaccounted_in(meminfo), Some(100 * 1024));
+        assert_eq!(unaccounted_in("something else"), None);
     }
 }

@@ -31,7 +31,7 @@ pub(super) fn start(
         let _entered = span.entered();
         let tested = catch_unwind(AssertUnwindSafe(|| {
             let mut engine = factory.open(&device)?;
-            killer.opened(engine.kill_switch());
+            killer.opened(engine.process());
             engine.self_test()
         }));
         on(tested.unwrap_or_else(|panic| Err(EngineError::Panicked { what: panic_text(&*panic) })));

@@ -2,12 +2,14 @@
 //!
 //! - owns: the engine's thread;
 //! - receives: the thread's events; ticks, at which it checks the thread's heartbeat;
-//! - emits: load progress, and the engine's handle once it is loaded, to the worker;
+//! - emits: load progress, the engine's handle once it is loaded, alarms about its speed and memory, to the worker;
 //! - dies when: its engine fails (with the engine's error) or hangs, or it is stopped;
 //! - supervised by: its device.
 
 use super::engine_thread::{self, EngineActivity, EngineEvent, EngineHandle, EngineTask, Pulse, ThreadEnd};
+use super::machine::resident_bytes;
 use crate::core::device_policy::ShardNumber;
+use crate::core::memory_watch::{MemoryGrowth, MemoryWatch};
 use crate::core::spec::InstanceId;
 use crate::core::step_times::SlowDown;
 use crate::core::watchdog::{HangTimeouts, Watchdog};
@@ -19,6 +21,9 @@ use ractor_cluster::RactorMessage;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
+/// The unexplained memory of a process that is no leak, in bytes, or as a share of the explained memory: scratch memory
+/// of large steps.
+const MEMORY_SLACK: (u64, u64) = (256 << 20, 4);
 /// How often the engine's heartbeat is checked.
 const TICK_EVERY: Duration = Duration::from_secs(1);
 
@@ -27,14 +32,33 @@ const TICK_EVERY: Duration = Duration::from_secs(1);
 pub(crate) struct ShardTask {
     /// The number of the shard on this node.
     pub number: ShardNumber,
+    /// The number of the shard's engine on its device.
+    pub run: u64,
     pub instance: InstanceId,
     pub stage: usize,
     pub engine: EngineTask,
     /// The length of a hidden row, in numbers.
     pub hidden: usize,
-    pub reports: EventCallback<ShardReport>,
+    /// Receives reports, with the engine that they are about.
+    pub reports: EventCallback<(EngineRun, ShardReport)>,
     /// Cancelled to stop the shard.
     pub is_over: CancellationToken,
+}
+
+/// One engine of a shard: the shard may have another one before, after and beside it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct EngineRun {
+    pub device: DeviceId,
+    /// Counts the engines that the device has started.
+    pub run: u64,
+}
+
+impl ShardTask {
+    /// Reports about the engine of this task.
+    pub(super) fn report(&self, report: ShardReport) {
+        let run = EngineRun { device: self.engine.device.clone(), run: self.run };
+        self.reports.tell((run, report));
+    }
 }
 
 /// A report of a shard or its device to the worker.
@@ -44,7 +68,6 @@ pub(crate) enum ShardReport {
     /// The shard is loaded.
     Up {
         engine: EngineHandle,
-        device: DeviceId,
         /// The time of one row, which the warm-up measured.
         row: Duration,
         /// The length of a hidden row, in numbers.
@@ -58,14 +81,18 @@ pub(crate) enum ShardReport {
     Lost(EngineError),
     /// The shard has become slow, or is as fast as before again.
     Speed(Option<SlowDown>),
+    /// The shard's process holds memory that nothing explains. The device loads the shard into another one.
+    Leaks(MemoryGrowth),
     /// The shard failed on its device, where it was loaded beside the one that serves on the fallback.
-    NotPromoted,
+    NotPromoted(EngineError),
 }
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum ShardMsg {
     Engine(EngineEvent),
     Tick,
+    /// The resident memory of the engine's process.
+    Measured(u64),
 }
 
 #[derive(Debug)]
@@ -83,6 +110,7 @@ pub(crate) struct ShardState {
     watchdog: Watchdog,
     /// Whether the shard was reported as slow.
     is_slow: bool,
+    memory: MemoryWatch,
 }
 
 /// The error with which a shard's actor ends.
@@ -109,18 +137,29 @@ impl Actor for Shard {
             // Sending fails only if the shard has stopped; it needs no events then.
             let _ = myself.send_message(ShardMsg::Engine(event));
         })?;
-        Ok(ShardState { args, engine, started: Instant::now(), watchdog: Watchdog::default(), is_slow: false })
+        Ok(ShardState {
+            args,
+            engine,
+            started: Instant::now(),
+            watchdog: Watchdog::default(),
+            is_slow: false,
+            memory: MemoryWatch::default(),
+        })
     }
 
     async fn handle(
         &self,
-        _: ActorRef<ShardMsg>,
+        myself: ActorRef<ShardMsg>,
         message: ShardMsg,
         state: &mut ShardState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
             ShardMsg::Engine(event) => state.on_event(event),
-            ShardMsg::Tick => state.check(),
+            ShardMsg::Tick => state.tick(&myself),
+            ShardMsg::Measured(bytes) => {
+                state.check_memory(bytes);
+                Ok(())
+            }
         }
     }
 }
@@ -133,23 +172,52 @@ impl Drop for ShardState {
 }
 
 impl ShardState {
-    fn on_event(&self, event: EngineEvent) -> Result<(), ActorProcessingErr> {
-        let ShardTask { instance, stage, engine: task, hidden, reports, .. } = &self.args.task;
+    fn on_event(&mut self, event: EngineEvent) -> Result<(), ActorProcessingErr> {
+        let ShardTask { instance, stage, engine: task, hidden, .. } = &self.args.task;
         match event {
-            EngineEvent::Progress(progress) => reports.tell(ShardReport::Loading(progress)),
-            EngineEvent::Loaded { report, warm_up } => {
+            EngineEvent::Progress(progress) => self.args.task.report(ShardReport::Loading(progress)),
+            EngineEvent::Loaded { report, warm_up, resident_bytes } => {
                 tracing::info!(
                     %instance, stage, layers = ?task.spec.layers, device = %task.device, fingerprint = report.fingerprint,
                     weight_bytes = report.weight_bytes, load_ms = report.elapsed.as_millis(), row_us = warm_up.row.as_micros(),
                     "shard loaded"
                 );
-                let (engine, device) = (self.engine.clone(), task.device.clone());
                 let vocabulary = u32::try_from(task.spec.architecture.vocabulary).unwrap_or(u32::MAX);
-                reports.tell(ShardReport::Up { engine, device, row: warm_up.row, hidden: *hidden, vocabulary });
+                let (engine, row) = (self.engine.clone(), warm_up.row);
+                self.args.task.report(ShardReport::Up { engine, row, hidden: *hidden, vocabulary });
+                if let Some(bytes) = resident_bytes {
+                    self.check_memory(bytes);
+                }
             }
             EngineEvent::Failed(error) => return self.fail(error),
         }
         Ok(())
+    }
+
+    fn tick(&mut self, myself: &ActorRef<ShardMsg>) -> Result<(), ActorProcessingErr> {
+        if let Some(process) = self.engine.process_id() {
+            let shard = myself.clone();
+            tokio::task::spawn_blocking(move || {
+                let measured = resident_bytes(process).map(ShardMsg::Measured);
+                // Sending fails only if the shard has stopped.
+                measured.map(|measured| shard.send_message(measured))
+            });
+        }
+        self.check()
+    }
+
+    /// Reports memory of the engine's process that the engine does not account for, if it grows.
+    fn check_memory(&mut self, resident_bytes: u64) {
+        let explained = self.engine.heartbeat().read().memory_bytes;
+        // A measurement during the load comes too early.
+        if explained == 0 {
+            return;
+        }
+        let (least, share) = MEMORY_SLACK;
+        let unexplained = resident_bytes.saturating_sub(explained);
+        if let Some(growth) = self.memory.check(unexplained, least.max(explained / share), self.started.elapsed()) {
+            self.args.task.report(ShardReport::Leaks(growth));
+        }
     }
 
     /// Reports a change of speed. Ends the shard if its engine hangs, and kills the engine's process, if it has one.
@@ -158,7 +226,7 @@ impl ShardState {
         let slow_down = times.slow_down();
         if slow_down.is_some() != self.is_slow {
             self.is_slow = slow_down.is_some();
-            self.args.task.reports.tell(ShardReport::Speed(slow_down));
+            self.args.task.report(ShardReport::Speed(slow_down));
         }
         let silence = self.watchdog.check(beats, self.started.elapsed());
         let timeouts = &self.args.hang_timeouts;

@@ -11,22 +11,22 @@
 
 mod promotion;
 mod release;
+mod reports;
 mod wiring;
 
 use super::device::{DeviceMsg, DeviceRef};
 use super::engine_thread::{EngineHandle, EngineTask, LinkQueue};
 use super::links::LinkRegistry;
 use super::memory_guard::MemoryGuard;
-use super::shard::{ShardReport, ShardTask};
+use super::shard::{EngineRun, ShardReport, ShardTask};
 use crate::core::desired::{DesiredSnapshot, Stamp};
 use crate::core::plan::PlanError;
 use crate::core::request::RequestError;
 use crate::core::spec::InstanceId;
 use crate::core::stage::{StageEvent, StageTask};
-use crate::core::step_times::SlowDown;
 use crate::models::{Extent, Fetched, ModelsRef, ResolvedModel};
 use crate::transport::callback::EventCallback;
-use crate::transport::protocol::{ControlMessage, LinkEnd, StageOrder};
+use crate::transport::protocol::{ControlMessage, StageOrder};
 use crate::transport::router::Router;
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, DeviceReport, EngineFactory, Incarnation, ShardSpec, TensorRank};
@@ -37,7 +37,7 @@ use ractor_cluster::RactorMessage;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use wiring::Wiring;
 
@@ -87,6 +87,8 @@ pub(crate) enum WorkerMsg {
     Shard {
         key: ShardKey,
         serial: u64,
+        /// The engine that the report is about.
+        of: EngineRun,
         report: ShardReport,
     },
     /// The link to a shard's successor is open, or cannot be opened.
@@ -142,6 +144,8 @@ pub(crate) struct WorkerState {
     stamps: HashMap<InstanceId, Stamp>,
     memory: BTreeMap<InstanceId, u64>,
     next_serial: u64,
+    /// The number of loads so far.
+    loads: u64,
 }
 
 /// A shard that serves or starts.
@@ -166,7 +170,9 @@ struct HostedShard {
 #[derive(Debug, Clone)]
 struct Loaded {
     engine: EngineHandle,
-    device: DeviceId,
+    run: EngineRun,
+    /// The number of the load on this node.
+    load: u64,
     hidden: usize,
     vocabulary: u32,
 }
@@ -186,6 +192,7 @@ impl Actor for Worker {
             stamps: HashMap::new(),
             memory: BTreeMap::new(),
             next_serial: 0,
+            loads: 0,
         })
     }
 
@@ -201,7 +208,7 @@ impl Actor for Worker {
             WorkerMsg::Reconcile(snapshot) => state.reconcile(&snapshot),
             WorkerMsg::Resolved { key, serial, outcome } => state.on_resolved(&myself, key, serial, outcome),
             WorkerMsg::Fetched { key, serial, fetched } => state.on_fetched(key, serial, fetched),
-            WorkerMsg::Shard { key, serial, report } => state.on_report(key, serial, report),
+            WorkerMsg::Shard { key, serial, of, report } => state.on_report(&key, serial, of, report),
             WorkerMsg::Linked { key, wiring, outcome } => state.on_linked(&key, &wiring, outcome),
             WorkerMsg::Cut { key, incarnation, what } => state.on_cut(&key, incarnation, what),
             WorkerMsg::MemoryReleased { instance, bytes } => state.on_memory_released(instance, bytes),
@@ -246,8 +253,8 @@ impl WorkerState {
             let is_unchanged = StageTask { stamp: task.stamp, ..shard.task.clone() } == task;
             if is_unchanged {
                 (shard.owner, shard.task, shard.ordered) = (owner, task, Instant::now());
-                if let Some(device) = shard.newest_device() {
-                    self.tell(&key, StageEvent::Up { stage: key.stage, device });
+                if let Some(up) = shard.up(key.stage) {
+                    self.tell(&key, up);
                 }
                 return;
             }
@@ -328,12 +335,17 @@ impl WorkerState {
             _memory: Arc::new(memory),
         };
         let of = key.clone();
-        let reports = EventCallback::to(myself, move |report| WorkerMsg::Shard { key: of.clone(), serial, report });
+        let reports = EventCallback::to(myself, move |(run, report)| WorkerMsg::Shard {
+            key: of.clone(),
+            serial,
+            of: run,
+            report,
+        });
         let held_bytes: &mut u64 = self.memory.entry(instance).or_default();
         *held_bytes = held_bytes.saturating_add(task.memory_bytes);
         shard.cost_bytes = cost_bytes(&model.files, &task.layers);
         let is_over = shard.is_over.clone();
-        let start = ShardTask { number: serial, instance, stage: key.stage, engine, reports, hidden, is_over };
+        let start = ShardTask { number: serial, run: 0, instance, stage: key.stage, engine, reports, hidden, is_over };
         // Sending fails only if the device has stopped; the node stops, too.
         let _ = local.device.send_message(DeviceMsg::Start(Box::new(start)));
         self.tell_memory();
@@ -344,49 +356,6 @@ impl WorkerState {
         if self.shards.get(&key).is_some_and(|shard| shard.serial == serial) {
             self.tell(&key, StageEvent::Fetching { stage: key.stage, fetched_bytes, total_bytes });
         }
-    }
-
-    fn on_report(&mut self, key: ShardKey, serial: u64, report: ShardReport) {
-        let Some(shard) = self.shards.get_mut(&key).filter(|shard| shard.serial == serial) else { return };
-        let stage = key.stage;
-        let event = match report {
-            // A load beside the serving shard is of no interest to its users.
-            ShardReport::Loading(_) if shard.loaded.is_some() => return,
-            ShardReport::Loading(progress) => {
-                let (loaded_bytes, total_bytes) = (progress.loaded_bytes, progress.total_bytes);
-                StageEvent::Loading { stage, loaded_bytes, total_bytes }
-            }
-            ShardReport::Up { engine, hidden, vocabulary, device, row } => {
-                let loaded = Loaded { engine, device: device.clone(), hidden, vocabulary };
-                let place = if shard.loaded.is_some() { &mut shard.promoted } else { &mut shard.loaded };
-                *place = Some(loaded);
-                if row > Duration::ZERO {
-                    let bytes_per_s = shard.cost_bytes as f64 / row.as_secs_f64();
-                    self.args.facts.tell(WorkerFact::Measured { device: device.clone(), bytes_per_s });
-                }
-                StageEvent::Up { stage, device }
-            }
-            ShardReport::Speed(slow_down) => {
-                if let Some(SlowDown { rows, best, latest }) = slow_down {
-                    let (best_ms, latest_ms) = (best.as_millis(), latest.as_millis());
-                    tracing::warn!(instance = %key.instance, stage, rows, best_ms, latest_ms, "a shard has become slow");
-                }
-                StageEvent::Speed { stage, slow_down }
-            }
-            ShardReport::NotPromoted => return self.on_not_promoted(&key),
-            ShardReport::Down(error) => {
-                shard.loaded = None;
-                let wired = shard.wired.take();
-                self.args.link_registry.remove(key.instance, LinkEnd::Stage(stage), wired);
-                self.tell(&key, StageEvent::Down { stage, error });
-                return self.promote(&key);
-            }
-            ShardReport::Lost(error) => {
-                self.tell(&key, StageEvent::Lost { stage, error });
-                return self.stop(&key);
-            }
-        };
-        self.tell(&key, event);
     }
 
     fn on_cut(&self, key: &ShardKey, incarnation: Incarnation, what: String) {

@@ -108,6 +108,7 @@ impl From<RequestError> for ApiError {
             }
             RequestError::Overloaded { .. } => with(StatusCode::TOO_MANY_REQUESTS, "overloaded"),
             RequestError::NotClustered => with(StatusCode::CONFLICT, "no_cluster"),
+            RequestError::DeviceMemory { .. } => with(StatusCode::SERVICE_UNAVAILABLE, "device_out_of_memory"),
             RequestError::MemoryBusy { .. } => with(StatusCode::SERVICE_UNAVAILABLE, "model_crowded_out"),
             RequestError::NotReady | RequestError::ShuttingDown | RequestError::Moved => {
                 with(StatusCode::SERVICE_UNAVAILABLE, "not_ready")

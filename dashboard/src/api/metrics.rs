@@ -54,12 +54,19 @@ fn render(status: &NodeStatus) -> String {
     gauge("memory_total_bytes", "Memory of this machine.").write(&mut out, bytes(machine.memory_total_bytes));
     gauge("memory_free_bytes", "Memory that is available.").write(&mut out, bytes(machine.memory_free_bytes));
     gauge("process_bytes", "Resident memory of this process.").write(&mut out, bytes(machine.process_bytes));
+    gauge("unaccounted_bytes", "Memory of this machine that neither processes nor caches account for.")
+        .write(&mut out, bytes(machine.unaccounted_bytes));
     let busy = machine.cpu_utilisation.map(f64::from);
     gauge("cpu_utilisation", "Share of all cores in use, 0 to 1.").write(&mut out, plain(busy));
     let devices = status
         .devices
         .iter()
         .map(|device| (labels(&[("device", &device.id.0), ("engine", &device.engine), ("tier", &device.tier)]), 1.0));
+    let failed = status.devices.iter().map(|device| {
+        let is_failed = status.failed_devices.contains_key(&device.id);
+        (labels(&[("device", &device.id.0)]), f64::from(u8::from(is_failed)))
+    });
+    gauge("device_failed", "1 while a device has failed and its shards run elsewhere.").write(&mut out, failed);
     gauge("device_info", "Devices on which engines can be opened.").write(&mut out, devices);
     instances(status, &mut out);
     totals(status, &mut out);
@@ -85,11 +92,13 @@ fn totals(status: &NodeStatus, out: &mut String) {
 
 fn instances(status: &NodeStatus, out: &mut String) {
     type Read = fn(&InstanceStatus) -> f64;
-    let metrics: [(Metric<'_>, Read); 5] = [
+    let metrics: [(Metric<'_>, Read); 7] = [
         (gauge("requests_running", "Requests in prefill or decode."), |i| i.requests_running as f64),
         (gauge("requests_waiting", "Requests that wait for pages or their turn."), |i| i.requests_waiting as f64),
         (gauge("kv_pages_used", "KV cache pages in use, cached prefixes included."), |i| f64::from(i.pages_used)),
         (gauge("kv_pages_total", "KV cache pages."), |i| f64::from(i.pages_total)),
+        (gauge("slow_stages", "Stages whose steps take much longer than they did."), |i| i.slow.len() as f64),
+        (gauge("leaking_stages", "Stages whose processes leak memory."), |i| i.leaks.len() as f64),
         (gauge("instance_epoch", "Epoch of the instance's latest incarnation."), |i| i.epoch as f64),
     ];
     for (metric, read) in metrics {

@@ -7,8 +7,8 @@
 //!        (stderr: log, last lines)     ◄────────────────── stderr ─────────────────── log
 //! ```
 //! One child computes one shard. Node and child take turns: a request, then its reply. The child can be killed at any
-//! moment from any thread ([`KillSwitch`](crate::engine::KillSwitch)); killing does not wait. The engine's own thread
-//! waits until the process is gone, because a process that the kernel does not release still holds its memory.
+//! moment from any thread ([`EngineProcess`](crate::engine::EngineProcess)); killing does not wait. The engine's own
+//! thread waits until the process is gone, because a process that the kernel does not release still holds its memory.
 //!
 //! A child inherits no file but its own, and ends with its node: on Linux by a signal, elsewhere when its socket
 //! closes. It is not reachable from outside.

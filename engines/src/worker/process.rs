@@ -90,6 +90,10 @@ impl WorkerCommand {
 }
 
 impl Process {
+    pub(super) fn id(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
     /// Kills the process. Does not wait; does nothing to a process that has ended.
     pub(super) fn kill(&self) {
         if let State::Running(_) = *self.state.lock() {

@@ -6,7 +6,7 @@ use super::message::{Hello, LogLevel, Reply, Request};
 use super::process::Process;
 use super::stderr::Stderr;
 use crate::engine::{
-    DeviceId, Engine, Input, KillSwitch, LoadProgress, LoadReport, Output, OutputRows, RowQuery, Scores,
+    DeviceId, Engine, EngineProcess, Input, LoadProgress, LoadReport, Output, OutputRows, RowQuery, Scores,
     SelfTestReport, ShardSpec, Step, WarmUpReport,
 };
 use crate::error::EngineError;
@@ -203,9 +203,9 @@ impl Engine for WorkerEngine {
         }
     }
 
-    fn kill_switch(&self) -> Option<KillSwitch> {
+    fn process(&self) -> Option<EngineProcess> {
         let process = Arc::clone(&self.process);
-        Some(KillSwitch::new(move || process.kill()))
+        Some(EngineProcess::new(process.id(), move || process.kill()))
     }
 }
 

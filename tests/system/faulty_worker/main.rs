@@ -17,6 +17,11 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// The memory that a leaking engine loses in each step, and the number of such steps.
+const LEAK_BYTES: usize = 48 << 20;
+const LEAKS_MAX: usize = 8;
 
 fn main() {
     let plan = Plan::of_this_process().expect("EXO_FAULT is PHASE KIND NUMBER PATH");
@@ -137,7 +142,14 @@ impl EngineFactory for FaultyFactory {
 
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
         let engine = self.gpu.open(device)?;
-        Ok(Box::new(FaultyEngine { engine, plan: Arc::clone(&self.plan), prefills: 0, decodes: 0 }))
+        Ok(Box::new(FaultyEngine {
+            engine,
+            plan: Arc::clone(&self.plan),
+            prefills: 0,
+            decodes: 0,
+            has_failed: false,
+            leaked: Vec::new(),
+        }))
     }
 }
 
@@ -146,6 +158,9 @@ struct FaultyEngine {
     plan: Arc<Plan>,
     prefills: u64,
     decodes: u64,
+    /// Whether the engine is slow, or leaks, from now on.
+    has_failed: bool,
+    leaked: Vec<Vec<u8>>,
 }
 
 impl Engine for FaultyEngine {
@@ -183,6 +198,16 @@ impl Engine for FaultyEngine {
         *number += 1;
         let number = *number;
         match self.plan.kind.as_str() {
+            "slow" | "leak" => {
+                self.has_failed = self.has_failed || self.plan.is_due(phase, number);
+                if self.has_failed {
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                if self.has_failed && self.plan.kind == "leak" && self.leaked.len() < LEAKS_MAX {
+                    self.leaked.push(vec![1; LEAK_BYTES]);
+                }
+                self.engine.forward(step, input, queries)
+            }
             "garbage" => {
                 let mut output = self.engine.forward(step, input, queries)?;
                 if self.plan.is_due(phase, number) {

@@ -1,6 +1,6 @@
 //! Offers of members, less the memory that is promised and the devices that failed.
 
-use super::{EXCLUDED_FOR, Leader, RoundContext};
+use super::{EXCLUDED_FOR, Failed, Leader, RoundContext};
 use crate::core::desired::Deployment;
 use crate::core::members::Members;
 use crate::core::plan::Offer;
@@ -62,6 +62,34 @@ impl Leader {
         near: NodeId,
         memory: &Memory,
     ) -> Vec<Offer> {
+        let mut offers = self.all_offers(round, device, near, memory);
+        offers.retain(|offer| for_instance.and_then(|id| self.failure(round, id, offer)).is_none());
+        offers
+    }
+
+    /// [`Leader::offers_of`], and the devices that ran out of memory lately, with the memory that they had.
+    pub(super) fn reduced_offers(
+        &self,
+        round: &RoundContext<'_>,
+        for_instance: InstanceId,
+        device: Option<&DeviceId>,
+        near: NodeId,
+        memory: &Memory,
+    ) -> Vec<Offer> {
+        let reduced = self.all_offers(round, device, near, memory).into_iter().filter_map(|offer| {
+            let Some(failed) = self.failure(round, for_instance, &offer) else { return Some(offer) };
+            Some(Offer { free_bytes: offer.free_bytes.min(failed.free_bytes?), ..offer })
+        });
+        reduced.collect()
+    }
+
+    fn all_offers(
+        &self,
+        round: &RoundContext<'_>,
+        device: Option<&DeviceId>,
+        near: NodeId,
+        memory: &Memory,
+    ) -> Vec<Offer> {
         let Memory { promised, freed } = memory;
         let guess = speed_guess(round.members);
         let mut members: Vec<_> = round.members.0.iter().filter(|(_, report)| !report.is_draining).collect();
@@ -72,14 +100,14 @@ impl Leader {
             let freed = freed.get(node).copied().unwrap_or(0);
             offers.extend(report.offers(*node, promised, freed, device, guess));
         }
-        offers.retain(|offer| !for_instance.is_some_and(|id| self.excludes(round, id, offer)));
         offers
     }
 
-    fn excludes(&self, round: &RoundContext<'_>, id: InstanceId, offer: &Offer) -> bool {
-        let of = self.excluded.get(&id).into_iter().flatten();
-        of.into_iter().any(|((node, device), since)| {
-            (*node, device) == (offer.node, &offer.device) && round.now.saturating_sub(*since) < EXCLUDED_FOR
+    /// The latest failure of a device that still counts against it for an instance.
+    fn failure(&self, round: &RoundContext<'_>, id: InstanceId, offer: &Offer) -> Option<&Failed> {
+        self.failed.get(&id).into_iter().flatten().rev().find(|failed| {
+            (failed.node, &failed.device) == (offer.node, &offer.device)
+                && round.now.saturating_sub(failed.at) < EXCLUDED_FOR
         })
     }
 }

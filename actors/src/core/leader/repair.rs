@@ -1,7 +1,7 @@
 //! Repairs of instances that lost a shard's device, and moves of instances to better placements.
 
 use super::capacity::memory_by_node;
-use super::{BrokenShard, Leader, PlacementRequest, RoundContext, shard_count};
+use super::{BrokenShard, Failed, Leader, PlacementRequest, RoundContext, shard_count};
 use crate::core::desired::{Deployment, MoveStrategy, Target};
 use crate::core::plan::{Offer, Placement, PlanError, ShardCount, Stage, fits_beside, place, repair, why_move};
 use crate::core::request::RequestError;
@@ -28,7 +28,11 @@ impl Leader {
         }
         tracing::info!(instance = %id, node = %node.short(), %device, %error, "a shard cannot run on its device");
         if is_here {
-            self.excluded.entry(id).or_default().push(((node, device), round.now));
+            let free_bytes = match error {
+                RequestError::DeviceMemory { free_bytes, .. } => free_bytes,
+                _ => None,
+            };
+            self.failed.entry(id).or_default().push(Failed { node, device, at: round.now, free_bytes });
         }
         if let MoveStrategy::Beside { rollback: Some(rollback) } = &deployment.strategy
             && !has_run
@@ -97,7 +101,8 @@ impl Leader {
         except: &BTreeSet<InstanceId>,
     ) -> Result<Deployment, PlanError> {
         let near = deployment.owner().unwrap_or(round.own);
-        let offers = self.offers(round, Some(id), deployment.spec.device.as_ref(), near, except);
+        let memory = self.memory(round, except);
+        let offers = self.reduced_offers(round, id, deployment.spec.device.as_ref(), near, &memory);
         let links = round.members.links();
         let (context, demand, placement) = ask_of(deployment).place(&offers, &links, &ShardCount::Automatic)?;
         let model = Model { context, ..deployment.model.clone() };

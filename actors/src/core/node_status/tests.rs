@@ -1,7 +1,10 @@
 //! The status after facts.
 
 use super::*;
+use crate::core::plan::Placement;
 use crate::core::spec::FilesId;
+use crate::core::spec::Model;
+use crate::core::status::Load;
 
 fn model() -> Model {
     Model {

@@ -274,7 +274,7 @@ impl Cluster {
             told.push((shard.owner, *id, shard.task.stamp, *stage, shard.task.device.clone()));
         }
         for (to, id, stamp, stage, device) in told {
-            self.send(index, to, Message::StageEvent { id, stamp, event: StageEvent::Up { stage, device } });
+            self.send(index, to, Message::StageEvent { id, stamp, event: StageEvent::Up { stage, device, load: 1 } });
         }
     }
 

@@ -110,7 +110,7 @@ impl World {
                     assert_eq!(decision, Decision::StayFallen, "the fallback serves on");
                 }
                 false => {
-                    self.policy.handle_promoted(number);
+                    assert!(self.policy.handle_promoted(number));
                     (shard.serving, self.promotions) = (Serving::Device, self.promotions + 1);
                 }
             }
