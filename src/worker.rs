@@ -18,8 +18,9 @@ static HAS_LOOKED: AtomicBool = AtomicBool::new(false);
 
 /// Serves an engine if a node has started this process for that, and then ends the process; else returns at once.
 ///
-/// Call it first in `main`, before anything opens a file or starts a thread. Without it, a node of this program runs
-/// its engines on threads, where one that crashes takes the program along.
+/// Call it first in `main`, before anything opens a file or starts a thread: `#[tokio::main]` starts threads before its
+/// body runs, so an asynchronous `main` has to be a function that `main` calls. Without the call, a node of this
+/// program runs its engines on threads, where one that crashes takes the program along.
 pub fn run_worker_if_asked() {
     if let Some(threads) = config::worker_threads() {
         worker::serve(&factories(threads));

@@ -93,6 +93,7 @@ fn modules_of_the_core_import_downwards_only() {
         "watchdog",
         "restart_policy",
         "device_policy",
+        "shard_engines",
         "model_error",
         "context",
         "speed",

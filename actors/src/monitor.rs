@@ -82,11 +82,11 @@ impl Actor for Monitor {
             MonitorMsg::Sampled(system, machine) => {
                 state.system = Some(system);
                 let unaccounted = machine.unaccounted_bytes;
-                let growth =
-                    unaccounted.and_then(|bytes| state.watch.check(bytes, DRIVER_SLACK, state.started.elapsed()));
+                let growth = unaccounted
+                    .and_then(|bytes| state.watch.check(bytes.cast_signed(), DRIVER_SLACK, state.started.elapsed()));
                 if let Some(growth) = growth {
-                    let MemoryGrowth { from_bytes, to_bytes } = growth;
-                    tracing::warn!(from_bytes, to_bytes, "memory grows that no process has: a driver may leak");
+                    let MemoryGrowth { grown_bytes } = growth;
+                    tracing::warn!(grown_bytes, "memory grows that no process has: a driver may leak");
                     state.args.facts.tell(Fact::MachineLeaks(growth));
                 }
                 let _ = state.args.planner.send_message(PlannerMsg::MachineMeasured(machine.clone()));

@@ -1,8 +1,8 @@
 //! The port between actors and engines.
 //!
 //! ```text
-//! EngineFactory ─probe─► DeviceReport     ─open─► Engine ─load─► warm_up ─► forward(Step, Input) → Output, again and
-//! again
+//! EngineFactory ─probe─► DeviceReport
+//!               ─open──► Engine ─self_test─► load ─► warm_up ─► forward(Step, Input, queries) → Output, repeatedly
 //! ```
 //! All message types are plain data, so an engine can run in another thread or another process.
 //! A [`Step`] carries operations on sequences, then the rows to compute, in order: batching, chunked prefill and replay
@@ -285,7 +285,7 @@ pub trait EngineFactory: Send + Sync + std::fmt::Debug {
     /// Opens an engine with nothing loaded on `device`.
     ///
     /// # Errors
-    /// [`EngineError::NoDevice`] if the factory has no such device.
+    /// [`EngineError::NoDevice`] if the factory has no such device; an engine in a process of its own may say so later.
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError>;
 }
 

@@ -106,7 +106,7 @@ pub enum EngineError {
         /// The id of the requested device.
         device: String,
     },
-    /// The warm-up computed values that are not finite.
+    /// The engine computed known numbers wrongly, or a first row that is not finite.
     #[error("the engine's self-test failed: {what}")]
     SelfTest {
         /// The fault.
@@ -207,6 +207,39 @@ impl EngineError {
         }
     }
 
+    /// Returns the error with texts of at most `length` printable characters. Another process may send any.
+    pub(crate) fn shortened(mut self, length: usize) -> Self {
+        let shorten = |text: &mut String| {
+            *text = text.chars().filter(|c| !c.is_control()).take(length).collect();
+        };
+        match &mut self {
+            Self::OutOfMemory { what, .. }
+            | Self::BadStep { what }
+            | Self::SelfTest { what }
+            | Self::Panicked { what }
+            | Self::WorkerEnded { what, .. }
+            | Self::Killed { from: what, .. }
+            | Self::Hung { from: what, .. } => shorten(what),
+            Self::Unsupported { engine: first, what: second }
+            | Self::NoDevice { engine: first, device: second }
+            | Self::Device { device: first, what: second, .. }
+            | Self::Numerics { device: first, what: second }
+            | Self::WorkerNotStarted { program: first, what: second }
+            | Self::WorkerVersion { found: first, expected: second } => {
+                shorten(first);
+                shorten(second);
+            }
+            Self::StillHung { device } => shorten(device),
+            // Errors of files name paths and tensors of this machine.
+            Self::Format(_)
+            | Self::CacheFull { .. }
+            | Self::StaleIncarnation { .. }
+            | Self::NotLoaded
+            | Self::Interrupted => {}
+        }
+        self
+    }
+
     /// Returns advice for the user.
     pub fn remedy(&self) -> &'static str {
         match self {
@@ -220,7 +253,9 @@ impl EngineError {
             Self::SelfTest { .. } | Self::Numerics { .. } => {
                 "the CPU engine takes over; update the device's driver, and check the device's memory and temperature"
             }
-            Self::WorkerNotStarted { .. } => "make the program executable, or run without isolation",
+            Self::WorkerNotStarted { .. } => {
+                "make the program executable, or raise this user's limits on files and processes"
+            }
             Self::WorkerVersion { .. } => "restart the node, so that it runs the program that is installed now",
             Self::WorkerEnded { .. } | Self::Killed { .. } => {
                 "none needed: the engine is started again; if that recurs, see this log and the system log"

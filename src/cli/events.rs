@@ -138,17 +138,17 @@ impl Narrator {
             }
             Fact::ShardLeaks { instance, stage, growth } => {
                 let told = self.models.get(instance)?;
-                let megabytes = (growth.to_bytes - growth.from_bytes.min(growth.to_bytes)) / 1_000_000;
                 Some(format!(
-                    "warning: {}: the process of stage {stage} leaks memory, {megabytes} MB so far: it is replaced",
-                    told.name
+                    "warning: {}: the process of stage {stage} leaks memory, {} MB so far: another one takes over if the \
+                     memory suffices for both",
+                    told.name,
+                    growth.grown_bytes / 1_000_000
                 ))
             }
             Fact::MachineLeaks(growth) => Some(format!(
-                "warning: memory that no process has grew from {} to {} MB: a driver may leak\n  remedy: restart this \
-                 machine when it suits, and update its drivers",
-                growth.from_bytes / 1_000_000,
-                growth.to_bytes / 1_000_000
+                "warning: memory that no process has grew by {} MB: a driver may leak\n  remedy: restart this machine \
+                 when it suits, and update its drivers",
+                growth.grown_bytes / 1_000_000
             )),
             Fact::DeviceRecovered(device) => Some(format!("{device} has passed its test, and takes its shards back")),
             Fact::DeviceFound(_)

@@ -68,8 +68,8 @@ fn draw(status: &NodeStatus) -> String {
     }
     draw_machine(&mut out, &status.machine);
     if let Some(leak) = status.machine_leak {
-        let (from, to) = (gigabytes(Some(leak.from_bytes)), gigabytes(Some(leak.to_bytes)));
-        let _ = writeln!(out, "         memory that no process has grew from {from} to {to} GB: a driver may leak");
+        let grown = gigabytes(Some(leak.grown_bytes));
+        let _ = writeln!(out, "         memory that no process has grew by {grown} GB: a driver may leak");
     }
     for device in &status.devices {
         let _ = writeln!(out, "device   {:12} {} {}, {}", device.id, device.engine, device.tier, device.name);
@@ -178,7 +178,7 @@ fn draw_instance(out: &mut String, status: &NodeStatus, id: InstanceId, instance
         let fallback = fallback.map_or(String::new(), |device| format!(", for now on {device}"));
         let _ = writeln!(out, "         layers {first}–{last} on {on}{fallback}, {bytes} GB");
         if let Some(leak) = instance.leaks.get(&index) {
-            let _ = writeln!(out, "         leaks memory: {} GB that nothing explains", gigabytes(Some(leak.to_bytes)));
+            let _ = writeln!(out, "         leaks memory: {} GB so far", gigabytes(Some(leak.grown_bytes)));
         }
         if let Some(slow) = instance.slow.get(&index) {
             let (best, latest) = (slow.best.as_secs_f64(), slow.latest.as_secs_f64());

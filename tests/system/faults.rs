@@ -7,6 +7,7 @@
 #[path = "faulty_worker/gpu.rs"]
 mod gpu;
 
+use crate::{SMOLLM2, json, models};
 use exo::{DeviceId, Fact, HangTimeouts, RunningModel};
 use exo::{GenerateRequest, Generated, ModelSpec, Node, NodeHandle, Prompt, RequestError, Sampled, SamplingParams};
 use exo_engines::cpu::CpuFactory;
@@ -134,15 +135,19 @@ fn faulty_worker() -> PathBuf {
     folder.join("examples/faulty-worker")
 }
 
-/// The children of this process that have not been reaped, and the number of its open files.
-fn leftovers() -> (Vec<String>, usize) {
-    let own = std::process::id().to_string();
+/// The children of a process that have not been reaped.
+fn children(parent: u32) -> Vec<String> {
     let processes = std::fs::read_dir("/proc").expect("Linux").filter_map(|entry| {
         let stat = std::fs::read_to_string(entry.ok()?.path().join("stat")).ok()?;
         let after_name = stat.rsplit_once(") ")?.1;
-        (after_name.split(' ').nth(1)? == own).then_some(stat)
+        (after_name.split(' ').nth(1)? == parent.to_string()).then_some(stat)
     });
-    (processes.collect(), std::fs::read_dir("/proc/self/fd").expect("Linux").count())
+    processes.collect()
+}
+
+/// The children of this process that have not been reaped, and the number of its open files.
+fn leftovers() -> (Vec<String>, usize) {
+    (children(std::process::id()), std::fs::read_dir("/proc/self/fd").expect("Linux").count())
 }
 
 /// Waits until no worker is left, and returns the number of open files.
@@ -210,8 +215,10 @@ fn no_fault_at_a_random_moment_changes_an_answer() {
             println!("EXO_FAULT_SEED={seed}: {phase} {kind} {number}");
             let world = World::new(Some((phase, kind, number))).await;
             let (a, b) = tokio::join!(world.ask(0.0), world.ask(0.9));
-            assert!(a.expect("an answer").0 == greedy, "the greedy answer");
-            assert!(b.expect("an answer").0 == sampled, "the sampled answer");
+            let ((a, pause), (b, other)) = (a.expect("an answer"), b.expect("an answer"));
+            println!("{phase:10} {kind:8} pause {:4} ms", pause.max(other).as_millis());
+            assert!(a == greedy, "the greedy answer");
+            assert!(b == sampled, "the sampled answer");
             world.node.shutdown().await;
             files_when_all_have_ended().await;
         }
@@ -254,6 +261,13 @@ fn slow_and_leaking_processes_raise_alarms() {
             if kind == "leak" {
                 let renewed = async { while !matches!(facts.next().await, Ok(Some(Fact::ShardLoaded { .. }))) {} };
                 tokio::time::timeout(Duration::from_secs(20), renewed).await.expect("another process has the shard");
+                assert!(world.ask(0.9).await.expect("an answer").0 == expected, "{kind} changes the answer");
+                let two = async {
+                    while leftovers().0.len() > 2 {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                };
+                tokio::time::timeout(Duration::from_secs(10), two).await.expect("the leaking process has ended");
             }
             assert!(world.ask(0.9).await.expect("an answer").0 == expected, "{kind} changes the answer");
             world.node.shutdown().await;
@@ -275,4 +289,43 @@ fn a_process_that_is_not_released_is_killed() {
             files_when_all_have_ended().await;
         }
     });
+}
+
+/// R3.1–R3.5: the command runs an engine in a process of its own with the same answer, and the process ends with its
+/// node, even if that is killed.
+#[test]
+fn engines_of_the_command_run_in_processes_and_end_with_it() {
+    models();
+    let ask = |more: &[&str]| {
+        let mut arguments = vec!["run", SMOLLM2, "The sky is", "--json", "--max-tokens", "24", "--standalone"];
+        arguments.extend(more);
+        json(&arguments)["token_ids"].clone()
+    };
+    assert_eq!(ask(&["--isolate"]), ask(&["--no-isolate"]));
+    let node = super::node::Node::up(&[SMOLLM2, "--isolate"]);
+    let parent = node.pid();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let worker = loop {
+        if let Some(worker) = children(parent).first() {
+            break worker.split(' ').next().expect("a number").to_owned();
+        }
+        assert!(Instant::now() < deadline, "no process for the engine");
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    node.signal("KILL");
+    let stat = PathBuf::from("/proc").join(worker).join("stat");
+    while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(Instant::now() < deadline, "the process outlives its node");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// R3.1–R3.5: a program that cannot run as the process of an engine says so, and how it can.
+#[test]
+fn a_program_that_is_no_worker_is_told_how_to_become_one() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    let folder = tempfile::tempdir().expect("a folder");
+    let builder = Node::builder().data_dir(folder.path()).isolation(exo::Isolation::All);
+    let error = runtime.block_on(builder.start()).expect_err("it has no worker").to_string();
+    assert!(error.contains("run_worker_if_asked"), "{error}");
 }

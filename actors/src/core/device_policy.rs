@@ -31,7 +31,7 @@ pub(crate) enum Decision {
     Serve(Verdict),
     /// Nothing: the fallback serves on. The shard is promoted after the device's next probe.
     StayFallen,
-    /// Nothing, and the shard is not promoted any more: the device is not at fault.
+    /// Nothing, and the shard is not promoted any more: the model's files are at fault, not the device.
     Abandon,
 }
 
@@ -67,6 +67,8 @@ enum Place {
     Fallen,
     /// On the fallback, while it loads here.
     Promoting,
+    /// On the fallback for good: a load here fails whatever the device's health is.
+    Barred,
 }
 
 #[derive(Debug, Clone)]
@@ -109,7 +111,7 @@ impl DevicePolicy {
                 Start::OnFallback
             }
             Place::Here | Place::Promoting => Start::Here,
-            Place::Fallen => Start::OnFallback,
+            Place::Fallen | Place::Barred => Start::OnFallback,
         }
     }
 
@@ -117,10 +119,11 @@ impl DevicePolicy {
     pub(crate) fn handle_failure(&mut self, shard: ShardNumber, class: ErrorClass, now: Duration) -> Decision {
         let Some(known) = self.shards.get_mut(&shard) else { return Decision::Abandon };
         if known.place != Place::Here {
-            if class == ErrorClass::Caller || class == ErrorClass::Overload {
-                self.shards.remove(&shard);
+            if class == ErrorClass::Caller {
+                known.place = Place::Barred;
                 return Decision::Abandon;
             }
+            // A device that is out of memory gets time to free it.
             known.place = Place::Fallen;
             self.rest(now);
             return Decision::StayFallen;
@@ -137,6 +140,11 @@ impl DevicePolicy {
         Decision::Serve(verdict)
     }
 
+    /// Whether a shard of this device runs on the fallback.
+    pub(crate) fn has_fallen(&self, shard: ShardNumber) -> bool {
+        self.shards.get(&shard).is_some_and(|shard| shard.place != Place::Here)
+    }
+
     /// Forgets a shard that is not needed any more.
     pub(crate) fn handle_over(&mut self, shard: ShardNumber) {
         self.shards.remove(&shard);
@@ -150,6 +158,10 @@ impl DevicePolicy {
 
     /// Notes that the probe has passed. Returns the shards to load on the device again, beside what serves.
     pub(crate) fn handle_probe_passed(&mut self, now: Duration) -> Vec<ShardNumber> {
+        // A shard has failed since the probe began.
+        if self.health != Health::Probing {
+            return Vec::new();
+        }
         (self.health, self.since) = (Health::Well, now);
         let fallen = self.shards.iter_mut().filter(|(_, shard)| shard.place == Place::Fallen);
         let promoted = fallen.map(|(&number, shard)| {
@@ -161,7 +173,9 @@ impl DevicePolicy {
 
     /// Notes that the probe has failed.
     pub(crate) fn handle_probe_failed(&mut self, now: Duration) {
-        self.rest(now);
+        if self.health == Health::Probing {
+            self.rest(now);
+        }
     }
 
     /// Returns whether a probe is to start now. The next call does not return true before the probe has ended.

@@ -80,7 +80,7 @@ pub enum Fact {
         /// How slow; `None`: not slow any more.
         slow_down: Option<SlowDown>,
     },
-    /// The process of a stage's shard holds memory that nothing explains. The shard is loaded into another process.
+    /// The process of a stage's shard holds memory that nothing explains. Another one takes over if memory suffices.
     ShardLeaks {
         /// The instance.
         instance: InstanceId,

@@ -5,44 +5,39 @@ use std::time::Duration;
 
 /// How long memory must stay above the limit: a load or a long prompt needs more for a moment.
 const LASTS: Duration = Duration::from_secs(3);
-/// The least time between two reports of the same growth.
-const REPORT_EVERY: Duration = Duration::from_secs(600);
-
 /// Memory that has grown without a cause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryGrowth {
-    /// The least unexplained memory so far.
-    pub from_bytes: u64,
-    /// The unexplained memory now.
-    pub to_bytes: u64,
+    /// The growth since the last report, or since the memory was least.
+    pub grown_bytes: u64,
 }
 
 /// Watches an amount of memory that nothing explains, and that should not grow.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct MemoryWatch {
-    least_bytes: Option<u64>,
+    /// The least so far, or the amount of the last report.
+    base_bytes: Option<i64>,
     /// Since when the memory has been above the limit.
     over: Option<Duration>,
-    reported: Option<Duration>,
 }
 
 impl MemoryWatch {
-    /// Returns the growth if `bytes` has been more than `slack_bytes` above its least for a while, and this was not
-    /// reported lately. `now` counts from any fixed start.
-    pub(crate) fn check(&mut self, bytes: u64, slack_bytes: u64, now: Duration) -> Option<MemoryGrowth> {
-        let least = self.least_bytes.map_or(bytes, |least| least.min(bytes));
-        self.least_bytes = Some(least);
-        if bytes <= least.saturating_add(slack_bytes) {
+    /// Returns the growth if the unexplained `bytes` have been more than `slack_bytes` above their base for a while.
+    /// `now` counts from any fixed start.
+    pub(crate) fn check(&mut self, bytes: i64, slack_bytes: u64, now: Duration) -> Option<MemoryGrowth> {
+        let base = self.base_bytes.map_or(bytes, |base| base.min(bytes));
+        self.base_bytes = Some(base);
+        let grown_bytes = bytes.abs_diff(base);
+        if grown_bytes <= slack_bytes {
             self.over = None;
             return None;
         }
         let over = *self.over.get_or_insert(now);
-        let is_due = self.reported.is_none_or(|reported| now.saturating_sub(reported) >= REPORT_EVERY);
-        if now.saturating_sub(over) < LASTS || !is_due {
+        if now.saturating_sub(over) < LASTS {
             return None;
         }
-        self.reported = Some(now);
-        Some(MemoryGrowth { from_bytes: least, to_bytes: bytes })
+        (self.base_bytes, self.over) = (Some(bytes), None);
+        Some(MemoryGrowth { grown_bytes })
     }
 }
 
@@ -53,12 +48,15 @@ mod tests {
     #[test]
     fn growth_that_lasts_is_reported_once() {
         let mut watch = MemoryWatch::default();
-        let mut check = |second: u64, bytes: u64| watch.check(bytes, 100, Duration::from_secs(second));
-        assert_eq!([(0, 500), (1, 30), (2, 120), (3, 131)].map(|(second, bytes)| check(second, bytes)), [None; 4]);
-        assert_eq!([(4, 400), (5, 40)].map(|(second, bytes)| check(second, bytes)), [None; 2], "a moment");
+        let mut check = |second: u64, bytes: i64| watch.check(bytes, 100, Duration::from_secs(second));
+        assert_eq!([(0, 500), (1, -30), (2, 60), (3, 71)].map(|(second, bytes)| check(second, bytes)), [None; 4]);
+        assert_eq!([(4, 400), (5, -20)].map(|(second, bytes)| check(second, bytes)), [None; 2], "a moment");
         assert_eq!([(10, 200), (11, 210), (12, 220)].map(|(second, bytes)| check(second, bytes)), [None; 3]);
-        assert_eq!(check(13, 230), Some(MemoryGrowth { from_bytes: 30, to_bytes: 230 }));
-        assert_eq!(check(14, 900), None);
-        assert_eq!(check(700, 950), Some(MemoryGrowth { from_bytes: 30, to_bytes: 950 }));
+        assert_eq!(check(13, 230), Some(MemoryGrowth { grown_bytes: 260 }));
+        assert_eq!([(14, 240), (900, 310)].map(|(second, bytes)| check(second, bytes)), [None; 2], "it was reported");
+        assert_eq!(
+            [(1000, 340), (1003, 350)].map(|(second, bytes)| check(second, bytes))[1],
+            Some(MemoryGrowth { grown_bytes: 120 })
+        );
     }
 }

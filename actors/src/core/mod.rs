@@ -19,7 +19,7 @@
 //! - `pipeline`, `stage`: the bring-up of one placement, and the reports of its stages;
 //! - [`scheduler`]: turns requests and results into steps and tokens;
 //! - [`restart_policy`]: decides what to do about a failed shard; [`device_policy`]: where a device's
-//!   shards run;
+//!   shards run; `shard_engines`: which of a shard's engines serves;
 //! - [`watchdog`]: how long work may take before it counts as hung; [`step_times`]: how long steps do take;
 //!   [`memory_watch`]: memory that grows without a cause.
 
@@ -38,6 +38,7 @@ pub mod plan;
 pub mod request;
 pub mod restart_policy;
 pub mod scheduler;
+pub(crate) mod shard_engines;
 pub mod spec;
 pub mod speed;
 pub(crate) mod stage;

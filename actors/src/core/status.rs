@@ -87,7 +87,7 @@ pub struct Machine {
     pub memory_total_bytes: Option<u64>,
     /// The machine's memory that programs can still use.
     pub memory_free_bytes: Option<u64>,
-    /// Resident memory of this process.
+    /// Resident memory of this process and of those of its engines.
     pub process_bytes: Option<u64>,
     /// The share of all cores in use, 0 to 1.
     pub cpu_utilisation: Option<f32>,

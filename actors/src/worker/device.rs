@@ -9,8 +9,11 @@
 //! A shard that cannot run here runs on the fallback device until this one has passed a probe; then it loads here
 //! beside what serves, and the worker lets it take over.
 
+mod probing;
+
 use super::engine_thread::ThreadEnd;
-use super::probe::{self, Probe};
+use super::machine::available_bytes;
+use super::probe::Probe;
 use super::shard::{Shard, ShardArgs, ShardFailure, ShardReport, ShardTask};
 use crate::core::device_policy::{Decision, DevicePolicy, Health, ShardNumber, Start};
 use crate::core::node_status::{DeviceTrouble, Fact};
@@ -34,7 +37,9 @@ const END_CHECKED_EVERY: Duration = Duration::from_millis(20);
 /// How long a start waits for the end of the engine before it. A killed process that takes longer hangs in its driver.
 const ENDS_WITHIN: Duration = Duration::from_secs(5);
 
-/// How long a retired shard is remembered: longer than any wait for a restart.
+/// The least time between two replacements of a leaking process.
+const RENEWED_EVERY: Duration = Duration::from_secs(600);
+/// How long a retired engine is remembered: longer than any wait for a restart.
 const RETIRED_FOR: Duration = Duration::from_secs(60);
 
 #[derive(Debug, RactorMessage)]
@@ -78,17 +83,19 @@ pub(crate) struct DeviceState {
     started: Instant,
     policy: DevicePolicy,
     running: HashMap<ActorId, (ActorCell, ShardTask)>,
-    /// The shards of this device that run on the fallback.
-    fallen: HashMap<ShardNumber, ShardTask>,
+    /// The shards that were ordered from this device, wherever they run.
+    tasks: HashMap<ShardNumber, ShardTask>,
     /// Engines that have failed, whose threads have not ended yet.
     ending: Vec<Ending>,
     probe: Option<Probe>,
     /// The shards that are loaded into another engine beside the one that serves here, with that engine's run.
     renewing: HashMap<ShardNumber, u64>,
+    /// When shards were last loaded into another engine because of a leak.
+    renewed: HashMap<ShardNumber, Instant>,
     /// The number of engines that were started here.
     runs: u64,
-    /// Shards that were retired while they waited for a restart, and when.
-    retired: HashMap<ShardNumber, Instant>,
+    /// Engines that were retired when they had ended already, and when: they may wait for a restart.
+    retired: HashMap<(ShardNumber, u64), Instant>,
 }
 
 #[derive(Debug)]
@@ -117,10 +124,11 @@ impl Actor for Device {
             started: Instant::now(),
             policy,
             running: HashMap::new(),
-            fallen: HashMap::new(),
+            tasks: HashMap::new(),
             ending: Vec::new(),
             probe: None,
             renewing: HashMap::new(),
+            renewed: HashMap::new(),
             runs: 0,
             retired: HashMap::new(),
         })
@@ -133,13 +141,10 @@ impl Actor for Device {
         state: &mut DeviceState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            DeviceMsg::Start(task) => {
-                state.retired.remove(&task.number);
-                state.start(&myself, *task).await;
-            }
+            DeviceMsg::Start(task) => state.start(&myself, *task).await,
             DeviceMsg::Restart(task) => state.restart(&myself, *task).await,
             DeviceMsg::Promoted(shard) => state.on_promoted(shard),
-            DeviceMsg::Unserved(shard) => state.on_unserved(shard),
+            DeviceMsg::Unserved(shard) => state.on_unserved(&myself, shard).await,
             DeviceMsg::Renew(shard) => state.renew(&myself, shard).await,
             DeviceMsg::Retire { shard, run } => state.retire(shard, run),
             DeviceMsg::Sweep => state.sweep(),
@@ -181,16 +186,17 @@ impl DeviceState {
         if task.is_over.is_cancelled() {
             return self.forget(task.number);
         }
+        self.tasks.insert(task.number, task.clone());
         match self.policy.handle_start(task.number) {
             Start::OnFallback => self.fall_back(task),
             Start::Here => self.launch(myself, task).await,
         }
     }
 
-    /// Starts a shard again, unless it has been retired meanwhile.
+    /// Starts a shard again, unless the engine that failed has been retired meanwhile.
     async fn restart(&mut self, myself: &DeviceRef, task: ShardTask) {
-        match self.retired.remove(&task.number) {
-            Some(_) => self.forget(task.number),
+        match self.retired.remove(&(task.number, task.run)) {
+            Some(_) => self.forget_if_unused(task.number),
             None => self.start(myself, task).await,
         }
     }
@@ -231,49 +237,66 @@ impl DeviceState {
 
     fn forget(&mut self, shard: ShardNumber) {
         self.policy.handle_over(shard);
-        self.fallen.remove(&shard);
+        self.tasks.remove(&shard);
         self.renewing.remove(&shard);
+        self.renewed.remove(&shard);
+    }
+
+    /// Forgets a shard that another device serves, unless it is to come back here.
+    fn forget_if_unused(&mut self, shard: ShardNumber) {
+        if !self.runs_of(shard).any(|_| true) && !self.policy.has_fallen(shard) {
+            self.forget(shard);
+        }
+    }
+
+    fn runs_of(&self, shard: ShardNumber) -> impl Iterator<Item = &(ActorCell, ShardTask)> {
+        self.running.values().filter(move |(_, task)| task.number == shard)
     }
 
     fn on_promoted(&mut self, shard: ShardNumber) {
         self.renewing.remove(&shard);
-        if !self.policy.handle_promoted(shard) {
-            return;
-        }
-        if let Some(task) = self.fallen.remove(&shard) {
+        let task = self.tasks.get(&shard).filter(|_| self.policy.handle_promoted(shard));
+        if let Some(task) = task {
             let (instance, stage, device) = (task.instance, task.stage, &self.args.report.id);
             tracing::info!(%instance, stage, %device, "a shard runs on its device again");
         }
     }
 
-    fn on_unserved(&mut self, shard: ShardNumber) {
-        if let Some(task) = self.fallen.get(&shard).cloned() {
-            self.fall_back(task);
+    async fn on_unserved(&mut self, myself: &DeviceRef, shard: ShardNumber) {
+        if let Some(task) = self.tasks.get(&shard).cloned() {
+            self.start(myself, task).await;
         }
     }
 
+    /// Loads a shard into another engine, unless memory does not suffice for both, or that was done lately.
     async fn renew(&mut self, myself: &DeviceRef, shard: ShardNumber) {
-        let task = self.running.values().find(|(_, task)| task.number == shard).map(|(_, task)| task.clone());
-        // The alarm comes again if the shard cannot be loaded now.
+        let running = self.runs_of(shard).map(|(_, task)| task.clone()).collect::<Vec<_>>();
+        let [task] = running.as_slice() else { return };
         self.ending.retain(|ending| !ending.end.has_ended());
-        if let Some(task) = task.filter(|_| self.ending.is_empty() && !self.renewing.contains_key(&shard)) {
-            self.renewing.insert(shard, self.runs + 1);
-            self.launch(myself, task).await;
+        let needed_bytes = task.engine.memory.bytes;
+        let is_recent = self.renewed.get(&shard).is_some_and(|since| since.elapsed() < RENEWED_EVERY);
+        let has_memory = available_bytes().is_none_or(|available| available > needed_bytes);
+        if is_recent || !has_memory || !self.ending.is_empty() {
+            let (instance, stage) = (task.instance, task.stage);
+            return tracing::warn!(%instance, stage, needed_bytes, "a leaking process is not replaced for now");
         }
+        self.renewed.insert(shard, Instant::now());
+        self.renewing.insert(shard, self.runs + 1);
+        self.launch(myself, task.clone()).await;
     }
 
     fn retire(&mut self, shard: ShardNumber, run: u64) {
-        let of_shard = |(_, task): &&(ActorCell, ShardTask)| task.number == shard;
-        for (cell, _) in self.running.values().filter(of_shard).filter(|(_, task)| task.run == run) {
-            cell.stop(None);
+        let retired: Vec<ActorCell> =
+            self.runs_of(shard).filter(|(_, task)| task.run == run).map(|(cell, _)| cell.clone()).collect();
+        if retired.is_empty() {
+            self.retired.insert((shard, run), Instant::now());
         }
-        if !self.running.values().any(|running| of_shard(&running)) {
-            // It waits for a restart, or has ended.
-            self.retired.insert(shard, Instant::now());
+        retired.iter().for_each(|cell| cell.stop(None));
+        if self.renewing.get(&shard) == Some(&run) {
+            self.renewing.remove(&shard);
         }
-        // A shard that was renewed stays on this device.
-        if self.running.values().filter(of_shard).all(|(_, task)| task.run == run) {
-            self.policy.handle_over(shard);
+        if self.runs_of(shard).all(|(_, task)| task.run == run) && !self.policy.has_fallen(shard) {
+            self.forget(shard);
         }
     }
 
@@ -284,7 +307,7 @@ impl DeviceState {
             cell.stop(None);
             over.push(task.number);
         }
-        over.extend(self.fallen.values().filter(|task| task.is_over.is_cancelled()).map(|task| task.number));
+        over.extend(self.tasks.values().filter(|task| task.is_over.is_cancelled()).map(|task| task.number));
         over.into_iter().for_each(|shard| self.forget(shard));
     }
 
@@ -302,13 +325,10 @@ impl DeviceState {
         self.tell_trouble(&error);
         let verdict = match decision {
             Decision::Serve(verdict) => verdict,
-            Decision::StayFallen => return task.report(ShardReport::NotPromoted(error)),
-            Decision::Abandon => {
-                self.fallen.remove(&task.number);
-                return task.report(ShardReport::NotPromoted(error));
-            }
+            Decision::StayFallen | Decision::Abandon => return task.report(ShardReport::NotPromoted(error)),
         };
         if let Verdict::Replan | Verdict::Stop = verdict {
+            self.tasks.remove(&task.number);
             return task.report(ShardReport::Lost(error));
         }
         task.report(ShardReport::Down(error));
@@ -320,7 +340,6 @@ impl DeviceState {
 
     fn fall_back(&mut self, task: ShardTask) {
         if let Some(fallback) = &self.args.fallback {
-            self.fallen.insert(task.number, task.clone());
             // Sending fails only if the device has stopped; the node stops, too.
             let _ = fallback.send_message(DeviceMsg::Start(Box::new(task)));
         }
@@ -333,71 +352,5 @@ impl DeviceState {
         let (error, remedy) = (error.to_string(), error.remedy().to_owned());
         let trouble = DeviceTrouble { error, remedy, probe_at_s };
         self.args.facts.tell(Fact::DeviceFailed { device: self.args.report.id.clone(), trouble });
-    }
-
-    fn tick(&mut self, myself: &DeviceRef) {
-        self.retired.retain(|_, since| since.elapsed() < RETIRED_FOR);
-        if let Some(probe) = self.probe.as_ref().filter(|probe| probe.started.elapsed() > self.args.hang_timeouts.load)
-        {
-            // The probe's thread then reports the end of the process.
-            if !probe.killer.kill() {
-                self.probe = None;
-                let seconds = self.args.hang_timeouts.load.as_secs();
-                self.fail_probe(&EngineError::Hung { from: "a self-test".to_owned(), seconds });
-            }
-        }
-        if self.policy.poll_probe(self.started.elapsed()) {
-            self.start_probe(myself);
-        }
-    }
-
-    fn start_probe(&mut self, myself: &DeviceRef) {
-        self.ending.retain(|ending| !ending.end.has_ended());
-        let device = self.args.report.id.clone();
-        if !self.ending.is_empty() {
-            return self.fail_probe(&EngineError::StillHung { device: device.to_string() });
-        }
-        let to = myself.clone();
-        let probe = probe::start(Arc::clone(&self.args.factory), device.clone(), move |outcome| {
-            // Sending fails only if the device has stopped; the node stops, too.
-            let _ = to.send_message(DeviceMsg::Probed(outcome));
-        });
-        match probe {
-            Ok(probe) => self.probe = Some(probe),
-            Err(error) => {
-                self.fail_probe(&EngineError::Device {
-                    device: device.to_string(),
-                    fault: DeviceFault::System,
-                    what: error.to_string(),
-                });
-            }
-        }
-    }
-
-    fn fail_probe(&mut self, error: &EngineError) {
-        self.policy.handle_probe_failed(self.started.elapsed());
-        tracing::info!(device = %self.args.report.id, %error, remedy = error.remedy(), "a device failed its probe");
-        self.tell_trouble(error);
-    }
-
-    fn on_probed(&mut self, myself: &DeviceRef, outcome: Result<SelfTestReport, EngineError>) {
-        // The result of a probe that was given up comes too late.
-        if self.probe.take().is_none() {
-            return;
-        }
-        let report = match outcome {
-            Ok(report) => report,
-            Err(error) => return self.fail_probe(&error),
-        };
-        let device = self.args.report.id.clone();
-        tracing::info!(%device, step_us = report.step.as_micros(), "a device passed its probe");
-        self.args.facts.tell(Fact::DeviceRecovered(device));
-        for shard in self.policy.handle_probe_passed(self.started.elapsed()) {
-            match self.fallen.get(&shard) {
-                // Sending fails only if this device has stopped; the node stops, too.
-                Some(task) => drop(myself.send_message(DeviceMsg::Start(Box::new(task.clone())))),
-                None => self.policy.handle_over(shard),
-            }
-        }
     }
 }

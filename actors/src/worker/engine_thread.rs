@@ -9,12 +9,12 @@
 //! process is gone, and holds its memory until then.
 
 use super::draws::Draws;
+use super::heartbeat::{EngineActivity, Heartbeat};
 use super::killer::Killer;
 use super::machine::resident_bytes;
 use super::memory_guard::MemoryGuard;
 use crate::core::scheduler::SamplerOperation;
 use crate::core::spec::InstanceId;
-use crate::core::step_times::StepTimes;
 use crate::transport::callback::EventCallback;
 use exo_engines::engine::{
     DeviceId, EngineFactory, Incarnation, Input, LoadProgress, LoadReport, Output, OutputRows, SeqId, ShardSpec, Step,
@@ -23,7 +23,6 @@ use exo_engines::engine::{
 use exo_engines::model::WeightSource;
 use exo_engines::sampler::{SampleError, Sampled, Sampler, TokenSampler};
 use exo_engines::{Engine, EngineError};
-use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -109,58 +108,6 @@ enum Command {
     Wire { incarnation: Incarnation, next: Next },
     Frame(Box<Frame>),
     Stop,
-}
-
-/// The current activity of an engine's thread.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum EngineActivity {
-    #[default]
-    Loading,
-    Waiting,
-    Step {
-        rows: usize,
-    },
-}
-
-/// The activity of an engine's thread, for its shard's watchdog.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Heartbeat(Arc<Mutex<Pulse>>);
-
-/// What a heartbeat shows.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Pulse {
-    /// The number of changes so far.
-    pub beats: u64,
-    pub activity: EngineActivity,
-    /// When the activity began.
-    since: Option<Instant>,
-    /// The times of finished steps.
-    pub times: StepTimes,
-    /// The memory that the engine accounts for; 0 before it is loaded.
-    pub memory_bytes: u64,
-}
-
-impl Heartbeat {
-    fn beat(&self, activity: EngineActivity) {
-        let mut pulse = self.0.lock();
-        if let (EngineActivity::Step { rows: rows @ 1.. }, Some(since)) = (pulse.activity, pulse.since) {
-            pulse.times.note(rows, since.elapsed());
-        }
-        pulse.beats += 1;
-        (pulse.activity, pulse.since) = (activity, Some(Instant::now()));
-    }
-
-    fn note_memory(&self, bytes: u64) {
-        self.0.lock().memory_bytes = bytes;
-    }
-
-    pub(crate) fn activity(&self) -> EngineActivity {
-        self.0.lock().activity
-    }
-
-    pub(crate) fn read(&self) -> Pulse {
-        self.0.lock().clone()
-    }
 }
 
 /// Shows whether an engine's thread has ended, for the device that has given up the thread.
@@ -267,7 +214,7 @@ pub(crate) struct EngineTask {
     pub spec: ShardSpec,
     pub weights: Arc<WeightSource>,
     /// Held until the engine is dropped.
-    pub _memory: Arc<MemoryGuard>,
+    pub memory: Arc<MemoryGuard>,
 }
 
 /// Starts a thread that loads a shard and then serves it.
@@ -353,6 +300,10 @@ fn serve(
             Command::Frame(frame) => match &wired {
                 Some((incarnation, next)) if *incarnation == frame.step.incarnation => {
                     heartbeat.beat(EngineActivity::Step { rows: frame.step.rows.len() });
+                    // Whoever stops the engine from now on sees the step, and kills the engine's process.
+                    if is_stopped.load(Ordering::Relaxed) {
+                        break;
+                    }
                     let bytes = run_step(&mut *engine, &mut sampler, &task.spec, *frame, next)?;
                     heartbeat.note_memory(bytes);
                     heartbeat.beat(EngineActivity::Waiting);

@@ -1,6 +1,7 @@
 //! Measurements of this machine: memory and CPU.
 
 use crate::core::status::Machine;
+use exo_engines::worker::live_processes;
 use sysinfo::{MemoryRefreshKind, Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
 /// The machine's host name; `node` if it has none.
@@ -17,18 +18,28 @@ pub(crate) fn measure_once() -> Machine {
 pub(crate) fn measure(system: &mut System) -> Machine {
     system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
     system.refresh_cpu_usage();
-    let pid = Pid::from_u32(std::process::id());
+    let own = [std::process::id()].into_iter().chain(live_processes());
+    let processes: Vec<Pid> = own.map(Pid::from_u32).collect();
     let memory = ProcessRefreshKind::nothing().with_memory();
-    system.refresh_processes_specifics(ProcessesToUpdate::Some(&[pid]), true, memory);
+    system.refresh_processes_specifics(ProcessesToUpdate::Some(&processes), true, memory);
+    let resident = processes.iter().filter_map(|pid| system.process(*pid)).map(sysinfo::Process::memory);
     let known = |bytes: u64| Some(bytes).filter(|&bytes| bytes > 0);
+    let process_bytes = known(resident.sum());
     let usage = system.global_cpu_usage();
     Machine {
         memory_total_bytes: known(system.total_memory()),
         memory_free_bytes: known(system.available_memory()),
-        process_bytes: system.process(pid).map(sysinfo::Process::memory).and_then(known),
+        process_bytes,
         unaccounted_bytes: unaccounted_bytes(),
         cpu_utilisation: usage.is_finite().then_some(usage / 100.0),
     }
+}
+
+/// The machine's memory that programs can still use; `None` if it cannot be read.
+pub(crate) fn available_bytes() -> Option<u64> {
+    let mut system = System::new().ok()?;
+    system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
+    Some(system.available_memory())
 }
 
 /// The resident memory of a process; `None` if it cannot be read.

@@ -8,6 +8,7 @@
 pub(crate) mod device;
 mod draws;
 pub(crate) mod engine_thread;
+mod heartbeat;
 mod killer;
 pub(crate) mod links;
 pub(crate) mod machine;

@@ -13,6 +13,8 @@ use std::time::Instant;
 pub(super) struct Probe {
     pub(super) killer: Killer,
     pub(super) started: Instant,
+    /// Whether the result does not count any more.
+    pub(super) is_given_up: bool,
 }
 
 /// Starts a thread that opens an engine on the device, and tests it.
@@ -25,7 +27,7 @@ pub(super) fn start(
     on: impl FnOnce(Result<SelfTestReport, EngineError>) + Send + 'static,
 ) -> std::io::Result<Probe> {
     let killer = Killer::default();
-    let probe = Probe { killer: killer.clone(), started: Instant::now() };
+    let probe = Probe { killer: killer.clone(), started: Instant::now(), is_given_up: false };
     let span = tracing::info_span!("probe", %device);
     std::thread::Builder::new().name("device-probe".to_owned()).spawn(move || {
         let _entered = span.entered();

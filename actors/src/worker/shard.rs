@@ -6,16 +6,18 @@
 //! - dies when: its engine fails (with the engine's error) or hangs, or it is stopped;
 //! - supervised by: its device.
 
-use super::engine_thread::{self, EngineActivity, EngineEvent, EngineHandle, EngineTask, Pulse, ThreadEnd};
+use super::engine_thread::{self, EngineEvent, EngineHandle, EngineTask, ThreadEnd};
+use super::heartbeat::{EngineActivity, Pulse};
 use super::machine::resident_bytes;
 use crate::core::device_policy::ShardNumber;
 use crate::core::memory_watch::{MemoryGrowth, MemoryWatch};
+use crate::core::shard_engines::EngineRun;
 use crate::core::spec::InstanceId;
 use crate::core::step_times::SlowDown;
 use crate::core::watchdog::{HangTimeouts, Watchdog};
 use crate::transport::callback::EventCallback;
 use exo_engines::EngineError;
-use exo_engines::engine::{DeviceId, DeviceKind, LoadProgress};
+use exo_engines::engine::{DeviceKind, LoadProgress};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::time::{Duration, Instant};
@@ -43,14 +45,6 @@ pub(crate) struct ShardTask {
     pub reports: EventCallback<(EngineRun, ShardReport)>,
     /// Cancelled to stop the shard.
     pub is_over: CancellationToken,
-}
-
-/// One engine of a shard: the shard may have another one before, after and beside it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct EngineRun {
-    pub device: DeviceId,
-    /// Counts the engines that the device has started.
-    pub run: u64,
 }
 
 impl ShardTask {
@@ -81,9 +75,9 @@ pub(crate) enum ShardReport {
     Lost(EngineError),
     /// The shard has become slow, or is as fast as before again.
     Speed(Option<SlowDown>),
-    /// The shard's process holds memory that nothing explains. The device loads the shard into another one.
+    /// The shard's process holds memory that nothing explains.
     Leaks(MemoryGrowth),
-    /// The shard failed on its device, where it was loaded beside the one that serves on the fallback.
+    /// The shard failed on its device, where it was loaded beside the engine that serves.
     NotPromoted(EngineError),
 }
 
@@ -208,13 +202,14 @@ impl ShardState {
 
     /// Reports memory of the engine's process that the engine does not account for, if it grows.
     fn check_memory(&mut self, resident_bytes: u64) {
-        let explained = self.engine.heartbeat().read().memory_bytes;
+        let explained = self.engine.heartbeat().read().memory_max_bytes;
         // A measurement during the load comes too early.
         if explained == 0 {
             return;
         }
         let (least, share) = MEMORY_SLACK;
-        let unexplained = resident_bytes.saturating_sub(explained);
+        // Memory on a device of its own is explained, and not resident: the difference may be negative.
+        let unexplained = resident_bytes.cast_signed() - explained.cast_signed();
         if let Some(growth) = self.memory.check(unexplained, least.max(explained / share), self.started.elapsed()) {
             self.args.task.report(ShardReport::Leaks(growth));
         }

@@ -9,7 +9,6 @@
 //! The worker drops an order with an earlier stamp than the instance's latest. A shard that a later order repeats
 //! unchanged stays loaded. A shard with other layers loads beside the serving one.
 
-mod promotion;
 mod release;
 mod reports;
 mod wiring;
@@ -18,10 +17,11 @@ use super::device::{DeviceMsg, DeviceRef};
 use super::engine_thread::{EngineHandle, EngineTask, LinkQueue};
 use super::links::LinkRegistry;
 use super::memory_guard::MemoryGuard;
-use super::shard::{EngineRun, ShardReport, ShardTask};
+use super::shard::{ShardReport, ShardTask};
 use crate::core::desired::{DesiredSnapshot, Stamp};
 use crate::core::plan::PlanError;
 use crate::core::request::RequestError;
+use crate::core::shard_engines::{EngineRun, ShardEngines};
 use crate::core::spec::InstanceId;
 use crate::core::stage::{StageEvent, StageTask};
 use crate::models::{Extent, Fetched, ModelsRef, ResolvedModel};
@@ -159,9 +159,7 @@ struct HostedShard {
     ordered: Instant,
     /// The cost of a row, in bytes of weights; 0 until the model's headers are read.
     cost_bytes: u64,
-    loaded: Option<Loaded>,
-    /// The shard as its device has loaded it beside the one that serves on the fallback.
-    promoted: Option<Loaded>,
+    engines: ShardEngines<Loaded>,
     /// The incarnation for which the shard is connected.
     wired: Option<Incarnation>,
     is_over: CancellationToken,
@@ -170,7 +168,6 @@ struct HostedShard {
 #[derive(Debug, Clone)]
 struct Loaded {
     engine: EngineHandle,
-    run: EngineRun,
     /// The number of the load on this node.
     load: u64,
     hidden: usize,
@@ -268,14 +265,14 @@ impl WorkerState {
         let of = key.clone();
         let progress =
             EventCallback::to(myself, move |fetched| WorkerMsg::Fetched { key: of.clone(), serial, fetched });
+        let engines = ShardEngines::new(task.device.clone());
         let shard = HostedShard {
             serial,
             owner,
             task,
             ordered: Instant::now(),
             cost_bytes: 0,
-            loaded: None,
-            promoted: None,
+            engines,
             wired: None,
             is_over: CancellationToken::new(),
         };
@@ -332,7 +329,7 @@ impl WorkerState {
             device: task.device.clone(),
             spec,
             weights: Arc::new(model.files.weights.clone()),
-            _memory: Arc::new(memory),
+            memory: Arc::new(memory),
         };
         let of = key.clone();
         let reports = EventCallback::to(myself, move |(run, report)| WorkerMsg::Shard {

@@ -53,7 +53,8 @@ fn render(status: &NodeStatus) -> String {
     let bytes = |bytes: Option<u64>| plain(bytes.map(|bytes| bytes as f64));
     gauge("memory_total_bytes", "Memory of this machine.").write(&mut out, bytes(machine.memory_total_bytes));
     gauge("memory_free_bytes", "Memory that is available.").write(&mut out, bytes(machine.memory_free_bytes));
-    gauge("process_bytes", "Resident memory of this process.").write(&mut out, bytes(machine.process_bytes));
+    gauge("process_bytes", "Resident memory of this process and of its engines' processes.")
+        .write(&mut out, bytes(machine.process_bytes));
     gauge("unaccounted_bytes", "Memory of this machine that neither processes nor caches account for.")
         .write(&mut out, bytes(machine.unaccounted_bytes));
     let busy = machine.cpu_utilisation.map(f64::from);

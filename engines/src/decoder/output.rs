@@ -105,7 +105,7 @@ impl<B: Backend> OutputLayer<'_, B> {
             RowQuery::FinalNorm => Some(take(1, self.architecture.hidden)),
         });
         let rows = rows.collect::<Option<Vec<_>>>();
-        let rows = rows.ok_or_else(|| EngineError::SelfTest { what: "a query got no answer".to_owned() })?;
+        let rows = rows.ok_or_else(|| bad_step("a query got no answer".to_owned()))?;
         Ok(Scores { rows, values })
     }
 }

@@ -15,6 +15,9 @@ const NUCLEUS: usize = 64;
 /// must agree.
 const ERROR: f64 = 2.0 * TopLogits::TOTAL_ERROR;
 
+/// The relative error of a weight: e^x is not exactly monotonic.
+const EXP_ERROR: f32 = 1e-6;
+
 /// Tokens in the order of their logits after penalties and bias, best first; among equals, the lowest token first.
 struct Ranked {
     tokens: Vec<(u32, f32)>,
@@ -110,24 +113,31 @@ impl OpenSampler {
     fn totals(&self, query: &TopQuery, top: &TopLogits, largest: f32) -> (f64, f64) {
         let (Some(factor), Some(&(_, before))) = (query.factor, top.best.first()) else { return (0.0, 0.0) };
         let weight = |logit: f32| (f64::from(logit - largest) * f64::from(factor)).exp();
-        let total = top.weight_total * weight(before);
-        let change = query.tokens.iter().zip(&top.tokens).map(|(&token, &logit)| {
-            weight(self.change(token, logit)) - if logit.is_nan() { 0.0 } else { weight(logit) }
-        });
-        let change: f64 = change.sum();
-        (total * (1.0 - ERROR) + change, total * (1.0 + ERROR) + change)
+        let mut total = top.weight_total * weight(before);
+        let mut slack = total * ERROR;
+        for (&token, &logit) in query.tokens.iter().zip(&top.tokens) {
+            let changed = weight(self.change(token, logit));
+            let unchanged = if logit.is_nan() { 0.0 } else { weight(logit) };
+            total += changed - unchanged;
+            slack += (changed + unchanged) * ERROR;
+        }
+        (total - slack, total + slack)
     }
 
     /// Applies top-p and min-p as [`OpenSampler::cut`] does to all entries. `unlisted` is the largest weight that an
     /// unlisted token can have, and `totals` bounds the sum of all weights.
     fn nucleus(&self, mut candidates: Candidates, unlisted: Option<f32>, totals: (f64, f64)) -> Option<Candidates> {
         let (top_p, min_p) = (f64::from(self.params.top_p), self.params.min_p);
+        // Weights beyond all bounds: a penalty or bias is large, and the temperature near 0.
+        if top_p < 1.0 && !(totals.0.is_finite() && totals.1.is_finite()) {
+            return None;
+        }
         // Logits that differ can have equal weights, which are ordered by token.
         let mut order: Vec<(u32, f32)> = candidates.ids.into_iter().zip(candidates.weights).collect();
         order.sort_unstable_by(|(a, x), (b, y)| y.total_cmp(x).then(a.cmp(b)));
         (candidates.ids, candidates.weights) = order.into_iter().unzip();
         let candidates = candidates.of_at_least(min_p);
-        let is_complete = unlisted.is_none_or(|weight| weight < min_p);
+        let is_complete = unlisted.is_none_or(|weight| weight * (1.0 + EXP_ERROR) < min_p);
         let reaches = |mass: f64| {
             let mut sum = 0.0;
             candidates.weights.iter().position(|&weight| {
@@ -141,7 +151,7 @@ impl OpenSampler {
         }
         match last {
             Some(last) => {
-                let is_certain = unlisted.is_none_or(|weight| candidates.weights[last] > weight);
+                let is_certain = unlisted.is_none_or(|weight| candidates.weights[last] > weight * (1.0 + EXP_ERROR));
                 let mut candidates = candidates;
                 candidates.truncate(last + 1);
                 is_certain.then_some(candidates)
@@ -162,10 +172,11 @@ mod tests {
     const SEQ: SeqId = SeqId(1);
 
     fn params() -> impl Strategy<Value = SamplingParams> {
-        let bias = prop::collection::btree_map(0_u32..300, -4.0_f32..4.0, 0..4);
+        let logit = prop_oneof![-4.0_f32..4.0, Just(-100.0_f32), Just(100.0_f32)];
+        let bias = prop::collection::btree_map(0_u32..300, logit, 0..4);
         let penalties = (prop::bool::ANY, prop::bool::ANY, prop::bool::ANY, bias);
         let cuts = (0_u32..40, prop_oneof![Just(1.0_f32), 0.05_f32..1.0], prop_oneof![Just(0.0_f32), 0.0_f32..0.5]);
-        let temperature = prop_oneof![Just(0.0_f32), 0.1_f32..3.0];
+        let temperature = prop_oneof![Just(0.0_f32), 0.1_f32..3.0, Just(0.001_f32), Just(0.01_f32)];
         (temperature, cuts, penalties, any::<u64>(), 0_u32..5).prop_map(|(temperature, cuts, penalties, seed, top)| {
             SamplingParams {
                 temperature,

@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 /// The most bytes of values that follow their message on the socket although there is shared memory: so few take no
 /// longer than two more calls.
@@ -47,6 +48,11 @@ pub(super) struct Channel {
 impl Channel {
     pub(super) fn new(socket: UnixStream, memory: Option<SharedMemory>) -> Self {
         Self { socket, memory, buffer: Vec::new() }
+    }
+
+    /// Sets how long a side waits for a message; `None`: for ever.
+    pub(super) fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
+        self.socket.set_read_timeout(patience)
     }
 
     pub(super) fn send<T: Serialize>(&mut self, message: &T, values: &[f32]) -> Result<(), ChannelError> {
@@ -114,7 +120,7 @@ mod tests {
 
     fn pair() -> (Channel, Channel) {
         let (a, b) = UnixStream::pair().expect("sockets");
-        let memory = SharedMemory::create().expect("memory");
+        let memory = SharedMemory::create();
         let other = memory.as_ref().map(|memory| memory.descriptor().expect("a descriptor"));
         let other = other.and_then(SharedMemory::received);
         assert_eq!(memory.is_some(), other.is_some());

@@ -30,9 +30,9 @@ impl Shape {
                 let width = if *query == RowQuery::FinalNorm { self.hidden } else { self.vocabulary };
                 let row = values.get(range.clone()).filter(|row| row.len() == width);
                 let row = row.ok_or_else(|| format!("{} values of a row instead of {width}", range.len()))?;
-                match row.iter().any(|value| value.is_nan()) {
-                    true => Err("a row with values that are not numbers".to_owned()),
-                    false => Ok(()),
+                match query {
+                    RowQuery::FinalNorm => check_finite(row),
+                    RowQuery::Top(_) | RowQuery::Logits => self.check_logits(row),
                 }
             }
         })
@@ -43,16 +43,33 @@ impl Shape {
         if values.len() != expected {
             return Err(format!("{} hidden values instead of {expected}", values.len()));
         }
-        match values.iter().all(|value| value.is_finite()) {
+        check_finite(values)
+    }
+
+    /// Checks a row of all logits.
+    pub(super) fn check_logits(self, row: &[f32]) -> Result<(), String> {
+        if row.len() != self.vocabulary {
+            return Err(format!("{} logits instead of {}", row.len(), self.vocabulary));
+        }
+        let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        match largest.is_finite() && !row.iter().any(|logit| logit.is_nan()) {
             true => Ok(()),
-            false => Err("hidden rows with values that are not finite".to_owned()),
+            false => Err("logits without a finite maximum".to_owned()),
         }
     }
 
     fn check_top(self, top: &TopLogits, query: &TopQuery) -> Result<(), String> {
         let is_token = |token: u32| (token as usize) < self.vocabulary;
-        if top.tokens.len() != query.tokens.len() || top.best.len() > query.count as usize {
+        let count = (query.count as usize).min(self.vocabulary);
+        if top.tokens.len() != query.tokens.len() || top.best.len() != count {
             return Err("another number of logits than was asked for".to_owned());
+        }
+        if !top.best.is_sorted_by(|(_, a), (_, b)| a >= b || b.is_nan()) {
+            return Err("the largest logits are not in order".to_owned());
+        }
+        if query.factor.is_some() && !(top.weight_total.is_finite() && top.weight_total >= 1.0 - TopLogits::TOTAL_ERROR)
+        {
+            return Err("a sum of weights that cannot be".to_owned());
         }
         if !top.best.iter().all(|&(token, _)| is_token(token)) {
             return Err("a token outside the vocabulary".to_owned());
@@ -61,6 +78,13 @@ impl Shape {
             Some((_, logit)) if logit.is_finite() && top.log_total.is_finite() => Ok(()),
             _ => Err("logits without a finite maximum".to_owned()),
         }
+    }
+}
+
+fn check_finite(values: &[f32]) -> Result<(), String> {
+    match values.iter().all(|value| value.is_finite()) {
+        true => Ok(()),
+        false => Err("rows with values that are not finite".to_owned()),
     }
 }
 
@@ -79,12 +103,15 @@ mod tests {
         let check =
             |scores: RowScores, query: RowQuery, values: &[f32]| SHAPE.check(1, &[query], Some(&[scores]), values);
         let top_query = || RowQuery::Top(query.clone());
-        assert_eq!(check(top(&[(2, 1.0)]), top_query(), &[]), Ok(()));
+        assert_eq!(check(top(&[(2, 1.0), (0, 0.5)]), top_query(), &[]), Ok(()));
         assert_eq!(check(RowScores::Values(0..3), RowQuery::Logits, &[1.0; 3]), Ok(()));
         assert_eq!(SHAPE.check(2, &[], None, &[0.0; 4]), Ok(()));
         let wrong = [
-            check(top(&[(3, 1.0)]), top_query(), &[]),
-            check(top(&[(2, f32::NAN)]), top_query(), &[]),
+            check(top(&[(3, 1.0), (1, 0.0)]), top_query(), &[]),
+            check(top(&[(2, 1.0)]), top_query(), &[]),
+            check(top(&[(2, 0.0), (0, 1.0)]), top_query(), &[]),
+            check(RowScores::Values(0..3), RowQuery::Logits, &[1.0, f32::INFINITY, 1.0]),
+            check(top(&[(2, f32::NAN), (1, 0.0)]), top_query(), &[]),
             check(top(&[(0, 1.0), (1, 0.0), (2, 0.0)]), top_query(), &[]),
             check(top(&[(2, 1.0)]), RowQuery::Logits, &[]),
             check(RowScores::Values(0..3), RowQuery::FinalNorm, &[1.0; 3]),

@@ -26,7 +26,7 @@ impl WorkerFactory {
 
     fn start(&self, device: &DeviceId) -> io::Result<WorkerEngine> {
         let (socket, of_worker) = UnixStream::pair()?;
-        let memory = SharedMemory::create()?;
+        let memory = SharedMemory::create();
         let descriptor = memory.as_ref().map(SharedMemory::descriptor).transpose()?;
         let (process, stderr) = self.command.start(of_worker.into(), descriptor)?;
         Ok(WorkerEngine::new(self.name(), device.clone(), Channel::new(socket, memory), process, stderr))

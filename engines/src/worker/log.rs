@@ -15,6 +15,9 @@ use tracing::{Level, Metadata, Subscriber};
 /// The first byte of an event's line: ASCII's record separator, as in JSON text sequences (RFC 7464).
 const MARK: u8 = 0x1e;
 
+/// The longest event, in bytes; the message of a longer one is cut, and its fields are left out.
+pub(super) const EVENT_BYTES_MAX: usize = 60 << 10;
+
 /// The most detailed level that the node logs, as [`LogLevel`]. A worker learns it with its first request.
 static LEVEL: AtomicU8 = AtomicU8::new(LogLevel::Warn as u8);
 
@@ -53,8 +56,23 @@ impl Event {
         serde_json::from_slice(line.strip_prefix(&[MARK])?).ok()
     }
 
+    /// Whether a line is an event, or a part of one.
+    pub(super) fn is_marked(line: &[u8]) -> bool {
+        line.first() == Some(&MARK)
+    }
+
     fn write(&self) {
         let Ok(json) = serde_json::to_vec(self) else { return };
+        let json = match json.len() {
+            0..EVENT_BYTES_MAX => json,
+            // A character takes up to six bytes in JSON.
+            _ => {
+                let message: String = self.message.chars().take(EVENT_BYTES_MAX / 12).collect();
+                let (level, target, fields) = (self.level, self.target.clone(), BTreeMap::new());
+                let Ok(json) = serde_json::to_vec(&Self { level, target, message, fields }) else { return };
+                json
+            }
+        };
         let line = [&[MARK], json.as_slice(), b"\n"].concat();
         // A worker whose node has gone ends soon.
         let _ = std::io::stderr().lock().write_all(&line);

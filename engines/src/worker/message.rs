@@ -23,6 +23,12 @@ pub(super) struct Hello {
     pub(super) exo: String,
 }
 
+impl std::fmt::Display for Hello {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "exo {}, messages {}", self.exo, self.messages)
+    }
+}
+
 impl Hello {
     /// The greeting of this program.
     pub(super) fn own() -> Self {

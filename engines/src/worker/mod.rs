@@ -25,5 +25,5 @@ mod shared_memory;
 mod stderr;
 
 pub use factory::WorkerFactory;
-pub use process::WorkerCommand;
+pub use process::{WorkerCommand, live_processes};
 pub use serve::serve;

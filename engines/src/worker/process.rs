@@ -3,13 +3,13 @@
 use super::stderr::Stderr;
 use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::LazyLock;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -46,19 +46,33 @@ struct Order {
     reply: SyncSender<io::Result<Child>>,
 }
 
-/// The thread that starts all workers. Linux ends a child when the thread that started it ends, so this one never does.
-/// `None`: the thread could not be started.
-static STARTER: LazyLock<Option<SyncSender<Order>>> = LazyLock::new(|| {
+/// The workers of this program that have not been reaped.
+static LIVE: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+/// The thread that starts all workers, once it is started. Linux ends a child when the thread that started it ends, so
+/// this one never does.
+static STARTER: Mutex<Option<SyncSender<Order>>> = Mutex::new(None);
+
+/// Returns the numbers of the processes that serve engines of this program.
+pub fn live_processes() -> Vec<u32> {
+    LIVE.lock().iter().copied().collect()
+}
+
+fn starter() -> io::Result<SyncSender<Order>> {
+    let mut starter = STARTER.lock();
+    if let Some(orders) = &*starter {
+        return Ok(orders.clone());
+    }
     // Each caller waits for its own reply.
     let (orders, receiver) = sync_channel::<Order>(0);
-    let started = std::thread::Builder::new().name("engine-starter".to_owned()).spawn(move || {
+    std::thread::Builder::new().name("engine-starter".to_owned()).spawn(move || {
         while let Ok(Order { mut command, reply }) = receiver.recv() {
             // The caller waits for the reply.
             let _ = reply.send(command.spawn());
         }
-    });
-    started.ok().map(|_| orders)
-});
+    })?;
+    Ok(starter.insert(orders).clone())
+}
 
 impl WorkerCommand {
     /// Starts a worker with `socket` as its standard input and `memory` as its standard output.
@@ -71,12 +85,12 @@ impl WorkerCommand {
         command.process_group(0);
         let (reply, started) = sync_channel(1);
         let ended = || io::Error::other("the thread that starts processes has ended");
-        let starter = STARTER.as_ref().ok_or_else(ended)?;
-        starter.send(Order { command, reply }).map_err(|_| ended())?;
+        starter()?.send(Order { command, reply }).map_err(|_| ended())?;
         let mut child = started.recv().map_err(|_| ended())??;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or_else(ended)?;
         let stderr = child.stderr.take();
         let process = Process { pid, state: Mutex::new(State::Running(child)) };
+        LIVE.lock().insert(process.id());
         let stderr = stderr.ok_or_else(ended).and_then(|stderr| Stderr::read(stderr, pid.as_raw_nonzero().get()));
         match stderr {
             Ok(stderr) => Ok((process, stderr)),
@@ -104,6 +118,9 @@ impl Process {
 
     /// Waits until the process has ended and its memory is free, and returns how it ended, in words.
     pub(super) fn wait(&self) -> String {
+        if self.is_gone() {
+            return self.reap();
+        }
         // The process is not reaped while others may kill it by its number.
         while let Err(rustix::io::Errno::INTR) =
             waitid(WaitId::Pid(self.pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)
@@ -113,6 +130,9 @@ impl Process {
 
     /// Waits at most `limit` for the end of the process. Returns whether it has ended.
     pub(super) fn wait_at_most(&self, limit: Duration) -> bool {
+        if self.is_gone() {
+            return true;
+        }
         let started = Instant::now();
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
         loop {
@@ -125,10 +145,16 @@ impl Process {
         }
     }
 
+    /// Whether the process was reaped: its number may be another's.
+    fn is_gone(&self) -> bool {
+        matches!(*self.state.lock(), State::Gone(_))
+    }
+
     fn reap(&self) -> String {
         let mut state = self.state.lock();
         if let State::Running(child) = &mut *state {
             *state = State::Gone(child.wait());
+            LIVE.lock().remove(&self.id());
         }
         match &*state {
             State::Gone(Ok(status)) => status.to_string(),

@@ -13,12 +13,18 @@ use crate::error::EngineError;
 use crate::model::WeightSource;
 use crate::profile::Profile;
 use std::borrow::Cow;
+use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a worker may take to release its device, before it is killed.
 const RELEASE_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long a started program may take to say that it is a worker.
+const GREETS_WITHIN: Duration = Duration::from_secs(30);
+/// The most characters of a text from a worker.
+const TEXT_MAX: usize = 2000;
 
 /// An engine in a worker.
 #[derive(Debug)]
@@ -55,9 +61,11 @@ impl WorkerEngine {
     fn reply(&mut self, values_max: usize) -> Result<(Reply, Vec<f32>), EngineError> {
         let received = self.channel.as_mut().ok_or(EngineError::NotLoaded)?.receive(values_max);
         match received {
+            // The node itself interrupts loads.
+            Ok((Reply::Failed(EngineError::Interrupted), _)) => Err(self.broken("an interruption")),
             Ok((Reply::Failed(error), _)) => {
                 self.channel = None;
-                Err(error)
+                Err(error.shortened(TEXT_MAX))
             }
             Ok(reply) => Ok(reply),
             Err(error) => Err(self.ended(&error)),
@@ -83,11 +91,16 @@ impl WorkerEngine {
 
     /// Checks that the worker is a program of this version.
     fn greet(&mut self) -> Result<(), EngineError> {
-        let received = self.channel.as_mut().ok_or(EngineError::NotLoaded)?.receive::<Hello>(0);
+        let channel = self.channel.as_mut().ok_or(EngineError::NotLoaded)?;
+        let received = channel.set_patience(Some(GREETS_WITHIN)).map_err(ChannelError::from);
+        let received = received.and_then(|()| channel.receive::<Hello>(0));
+        let received = received.and_then(|hello| Ok(channel.set_patience(None).map(|()| hello)?));
         match received {
             Ok((hello, _)) if hello == Hello::own() => Ok(()),
-            Ok((Hello { exo, .. }, _)) => Err(self.give_up(format!("exo {exo}"))),
-            Err(ChannelError::Io(error)) => Err(self.ended(&ChannelError::Io(error))),
+            Ok((hello, _)) => Err(self.give_up(hello.to_string())),
+            Err(ChannelError::Io(error)) if error.kind() != io::ErrorKind::WouldBlock => {
+                Err(self.ended(&ChannelError::Io(error)))
+            }
             Err(_) => Err(self.give_up("another program".to_owned())),
         }
     }
@@ -95,7 +108,7 @@ impl WorkerEngine {
     fn give_up(&mut self, found: String) -> EngineError {
         self.process.kill();
         self.channel = None;
-        EngineError::WorkerVersion { found, expected: format!("exo {}", Hello::own().exo) }
+        EngineError::WorkerVersion { found, expected: Hello::own().to_string() }.shortened(TEXT_MAX)
     }
 
     /// Ends a worker that has broken off, and says why.
@@ -112,6 +125,13 @@ impl WorkerEngine {
             error => format!("{error} ({end})"),
         };
         EngineError::WorkerEnded { what, last_lines: self.stderr.last_lines() }
+    }
+
+    /// Ends a worker whose numbers are wrong.
+    fn wrong(&mut self, what: String) -> EngineError {
+        self.process.kill();
+        self.channel = None;
+        EngineError::Numerics { device: self.device.to_string(), what }
     }
 
     fn broken(&mut self, what: &str) -> EngineError {
@@ -174,9 +194,7 @@ impl Engine for WorkerEngine {
             return Err(self.broken("a reply to another request than a step"));
         };
         if let Err(what) = self.shape.check(step.rows.len(), queries, scores.as_deref(), &values) {
-            self.process.kill();
-            self.channel = None;
-            return Err(EngineError::Numerics { device: self.device.to_string(), what });
+            return Err(self.wrong(what));
         }
         let rows = match scores {
             None => OutputRows::Hidden(values),
@@ -188,9 +206,12 @@ impl Engine for WorkerEngine {
     fn logits(&mut self, row: usize) -> Result<Vec<f32>, EngineError> {
         self.request(&Request::Logits { row }, &[])?;
         let (reply, values) = self.reply(self.shape.vocabulary)?;
-        match reply {
-            Reply::Logits if values.len() == self.shape.vocabulary => Ok(values),
-            _ => Err(self.broken("a reply to another request than one for logits")),
+        let Reply::Logits = reply else {
+            return Err(self.broken("a reply to another request than one for logits"));
+        };
+        match self.shape.check_logits(&values) {
+            Ok(()) => Ok(values),
+            Err(what) => Err(self.wrong(what)),
         }
     }
 

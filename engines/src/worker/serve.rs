@@ -6,7 +6,6 @@ use super::message::{Hello, Reply, Request};
 use super::shared_memory::SharedMemory;
 use crate::engine::{Engine, EngineFactory, Input, Output, OutputRows, Scores};
 use crate::error::EngineError;
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Signal, getpid, kill_process};
 use std::io;
 use std::ops::ControlFlow;
@@ -44,6 +43,11 @@ fn kill_this_process() -> ! {
 
 /// Takes the node's descriptors, and makes the process end with its node.
 fn start() -> io::Result<Channel> {
+    if has_other_threads() {
+        return Err(io::Error::other(
+            "the program has threads already: serve before it starts any, or an asynchronous `main` does",
+        ));
+    }
     close_inherited();
     let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
     let memory = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)?;
@@ -61,6 +65,11 @@ fn start() -> io::Result<Channel> {
     Ok(channel)
 }
 
+/// Whether the program has started threads, whose files must not be closed.
+fn has_other_threads() -> bool {
+    std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() > 1)
+}
+
 /// Closes the files that the node had open for its own children.
 fn close_inherited() {
     let Ok(entries) = std::fs::read_dir("/dev/fd") else { return };
@@ -70,7 +79,7 @@ fn close_inherited() {
     for descriptor in open {
         // The folder's descriptor is closed already.
         if rustix::io::fcntl_getfd(borrowed(descriptor)).is_ok() {
-            // SAFETY: the process has just started, and nothing in it uses the descriptor.
+            // SAFETY: the process has just started and has one thread, so nothing in it uses the descriptor.
             unsafe { rustix::io::close(descriptor) };
         }
     }
@@ -81,16 +90,36 @@ fn borrowed<'a>(descriptor: i32) -> std::os::fd::BorrowedFd<'a> {
     unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) }
 }
 
-/// Starts a thread that ends the process some time after the node has closed the socket, whatever the engine does.
+/// Starts a thread that ends the process some time after the node has gone, whatever the engine does.
 fn end_with(socket: OwnedFd) -> io::Result<()> {
     std::thread::Builder::new().name("node-watch".to_owned()).spawn(move || {
-        // No event is asked for: a closed socket is reported anyway.
-        let mut watched = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::empty())];
-        while let Err(rustix::io::Errno::INTR) = poll(&mut watched, None) {}
+        wait_for_end(&socket);
         std::thread::sleep(RELEASE_WITHIN);
         kill_this_process();
     })?;
     Ok(())
+}
+
+/// Waits until the node has closed the socket. No event is asked for: Linux reports a closed socket anyway.
+#[cfg(target_os = "linux")]
+fn wait_for_end(socket: &OwnedFd) {
+    use rustix::event::{PollFd, PollFlags, poll};
+    loop {
+        let mut watched = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::empty())];
+        let is_closed = poll(&mut watched, None).is_ok() && !watched[0].revents().is_empty();
+        if is_closed {
+            return;
+        }
+    }
+}
+
+/// Waits until the node has ended. Not every system reports a closed socket to those who ask for no event.
+#[cfg(not(target_os = "linux"))]
+fn wait_for_end(_: &OwnedFd) {
+    let node = rustix::process::getppid();
+    while rustix::process::getppid() == node {
+        std::thread::sleep(Duration::from_millis(500));
+    }
 }
 
 struct Worker<'a> {

@@ -16,18 +16,23 @@ const BYTES: u64 = 64 << 20;
 pub(super) struct SharedMemory(File);
 
 impl SharedMemory {
-    /// Reserves memory; `None` on a system without sealed anonymous files.
-    pub(super) fn create() -> io::Result<Option<Self>> {
-        #[cfg(target_os = "linux")]
-        {
-            use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-            let file = memfd_create("exo-rows", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-            ftruncate(&file, BYTES)?;
-            fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-            Ok(Some(Self(File::from(file))))
-        }
-        #[cfg(not(target_os = "linux"))]
-        Ok(None)
+    /// Reserves memory; `None` if the system has no sealed anonymous files, or refuses one.
+    #[cfg(target_os = "linux")]
+    pub(super) fn create() -> Option<Self> {
+        use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        // Older kernels do not know the flag, and hardened ones demand it.
+        let file = memfd_create("exo-rows", flags | MemfdFlags::NOEXEC_SEAL);
+        let file = file.or_else(|_| memfd_create("exo-rows", flags)).ok()?;
+        ftruncate(&file, BYTES).ok()?;
+        fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL).ok()?;
+        Some(Self(File::from(file)))
+    }
+
+    /// Reserves memory; `None` if the system has no sealed anonymous files, or refuses one.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) fn create() -> Option<Self> {
+        None
     }
 
     /// Returns the memory behind a descriptor that the node created; `None` if it is another kind of file.

@@ -1,6 +1,6 @@
 //! A worker's standard error: its events go to this process's log, and its last lines explain its end.
 
-use super::log::Event;
+use super::log::{EVENT_BYTES_MAX, Event};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Read};
@@ -13,7 +13,7 @@ use tracing::Span;
 /// The last lines that are kept.
 const LINES_KEPT: usize = 8;
 /// The longest line, in bytes; a longer one counts as several.
-const LINE_BYTES_MAX: u64 = 4096;
+const LINE_BYTES_MAX: u64 = EVENT_BYTES_MAX as u64 + 16;
 /// The most characters of a kept line.
 const SHOWN_MAX: usize = 300;
 /// How long the end of a dead worker's output is waited for.
@@ -59,6 +59,9 @@ impl Stderr {
 fn handle(line: &[u8], pid: i32, kept: &Mutex<VecDeque<String>>) {
     if let Some(event) = Event::read(line) {
         return event.log(pid);
+    }
+    if Event::is_marked(line) {
+        return;
     }
     let line = String::from_utf8_lossy(line);
     let shown: String = line.trim_end().chars().filter(|c| !c.is_control()).take(SHOWN_MAX).collect();

@@ -28,11 +28,17 @@ impl Leader {
         }
         tracing::info!(instance = %id, node = %node.short(), %device, %error, "a shard cannot run on its device");
         if is_here {
+            // Less than was planned, so that the same placement is not found again.
+            let mut stages = deployment.placement.stages.iter();
+            let planned = stages.find(|stage| (stage.node, &stage.device) == (node, &device));
+            let below = planned.map_or(0, |stage| stage.memory_bytes.saturating_sub(1));
             let free_bytes = match error {
-                RequestError::DeviceMemory { free_bytes, .. } => free_bytes,
+                RequestError::DeviceMemory { free_bytes, .. } => free_bytes.map(|bytes| bytes.min(below)),
                 _ => None,
             };
-            self.failed.entry(id).or_default().push(Failed { node, device, at: round.now, free_bytes });
+            let failed = self.failed.entry(id).or_default();
+            failed.retain(|failed| (failed.node, &failed.device) != (node, &device));
+            failed.push(Failed { node, device, at: round.now, free_bytes });
         }
         if let MoveStrategy::Beside { rollback: Some(rollback) } = &deployment.strategy
             && !has_run

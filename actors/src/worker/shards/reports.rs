@@ -1,62 +1,49 @@
-//! The reports of shards and their devices, and what the owner hears of them.
+//! The reports of shards and their devices, and what the owner and the devices hear of them.
 
 use super::{HostedShard, Loaded, ShardKey, WorkerFact, WorkerState};
 use crate::core::memory_watch::MemoryGrowth;
+use crate::core::shard_engines::{EngineOrder, EngineRun, Failure};
+use crate::core::spec::InstanceId;
 use crate::core::stage::StageEvent;
 use crate::core::step_times::SlowDown;
 use crate::transport::protocol::LinkEnd;
 use crate::worker::device::DeviceMsg;
-use crate::worker::shard::{EngineRun, ShardReport};
+use crate::worker::shard::ShardReport;
 use exo_engines::EngineError;
+use exo_engines::engine::DeviceId;
 use std::time::Duration;
 
-/// What an engine is to its shard.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum EngineRole {
-    /// It serves.
-    Serving,
-    /// It is loaded beside the one that serves.
-    Beside,
-    /// No engine is loaded.
-    Awaited,
-    /// Another engine serves.
-    Other,
-}
-
 impl HostedShard {
-    fn role(&self, run: &EngineRun) -> EngineRole {
-        let is_it = |loaded: &Option<Loaded>| loaded.as_ref().is_some_and(|loaded| loaded.run == *run);
-        match self.loaded {
-            None => EngineRole::Awaited,
-            _ if is_it(&self.loaded) => EngineRole::Serving,
-            _ if is_it(&self.promoted) => EngineRole::Beside,
-            _ => EngineRole::Other,
-        }
+    /// The event of the shard's latest load, if it is loaded.
+    pub(super) fn up(&self, stage: usize) -> Option<StageEvent> {
+        let (run, loaded) = self.engines.newest()?;
+        Some(StageEvent::Up { stage, device: run.device.clone(), load: loaded.load })
     }
 }
 
 impl WorkerState {
     pub(super) fn on_report(&mut self, key: &ShardKey, serial: u64, of: EngineRun, report: ShardReport) {
         let Some(shard) = self.shards.get_mut(key).filter(|shard| shard.serial == serial) else { return };
-        let (stage, role) = (key.stage, shard.role(&of));
-        let concerns_users = matches!(role, EngineRole::Serving | EngineRole::Awaited);
+        let stage = key.stage;
+        let concerns_users = shard.engines.concerns_users(&of);
         match report {
             ShardReport::Loading(progress) if concerns_users => {
                 let (loaded_bytes, total_bytes) = (progress.loaded_bytes, progress.total_bytes);
                 self.tell(key, StageEvent::Loading { stage, loaded_bytes, total_bytes });
             }
             ShardReport::Up { engine, hidden, vocabulary, row } => {
-                self.loads += 1;
-                let load = self.loads;
                 let device = of.device.clone();
-                let loaded = Loaded { engine, run: of, load, hidden, vocabulary };
-                let place = if role == EngineRole::Awaited { &mut shard.loaded } else { &mut shard.promoted };
-                *place = Some(loaded);
                 if row > Duration::ZERO {
                     let bytes_per_s = shard.cost_bytes as f64 / row.as_secs_f64();
-                    self.args.facts.tell(WorkerFact::Measured { device: device.clone(), bytes_per_s });
+                    self.args.facts.tell(WorkerFact::Measured { device, bytes_per_s });
                 }
-                self.tell(key, StageEvent::Up { stage, device, load });
+                self.loads += 1;
+                let loaded = Loaded { engine, load: self.loads, hidden, vocabulary };
+                let (is_up, orders) = shard.engines.handle_up(of, loaded);
+                self.order(serial, orders);
+                if is_up {
+                    self.tell_up(key);
+                }
             }
             ShardReport::Speed(slow_down) if concerns_users => {
                 if let Some(SlowDown { rows, best, latest }) = slow_down {
@@ -65,39 +52,83 @@ impl WorkerState {
                 }
                 self.tell(key, StageEvent::Speed { stage, slow_down });
             }
-            ShardReport::Leaks(growth) if role == EngineRole::Serving => self.on_leak(key, &of, growth),
-            ShardReport::NotPromoted(_) if role == EngineRole::Beside => self.drop_promoted(key),
-            ShardReport::NotPromoted(error) if role == EngineRole::Serving => {
-                self.on_down(key, error);
-                self.tell_device(&of.device, DeviceMsg::Unserved(serial));
+            ShardReport::Leaks(growth) if concerns_users => {
+                let MemoryGrowth { grown_bytes } = growth;
+                tracing::warn!(instance = %key.instance, stage, grown_bytes, "a shard's process leaks memory");
+                shard.engines.handle_renewal();
+                self.tell_device(&of.device, DeviceMsg::Renew(serial));
+                self.tell(key, StageEvent::Leaks { stage, growth });
             }
-            ShardReport::Down(error) if concerns_users => self.on_down(key, error),
-            ShardReport::Lost(error) if concerns_users => {
+            ShardReport::NotPromoted(error) => {
+                let failed = shard.engines.handle_not_promoted(&of);
+                self.on_failure(key, failed, error);
+            }
+            ShardReport::Down(error) => {
+                let failed = shard.engines.handle_down(&of);
+                self.on_failure(key, failed, error);
+            }
+            ShardReport::Lost(error) if concerns_users && !shard.engines.has_beside() => {
                 self.tell(key, StageEvent::Lost { stage, error });
                 self.stop(key);
             }
-            ShardReport::Down(_) | ShardReport::Lost(_) if role == EngineRole::Beside => self.drop_promoted(key),
-            // The report of an engine that another one has replaced, or that is to replace another one.
-            _ => {}
+            ShardReport::Lost(error) => {
+                let failed = shard.engines.handle_down(&of);
+                self.on_failure(key, failed, error);
+            }
+            // The report of an engine that does not serve.
+            ShardReport::Loading(_) | ShardReport::Speed(_) | ShardReport::Leaks(_) => {}
         }
     }
 
-    fn on_leak(&self, key: &ShardKey, of: &EngineRun, growth: MemoryGrowth) {
-        let (stage, MemoryGrowth { from_bytes, to_bytes }) = (key.stage, growth);
-        tracing::warn!(instance = %key.instance, stage, from_bytes, to_bytes, "a shard's process leaks memory");
-        if let Some(shard) = self.shards.get(key) {
-            self.tell_device(&of.device, DeviceMsg::Renew(shard.serial));
-        }
-        self.tell(key, StageEvent::Leaks { stage, growth });
-    }
-
-    /// Notes that the shard that serves has failed. One that is loaded beside it takes over.
-    fn on_down(&mut self, key: &ShardKey, error: EngineError) {
+    fn on_failure(&mut self, key: &ShardKey, (failure, orders): (Failure, Vec<EngineOrder>), error: EngineError) {
         let Some(shard) = self.shards.get_mut(key) else { return };
-        shard.loaded = None;
-        let wired = shard.wired.take();
-        self.args.link_registry.remove(key.instance, LinkEnd::Stage(key.stage), wired);
-        self.tell(key, StageEvent::Down { stage: key.stage, error });
-        self.promote(key);
+        let serial = shard.serial;
+        if let Failure::Down | Failure::Replaced = failure {
+            let wired = shard.wired.take();
+            self.args.link_registry.remove(key.instance, LinkEnd::Stage(key.stage), wired);
+            self.tell(key, StageEvent::Down { stage: key.stage, error });
+        }
+        self.order(serial, orders);
+        if let Failure::Replaced | Failure::BesideGone = failure {
+            self.tell_up(key);
+        }
+    }
+
+    /// Lets the engines of an instance's shards take over that wait to.
+    pub(super) fn take_over(&mut self, instance: InstanceId) {
+        let of_instance = self.shards.iter_mut().filter(|(key, _)| key.instance == instance);
+        let orders: Vec<_> = of_instance.map(|(_, shard)| (shard.serial, shard.engines.take_over())).collect();
+        for (serial, orders) in orders {
+            self.order(serial, orders);
+        }
+    }
+
+    fn order(&self, shard: u64, orders: Vec<EngineOrder>) {
+        for order in orders {
+            match order {
+                EngineOrder::Promoted(EngineRun { device, .. }) => {
+                    self.tell_device(&device, DeviceMsg::Promoted(shard));
+                }
+                EngineOrder::Retire(EngineRun { device, run }) => {
+                    self.tell_device(&device, DeviceMsg::Retire { shard, run });
+                }
+                EngineOrder::Unserved(EngineRun { device, .. }) => {
+                    self.tell_device(&device, DeviceMsg::Unserved(shard));
+                }
+            }
+        }
+    }
+
+    fn tell_up(&self, key: &ShardKey) {
+        if let Some(up) = self.shards.get(key).and_then(|shard| shard.up(key.stage)) {
+            self.tell(key, up);
+        }
+    }
+
+    fn tell_device(&self, device: &DeviceId, message: DeviceMsg) {
+        if let Some(local) = self.args.devices.iter().find(|local| local.report.id == *device) {
+            // Sending fails only if the device has stopped; the node stops, too.
+            let _ = local.device.send_message(message);
+        }
     }
 }

@@ -31,10 +31,10 @@ impl WorkerState {
         if self.shards.get(&key).filter(is_due).is_none() {
             return;
         }
-        self.promote_all(key.instance);
+        self.take_over(key.instance);
         let Some(shard) = self.shards.get(&key) else { return };
         // The owner receives the failure of a shard, and connects the shards again after its restart.
-        if shard.loaded.is_none() {
+        if shard.engines.serving().is_none() {
             return;
         }
         if wiring.next == self.args.router.own() {
@@ -72,7 +72,7 @@ impl WorkerState {
                     .shards
                     .iter()
                     .filter(|(other, _)| follows(other))
-                    .filter_map(|(_, shard)| shard.loaded.as_ref());
+                    .filter_map(|(_, shard)| shard.engines.serving());
                 Some(Next::Shard(next.next()?.engine.clone()))
             }
             LinkEnd::Head => {
@@ -97,7 +97,7 @@ impl WorkerState {
         if shard.wired.is_some_and(|wired| wired > wiring.incarnation) {
             return;
         }
-        let Some(Loaded { engine, hidden, vocabulary, .. }) = shard.loaded.clone() else { return };
+        let Some(Loaded { engine, hidden, vocabulary, .. }) = shard.engines.serving().cloned() else { return };
         if engine.wire(wiring.incarnation, next).is_err() {
             // The engine's thread has ended or hangs; its shard reports that.
             return;
