@@ -45,7 +45,7 @@ fn kill_this_process() -> ! {
 fn start() -> io::Result<Channel> {
     if has_other_threads() {
         return Err(io::Error::other(
-            "the program has threads already: serve before it starts any, or an asynchronous `main` does",
+            "the program has threads already: `main` has to serve before it starts a runtime",
         ));
     }
     close_inherited();
