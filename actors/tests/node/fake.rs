@@ -71,6 +71,8 @@ pub(crate) struct Script {
     pub(crate) rows_max: usize,
     /// The rows of all steps of all shards.
     pub(crate) rows: usize,
+    /// Engines that were opened and not dropped.
+    pub(crate) alive: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -97,6 +99,7 @@ impl EngineFactory for FakeFactory {
     }
 
     fn open(&self, _: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
+        self.script.lock().alive += 1;
         Ok(Box::new(FakeEngine {
             device: self.device,
             script: Arc::clone(&self.script),
@@ -115,6 +118,12 @@ struct FakeEngine {
     pages: PageTable,
     life: Option<Incarnation>,
     caches: BTreeMap<SeqId, Vec<u32>>,
+}
+
+impl Drop for FakeEngine {
+    fn drop(&mut self) {
+        self.script.lock().alive -= 1;
+    }
 }
 
 impl FakeEngine {

@@ -90,6 +90,50 @@ async fn a_device_that_recovers_takes_its_shard_back() {
     world.node.shutdown().await;
 }
 
+/// R1.4, R7.1–R7.5, R8.1–R8.5: whatever fails on a GPU and on its fallback, and in whichever order, answers are right;
+/// in the end each shard is on the GPU again, and has one engine.
+#[tokio::test(flavor = "multi_thread")]
+async fn random_failures_of_two_devices_leave_each_shard_one_engine() {
+    let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
+    for seed in 0..6 {
+        println!("seed {seed}");
+        let mut random = fastrand::Rng::with_seed(seed);
+        // Few enough that the fallback is not given up.
+        let failures = (0..6).map(|index| {
+            let when = [When::Load, When::Prefill, When::Decode][random.usize(..3)];
+            let how = [How::Error, How::Panic, How::DeviceLost][random.usize(..3)];
+            (index % 2 * 2, when, how, 1)
+        });
+        let script =
+            Script { failures: failures.collect(), step_delay: Duration::from_millis(15), ..Script::default() };
+        let world = World::with_devices(script, &devices).await;
+        let request = || {
+            let mut request = world.request(2, &PROMPT, 40);
+            request.model.device = Some(DeviceId("gpu".to_owned()));
+            request
+        };
+        for _ in 0..3 {
+            assert_eq!(world.ask(request()).await, Ok(answer(&PROMPT, 40)));
+        }
+        let settled = async {
+            loop {
+                let status = world.node.status().await.expect("the node lives");
+                let is_home = |instance: &exo_actors::core::status::InstanceStatus| {
+                    instance.phase == Phase::Ready && instance.devices.values().all(|device| device.0 == "gpu")
+                };
+                let is_settled = status.failed_devices.is_empty() && status.instances.values().all(is_home);
+                if is_settled && world.script.lock().alive == 2 {
+                    return;
+                }
+                // A failure that is left happens while an answer is computed.
+                assert_eq!(world.ask(request()).await, Ok(answer(&PROMPT, 40)));
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), settled).await.expect("each shard has one engine, on the GPU");
+        world.node.shutdown().await;
+    }
+}
+
 /// R1.4, R8.1–R8.5: if a GPU hangs during a load or an answer, the hung shard alone moves to the CPU; later shards
 /// start on the CPU at once.
 #[tokio::test(flavor = "multi_thread")]
