@@ -67,6 +67,40 @@ pub struct LinearData<'a> {
     pub bias: Option<Vec<f32>>,
 }
 
+/// A linear projection that a backend keeps apart from the others. A backend that fuses none has a list of these as its
+/// [`Backend::Linears`].
+#[derive(Debug)]
+pub struct Linear<B: Backend> {
+    /// W: \[outputs]\[inputs].
+    pub weight: B::Matrix,
+    /// b: \[outputs].
+    pub bias: Option<B::Vector>,
+    /// The size of both in memory, in bytes.
+    pub bytes: u64,
+}
+
+impl<B: Backend> Linear<B> {
+    /// Copies each of `parts` into the layout of `backend`, as [`Backend::linears`] does.
+    pub(crate) fn each(
+        backend: &mut B,
+        parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
+    ) -> Result<Vec<Self>, EngineError> {
+        let copied = parts.map(|part| {
+            let LinearData { weight, bias } = part?;
+            let weight = backend.matrix(&weight)?;
+            let bias_bytes = bias.as_ref().map_or(0, |bias| size_of_val(bias.as_slice()) as u64);
+            let bytes = B::matrix_bytes(&weight) + bias_bytes;
+            Ok(Self { weight, bias: bias.map(|bias| backend.vector(bias)).transpose()?, bytes })
+        });
+        copied.collect()
+    }
+
+    /// Returns the size of projections in memory, in bytes.
+    pub(crate) fn bytes_of(linears: &[Self]) -> u64 {
+        linears.iter().map(|linear| linear.bytes).sum()
+    }
+}
+
 /// The type and shape of a matrix, known before its bytes are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MatrixShape {

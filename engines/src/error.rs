@@ -188,6 +188,13 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Returns the error of an engine that panicked with this payload.
+    pub fn of_panic(payload: &(dyn std::any::Any + Send)) -> Self {
+        let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
+        Self::Panicked { what: text.unwrap_or_else(|| "no message".to_owned()) }
+    }
+
     /// Returns the error's class.
     pub fn class(&self) -> ErrorClass {
         match self {

@@ -6,7 +6,8 @@ use crate::arithmetic::norms::rms_norm;
 use crate::arithmetic::weights::{self, WeightRow};
 use crate::arithmetic::{self, SUPERBLOCK, activations, attention, cache, products, rotary};
 use crate::backend::{
-    Backend, Batch, FeedForwardWeights, LayerState, LinearData, MatrixShape, MixerWeights, Norm, Router, TensorData,
+    Backend, Batch, FeedForwardWeights, LayerState, Linear, LinearData, MatrixShape, MixerWeights, Norm, Router,
+    TensorData,
 };
 use crate::decoder::DecoderEngine;
 use crate::engine::{
@@ -27,13 +28,6 @@ pub type Rows = Vec<Vec<f32>>;
 #[derive(Debug)]
 pub struct Matrix {
     rows: Vec<WeightRow>,
-}
-
-/// A linear projection: y = x · Wᵀ + b.
-#[derive(Debug)]
-pub struct Linear {
-    weight: Matrix,
-    bias: Option<Vec<f32>>,
 }
 
 /// Keys and values of every layer, by page, slot and head: \[layer]\[page · 32 + slot]\[head · dimension].
@@ -110,7 +104,7 @@ fn normed(norm: Option<&Norm<ReferenceBackend>>, row: &[f32]) -> Vec<f32> {
     out
 }
 
-fn linear(bits: ActivationBits, linear: &Linear, row: &[f32]) -> Vec<f32> {
+fn linear(bits: ActivationBits, linear: &Linear<ReferenceBackend>, row: &[f32]) -> Vec<f32> {
     let input = activations::encode(bits, row);
     let mut out: Vec<f32> = linear.weight.rows.iter().map(|weights| products::dot(weights, &input)).collect();
     if let Some(bias) = &linear.bias {
@@ -180,7 +174,7 @@ fn unreadable(tensor: &TensorData<'_>, row: usize) -> EngineError {
 
 impl Backend for ReferenceBackend {
     type Matrix = Matrix;
-    type Linears = Vec<Linear>;
+    type Linears = Vec<Linear<Self>>;
     type Vector = Vec<f32>;
     type Buffer = Rows;
     type Logits = Rows;
@@ -219,17 +213,12 @@ impl Backend for ReferenceBackend {
         &mut self,
         _: &[MatrixShape],
         parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
-    ) -> Result<Vec<Linear>, EngineError> {
-        let read = parts.map(|part| {
-            let LinearData { weight, bias } = part?;
-            Ok(Linear { weight: self.matrix(&weight)?, bias })
-        });
-        read.collect()
+    ) -> Result<Vec<Linear<Self>>, EngineError> {
+        Linear::each(self, parts)
     }
 
-    fn linears_bytes(linears: &Vec<Linear>) -> u64 {
-        let bias_bytes = |linear: &Linear| linear.bias.as_ref().map_or(0, |bias| bias.len() as u64 * 4);
-        linears.iter().map(|linear| Self::matrix_bytes(&linear.weight) + bias_bytes(linear)).sum()
+    fn linears_bytes(linears: &Vec<Linear<Self>>) -> u64 {
+        Linear::bytes_of(linears)
     }
 
     fn memory_bytes(&self) -> u64 {

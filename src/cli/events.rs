@@ -128,7 +128,8 @@ impl Narrator {
                 let told = self.models.get(instance)?;
                 let (name, best, latest) = (&told.name, slow.best.as_secs_f64(), slow.latest.as_secs_f64());
                 Some(format!(
-                    "warning: {name}: stage {stage} has become slow: steps of {} rows take {latest:.3} s, not {best:.3} s",
+                    "warning: {name}: stage {stage} has become slow: steps of {} rows take {latest:.3} s, not \
+                     {best:.3} s",
                     slow.rows
                 ))
             }
@@ -139,8 +140,8 @@ impl Narrator {
             Fact::ShardLeaks { instance, stage, growth } => {
                 let told = self.models.get(instance)?;
                 Some(format!(
-                    "warning: {}: the process of stage {stage} leaks memory, {} MB so far: another one takes over if the \
-                     memory suffices for both",
+                    "warning: {}: the process of stage {stage} leaks memory, {} MB so far: another one takes over if \
+                     the memory suffices for both",
                     told.name,
                     growth.grown_bytes / 1_000_000
                 ))

@@ -1,11 +1,13 @@
 //! Faults of an engine's process, in every phase of its life, while answers are computed: no answer is lost, and none
 //! changes.
 //!
-//! The device is the native CPU engine under the name of a GPU, in a process that fails once as it is told
-//! (`faulty_worker`). Its fallback is the same engine on a thread, so an answer has the same bits on both.
+//! The device is the native CPU engine under the name of a GPU. It runs in a process that fails once, at the call that
+//! the test names (`faulty_worker`). Its fallback is the same engine on a thread, so an answer has the same bits on both.
 
 #[path = "faulty_worker/gpu.rs"]
 mod gpu;
+#[path = "../../actors/tests/node/tiny_model.rs"]
+mod tiny_model;
 
 use crate::{SMOLLM2, json, models};
 use exo::{DeviceId, Fact, HangTimeouts, RunningModel};
@@ -14,10 +16,10 @@ use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::EngineFactory;
 use exo_engines::worker::{WorkerCommand, WorkerFactory};
 use gpu::GpuFactory;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tiny_model::write_tiny_model;
 
 /// How long a call may take until the process is killed.
 const HANGS_AFTER: Duration = Duration::from_millis(1500);
@@ -46,27 +48,6 @@ fn faults() -> Vec<Fault> {
     .concat()
 }
 
-/// A model with random weights, and a tokenizer of the words `w0` … `w95`.
-fn tiny_model(folder: &Path) -> PathBuf {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/tests/fixtures/llama");
-    for file in ["model.safetensors", "config.json"] {
-        std::fs::copy(fixture.join(file), folder.join(file)).expect("the fixture is there");
-    }
-    let config = std::fs::read_to_string(folder.join("config.json")).expect("copied");
-    let mut config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
-    config["max_position_embeddings"] = 512.into();
-    std::fs::write(folder.join("config.json"), config.to_string()).expect("written");
-    let words: BTreeMap<String, u32> = (0..96).map(|id| (format!("w{id}"), id)).collect();
-    let tokenizer = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
-    });
-    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).expect("written");
-    folder.to_owned()
-}
-
 /// A node with a GPU that fails once, and the CPU; or, without a fault, the CPU alone.
 struct World {
     node: NodeHandle,
@@ -77,7 +58,8 @@ struct World {
 impl World {
     async fn new(fault: Option<Fault>) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        tiny_model(folder.path());
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/tests/fixtures/llama");
+        write_tiny_model(&fixture, folder.path(), 512);
         let mut factories: Vec<Arc<dyn EngineFactory>> = vec![Arc::new(CpuFactory::new(1))];
         if let Some((phase, kind, number)) = fault {
             let file = folder.path().join("fault");
@@ -130,6 +112,37 @@ impl World {
     }
 }
 
+/// Runs a test's body on a runtime of its own.
+fn run<T>(body: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime").block_on(body)
+}
+
+/// The greedy and the sampled answer of an undisturbed run.
+struct Calm {
+    greedy: Vec<Sampled>,
+    sampled: Vec<Sampled>,
+}
+
+impl Calm {
+    async fn new() -> Self {
+        let world = World::new(None).await;
+        let greedy = world.ask(0.0).await.expect("an answer").0;
+        let sampled = world.ask(0.9).await.expect("an answer").0;
+        world.node.shutdown().await;
+        assert!(greedy.len() > 30 && sampled.len() > 30, "long enough to be disturbed");
+        Self { greedy, sampled }
+    }
+
+    /// Computes both answers side by side while a fault happens, and compares them with the undisturbed ones.
+    async fn assert_kept(&self, world: &World, (phase, kind, number): Fault) {
+        let (greedy, sampled) = tokio::join!(world.ask(0.0), world.ask(0.9));
+        let ((greedy, pause), (sampled, other)) = (greedy.expect("an answer"), sampled.expect("an answer"));
+        println!("{phase:10} {kind:8} pause {:4} ms", pause.max(other).as_millis());
+        assert!(greedy == self.greedy, "{phase} {kind} {number} changes the greedy answer");
+        assert!(sampled == self.sampled, "{phase} {kind} {number} changes the sampled answer");
+    }
+}
+
 fn faulty_worker() -> PathBuf {
     let folder = Path::new(env!("CARGO_BIN_EXE_exo-node")).parent().expect("a folder");
     folder.join("examples/faulty-worker")
@@ -167,23 +180,13 @@ async fn files_when_all_have_ended() -> usize {
 /// answers have the tokens and log-probabilities of an undisturbed run. No process and no file is left.
 #[test]
 fn no_fault_changes_an_answer() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async {
-        let calm = World::new(None).await;
-        let greedy = calm.ask(0.0).await.expect("an answer").0;
-        let sampled = calm.ask(0.9).await.expect("an answer").0;
-        calm.node.shutdown().await;
-        assert!(greedy.len() > 30 && sampled.len() > 30, "long enough to be disturbed");
+    run(async {
+        let calm = Calm::new().await;
         let files = files_when_all_have_ended().await;
         for fault in faults() {
             let world = World::new(Some(fault)).await;
-            let (a, b) = tokio::join!(world.ask(0.0), world.ask(0.9));
-            let ((a, pause), (b, other)) = (a.expect("an answer"), b.expect("an answer"));
-            let pause = pause.max(other);
-            println!("{:10} {:8} pause {:4} ms", fault.0, fault.1, pause.as_millis());
+            calm.assert_kept(&world, fault).await;
             assert!(!world.folder.path().join("fault").exists(), "{fault:?} has not happened");
-            assert!(a == greedy, "{fault:?} changes the greedy answer");
-            assert!(b == sampled, "{fault:?} changes the sampled answer");
             world.node.shutdown().await;
             let left = files_when_all_have_ended().await;
             assert!(left <= files, "{fault:?}: {left} open files after {files}");
@@ -196,12 +199,8 @@ fn no_fault_changes_an_answer() {
 fn no_fault_at_a_random_moment_changes_an_answer() {
     let number = |name, default| std::env::var(name).map_or(default, |value| value.parse().expect("a number"));
     let (runs, first): (u64, u64) = (number("EXO_FAULT_RUNS", 25), number("EXO_FAULT_SEED", 0));
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async {
-        let calm = World::new(None).await;
-        let greedy = calm.ask(0.0).await.expect("an answer").0;
-        let sampled = calm.ask(0.9).await.expect("an answer").0;
-        calm.node.shutdown().await;
+    run(async {
+        let calm = Calm::new().await;
         let faults = faults();
         for seed in first..first + runs {
             // Knuth's multiplicative hash.
@@ -214,11 +213,7 @@ fn no_fault_at_a_random_moment_changes_an_answer() {
             };
             println!("EXO_FAULT_SEED={seed}: {phase} {kind} {number}");
             let world = World::new(Some((phase, kind, number))).await;
-            let (a, b) = tokio::join!(world.ask(0.0), world.ask(0.9));
-            let ((a, pause), (b, other)) = (a.expect("an answer"), b.expect("an answer"));
-            println!("{phase:10} {kind:8} pause {:4} ms", pause.max(other).as_millis());
-            assert!(a == greedy, "the greedy answer");
-            assert!(b == sampled, "the sampled answer");
+            calm.assert_kept(&world, (phase, kind, number)).await;
             world.node.shutdown().await;
             files_when_all_have_ended().await;
         }
@@ -229,11 +224,8 @@ fn no_fault_at_a_random_moment_changes_an_answer() {
 /// process is replaced in the middle of an answer.
 #[test]
 fn slow_and_leaking_processes_raise_alarms() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async {
-        let calm = World::new(None).await;
-        let expected = calm.ask(0.9).await.expect("an answer").0;
-        calm.node.shutdown().await;
+    run(async {
+        let expected = Calm::new().await.sampled;
         for (kind, number) in [("slow", 60), ("leak", 20)] {
             let world = World::new(Some(("decode", kind, number))).await;
             let mut facts = world.node.subscribe().await.expect("the node lives");
@@ -279,8 +271,7 @@ fn slow_and_leaking_processes_raise_alarms() {
 /// R8.1–R8.5: a process that does not let go of its device ends all the same when its model is unloaded.
 #[test]
 fn a_process_that_is_not_released_is_killed() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async {
+    run(async {
         for kind in ENDS {
             let world = World::new(Some(("release", kind, 1))).await;
             drop(world.load().await);
@@ -323,9 +314,8 @@ fn engines_of_the_command_run_in_processes_and_end_with_it() {
 /// R3.1–R3.5: a program that cannot run as the process of an engine says so, and how it can.
 #[test]
 fn a_program_that_is_no_worker_is_told_how_to_become_one() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     let folder = tempfile::tempdir().expect("a folder");
     let builder = Node::builder().data_dir(folder.path()).isolation(exo::Isolation::All);
-    let error = runtime.block_on(builder.start()).expect_err("it has no worker").to_string();
+    let error = run(builder.start()).expect_err("it has no worker").to_string();
     assert!(error.contains("run_worker_if_asked"), "{error}");
 }

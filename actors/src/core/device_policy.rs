@@ -29,10 +29,9 @@ pub(crate) type ShardNumber = u64;
 pub(crate) enum Decision {
     /// What the restart policy says.
     Serve(Verdict),
-    /// Nothing: the fallback serves on. The shard is promoted after the device's next probe.
+    /// Nothing: another engine serves on. The shard is promoted after the device's next probe, unless the model's files
+    /// are at fault.
     StayFallen,
-    /// Nothing, and the shard is not promoted any more: the model's files are at fault, not the device.
-    Abandon,
 }
 
 /// The device on which a new shard starts.
@@ -117,11 +116,11 @@ impl DevicePolicy {
 
     /// Decides about a shard that failed on this device.
     pub(crate) fn handle_failure(&mut self, shard: ShardNumber, class: ErrorClass, now: Duration) -> Decision {
-        let Some(known) = self.shards.get_mut(&shard) else { return Decision::Abandon };
+        let Some(known) = self.shards.get_mut(&shard) else { return Decision::StayFallen };
         if known.place != Place::Here {
             if class == ErrorClass::Caller {
                 known.place = Place::Barred;
-                return Decision::Abandon;
+                return Decision::StayFallen;
             }
             // A device that is out of memory gets time to free it.
             known.place = Place::Fallen;

@@ -196,7 +196,7 @@ impl DeviceState {
     /// Starts a shard again, unless the engine that failed has been retired meanwhile.
     async fn restart(&mut self, myself: &DeviceRef, task: ShardTask) {
         match self.retired.remove(&(task.number, task.run)) {
-            Some(_) => self.forget_if_unused(task.number),
+            Some(_) => self.forget_unless_used(task.number, task.run),
             None => self.start(myself, task).await,
         }
     }
@@ -220,14 +220,16 @@ impl DeviceState {
         match Shard::spawn_linked(None, Shard, args, myself.get_cell()).await {
             Ok((shard, _)) => drop(self.running.insert(shard.get_id(), (shard.get_cell(), task))),
             Err(error) => {
-                let error = EngineError::Device {
-                    device: self.args.report.id.to_string(),
-                    fault: DeviceFault::System,
-                    what: error.to_string(),
-                };
+                let error = self.system_error(&error);
                 self.on_failure(myself, task, error);
             }
         }
+    }
+
+    /// The error of the operating system or the runtime, which starts nothing for this device.
+    fn system_error(&self, error: &impl std::fmt::Display) -> EngineError {
+        let device = self.args.report.id.to_string();
+        EngineError::Device { device, fault: DeviceFault::System, what: error.to_string() }
     }
 
     fn note_end(&mut self, failure: &ShardFailure) {
@@ -242,9 +244,9 @@ impl DeviceState {
         self.renewed.remove(&shard);
     }
 
-    /// Forgets a shard that another device serves, unless it is to come back here.
-    fn forget_if_unused(&mut self, shard: ShardNumber) {
-        if !self.runs_of(shard).any(|_| true) && !self.policy.has_fallen(shard) {
+    /// Forgets a shard whose engine `ended` has ended, unless it has another engine here, or is to come back.
+    fn forget_unless_used(&mut self, shard: ShardNumber, ended: u64) {
+        if self.runs_of(shard).all(|(_, task)| task.run == ended) && !self.policy.has_fallen(shard) {
             self.forget(shard);
         }
     }
@@ -295,9 +297,7 @@ impl DeviceState {
         if self.renewing.get(&shard) == Some(&run) {
             self.renewing.remove(&shard);
         }
-        if self.runs_of(shard).all(|(_, task)| task.run == run) && !self.policy.has_fallen(shard) {
-            self.forget(shard);
-        }
+        self.forget_unless_used(shard, run);
     }
 
     fn sweep(&mut self) {
@@ -325,7 +325,7 @@ impl DeviceState {
         self.tell_trouble(&error);
         let verdict = match decision {
             Decision::Serve(verdict) => verdict,
-            Decision::StayFallen | Decision::Abandon => return task.report(ShardReport::NotPromoted(error)),
+            Decision::StayFallen => return task.report(ShardReport::NotPromoted(error)),
         };
         if let Verdict::Replan | Verdict::Stop = verdict {
             self.tasks.remove(&task.number);

@@ -248,16 +248,11 @@ pub(crate) fn start(task: EngineTask, on: impl Fn(EngineEvent) + Send + 'static)
         let error = match outcome {
             Ok(Ok(()) | Err(EngineError::Interrupted)) => return,
             Ok(Err(error)) => error,
-            Err(panic) => EngineError::Panicked { what: panic_text(&*panic) },
+            Err(panic) => EngineError::of_panic(&*panic),
         };
         on(EngineEvent::Failed(error));
     })?;
     Ok(engine)
-}
-
-pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
 
 fn serve(
@@ -300,7 +295,7 @@ fn serve(
             Command::Frame(frame) => match &wired {
                 Some((incarnation, next)) if *incarnation == frame.step.incarnation => {
                     heartbeat.beat(EngineActivity::Step { rows: frame.step.rows.len() });
-                    // Whoever stops the engine from now on sees the step, and kills the engine's process.
+                    // A stop from now on sees the step, and kills the engine's process.
                     if is_stopped.load(Ordering::Relaxed) {
                         break;
                     }

@@ -75,8 +75,9 @@ mod tests {
 
     #[test]
     fn memory_that_nothing_accounts_for_is_what_is_left() {
-        let meminfo = "MemTotal:       1000 kB\nMemFree:         400 kB\nMemAvailable:    600 kB\nBuffers:          10 kB\n\
-                       Cached:          190 kB\nAnonPages:       250 kB\nSlab:             50 kB\n";
+        let meminfo = "MemTotal:       1000 kB\nMemFree:         400 kB\nMemAvailable:    600 kB\n\
+                       Buffers:          10 kB\nCached:          190 kB\nAnonPages:       250 kB\n\
+                       Slab:             50 kB\n";
         assert_eq!(unaccounted_in(meminfo), Some(100 * 1024));
         assert_eq!(unaccounted_in("something else"), None);
     }

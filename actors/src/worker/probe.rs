@@ -1,6 +1,5 @@
 //! The probe of a device that has failed: a self-test in a fresh engine.
 
-use super::engine_thread::panic_text;
 use super::killer::Killer;
 use exo_engines::EngineError;
 use exo_engines::engine::{DeviceId, EngineFactory, SelfTestReport};
@@ -36,7 +35,7 @@ pub(super) fn start(
             killer.opened(engine.process());
             engine.self_test()
         }));
-        on(tested.unwrap_or_else(|panic| Err(EngineError::Panicked { what: panic_text(&*panic) })));
+        on(tested.unwrap_or_else(|panic| Err(EngineError::of_panic(&*panic))));
     })?;
     Ok(probe)
 }

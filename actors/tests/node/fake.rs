@@ -3,6 +3,7 @@
 //! A token that is lost, doubled or computed on a wrong cache changes every later token, so a right answer was computed
 //! right.
 
+use crate::tiny_model::{VOCABULARY, write_tiny_model};
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::ModelsConfig;
 use exo_actors::{
@@ -21,8 +22,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The number of tokens in the tiny model's vocabulary.
-pub(crate) const VOCABULARY: u32 = 96;
 /// The token that ends an answer.
 pub(crate) const END: u32 = 2;
 /// The most tokens of a sequence.
@@ -269,22 +268,10 @@ impl Engine for FakeEngine {
     }
 }
 
-/// Writes a tiny model, with a tokenizer of the words `w0` … `w95`, into `folder`, and returns the folder.
+/// Writes the tiny model into `folder`, and returns the folder.
 pub(crate) fn tiny_model(folder: &Path) -> PathBuf {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engines/tests/fixtures/llama");
-    std::fs::copy(fixture.join("model.safetensors"), folder.join("model.safetensors")).expect("the fixture is there");
-    let config = std::fs::read_to_string(fixture.join("config.json")).expect("the fixture is there");
-    let mut config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
-    config["max_position_embeddings"] = CONTEXT.into();
-    std::fs::write(folder.join("config.json"), config.to_string()).expect("written");
-    let words: BTreeMap<String, u32> = (0..VOCABULARY).map(|id| (format!("w{id}"), id)).collect();
-    let tokenizer = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
-    });
-    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).expect("written");
+    write_tiny_model(&fixture, folder, CONTEXT);
     folder.to_owned()
 }
 

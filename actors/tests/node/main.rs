@@ -9,6 +9,7 @@ mod memory;
 mod recovery;
 mod sabotage;
 mod scheduling;
+mod tiny_model;
 
 use exo_actors::{GenerateRequest, Generated, Prompt, RequestError};
 use exo_engines::sampler::SamplingParams;

@@ -13,7 +13,8 @@ pub use factory::CandleFactory;
 
 use crate::arithmetic::functions::softcap;
 use crate::backend::{
-    Backend, Batch, FeedForwardWeights, LayerState, LinearData, MatrixShape, MixerWeights, Norm, Router, TensorData,
+    Backend, Batch, FeedForwardWeights, LayerState, Linear, LinearData, MatrixShape, MixerWeights, Norm, Router,
+    TensorData,
 };
 use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
 use crate::error::{DeviceFault, EngineError};
@@ -39,13 +40,6 @@ pub struct Matrix {
     element: ElementType,
     rows: usize,
     columns: usize,
-}
-
-/// A linear projection: y = x · Wᵀ + b.
-#[derive(Debug)]
-pub struct Linear {
-    weight: Matrix,
-    bias: Option<Tensor>,
 }
 
 /// Logits of a step: \[row]\[vocabulary].
@@ -101,7 +95,7 @@ impl CandleBackend {
         x.matmul(&weight.t()?)
     }
 
-    fn linear(&self, linear: &Linear, x: &Tensor) -> candle_core::Result<Tensor> {
+    fn linear(&self, linear: &Linear<Self>, x: &Tensor) -> candle_core::Result<Tensor> {
         let y = self.product(&linear.weight, x)?;
         match &linear.bias {
             Some(bias) => y.broadcast_add(bias),
@@ -220,7 +214,7 @@ fn dense_type(element: ElementType) -> DType {
 
 impl Backend for CandleBackend {
     type Matrix = Matrix;
-    type Linears = Vec<Linear>;
+    type Linears = Vec<Linear<Self>>;
     type Vector = Tensor;
     type Buffer = Tensor;
     type Logits = Logits;
@@ -266,18 +260,12 @@ impl Backend for CandleBackend {
         &mut self,
         _: &[MatrixShape],
         parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
-    ) -> Result<Vec<Linear>, EngineError> {
-        let read = parts.map(|part| {
-            let LinearData { weight, bias } = part?;
-            let bias = bias.map(|bias| self.vector(bias)).transpose()?;
-            Ok(Linear { weight: self.matrix(&weight)?, bias })
-        });
-        read.collect()
+    ) -> Result<Vec<Linear<Self>>, EngineError> {
+        Linear::each(self, parts)
     }
 
-    fn linears_bytes(linears: &Vec<Linear>) -> u64 {
-        let bias_bytes = |linear: &Linear| linear.bias.as_ref().map_or(0, |bias| bias.elem_count() as u64 * 4);
-        linears.iter().map(|linear| Self::matrix_bytes(&linear.weight) + bias_bytes(linear)).sum()
+    fn linears_bytes(linears: &Vec<Linear<Self>>) -> u64 {
+        Linear::bytes_of(linears)
     }
 
     /// candle frees each tensor when it is dropped.

@@ -10,8 +10,8 @@
 use super::activation::Rows;
 use super::kernels::{self, Operand};
 use super::matmul::Product;
-use super::{CpuBackend, Linear, product, rms_norm};
-use crate::backend::{FeedForwardWeights, Router};
+use super::{CpuBackend, product, rms_norm};
+use crate::backend::{FeedForwardWeights, Linear, Router};
 use crate::error::EngineError;
 use crate::expert_routing;
 use crate::model::Experts;
@@ -88,7 +88,7 @@ impl CpuBackend {
         part: Part,
         routes: &Routes,
         operand: Operand<'_>,
-        linears: &[Linear],
+        linears: &[Linear<Self>],
     ) -> Result<[Rows; N], EngineError> {
         let (experts, _) = linears.as_chunks::<N>();
         let widths = experts.first().map_or([0; N], |expert| expert.each_ref().map(|linear| linear.weight.rows));
@@ -126,7 +126,7 @@ mod tests {
             let bytes = (0..rows * HIDDEN).flat_map(|i| value(i).to_le_bytes()).collect();
             let bytes = TensorBytes::Gathered(bytes);
             let data = TensorData { name: "test", element: ElementType::F32, rows, columns: HIDDEN, bytes };
-            Linear { weight: backend.matrix(&data).expect("finite weights"), bias: None }
+            Linear { weight: backend.matrix(&data).expect("finite weights"), bias: None, bytes: 0 }
         };
         // Row r of the input has a 1 at column r % 5, and so uses the experts r % 5 and (r % 5 + 1) % 5.
         let router = linear(EXPERTS, &|i| match (i / HIDDEN, i % HIDDEN) {

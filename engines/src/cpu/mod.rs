@@ -32,8 +32,8 @@ pub use packed::Packed;
 
 use crate::arithmetic::{self, functions};
 use crate::backend::{
-    AttentionWeights, Backend, Batch, FeedForwardWeights, LayerState, LinearData, MatrixShape, MixerWeights, Norm,
-    TensorData,
+    AttentionWeights, Backend, Batch, FeedForwardWeights, LayerState, Linear, LinearData, MatrixShape, MixerWeights,
+    Norm, TensorData,
 };
 use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
 use crate::error::{DeviceFault, EngineError};
@@ -70,20 +70,13 @@ pub struct CpuBatch {
     rotations: Vec<Rotations>,
 }
 
-/// A linear projection: y = x · Wᵀ + b.
-#[derive(Debug)]
-pub struct Linear {
-    weight: Packed,
-    bias: Option<Vec<f32>>,
-}
-
 /// Returns a norm in the kernels' form.
 fn rms_norm(norm: &Norm<CpuBackend>) -> RmsNorm<'_> {
     RmsNorm { weight: &norm.weight, epsilon: norm.epsilon }
 }
 
 /// Describes the product of the operand's `rows` with `linear`.
-fn product<'a>(linear: &'a Linear, rows: Range<usize>, out: &'a mut [f32]) -> Product<'a> {
+fn product<'a>(linear: &'a Linear<CpuBackend>, rows: Range<usize>, out: &'a mut [f32]) -> Product<'a> {
     Product::new(&linear.weight, linear.bias.as_deref(), rows, out)
 }
 
@@ -129,9 +122,9 @@ impl CpuBackend {
         &mut self,
         part: Part,
         operand: Operand<'_>,
-        linears: &[Linear],
+        linears: &[Linear<Self>],
     ) -> Result<[Rows; N], EngineError> {
-        let linears: &[Linear; N] = linears
+        let linears: &[Linear<Self>; N] = linears
             .try_into()
             .map_err(|_| EngineError::BadStep { what: format!("{} projections in place of {N}", linears.len()) })?;
         let rows = operand.rows().count();
@@ -211,7 +204,7 @@ impl CpuBackend {
 
 impl Backend for CpuBackend {
     type Matrix = Packed;
-    type Linears = Vec<Linear>;
+    type Linears = Vec<Linear<Self>>;
     type Vector = Vec<f32>;
     type Buffer = Rows;
     type Logits = Rows;
@@ -254,17 +247,12 @@ impl Backend for CpuBackend {
         &mut self,
         _: &[MatrixShape],
         parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
-    ) -> Result<Vec<Linear>, EngineError> {
-        let packed = parts.map(|part| {
-            let LinearData { weight, bias } = part?;
-            Ok(Linear { weight: self.matrix(&weight)?, bias })
-        });
-        packed.collect()
+    ) -> Result<Vec<Linear<Self>>, EngineError> {
+        Linear::each(self, parts)
     }
 
-    fn linears_bytes(linears: &Vec<Linear>) -> u64 {
-        let bias_bytes = |linear: &Linear| linear.bias.as_ref().map_or(0, |bias| bias.len() as u64 * 4);
-        linears.iter().map(|linear| linear.weight.memory_bytes() + bias_bytes(linear)).sum()
+    fn linears_bytes(linears: &Vec<Linear<Self>>) -> u64 {
+        Linear::bytes_of(linears)
     }
 
     fn memory_bytes(&self) -> u64 {

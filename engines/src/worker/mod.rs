@@ -24,6 +24,11 @@ mod serve;
 mod shared_memory;
 mod stderr;
 
+use std::time::Duration;
+
 pub use factory::WorkerFactory;
 pub use process::{WorkerCommand, live_processes};
 pub use serve::serve;
+
+/// How long a worker may take to release its device, once its node has closed the channel. Then it is killed.
+const RELEASE_WITHIN: Duration = Duration::from_secs(2);

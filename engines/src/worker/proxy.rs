@@ -1,5 +1,6 @@
 //! The node's side of an engine in a worker.
 
+use super::RELEASE_WITHIN;
 use super::channel::{Channel, ChannelError, VALUES_MAX};
 use super::check::Shape;
 use super::message::{Hello, LogLevel, Reply, Request};
@@ -17,9 +18,6 @@ use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// How long a worker may take to release its device, before it is killed.
-const RELEASE_WITHIN: Duration = Duration::from_secs(2);
 
 /// How long a started program may take to say that it is a worker.
 const GREETS_WITHIN: Duration = Duration::from_secs(30);
@@ -72,6 +70,23 @@ impl WorkerEngine {
         }
     }
 
+    /// Sends a request, and waits for its reply with at most `values_max` values.
+    fn ask(
+        &mut self,
+        request: &Request<'_>,
+        values: &[f32],
+        values_max: usize,
+    ) -> Result<(Reply, Vec<f32>), EngineError> {
+        self.request(request, values)?;
+        self.reply(values_max)
+    }
+
+    /// Ends the worker without waiting for that.
+    fn kill(&mut self) {
+        self.process.kill();
+        self.channel = None;
+    }
+
     /// Waits for the worker's start, and opens its engine, unless that is done.
     fn open(&mut self) -> Result<(), EngineError> {
         if self.is_open {
@@ -79,8 +94,7 @@ impl WorkerEngine {
         }
         self.greet()?;
         let (engine, device) = (Cow::Borrowed(self.engine), Cow::Owned(self.device.clone()));
-        self.request(&Request::Open { engine, device, log: LogLevel::of_this_process() }, &[])?;
-        match self.reply(0)?.0 {
+        match self.ask(&Request::Open { engine, device, log: LogLevel::of_this_process() }, &[], 0)?.0 {
             Reply::Opened => {
                 self.is_open = true;
                 Ok(())
@@ -106,8 +120,7 @@ impl WorkerEngine {
     }
 
     fn give_up(&mut self, found: String) -> EngineError {
-        self.process.kill();
-        self.channel = None;
+        self.kill();
         EngineError::WorkerVersion { found, expected: Hello::own().to_string() }.shortened(TEXT_MAX)
     }
 
@@ -129,8 +142,7 @@ impl WorkerEngine {
 
     /// Ends a worker whose numbers are wrong.
     fn wrong(&mut self, what: String) -> EngineError {
-        self.process.kill();
-        self.channel = None;
+        self.kill();
         EngineError::Numerics { device: self.device.to_string(), what }
     }
 
@@ -142,8 +154,7 @@ impl WorkerEngine {
 impl Engine for WorkerEngine {
     fn self_test(&mut self) -> Result<SelfTestReport, EngineError> {
         self.open()?;
-        self.request(&Request::SelfTest, &[])?;
-        match self.reply(0)?.0 {
+        match self.ask(&Request::SelfTest, &[], 0)?.0 {
             Reply::Tested(report) => Ok(report),
             _ => Err(self.broken("a reply to another request than a self-test")),
         }
@@ -162,8 +173,7 @@ impl Engine for WorkerEngine {
             match self.reply(0)?.0 {
                 Reply::Progress(progress) => {
                     if on(progress).is_break() {
-                        self.process.kill();
-                        self.channel = None;
+                        self.kill();
                         return Err(EngineError::Interrupted);
                     }
                 }
@@ -174,8 +184,7 @@ impl Engine for WorkerEngine {
     }
 
     fn warm_up(&mut self) -> Result<WarmUpReport, EngineError> {
-        self.request(&Request::WarmUp, &[])?;
-        match self.reply(0)?.0 {
+        match self.ask(&Request::WarmUp, &[], 0)?.0 {
             Reply::WarmedUp(report) => Ok(report),
             _ => Err(self.broken("a reply to another request than a warm-up")),
         }
@@ -187,9 +196,9 @@ impl Engine for WorkerEngine {
             Input::Hidden(values) => (None, values.as_slice()),
         };
         let request = Request::Forward { step: Cow::Borrowed(step), tokens, queries: Cow::Borrowed(queries) };
-        self.request(&request, hidden)?;
         let widest = self.shape.hidden.max(self.shape.vocabulary);
-        let (reply, values) = self.reply(step.rows.len().saturating_mul(widest).min(VALUES_MAX))?;
+        let values_max = step.rows.len().saturating_mul(widest).min(VALUES_MAX);
+        let (reply, values) = self.ask(&request, hidden, values_max)?;
         let Reply::Output { scores, memory_bytes, pages_used } = reply else {
             return Err(self.broken("a reply to another request than a step"));
         };
@@ -204,8 +213,7 @@ impl Engine for WorkerEngine {
     }
 
     fn logits(&mut self, row: usize) -> Result<Vec<f32>, EngineError> {
-        self.request(&Request::Logits { row }, &[])?;
-        let (reply, values) = self.reply(self.shape.vocabulary)?;
+        let (reply, values) = self.ask(&Request::Logits { row }, &[], self.shape.vocabulary)?;
         let Reply::Logits = reply else {
             return Err(self.broken("a reply to another request than one for logits"));
         };
@@ -216,8 +224,7 @@ impl Engine for WorkerEngine {
     }
 
     fn take_profile(&mut self) -> Profile {
-        let asked = self.request(&Request::TakeProfile, &[]);
-        match asked.and_then(|()| self.reply(0)) {
+        match self.ask(&Request::TakeProfile, &[], 0) {
             Ok((Reply::Profile(profile), _)) => *profile,
             // The next step reports a broken worker.
             _ => Profile::default(),

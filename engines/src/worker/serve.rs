@@ -1,9 +1,9 @@
 //! The worker's side: computes what its node asks for, until the node closes the channel.
 
 use super::channel::{Channel, ChannelError, VALUES_MAX};
-use super::log;
 use super::message::{Hello, Reply, Request};
 use super::shared_memory::SharedMemory;
+use super::{RELEASE_WITHIN, log};
 use crate::engine::{Engine, EngineFactory, Input, Output, OutputRows, Scores};
 use crate::error::EngineError;
 use rustix::process::{Signal, getpid, kill_process};
@@ -13,10 +13,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
-
-/// How long a worker whose node has gone may take to release its device.
-const RELEASE_WITHIN: Duration = Duration::from_secs(2);
 
 /// Serves one engine of `factories` to the node that has started this process with a
 /// [`WorkerCommand`](super::WorkerCommand), then ends the process. Call it before anything opens a file or starts a
@@ -118,7 +114,7 @@ fn wait_for_end(socket: &OwnedFd) {
 fn wait_for_end(_: &OwnedFd) {
     let node = rustix::process::getppid();
     while rustix::process::getppid() == node {
-        std::thread::sleep(Duration::from_millis(500));
+        std::thread::sleep(std::time::Duration::from_millis(500));
     }
 }
 
@@ -148,11 +144,7 @@ impl Worker<'_> {
                 }
             };
             let answered = catch_unwind(AssertUnwindSafe(|| self.answer(request, values)));
-            let answered = answered.unwrap_or_else(|panic| {
-                let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-                let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-                Err(EngineError::Panicked { what: text.unwrap_or_else(|| "no message".to_owned()) })
-            });
+            let answered = answered.unwrap_or_else(|panic| Err(EngineError::of_panic(&*panic)));
             let is_failed = answered.is_err();
             let (reply, values) = answered.unwrap_or_else(|error| (Reply::Failed(error), Vec::new()));
             if let Err(error) = self.channel.send(&reply, &values) {

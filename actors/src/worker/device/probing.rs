@@ -4,8 +4,8 @@ use super::{DeviceMsg, DeviceRef, DeviceState, RETIRED_FOR};
 use crate::core::device_policy::Health;
 use crate::core::node_status::Fact;
 use crate::worker::probe;
+use exo_engines::EngineError;
 use exo_engines::engine::SelfTestReport;
-use exo_engines::{DeviceFault, EngineError};
 use std::sync::Arc;
 
 impl DeviceState {
@@ -39,11 +39,8 @@ impl DeviceState {
         match probe {
             Ok(probe) => self.probe = Some(probe),
             Err(error) => {
-                self.fail_probe(&EngineError::Device {
-                    device: device.to_string(),
-                    fault: DeviceFault::System,
-                    what: error.to_string(),
-                });
+                let error = self.system_error(&error);
+                self.fail_probe(&error);
             }
         }
     }

@@ -47,8 +47,8 @@ impl WorkerState {
             }
             ShardReport::Speed(slow_down) if concerns_users => {
                 if let Some(SlowDown { rows, best, latest }) = slow_down {
-                    let (best_ms, latest_ms) = (best.as_millis(), latest.as_millis());
-                    tracing::warn!(instance = %key.instance, stage, rows, best_ms, latest_ms, "a shard has become slow");
+                    let (instance, best_ms, latest_ms) = (key.instance, best.as_millis(), latest.as_millis());
+                    tracing::warn!(%instance, stage, rows, best_ms, latest_ms, "a shard has become slow");
                 }
                 self.tell(key, StageEvent::Speed { stage, slow_down });
             }
