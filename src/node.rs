@@ -4,7 +4,7 @@ use crate::cluster::{self, ClusterSettings};
 use crate::config::Directories;
 use crate::error::StartError;
 use crate::worker;
-use exo_actors::core::device_policy::PROBE_AFTER;
+use exo_actors::core::device_health::PROBE_AFTER;
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::{ModelsConfig, Progress};
 use exo_actors::{NodeConfig, NodeHandle, PlannerLimits};

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Whether this program has looked if it is to be a worker.
+/// Whether this program has looked if it is to be a worker, while it still had one thread.
 static HAS_LOOKED: AtomicBool = AtomicBool::new(false);
 
 /// Serves an engine if a node has started this process for that, and then ends the process; else returns at once.
@@ -25,7 +25,13 @@ pub fn run_worker_if_asked() {
     if let Some(threads) = config::worker_threads() {
         worker::serve(&factories(threads));
     }
-    HAS_LOOKED.store(true, Ordering::Relaxed);
+    if worker::has_other_threads() {
+        tracing::warn!(
+            "engines stay on threads: `run_worker_if_asked` has to come before anything that starts a thread"
+        );
+    } else {
+        HAS_LOOKED.store(true, Ordering::Relaxed);
+    }
 }
 
 /// The factories that are built in, best first.

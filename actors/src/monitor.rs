@@ -6,7 +6,7 @@
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
-use crate::core::memory_watch::{MemoryGrowth, MemoryWatch};
+use crate::core::memory_watch::{MemoryChange, MemoryGrowth, MemoryWatch};
 use crate::core::node_status::Fact;
 use crate::core::status::Machine;
 use crate::planner::{PlannerMsg, PlannerRef};
@@ -81,18 +81,26 @@ impl Actor for Monitor {
             }
             MonitorMsg::Sampled(system, machine) => {
                 state.system = Some(system);
-                let unaccounted = machine.unaccounted_bytes;
-                let growth = unaccounted
-                    .and_then(|bytes| state.watch.check(bytes.cast_signed(), DRIVER_SLACK, state.started.elapsed()));
-                if let Some(growth) = growth {
-                    let MemoryGrowth { grown_bytes } = growth;
-                    tracing::warn!(grown_bytes, "memory grows that no process has: a driver may leak");
-                    state.args.facts.tell(Fact::MachineLeaks(growth));
-                }
+                state.check_memory(&machine);
                 let _ = state.args.planner.send_message(PlannerMsg::MachineMeasured(machine.clone()));
                 state.args.facts.tell(Fact::MachineMeasured(machine));
             }
         }
         Ok(())
+    }
+}
+
+impl MonitorState {
+    /// Reports memory that no process has, if it grows or returns.
+    fn check_memory(&mut self, machine: &Machine) {
+        let Some(bytes) = machine.unaccounted_bytes else { return };
+        let Some(change) = self.watch.check(bytes.cast_signed(), DRIVER_SLACK, self.started.elapsed()) else { return };
+        match change {
+            MemoryChange::Grown(MemoryGrowth { grown_bytes }) => {
+                tracing::warn!(grown_bytes, "memory grows that no process has: a driver may leak");
+            }
+            MemoryChange::Returned => tracing::info!("the memory that no process had has returned"),
+        }
+        self.args.facts.tell(Fact::MachineLeaks(change.growth()));
     }
 }

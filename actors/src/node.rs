@@ -25,11 +25,11 @@ use crate::transport::callback::{EventCallback, Facts};
 use crate::transport::control::ReceivedMessage;
 use crate::transport::protocol::ControlMessage;
 use crate::transport::router::Router;
-use crate::worker::device::{Device, DeviceArgs, DeviceRef};
+use crate::worker::device::{Device, DeviceArgs};
 use crate::worker::links::LinkRegistry;
 use crate::worker::machine::measure_once;
 use crate::worker::{LocalDevice, Worker, WorkerArgs, WorkerFact, WorkerMsg, WorkerRef};
-use exo_engines::engine::{DeviceKind, EngineFactory};
+use exo_engines::engine::{DeviceId, DeviceKind, EngineFactory};
 use exo_net::{Network, NetworkEvent, NodeId, WireType};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use ractor_cluster::RactorMessage;
@@ -185,16 +185,18 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
     let (router, link_registry) = (Router::new(config.id), LinkRegistry::default());
     let models_args = ModelsArgs { config: config.models, router: router.clone() };
     let (models, _) = Models::spawn_linked(None, Models, models_args, cell()).await?;
-    let devices = start_devices(myself, &config.factories, (config.hang_timeouts, config.probe_after), &facts).await?;
+    let devices = start_devices(myself, &config.factories, config.hang_timeouts, &facts).await?;
     let machine = tokio::task::spawn_blocking(measure_once).await?;
     facts.tell(Fact::MachineMeasured(machine.clone()));
     let reports = devices.iter().map(|local| local.report.clone()).collect();
     let worker_args = WorkerArgs {
         devices,
+        probe_after: config.probe_after,
         models: models.clone(),
         router: router.clone(),
         link_registry: link_registry.clone(),
         facts: EventCallback::to(myself, NodeMsg::Worker),
+        health: facts.clone(),
     };
     let (worker, _) = Worker::spawn_linked(None, Worker, worker_args, cell()).await?;
     let (drafter, drafts) = draft_orders();
@@ -269,35 +271,27 @@ fn deliver(worker: WorkerRef, planner: PlannerRef) -> EventCallback<ReceivedMess
     })
 }
 
-/// Starts an actor for each device that a factory finds. The CPU's actor starts first: the others fall back to it.
+/// Starts an actor for each device that a factory finds. A GPU falls back to the best CPU engine behind it.
 async fn start_devices(
     myself: &NodeRef,
     factories: &[Arc<dyn EngineFactory>],
-    (hang_timeouts, probe_after): (HangTimeouts, Duration),
+    hang_timeouts: HangTimeouts,
     facts: &Facts,
 ) -> Result<Vec<LocalDevice>, ActorProcessingErr> {
     let mut found = Vec::new();
     for factory in factories {
         found.extend(factory.probe().into_iter().map(|report| (report, Arc::clone(factory))));
     }
-    let mut devices: Vec<Option<LocalDevice>> = vec![None; found.len()];
-    let mut fallback: Option<DeviceRef> = None;
-    // From the last device to the first: a GPU falls back to the best CPU engine behind it.
-    for (index, (report, factory)) in found.into_iter().enumerate().rev() {
-        let is_cpu = report.kind == DeviceKind::Cpu;
-        let args = DeviceArgs {
-            report: report.clone(),
-            factory: Arc::clone(&factory),
-            fallback: if is_cpu { None } else { fallback.clone() },
-            hang_timeouts,
-            probe_after,
-            facts: facts.clone(),
-        };
+    let cpus: Vec<Option<DeviceId>> =
+        found.iter().map(|(report, _)| Some(report.id.clone()).filter(|_| report.kind == DeviceKind::Cpu)).collect();
+    let mut devices = Vec::with_capacity(found.len());
+    for (index, (report, factory)) in found.into_iter().enumerate() {
+        let args =
+            DeviceArgs { report: report.clone(), factory: Arc::clone(&factory), hang_timeouts, facts: facts.clone() };
         let (device, _) = Device::spawn_linked(None, Device, args, myself.get_cell()).await?;
-        if is_cpu {
-            fallback = Some(device.clone());
-        }
-        devices[index] = Some(LocalDevice { report, device, factory });
+        let is_cpu = report.kind == DeviceKind::Cpu;
+        let fallback = if is_cpu { None } else { cpus[index..].iter().flatten().next().cloned() };
+        devices.push(LocalDevice { report, device, factory, fallback });
     }
-    Ok(devices.into_iter().flatten().collect())
+    Ok(devices)
 }

@@ -137,7 +137,7 @@ impl Narrator {
                 let told = self.models.get(instance)?;
                 Some(format!("{}: stage {stage} is as fast as before again", told.name))
             }
-            Fact::ShardLeaks { instance, stage, growth } => {
+            Fact::ShardLeaks { instance, stage, growth: Some(growth) } => {
                 let told = self.models.get(instance)?;
                 Some(format!(
                     "warning: {}: the process of stage {stage} leaks memory, {} MB so far: another one takes over if \
@@ -146,7 +146,12 @@ impl Narrator {
                     growth.grown_bytes / 1_000_000
                 ))
             }
-            Fact::MachineLeaks(growth) => Some(format!(
+            Fact::ShardLeaks { instance, stage, growth: None } => {
+                let told = self.models.get(instance)?;
+                Some(format!("{}: the process of stage {stage} has given its memory back", told.name))
+            }
+            Fact::MachineLeaks(None) => Some("the memory that no process had has returned".to_owned()),
+            Fact::MachineLeaks(Some(growth)) => Some(format!(
                 "warning: memory that no process has grew by {} MB: a driver may leak\n  remedy: restart this machine \
                  when it suits, and update its drivers",
                 growth.grown_bytes / 1_000_000

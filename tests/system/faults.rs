@@ -11,7 +11,7 @@ mod gpu;
 mod tiny_model;
 
 use crate::{SMOLLM2, json, models};
-use exo::{DeviceId, Fact, HangTimeouts, RunningModel};
+use exo::{DeviceId, Fact, HangTimeouts, RunningModel, Subscription};
 use exo::{GenerateRequest, Generated, ModelSpec, Node, NodeHandle, Prompt, RequestError, Sampled, SamplingParams};
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::EngineFactory;
@@ -111,6 +111,42 @@ impl World {
             last = Instant::now();
         }
     }
+}
+
+impl World {
+    /// Computes answers until the alarm of a slow or leaking process, and compares them.
+    async fn alarm(&self, kind: &str, facts: &mut Subscription, expected: &[Sampled]) {
+        let alarm = async {
+            loop {
+                match facts.next().await.expect("not too slow").expect("the node lives") {
+                    Fact::ShardSpeed { slow_down: Some(slow), .. } if kind == "slow" => {
+                        return assert!(slow.latest >= slow.best * 10, "{slow:?}");
+                    }
+                    Fact::ShardLeaks { growth: Some(_), .. } if kind == "leak" => return,
+                    _ => {}
+                }
+            }
+        };
+        let answers = async {
+            loop {
+                assert!(self.ask(0.9).await.expect("an answer").0 == expected, "{kind} changes the answer");
+            }
+        };
+        let alarm = async {
+            tokio::select! { () = alarm => {}, () = answers => {} }
+        };
+        tokio::time::timeout(Duration::from_secs(60), alarm).await.expect("an alarm");
+    }
+}
+
+/// Waits until there is one worker for each of two shards.
+async fn two_workers() {
+    let two = async {
+        while leftovers().0.len() != 2 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), two).await.expect("each shard has one process");
 }
 
 /// Runs a test's body on a runtime of its own.
@@ -233,42 +269,46 @@ fn slow_and_leaking_processes_raise_alarms() {
         for (kind, number) in [("slow", 60), ("leak", 20)] {
             let world = World::new(Some(("decode", kind, number))).await;
             let mut facts = world.node.subscribe().await.expect("the node lives");
-            let alarm = async {
-                loop {
-                    match facts.next().await.expect("not too slow").expect("the node lives") {
-                        Fact::ShardSpeed { slow_down: Some(slow), .. } if kind == "slow" => {
-                            assert!(slow.latest >= slow.best * 10, "{slow:?}");
-                            break kind;
-                        }
-                        Fact::ShardLeaks { .. } if kind == "leak" => break kind,
-                        _ => {}
-                    }
-                }
-            };
-            let answers = async {
-                loop {
-                    assert!(world.ask(0.9).await.expect("an answer").0 == expected, "{kind} changes the answer");
-                }
-            };
-            let alarm = tokio::time::timeout(Duration::from_secs(60), async {
-                tokio::select! { alarm = alarm => alarm, () = answers => "" }
-            });
-            assert_eq!(alarm.await.expect("an alarm"), kind);
+            world.alarm(kind, &mut facts, &expected).await;
             if kind == "leak" {
                 let renewed = async { while !matches!(facts.next().await, Ok(Some(Fact::ShardLoaded { .. }))) {} };
                 tokio::time::timeout(Duration::from_secs(20), renewed).await.expect("another process has the shard");
                 assert!(world.ask(0.9).await.expect("an answer").0 == expected, "{kind} changes the answer");
-                let two = async {
-                    while leftovers().0.len() > 2 {
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
-                };
-                tokio::time::timeout(Duration::from_secs(10), two).await.expect("the leaking process has ended");
+                two_workers().await;
             }
             assert!(world.ask(0.9).await.expect("an answer").0 == expected, "{kind} changes the answer");
             world.node.shutdown().await;
             files_when_all_have_ended(usize::MAX).await;
         }
+    });
+}
+
+/// R1.4, R8.1–R8.5: a leaking process that crashes while the one that replaces it loads is not started again: that one
+/// serves, and answers do not change.
+#[test]
+fn a_leaking_process_that_crashes_has_one_successor() {
+    run(async {
+        let expected = Calm::new().await.sampled;
+        let world = World::new(Some(("decode", "leak", 20))).await;
+        let mut facts = world.node.subscribe().await.expect("the node lives");
+        world.alarm("leak", &mut facts, &expected).await;
+        let memory = |pid: &String| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap_or_default();
+            line.split_whitespace().next().and_then(|kilobytes| kilobytes.parse::<u64>().ok()).unwrap_or(0)
+        };
+        let number = |stat: String| stat.split(' ').next().expect("a number").to_owned();
+        let workers = children(std::process::id()).into_iter().map(number);
+        let leaking = workers.max_by_key(memory).expect("a worker");
+        let status = std::process::Command::new("kill").args(["-KILL", &leaking]).status().expect("it runs");
+        assert!(status.success());
+        assert!(world.ask(0.9).await.expect("an answer").0 == expected, "the crash changes the answer");
+        two_workers().await;
+        let status = world.node.status().await.expect("the node lives");
+        assert!(status.failed_devices.is_empty(), "{:?}", status.failed_devices);
+        assert!(world.ask(0.9).await.expect("an answer").0 == expected, "the answer changes");
+        world.node.shutdown().await;
+        files_when_all_have_ended(usize::MAX).await;
     });
 }
 

@@ -28,7 +28,7 @@ pub enum Fact {
     /// A device that had failed has passed its probe.
     DeviceRecovered(DeviceId),
     /// Memory of the machine that neither processes nor caches account for has grown: a driver may leak.
-    MachineLeaks(MemoryGrowth),
+    MachineLeaks(Option<MemoryGrowth>),
     /// The machine was measured, as happens every second.
     MachineMeasured(Machine),
     /// An instance whose head is on this node starts, or moves to another placement.
@@ -87,7 +87,7 @@ pub enum Fact {
         /// The stage's position in the pipeline, from 0.
         stage: usize,
         /// The unexplained memory.
-        growth: MemoryGrowth,
+        growth: Option<MemoryGrowth>,
     },
     /// All shards are loaded and connected: the instance serves.
     InstanceReady {

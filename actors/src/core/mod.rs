@@ -18,16 +18,17 @@
 //! How it runs:
 //! - `pipeline`, `stage`: the bring-up of one placement, and the reports of its stages;
 //! - [`scheduler`]: turns requests and results into steps and tokens;
-//! - [`restart_policy`]: decides what to do about a failed shard; [`device_policy`]: where a device's
-//!   shards run; `shard_engines`: which of a shard's engines serves;
+//! - [`restart_policy`]: decides what to do about a failed shard; [`device_health`]: when a device is left alone;
+//!   `failover`: which engines a shard has, where, and which of them serves;
 //! - [`watchdog`]: how long work may take before it counts as hung; [`step_times`]: how long steps do take;
 //!   [`memory_watch`]: memory that grows without a cause.
 
 pub mod clique;
 pub mod context;
 pub mod desired;
-pub mod device_policy;
+pub mod device_health;
 pub mod fact;
+pub(crate) mod failover;
 pub mod leader;
 pub mod members;
 pub mod memory_watch;
@@ -38,7 +39,6 @@ pub mod plan;
 pub mod request;
 pub mod restart_policy;
 pub mod scheduler;
-pub(crate) mod shard_engines;
 pub mod spec;
 pub mod speed;
 pub(crate) mod stage;

@@ -134,7 +134,7 @@ impl NodeStatus {
                 self.failed_devices.insert(device.clone(), trouble.clone());
             }
             Fact::DeviceRecovered(device) => drop(self.failed_devices.remove(device)),
-            Fact::MachineLeaks(growth) => self.machine_leak = Some(*growth),
+            Fact::MachineLeaks(growth) => self.machine_leak = *growth,
             Fact::MachineMeasured(machine) => self.machine = machine.clone(),
             Fact::InstancePlaced { instance, model, placement } => {
                 let known = self.instances.get_mut(instance);
@@ -241,7 +241,8 @@ impl InstanceStatus {
                 self.slow.remove(stage);
                 self.leaks.remove(stage);
             }
-            Fact::ShardLeaks { stage, growth, .. } => drop(self.leaks.insert(*stage, *growth)),
+            Fact::ShardLeaks { stage, growth: Some(growth), .. } => drop(self.leaks.insert(*stage, *growth)),
+            Fact::ShardLeaks { stage, growth: None, .. } => drop(self.leaks.remove(stage)),
             Fact::ShardSpeed { stage, slow_down: None, .. } => drop(self.slow.remove(stage)),
             Fact::ShardSpeed { stage, slow_down: Some(slow_down), .. } => drop(self.slow.insert(*stage, *slow_down)),
             Fact::ShardLoading { stage, loaded_bytes, total_bytes, .. } => {

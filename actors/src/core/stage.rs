@@ -48,17 +48,16 @@ pub(crate) enum StageEvent {
     Fetching { stage: usize, fetched_bytes: u64, total_bytes: u64 },
     /// The shard's engine loads the weights.
     Loading { stage: usize, loaded_bytes: u64, total_bytes: u64 },
-    /// The shard is loaded on `device`: its own, or the fallback of its node. `load` counts the loads of that node. If
-    /// it differs from that of the shard that serves, the shard is loaded once more, and that one serves when the
-    /// shards are connected again.
+    /// The shard is loaded on `device`: its own, or the fallback of its node. `load` counts the loads of that node. A
+    /// load that is not the one that serves will serve once the shards are connected again.
     Up { stage: usize, device: DeviceId, load: u64 },
     /// The shard has become slow; `None`: it is as fast as before again.
     Speed { stage: usize, slow_down: Option<SlowDown> },
-    /// The shard's process holds memory that nothing explains.
-    Leaks { stage: usize, growth: MemoryGrowth },
+    /// The shard's process holds memory that nothing explains; `None`: it has given it back.
+    Leaks { stage: usize, growth: Option<MemoryGrowth> },
     /// The shard is connected for this incarnation.
     Wired { stage: usize, incarnation: Incarnation },
-    /// The shard failed; its device restarts it, or moves it to the fallback device.
+    /// The shard's engine failed; its node starts another one.
     Down { stage: usize, error: EngineError },
     /// The shard failed for good on this node.
     Lost { stage: usize, error: EngineError },

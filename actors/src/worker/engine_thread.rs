@@ -11,7 +11,7 @@
 use super::draws::Draws;
 use super::heartbeat::{EngineActivity, Heartbeat};
 use super::killer::Killer;
-use super::machine::resident_bytes;
+use super::machine::held_bytes;
 use super::memory_guard::MemoryGuard;
 use crate::core::scheduler::SamplerOperation;
 use crate::core::spec::InstanceId;
@@ -196,8 +196,8 @@ pub(crate) enum EngineEvent {
     Loaded {
         report: LoadReport,
         warm_up: WarmUpReport,
-        /// The memory of the engine's process; `None` for an engine in this process.
-        resident_bytes: Option<u64>,
+        /// The memory that the engine's process holds; `None` for an engine in this process.
+        held_bytes: Option<u64>,
     },
     /// The thread has ended.
     Failed(EngineError),
@@ -278,8 +278,8 @@ fn serve(
     let warm_up = engine.warm_up()?;
     heartbeat.beat(EngineActivity::Waiting);
     heartbeat.note_memory(report.weight_bytes);
-    let resident_bytes = engine.process().and_then(|process| resident_bytes(process.id()));
-    on(EngineEvent::Loaded { report, warm_up, resident_bytes });
+    let held_bytes = engine.process().and_then(|process| held_bytes(process.id()));
+    on(EngineEvent::Loaded { report, warm_up, held_bytes });
     let mut wired: Option<(Incarnation, Next)> = None;
     let mut sampler = TokenSampler::default();
     while let Ok(command) = commands.recv() {

@@ -42,8 +42,21 @@ pub(crate) fn available_bytes() -> Option<u64> {
     Some(system.available_memory())
 }
 
-/// The resident memory of a process; `None` if it cannot be read.
-pub(crate) fn resident_bytes(process: u32) -> Option<u64> {
+/// The memory of a process that the system cannot drop, in bytes; `None` if it cannot be read. Where the system tells,
+/// swapped memory counts, and mapped files do not: memory that moves between disk and RAM neither grows nor shrinks.
+pub(crate) fn held_bytes(process: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok();
+    status.and_then(|status| held_in(&status)).or_else(|| resident_bytes(process))
+}
+
+/// Reads the text of Linux's `/proc/PID/status`, which the manual page `proc_pid_status(5)` describes.
+fn held_in(status: &str) -> Option<u64> {
+    let anonymous = kilobytes(status, "RssAnon")?;
+    let others = ["RssShmem", "VmSwap"].iter().filter_map(|name| kilobytes(status, name)).sum::<u64>();
+    Some((anonymous + others) * 1024)
+}
+
+fn resident_bytes(process: u32) -> Option<u64> {
     let mut system = System::new().ok()?;
     let pid = Pid::from_u32(process);
     let memory = ProcessRefreshKind::nothing().with_memory();
@@ -59,14 +72,16 @@ fn unaccounted_bytes() -> Option<u64> {
 
 /// Reads the text of Linux's `/proc/meminfo`, which the kernel's `Documentation/filesystems/proc.rst` describes.
 fn unaccounted_in(meminfo: &str) -> Option<u64> {
-    let field = |name: &str| {
-        let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    };
     let accounted =
         ["MemFree", "Buffers", "Cached", "SwapCached", "AnonPages", "Slab", "KernelStack", "PageTables", "Percpu"];
-    let accounted: u64 = accounted.iter().filter_map(|name| field(name)).sum();
-    Some(field("MemTotal")?.saturating_sub(accounted) * 1024)
+    let accounted: u64 = accounted.iter().filter_map(|name| kilobytes(meminfo, name)).sum();
+    Some(kilobytes(meminfo, "MemTotal")?.saturating_sub(accounted) * 1024)
+}
+
+/// The value of a line such as `VmSwap:    12 kB`.
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    value.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -80,5 +95,13 @@ mod tests {
                        Slab:             50 kB\n";
         assert_eq!(unaccounted_in(meminfo), Some(100 * 1024));
         assert_eq!(unaccounted_in("something else"), None);
+    }
+
+    #[test]
+    fn a_process_holds_its_swapped_memory_and_no_mapped_file() {
+        let status = "Name:\texo-node\nVmRSS:\t  900 kB\nRssAnon:\t  300 kB\nRssFile:\t  500 kB\n\
+                      RssShmem:\t  100 kB\nVmSwap:\t   40 kB\n";
+        assert_eq!(held_in(status), Some(440 * 1024));
+        assert_eq!(held_in("Name:\tzombie\n"), None);
     }
 }

@@ -8,10 +8,9 @@
 
 use super::engine_thread::{self, EngineEvent, EngineHandle, EngineTask, ThreadEnd};
 use super::heartbeat::{EngineActivity, Pulse};
-use super::machine::resident_bytes;
-use crate::core::device_policy::ShardNumber;
+use super::machine::held_bytes;
+use crate::core::failover::EngineNumber;
 use crate::core::memory_watch::{MemoryGrowth, MemoryWatch};
-use crate::core::shard_engines::EngineRun;
 use crate::core::spec::InstanceId;
 use crate::core::step_times::SlowDown;
 use crate::core::watchdog::{HangTimeouts, Watchdog};
@@ -21,7 +20,6 @@ use exo_engines::engine::{DeviceKind, LoadProgress};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::time::{Duration, Instant};
-use tokio_util::sync::CancellationToken;
 
 /// The unexplained memory of a process that is no leak, in bytes, or as a share of the explained memory: scratch memory
 /// of large steps.
@@ -29,29 +27,23 @@ const MEMORY_SLACK: (u64, u64) = (256 << 20, 4);
 /// How often the engine's heartbeat is checked.
 const TICK_EVERY: Duration = Duration::from_secs(1);
 
-/// A shard to start.
+/// An engine to start for a shard.
 #[derive(Debug, Clone)]
 pub(crate) struct ShardTask {
-    /// The number of the shard on this node.
-    pub number: ShardNumber,
-    /// The number of the shard's engine on its device.
-    pub run: u64,
+    pub number: EngineNumber,
     pub instance: InstanceId,
     pub stage: usize,
     pub engine: EngineTask,
     /// The length of a hidden row, in numbers.
     pub hidden: usize,
     /// Receives reports, with the engine that they are about.
-    pub reports: EventCallback<(EngineRun, ShardReport)>,
-    /// Cancelled to stop the shard.
-    pub is_over: CancellationToken,
+    pub reports: EventCallback<(EngineNumber, ShardReport)>,
 }
 
 impl ShardTask {
     /// Reports about the engine of this task.
     pub(super) fn report(&self, report: ShardReport) {
-        let run = EngineRun { device: self.engine.device.clone(), run: self.run };
-        self.reports.tell((run, report));
+        self.reports.tell((self.number, report));
     }
 }
 
@@ -69,23 +61,19 @@ pub(crate) enum ShardReport {
         /// The size of the model's vocabulary, in tokens.
         vocabulary: u32,
     },
-    /// The shard failed; its device restarts it, or moves it to the fallback device.
-    Down(EngineError),
-    /// The shard failed for good on this node.
-    Lost(EngineError),
+    /// The engine has ended.
+    Failed(EngineError),
     /// The shard has become slow, or is as fast as before again.
     Speed(Option<SlowDown>),
-    /// The shard's process holds memory that nothing explains.
-    Leaks(MemoryGrowth),
-    /// The shard failed on its device, where it was loaded beside the engine that serves.
-    NotPromoted(EngineError),
+    /// The shard's process holds memory that nothing explains; `None`: it has given it back.
+    Leaks(Option<MemoryGrowth>),
 }
 
 #[derive(Debug, RactorMessage)]
 pub(crate) enum ShardMsg {
     Engine(EngineEvent),
     Tick,
-    /// The resident memory of the engine's process.
+    /// The memory that the engine's process holds, in bytes.
     Measured(u64),
 }
 
@@ -170,7 +158,7 @@ impl ShardState {
         let ShardTask { instance, stage, engine: task, hidden, .. } = &self.args.task;
         match event {
             EngineEvent::Progress(progress) => self.args.task.report(ShardReport::Loading(progress)),
-            EngineEvent::Loaded { report, warm_up, resident_bytes } => {
+            EngineEvent::Loaded { report, warm_up, held_bytes } => {
                 tracing::info!(
                     %instance, stage, layers = ?task.spec.layers, device = %task.device, fingerprint = report.fingerprint,
                     weight_bytes = report.weight_bytes, load_ms = report.elapsed.as_millis(), row_us = warm_up.row.as_micros(),
@@ -179,7 +167,7 @@ impl ShardState {
                 let vocabulary = u32::try_from(task.spec.architecture.vocabulary).unwrap_or(u32::MAX);
                 let (engine, row) = (self.engine.clone(), warm_up.row);
                 self.args.task.report(ShardReport::Up { engine, row, hidden: *hidden, vocabulary });
-                if let Some(bytes) = resident_bytes {
+                if let Some(bytes) = held_bytes {
                     self.check_memory(bytes);
                 }
             }
@@ -192,7 +180,7 @@ impl ShardState {
         if let Some(process) = self.engine.process_id() {
             let shard = myself.clone();
             tokio::task::spawn_blocking(move || {
-                let measured = resident_bytes(process).map(ShardMsg::Measured);
+                let measured = held_bytes(process).map(ShardMsg::Measured);
                 // Sending fails only if the shard has stopped.
                 measured.map(|measured| shard.send_message(measured))
             });
@@ -201,17 +189,18 @@ impl ShardState {
     }
 
     /// Reports memory of the engine's process that the engine does not account for, if it grows.
-    fn check_memory(&mut self, resident_bytes: u64) {
+    fn check_memory(&mut self, held_bytes: u64) {
         let explained = self.engine.heartbeat().read().memory_max_bytes;
         // A measurement during the load comes too early.
         if explained == 0 {
             return;
         }
         let (least, share) = MEMORY_SLACK;
-        // Memory on a device of its own is explained, and not resident: the difference may be negative.
-        let unexplained = resident_bytes.cast_signed() - explained.cast_signed();
-        if let Some(growth) = self.memory.check(unexplained, least.max(explained / share), self.started.elapsed()) {
-            self.args.task.report(ShardReport::Leaks(growth));
+        // Mapped files and the memory of a device of its own are explained, and not held: the difference may be
+        // negative.
+        let unexplained = held_bytes.cast_signed() - explained.cast_signed();
+        if let Some(change) = self.memory.check(unexplained, least.max(explained / share), self.started.elapsed()) {
+            self.args.task.report(ShardReport::Leaks(change.growth()));
         }
     }
 

@@ -1,31 +1,35 @@
 //! Worker: the shards that this node hosts, for owners on any node.
 //!
-//! - owns: the table of this node's shards, with the owner, device and memory of each;
-//! - receives: orders of the instances' owners, from any node; events of shards;
-//! - emits: shards to devices; events of shards to their owners; the memory that shards hold, to the planner;
+//! - owns: the table of this node's shards, with the owner, engines and memory of each; the health of the devices;
+//! - receives: orders of the instances' owners, from any node; reports of engines and probes; ticks, at which probes
+//!   start;
+//! - emits: engines and probes to devices; events of shards to their owners; the memory that shards hold, to the
+//!   planner; the health of devices, as facts;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
 //! The worker drops an order with an earlier stamp than the instance's latest. A shard that a later order repeats
 //! unchanged stays loaded. A shard with other layers loads beside the serving one.
 
+mod recovery;
 mod release;
 mod reports;
 mod wiring;
 
-use super::device::{DeviceMsg, DeviceRef};
+use super::device::DeviceRef;
 use super::engine_thread::{EngineHandle, EngineTask, LinkQueue};
 use super::links::LinkRegistry;
 use super::memory_guard::MemoryGuard;
+use super::probe::ProbeOutcome;
 use super::shard::{ShardReport, ShardTask};
 use crate::core::desired::{DesiredSnapshot, Stamp};
+use crate::core::failover::{EngineNumber, Failover, ShardNumber};
 use crate::core::plan::PlanError;
 use crate::core::request::RequestError;
-use crate::core::shard_engines::{EngineRun, ShardEngines};
 use crate::core::spec::InstanceId;
 use crate::core::stage::{StageEvent, StageTask};
 use crate::models::{Extent, Fetched, ModelsRef, ResolvedModel};
-use crate::transport::callback::EventCallback;
+use crate::transport::callback::{EventCallback, Facts};
 use crate::transport::protocol::{ControlMessage, StageOrder};
 use crate::transport::router::Router;
 use exo_engines::EngineError;
@@ -37,14 +41,15 @@ use ractor_cluster::RactorMessage;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
-use tokio_util::sync::CancellationToken;
+use std::time::{Duration, Instant};
 use wiring::Wiring;
 
 pub(crate) type WorkerRef = ActorRef<WorkerMsg>;
 
 /// The most shards that this node hosts at once.
 const SHARDS_MAX: usize = 256;
+/// How often the worker looks for a probe that is due.
+const TICK_EVERY: Duration = Duration::from_secs(1);
 
 /// The key of a shard. A stage has two shards while it moves to other layers or to another device.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -75,22 +80,27 @@ pub(crate) enum WorkerMsg {
     /// The files of a shard's layers are on this machine, or cannot be fetched.
     Resolved {
         key: ShardKey,
-        serial: u64,
+        serial: ShardNumber,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     },
     /// The fetch of a shard's weights has made progress.
     Fetched {
         key: ShardKey,
-        serial: u64,
+        serial: ShardNumber,
         fetched: Fetched,
     },
     Shard {
         key: ShardKey,
-        serial: u64,
+        serial: ShardNumber,
         /// The engine that the report is about.
-        of: EngineRun,
+        of: EngineNumber,
         report: ShardReport,
     },
+    Probed {
+        device: DeviceId,
+        outcome: ProbeOutcome,
+    },
+    Tick,
     /// The link to a shard's successor is open, or cannot be opened.
     Linked {
         key: ShardKey,
@@ -115,6 +125,8 @@ pub(crate) struct LocalDevice {
     pub report: DeviceReport,
     pub device: DeviceRef,
     pub factory: Arc<dyn EngineFactory>,
+    /// The device that serves the shards which cannot run on this one.
+    pub fallback: Option<DeviceId>,
 }
 
 /// A report of the worker to the planner.
@@ -130,20 +142,26 @@ pub(crate) enum WorkerFact {
 #[derive(Debug)]
 pub(crate) struct WorkerArgs {
     pub devices: Vec<LocalDevice>,
+    /// The first pause before a device that has failed is probed.
+    pub probe_after: Duration,
     pub models: ModelsRef,
     pub router: Router,
     pub link_registry: LinkRegistry,
     pub facts: EventCallback<WorkerFact>,
+    /// Receives the health of devices.
+    pub health: Facts,
 }
 
 #[derive(Debug)]
 pub(crate) struct WorkerState {
     args: WorkerArgs,
+    started: Instant,
     shards: HashMap<ShardKey, HostedShard>,
+    failover: Failover<Loaded>,
     /// The latest stamp of each instance.
     stamps: HashMap<InstanceId, Stamp>,
     memory: BTreeMap<InstanceId, u64>,
-    next_serial: u64,
+    next_serial: ShardNumber,
     /// The number of loads so far.
     loads: u64,
 }
@@ -152,17 +170,17 @@ pub(crate) struct WorkerState {
 #[derive(Debug)]
 struct HostedShard {
     /// Distinguishes the shard from earlier ones with the same key.
-    serial: u64,
+    serial: ShardNumber,
     owner: NodeId,
     task: StageTask,
+    /// What each of its engines starts with, once the model's headers are read.
+    start: Option<ShardTask>,
     /// When the owner last ordered the shard.
     ordered: Instant,
     /// The cost of a row, in bytes of weights; 0 until the model's headers are read.
     cost_bytes: u64,
-    engines: ShardEngines<Loaded>,
     /// The incarnation for which the shard is connected.
     wired: Option<Incarnation>,
-    is_over: CancellationToken,
 }
 
 #[derive(Debug, Clone)]
@@ -182,10 +200,15 @@ impl Actor for Worker {
     type State = WorkerState;
     type Arguments = WorkerArgs;
 
-    async fn pre_start(&self, _: WorkerRef, args: WorkerArgs) -> Result<WorkerState, ActorProcessingErr> {
+    async fn pre_start(&self, myself: WorkerRef, args: WorkerArgs) -> Result<WorkerState, ActorProcessingErr> {
+        myself.send_interval(TICK_EVERY, || WorkerMsg::Tick);
+        let devices = args.devices.iter().map(|local| (local.report.id.clone(), local.fallback.clone()));
+        let failover = Failover::new(devices, args.probe_after);
         Ok(WorkerState {
             args,
+            started: Instant::now(),
             shards: HashMap::new(),
+            failover,
             stamps: HashMap::new(),
             memory: BTreeMap::new(),
             next_serial: 0,
@@ -206,6 +229,8 @@ impl Actor for Worker {
             WorkerMsg::Resolved { key, serial, outcome } => state.on_resolved(&myself, key, serial, outcome),
             WorkerMsg::Fetched { key, serial, fetched } => state.on_fetched(key, serial, fetched),
             WorkerMsg::Shard { key, serial, of, report } => state.on_report(&key, serial, of, report),
+            WorkerMsg::Probed { device, outcome } => state.on_probed(&device, outcome),
+            WorkerMsg::Tick => state.start_probes(&myself),
             WorkerMsg::Linked { key, wiring, outcome } => state.on_linked(&key, &wiring, outcome),
             WorkerMsg::Cut { key, incarnation, what } => state.on_cut(&key, incarnation, what),
             WorkerMsg::MemoryReleased { instance, bytes } => state.on_memory_released(instance, bytes),
@@ -250,10 +275,7 @@ impl WorkerState {
             let is_unchanged = StageTask { stamp: task.stamp, ..shard.task.clone() } == task;
             if is_unchanged {
                 (shard.owner, shard.task, shard.ordered) = (owner, task, Instant::now());
-                if let Some(up) = shard.up(key.stage) {
-                    self.tell(&key, up);
-                }
-                return;
+                return self.tell_up(&key);
             }
             self.stop(&key);
         }
@@ -265,17 +287,8 @@ impl WorkerState {
         let of = key.clone();
         let progress =
             EventCallback::to(myself, move |fetched| WorkerMsg::Fetched { key: of.clone(), serial, fetched });
-        let engines = ShardEngines::new(task.device.clone());
-        let shard = HostedShard {
-            serial,
-            owner,
-            task,
-            ordered: Instant::now(),
-            cost_bytes: 0,
-            engines,
-            wired: None,
-            is_over: CancellationToken::new(),
-        };
+        let (start, wired, ordered) = (None, None, Instant::now());
+        let shard = HostedShard { serial, owner, task, start, ordered, cost_bytes: 0, wired };
         self.shards.insert(key.clone(), shard);
         tokio::spawn(async move {
             let outcome = crate::models::get_spec(&models, &spec, files, extent, progress).await;
@@ -288,7 +301,7 @@ impl WorkerState {
         &mut self,
         myself: &WorkerRef,
         key: ShardKey,
-        serial: u64,
+        serial: ShardNumber,
         outcome: Result<Arc<ResolvedModel>, RequestError>,
     ) {
         let Some(shard) = self.shards.get_mut(&key).filter(|shard| shard.serial == serial) else { return };
@@ -332,23 +345,21 @@ impl WorkerState {
             memory: Arc::new(memory),
         };
         let of = key.clone();
-        let reports = EventCallback::to(myself, move |(run, report)| WorkerMsg::Shard {
-            key: of.clone(),
-            serial,
-            of: run,
-            report,
+        let reports = EventCallback::to(myself, move |(engine, report)| {
+            let key = of.clone();
+            WorkerMsg::Shard { key, serial, of: engine, report }
         });
         let held_bytes: &mut u64 = self.memory.entry(instance).or_default();
         *held_bytes = held_bytes.saturating_add(task.memory_bytes);
         shard.cost_bytes = cost_bytes(&model.files, &task.layers);
-        let is_over = shard.is_over.clone();
-        let start = ShardTask { number: serial, run: 0, instance, stage: key.stage, engine, reports, hidden, is_over };
-        // Sending fails only if the device has stopped; the node stops, too.
-        let _ = local.device.send_message(DeviceMsg::Start(Box::new(start)));
+        let number = EngineNumber(0);
+        shard.start = Some(ShardTask { number, instance, stage: key.stage, engine, reports, hidden });
+        let orders = self.failover.place(serial, task.device);
+        self.order(orders);
         self.tell_memory();
     }
 
-    fn on_fetched(&self, key: ShardKey, serial: u64, fetched: Fetched) {
+    fn on_fetched(&self, key: ShardKey, serial: ShardNumber, fetched: Fetched) {
         let Fetched { fetched_bytes, total_bytes } = fetched;
         if self.shards.get(&key).is_some_and(|shard| shard.serial == serial) {
             self.tell(&key, StageEvent::Fetching { stage: key.stage, fetched_bytes, total_bytes });

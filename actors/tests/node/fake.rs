@@ -57,6 +57,8 @@ pub(crate) enum How {
 pub(crate) struct Script {
     /// The first layer of the failing shard, the operation, the kind of failure, and how many times it happens.
     pub(crate) failures: Vec<(usize, When, How, u32)>,
+    /// A device with little memory: its name, the most layers that it can load, and the free bytes that it reports.
+    pub(crate) short_of_memory: Option<(&'static str, usize, u64)>,
     pub(crate) loads: u32,
     /// The device of the last load.
     pub(crate) loaded_on: &'static str,
@@ -187,6 +189,13 @@ impl Engine for FakeEngine {
             let mut script = self.script.lock();
             script.loads += 1;
             script.loaded_on = self.device;
+            if let Some((device, layers_max, free_bytes)) = script.short_of_memory
+                && device == self.device
+                && shard.layers.len() > layers_max
+            {
+                let needed_bytes = free_bytes + 1;
+                return Err(EngineError::OutOfMemory { what: "the shard".to_owned(), needed_bytes, free_bytes });
+            }
             script.more_tensors
         };
         self.spec = Some(shard.clone());

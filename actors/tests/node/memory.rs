@@ -4,6 +4,7 @@ use crate::PROMPT;
 use crate::fake::{Script, World, answer};
 use exo_actors::core::status::Phase;
 use exo_actors::{PlannerLimits, RequestError};
+use exo_engines::engine::DeviceKind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,4 +83,28 @@ async fn a_shutdown_interrupts_loads() {
     world.node.clone().shutdown().await;
     has(|script| script.interrupted).await.expect("both loads are interrupted");
     assert!(loading.await.expect("no panic").is_err(), "the waiting client gets an error");
+}
+
+/// R1.4, R7.1–R7.5: a GPU that runs out of memory during a load keeps as many layers as it has memory for, and the CPU
+/// gets the others; the waiting request is answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_that_a_gpu_has_no_memory_for_go_to_the_cpu() {
+    let devices = [("gpu", DeviceKind::Gpu), ("cpu", DeviceKind::Cpu)];
+    let world = World::with_devices(Script::default(), &devices).await;
+    let placed = world.node.load(world.spec(1)).await.expect("it runs");
+    let whole: u64 = placed.placement().stages.iter().map(|stage| stage.memory_bytes).sum();
+    let layers = placed.placement().stages[0].layers.end;
+    drop(placed);
+    world.node.shutdown().await;
+
+    let script = Script { short_of_memory: Some(("gpu", layers - 1, whole * 3 / 4)), ..Script::default() };
+    let world = World::with_devices(script, &devices).await;
+    let mut request = world.request(1, &PROMPT, 20);
+    request.model.shards = None;
+    assert_eq!(world.ask(request).await, Ok(answer(&PROMPT, 20)));
+    let status = world.node.status().await.expect("the node lives");
+    let ready = status.instances.values().find(|instance| instance.phase == Phase::Ready).expect("it is served");
+    let devices: Vec<&str> = ready.placement.stages.iter().map(|stage| stage.device.0.as_str()).collect();
+    assert_eq!(devices, ["gpu", "cpu"], "{:?}", ready.placement);
+    world.node.shutdown().await;
 }

@@ -28,7 +28,7 @@ use std::time::Duration;
 
 pub use factory::WorkerFactory;
 pub use process::{WorkerCommand, live_processes};
-pub use serve::serve;
+pub use serve::{has_other_threads, serve};
 
 /// How long a worker may take to release its device, once its node has closed the channel. Then it is killed.
 const RELEASE_WITHIN: Duration = Duration::from_secs(2);

@@ -112,9 +112,11 @@ impl WorkerEngine {
         match received {
             Ok((hello, _)) if hello == Hello::own() => Ok(()),
             Ok((hello, _)) => Err(self.give_up(hello.to_string())),
-            Err(ChannelError::Io(error)) if error.kind() != io::ErrorKind::WouldBlock => {
-                Err(self.ended(&ChannelError::Io(error)))
+            Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.kill();
+                Err(EngineError::Killed { from: "its start".to_owned(), seconds: GREETS_WITHIN.as_secs() })
             }
+            Err(ChannelError::Io(error)) => Err(self.ended(&ChannelError::Io(error))),
             Err(_) => Err(self.give_up("another program".to_owned())),
         }
     }

@@ -26,7 +26,10 @@ pub fn serve(factories: &[Arc<dyn EngineFactory>]) -> ! {
                 End::Failed => kill_this_process(),
             }
         }
-        Err(error) => eprintln!("the worker cannot start: {error}"),
+        Err(error) => {
+            eprintln!("the worker cannot start: {error}");
+            std::process::exit(1)
+        }
     }
     std::process::exit(0)
 }
@@ -61,8 +64,8 @@ fn start() -> io::Result<Channel> {
     Ok(channel)
 }
 
-/// Whether the program has started threads, whose files must not be closed.
-fn has_other_threads() -> bool {
+/// Returns whether the program has started threads. Then it cannot serve: their files must not be closed.
+pub fn has_other_threads() -> bool {
     std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() > 1)
 }
 

@@ -1,9 +1,9 @@
-//! Seeded simulations of a head's scheduler over a pipeline, of a cluster's planning, and of a device that fails.
+//! Seeded simulations of a head's scheduler over a pipeline, of a cluster's planning, and of a node's devices that fail.
 //!
 //! Each run prints its seed. `EXO_SIM_SEED` repeats the run of one seed; `EXO_SIM_SEEDS` sets the number of runs.
 
 mod cluster;
-mod device;
+mod failover;
 mod head;
 
 /// The random numbers of the simulations: xorshift64*.

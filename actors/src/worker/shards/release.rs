@@ -4,7 +4,6 @@ use super::{HostedShard, ShardKey, WorkerState};
 use crate::core::desired::{DesiredSnapshot, Stamp};
 use crate::core::spec::InstanceId;
 use crate::transport::protocol::LinkEnd;
-use crate::worker::device::DeviceMsg;
 
 impl WorkerState {
     /// Stops shards that a stage has besides the serving one and `loading`. An earlier order loaded them in vain.
@@ -49,14 +48,11 @@ impl WorkerState {
 
     pub(super) fn stop(&mut self, key: &ShardKey) {
         let Some(shard) = self.shards.remove(key) else { return };
-        shard.is_over.cancel();
+        let orders = self.failover.remove(shard.serial);
+        self.order(orders);
         self.args.link_registry.remove(key.instance, LinkEnd::Stage(key.stage), shard.wired);
         tracing::info!(instance = %key.instance, stage = key.stage, layers = ?key.layers, "stopping a shard");
         self.tell_memory();
-        // The shard may have fallen back to any device.
-        for local in &self.args.devices {
-            let _ = local.device.send_message(DeviceMsg::Sweep);
-        }
     }
 
     pub(super) fn on_memory_released(&mut self, instance: InstanceId, bytes: u64) {

@@ -34,7 +34,7 @@ impl WorkerState {
         self.take_over(key.instance);
         let Some(shard) = self.shards.get(&key) else { return };
         // The owner receives the failure of a shard, and connects the shards again after its restart.
-        if shard.engines.serving().is_none() {
+        if self.failover.serving(shard.serial).is_none() {
             return;
         }
         if wiring.next == self.args.router.own() {
@@ -68,11 +68,8 @@ impl WorkerState {
                 let follows = |other: &ShardKey| {
                     (other.instance, other.stage, other.layers.start) == (key.instance, stage, key.layers.end)
                 };
-                let mut next = self
-                    .shards
-                    .iter()
-                    .filter(|(other, _)| follows(other))
-                    .filter_map(|(_, shard)| shard.engines.serving());
+                let following = self.shards.iter().filter(|(other, _)| follows(other));
+                let mut next = following.filter_map(|(_, shard)| self.failover.serving(shard.serial));
                 Some(Next::Shard(next.next()?.engine.clone()))
             }
             LinkEnd::Head => {
@@ -97,7 +94,9 @@ impl WorkerState {
         if shard.wired.is_some_and(|wired| wired > wiring.incarnation) {
             return;
         }
-        let Some(Loaded { engine, hidden, vocabulary, .. }) = shard.engines.serving().cloned() else { return };
+        let Some(Loaded { engine, hidden, vocabulary, .. }) = self.failover.serving(shard.serial).cloned() else {
+            return;
+        };
         if engine.wire(wiring.incarnation, next).is_err() {
             // The engine's thread has ended or hangs; its shard reports that.
             return;
