@@ -5,7 +5,7 @@ use crate::core::plan::{Link, Links, Offer};
 use crate::core::spec::InstanceId;
 use crate::core::speed::Speed;
 use crate::core::status::{InstanceStatus, KeyClash, Machine};
-use exo_engines::engine::{DeviceId, DeviceReport};
+use exo_engines::engine::{DeviceId, DeviceKind, DeviceReport};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -110,6 +110,13 @@ impl MemberReport {
             is_speed && link.rtt_s.is_finite() && link.rtt_s >= 0.0
         });
         speeds && links && counts.iter().all(|&count| count <= LISTED_MAX) && self.name.len() <= LISTED_MAX
+    }
+
+    /// The CPU that takes the work of the member's best devices when they cannot do it; `None` if it is the best.
+    pub fn fallback(&self) -> Option<&DeviceId> {
+        let is_cpu = |device: &&DeviceOffer| device.report.kind == DeviceKind::Cpu;
+        let cpu = self.devices.iter().find(is_cpu)?;
+        (self.devices.first()?.report.engine != cpu.report.engine).then_some(&cpu.report.id)
     }
 
     /// The member's offers of `device` alone, or of all devices of its best engine. `promised_bytes` of its memory are

@@ -67,7 +67,7 @@ impl Leader {
         offers
     }
 
-    /// [`Leader::offers_of`], and the devices that ran out of memory lately, with the memory that they had.
+    /// [`Leader::offers_of`]. A device that ran out of memory lately offers what it had, and its node offers the CPU, too.
     pub(super) fn reduced_offers(
         &self,
         round: &RoundContext<'_>,
@@ -76,11 +76,36 @@ impl Leader {
         near: NodeId,
         memory: &Memory,
     ) -> Vec<Offer> {
-        let reduced = self.all_offers(round, device, near, memory).into_iter().filter_map(|offer| {
-            let Some(failed) = self.failure(round, for_instance, &offer) else { return Some(offer) };
-            Some(Offer { free_bytes: offer.free_bytes.min(failed.free_bytes?), ..offer })
-        });
-        reduced.collect()
+        let mut reduced = Vec::new();
+        for offer in self.all_offers(round, device, near, memory) {
+            let Some(failed) = self.failure(round, for_instance, &offer) else {
+                reduced.push(offer);
+                continue;
+            };
+            let Some(had_bytes) = failed.free_bytes else { continue };
+            let free_bytes = offer.free_bytes.min(had_bytes);
+            if device.is_none() {
+                let cpu = self.cpu_beside(round, for_instance, &offer, memory);
+                // The device may use the machine's memory, too.
+                reduced.extend(cpu.map(|cpu| Offer { free_bytes: cpu.free_bytes.saturating_sub(free_bytes), ..cpu }));
+            }
+            reduced.push(Offer { free_bytes, ..offer });
+        }
+        reduced
+    }
+
+    /// The offer of the CPU of a device's node, if the node prefers other devices and the CPU has not failed.
+    fn cpu_beside(
+        &self,
+        round: &RoundContext<'_>,
+        for_instance: InstanceId,
+        offer: &Offer,
+        memory: &Memory,
+    ) -> Option<Offer> {
+        let cpu = round.members.0.get(&offer.node)?.fallback()?;
+        let offers = self.all_offers(round, Some(cpu), offer.node, memory);
+        let of_node = offers.into_iter().find(|other| other.node == offer.node);
+        of_node.filter(|cpu| self.failure(round, for_instance, cpu).is_none())
     }
 
     fn all_offers(

@@ -1,4 +1,4 @@
-//! Seeded simulations of a head's scheduler over a pipeline, of a cluster's planning, and of a node's devices that fail.
+//! Seeded simulations of a head's scheduler over a pipeline, of a cluster's planning, and of devices that fail.
 //!
 //! Each run prints its seed. `EXO_SIM_SEED` repeats the run of one seed; `EXO_SIM_SEEDS` sets the number of runs.
 

@@ -1,4 +1,4 @@
-//! Failed engines, their replacements, and the health of devices: `core/failover.rs` decides, the worker carries it out.
+//! Failed engines, their replacements, and the health of devices: `core/failover.rs` decides, the worker does it.
 
 use super::{HostedShard, ShardKey, WorkerMsg, WorkerRef, WorkerState};
 use crate::core::device_health::Health;
