@@ -8,9 +8,7 @@ use exo_actors::core::device_health::PROBE_AFTER;
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::{ModelsConfig, Progress};
 use exo_actors::{NodeConfig, NodeHandle, PlannerLimits};
-use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::EngineFactory;
-use exo_engines::worker::WorkerFactory;
 use exo_net::Identity;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -44,12 +42,13 @@ impl Node {
 /// the memory of a hung one back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Isolation {
-    /// All but those of the native CPU engine, if this program can run as their process.
+    /// All but those of the native CPU engine, if this program can run as their process. Without that, the others run
+    /// on threads, too, but for GPU engines, which are left out.
     #[default]
     Default,
     /// All.
     All,
-    /// None.
+    /// None but GPU engines.
     None,
 }
 
@@ -211,13 +210,5 @@ fn built_in(
     if isolation == Isolation::All && command.is_none() {
         return Err(StartError::NoWorker);
     }
-    let isolated = |factory: Arc<dyn EngineFactory>| -> Arc<dyn EngineFactory> {
-        let is_native = factory.name() == CpuFactory::NAME;
-        match (&command, isolation) {
-            (Some(command), Isolation::All) => Arc::new(WorkerFactory::new(factory, command.clone())),
-            (Some(command), Isolation::Default) if !is_native => Arc::new(WorkerFactory::new(factory, command.clone())),
-            _ => factory,
-        }
-    };
-    Ok(worker::factories(threads).into_iter().map(isolated).collect())
+    Ok(worker::isolate(worker::factories(threads), isolation, command.as_ref()))
 }

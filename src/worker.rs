@@ -5,10 +5,12 @@
 //! start twice instead, so a node isolates its engines only if the program has looked.
 
 use crate::config;
+use crate::error::StartError;
+use crate::node::Isolation;
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::CpuFactory;
-use exo_engines::engine::EngineFactory;
-use exo_engines::worker::{self, WorkerCommand};
+use exo_engines::engine::{EngineFactory, ProcessNeed};
+use exo_engines::worker::{self, WorkerCommand, WorkerFactory};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -56,5 +58,88 @@ pub(crate) fn command(program: PathBuf, threads: usize) -> WorkerCommand {
         program,
         arguments: vec!["engine-worker".into()],
         environment: vec![(config::WORKER_VARIABLE.into(), threads.to_string().into())],
+    }
+}
+
+/// Lets the engines of `factories` run in processes of `command`, as far as they need it or `isolation` wants it.
+/// Without a command, engines stay on threads, and those that never run on a thread are left out.
+pub(crate) fn isolate(
+    factories: Vec<Arc<dyn EngineFactory>>,
+    isolation: Isolation,
+    command: Option<&WorkerCommand>,
+) -> Vec<Arc<dyn EngineFactory>> {
+    let isolated = |factory: Arc<dyn EngineFactory>| -> Option<Arc<dyn EngineFactory>> {
+        let need = factory.process_need();
+        let is_wanted = match isolation {
+            Isolation::All => true,
+            Isolation::Default => need != ProcessNeed::Optional,
+            Isolation::None => need == ProcessNeed::Required,
+        };
+        match command {
+            Some(command) if is_wanted => Some(Arc::new(WorkerFactory::new(factory, command.clone()))),
+            None if need == ProcessNeed::Required => {
+                let (engine, remedy) = (factory.name(), StartError::NoWorker.to_string());
+                tracing::warn!(engine, remedy, "an engine is left out that runs only in a process of its own");
+                None
+            }
+            _ => Some(factory),
+        }
+    };
+    factories.into_iter().filter_map(isolated).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use exo_engines::EngineError;
+    use exo_engines::engine::{DeviceId, DeviceReport, Engine};
+
+    #[derive(Debug)]
+    struct Factory(ProcessNeed);
+
+    impl EngineFactory for Factory {
+        fn name(&self) -> &'static str {
+            match self.0 {
+                ProcessNeed::Optional => "cpu",
+                ProcessNeed::Preferred => "candle",
+                ProcessNeed::Required => "gpu",
+            }
+        }
+
+        fn process_need(&self) -> ProcessNeed {
+            self.0
+        }
+
+        fn probe(&self) -> Vec<DeviceReport> {
+            Vec::new()
+        }
+
+        fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
+            Err(EngineError::NoDevice { engine: self.name().to_owned(), device: device.to_string() })
+        }
+    }
+
+    /// The engines that a node has, those in processes of their own in capitals.
+    fn engines(isolation: Isolation, command: Option<&WorkerCommand>) -> Vec<String> {
+        let needs = [ProcessNeed::Required, ProcessNeed::Optional, ProcessNeed::Preferred];
+        let factories = needs.map(|need| -> Arc<dyn EngineFactory> { Arc::new(Factory(need)) });
+        let isolated = isolate(factories.into(), isolation, command);
+        let name = |factory: &Arc<dyn EngineFactory>| match format!("{factory:?}").starts_with("Worker") {
+            true => factory.name().to_uppercase(),
+            false => factory.name().to_owned(),
+        };
+        isolated.iter().map(name).collect()
+    }
+
+    /// R1.4, R3.1–R3.5: a GPU engine never runs in the node's process: without another one it is left out.
+    #[test]
+    fn engines_get_processes_as_they_need_them() {
+        let command = command(PathBuf::from("exo-node"), 1);
+        assert_eq!(engines(Isolation::Default, Some(&command)), ["GPU", "cpu", "CANDLE"]);
+        assert_eq!(engines(Isolation::All, Some(&command)), ["GPU", "CPU", "CANDLE"]);
+        assert_eq!(engines(Isolation::None, Some(&command)), ["GPU", "cpu", "candle"]);
+        for isolation in [Isolation::Default, Isolation::None] {
+            assert_eq!(engines(isolation, None), ["cpu", "candle"]);
+        }
     }
 }

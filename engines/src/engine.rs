@@ -274,10 +274,26 @@ impl std::fmt::Debug for EngineProcess {
     }
 }
 
+/// Whether an engine needs a process of its own, which can be killed when the engine hangs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProcessNeed {
+    /// The engine runs on a thread; users may ask for a process.
+    Optional,
+    /// The engine can fail in a way that only a new process mends; users may ask for a thread.
+    Preferred,
+    /// The engine can hang for ever in a driver: it never runs on a thread of the node.
+    Required,
+}
+
 /// Finds devices of one kind and opens engines on them.
 pub trait EngineFactory: Send + Sync + std::fmt::Debug {
     /// The engine's name: `cpu`, `candle`, …
     fn name(&self) -> &'static str;
+
+    /// Whether the engines need processes of their own.
+    fn process_need(&self) -> ProcessNeed {
+        ProcessNeed::Optional
+    }
 
     /// Lists usable devices, best first.
     fn probe(&self) -> Vec<DeviceReport>;

@@ -12,7 +12,7 @@ pub(super) struct EngineArguments {
     /// Run each engine in a process of its own, those of the CPU, too [default: all but the native CPU's]
     #[arg(long)]
     isolate: bool,
-    /// Run the engines in this process, where a crash of one ends the node, and a hang holds its memory
+    /// Run all engines but those of GPUs in this process: a crash of one ends the node, and a hang holds its memory
     #[arg(long, conflicts_with = "isolate")]
     no_isolate: bool,
 }

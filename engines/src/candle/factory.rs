@@ -2,7 +2,7 @@
 
 use super::CandleBackend;
 use crate::decoder::DecoderEngine;
-use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory};
+use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory, ProcessNeed};
 use crate::error::EngineError;
 use candle_core::Device;
 
@@ -18,6 +18,11 @@ impl CandleFactory {
 impl EngineFactory for CandleFactory {
     fn name(&self) -> &'static str {
         "candle"
+    }
+
+    /// A panic in candle's thread pool poisons a lock of the whole process.
+    fn process_need(&self) -> ProcessNeed {
+        ProcessNeed::Preferred
     }
 
     fn probe(&self) -> Vec<DeviceReport> {

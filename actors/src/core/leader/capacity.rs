@@ -67,7 +67,7 @@ impl Leader {
         offers
     }
 
-    /// [`Leader::offers_of`]. A device that ran out of memory lately offers what it had, and its node offers the CPU, too.
+    /// [`Leader::offers_of`]. A device that ran out of memory lately offers what it had, and its node the CPU, too.
     pub(super) fn reduced_offers(
         &self,
         round: &RoundContext<'_>,
