@@ -12,11 +12,18 @@ use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{EngineFactory, ProcessNeed};
 use exo_engines::worker::{self, WorkerCommand, WorkerFactory};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
-/// Whether this program has looked if it is to be a worker, while it still had one thread.
-static HAS_LOOKED: AtomicBool = AtomicBool::new(false);
+/// When this program has called [`run_worker_if_asked`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Called {
+    InTime,
+    /// It had other threads already, so it could not have served.
+    TooLate,
+}
+
+/// Set by the first call of [`run_worker_if_asked`].
+static CALLED: OnceLock<Called> = OnceLock::new();
 
 /// Serves an engine if a node has started this process for that, and then ends the process; else returns at once.
 ///
@@ -27,13 +34,7 @@ pub fn run_worker_if_asked() {
     if let Some(threads) = config::worker_threads() {
         worker::serve(&factories(threads));
     }
-    if worker::has_other_threads() {
-        tracing::warn!(
-            "engines stay on threads: `run_worker_if_asked` has to come before anything that starts a thread"
-        );
-    } else {
-        HAS_LOOKED.store(true, Ordering::Relaxed);
-    }
+    CALLED.get_or_init(|| if worker::has_other_threads() { Called::TooLate } else { Called::InTime });
 }
 
 /// The factories that are built in, best first.
@@ -43,8 +44,12 @@ pub(crate) fn factories(threads: usize) -> Vec<Arc<dyn EngineFactory>> {
 
 /// The command that runs this program as a worker; `None` if the program does not call [`run_worker_if_asked`].
 pub(crate) fn own_command(threads: usize) -> Option<WorkerCommand> {
-    if !HAS_LOOKED.load(Ordering::Relaxed) {
-        return None;
+    match CALLED.get()? {
+        Called::InTime => {}
+        Called::TooLate => {
+            tracing::warn!("`run_worker_if_asked` was called after threads were started: engines stay on threads");
+            return None;
+        }
     }
     // On Linux this is the running program even after an update has replaced its file.
     let running = PathBuf::from("/proc/self/exe");

@@ -99,7 +99,7 @@ impl MonitorState {
             MemoryChange::Grown(MemoryGrowth { grown_bytes }) => {
                 tracing::warn!(grown_bytes, "memory grows that no process has: a driver may leak");
             }
-            MemoryChange::Returned => tracing::info!("the memory that no process had has returned"),
+            MemoryChange::Returned => tracing::info!("the memory that no process has is about what it was before"),
         }
         self.args.facts.tell(Fact::MachineLeaks(change.growth()));
     }

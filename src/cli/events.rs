@@ -150,7 +150,7 @@ impl Narrator {
                 let told = self.models.get(instance)?;
                 Some(format!("{}: the process of stage {stage} has given its memory back", told.name))
             }
-            Fact::MachineLeaks(None) => Some("the memory that no process had has returned".to_owned()),
+            Fact::MachineLeaks(None) => Some("the memory that no process has is about what it was before".to_owned()),
             Fact::MachineLeaks(Some(growth)) => Some(format!(
                 "warning: memory that no process has grew by {} MB: a driver may leak\n  remedy: restart this machine \
                  when it suits, and update its drivers",

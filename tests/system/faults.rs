@@ -111,9 +111,7 @@ impl World {
             last = Instant::now();
         }
     }
-}
 
-impl World {
     /// Computes answers until the alarm of a slow or leaking process, and compares them.
     async fn alarm(&self, kind: &str, facts: &mut Subscription, expected: &[Sampled]) {
         let alarm = async {
@@ -304,6 +302,8 @@ fn a_leaking_process_that_crashes_has_one_successor() {
         assert!(status.success());
         assert!(world.ask(0.9).await.expect("an answer").0 == expected, "the crash changes the answer");
         two_workers().await;
+        let starts = std::fs::read_to_string(world.folder.path().join("fault.starts")).expect("processes were started");
+        assert_eq!(starts.lines().count(), 3, "two shards, and one replacement");
         let status = world.node.status().await.expect("the node lives");
         assert!(status.failed_devices.is_empty(), "{:?}", status.failed_devices);
         assert!(world.ask(0.9).await.expect("an answer").0 == expected, "the answer changes");

@@ -5,17 +5,15 @@
 //!                    ▲                  │failed
 //!                    └── longer pause ◄─┘
 //! ```
-//! A state machine without I/O: `failover` tells it what has happened. Times count from any fixed start. The model is
-//! Chromium's GPU process: a number of crashes in a time leads to the next fallback, and one crash is forgiven per
-//! interval.
+//! A state machine without I/O: `failover` tells it what has happened. Times count from any fixed start.
 
 use std::time::Duration;
 
 /// The first pause before a device that has failed is probed.
 pub const PROBE_AFTER: Duration = Duration::from_secs(10);
-/// The longest pause.
+/// The longest pause. A device that fails under load once an hour costs its users little.
 pub(super) const PAUSE_MAX: Duration = Duration::from_secs(3600);
-/// After this long without a failure the pause halves.
+/// After each such time without a failure the pause halves: a device that fails once a day is tried at once.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
 
 /// The health of a device.
@@ -40,11 +38,13 @@ pub(crate) struct DeviceHealth {
     pause: Duration,
     /// When the device last failed or became well.
     since: Duration,
+    /// Whether a probe runs, even one whose result will not count.
+    is_probed: bool,
 }
 
 impl DeviceHealth {
     pub(crate) fn new(probe_after: Duration) -> Self {
-        Self { probe_after, health: Health::Well, pause: probe_after, since: Duration::ZERO }
+        Self { probe_after, health: Health::Well, pause: probe_after, since: Duration::ZERO, is_probed: false }
     }
 
     pub(crate) fn health(&self) -> Health {
@@ -59,8 +59,8 @@ impl DeviceHealth {
     pub(crate) fn handle_failure(&mut self, now: Duration) {
         if self.health == Health::Well {
             let forgiven = now.saturating_sub(self.since).as_secs() / FORGIVEN_AFTER.as_secs();
-            let forgiven = u32::try_from(forgiven).unwrap_or(u32::MAX).min(16);
-            self.pause = (self.pause / (1 << forgiven)).max(self.probe_after);
+            let halved = u32::try_from(forgiven).ok().and_then(|times| 1_u32.checked_shl(times));
+            self.pause = halved.map_or(Duration::ZERO, |times| self.pause / times).max(self.probe_after);
         }
         // Several shards that fail together are one failure of the device.
         if let Health::Resting { .. } = self.health {
@@ -74,8 +74,8 @@ impl DeviceHealth {
     /// Returns whether a probe is to start now. The next call does not return true before the probe has ended.
     pub(crate) fn poll_probe(&mut self, now: Duration) -> bool {
         match self.health {
-            Health::Resting { until } if until <= now => {
-                self.health = Health::Probing;
+            Health::Resting { until } if until <= now && !self.is_probed => {
+                (self.health, self.is_probed) = (Health::Probing, true);
                 true
             }
             _ => false,
@@ -84,6 +84,7 @@ impl DeviceHealth {
 
     /// Notes that the probe has passed. It does not count if a shard has failed since the probe began.
     pub(crate) fn handle_probe_passed(&mut self, now: Duration) {
+        self.is_probed = false;
         if self.health == Health::Probing {
             (self.health, self.since) = (Health::Well, now);
         }
@@ -91,6 +92,7 @@ impl DeviceHealth {
 
     /// Notes that the probe has failed.
     pub(crate) fn handle_probe_failed(&mut self, now: Duration) {
+        self.is_probed = false;
         if self.health == Health::Probing {
             self.handle_failure(now);
         }
@@ -126,5 +128,8 @@ mod tests {
         device.handle_failure(12 * SECOND);
         device.handle_probe_passed(13 * SECOND);
         assert_eq!(device.health(), Health::Resting { until: 32 * SECOND });
+        assert!(device.poll_probe(32 * SECOND));
+        device.handle_failure(33 * SECOND);
+        assert!(!device.poll_probe(1000 * SECOND), "the earlier probe still runs");
     }
 }

@@ -27,7 +27,8 @@ pub enum Fact {
     },
     /// A device that had failed has passed its probe.
     DeviceRecovered(DeviceId),
-    /// Memory of the machine that neither processes nor caches account for has grown: a driver may leak.
+    /// Memory of the machine that neither processes nor caches account for has grown: a driver may leak. `None`: it is
+    /// about what it was before.
     MachineLeaks(Option<MemoryGrowth>),
     /// The machine was measured, as happens every second.
     MachineMeasured(Machine),
@@ -86,7 +87,7 @@ pub enum Fact {
         instance: InstanceId,
         /// The stage's position in the pipeline, from 0.
         stage: usize,
-        /// The unexplained memory.
+        /// The unexplained memory; `None`: it is about what it was before.
         growth: Option<MemoryGrowth>,
     },
     /// All shards are loaded and connected: the instance serves.

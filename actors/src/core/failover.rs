@@ -1,15 +1,15 @@
 //! Which engines a node's shards have, which of them serves, and what follows when one fails.
 //!
 //! ```text
-//! engine fails ─► restart on its device ─(too many)─► fallback device, the own device rests ─probe passed─┐
-//!      ▲                                                                                                  │
-//!      └──── the engine on the own device takes over ◄──── it loads there, beside the one that serves ◄────┘
+//! engine fails ─► restart on its device ─(too many failures, a hang, a lost device)─► fallback; the own device rests
+//!      ▲                                                                                               │ probe passed
+//!      └────────── the standby takes over ◄── a standby loads on the own device, beside the one that serves ◄─┘
 //! ```
 //! One state machine for all devices of the node, without I/O: the worker tells it what engines and probes report, and
 //! passes its orders on to the devices. It alone decides, so reports that cross its orders do no harm: what a stopped
 //! engine reports is ignored. Times count from any fixed start.
 //!
-//! A shard has at most two engines: the one that serves, and one that is to take over. The second one loads the shard
+//! A shard has at most two engines: the one that serves, and a standby that is to take over. A standby loads the shard
 //! on its own device again, after the fallback, or replaces an engine whose process leaks memory.
 
 use crate::core::device_health::{DeviceHealth, Health};
@@ -19,8 +19,9 @@ use exo_engines::engine::DeviceId;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// The least time between two replacements of a leaking process.
-const RENEWED_EVERY: Duration = Duration::from_secs(600);
+/// The least time between two replacements of a leaking process: each costs a load and a replay, and an engine that
+/// leaks at once would be replaced for ever.
+const LEAK_REPLACED_EVERY: Duration = Duration::from_secs(600);
 
 /// The number of a shard on this node.
 pub(crate) type ShardNumber = u64;
@@ -29,9 +30,14 @@ pub(crate) type ShardNumber = u64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct EngineNumber(pub u64);
 
+impl EngineNumber {
+    /// No engine's number: the first has 1.
+    pub(crate) const UNSET: Self = Self(0);
+}
+
 /// An order to a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Order {
+pub(crate) enum EngineOrder {
     /// Loads a shard into a new engine, after a wait.
     Start { shard: ShardNumber, engine: EngineNumber, device: DeviceId, after: Duration },
     /// Ends an engine, or a start that waits.
@@ -44,11 +50,11 @@ pub(crate) enum Change {
     Nothing,
     /// Another engine is the newest: it serves, or is to take over.
     Up,
-    /// The shard serves no more, or still loads.
+    /// No engine serves; one loads.
     Down,
     /// The serving engine has failed, and another one serves.
     Replaced,
-    /// The shard is given up on this node.
+    /// The shard is given up on this node, and is to be removed.
     Lost,
 }
 
@@ -56,7 +62,7 @@ pub(crate) enum Change {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub change: Change,
-    pub orders: Vec<Order>,
+    pub orders: Vec<EngineOrder>,
 }
 
 #[derive(Debug)]
@@ -76,18 +82,18 @@ struct Engine {
 struct Shard<T> {
     /// The device of the shard's placement.
     own: DeviceId,
-    /// Whether a load on the own device fails whatever the device's health is.
-    is_barred: bool,
+    /// Whether a load on the own device failed for a reason that its health does not change.
+    cannot_fail_back: bool,
     histories: BTreeMap<DeviceId, FailureHistory>,
     serving: Option<(Engine, T)>,
-    other: Option<Other<T>>,
-    /// When an engine was last replaced because of a leak.
-    renewed: Option<Duration>,
+    standby: Option<Standby<T>>,
+    /// When the last replacement of a leaking engine began.
+    leak_replaced: Option<Duration>,
 }
 
-/// An engine that does not serve: it loads, or is loaded and waits to take over. Where no engine serves, it loads.
+/// An engine that does not serve yet: it loads, or is loaded and waits to take over. If no engine serves, it loads.
 #[derive(Debug)]
-struct Other<T> {
+struct Standby<T> {
     engine: Engine,
     loaded: Option<T>,
 }
@@ -97,8 +103,8 @@ struct Other<T> {
 pub(crate) struct Failover<T> {
     devices: BTreeMap<DeviceId, Device>,
     shards: BTreeMap<ShardNumber, Shard<T>>,
-    /// The number of engines that were started.
-    started: u64,
+    /// The number of engines so far.
+    engines: u64,
 }
 
 impl<T> Shard<T> {
@@ -106,28 +112,25 @@ impl<T> Shard<T> {
         self.serving.as_ref().is_some_and(|(serving, _)| serving.number == engine)
     }
 
-    fn is_other(&self, engine: EngineNumber) -> bool {
-        self.other.as_ref().is_some_and(|other| other.engine.number == engine)
+    fn is_standby(&self, engine: EngineNumber) -> bool {
+        self.standby.as_ref().is_some_and(|standby| standby.engine.number == engine)
     }
 
     fn engines(&self) -> impl Iterator<Item = &Engine> {
         let serving = self.serving.iter().map(|(engine, _)| engine);
-        serving.chain(self.other.iter().map(|other| &other.engine))
+        serving.chain(self.standby.iter().map(|standby| &standby.engine))
     }
 
-    /// Lets the other engine serve, if it is loaded. Returns the one that served before.
+    /// Lets the standby engine serve, if it is loaded. Returns the one that served before.
     fn take_over(&mut self) -> Option<Engine> {
-        let Other { engine, loaded } = self.other.take()?;
-        let Some(loaded) = loaded else {
-            self.other = Some(Other { engine, loaded });
-            return None;
-        };
+        let standby = self.standby.take_if(|standby| standby.loaded.is_some())?;
+        let Standby { engine, loaded: Some(loaded) } = standby else { return None };
         self.serving.replace((engine, loaded)).map(|(before, _)| before)
     }
 }
 
-fn stop(engine: &Engine) -> Order {
-    Order::Stop { engine: engine.number, device: engine.device.clone() }
+fn stop(engine: &Engine) -> EngineOrder {
+    EngineOrder::Stop { engine: engine.number, device: engine.device.clone() }
 }
 
 impl<T> Failover<T> {
@@ -138,7 +141,7 @@ impl<T> Failover<T> {
             let health = DeviceHealth::new(probe_after);
             (id, Device { fallback, health })
         });
-        Self { devices: devices.collect(), shards: BTreeMap::new(), started: 0 }
+        Self { devices: devices.collect(), shards: BTreeMap::new(), engines: 0 }
     }
 
     /// The health of a device of this node.
@@ -156,11 +159,12 @@ impl<T> Failover<T> {
         self.shards.get(&shard)?.serving.as_ref().map(|(_, loaded)| loaded)
     }
 
-    /// The engine that was loaded last, with its device: it serves, or is to take over.
-    pub(crate) fn newest(&self, shard: ShardNumber) -> Option<(&DeviceId, &T)> {
+    /// The engine that was loaded last, and its device: it serves, or is to take over.
+    pub(crate) fn newest(&self, shard: ShardNumber) -> Option<(EngineNumber, &DeviceId)> {
         let shard = self.shards.get(&shard)?;
-        let other = shard.other.as_ref().and_then(|other| Some((&other.engine.device, other.loaded.as_ref()?)));
-        other.or(shard.serving.as_ref().map(|(engine, loaded)| (&engine.device, loaded)))
+        let standby = shard.standby.as_ref().filter(|standby| standby.loaded.is_some()).map(|standby| &standby.engine);
+        let newest = standby.or(shard.serving.as_ref().map(|(engine, _)| engine))?;
+        Some((newest.number, &newest.device))
     }
 
     /// Whether users wait for this engine, or are served by it.
@@ -169,46 +173,57 @@ impl<T> Failover<T> {
     }
 
     /// Adds a shard that was placed on the device `own`.
-    pub(crate) fn place(&mut self, number: ShardNumber, own: DeviceId) -> Vec<Order> {
+    pub(crate) fn place(&mut self, number: ShardNumber, own: DeviceId) -> Vec<EngineOrder> {
         let device = self.device_for_start(&own);
-        let shard =
-            Shard { own, is_barred: false, histories: BTreeMap::new(), serving: None, other: None, renewed: None };
+        let shard = Shard {
+            own,
+            cannot_fail_back: false,
+            histories: BTreeMap::new(),
+            serving: None,
+            standby: None,
+            leak_replaced: None,
+        };
         self.shards.insert(number, shard);
         self.start(number, device, Duration::ZERO).into_iter().collect()
     }
 
     /// Removes a shard.
-    pub(crate) fn remove(&mut self, shard: ShardNumber) -> Vec<Order> {
+    pub(crate) fn remove(&mut self, shard: ShardNumber) -> Vec<EngineOrder> {
         self.shards.remove(&shard).map(|shard| shard.engines().map(stop).collect()).unwrap_or_default()
     }
 
     /// Notes that an engine has loaded its shard.
     pub(crate) fn handle_loaded(&mut self, number: ShardNumber, engine: EngineNumber, loaded: T) -> Outcome {
         let nothing = Outcome { change: Change::Nothing, orders: Vec::new() };
-        let Some(shard) = self.shards.get_mut(&number).filter(|shard| shard.is_other(engine)) else { return nothing };
-        if let Some(other) = &mut shard.other {
-            other.loaded = Some(loaded);
+        let Some(shard) = self.shards.get_mut(&number).filter(|shard| shard.is_standby(engine)) else { return nothing };
+        if let Some(standby) = &mut shard.standby {
+            standby.loaded = Some(loaded);
         }
         if shard.serving.is_none() {
             shard.take_over();
         }
-        Outcome { change: Change::Up, orders: self.go_home(number).into_iter().collect() }
+        Outcome { change: Change::Up, orders: self.fail_back(number).into_iter().collect() }
     }
 
-    /// Lets the engine serve that waits to take over.
-    pub(crate) fn take_over(&mut self, number: ShardNumber) -> Vec<Order> {
+    /// Lets the standby serve, if it is loaded.
+    pub(crate) fn take_over(&mut self, number: ShardNumber) -> Vec<EngineOrder> {
         let Some(shard) = self.shards.get_mut(&number) else { return Vec::new() };
         let before = shard.take_over();
-        before.iter().map(stop).chain(self.go_home(number)).collect()
+        before.iter().map(stop).chain(self.fail_back(number)).collect()
     }
 
     /// Loads the shard into another engine, because the serving one leaks memory, unless that was done lately.
-    pub(crate) fn handle_leak(&mut self, number: ShardNumber, engine: EngineNumber, now: Duration) -> Option<Order> {
-        let shard = self.shards.get_mut(&number).filter(|shard| shard.is_serving(engine) && shard.other.is_none())?;
-        if shard.renewed.is_some_and(|renewed| now.saturating_sub(renewed) < RENEWED_EVERY) {
+    pub(crate) fn handle_leak(
+        &mut self,
+        number: ShardNumber,
+        engine: EngineNumber,
+        now: Duration,
+    ) -> Option<EngineOrder> {
+        let shard = self.shards.get_mut(&number).filter(|shard| shard.is_serving(engine) && shard.standby.is_none())?;
+        if shard.leak_replaced.is_some_and(|leak_replaced| now.saturating_sub(leak_replaced) < LEAK_REPLACED_EVERY) {
             return None;
         }
-        shard.renewed = Some(now);
+        shard.leak_replaced = Some(now);
         let device = shard.serving.as_ref().map(|(serving, _)| serving.device.clone())?;
         self.start(number, device, Duration::ZERO)
     }
@@ -224,12 +239,12 @@ impl<T> Failover<T> {
         let mut orders = Vec::new();
         let change = if self.shards.get(&number).is_some_and(|shard| shard.is_serving(engine)) {
             self.handle_serving_failed(number, class, now, &mut orders)
-        } else if self.shards.get(&number).is_some_and(|shard| shard.is_other(engine)) {
-            self.handle_other_failed(number, class, now, &mut orders)
+        } else if self.shards.get(&number).is_some_and(|shard| shard.is_standby(engine)) {
+            self.handle_standby_failed(number, class, now, &mut orders)
         } else {
             Change::Nothing
         };
-        orders.extend(self.go_home(number));
+        orders.extend(self.fail_back(number));
         Outcome { change, orders }
     }
 
@@ -238,7 +253,7 @@ impl<T> Failover<T> {
         number: ShardNumber,
         class: ErrorClass,
         now: Duration,
-        orders: &mut Vec<Order>,
+        orders: &mut Vec<EngineOrder>,
     ) -> Change {
         let Some(shard) = self.shards.get_mut(&number) else { return Change::Nothing };
         let Some((failed, _)) = shard.serving.take() else { return Change::Nothing };
@@ -251,24 +266,24 @@ impl<T> Failover<T> {
         self.replace(number, &failed.device, verdict, orders)
     }
 
-    fn handle_other_failed(
+    fn handle_standby_failed(
         &mut self,
         number: ShardNumber,
         class: ErrorClass,
         now: Duration,
-        orders: &mut Vec<Order>,
+        orders: &mut Vec<EngineOrder>,
     ) -> Change {
         let Some(shard) = self.shards.get_mut(&number) else { return Change::Nothing };
-        let Some(Other { engine: failed, loaded }) = shard.other.take() else { return Change::Nothing };
+        let Some(Standby { engine: failed, loaded }) = shard.standby.take() else { return Change::Nothing };
         let Some((serving, _)) = &shard.serving else {
             let verdict = self.decide(number, &failed.device, class, now, orders);
             return self.replace(number, &failed.device, verdict, orders);
         };
         // The load of a renewal beside the leaking engine says little about the device.
-        let comes_home = failed.device == shard.own && serving.device != shard.own;
-        if comes_home && class == ErrorClass::Caller {
-            shard.is_barred = true;
-        } else if comes_home {
+        let fails_back = failed.device == shard.own && serving.device != shard.own;
+        if fails_back && class == ErrorClass::Caller {
+            shard.cannot_fail_back = true;
+        } else if fails_back {
             // A device that is out of memory gets time to free it, too.
             self.rest(&failed.device, now, orders);
         }
@@ -282,13 +297,13 @@ impl<T> Failover<T> {
         device: &DeviceId,
         class: ErrorClass,
         now: Duration,
-        orders: &mut Vec<Order>,
+        orders: &mut Vec<EngineOrder>,
     ) -> Verdict {
         let fallback = match self.fallback_of(device) {
             Some(_) => Fallback::Available,
             None => Fallback::None,
         };
-        let Some(shard) = self.shards.get_mut(&number) else { return Verdict::Stop };
+        let Some(shard) = self.shards.get_mut(&number) else { return Verdict::GiveUp };
         let verdict = shard.histories.entry(device.clone()).or_default().decide(now, class, fallback);
         if verdict == Verdict::FallBack {
             self.rest(device, now, orders);
@@ -297,14 +312,20 @@ impl<T> Failover<T> {
     }
 
     /// Starts another engine for a shard that does not serve, unless one starts already where the verdict wants it.
-    fn replace(&mut self, number: ShardNumber, failed: &DeviceId, verdict: Verdict, orders: &mut Vec<Order>) -> Change {
+    fn replace(
+        &mut self,
+        number: ShardNumber,
+        failed: &DeviceId,
+        verdict: Verdict,
+        orders: &mut Vec<EngineOrder>,
+    ) -> Change {
         let target = match verdict {
             Verdict::Restart { after } => Some((self.device_for_start(failed), after)),
             Verdict::FallBack => self.fallback_of(failed).cloned().map(|device| (device, Duration::ZERO)),
-            Verdict::Replan | Verdict::Stop => None,
+            Verdict::GiveUp => None,
         };
         let Some(shard) = self.shards.get_mut(&number) else { return Change::Nothing };
-        let starting = shard.other.as_ref().map(|other| &other.engine);
+        let starting = shard.standby.as_ref().map(|standby| &standby.engine);
         match (target, starting) {
             // The engine that starts is the last chance.
             (None, Some(_)) => Change::Down,
@@ -312,7 +333,7 @@ impl<T> Failover<T> {
             (Some((device, _)), Some(starting)) if starting.device == device => Change::Down,
             (Some((device, after)), starting) => {
                 orders.extend(starting.map(stop));
-                shard.other = None;
+                shard.standby = None;
                 orders.extend(self.start(number, device, after));
                 Change::Down
             }
@@ -326,12 +347,12 @@ impl<T> Failover<T> {
     }
 
     /// Notes that the probe of a device has passed. Its shards that serve elsewhere load on it again.
-    pub(crate) fn handle_probe_passed(&mut self, device: &DeviceId, now: Duration) -> Vec<Order> {
+    pub(crate) fn handle_probe_passed(&mut self, device: &DeviceId, now: Duration) -> Vec<EngineOrder> {
         if let Some(device) = self.devices.get_mut(device) {
             device.health.handle_probe_passed(now);
         }
         let shards = self.shards.keys().copied().collect::<Vec<_>>();
-        shards.into_iter().filter_map(|shard| self.go_home(shard)).collect()
+        shards.into_iter().filter_map(|shard| self.fail_back(shard)).collect()
     }
 
     /// Notes that the probe of a device has failed.
@@ -355,35 +376,35 @@ impl<T> Failover<T> {
         fallback.unwrap_or(wanted).clone()
     }
 
-    fn start(&mut self, number: ShardNumber, device: DeviceId, after: Duration) -> Option<Order> {
+    fn start(&mut self, number: ShardNumber, device: DeviceId, after: Duration) -> Option<EngineOrder> {
         let shard = self.shards.get_mut(&number)?;
-        self.started += 1;
-        let engine = EngineNumber(self.started);
-        shard.other = Some(Other { engine: Engine { number: engine, device: device.clone() }, loaded: None });
-        Some(Order::Start { shard: number, engine, device, after })
+        self.engines += 1;
+        let engine = EngineNumber(self.engines);
+        shard.standby = Some(Standby { engine: Engine { number: engine, device: device.clone() }, loaded: None });
+        Some(EngineOrder::Start { shard: number, engine, device, after })
     }
 
     /// Loads a shard that serves elsewhere on its own device again, if that is well.
-    fn go_home(&mut self, number: ShardNumber) -> Option<Order> {
+    fn fail_back(&mut self, number: ShardNumber) -> Option<EngineOrder> {
         let shard = self.shards.get(&number)?;
         let (serving, _) = shard.serving.as_ref()?;
-        let is_away = serving.device != shard.own && shard.other.is_none();
-        if !is_away || shard.is_barred || !self.is_well(&shard.own) {
+        let is_away = serving.device != shard.own && shard.standby.is_none();
+        if !is_away || shard.cannot_fail_back || !self.is_well(&shard.own) {
             return None;
         }
         self.start(number, shard.own.clone(), Duration::ZERO)
     }
 
     /// Leaves a device alone that has failed, and stops what loads there beside a serving engine.
-    fn rest(&mut self, device: &DeviceId, now: Duration, orders: &mut Vec<Order>) {
+    fn rest(&mut self, device: &DeviceId, now: Duration, orders: &mut Vec<EngineOrder>) {
         if let Some(device) = self.devices.get_mut(device) {
             device.health.handle_failure(now);
         }
         for shard in self.shards.values_mut() {
             let serves = shard.serving.as_ref().is_some_and(|(serving, _)| serving.device != *device);
             let starting =
-                shard.other.take_if(|other| serves && other.engine.device == *device && other.loaded.is_none());
-            orders.extend(starting.map(|other| stop(&other.engine)));
+                shard.standby.take_if(|standby| serves && standby.engine.device == *device && standby.loaded.is_none());
+            orders.extend(starting.map(|standby| stop(&standby.engine)));
         }
     }
 }

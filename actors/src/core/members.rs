@@ -112,7 +112,8 @@ impl MemberReport {
         speeds && links && counts.iter().all(|&count| count <= LISTED_MAX) && self.name.len() <= LISTED_MAX
     }
 
-    /// The CPU that takes the work of the member's best devices when they cannot do it; `None` if it is the best.
+    /// The CPU that takes the work of the member's best devices when they cannot do it; `None` if there is none, or
+    /// if it is the best.
     pub fn fallback(&self) -> Option<&DeviceId> {
         let is_cpu = |device: &&DeviceOffer| device.report.kind == DeviceKind::Cpu;
         let cpu = self.devices.iter().find(is_cpu)?;

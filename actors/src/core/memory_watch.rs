@@ -37,7 +37,7 @@ pub(crate) struct MemoryWatch {
     /// The least so far, or the amount of the last report.
     base_bytes: Option<i64>,
     /// The least before the first report, until the memory has returned.
-    calm_bytes: Option<i64>,
+    before_bytes: Option<i64>,
     /// Since when the memory has been above the limit.
     over: Option<Duration>,
 }
@@ -47,7 +47,7 @@ impl MemoryWatch {
     /// their return. `now` counts from any fixed start.
     pub(crate) fn check(&mut self, bytes: i64, slack_bytes: u64, now: Duration) -> Option<MemoryChange> {
         let is_over = |base: i64| bytes > base && bytes.abs_diff(base) > slack_bytes;
-        if self.calm_bytes.is_some_and(|calm| !is_over(calm)) {
+        if self.before_bytes.is_some_and(|before| !is_over(before)) {
             *self = Self { base_bytes: Some(bytes), ..Self::default() };
             return Some(MemoryChange::Returned);
         }
@@ -61,9 +61,9 @@ impl MemoryWatch {
         if now.saturating_sub(over) < LASTS {
             return None;
         }
-        let calm = *self.calm_bytes.get_or_insert(base);
+        let before = *self.before_bytes.get_or_insert(base);
         (self.base_bytes, self.over) = (Some(bytes), None);
-        Some(MemoryChange::Grown(MemoryGrowth { grown_bytes: bytes.abs_diff(calm) }))
+        Some(MemoryChange::Grown(MemoryGrowth { grown_bytes: bytes.abs_diff(before) }))
     }
 }
 
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn growth_that_lasts_is_reported_once() {
+    fn growth_that_lasts_is_reported_and_so_is_its_end() {
         let mut watch = MemoryWatch::default();
         let mut check = |second: u64, bytes: i64| watch.check(bytes, 100, Duration::from_secs(second));
         assert_eq!([(0, 500), (1, -30), (2, 60), (3, 71)].map(|(second, bytes)| check(second, bytes)), [None; 4]);

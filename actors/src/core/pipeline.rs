@@ -49,7 +49,7 @@ pub(crate) enum PipelineEvent {
     Running,
     /// All shards are loaded, one of them anew beside what serves: the shards must connect again.
     Moved,
-    /// A shard failed, and its device restarts it.
+    /// A shard's engine failed, and its node starts another one.
     Down(usize, String),
     /// A shard cannot run on its device any more.
     Lost(usize, RequestError),

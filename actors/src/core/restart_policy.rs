@@ -1,4 +1,7 @@
 //! What to do about a failed shard, by the class of its error and the number of its recent failures.
+//!
+//! The model is Chromium's `gpu_process_host.cc`: a number of crashes in a time leads to the next fallback, and one
+//! crash is forgiven per interval.
 
 use exo_engines::ErrorClass;
 use std::time::Duration;
@@ -30,10 +33,8 @@ pub enum Verdict {
     },
     /// A start of the shard on another device of this node.
     FallBack,
-    /// A new placement: this node cannot run the shard now.
-    Replan,
-    /// No further attempt: a restart does not help.
-    Stop,
+    /// No further attempt on this node.
+    GiveUp,
 }
 
 /// The failures of a shard that are not forgiven.
@@ -55,17 +56,17 @@ impl FailureHistory {
         let restart = WAITS.get(recent).map(|&after| Verdict::Restart { after });
         let otherwise = match fallback {
             Fallback::Available => Verdict::FallBack,
-            Fallback::None => Verdict::Stop,
+            Fallback::None => Verdict::GiveUp,
         };
         match class {
             // The same load fails again on any device.
-            ErrorClass::Caller => Verdict::Stop,
-            ErrorClass::Overload => Verdict::Replan,
+            ErrorClass::Caller => Verdict::GiveUp,
+            ErrorClass::Overload => Verdict::GiveUp,
             ErrorClass::Hung if fallback == Fallback::Available => Verdict::FallBack,
-            ErrorClass::Hung => Verdict::Replan,
+            ErrorClass::Hung => Verdict::GiveUp,
             ErrorClass::Transient | ErrorClass::Fatal => restart.unwrap_or(otherwise),
             ErrorClass::DeviceLost if fallback == Fallback::Available => Verdict::FallBack,
-            ErrorClass::DeviceLost => restart.unwrap_or(Verdict::Stop),
+            ErrorClass::DeviceLost => restart.unwrap_or(Verdict::GiveUp),
         }
     }
 }
@@ -92,7 +93,7 @@ mod tests {
             .collect();
         let restarts = WAITS.map(|after| Verdict::Restart { after });
         assert_eq!(verdicts[..3], restarts);
-        assert_eq!(verdicts[3..], [Verdict::Stop, Verdict::Stop]);
+        assert_eq!(verdicts[3..], [Verdict::GiveUp, Verdict::GiveUp]);
     }
 
     #[test]
@@ -124,7 +125,7 @@ mod tests {
                         restarts.push(now);
                     }
                     Verdict::FallBack => prop_assert_eq!(fallback, Fallback::Available),
-                    Verdict::Replan | Verdict::Stop => {}
+                    Verdict::GiveUp => {}
                 }
                 for (index, &from) in restarts.iter().enumerate() {
                     let forgiven = (now.saturating_sub(from).as_secs() / FORGIVEN_AFTER.as_secs()) as usize + 1;

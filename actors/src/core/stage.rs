@@ -48,8 +48,8 @@ pub(crate) enum StageEvent {
     Fetching { stage: usize, fetched_bytes: u64, total_bytes: u64 },
     /// The shard's engine loads the weights.
     Loading { stage: usize, loaded_bytes: u64, total_bytes: u64 },
-    /// The shard is loaded on `device`: its own, or the fallback of its node. `load` counts the loads of that node. A
-    /// load that is not the one that serves will serve once the shards are connected again.
+    /// The shard is loaded on `device`: its own, or the fallback of its node. `load` is the number of the load on
+    /// that node. If another load serves, this one takes over when the shards are connected again.
     Up { stage: usize, device: DeviceId, load: u64 },
     /// The shard has become slow; `None`: it is as fast as before again.
     Speed { stage: usize, slow_down: Option<SlowDown> },

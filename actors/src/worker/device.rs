@@ -6,7 +6,8 @@
 //! - dies when: the node stops;
 //! - supervised by: the node.
 //!
-//! The device decides nothing: the worker does, by `core/failover.rs`.
+//! The worker decides which engines run, by `core/failover.rs`. The device delays starts and probes until failed
+//! engines have ended, and ends probes that take too long.
 
 use super::engine_thread::ThreadEnd;
 use super::probe::{self, Probe, ProbeOutcome};
@@ -25,9 +26,9 @@ use std::time::{Duration, Instant};
 
 pub(crate) type DeviceRef = ActorRef<DeviceMsg>;
 
-/// How often a start looks whether the engines that have failed before it have ended.
+/// How often a start or a probe looks whether the engines that have failed before it have ended.
 const END_CHECKED_EVERY: Duration = Duration::from_millis(20);
-/// How long a start waits for them. The system takes a second to free some tens of gigabytes of a killed process; a
+/// How long it waits for failed engines to end. The system takes some seconds to free the memory of a large process; a
 /// process that takes longer than this hangs in its driver.
 const ENDS_WITHIN: Duration = Duration::from_secs(20);
 
@@ -80,6 +81,16 @@ struct Ending {
     since: Instant,
     /// Whether the engine hangs in this process: no shard starts until it returns, because it would hang, too.
     is_hung: bool,
+}
+
+/// Whether the device has room for an engine beside those that have failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Free,
+    /// A failed engine ends soon.
+    Soon,
+    /// A failed engine does not end.
+    Blocked,
 }
 
 #[derive(Debug)]
@@ -152,13 +163,12 @@ impl DeviceState {
     /// Starts an engine as soon as those that failed before it have ended.
     async fn launch(&mut self, myself: &DeviceRef, engine: EngineNumber) {
         let Some(task) = self.waiting.get(&engine).cloned() else { return };
-        self.ending.retain(|ending| !ending.end.has_ended());
-        let is_blocked = self.ending.iter().any(|ending| ending.is_hung || ending.since.elapsed() > ENDS_WITHIN);
-        if !is_blocked && !self.ending.is_empty() {
+        let room = self.room();
+        if room == Room::Soon {
             return drop(myself.send_after(END_CHECKED_EVERY, move || DeviceMsg::Due(engine)));
         }
         self.waiting.remove(&engine);
-        if is_blocked {
+        if room == Room::Blocked {
             return task.report(ShardReport::Failed(self.still_hung()));
         }
         let (hang_timeouts, kind) = (self.args.hang_timeouts, self.args.report.kind);
@@ -177,15 +187,27 @@ impl DeviceState {
         }
     }
 
+    /// Whether an engine can start now.
+    fn room(&mut self) -> Room {
+        self.ending.retain(|ending| !ending.end.has_ended());
+        match self.ending.iter().any(|ending| ending.is_hung || ending.since.elapsed() > ENDS_WITHIN) {
+            true => Room::Blocked,
+            false if self.ending.is_empty() => Room::Free,
+            false => Room::Soon,
+        }
+    }
+
     fn note_end(&mut self, failure: &ShardFailure) {
         let is_hung = failure.error.class() == ErrorClass::Hung;
         self.ending.push(Ending { end: failure.end.clone(), since: Instant::now(), is_hung });
     }
 
     fn start_probe(&mut self, myself: &DeviceRef, report: EventCallback<ProbeOutcome>) {
-        self.ending.retain(|ending| !ending.end.has_ended());
-        if self.probe.is_some() || !self.ending.is_empty() {
-            return report.tell(Err(self.still_hung()));
+        match self.room() {
+            Room::Soon => return drop(myself.send_after(END_CHECKED_EVERY, move || DeviceMsg::Probe(report.clone()))),
+            Room::Blocked => return report.tell(Err(self.still_hung())),
+            Room::Free if self.probe.is_some() => return report.tell(Err(self.still_hung())),
+            Room::Free => {}
         }
         self.probes += 1;
         let (number, to) = (self.probes, myself.clone());
@@ -211,7 +233,7 @@ impl DeviceState {
         }
     }
 
-    /// Kills the process of a probe: its end is the result. A hang in this process counts as a failure at once.
+    /// Kills the probe's process, whose end is the result. A probe on a thread cannot be killed: it fails at once.
     fn on_probe_overdue(&mut self, number: u64) {
         let seconds = self.args.hang_timeouts.load.as_secs();
         if let Some(probe) = self.probe.as_mut().filter(|probe| probe.number == number)

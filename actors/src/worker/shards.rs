@@ -162,8 +162,6 @@ pub(crate) struct WorkerState {
     stamps: HashMap<InstanceId, Stamp>,
     memory: BTreeMap<InstanceId, u64>,
     next_serial: ShardNumber,
-    /// The number of loads so far.
-    loads: u64,
 }
 
 /// A shard that serves or starts.
@@ -173,7 +171,7 @@ struct HostedShard {
     serial: ShardNumber,
     owner: NodeId,
     task: StageTask,
-    /// What each of its engines starts with, once the model's headers are read.
+    /// What each of its engines starts with, but for the engine's number; `None` until the model's headers are read.
     start: Option<ShardTask>,
     /// When the owner last ordered the shard.
     ordered: Instant,
@@ -186,8 +184,6 @@ struct HostedShard {
 #[derive(Debug, Clone)]
 struct Loaded {
     engine: EngineHandle,
-    /// The number of the load on this node.
-    load: u64,
     hidden: usize,
     vocabulary: u32,
 }
@@ -212,7 +208,6 @@ impl Actor for Worker {
             stamps: HashMap::new(),
             memory: BTreeMap::new(),
             next_serial: 0,
-            loads: 0,
         })
     }
 
@@ -352,10 +347,10 @@ impl WorkerState {
         let held_bytes: &mut u64 = self.memory.entry(instance).or_default();
         *held_bytes = held_bytes.saturating_add(task.memory_bytes);
         shard.cost_bytes = cost_bytes(&model.files, &task.layers);
-        let number = EngineNumber(0);
+        let number = EngineNumber::UNSET;
         shard.start = Some(ShardTask { number, instance, stage: key.stage, engine, reports, hidden });
         let orders = self.failover.place(serial, task.device);
-        self.order(orders);
+        self.carry_out(orders);
         self.tell_memory();
     }
 

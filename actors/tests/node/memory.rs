@@ -106,8 +106,9 @@ async fn layers_that_a_gpu_has_no_memory_for_go_to_the_cpu() {
     let status = world.node.status().await.expect("the node lives");
     let newest = status.instances.values().max_by_key(|instance| instance.placement.stages.len());
     let stages = &newest.expect("it is served").placement.stages;
-    let mut devices: Vec<&str> = stages.iter().map(|stage| stage.device.0.as_str()).collect();
-    devices.sort_unstable();
-    assert_eq!(devices, ["cpu", "gpu"], "{stages:?}");
+    let on =
+        |device: &str| stages.iter().filter(|stage| stage.device.0 == device).map(|stage| stage.layers.len()).sum();
+    let (gpu, cpu): (usize, usize) = (on("gpu"), on("cpu"));
+    assert!(gpu >= cpu && cpu > 0 && stages.len() == 2, "{stages:?}");
     world.node.shutdown().await;
 }

@@ -64,7 +64,8 @@ fn start() -> io::Result<Channel> {
     Ok(channel)
 }
 
-/// Returns whether the program has started threads. Then it cannot serve: their files must not be closed.
+/// Returns whether the program has other threads, on Linux; elsewhere false. [`serve`] closes inherited files, which
+/// they may use, so it refuses then.
 pub fn has_other_threads() -> bool {
     std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() > 1)
 }

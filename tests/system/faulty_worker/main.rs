@@ -1,7 +1,8 @@
 //! The process of an engine that fails as a variable says, for the tests of faults.
 //!
 //! `EXO_FAULT` is `PHASE KIND NUMBER PATH`: at the call of this number of the phase, the fault happens if the file is
-//! there, and removes it. So each file is one fault, whichever of several processes meets it first.
+//! there, and removes it. So each file is one fault, whichever of several processes meets it first. Each start of a
+//! process adds a line to the file `PATH.starts`.
 
 #![allow(clippy::expect_used)] // A test that cannot continue panics with the reason.
 
@@ -22,10 +23,13 @@ use std::time::Duration;
 /// The memory that a leaking engine loses in each step, and the number of such steps.
 const LEAK_BYTES: usize = 48 << 20;
 const LEAKS_MAX: usize = 8;
+/// How much longer a load takes that replaces a leaking process.
+const REPLACED_AFTER: Duration = Duration::from_secs(1);
 
 fn main() {
     let plan = Plan::of_this_process().expect("EXO_FAULT is PHASE KIND NUMBER PATH");
     let plan = Arc::new(plan);
+    plan.note_start().expect("written");
     if plan.is_due("spawn", 1) {
         plan.fail_at_spawn();
     }
@@ -46,6 +50,11 @@ impl Plan {
         let mut words = text.splitn(4, ' ').map(str::to_owned);
         let (phase, kind, number) = (words.next()?, words.next()?, words.next()?.parse().ok()?);
         Some(Self { phase, kind, number, path: words.next()?.into() })
+    }
+
+    fn note_start(&self) -> std::io::Result<()> {
+        let starts = self.path.with_extension("starts");
+        writeln!(std::fs::OpenOptions::new().create(true).append(true).open(starts)?, "{}", std::process::id())
     }
 
     /// Whether the fault happens now. It happens once.
@@ -175,6 +184,10 @@ impl Engine for FaultyEngine {
         weights: &WeightSource,
         on: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<LoadReport, EngineError> {
+        // The process that replaces a leaking one loads until the test has seen the alarm.
+        if self.plan.kind == "leak" && !self.plan.path.exists() {
+            std::thread::sleep(REPLACED_AFTER);
+        }
         let mut failed = None;
         let mut tensors = 0;
         let report = self.engine.load(shard, weights, &mut |progress| {

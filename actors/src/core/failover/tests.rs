@@ -18,15 +18,15 @@ fn node() -> Failover<u64> {
     node
 }
 
-fn start(engine: u64, on: &str) -> Order {
-    Order::Start { shard: 7, engine: EngineNumber(engine), device: device(on), after: Duration::ZERO }
+fn start(engine: u64, on: &str) -> EngineOrder {
+    EngineOrder::Start { shard: 7, engine: EngineNumber(engine), device: device(on), after: Duration::ZERO }
 }
 
-fn stop(engine: u64, on: &str) -> Order {
-    Order::Stop { engine: EngineNumber(engine), device: device(on) }
+fn stop(engine: u64, on: &str) -> EngineOrder {
+    EngineOrder::Stop { engine: EngineNumber(engine), device: device(on) }
 }
 
-fn outcome<const N: usize>(change: Change, orders: [Order; N]) -> Outcome {
+fn outcome<const N: usize>(change: Change, orders: [EngineOrder; N]) -> Outcome {
     Outcome { change, orders: orders.to_vec() }
 }
 
@@ -47,7 +47,7 @@ fn node_after_a_fallback() -> Failover<u64> {
     assert_eq!(node.poll_probes(15 * SECOND), [device("gpu")]);
     assert_eq!(node.handle_probe_passed(&device("gpu"), 16 * SECOND), [start(3, "gpu")]);
     assert_eq!(load(&mut node, 3), outcome(Change::Up, []));
-    assert_eq!((node.serving(7), node.newest(7)), (Some(&2), Some((&device("gpu"), &3))));
+    assert_eq!((node.serving(7), node.newest(7)), (Some(&2), Some((EngineNumber(3), &device("gpu")))));
     node
 }
 
@@ -76,7 +76,7 @@ fn a_failure_beside_the_serving_engine_lets_the_device_rest() {
 }
 
 #[test]
-fn a_load_that_fails_on_any_device_is_not_tried_again() {
+fn a_load_that_fails_for_its_files_is_not_tried_again() {
     let mut node = node_after_a_fallback();
     assert_eq!(fail(&mut node, 3, ErrorClass::Caller, 20), outcome(Change::Up, []));
     assert_eq!(node.health(&device("gpu")), Some(Health::Well));
@@ -137,7 +137,7 @@ fn a_shard_starts_on_the_fallback_while_its_device_rests() {
     let mut node = node();
     fail(&mut node, 1, ErrorClass::DeviceLost, 5);
     let started = node.place(8, device("gpu"));
-    assert!(matches!(&started[..], [Order::Start { shard: 8, device, .. }] if device.0 == "cpu"), "{started:?}");
+    assert!(matches!(&started[..], [EngineOrder::Start { shard: 8, device, .. }] if device.0 == "cpu"), "{started:?}");
     assert_eq!(node.remove(8).len(), 1);
     assert_eq!(node.remove(8), []);
 }

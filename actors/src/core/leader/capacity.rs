@@ -76,35 +76,39 @@ impl Leader {
         near: NodeId,
         memory: &Memory,
     ) -> Vec<Offer> {
-        let mut reduced = Vec::new();
+        let mut offers = Vec::new();
+        // What the devices offer of each node of which one ran out of memory: they may use the machine's memory, too.
+        let mut reduced: BTreeMap<NodeId, u64> = BTreeMap::new();
         for offer in self.all_offers(round, device, near, memory) {
             let Some(failed) = self.failure(round, for_instance, &offer) else {
-                reduced.push(offer);
+                offers.push(offer);
                 continue;
             };
             let Some(had_bytes) = failed.free_bytes else { continue };
             let free_bytes = offer.free_bytes.min(had_bytes);
-            if device.is_none() {
-                let cpu = self.cpu_beside(round, for_instance, &offer, memory);
-                // The device may use the machine's memory, too.
-                reduced.extend(cpu.map(|cpu| Offer { free_bytes: cpu.free_bytes.saturating_sub(free_bytes), ..cpu }));
-            }
-            reduced.push(Offer { free_bytes, ..offer });
+            *reduced.entry(offer.node).or_default() += free_bytes;
+            offers.push(Offer { free_bytes, ..offer });
         }
-        reduced
+        if device.is_none() {
+            for (node, used_bytes) in reduced {
+                let cpu = self.fallback_offer(round, for_instance, node, memory);
+                offers.extend(cpu.map(|cpu| Offer { free_bytes: cpu.free_bytes.saturating_sub(used_bytes), ..cpu }));
+            }
+        }
+        offers
     }
 
-    /// The offer of the CPU of a device's node, if the node prefers other devices and the CPU has not failed.
-    fn cpu_beside(
+    /// The offer of a node's CPU, if the node prefers other devices and the CPU has not failed.
+    fn fallback_offer(
         &self,
         round: &RoundContext<'_>,
         for_instance: InstanceId,
-        offer: &Offer,
+        node: NodeId,
         memory: &Memory,
     ) -> Option<Offer> {
-        let cpu = round.members.0.get(&offer.node)?.fallback()?;
-        let offers = self.all_offers(round, Some(cpu), offer.node, memory);
-        let of_node = offers.into_iter().find(|other| other.node == offer.node);
+        let cpu = round.members.0.get(&node)?.fallback()?;
+        let offers = self.all_offers(round, Some(cpu), node, memory);
+        let of_node = offers.into_iter().find(|offer| offer.node == node);
         of_node.filter(|cpu| self.failure(round, for_instance, cpu).is_none())
     }
 

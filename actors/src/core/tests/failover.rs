@@ -3,13 +3,14 @@
 
 use super::{Random, seeds};
 use crate::core::device_health::{PAUSE_MAX, PROBE_AFTER};
-use crate::core::failover::{Change, EngineNumber, Failover, Order, Outcome, ShardNumber};
+use crate::core::failover::{Change, EngineNumber, EngineOrder, Failover, Outcome, ShardNumber};
 use exo_engines::ErrorClass;
 use exo_engines::engine::DeviceId;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 const SECOND: Duration = Duration::from_secs(1);
+/// All but those of the caller, after which a shard does not return.
 const CLASSES: [ErrorClass; 6] = [
     ErrorClass::Fatal,
     ErrorClass::Fatal,
@@ -107,15 +108,15 @@ impl World {
         assert!(self.engines.values().all(|engine| engine.shard != number), "an engine of a removed shard runs on");
     }
 
-    fn carry_out(&mut self, orders: Vec<Order>) {
+    fn carry_out(&mut self, orders: Vec<EngineOrder>) {
         for order in orders {
             match order {
-                Order::Start { shard, engine, device, after } => {
+                EngineOrder::Start { shard, engine, device, after } => {
                     let ready = self.now + after + SECOND * self.random.below(20) as u32;
                     let started = Engine { shard, device, life: Life::Loading, ready };
                     assert!(self.engines.insert(engine, started).is_none(), "a number is used twice");
                 }
-                Order::Stop { engine, .. } => {
+                EngineOrder::Stop { engine, .. } => {
                     assert!(self.engines.remove(&engine).is_some(), "{engine:?} is stopped, but does not run");
                 }
             }
@@ -145,19 +146,22 @@ impl World {
         // The owner connects the shards again.
         for shard in self.shards.keys().copied().collect::<Vec<_>>() {
             if self.happens(3) {
-                let before = self.failover.serving(shard).copied();
+                let was_away = self.is_away(shard);
                 let orders = self.failover.take_over(shard);
-                let after = self.failover.serving(shard).copied();
+                self.returns += u32::from(was_away && !self.is_away(shard));
                 self.carry_out(orders);
-                if before != after && after.is_some_and(|engine| self.engines[&engine].device == self.shards[&shard]) {
-                    self.returns += 1;
-                }
             }
         }
         for shard in self.shards.keys() {
             let engines = self.engines.values().filter(|engine| engine.shard == *shard).count();
             assert!((1..=2).contains(&engines), "shard {shard} has {engines} engines");
         }
+    }
+
+    /// Whether another device than its own serves the shard.
+    fn is_away(&self, shard: ShardNumber) -> bool {
+        let serving = self.failover.serving(shard).and_then(|engine| self.failover.device_of(shard, *engine));
+        serving.is_some_and(|device| *device != self.shards[&shard])
     }
 
     fn run_probes(&mut self) {
@@ -250,7 +254,9 @@ impl World {
 #[test]
 fn shards_fall_back_and_return() {
     let (mut returns, mut lost) = (0, 0);
-    for seed in seeds(150) {
+    let seeds = seeds(150);
+    let seeds_count = seeds.len();
+    for seed in seeds {
         println!("EXO_SIM_SEED={seed}");
         let mut world = World::new(seed);
         let mut next = 0;
@@ -282,7 +288,8 @@ fn shards_fall_back_and_return() {
         }
         (returns, lost) = (returns + world.returns, lost + world.lost);
     }
-    assert!(returns > 0 && lost > 0, "the simulation shows returns and losses: {returns}, {lost}");
+    println!("{returns} returns to a device, {lost} shards given up");
+    assert!(seeds_count < 100 || returns > 1000 && lost > 10, "{returns} returns, {lost} shards given up");
 }
 
 /// R8.1–R8.5: a device that passes its test and then fails under load is tried less and less often.
@@ -294,6 +301,8 @@ fn a_device_that_fails_again_is_left_alone_for_longer() {
     for _ in 0..24 * 3600 {
         world.step(SECOND);
     }
-    assert!(world.returns <= 9 + 24, "{} returns in a day", world.returns);
-    assert_eq!(world.failover.newest(1).map(|(on, _)| on), Some(&device("cpu")));
+    // The pause doubles from ten seconds to an hour nine times; then there is one probe an hour, of which one in four
+    // passes.
+    assert!((1..=9 + 24).contains(&world.returns), "{} returns in a day", world.returns);
+    assert_eq!(world.failover.newest(1).map(|(_, on)| on), Some(&device("cpu")));
 }

@@ -1,8 +1,8 @@
-//! Failed engines, their replacements, and the health of devices: `core/failover.rs` decides, the worker does it.
+//! Failed engines, their replacements, and the health of devices: `core/failover.rs` decides, and devices are told.
 
 use super::{HostedShard, ShardKey, WorkerMsg, WorkerRef, WorkerState};
 use crate::core::device_health::Health;
-use crate::core::failover::{Change, EngineNumber, Order, Outcome};
+use crate::core::failover::{Change, EngineNumber, EngineOrder, Outcome};
 use crate::core::memory_watch::MemoryGrowth;
 use crate::core::node_status::{DeviceTrouble, Fact};
 use crate::core::spec::InstanceId;
@@ -32,7 +32,7 @@ impl WorkerState {
             self.args.link_registry.remove(instance, LinkEnd::Stage(stage), wired);
         }
         self.tell_trouble(device, &error);
-        self.order(orders);
+        self.carry_out(orders);
         match change {
             Change::Nothing => {}
             Change::Up => self.tell_up(key),
@@ -48,7 +48,7 @@ impl WorkerState {
         }
     }
 
-    /// Replaces an engine whose process leaks memory, if memory suffices for both.
+    /// Replaces an engine whose process leaks memory, if the machine's memory suffices for both.
     pub(super) fn on_leak(&mut self, key: &ShardKey, of: EngineNumber, growth: MemoryGrowth) {
         let Some(HostedShard { serial, start: Some(start), .. }) = self.shards.get(key) else { return };
         let (instance, stage, needed_bytes) = (key.instance, key.stage, start.engine.memory.bytes);
@@ -58,25 +58,26 @@ impl WorkerState {
         if order.is_none() {
             tracing::warn!(%instance, stage, needed_bytes, "the leaking process is not replaced for now");
         }
-        self.order(order);
+        self.carry_out(order);
     }
 
-    /// Lets the engines of an instance's shards take over that wait to.
+    /// Lets the standby engines of an instance's shards serve, as far as they are loaded.
     pub(super) fn take_over(&mut self, instance: InstanceId) {
         let of_instance = self.shards.iter().filter(|(key, _)| key.instance == instance);
         for serial in of_instance.map(|(_, shard)| shard.serial).collect::<Vec<_>>() {
             let orders = self.failover.take_over(serial);
-            self.order(orders);
+            self.carry_out(orders);
         }
     }
 
     /// Passes orders on to the devices.
-    pub(super) fn order(&self, orders: impl IntoIterator<Item = Order>) {
+    pub(super) fn carry_out(&self, orders: impl IntoIterator<Item = EngineOrder>) {
         for order in orders {
             match order {
-                Order::Start { shard, engine, device, after } => {
+                EngineOrder::Start { shard, engine, device, after } => {
                     let shard = self.shards.values().find(|hosted| hosted.serial == shard);
                     let start = shard.and_then(|HostedShard { start, .. }| start.clone());
+                    // A shard is placed when its headers are read, and only on a device of this node.
                     let Some(mut task) = start else { continue };
                     let Some(local) = self.args.devices.iter().find(|local| local.report.id == device) else {
                         continue;
@@ -85,7 +86,7 @@ impl WorkerState {
                     (task.engine.device, task.engine.factory) = (device, Arc::clone(&local.factory));
                     self.tell_device(&task.engine.device.clone(), DeviceMsg::Start { task: Box::new(task), after });
                 }
-                Order::Stop { engine, device } => self.tell_device(&device, DeviceMsg::Stop(engine)),
+                EngineOrder::Stop { engine, device } => self.tell_device(&device, DeviceMsg::Stop(engine)),
             }
         }
     }
@@ -112,7 +113,7 @@ impl WorkerState {
                     tracing::info!(%device, step_us = report.step.as_micros(), "a device passed its probe");
                     self.args.health.tell(Fact::DeviceRecovered(device.clone()));
                 }
-                self.order(orders);
+                self.carry_out(orders);
             }
         }
     }

@@ -49,7 +49,7 @@ impl WorkerState {
     pub(super) fn stop(&mut self, key: &ShardKey) {
         let Some(shard) = self.shards.remove(key) else { return };
         let orders = self.failover.remove(shard.serial);
-        self.order(orders);
+        self.carry_out(orders);
         self.args.link_registry.remove(key.instance, LinkEnd::Stage(key.stage), shard.wired);
         tracing::info!(instance = %key.instance, stage = key.stage, layers = ?key.layers, "stopping a shard");
         self.tell_memory();

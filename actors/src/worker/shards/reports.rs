@@ -24,10 +24,9 @@ impl WorkerState {
                     let bytes_per_s = shard.cost_bytes as f64 / row.as_secs_f64();
                     self.args.facts.tell(WorkerFact::Measured { device, bytes_per_s });
                 }
-                self.loads += 1;
-                let loaded = Loaded { engine, load: self.loads, hidden, vocabulary };
+                let loaded = Loaded { engine, hidden, vocabulary };
                 let Outcome { change, orders } = self.failover.handle_loaded(serial, of, loaded);
-                self.order(orders);
+                self.carry_out(orders);
                 if change == Change::Up {
                     self.tell_up(key);
                 }
@@ -54,8 +53,8 @@ impl WorkerState {
     /// Tells the owner of the shard's newest engine, if one is loaded.
     pub(super) fn tell_up(&self, key: &ShardKey) {
         let Some(shard) = self.shards.get(key) else { return };
-        if let Some((device, loaded)) = self.failover.newest(shard.serial) {
-            let (device, load) = (device.clone(), loaded.load);
+        if let Some((EngineNumber(load), device)) = self.failover.newest(shard.serial) {
+            let device = device.clone();
             self.tell(key, StageEvent::Up { stage: key.stage, device, load });
         }
     }
