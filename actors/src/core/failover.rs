@@ -311,7 +311,8 @@ impl<T> Failover<T> {
         verdict
     }
 
-    /// Starts another engine for a shard that does not serve, unless one starts already where the verdict wants it.
+    /// Starts another engine for a shard that does not serve. A standby is waited for instead if it loads
+    /// elsewhere than on the failed device, or if the verdict is to restart there.
     fn replace(
         &mut self,
         number: ShardNumber,
@@ -322,15 +323,14 @@ impl<T> Failover<T> {
         let target = match verdict {
             Verdict::Restart { after } => Some((self.device_for_start(failed), after)),
             Verdict::FallBack => self.fallback_of(failed).cloned().map(|device| (device, Duration::ZERO)),
-            Verdict::GiveUp => None,
+            Verdict::GiveUp => self.last_resort(number, failed).map(|device| (device, Duration::ZERO)),
         };
         let Some(shard) = self.shards.get_mut(&number) else { return Change::Nothing };
         let starting = shard.standby.as_ref().map(|standby| &standby.engine);
         match (target, starting) {
-            // The engine that starts is the last chance.
             (None, Some(_)) => Change::Down,
             (None, None) => Change::Lost,
-            (Some((device, _)), Some(starting)) if starting.device == device => Change::Down,
+            (Some((device, _)), Some(starting)) if starting.device != *failed || device == *failed => Change::Down,
             (Some((device, after)), starting) => {
                 orders.extend(starting.map(stop));
                 shard.standby = None;
@@ -338,6 +338,13 @@ impl<T> Failover<T> {
                 Change::Down
             }
         }
+    }
+
+    /// The own device of a shard that cannot run on the fallback any more.
+    fn last_resort(&self, number: ShardNumber, failed: &DeviceId) -> Option<DeviceId> {
+        let shard = self.shards.get(&number)?;
+        let can_try = shard.own != *failed && !shard.cannot_fail_back && self.is_well(&shard.own);
+        can_try.then(|| shard.own.clone())
     }
 
     /// Returns the devices whose probes are to start now.

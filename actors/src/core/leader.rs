@@ -11,6 +11,7 @@
 mod capacity;
 mod churn;
 mod context;
+mod failures;
 mod interface;
 mod repair;
 
@@ -25,13 +26,12 @@ use crate::core::spec::{InstanceId, Model, ModelSpec};
 use churn::Churn;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
+use failures::Failed;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Duration;
 
-/// How long a device that failed an instance is not tried again for it.
-const EXCLUDED_FOR: Duration = Duration::from_secs(60);
 /// How long members may take to report what they use, and what they release: they report every second.
 const REPORT_GRACE: Duration = Duration::from_secs(3);
 /// A node that loses most members within this time was probably disconnected itself, and repairs nothing for as long.
@@ -45,16 +45,6 @@ const CONNECT_GRACE: Duration = Duration::from_secs(3);
 pub const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The most models that wait for a placement at once.
 const REQUESTS_MAX: usize = 256;
-
-/// A device that failed an instance.
-#[derive(Debug)]
-struct Failed {
-    node: NodeId,
-    device: DeviceId,
-    at: Duration,
-    /// The memory that the device had, if it ran out of it: less may be placed there. `None`: nothing is.
-    free_bytes: Option<u64>,
-}
 
 /// The leader's own state: everything that neither the desired list nor the members' reports hold.
 #[derive(Debug, Default)]
@@ -161,7 +151,7 @@ impl Leader {
     /// count when it returns.
     pub fn handle_ended(&mut self, ended: NodeId, now: Duration) {
         for failed in self.failed.values_mut() {
-            failed.retain(|failed| failed.node != ended);
+            failed.retain(|failed| failed.node() != ended);
         }
         self.lost.insert(ended);
         self.churn.note(now);
@@ -180,9 +170,7 @@ impl Leader {
 
     /// Records that an entry of an instance arrived: devices that failed the instance long ago may be tried again.
     pub fn handle_placed(&mut self, id: InstanceId, now: Duration) {
-        if let Some(failed) = self.failed.get_mut(&id) {
-            failed.retain(|failed| now.saturating_sub(failed.at) < EXCLUDED_FOR);
-        }
+        self.forget_failures(id, now);
     }
 
     /// Makes all decisions that are due, once.

@@ -114,10 +114,10 @@ impl MemberReport {
 
     /// The CPU that takes the work of the member's best devices when they cannot do it; `None` if there is none, or
     /// if it is the best.
-    pub fn fallback(&self) -> Option<&DeviceId> {
+    pub fn fallback(&self) -> Option<&DeviceOffer> {
         let is_cpu = |device: &&DeviceOffer| device.report.kind == DeviceKind::Cpu;
         let cpu = self.devices.iter().find(is_cpu)?;
-        (self.devices.first()?.report.engine != cpu.report.engine).then_some(&cpu.report.id)
+        (self.devices.first()?.report.engine != cpu.report.engine).then_some(cpu)
     }
 
     /// The member's offers of `device` alone, or of all devices of its best engine. `promised_bytes` of its memory are

@@ -119,7 +119,7 @@ impl Actor for Device {
             DeviceMsg::Stop(engine) => state.stop(engine),
             DeviceMsg::Probe(report) => state.start_probe(&myself, report),
             DeviceMsg::Probed { probe, outcome } => state.on_probed(probe, outcome),
-            DeviceMsg::ProbeOverdue { probe } => state.on_probe_overdue(probe),
+            DeviceMsg::ProbeOverdue { probe } => state.on_probe_overdue(&myself, probe),
         }
         Ok(())
     }
@@ -206,8 +206,12 @@ impl DeviceState {
         match self.room() {
             Room::Soon => return drop(myself.send_after(END_CHECKED_EVERY, move || DeviceMsg::Probe(report.clone()))),
             Room::Blocked => return report.tell(Err(self.still_hung())),
-            Room::Free if self.probe.is_some() => return report.tell(Err(self.still_hung())),
             Room::Free => {}
+        }
+        // A probe on a thread, which was given up, still runs: its result is that of the next one.
+        if let Some(probe) = &mut self.probe {
+            (probe.report, probe.is_given_up) = (report, false);
+            return;
         }
         self.probes += 1;
         let (number, to) = (self.probes, myself.clone());
@@ -234,13 +238,16 @@ impl DeviceState {
     }
 
     /// Kills the probe's process, whose end is the result. A probe on a thread cannot be killed: it fails at once.
-    fn on_probe_overdue(&mut self, number: u64) {
-        let seconds = self.args.hang_timeouts.load.as_secs();
-        if let Some(probe) = self.probe.as_mut().filter(|probe| probe.number == number)
-            && !probe.killer.kill()
-        {
+    fn on_probe_overdue(&mut self, myself: &DeviceRef, number: u64) {
+        let limit = self.args.hang_timeouts.load;
+        let Some(probe) = self.probe.as_mut().filter(|probe| probe.number == number) else { return };
+        if probe.killer.kill() {
+            // An engine that was not open yet may turn out to run on a thread.
+            myself.send_after(limit, move || DeviceMsg::ProbeOverdue { probe: number });
+        } else if !probe.is_given_up {
             probe.is_given_up = true;
-            probe.report.tell(Err(EngineError::Hung { from: "a self-test".to_owned(), seconds }));
+            let error = EngineError::Hung { from: "a self-test".to_owned(), seconds: limit.as_secs() };
+            probe.report.tell(Err(error));
         }
     }
 

@@ -120,16 +120,36 @@ fn the_last_engine_that_loads_is_waited_for() {
     assert_eq!(fail(&mut node, 2, ErrorClass::Overload, 3), outcome(Change::Lost, []));
 }
 
-#[test]
-fn a_crash_of_the_fallback_comes_before_the_return() {
+/// Engine 2 on the CPU serves, while engine 3 loads on the GPU again.
+fn node_that_fails_back() -> Failover<u64> {
     let mut node = node();
     fail(&mut node, 1, ErrorClass::DeviceLost, 5);
     load(&mut node, 2);
     node.poll_probes(15 * SECOND);
     assert_eq!(node.handle_probe_passed(&device("gpu"), 16 * SECOND), [start(3, "gpu")]);
-    let orders = [stop(3, "gpu"), start(4, "cpu")];
-    assert_eq!(fail(&mut node, 2, ErrorClass::Fatal, 17), outcome(Change::Down, orders));
-    assert_eq!(load(&mut node, 4), outcome(Change::Up, [start(5, "gpu")]));
+    node
+}
+
+#[test]
+fn a_load_on_the_own_device_is_waited_for_when_the_fallback_crashes() {
+    let mut node = node_that_fails_back();
+    assert_eq!(fail(&mut node, 2, ErrorClass::Fatal, 17), outcome(Change::Down, []));
+    assert_eq!(load(&mut node, 3), outcome(Change::Up, []));
+    let mut node = node_that_fails_back();
+    fail(&mut node, 2, ErrorClass::Fatal, 17);
+    let orders = [start(4, "cpu")];
+    assert_eq!(fail(&mut node, 3, ErrorClass::DeviceLost, 18), outcome(Change::Down, orders));
+    assert_eq!(load(&mut node, 4), outcome(Change::Up, []));
+}
+
+#[test]
+fn a_shard_is_not_given_up_while_its_own_device_is_well() {
+    let mut node = node();
+    fail(&mut node, 1, ErrorClass::DeviceLost, 5);
+    node.poll_probes(15 * SECOND);
+    assert!(node.handle_probe_passed(&device("gpu"), 16 * SECOND).is_empty(), "the fallback still loads");
+    assert_eq!(fail(&mut node, 2, ErrorClass::Overload, 17), outcome(Change::Down, [start(3, "gpu")]));
+    assert_eq!(load(&mut node, 3), outcome(Change::Up, []));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Offers of members, less the memory that is promised and the devices that failed.
 
-use super::{EXCLUDED_FOR, Failed, Leader, RoundContext};
+use super::{Leader, RoundContext};
 use crate::core::desired::Deployment;
 use crate::core::members::Members;
 use crate::core::plan::Offer;
@@ -63,56 +63,11 @@ impl Leader {
         memory: &Memory,
     ) -> Vec<Offer> {
         let mut offers = self.all_offers(round, device, near, memory);
-        offers.retain(|offer| for_instance.and_then(|id| self.failure(round, id, offer)).is_none());
+        offers.retain(|offer| !for_instance.is_some_and(|id| self.is_excluded(round, id, offer.node, &offer.device)));
         offers
     }
 
-    /// [`Leader::offers_of`]. A device that ran out of memory lately offers what it had, and its node the CPU, too.
-    pub(super) fn reduced_offers(
-        &self,
-        round: &RoundContext<'_>,
-        for_instance: InstanceId,
-        device: Option<&DeviceId>,
-        near: NodeId,
-        memory: &Memory,
-    ) -> Vec<Offer> {
-        let mut offers = Vec::new();
-        // What the devices offer of each node of which one ran out of memory: they may use the machine's memory, too.
-        let mut reduced: BTreeMap<NodeId, u64> = BTreeMap::new();
-        for offer in self.all_offers(round, device, near, memory) {
-            let Some(failed) = self.failure(round, for_instance, &offer) else {
-                offers.push(offer);
-                continue;
-            };
-            let Some(had_bytes) = failed.free_bytes else { continue };
-            let free_bytes = offer.free_bytes.min(had_bytes);
-            *reduced.entry(offer.node).or_default() += free_bytes;
-            offers.push(Offer { free_bytes, ..offer });
-        }
-        if device.is_none() {
-            for (node, used_bytes) in reduced {
-                let cpu = self.fallback_offer(round, for_instance, node, memory);
-                offers.extend(cpu.map(|cpu| Offer { free_bytes: cpu.free_bytes.saturating_sub(used_bytes), ..cpu }));
-            }
-        }
-        offers
-    }
-
-    /// The offer of a node's CPU, if the node prefers other devices and the CPU has not failed.
-    fn fallback_offer(
-        &self,
-        round: &RoundContext<'_>,
-        for_instance: InstanceId,
-        node: NodeId,
-        memory: &Memory,
-    ) -> Option<Offer> {
-        let cpu = round.members.0.get(&node)?.fallback()?;
-        let offers = self.all_offers(round, Some(cpu), node, memory);
-        let of_node = offers.into_iter().find(|offer| offer.node == node);
-        of_node.filter(|cpu| self.failure(round, for_instance, cpu).is_none())
-    }
-
-    fn all_offers(
+    pub(super) fn all_offers(
         &self,
         round: &RoundContext<'_>,
         device: Option<&DeviceId>,
@@ -130,14 +85,6 @@ impl Leader {
             offers.extend(report.offers(*node, promised, freed, device, guess));
         }
         offers
-    }
-
-    /// The latest failure of a device that still counts against it for an instance.
-    fn failure(&self, round: &RoundContext<'_>, id: InstanceId, offer: &Offer) -> Option<&Failed> {
-        self.failed.get(&id).into_iter().flatten().rev().find(|failed| {
-            (failed.node, &failed.device) == (offer.node, &offer.device)
-                && round.now.saturating_sub(failed.at) < EXCLUDED_FOR
-        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Repairs of instances that lost a shard's device, and moves of instances to better placements.
 
 use super::capacity::memory_by_node;
-use super::{BrokenShard, Failed, Leader, PlacementRequest, RoundContext, shard_count};
+use super::{BrokenShard, Leader, PlacementRequest, RoundContext, shard_count};
 use crate::core::desired::{Deployment, MoveStrategy, Target};
 use crate::core::plan::{Offer, Placement, PlanError, ShardCount, Stage, fits_beside, place, repair, why_move};
 use crate::core::request::RequestError;
@@ -28,17 +28,7 @@ impl Leader {
         }
         tracing::info!(instance = %id, node = %node.short(), %device, %error, "a shard cannot run on its device");
         if is_here {
-            // Less than was planned, so that the same placement is not found again.
-            let mut stages = deployment.placement.stages.iter();
-            let planned = stages.find(|stage| (stage.node, &stage.device) == (node, &device));
-            let below = planned.map_or(0, |stage| stage.memory_bytes.saturating_sub(1));
-            let free_bytes = match error {
-                RequestError::DeviceMemory { free_bytes, .. } => free_bytes.map(|bytes| bytes.min(below)),
-                _ => None,
-            };
-            let failed = self.failed.entry(id).or_default();
-            failed.retain(|failed| (failed.node, &failed.device) != (node, &device));
-            failed.push(Failed { node, device, at: round.now, free_bytes });
+            self.note_failure(id, &deployment, (node, device), &error, round.now);
         }
         if let MoveStrategy::Beside { rollback: Some(rollback) } = &deployment.strategy
             && !has_run
@@ -106,9 +96,7 @@ impl Leader {
         deployment: &Deployment,
         except: &BTreeSet<InstanceId>,
     ) -> Result<Deployment, PlanError> {
-        let near = deployment.owner().unwrap_or(round.own);
-        let memory = self.memory(round, except);
-        let offers = self.reduced_offers(round, id, deployment.spec.device.as_ref(), near, &memory);
+        let offers = self.offers_anew(round, id, deployment, &self.memory(round, except));
         let links = round.members.links();
         let (context, demand, placement) = ask_of(deployment).place(&offers, &links, &ShardCount::Automatic)?;
         let model = Model { context, ..deployment.model.clone() };
@@ -126,9 +114,14 @@ impl Leader {
         let near = deployment.owner().unwrap_or(round.own);
         let (device, links) = (deployment.spec.device.as_ref(), round.members.links());
         let nothing = BTreeSet::new();
-        let staying = self.offers(round, Some(id), device, near, &nothing);
+        let is_excluded = |node, device: &_| self.is_excluded(round, id, node, device);
+        let mut staying = self.all_offers(round, device, near, &self.memory(round, &nothing));
+        self.add_used(round, deployment, &self.memory(round, &nothing), &mut staying);
+        staying.retain(|offer| !is_excluded(offer.node, &offer.device));
         // If all nodes are still members, for example if one drains, the old shards can serve until the move is done.
-        let all_here = deployment.placement.stages.iter().all(|stage| round.members.0.contains_key(&stage.node));
+        let can_serve =
+            |stage: &Stage| round.members.0.contains_key(&stage.node) && !is_excluded(stage.node, &stage.device);
+        let all_here = deployment.placement.stages.iter().all(can_serve);
         let beside = |placement| {
             let strategy = MoveStrategy::Beside { rollback: all_here.then(|| deployment.placement.clone()) };
             Deployment { placement, strategy, ..deployment.clone() }
@@ -199,12 +192,10 @@ impl Leader {
 
     /// A placement that is worth a move. It loads beside the current one, which is its rollback.
     fn find_better(&self, round: &RoundContext<'_>, id: InstanceId, deployment: &Deployment) -> Option<Deployment> {
-        let near = deployment.owner().unwrap_or(round.own);
-        let device = deployment.spec.device.as_ref();
         let (links, policy) = (round.members.links(), deployment.spec.policy);
         let shards = shard_count(round.members, &deployment.spec).ok()?;
         // Shards that stay need no more memory; whether the others fit beside the current ones is checked below.
-        let offers = self.offers(round, Some(id), device, near, &[id].into());
+        let offers = self.offers_anew(round, id, deployment, &self.memory(round, &[id].into()));
         let placement = place(&deployment.demand, &offers, &links, &shards, policy).ok()?;
         let current = &deployment.placement;
         if placement == *current || !is_offered(current, &offers) {
@@ -215,7 +206,7 @@ impl Leader {
             ShardCount::Exactly(_) if placement.machines() > current.machines() => Some("on more machines".to_owned()),
             _ => why_move(&deployment.demand, current, &placement, &offers, &links, policy),
         }?;
-        let free = self.offers(round, Some(id), device, near, &BTreeSet::new());
+        let free = self.offers_anew(round, id, deployment, &self.memory(round, &BTreeSet::new()));
         let strategy = MoveStrategy::Beside { rollback: Some(current.clone()) };
         fits_beside(current, &placement, &free).then(|| Deployment {
             placement,

@@ -1,5 +1,7 @@
 //! Single decisions of the leader. `core/tests/cluster.rs` simulates members that plan together.
 
+mod memory;
+
 use super::*;
 use crate::core::context::{Context, ContextLimit};
 use crate::core::desired::{Desired, DesiredEntry};
@@ -465,21 +467,4 @@ fn a_split_waits_for_a_named_node_that_was_just_lost() {
             false => assert!(matches!(&told[..], [Effect::Refused { .. }]), "{told:?}"),
         }
     }
-}
-
-/// R7.1–R7.5: a device that ran out of memory gets as many layers as it had memory for, and others get the rest.
-#[test]
-fn a_device_out_of_memory_gets_fewer_layers() {
-    let mut cluster = Cluster::of(vec![(1, member(10, 10e9, &[2])), (2, member(4, 10e9, &[1]))]);
-    let instance = cluster.run(ModelSpec::new("m"));
-    let stamp = cluster.desired.get(instance).expect("placed").stamp;
-    assert_eq!(cluster.placement(instance).stages.len(), 1);
-    let error =
-        RequestError::DeviceMemory { what: "w".to_owned(), remedy: "r".into(), free_bytes: Some(5 * GB + GB / 2) };
-    let broken = BrokenShard { instance, stamp, node: id(1), device: cpu(), has_run: true, error };
-    cluster.decide(|leader, round| leader.handle_broken(round, id(1), broken));
-    let stages = &cluster.placement(instance).stages;
-    let of = |number: u64| stages.iter().filter(|stage| stage.node == id(number)).map(|stage| stage.layers.len()).sum();
-    let (first, second): (usize, usize) = (of(1), of(2));
-    assert!(first <= 5 && second <= 4 && first + second == 8, "{stages:?}");
 }

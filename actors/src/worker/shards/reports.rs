@@ -38,7 +38,8 @@ impl WorkerState {
                 }
                 self.tell(key, StageEvent::Speed { stage, slow_down });
             }
-            ShardReport::Leaks(growth) if concerns_users => {
+            // While a standby waits to take over, the leak is known.
+            ShardReport::Leaks(growth) if self.failover.newest(serial).is_some_and(|(newest, _)| newest == of) => {
                 if let Some(growth) = growth {
                     self.on_leak(key, of, growth);
                 }
