@@ -20,6 +20,7 @@ pub mod format;
 mod kv_element;
 mod logits;
 pub mod model;
+pub mod opencl;
 pub mod profile;
 pub mod reference;
 pub mod sampler;

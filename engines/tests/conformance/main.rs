@@ -7,6 +7,7 @@
 mod allocations;
 mod golden;
 mod independence;
+mod opencl;
 mod pipeline;
 mod queries;
 mod templates;

@@ -1,0 +1,28 @@
+//! The OpenCL engine: the whole decoder of a shard on a GPU of any vendor, by kernels in OpenCL C.
+//!
+//! ```text
+//! files ─weights.rs─► packed rows ─► device memory
+//! a step: rows ─► kernels (rows.cl, products.cl, attention.cl), queued in order ─► scores
+//!         begin    mix, feed_forward, add                                           finish: one wait
+//! ```
+//! This is the portable tier: kernels that need no extension. They compute the [arithmetic](crate::arithmetic) with its
+//! operations in its order, so tokens equal those of the CPU engine to the bit. A device without denormal numbers, or
+//! with neither a correctly rounded division nor double precision, cannot do that, and is refused.
+//!
+//! A driver can crash or hang, so the engine runs in a process of its own
+//! ([`ProcessNeed::Required`](crate::engine::ProcessNeed)). `libOpenCL.so.1` is loaded when devices are looked for; the
+//! program needs it neither to build nor to start.
+
+mod attention;
+mod backend;
+mod cache;
+mod device;
+mod factory;
+mod fault;
+mod products;
+mod queue;
+mod scratch;
+mod weights;
+
+pub use backend::OpenClBackend;
+pub use factory::OpenClFactory;

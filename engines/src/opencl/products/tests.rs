@@ -1,0 +1,73 @@
+//! Products with weights of every type, compared with the arithmetic to the bit.
+
+use super::super::device;
+use super::*;
+use crate::arithmetic::{activations, products, weights};
+use crate::backend::{Backend, LinearData, MatrixShape, TensorData};
+use crate::cpu::test_weights;
+use crate::engine::DeviceKind;
+use crate::format::{ElementType, TensorBytes};
+
+/// The backends of all OpenCL devices here. Without any, the tests say so and test nothing.
+fn backends() -> Vec<OpenClBackend> {
+    let found: Vec<_> = [DeviceKind::Gpu, DeviceKind::Cpu].into_iter().flat_map(device::find).collect();
+    if found.is_empty() {
+        println!("SKIPPED: there is no OpenCL device here, so nothing was tested");
+    }
+    found.iter().map(|found| OpenClBackend::new(found).expect("the device opens")).collect()
+}
+
+fn random(count: usize, seed: u64) -> Vec<f32> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    (0..count).map(|_| random.f32() * 8.0 - 4.0).collect()
+}
+
+/// R4.3, R6.1–R6.5: for every type of weights, number of rows and width, products have the bits of the arithmetic.
+#[test]
+fn products_have_the_bits_of_the_arithmetic() {
+    for mut backend in backends() {
+        for element in ElementType::ALL {
+            for (rows, columns) in [(1, 256_usize), (3, 1280), (9, 416)] {
+                let columns =
+                    if element.block_values() == SUPERBLOCK { columns.next_multiple_of(SUPERBLOCK) } else { columns };
+                for bits in ActivationBits::ALL {
+                    check(&mut backend, element, (rows, columns), bits);
+                }
+            }
+        }
+    }
+}
+
+fn check(backend: &mut OpenClBackend, element: ElementType, (rows, columns): (usize, usize), bits: ActivationBits) {
+    const OUTPUTS: usize = 7;
+    let bytes = test_weights::bytes(element, OUTPUTS, columns, 5);
+    let row_bytes = bytes.len() / OUTPUTS;
+    let data = || {
+        let bytes = TensorBytes::Gathered(bytes.clone());
+        let weight = TensorData { name: "w", element, rows: OUTPUTS, columns, bytes };
+        LinearData { weight, bias: Some(random(OUTPUTS, 2)) }
+    };
+    let shape = MatrixShape { element, rows: OUTPUTS, columns };
+    let mut parts = [Ok(data()), Ok(data())].into_iter();
+    let matrices = backend.linears(&[shape, shape], &mut parts).expect("loaded");
+    let values = random(rows * columns, 3);
+    backend.set_activations(bits).expect("it has them");
+    let input = backend.upload(values.clone(), columns).expect("uploaded");
+    let codes = backend.encode(&input).expect("encoded");
+    let out = backend.product(&matrices, 1, &codes).expect("multiplied");
+    let got = backend.download(out).expect("read");
+    let bias = random(OUTPUTS, 2);
+    for (row, values) in values.chunks(columns).enumerate() {
+        let input = activations::encode(bits, values);
+        for (output, bias) in bias.iter().enumerate() {
+            let weights = weights::row(element, &bytes[output * row_bytes..(output + 1) * row_bytes], columns);
+            let expected = products::dot(&weights, &input) + bias;
+            let got = got[row * OUTPUTS + output];
+            assert_eq!(
+                got.to_bits(),
+                expected.to_bits(),
+                "{element} {bits:?}, row {row}, output {output}: {got} {expected}"
+            );
+        }
+    }
+}
