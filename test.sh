@@ -10,6 +10,9 @@ say "tools"
 command -v python3 >/dev/null || { apt-get update -qq && apt-get install -y -qq python3 python3-pip; }
 python3 -m pip --version >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq python3-pip; }
 command -v cc >/dev/null || { apt-get update -qq && apt-get install -y -qq build-essential; }
+# An OpenCL runtime for the CPU, for the tests of the OpenCL engine; without one, these report that they are skipped.
+[ -n "$(ls /etc/OpenCL/vendors 2>/dev/null)" ] || [ -n "${OCL_ICD_VENDORS:-}" ] ||
+  { apt-get update -qq && apt-get install -y -qq ocl-icd-libopencl1 pocl-opencl-icd; } || true
 # Tests between hosts run in network namespaces; without permission for these, the tests report that they are skipped.
 command -v ip >/dev/null || { apt-get update -qq && apt-get install -y -qq iproute2; } || true
 command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest

@@ -10,6 +10,7 @@ use crate::node::Isolation;
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{EngineFactory, ProcessNeed};
+use exo_engines::opencl::OpenClFactory;
 use exo_engines::worker::{self, WorkerCommand, WorkerFactory};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -37,9 +38,10 @@ pub fn run_worker_if_asked() {
     CALLED.get_or_init(|| if worker::has_other_threads() { Called::TooLate } else { Called::InTime });
 }
 
-/// The factories that are built in, best first.
+/// The factories that are built in, best first. OpenCL comes last for now: its kernels are made to be right, not fast,
+/// so a GPU computes only for those who name it.
 pub(crate) fn factories(threads: usize) -> Vec<Arc<dyn EngineFactory>> {
-    vec![Arc::new(CpuFactory::new(threads)), Arc::new(CandleFactory)]
+    vec![Arc::new(CpuFactory::new(threads)), Arc::new(CandleFactory), Arc::new(OpenClFactory::gpus())]
 }
 
 /// The command that runs this program as a worker; `None` if the program does not call [`run_worker_if_asked`].
@@ -84,7 +86,7 @@ pub(crate) fn isolate(
             Some(command) if is_wanted => Some(Arc::new(WorkerFactory::new(factory, command.clone()))),
             None if need == ProcessNeed::Required => {
                 let (engine, remedy) = (factory.name(), StartError::NoWorker.to_string());
-                tracing::warn!(engine, remedy, "an engine is left out that runs only in a process of its own");
+                tracing::info!(engine, remedy, "an engine is left out that runs only in a process of its own");
                 None
             }
             _ => Some(factory),

@@ -29,7 +29,7 @@ use crate::worker::device::{Device, DeviceArgs};
 use crate::worker::links::LinkRegistry;
 use crate::worker::machine::measure_once;
 use crate::worker::{LocalDevice, Worker, WorkerArgs, WorkerFact, WorkerMsg, WorkerRef};
-use exo_engines::engine::{DeviceId, DeviceKind, EngineFactory};
+use exo_engines::engine::{DeviceKind, EngineFactory};
 use exo_net::{Network, NetworkEvent, NodeId, WireType};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use ractor_cluster::RactorMessage;
@@ -61,7 +61,7 @@ pub struct NodeConfig {
     pub id: NodeId,
     /// The node's name, as its user chose it.
     pub name: String,
-    /// The engines' factories, best first, those of the CPU last.
+    /// The engines' factories, best first. Devices of those behind the first that finds any are used only by name.
     pub factories: Vec<Arc<dyn EngineFactory>>,
     /// The folders of models, and the sources of models that are in none of them.
     pub models: ModelsConfig,
@@ -271,7 +271,7 @@ fn deliver(worker: WorkerRef, planner: PlannerRef) -> EventCallback<ReceivedMess
     })
 }
 
-/// Starts an actor for each device that a factory finds. A GPU falls back to the best CPU engine behind it.
+/// Starts an actor for each device that a factory finds. A GPU falls back to the best CPU engine.
 async fn start_devices(
     myself: &NodeRef,
     factories: &[Arc<dyn EngineFactory>],
@@ -280,17 +280,17 @@ async fn start_devices(
 ) -> Result<Vec<LocalDevice>, ActorProcessingErr> {
     let mut found = Vec::new();
     for factory in factories {
-        found.extend(factory.probe().into_iter().map(|report| (report, Arc::clone(factory))));
+        let of_factory = Arc::clone(factory);
+        let reports = tokio::task::spawn_blocking(move || of_factory.probe()).await?;
+        found.extend(reports.into_iter().map(|report| (report, Arc::clone(factory))));
     }
-    let cpus: Vec<Option<DeviceId>> =
-        found.iter().map(|(report, _)| Some(report.id.clone()).filter(|_| report.kind == DeviceKind::Cpu)).collect();
+    let cpu = found.iter().find(|(report, _)| report.kind == DeviceKind::Cpu).map(|(report, _)| report.id.clone());
     let mut devices = Vec::with_capacity(found.len());
-    for (index, (report, factory)) in found.into_iter().enumerate() {
+    for (report, factory) in found {
         let args =
             DeviceArgs { report: report.clone(), factory: Arc::clone(&factory), hang_timeouts, facts: facts.clone() };
         let (device, _) = Device::spawn_linked(None, Device, args, myself.get_cell()).await?;
-        let is_cpu = report.kind == DeviceKind::Cpu;
-        let fallback = if is_cpu { None } else { cpus[index..].iter().flatten().next().cloned() };
+        let fallback = if report.kind == DeviceKind::Cpu { None } else { cpu.clone() };
         devices.push(LocalDevice { report, device, factory, fallback });
     }
     Ok(devices)

@@ -16,7 +16,7 @@ use exo::{GenerateRequest, Generated, ModelSpec, Node, NodeHandle, Prompt, Reque
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::EngineFactory;
 use exo_engines::worker::{WorkerCommand, WorkerFactory};
-use gpu::GpuFactory;
+use gpu::{Computes, GpuFactory};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -58,6 +58,10 @@ struct World {
 
 impl World {
     async fn new(fault: Option<Fault>) -> Self {
+        Self::computing(fault, Computes::NativeCpu).await
+    }
+
+    async fn computing(fault: Option<Fault>, computes: Computes) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines/tests/fixtures/llama");
         write_tiny_model(&fixture, folder.path(), 512);
@@ -66,14 +70,18 @@ impl World {
             let file = folder.path().join("fault");
             std::fs::write(&file, "").expect("written");
             let fault = format!("{phase} {kind} {number} {}", file.display());
-            let command = WorkerCommand {
-                program: faulty_worker(),
-                arguments: Vec::new(),
-                environment: vec![("EXO_FAULT".into(), fault.into())],
-            };
-            factories.insert(0, Arc::new(WorkerFactory::new(Arc::new(GpuFactory::new()), command)));
+            let mut environment = vec![("EXO_FAULT".into(), fault.into())];
+            if computes == Computes::OpenCl {
+                environment.push(("EXO_FAULT_OPENCL".into(), "1".into()));
+            }
+            let command = WorkerCommand { program: faulty_worker(), arguments: Vec::new(), environment };
+            factories.insert(0, Arc::new(WorkerFactory::new(Arc::new(GpuFactory::new(computes)), command)));
         }
-        let hang_timeouts = HangTimeouts { load: HANGS_AFTER, step: HANGS_AFTER, row: Duration::ZERO };
+        let hang_timeouts = match computes {
+            Computes::NativeCpu => HangTimeouts { load: HANGS_AFTER, step: HANGS_AFTER, row: Duration::ZERO },
+            // Kernels are compiled in the first step.
+            Computes::OpenCl => HangTimeouts::default(),
+        };
         let builder = Node::builder().data_dir(folder.path().join("data")).models_dirs(vec![folder.path().to_owned()]);
         let builder = builder.factories(factories).hang_timeouts(hang_timeouts).probe_after(PROBE_AFTER);
         Self { node: builder.start().await.expect("the node starts"), fault, folder }
@@ -228,6 +236,23 @@ fn no_fault_changes_an_answer() {
             assert!(!world.folder.path().join("fault").exists(), "{fault:?} has not happened");
             world.node.shutdown().await;
             files_when_all_have_ended(files).await;
+        }
+    });
+}
+
+/// R1.4, R6.1–R6.5: the OpenCL engine gives the answers of the CPU engine, to the bit, and a fallback to that in the
+/// middle of an answer does not show.
+#[test]
+fn an_answer_moves_between_opencl_and_the_cpu_unchanged() {
+    if GpuFactory::new(Computes::OpenCl).probe().is_empty() {
+        return println!("SKIPPED: there is no OpenCL runtime for the CPU here, so nothing was tested");
+    }
+    run(async {
+        let calm = Calm::new().await;
+        for fault in [("decode", "kill", 8), ("decode", "error", 20), ("prefill", "abort", 1), ("load", "cut", 7)] {
+            let world = World::computing(Some(fault), Computes::OpenCl).await;
+            calm.assert_kept(&world, fault).await;
+            world.node.shutdown().await;
         }
     });
 }

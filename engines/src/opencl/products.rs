@@ -57,8 +57,8 @@ impl OpenClBackend {
         self.multiply(matrices, placed, (0, 0), codes, experts, (codes.rows, tile))
     }
 
-    /// The product of each row with the matrices of its experts: \[row]\[choice]\[output]. Matrix `index` is that of the
-    /// first expert; that of the next one comes `period` matrices later.
+    /// The product of each row with the matrices of its experts: \[row]\[choice]\[output]. Matrix `index` is that of
+    /// the first expert; that of the next one comes `period` matrices later.
     pub(super) fn expert_product(
         &mut self,
         matrices: &Matrices,

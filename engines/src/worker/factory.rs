@@ -4,7 +4,7 @@ use super::channel::Channel;
 use super::process::WorkerCommand;
 use super::proxy::WorkerEngine;
 use super::shared_memory::SharedMemory;
-use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory};
+use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory, ProcessNeed};
 use crate::error::EngineError;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -24,6 +24,13 @@ impl WorkerFactory {
         Self { factory, command }
     }
 
+    fn open_worker(&self, device: &DeviceId) -> Result<WorkerEngine, EngineError> {
+        self.start(device).map_err(|error| EngineError::WorkerNotStarted {
+            program: self.command.program.display().to_string(),
+            what: error.to_string(),
+        })
+    }
+
     fn start(&self, device: &DeviceId) -> io::Result<WorkerEngine> {
         let (socket, of_worker) = UnixStream::pair()?;
         let memory = SharedMemory::create();
@@ -38,15 +45,19 @@ impl EngineFactory for WorkerFactory {
         self.factory.name()
     }
 
+    /// Devices of engines that never run on a thread are listed in a process, too: the list loads the driver.
     fn probe(&self) -> Vec<DeviceReport> {
-        self.factory.probe()
+        if self.factory.process_need() != ProcessNeed::Required {
+            return self.factory.probe();
+        }
+        let started = self.open_worker(&DeviceId(String::new()));
+        started.and_then(|mut worker| worker.devices()).unwrap_or_else(|error| {
+            tracing::warn!(engine = self.name(), %error, remedy = error.remedy(), "devices cannot be listed");
+            Vec::new()
+        })
     }
 
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
-        let engine = self.start(device).map_err(|error| EngineError::WorkerNotStarted {
-            program: self.command.program.display().to_string(),
-            what: error.to_string(),
-        })?;
-        Ok(Box::new(engine))
+        Ok(Box::new(self.open_worker(device)?))
     }
 }

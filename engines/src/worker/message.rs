@@ -1,7 +1,8 @@
 //! The messages between a node and its worker, and their encoding. No other module of this crate uses bincode.
 
 use crate::engine::{
-    DeviceId, LoadProgress, LoadReport, RowQuery, RowScores, SelfTestReport, ShardSpec, Step, WarmUpReport,
+    DeviceId, DeviceReport, LoadProgress, LoadReport, RowQuery, RowScores, SelfTestReport, ShardSpec, Step,
+    WarmUpReport,
 };
 use crate::error::EngineError;
 use crate::model::WeightSource;
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 
 /// The version of the messages. A worker of another version is refused.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The longest message, in bytes: the tensors of a shard with many experts take a few MiB.
 pub(super) const MESSAGE_BYTES_MAX: usize = 64 << 20;
@@ -39,6 +40,12 @@ impl Hello {
 /// A request of the node. Its reply follows.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Request<'a> {
+    /// Lists the devices of an engine.
+    Probe {
+        engine: Cow<'a, str>,
+        /// The most detailed level of events that the node logs.
+        log: LogLevel,
+    },
     /// Opens an engine.
     Open {
         engine: Cow<'a, str>,
@@ -70,6 +77,7 @@ pub(super) enum Request<'a> {
 /// A reply of the worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Reply {
+    Devices(Vec<DeviceReport>),
     Opened,
     Tested(SelfTestReport),
     Progress(LoadProgress),

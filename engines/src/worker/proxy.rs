@@ -7,8 +7,8 @@ use super::message::{Hello, LogLevel, Reply, Request};
 use super::process::Process;
 use super::stderr::Stderr;
 use crate::engine::{
-    DeviceId, Engine, EngineProcess, Input, LoadProgress, LoadReport, Output, OutputRows, RowQuery, Scores,
-    SelfTestReport, ShardSpec, Step, WarmUpReport,
+    DeviceId, DeviceReport, Engine, EngineProcess, Input, LoadProgress, LoadReport, Output, OutputRows, RowQuery,
+    Scores, SelfTestReport, ShardSpec, Step, WarmUpReport,
 };
 use crate::error::EngineError;
 use crate::model::WeightSource;
@@ -21,6 +21,10 @@ use std::time::Duration;
 
 /// How long a started program may take to say that it is a worker.
 const GREETS_WITHIN: Duration = Duration::from_secs(30);
+/// How long a driver may take to list its devices.
+const LISTS_WITHIN: Duration = Duration::from_secs(20);
+/// The most devices of one engine.
+const DEVICES_MAX: usize = 64;
 /// The most characters of a text from a worker.
 const TEXT_MAX: usize = 2000;
 
@@ -48,6 +52,34 @@ impl WorkerEngine {
     ) -> Self {
         let (channel, process) = (Some(channel), Arc::new(process));
         Self { engine, device, channel, process, stderr, is_open: false, shape: Shape::default() }
+    }
+
+    /// Lists the devices of the engine.
+    pub(super) fn devices(&mut self) -> Result<Vec<DeviceReport>, EngineError> {
+        self.greet()?;
+        self.request(&Request::Probe { engine: Cow::Borrowed(self.engine), log: LogLevel::of_this_process() }, &[])?;
+        let channel = self.channel.as_mut().ok_or(EngineError::NotLoaded)?;
+        let received = channel.set_patience(Some(LISTS_WITHIN)).map_err(ChannelError::from);
+        match received.and_then(|()| channel.receive(0)) {
+            Ok((Reply::Devices(mut devices), _)) => {
+                devices.truncate(DEVICES_MAX);
+                devices.iter_mut().for_each(shorten);
+                Ok(devices)
+            }
+            Ok(_) => Err(self.broken("a reply to another request than one for devices")),
+            Err(error) => Err(self.silent("a list of devices", LISTS_WITHIN, error)),
+        }
+    }
+
+    /// Ends a worker that has not answered.
+    fn silent(&mut self, from: &str, waited: Duration, error: ChannelError) -> EngineError {
+        match error {
+            ChannelError::Io(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.kill();
+                EngineError::Killed { from: from.to_owned(), seconds: waited.as_secs() }
+            }
+            error => self.ended(&error),
+        }
     }
 
     fn request(&mut self, request: &Request<'_>, values: &[f32]) -> Result<(), EngineError> {
@@ -112,11 +144,7 @@ impl WorkerEngine {
         match received {
             Ok((hello, _)) if hello == Hello::own() => Ok(()),
             Ok((hello, _)) => Err(self.give_up(hello.to_string())),
-            Err(ChannelError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.kill();
-                Err(EngineError::Killed { from: "its start".to_owned(), seconds: GREETS_WITHIN.as_secs() })
-            }
-            Err(ChannelError::Io(error)) => Err(self.ended(&ChannelError::Io(error))),
+            Err(ChannelError::Io(error)) => Err(self.silent("its start", GREETS_WITHIN, ChannelError::Io(error))),
             Err(_) => Err(self.give_up("another program".to_owned())),
         }
     }
@@ -150,6 +178,13 @@ impl WorkerEngine {
 
     fn broken(&mut self, what: &str) -> EngineError {
         self.ended(&ChannelError::Message(super::message::MessageError::Decode(what.to_owned())))
+    }
+}
+
+/// Limits the texts of a report: another process may send any.
+fn shorten(report: &mut DeviceReport) {
+    for text in [&mut report.id.0, &mut report.engine, &mut report.name, &mut report.tier] {
+        *text = text.chars().filter(|c| !c.is_control()).take(TEXT_MAX).collect();
     }
 }
 

@@ -162,6 +162,11 @@ impl Worker<'_> {
     }
 
     fn answer(&mut self, request: Request<'static>, values: Vec<f32>) -> Result<(Reply, Vec<f32>), EngineError> {
+        if let Request::Probe { engine, log } = request {
+            log::set_level(log);
+            let factory = self.factories.iter().find(|factory| factory.name() == engine);
+            return Ok((Reply::Devices(factory.map(|factory| factory.probe()).unwrap_or_default()), Vec::new()));
+        }
         if let Request::Open { engine, device, log } = request {
             log::set_level(log);
             let factory = self.factories.iter().find(|factory| factory.name() == engine);
@@ -195,7 +200,9 @@ impl Worker<'_> {
             Request::Logits { row } => Ok((Reply::Logits, engine.logits(row)?)),
             Request::WarmUp => Ok((Reply::WarmedUp(engine.warm_up()?), Vec::new())),
             Request::TakeProfile => Ok((Reply::Profile(Box::new(engine.take_profile())), Vec::new())),
-            Request::Open { .. } => Err(EngineError::BadStep { what: "a second engine".to_owned() }),
+            Request::Open { .. } | Request::Probe { .. } => {
+                Err(EngineError::BadStep { what: "a second engine".to_owned() })
+            }
         }
     }
 }

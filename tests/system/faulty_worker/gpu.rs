@@ -1,17 +1,30 @@
-//! A device for tests: the native CPU engine under the name of a GPU, so that it has a fallback with the same bits.
+//! A device for tests: an engine on the CPU under the name of a GPU, so that it has a fallback with the same bits.
 
 use exo_engines::EngineError;
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory};
+use exo_engines::opencl::OpenClFactory;
+use std::sync::Arc;
+
+/// What computes under the name of a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Computes {
+    NativeCpu,
+    /// An OpenCL runtime for the CPU.
+    OpenCl,
+}
 
 #[derive(Debug)]
-pub(crate) struct GpuFactory(CpuFactory);
+pub(crate) struct GpuFactory(Arc<dyn EngineFactory>);
 
 impl GpuFactory {
     pub(crate) const DEVICE: &'static str = "gpu:0";
 
-    pub(crate) fn new() -> Self {
-        Self(CpuFactory::new(1))
+    pub(crate) fn new(computes: Computes) -> Self {
+        match computes {
+            Computes::NativeCpu => Self(Arc::new(CpuFactory::new(1))),
+            Computes::OpenCl => Self(Arc::new(OpenClFactory::cpu_runtimes())),
+        }
     }
 }
 
@@ -21,12 +34,14 @@ impl EngineFactory for GpuFactory {
     }
 
     fn probe(&self) -> Vec<DeviceReport> {
-        let of_cpu = self.0.probe().into_iter();
+        let first = self.0.probe().into_iter().take(1);
         let id = DeviceId(Self::DEVICE.to_owned());
-        of_cpu.map(|report| DeviceReport { id: id.clone(), kind: DeviceKind::Gpu, ..report }).collect()
+        first.map(|report| DeviceReport { id: id.clone(), kind: DeviceKind::Gpu, ..report }).collect()
     }
 
-    fn open(&self, _: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
-        self.0.open(&DeviceId(CpuFactory::DEVICE.to_owned()))
+    fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
+        let first = self.0.probe().into_iter().next();
+        let missing = || EngineError::NoDevice { engine: self.name().to_owned(), device: device.to_string() };
+        self.0.open(&first.ok_or_else(missing)?.id)
     }
 }

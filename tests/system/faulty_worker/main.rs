@@ -2,7 +2,7 @@
 //!
 //! `EXO_FAULT` is `PHASE KIND NUMBER PATH`: at the call of this number of the phase, the fault happens if the file is
 //! there, and removes it. So each file is one fault, whichever of several processes meets it first. Each start of a
-//! process adds a line to the file `PATH.starts`.
+//! process adds a line to the file `PATH.starts`. `EXO_FAULT_OPENCL` lets an OpenCL runtime compute.
 
 #![allow(clippy::expect_used)] // A test that cannot continue panics with the reason.
 
@@ -11,7 +11,7 @@ mod gpu;
 use exo_engines::engine::*;
 use exo_engines::model::WeightSource;
 use exo_engines::{DeviceFault, EngineError};
-use gpu::GpuFactory;
+use gpu::{Computes, GpuFactory};
 use rustix::process::{Signal, getpid, kill_process};
 use std::io::Write;
 use std::ops::ControlFlow;
@@ -33,7 +33,8 @@ fn main() {
     if plan.is_due("spawn", 1) {
         plan.fail_at_spawn();
     }
-    exo_engines::worker::serve(&[Arc::new(FaultyFactory { gpu: GpuFactory::new(), plan })]);
+    let computes = if std::env::var_os("EXO_FAULT_OPENCL").is_some() { Computes::OpenCl } else { Computes::NativeCpu };
+    exo_engines::worker::serve(&[Arc::new(FaultyFactory { gpu: GpuFactory::new(computes), plan })]);
 }
 
 #[derive(Debug)]
