@@ -2,8 +2,10 @@
 
 use super::backend::{OpenClBackend, Rows};
 use super::cache::{Cache, Vectors};
-use super::queue::{Arg, KernelSet};
+use super::programs::KernelSet;
+use super::queue::{Arg, LANES};
 use super::scratch::Scratch;
+use crate::arithmetic::attention::CHUNK;
 use crate::arithmetic::rotary;
 use crate::backend::{AttentionWeights, Batch, Norm};
 use crate::engine::{KvElement, PAGE_TOKENS};
@@ -15,6 +17,8 @@ use crate::model::{Attention, Pairing, QueryKeyNorm, Rope};
 #[derive(Debug)]
 pub struct DeviceBatch {
     rows: usize,
+    /// The most positions that a row sees.
+    visible_max: usize,
     /// The position of each row in its sequence.
     positions: Scratch,
     /// The pages of all spans.
@@ -55,8 +59,10 @@ impl OpenClBackend {
             Ok(Rotation { pairing: rope.pairing, pairs: rope.frequencies.len(), cosines, sines })
         });
         let rotations = rotations.collect::<Result<_, EngineError>>()?;
+        let visible_max = positions.iter().max().map_or(0, |&position| position as usize + 1);
         Ok(DeviceBatch {
             rows: batch.rows,
+            visible_max,
             positions: self.uploaded(&positions)?,
             pages: self.uploaded(&pages)?,
             first_pages: self.uploaded(&first_pages)?,
@@ -110,7 +116,9 @@ impl OpenClBackend {
             Arg::Local(spec.head_dim * size_of::<f32>()),
         ];
         let set = KernelSet::Attention(cache.element);
-        self.queue.run(set, "attend", &arguments, (spec.heads, batch.rows))?;
+        let visible = batch.visible_max.min(spec.window.unwrap_or(usize::MAX));
+        let work = (2 * spec.query_width()).saturating_mul(visible) as u64;
+        self.queue.run_in_parts(set, "attend", &arguments, (spec.heads, batch.rows), work)?;
         let codes = self.encode(&mixed)?;
         self.product(&weights.output, 0, &codes)
     }
@@ -162,9 +170,14 @@ impl OpenClBackend {
             values,
             scales,
         ];
-        let groups = (count.div_ceil(super::queue::LANES), 1);
+        let groups = (count.div_ceil(LANES), 1);
         self.queue.run(KernelSet::Attention(element), "write_cache", &arguments, groups)
     }
+}
+
+/// The local memory of the kernel `attend`, in bytes: a query and a mix, the weights of a chunk, and a number per lane.
+pub(super) fn local_bytes(head_dim: usize) -> usize {
+    (2 * head_dim + CHUNK + LANES) * size_of::<f32>()
 }
 
 /// A position, a page or a slot; the cache's limits keep it below 2³¹.

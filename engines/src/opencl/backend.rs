@@ -3,8 +3,9 @@
 use super::attention::DeviceBatch;
 use super::cache::Cache;
 use super::device::Found;
-use super::products::{Chosen, ExpertInput};
-use super::queue::{Arg, KernelSet, LANES, Queue};
+use super::products::{Chosen, ExpertInput, TILE};
+use super::programs::KernelSet;
+use super::queue::{Arg, LANES, Queue};
 use super::scratch::{Pool, Scratch};
 use super::weights::Matrices;
 use crate::arithmetic;
@@ -54,14 +55,25 @@ impl OpenClBackend {
         Ok(backend)
     }
 
+    /// Compiles the products of matrices, so that no step waits for that.
+    fn prepare(&mut self, matrices: &Matrices) -> Result<(), EngineError> {
+        let mut sets = matrices.placed().iter().flat_map(|placed| [1, TILE].map(|tile| (placed.coded, tile)));
+        sets.try_for_each(|(coded, tile)| self.queue.prepare(KernelSet::Products(coded, tile)))
+    }
+
     /// Memory for rows, with arbitrary contents.
     pub(super) fn rows(&mut self, count: usize, width: usize) -> Result<Rows, EngineError> {
+        // Kernels count values in 32 bits.
+        if count.saturating_mul(width) > i32::MAX as usize {
+            let what = format!("{count} rows of {width} values in one step");
+            return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
+        }
         let memory = self.pool.take(&self.queue, count * width * size_of::<f32>())?;
         Ok(Rows { memory, count, width })
     }
 
     /// Copies `values` to the device.
-    pub(super) fn uploaded<T: Copy>(&mut self, values: &[T]) -> Result<Scratch, EngineError> {
+    pub(super) fn uploaded<T: bytemuck::NoUninit>(&mut self, values: &[T]) -> Result<Scratch, EngineError> {
         let mut memory = self.pool.take(&self.queue, size_of_val(values))?;
         memory.write(&self.queue, values)?;
         Ok(memory)
@@ -91,7 +103,7 @@ impl OpenClBackend {
         let indices: Vec<i32> = chosen.iter().map(|&row| i32::try_from(row).unwrap_or(i32::MAX)).collect();
         let indices = self.uploaded(&indices)?;
         let out = self.rows(chosen.len(), rows.width)?;
-        let arguments = [rows.arg(), indices.arg(), Arg::int(out.count), Arg::int(out.width), out.arg()];
+        let arguments = [rows.arg(), indices.arg(), Arg::int(out.values()), Arg::int(out.width), out.arg()];
         self.each("gather", out.values(), &arguments)?;
         Ok(out)
     }
@@ -177,7 +189,9 @@ impl Backend for OpenClBackend {
     }
 
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Matrices, EngineError> {
-        Matrices::one(&self.queue, tensor)
+        let matrix = Matrices::one(&self.queue, tensor)?;
+        self.prepare(&matrix)?;
+        Ok(matrix)
     }
 
     fn matrix_bytes(matrix: &Matrices) -> u64 {
@@ -189,7 +203,9 @@ impl Backend for OpenClBackend {
         shapes: &[MatrixShape],
         parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
     ) -> Result<Matrices, EngineError> {
-        Matrices::all(&self.queue, shapes, parts)
+        let matrices = Matrices::all(&self.queue, shapes, parts)?;
+        self.prepare(&matrices)?;
+        Ok(matrices)
     }
 
     fn linears_bytes(linears: &Matrices) -> u64 {
@@ -207,14 +223,16 @@ impl Backend for OpenClBackend {
     }
 
     fn cache(&mut self, layers: &[LayerState<'_>], element: KvElement, pages: u32) -> Result<Cache, EngineError> {
+        self.queue.prepare(KernelSet::Attention(element))?;
         Cache::new(&self.queue, layers, element, pages)
     }
 
     fn copy_pages(&mut self, cache: &mut Cache, copies: &[(u32, u32)]) -> Result<(), EngineError> {
-        copies.iter().try_for_each(|&(from, to)| cache.copy_page(&self.queue, from, to))
+        copies.iter().try_for_each(|&(from, to)| cache.copy_page(&mut self.queue, from, to))
     }
 
     fn begin(&mut self, batch: Batch, ropes: &[Rope]) -> Result<DeviceBatch, EngineError> {
+        self.queue.begin();
         self.batch(&batch, ropes)
     }
 
@@ -229,7 +247,7 @@ impl Backend for OpenClBackend {
             table.arg(),
             Arg::Unsigned(row_bytes),
             tokens.arg(),
-            Arg::int(out.count),
+            Arg::int(out.values()),
             Arg::int(out.width),
             Arg::Float(scale),
             out.arg(),

@@ -1,5 +1,6 @@
 //! Keys and values of a shard on the device.
 
+use super::attention;
 use super::queue::{Arg, Queue};
 use crate::backend::LayerState;
 use crate::engine::{KvElement, PAGE_TOKENS};
@@ -39,6 +40,13 @@ impl Cache {
         element: KvElement,
         pages: u32,
     ) -> Result<Self, EngineError> {
+        for LayerState::KeysAndValues(spec) in layers {
+            let needed = attention::local_bytes(spec.head_dim);
+            if needed as u64 > queue.limits().local_bytes {
+                let what = format!("heads of {} values, which need {needed} bytes of local memory,", spec.head_dim);
+                return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
+            }
+        }
         let layer = |&LayerState::KeysAndValues(spec): &LayerState<'_>| {
             let vectors = || Vectors::new(queue, spec, element, pages);
             Ok(CachedLayer { keys: vectors()?, values: vectors()? })
@@ -46,8 +54,8 @@ impl Cache {
         Ok(Self { element, layers: layers.iter().map(layer).collect::<Result<_, EngineError>>()? })
     }
 
-    pub(super) fn copy_page(&mut self, queue: &Queue, from: u32, to: u32) -> Result<(), EngineError> {
-        for layer in &mut self.layers {
+    pub(super) fn copy_page(&self, queue: &mut Queue, from: u32, to: u32) -> Result<(), EngineError> {
+        for layer in &self.layers {
             layer.keys.copy_page(queue, from, to)?;
             layer.values.copy_page(queue, from, to)?;
         }
@@ -73,12 +81,12 @@ impl Vectors {
         [Arg::of(&self.values), Arg::of(&self.scales)]
     }
 
-    fn copy_page(&mut self, queue: &Queue, from: u32, to: u32) -> Result<(), EngineError> {
+    fn copy_page(&self, queue: &mut Queue, from: u32, to: u32) -> Result<(), EngineError> {
         let (from, to) = (from as usize, to as usize);
-        queue.copy(&mut self.values, from * self.page_bytes, to * self.page_bytes, self.page_bytes)?;
+        queue.copy(&self.values, from * self.page_bytes, to * self.page_bytes, self.page_bytes)?;
         if self.page_scale_bytes > 0 {
             let bytes = self.page_scale_bytes;
-            queue.copy(&mut self.scales, from * bytes, to * bytes, bytes)?;
+            queue.copy(&self.scales, from * bytes, to * bytes, bytes)?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The OpenCL devices of this machine.
 
 use super::fault::fault;
+use super::queue::LANES;
 use crate::engine::{DeviceId, DeviceKind, DeviceReport};
 use crate::error::{DeviceFault, EngineError};
 use opencl3::device::{
@@ -62,6 +63,28 @@ impl Division {
             Self::Native => "-cl-fp32-correctly-rounded-divide-sqrt",
             Self::Double => "-DDIVIDE_IN_DOUBLE",
         }
+    }
+}
+
+/// What a device can hold and start.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// The largest buffer, in bytes.
+    pub(super) buffer_max_bytes: u64,
+    /// The local memory of a work-group, in bytes.
+    pub(super) local_bytes: u64,
+}
+
+impl Limits {
+    pub(super) fn of(found: &Found) -> Result<Self, EngineError> {
+        let ask = |error| fault(&found.report.id.0, "asking for its limits", error);
+        let lanes = found.device.max_work_group_size().map_err(ask)?;
+        if lanes < LANES {
+            let what = format!("a device with work-groups of {lanes} lanes");
+            return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
+        }
+        let buffer_max_bytes = found.device.max_mem_alloc_size().map_err(ask)?;
+        Ok(Self { buffer_max_bytes, local_bytes: found.device.local_mem_size().map_err(ask)? })
     }
 }
 

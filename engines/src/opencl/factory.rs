@@ -4,7 +4,7 @@ use super::OpenClBackend;
 use super::device::{self, Found};
 use crate::decoder::DecoderEngine;
 use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory, ProcessNeed};
-use crate::error::EngineError;
+use crate::error::{DeviceFault, EngineError};
 
 /// A factory of engines on OpenCL devices of one kind.
 #[derive(Debug, Clone, Copy)]
@@ -41,7 +41,12 @@ impl EngineFactory for OpenClFactory {
     }
 
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
-        let no_device = || EngineError::NoDevice { engine: Self::NAME.to_owned(), device: device.0.clone() };
+        // It was listed when the node started.
+        let no_device = || EngineError::Device {
+            device: device.0.clone(),
+            fault: DeviceFault::Lost,
+            what: "its driver does not list it".to_owned(),
+        };
         let is_it = |found: &Found| found.report.id == *device;
         let found = device::find(self.kind).into_iter().find(is_it).ok_or_else(no_device)?;
         Ok(Box::new(DecoderEngine::new(OpenClBackend::new(&found)?)))

@@ -1,7 +1,8 @@
 //! Rows as codes, and their products with weights.
 
 use super::backend::{OpenClBackend, Rows};
-use super::queue::{Arg, KernelSet};
+use super::programs::KernelSet;
+use super::queue::Arg;
 use super::scratch::Scratch;
 use super::weights::{Matrices, Placed};
 use crate::arithmetic::{SUPERBLOCK, superblocks};
@@ -9,7 +10,7 @@ use crate::engine::ActivationBits;
 use crate::error::EngineError;
 
 /// Rows that a work-group multiplies at once.
-const TILE: usize = 4;
+pub(super) const TILE: usize = 4;
 
 /// Rows as integers of two bytes with units: `encode` in `kernels/rows.cl` describes the order.
 #[derive(Debug)]
@@ -124,7 +125,8 @@ impl OpenClBackend {
             out.arg(),
         ];
         let groups = (placed.rows, rows.div_ceil(tile));
-        self.queue.run(KernelSet::Products(placed.coded, tile), "multiply", &arguments, groups)?;
+        let work = (placed.rows * tile).saturating_mul(placed.columns) as u64;
+        self.queue.run_in_parts(KernelSet::Products(placed.coded, tile), "multiply", &arguments, groups, work)?;
         Ok(out)
     }
 }

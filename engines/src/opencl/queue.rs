@@ -1,43 +1,30 @@
-//! A device's queue: kernels are compiled on first use and run in order; nothing spins while it waits.
+//! A device's memory and its queue: kernels run in order, and nothing spins while it waits.
 
-use super::device::{Division, Found};
+use super::device::{Division, Found, Limits};
 use super::fault::fault;
-use super::weights::Coded;
-use crate::engine::KvElement;
-use crate::error::{DeviceFault, EngineError};
-use opencl3::command_queue::CommandQueue;
+use super::pace::Pace;
+use super::programs::{KernelSet, Programs};
+use crate::error::EngineError;
+use opencl3::command_queue::{CommandQueue, enqueue_copy_buffer};
 use opencl3::context::Context;
 use opencl3::error_codes::ClError;
 use opencl3::event::{CL_COMPLETE, Event};
 use opencl3::kernel::Kernel;
 use opencl3::memory::{Buffer, CL_MEM_READ_WRITE, ClMem};
-use opencl3::program::Program;
 use opencl3::types::{CL_NON_BLOCKING, cl_mem};
-use std::collections::HashMap;
+use std::cell::Cell;
 use std::ffi::c_void;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Lanes of the work-groups of all kernels: `LANES` in `functions.cl`.
 pub(super) const LANES: usize = 64;
 
+/// The most work of one launch, in multiplications: a slow GPU takes some tenths of a second. Drivers reset a device
+/// whose kernels take many seconds.
+const LAUNCH_WORK_MAX: u64 = 1 << 32;
+
 /// The shortest and the longest sleep between two looks whether work is done.
 const SLEEPS: (Duration, Duration) = (Duration::from_micros(20), Duration::from_micros(500));
-
-const FUNCTIONS: &str = include_str!("kernels/functions.cl");
-const ROWS: &str = include_str!("kernels/rows.cl");
-const PRODUCTS: &str = include_str!("kernels/products.cl");
-const ATTENTION: &str = include_str!("kernels/attention.cl");
-
-const OPTIONS: &str = "-cl-std=CL1.2";
-
-/// A set of kernels that are compiled together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum KernelSet {
-    Rows,
-    /// Products with weights of a coding, of this many rows at a time.
-    Products(Coded, usize),
-    Attention(KvElement),
-}
 
 /// An argument of a kernel.
 #[derive(Debug, Clone, Copy)]
@@ -57,25 +44,39 @@ pub(super) struct Queue {
     device: String,
     context: Context,
     queue: CommandQueue,
-    kernels: HashMap<(KernelSet, &'static str), Kernel>,
-    programs: HashMap<KernelSet, Program>,
-    division: Division,
-    /// The largest buffer that the device allocates, in bytes.
-    buffer_max_bytes: u64,
+    programs: Programs,
+    limits: Limits,
+    pace: Pace,
+    /// When the queue began to work on what is queued.
+    busy_since: Instant,
+    /// Queued kernels and copies: the failure of one may show in its own event alone.
+    queued: Vec<Event>,
+    /// The bytes of all buffers so far. Buffers live as long as the engine, but for those of a failed load.
+    allocated_bytes: Cell<u64>,
+    /// Whether a call has failed. After that any call may hang, so nothing is waited for.
+    has_failed: Cell<bool>,
 }
 
 impl Queue {
     pub(super) fn new(found: &Found) -> Result<Self, EngineError> {
         let id = found.report.id.0.clone();
+        let (division, limits) = (Division::of(found)?, Limits::of(found)?);
         let context = Context::from_device(&found.device).map_err(|error| fault(&id, "creating a context", error))?;
         // SAFETY: the queue has no properties, so it runs in order.
         let queue = unsafe { CommandQueue::create(&context, found.device.id(), 0) };
         let queue = queue.map_err(|error| fault(&id, "creating a queue", error))?;
-        let buffer_max_bytes =
-            found.device.max_mem_alloc_size().map_err(|error| fault(&id, "asking for its largest buffer", error))?;
-        let (kernels, programs) = (HashMap::new(), HashMap::new());
-        let division = Division::of(found)?;
-        Ok(Self { device: id, context, queue, kernels, programs, division, buffer_max_bytes })
+        Ok(Self {
+            programs: Programs::new(id.clone(), division),
+            device: id,
+            context,
+            queue,
+            limits,
+            pace: Pace::default(),
+            busy_since: Instant::now(),
+            queued: Vec::new(),
+            allocated_bytes: Cell::new(0),
+            has_failed: Cell::new(false),
+        })
     }
 
     /// The id of the device.
@@ -83,23 +84,37 @@ impl Queue {
         &self.device
     }
 
+    pub(super) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     fn fault(&self, what: &str, error: ClError) -> EngineError {
-        fault(&self.device, what, error)
+        self.has_failed.set(true);
+        match fault(&self.device, what, error) {
+            // OpenCL does not tell what was free. What the engine has got so far is what the device had for it.
+            EngineError::OutOfMemory { what, needed_bytes, .. } => {
+                EngineError::OutOfMemory { what, needed_bytes, free_bytes: self.allocated_bytes.get() }
+            }
+            error => error,
+        }
     }
 
     /// Allocates device memory, at least a byte.
     pub(super) fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer<u8>, EngineError> {
-        if bytes as u64 > self.buffer_max_bytes {
-            let (needed_bytes, free_bytes) = (bytes as u64, self.buffer_max_bytes);
-            return Err(EngineError::OutOfMemory { what: format!("{what}, in one buffer"), needed_bytes, free_bytes });
+        if bytes as u64 > self.limits.buffer_max_bytes {
+            let what = format!("{what}, of which one buffer has {} bytes at most,", self.limits.buffer_max_bytes);
+            let free_bytes = self.allocated_bytes.get();
+            return Err(EngineError::OutOfMemory { what, needed_bytes: bytes as u64, free_bytes });
         }
         // SAFETY: no host memory is given.
         let buffer = unsafe { Buffer::create(&self.context, CL_MEM_READ_WRITE, bytes.max(1), std::ptr::null_mut()) };
-        buffer.map_err(|error| self.fault(&format!("allocating {bytes} bytes for {what}"), error))
+        let buffer = buffer.map_err(|error| self.fault(&format!("allocating {bytes} bytes for {what}"), error))?;
+        self.allocated_bytes.set(self.allocated_bytes.get() + bytes as u64);
+        Ok(buffer)
     }
 
     /// Copies `values` into `buffer` from byte `offset` on, and waits until that is done.
-    pub(super) fn write<T: Copy>(
+    pub(super) fn write<T: bytemuck::NoUninit>(
         &self,
         buffer: &mut Buffer<u8>,
         offset: usize,
@@ -108,13 +123,16 @@ impl Queue {
         if values.is_empty() {
             return Ok(());
         }
-        // SAFETY: any initialised `T` of the callers (integers and floats) is bytes, and the slice lives until the
-        // event is complete.
-        let event = unsafe {
-            let bytes = std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values));
-            self.queue.enqueue_write_buffer(buffer, CL_NON_BLOCKING, offset, bytes, &[])
-        };
-        self.wait(&event.map_err(|error| self.fault("writing to the device", error))?)
+        let staged = bytemuck::cast_slice(values).to_vec();
+        // SAFETY: `staged` lives until the event is complete, or for ever.
+        let event = unsafe { self.queue.enqueue_write_buffer(buffer, CL_NON_BLOCKING, offset, &staged, &[]) };
+        let done =
+            event.map_err(|error| self.fault("writing to the device", error)).and_then(|event| self.wait(&event));
+        if done.is_err() {
+            // The driver may still read it.
+            std::mem::forget(staged);
+        }
+        done
     }
 
     /// Reads floats from `buffer` from byte `offset` on.
@@ -122,26 +140,40 @@ impl Queue {
         if values.is_empty() {
             return Ok(());
         }
-        // SAFETY: any bytes are floats, and the slice lives until the event is complete.
-        let event = unsafe {
-            let bytes = std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size_of_val(values));
-            self.queue.enqueue_read_buffer(buffer, CL_NON_BLOCKING, offset, bytes, &[])
-        };
-        self.wait(&event.map_err(|error| self.fault("reading from the device", error))?)
+        let mut staged = vec![0_u8; size_of_val(values)];
+        // SAFETY: `staged` lives until the event is complete, or for ever.
+        let event = unsafe { self.queue.enqueue_read_buffer(buffer, CL_NON_BLOCKING, offset, &mut staged, &[]) };
+        let done =
+            event.map_err(|error| self.fault("reading from the device", error)).and_then(|event| self.wait(&event));
+        match done {
+            Ok(()) => bytemuck::cast_slice_mut(values).copy_from_slice(&staged),
+            // The driver may still write to it.
+            Err(_) => std::mem::forget(staged),
+        }
+        done
     }
 
     /// Copies `bytes` within a buffer; the ranges do not overlap.
     pub(super) fn copy(
-        &self,
-        buffer: &mut Buffer<u8>,
+        &mut self,
+        buffer: &Buffer<u8>,
         from: usize,
         to: usize,
         bytes: usize,
     ) -> Result<(), EngineError> {
-        let source: *const Buffer<u8> = buffer;
-        // SAFETY: the source is the same buffer, which outlives the call; OpenCL allows ranges that do not overlap.
-        let copied = unsafe { self.queue.enqueue_copy_buffer(&*source, buffer, from, to, bytes, &[]) };
-        copied.map(drop).map_err(|error| self.fault("copying on the device", error))
+        // SAFETY: both ranges are of the buffer, which the caller keeps, and they do not overlap.
+        let copied = unsafe {
+            let (queue, memory) = (self.queue.get(), buffer.get());
+            enqueue_copy_buffer(queue, memory, memory, from, to, bytes, 0, std::ptr::null())
+        };
+        let event = copied.map_err(|code| self.fault("copying on the device", ClError(code)))?;
+        self.queued.push(Event::new(event));
+        Ok(())
+    }
+
+    /// Compiles a set of kernels, if that is not done.
+    pub(super) fn prepare(&mut self, set: KernelSet) -> Result<(), EngineError> {
+        self.programs.prepare(&self.context, set)
     }
 
     /// Queues a kernel with `arguments`. `groups` is the number of work-groups of [`LANES`] lanes in both dimensions.
@@ -155,57 +187,70 @@ impl Queue {
         if groups.0 == 0 || groups.1 == 0 {
             return Ok(());
         }
-        if !self.kernels.contains_key(&(set, name)) {
-            let kernel = self.compile(set, name)?;
-            self.kernels.insert((set, name), kernel);
-        }
-        let kernel = &self.kernels[&(set, name)];
-        for (index, argument) in arguments.iter().enumerate() {
-            set_argument(kernel, index, argument).map_err(|error| self.fault(name, error))?;
-        }
+        let kernel = self.programs.kernel(&self.context, set, name)?;
+        let set = arguments.iter().enumerate().try_for_each(|(index, argument)| set_argument(kernel, index, argument));
         let (global, local) = ([groups.0 * LANES, groups.1], [LANES, 1]);
         // SAFETY: the arrays have two dimensions each and live during the call.
-        let queued = unsafe {
+        let queued = set.and_then(|()| unsafe {
             let (global, local) = (global.as_ptr(), local.as_ptr());
             self.queue.enqueue_nd_range_kernel(kernel.get(), 2, std::ptr::null(), global, local, &[])
-        };
-        queued.map(drop).map_err(|error| self.fault(name, error))
+        });
+        let event = queued.map_err(|error| self.fault(name, error))?;
+        self.queued.push(event);
+        Ok(())
     }
 
-    fn compile(&mut self, set: KernelSet, name: &str) -> Result<Kernel, EngineError> {
-        if !self.programs.contains_key(&set) {
-            let program = self.build(set)?;
-            self.programs.insert(set, program);
+    /// As [`Queue::run`], in parts of the second dimension, so that no launch takes long. The kernel's last argument is
+    /// the first group of a part; `work` is the number of multiplications for each group of the second dimension.
+    pub(super) fn run_in_parts(
+        &mut self,
+        set: KernelSet,
+        name: &'static str,
+        arguments: &[Arg],
+        groups: (usize, usize),
+        work: u64,
+    ) -> Result<(), EngineError> {
+        let at_once = usize::try_from(LAUNCH_WORK_MAX / work.max(1)).unwrap_or(usize::MAX).max(1);
+        for first in (0..groups.1).step_by(at_once) {
+            let count = at_once.min(groups.1 - first);
+            self.make_room(work.saturating_mul(count as u64))?;
+            let arguments: Vec<Arg> = arguments.iter().copied().chain([Arg::int(first)]).collect();
+            self.run(set, name, &arguments, (groups.0, count))?;
         }
-        Kernel::create(&self.programs[&set], name).map_err(|error| self.fault(name, error))
+        Ok(())
     }
 
-    fn build(&self, set: KernelSet) -> Result<Program, EngineError> {
-        let (source, defines) = match set {
-            KernelSet::Rows => (ROWS, String::new()),
-            KernelSet::Products(coded, tile) => (PRODUCTS, format!(" -DTILE={tile} {}", coded.defines())),
-            KernelSet::Attention(KvElement::F16) => (ATTENTION, " -DCACHE=16".to_owned()),
-            KernelSet::Attention(KvElement::F32) => (ATTENTION, " -DCACHE=32".to_owned()),
-            KernelSet::Attention(KvElement::Q8_0) => (ATTENTION, " -DCACHE=8".to_owned()),
-        };
-        let mut program = Program::create_from_source(&self.context, &[FUNCTIONS, source].concat())
-            .map_err(|error| self.fault("reading kernels", error))?;
-        let built = program.build(self.context.devices(), &format!("{OPTIONS} {}{defines}", self.division.option()));
-        match built {
-            Ok(()) => Ok(program),
-            Err(error) => {
-                let log = program.get_build_log(self.context.default_device()).unwrap_or_default();
-                let what = format!("compiling {set:?}: {error}: {}", log.trim());
-                Err(EngineError::Device { device: self.device.clone(), fault: DeviceFault::Compile, what })
-            }
+    /// Begins a step: the queue is empty.
+    pub(super) fn begin(&mut self) {
+        self.busy_since = Instant::now();
+    }
+
+    /// Waits if the queue holds as much work as it may.
+    fn make_room(&mut self, work: u64) -> Result<(), EngineError> {
+        if self.pace.queue(work) {
+            self.finish()?;
+            self.pace.queue(work);
         }
+        Ok(())
     }
 
-    /// Waits until all queued work is done.
-    pub(super) fn finish(&self) -> Result<(), EngineError> {
+    /// Waits until all queued work is done, unless a call has failed already.
+    pub(super) fn finish(&mut self) -> Result<(), EngineError> {
+        if self.has_failed.get() {
+            return Ok(());
+        }
         // SAFETY: no events are waited for.
         let marker = unsafe { self.queue.enqueue_marker_with_wait_list(&[]) };
-        self.wait(&marker.map_err(|error| self.fault("ending a step", error))?)
+        self.wait(&marker.map_err(|error| self.fault("ending a step", error))?)?;
+        self.pace.done(self.busy_since.elapsed());
+        self.busy_since = Instant::now();
+        for event in std::mem::take(&mut self.queued) {
+            let status = event.command_execution_status().map_err(|error| self.fault("ending a step", error))?;
+            if status.0 < 0 {
+                return Err(self.fault("queued work", ClError(status.0)));
+            }
+        }
+        Ok(())
     }
 
     fn wait(&self, event: &Event) -> Result<(), EngineError> {
@@ -249,7 +294,7 @@ impl Arg {
         Self::Memory(std::ptr::null_mut::<c_void>())
     }
 
-    /// The argument of a count or an index; device memory limits it far below 2³¹.
+    /// The argument of a dimension or an index. [`Rows`](super::backend::Rows) of 2³¹ values or more are refused.
     pub(super) fn int(value: usize) -> Self {
         Self::Int(i32::try_from(value).unwrap_or(i32::MAX))
     }

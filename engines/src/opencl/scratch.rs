@@ -30,7 +30,8 @@ impl Pool {
     /// Returns memory of at least `bytes`, with arbitrary contents.
     pub(super) fn take(self: &Rc<Self>, queue: &Queue, bytes: usize) -> Result<Scratch, EngineError> {
         // Sizes are powers of two, so that steps of other sizes find them again.
-        let size = bytes.max(256).next_power_of_two();
+        let largest = usize::try_from(queue.limits().buffer_max_bytes).unwrap_or(usize::MAX);
+        let size = bytes.max(256).next_power_of_two().min(largest).max(bytes);
         let known = {
             let mut free = self.free.borrow_mut();
             let found = free.iter().position(|(known, _)| *known == size);
@@ -54,7 +55,7 @@ impl Scratch {
     }
 
     /// Copies `values` to the beginning.
-    pub(super) fn write<T: Copy>(&mut self, queue: &Queue, values: &[T]) -> Result<(), EngineError> {
+    pub(super) fn write<T: bytemuck::NoUninit>(&mut self, queue: &Queue, values: &[T]) -> Result<(), EngineError> {
         match &mut self.buffer {
             Some((_, buffer)) => queue.write(buffer, 0, values),
             None => Ok(()),

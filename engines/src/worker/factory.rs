@@ -9,6 +9,11 @@ use crate::error::EngineError;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
+
+/// How long a list of devices may take: longer than its process may.
+const LISTED_WITHIN: Duration = Duration::from_secs(100);
 
 /// Opens another factory's engines in processes of their own.
 #[derive(Debug, Clone)]
@@ -50,9 +55,19 @@ impl EngineFactory for WorkerFactory {
         if self.factory.process_need() != ProcessNeed::Required {
             return self.factory.probe();
         }
-        let started = self.open_worker(&DeviceId(String::new()));
-        started.and_then(|mut worker| worker.devices()).unwrap_or_else(|error| {
-            tracing::warn!(engine = self.name(), %error, remedy = error.remedy(), "devices cannot be listed");
+        let (factory, (listed, reports)) = (self.clone(), sync_channel(1));
+        // A process that the kernel does not release is waited for there, not here.
+        let thread = std::thread::Builder::new().name("device-list".to_owned()).spawn(move || {
+            let started = factory.open_worker(&DeviceId(String::new()));
+            // The receiver has given up.
+            let _ = listed.send(started.and_then(|mut worker| worker.devices()));
+        });
+        let listed = thread.map_err(|error| error.to_string()).and_then(|_| {
+            let listed = reports.recv_timeout(LISTED_WITHIN).map_err(|_| "the process does not end".to_owned())?;
+            listed.map_err(|error| format!("{error}; {}", error.remedy()))
+        });
+        listed.unwrap_or_else(|what| {
+            tracing::warn!(engine = self.name(), what, "devices cannot be listed");
             Vec::new()
         })
     }

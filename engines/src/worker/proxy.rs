@@ -21,8 +21,8 @@ use std::time::Duration;
 
 /// How long a started program may take to say that it is a worker.
 const GREETS_WITHIN: Duration = Duration::from_secs(30);
-/// How long a driver may take to list its devices.
-const LISTS_WITHIN: Duration = Duration::from_secs(20);
+/// How long drivers may take to list their devices: eight GPUs that sleep take half a minute.
+const LISTS_WITHIN: Duration = Duration::from_secs(60);
 /// The most devices of one engine.
 const DEVICES_MAX: usize = 64;
 /// The most characters of a text from a worker.
@@ -66,6 +66,7 @@ impl WorkerEngine {
                 devices.iter_mut().for_each(shorten);
                 Ok(devices)
             }
+            Ok((Reply::Failed(error), _)) => Err(error.shortened(TEXT_MAX)),
             Ok(_) => Err(self.broken("a reply to another request than one for devices")),
             Err(error) => Err(self.silent("a list of devices", LISTS_WITHIN, error)),
         }

@@ -71,19 +71,19 @@ __kernel void write_cache(__global const float *in, __global const int *slots, i
     }
 }
 
-// The output of each query head of each row. A work-group computes a head of a row; `query` and `mixed` are local memory
-// for a head.
+// The output of each query head of each row from `first_row` on. A work-group computes a head of a row; `query` and
+// `mixed` are local memory for a head.
 __kernel __attribute__((reqd_work_group_size(LANES, 1, 1)))
 void attend(__global const float *queries, __global const Cached *keys, __global const half *key_scales,
             __global const Cached *values, __global const half *value_scales, __global const int *pages,
             __global const int *first_pages, __global const int *positions, __global const float *sinks, int has_sinks,
             int heads, int kv_heads, int head_dim, float scale, float cap, int has_cap, int window,
-            __global float *out, __local float *query, __local float *mixed) {
+            __global float *out, __local float *query, __local float *mixed, int first_row) {
     __local float weights[CHUNK];
     __local float reduced[LANES];
     int lane = get_local_id(0);
     int head = get_group_id(0);
-    int row = get_group_id(1);
+    int row = first_row + get_group_id(1);
     int kv_head = head / (heads / kv_heads);
     int end = positions[row] + 1;
     int start = end > window ? end - window : 0;

@@ -91,8 +91,8 @@ int weight_of(const Row *row, int block, int i) {
 #endif
 }
 
-// The product of the rows of `weights` with TILE rows of codes, from row `get_group_id(1) * TILE` on. A work-group
-// computes one output of these rows; a lane computes the exact sums of every 64th block.
+// The product of the rows of `weights` with tiles of TILE rows of codes, from tile `first_tile` on. A work-group computes
+// one output of a tile; a lane computes the exact sums of every 64th block.
 //
 // In a mixture, `experts` has the expert of each row, whose weights are at `expert * expert_bytes`, and whose bias is at
 // `expert * outputs`; the codes of row r are those of input r / inputs_shared.
@@ -100,12 +100,13 @@ __kernel __attribute__((reqd_work_group_size(LANES, 1, 1)))
 void multiply(__global const uchar *weights, ulong first_byte, uint row_bytes, ulong expert_bytes,
               __global const float *bias, int first_bias, int has_bias, int expert_biases,
               __global const char *codes, __global const float *code_units, __global const int *experts,
-              int has_experts, int inputs_shared, int columns, int outputs, int rows, __global float *out) {
+              int has_experts, int inputs_shared, int columns, int outputs, int rows, __global float *out,
+              int first_tile) {
     __local int sums[TILE][LANES][2];
     __local float joined[TILE][LANES / 8];
     int lane = get_local_id(0);
     int output = get_group_id(0);
-    int first = get_group_id(1) * TILE;
+    int first = (first_tile + get_group_id(1)) * TILE;
     int count = min(TILE, rows - first);
     int blocks = (columns + BLOCK - 1) / BLOCK;
     int superblocks = (columns + SUPERBLOCK - 1) / SUPERBLOCK;
@@ -168,11 +169,11 @@ void multiply(__global const uchar *weights, ulong first_byte, uint row_bytes, u
     }
 }
 
-// The rows `tokens` of a table, times `scale`: [token][column].
+// The rows `tokens` of a table, times `scale`: [token][column]. `count` is that of values.
 __kernel void embed(__global const uchar *weights, uint row_bytes, __global const int *tokens, int count, int columns,
                     float scale, __global float *out) {
     int i = get_global_id(0);
-    if (i >= count * columns) {
+    if (i >= count) {
         return;
     }
     int column = i % columns;

@@ -105,10 +105,10 @@ __kernel void add(__global float *hidden, __global const float *delta, int count
     }
 }
 
-// out[i] = in[rows[i]]
+// The chosen rows: out[i] = in[rows[i]]. `count` is that of values.
 __kernel void gather(__global const float *in, __global const int *rows, int count, int width, __global float *out) {
     int i = get_global_id(0);
-    if (i < count * width) {
+    if (i < count) {
         out[i] = in[(size_t)rows[i / width] * width + i % width];
     }
 }

@@ -27,9 +27,8 @@ fn random(count: usize, seed: u64) -> Vec<f32> {
 fn products_have_the_bits_of_the_arithmetic() {
     for mut backend in backends() {
         for element in ElementType::ALL {
-            for (rows, columns) in [(1, 256_usize), (3, 1280), (9, 416)] {
-                let columns =
-                    if element.block_values() == SUPERBLOCK { columns.next_multiple_of(SUPERBLOCK) } else { columns };
+            for (rows, columns) in [(1, 256_usize), (3, 1280), (9, 416), (2, 603)] {
+                let columns = columns.next_multiple_of(element.block_values());
                 for bits in ActivationBits::ALL {
                     check(&mut backend, element, (rows, columns), bits);
                 }

@@ -1,0 +1,89 @@
+//! The kernels of a device, compiled on first use.
+
+use super::device::Division;
+use super::fault::fault;
+use super::weights::Coded;
+use crate::engine::KvElement;
+use crate::error::{DeviceFault, EngineError};
+use opencl3::context::Context;
+use opencl3::kernel::Kernel;
+use opencl3::program::Program;
+use std::collections::HashMap;
+
+const FUNCTIONS: &str = include_str!("kernels/functions.cl");
+const ROWS: &str = include_str!("kernels/rows.cl");
+const PRODUCTS: &str = include_str!("kernels/products.cl");
+const ATTENTION: &str = include_str!("kernels/attention.cl");
+
+/// The options of all programs. Nothing is contracted or flushed without further options.
+const OPTIONS: &str = "-cl-std=CL1.2";
+
+/// A set of kernels that are compiled together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum KernelSet {
+    Rows,
+    /// Products with weights of a coding, of this many rows at a time.
+    Products(Coded, usize),
+    Attention(KvElement),
+}
+
+/// The compiled kernels of a device.
+#[derive(Debug)]
+pub(super) struct Programs {
+    device: String,
+    division: Division,
+    programs: HashMap<KernelSet, Program>,
+    kernels: HashMap<(KernelSet, &'static str), Kernel>,
+}
+
+impl Programs {
+    pub(super) fn new(device: String, division: Division) -> Self {
+        Self { device, division, programs: HashMap::new(), kernels: HashMap::new() }
+    }
+
+    /// Returns a kernel, compiled if need be.
+    pub(super) fn kernel(
+        &mut self,
+        context: &Context,
+        set: KernelSet,
+        name: &'static str,
+    ) -> Result<&Kernel, EngineError> {
+        if !self.kernels.contains_key(&(set, name)) {
+            self.prepare(context, set)?;
+            let kernel = Kernel::create(&self.programs[&set], name);
+            let kernel = kernel.map_err(|error| fault(&self.device, name, error))?;
+            self.kernels.insert((set, name), kernel);
+        }
+        Ok(&self.kernels[&(set, name)])
+    }
+
+    /// Compiles a set of kernels, if that is not done.
+    pub(super) fn prepare(&mut self, context: &Context, set: KernelSet) -> Result<(), EngineError> {
+        if !self.programs.contains_key(&set) {
+            let program = self.build(context, set)?;
+            self.programs.insert(set, program);
+        }
+        Ok(())
+    }
+
+    fn build(&self, context: &Context, set: KernelSet) -> Result<Program, EngineError> {
+        let (source, defines) = match set {
+            KernelSet::Rows => (ROWS, String::new()),
+            KernelSet::Products(coded, tile) => (PRODUCTS, format!("-DTILE={tile} {}", coded.defines())),
+            KernelSet::Attention(KvElement::F16) => (ATTENTION, "-DCACHE=16".to_owned()),
+            KernelSet::Attention(KvElement::F32) => (ATTENTION, "-DCACHE=32".to_owned()),
+            KernelSet::Attention(KvElement::Q8_0) => (ATTENTION, "-DCACHE=8".to_owned()),
+        };
+        let mut program = Program::create_from_source(context, &[FUNCTIONS, source].concat())
+            .map_err(|error| fault(&self.device, "reading kernels", error))?;
+        let options = format!("{OPTIONS} {} {defines}", self.division.option());
+        match program.build(context.devices(), &options) {
+            Ok(()) => Ok(program),
+            Err(error) => {
+                let log = program.get_build_log(context.default_device()).unwrap_or_default();
+                let what = format!("compiling {set:?}: {error}: {}", log.trim());
+                Err(EngineError::Device { device: self.device.clone(), fault: DeviceFault::Compile, what })
+            }
+        }
+    }
+}
