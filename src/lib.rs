@@ -56,8 +56,8 @@ pub use exo_actors::{
 pub use exo_engines::engine::{ActivationBits, DeviceId, DeviceReport, EngineFactory, KvElement};
 pub use exo_engines::model::Recipe;
 pub use exo_net::{ClusterSecret, Discover, Identity, JoinToken, NodeId, WireType};
-pub use node::{Isolation, Node, NodeBuilder};
-pub use worker::run_worker_if_asked;
+pub use node::{Node, NodeBuilder};
+pub use worker::{Isolation, run_worker_if_asked};
 
 /// The engine port, for embedders that add their own engine.
 pub mod engine {

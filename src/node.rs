@@ -3,7 +3,7 @@
 use crate::cluster::{self, ClusterSettings};
 use crate::config::Directories;
 use crate::error::StartError;
-use crate::worker;
+use crate::worker::{self, Isolation};
 use exo_actors::core::device_health::PROBE_AFTER;
 use exo_actors::core::watchdog::HangTimeouts;
 use exo_actors::models::{ModelsConfig, Progress};
@@ -36,20 +36,6 @@ impl Node {
             progress: Arc::new(|_| {}),
         }
     }
-}
-
-/// Which of the built-in engines run in processes of their own. The node then survives a crash of an engine, and gets
-/// the memory of a hung one back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Isolation {
-    /// All but those of the native CPU engine, if this program can run as their process. Without that, the others run
-    /// on threads, too, but for GPU engines, which are left out.
-    #[default]
-    Default,
-    /// All.
-    All,
-    /// None but GPU engines.
-    None,
 }
 
 /// The settings of a node to start. Unset ones come from the environment, or have a default.

@@ -6,7 +6,6 @@
 
 use crate::config;
 use crate::error::StartError;
-use crate::node::Isolation;
 use exo_engines::candle::CandleFactory;
 use exo_engines::cpu::CpuFactory;
 use exo_engines::engine::{EngineFactory, ProcessNeed};
@@ -14,6 +13,20 @@ use exo_engines::opencl::OpenClFactory;
 use exo_engines::worker::{self, WorkerCommand, WorkerFactory};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+
+/// Which of the built-in engines run in processes of their own. The node then survives a crash of an engine, and gets
+/// the memory of a hung one back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Isolation {
+    /// All but those of the native CPU engine, if this program can run as their process. Without that, the others run
+    /// on threads, too, but for GPU engines, which are left out.
+    #[default]
+    Default,
+    /// All.
+    All,
+    /// None but GPU engines.
+    None,
+}
 
 /// When this program has called [`run_worker_if_asked`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

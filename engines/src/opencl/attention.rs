@@ -1,13 +1,14 @@
 //! The half-layer of attention: projections, rotation, cache, scores.
 
-use super::backend::{OpenClBackend, Rows};
 use super::cache::{Cache, Vectors};
+use super::device::LANES;
 use super::programs::KernelSet;
-use super::queue::{Arg, LANES};
+use super::queue::Arg;
+use super::rows::{OpenClBackend, Rows};
 use super::scratch::Scratch;
 use crate::arithmetic::attention::CHUNK;
 use crate::arithmetic::rotary;
-use crate::backend::{AttentionWeights, Batch, Norm};
+use crate::backend::{AttentionWeights, Batch, LayerState, Norm};
 use crate::engine::{KvElement, PAGE_TOKENS};
 use crate::error::EngineError;
 use crate::kv_element::BLOCK;
@@ -69,6 +70,19 @@ impl OpenClBackend {
             slots: self.uploaded(&slots)?,
             rotations,
         })
+    }
+
+    /// Checks that the device can attend with the heads of `layers`.
+    pub(super) fn check_heads(&self, layers: &[LayerState<'_>]) -> Result<(), EngineError> {
+        for LayerState::KeysAndValues(Attention { head_dim, .. }) in layers {
+            // A query and a mix, the weights of a chunk, and a number for each lane.
+            let needed = (2 * head_dim + CHUNK + LANES) * size_of::<f32>();
+            if needed as u64 > self.queue.limits().local_bytes {
+                let what = format!("heads of {head_dim} values, which need {needed} bytes of local memory,");
+                return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn attention(
@@ -173,11 +187,6 @@ impl OpenClBackend {
         let groups = (count.div_ceil(LANES), 1);
         self.queue.run(KernelSet::Attention(element), "write_cache", &arguments, groups)
     }
-}
-
-/// The local memory of the kernel `attend`, in bytes: a query and a mix, the weights of a chunk, and a number per lane.
-pub(super) fn local_bytes(head_dim: usize) -> usize {
-    (2 * head_dim + CHUNK + LANES) * size_of::<f32>()
 }
 
 /// A position, a page or a slot; the cache's limits keep it below 2³¹.

@@ -1,6 +1,5 @@
 //! Keys and values of a shard on the device.
 
-use super::attention;
 use super::queue::{Arg, Queue};
 use crate::backend::LayerState;
 use crate::engine::{KvElement, PAGE_TOKENS};
@@ -40,13 +39,6 @@ impl Cache {
         element: KvElement,
         pages: u32,
     ) -> Result<Self, EngineError> {
-        for LayerState::KeysAndValues(spec) in layers {
-            let needed = attention::local_bytes(spec.head_dim);
-            if needed as u64 > queue.limits().local_bytes {
-                let what = format!("heads of {} values, which need {needed} bytes of local memory,", spec.head_dim);
-                return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
-            }
-        }
         let layer = |&LayerState::KeysAndValues(spec): &LayerState<'_>| {
             let vectors = || Vectors::new(queue, spec, element, pages);
             Ok(CachedLayer { keys: vectors()?, values: vectors()? })

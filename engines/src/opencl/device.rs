@@ -1,7 +1,6 @@
 //! The OpenCL devices of this machine.
 
 use super::fault::fault;
-use super::queue::LANES;
 use crate::engine::{DeviceId, DeviceKind, DeviceReport};
 use crate::error::{DeviceFault, EngineError};
 use opencl3::device::{
@@ -10,6 +9,9 @@ use opencl3::device::{
 };
 use opencl3::platform::get_platforms;
 use parking_lot::Mutex;
+
+/// Lanes of the work-groups of all kernels: `LANES` in `functions.cl`.
+pub(super) const LANES: usize = 64;
 
 /// A device, and its report.
 #[derive(Debug, Clone)]

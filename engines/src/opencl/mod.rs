@@ -1,7 +1,7 @@
 //! The OpenCL engine: the whole decoder of a shard on a GPU of any vendor, by kernels in OpenCL C.
 //!
 //! ```text
-//! files ─weights.rs─► packed rows ─► device memory
+//! files ─coded.rs─► packed rows ─weights.rs─► device memory
 //! a step: rows ─► kernels (rows.cl, products.cl, attention.cl), queued in order ─► scores
 //!         begin    mix, feed_forward, add                                           finish: one wait
 //! ```
@@ -16,6 +16,7 @@
 mod attention;
 mod backend;
 mod cache;
+mod coded;
 mod device;
 mod factory;
 mod fault;
@@ -23,8 +24,9 @@ mod pace;
 mod products;
 mod programs;
 mod queue;
+mod rows;
 mod scratch;
 mod weights;
 
-pub use backend::OpenClBackend;
 pub use factory::OpenClFactory;
+pub use rows::OpenClBackend;

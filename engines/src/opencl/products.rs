@@ -1,8 +1,8 @@
 //! Rows as codes, and their products with weights.
 
-use super::backend::{OpenClBackend, Rows};
 use super::programs::KernelSet;
 use super::queue::Arg;
+use super::rows::{OpenClBackend, Rows};
 use super::scratch::Scratch;
 use super::weights::{Matrices, Placed};
 use crate::arithmetic::{SUPERBLOCK, superblocks};

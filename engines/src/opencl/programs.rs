@@ -1,8 +1,8 @@
 //! The kernels of a device, compiled on first use.
 
+use super::coded::Coded;
 use super::device::Division;
 use super::fault::fault;
-use super::weights::Coded;
 use crate::engine::KvElement;
 use crate::error::{DeviceFault, EngineError};
 use opencl3::context::Context;

@@ -1,6 +1,6 @@
 //! A device's memory and its queue: kernels run in order, and nothing spins while it waits.
 
-use super::device::{Division, Found, Limits};
+use super::device::{Division, Found, LANES, Limits};
 use super::fault::fault;
 use super::pace::Pace;
 use super::programs::{KernelSet, Programs};
@@ -15,9 +15,6 @@ use opencl3::types::{CL_NON_BLOCKING, cl_mem};
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::time::{Duration, Instant};
-
-/// Lanes of the work-groups of all kernels: `LANES` in `functions.cl`.
-pub(super) const LANES: usize = 64;
 
 /// The most work of one launch, in multiplications: a slow GPU takes some tenths of a second. Drivers reset a device
 /// whose kernels take many seconds.
