@@ -47,11 +47,17 @@ if ip netns add exo-probe 2>/dev/null; then ip netns delete exo-probe; else
   skipped="SKIPPED: no network namespaces here: nothing was tested between hosts (hosts, relay, cut cables)"
 fi
 
+untested=
+[ -n "$(ls /etc/OpenCL/vendors 2>/dev/null)" ] || [ -n "${OCL_ICD_VENDORS:-}" ] ||
+  untested="SKIPPED: no OpenCL runtime here: the OpenCL engine was not tested"
+
 say "tests"
 [ -z "$skipped" ] || say "$skipped"
+[ -z "$untested" ] || say "$untested"
 cargo nextest run --workspace --locked --no-fail-fast "$@"
 
 say "documentation"
 cargo test --workspace --doc --locked
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 [ -z "$skipped" ] || say "$skipped"
+[ -z "$untested" ] || say "$untested"

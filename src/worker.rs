@@ -43,7 +43,7 @@ static CALLED: OnceLock<Called> = OnceLock::new();
 ///
 /// Call it first in `main`, before anything opens a file or starts a thread: `#[tokio::main]` starts threads before its
 /// body runs, so an asynchronous `main` has to be a function that `main` calls. Without the call, a node of this
-/// program runs its engines on threads, where one that crashes takes the program along.
+/// program has no GPU engine, and runs the others on threads, where one that crashes takes the program along.
 pub fn run_worker_if_asked() {
     if let Some(threads) = config::worker_threads() {
         worker::serve(&factories(threads));
@@ -62,7 +62,9 @@ pub(crate) fn own_command(threads: usize) -> Option<WorkerCommand> {
     match CALLED.get()? {
         Called::InTime => {}
         Called::TooLate => {
-            tracing::warn!("`run_worker_if_asked` was called after threads were started: engines stay on threads");
+            tracing::warn!(
+                "`run_worker_if_asked` was called too late, after threads were started: see its documentation"
+            );
             return None;
         }
     }

@@ -91,7 +91,8 @@ struct Shard<T> {
     leak_replaced: Option<Duration>,
 }
 
-/// An engine that does not serve yet: it loads, or is loaded and waits to take over. If no engine serves, it loads.
+/// An engine that does not serve yet: it loads, or is loaded and waits to take over. If no engine serves, it takes over
+/// as soon as it is loaded.
 #[derive(Debug)]
 struct Standby<T> {
     engine: Engine,

@@ -1,7 +1,7 @@
 //! The half-layer of attention: projections, rotation, cache, scores.
 
 use super::cache::{Cache, Vectors};
-use super::device::LANES;
+use super::device::WORK_GROUP_SIZE;
 use super::programs::KernelSet;
 use super::queue::Arg;
 use super::rows::{OpenClBackend, Rows};
@@ -20,13 +20,13 @@ pub struct DeviceBatch {
     rows: usize,
     /// The most positions that a row sees.
     visible_max: usize,
-    /// The position of each row in its sequence.
+    /// The position of each row in its sequence: \[row].
     positions: Scratch,
     /// The pages of all spans.
     pages: Scratch,
-    /// Where each row's pages begin in `pages`.
+    /// Where each row's pages begin in `pages`: \[row].
     first_pages: Scratch,
-    /// The slot of each row in the cache: page · 32 + slot in the page.
+    /// The slot of each row in the cache, page · 32 + slot in the page: \[row].
     slots: Scratch,
     rotations: Vec<Rotation>,
 }
@@ -75,8 +75,8 @@ impl OpenClBackend {
     /// Checks that the device can attend with the heads of `layers`.
     pub(super) fn check_heads(&self, layers: &[LayerState<'_>]) -> Result<(), EngineError> {
         for LayerState::KeysAndValues(Attention { head_dim, .. }) in layers {
-            // A query and a mix, the weights of a chunk, and a number for each lane.
-            let needed = (2 * head_dim + CHUNK + LANES) * size_of::<f32>();
+            // A query and a mix, the weights of a chunk, and a number for each work-item.
+            let needed = (2 * head_dim + CHUNK + WORK_GROUP_SIZE) * size_of::<f32>();
             if needed as u64 > self.queue.limits().local_bytes {
                 let what = format!("heads of {head_dim} values, which need {needed} bytes of local memory,");
                 return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
@@ -100,12 +100,12 @@ impl OpenClBackend {
         let mut keys = self.product(&weights.query_key_value, 1, &codes)?;
         let values = self.product(&weights.query_key_value, 2, &codes)?;
         for (rows, norm) in [(&mut queries, &weights.query_norm), (&mut keys, &weights.key_norm)] {
-            self.turn(spec, norm.as_ref(), &batch.rotations[spec.rope], rows)?;
+            self.norm_and_rotate(spec, norm.as_ref(), &batch.rotations[spec.rope], rows)?;
         }
         let cached = &cache.layers[layer];
         self.write_cache(spec, cache.element, batch, &keys, &cached.keys)?;
         self.write_cache(spec, cache.element, batch, &values, &cached.values)?;
-        let mixed = self.rows(batch.rows, spec.query_width())?;
+        let mixed = self.allocate_rows(batch.rows, spec.query_width())?;
         let ([keys, key_scales], [values, value_scales]) = (cached.keys.args(), cached.values.args());
         let arguments = [
             queries.arg(),
@@ -137,8 +137,8 @@ impl OpenClBackend {
         self.product(&weights.output, 0, &codes)
     }
 
-    /// Norms (if the model does) and rotates the heads of rows of queries or keys, in place.
-    fn turn(
+    /// Norms (if the model does) and rotates the heads of rows of queries or keys.
+    fn norm_and_rotate(
         &mut self,
         spec: &Attention,
         norm: Option<&Norm<Self>>,
@@ -184,7 +184,7 @@ impl OpenClBackend {
             values,
             scales,
         ];
-        let groups = (count.div_ceil(LANES), 1);
+        let groups = (count.div_ceil(WORK_GROUP_SIZE), 1);
         self.queue.run(KernelSet::Attention(element), "write_cache", &arguments, groups)
     }
 }

@@ -2,7 +2,7 @@
 
 use super::attention::DeviceBatch;
 use super::cache::Cache;
-use super::device::LANES;
+use super::device::WORK_GROUP_SIZE;
 use super::products::{Chosen, ExpertInput, TILE};
 use super::programs::KernelSet;
 use super::queue::Arg;
@@ -61,7 +61,7 @@ impl OpenClBackend {
         self.gated(weights.activation, &gate, &up)?;
         let codes = self.encode(&gate)?;
         let parts = self.expert_product(&weights.down, (0, 1), &codes, (&chosen, ExpertInput::Own))?;
-        let out = self.rows(input.count, parts.width)?;
+        let out = self.allocate_rows(input.count, parts.width)?;
         let arguments = [
             parts.arg(),
             chosen.weights.arg(),
@@ -147,7 +147,7 @@ impl Backend for OpenClBackend {
             return Err(EngineError::BadStep { what: "an embedding of several matrices".to_owned() });
         };
         let (coded, row_bytes) = (placed.coded, u32::try_from(placed.row_bytes).unwrap_or(u32::MAX));
-        let out = self.rows(tokens.len(), placed.columns)?;
+        let out = self.allocate_rows(tokens.len(), placed.columns)?;
         let tokens = self.uploaded(tokens)?;
         let arguments = [
             table.arg(),
@@ -158,7 +158,12 @@ impl Backend for OpenClBackend {
             Arg::Float(scale),
             out.arg(),
         ];
-        self.queue.run(KernelSet::Products(coded, 1), "embed", &arguments, (out.values().div_ceil(LANES), 1))?;
+        self.queue.run(
+            KernelSet::Products(coded, 1),
+            "embed",
+            &arguments,
+            (out.values().div_ceil(WORK_GROUP_SIZE), 1),
+        )?;
         Ok(out)
     }
 

@@ -28,7 +28,9 @@ pub(super) struct Vectors {
     values: Buffer<u8>,
     /// Scales of bytes; a byte that nobody reads for other types.
     scales: Buffer<u8>,
+    /// Bytes of the values of a page.
     page_bytes: usize,
+    /// Bytes of the scales of a page.
     page_scale_bytes: usize,
 }
 

@@ -1,6 +1,7 @@
 //! Rows of weights in the layout of the kernels: `kernels/products.cl` describes it.
 //!
-//! A row takes about as many bytes as in the file: the codes are packed as tightly, and scales and minima have 16 bits.
+//! Codes are packed as tightly as in the file; scales and minima have 16 bits, and dense numbers become 16-bit
+//! integers.
 
 use crate::arithmetic::weights::{Rule, Superblock, dense, superblock};
 use crate::arithmetic::{SUPERBLOCK, superblocks};
@@ -40,7 +41,7 @@ impl Coded {
         (4 * superblocks(columns) + blocks * (scales + codes)).next_multiple_of(4)
     }
 
-    /// Appends a row to `out`. Returns false if a scale or a value of the row is not a number.
+    /// Appends a row to `out`. Returns false if a scale or a value of the row is not finite.
     pub(super) fn pack(self, row: &[u8], element: ElementType, columns: usize, out: &mut Vec<u8>) -> bool {
         let end = out.len() + self.row_bytes(columns);
         let is_finite = match Coding::of(element) {
@@ -113,13 +114,30 @@ fn pack_codes(bits: u32, codes: &[u8; BLOCK], out: &mut Vec<u8>) {
 mod tests {
     use super::*;
 
+    /// The code of column `i`, as `weight_of` in `products.cl` reads it.
+    fn unpacked(bits: u32, packed: &[u8], i: usize) -> u8 {
+        let nibble = || packed[i % 16] >> (4 * (i / 16)) & 15;
+        let pair = |packed: &[u8]| packed[i % 8] >> (2 * (i / 8)) & 3;
+        let single = |packed: &[u8]| packed[i / 8] >> (i % 8) & 1;
+        match bits {
+            2 => pair(packed),
+            3 => pair(packed) | single(&packed[8..]) << 2,
+            4 => nibble(),
+            5 => nibble() | single(&packed[16..]) << 4,
+            6 => nibble() | pair(&packed[16..]) << 4,
+            _ => packed[i],
+        }
+    }
+
     #[test]
-    fn packed_codes_have_the_bits_of_the_type() {
-        let codes: [u8; BLOCK] = std::array::from_fn(|i| (i * 7 % 64) as u8);
+    fn packed_codes_are_read_again() {
         for (bits, bytes) in [(2, 8), (3, 12), (4, 16), (5, 20), (6, 24), (8, 32)] {
-            let mut out = Vec::new();
-            pack_codes(bits, &codes.map(|code| code & ((1_u16 << bits) - 1) as u8), &mut out);
-            assert_eq!(out.len(), bytes, "{bits} bits");
+            let codes: [u8; BLOCK] = std::array::from_fn(|i| (i * 37 % (1 << bits)) as u8);
+            let mut packed = Vec::new();
+            pack_codes(bits, &codes, &mut packed);
+            assert_eq!(packed.len(), bytes, "{bits} bits");
+            let read: Vec<u8> = (0..BLOCK).map(|i| unpacked(bits, &packed, i)).collect();
+            assert_eq!(read, codes, "{bits} bits");
         }
     }
 }

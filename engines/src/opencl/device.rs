@@ -10,8 +10,8 @@ use opencl3::device::{
 use opencl3::platform::get_platforms;
 use parking_lot::Mutex;
 
-/// Lanes of the work-groups of all kernels: `LANES` in `functions.cl`.
-pub(super) const LANES: usize = 64;
+/// The work-items of a work-group of all kernels: `WORK_GROUP_SIZE` in `functions.cl`.
+pub(super) const WORK_GROUP_SIZE: usize = 64;
 
 /// A device, and its report.
 #[derive(Debug, Clone)]
@@ -80,9 +80,9 @@ pub(super) struct Limits {
 impl Limits {
     pub(super) fn of(found: &Found) -> Result<Self, EngineError> {
         let ask = |error| fault(&found.report.id.0, "asking for its limits", error);
-        let lanes = found.device.max_work_group_size().map_err(ask)?;
-        if lanes < LANES {
-            let what = format!("a device with work-groups of {lanes} lanes");
+        let size = found.device.max_work_group_size().map_err(ask)?;
+        if size < WORK_GROUP_SIZE {
+            let what = format!("a device with work-groups of {size} work-items");
             return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
         }
         let buffer_max_bytes = found.device.max_mem_alloc_size().map_err(ask)?;

@@ -3,9 +3,10 @@
 //! ```text
 //! files ─coded.rs─► packed rows ─weights.rs─► device memory
 //! a step: rows ─► kernels (rows.cl, products.cl, attention.cl), queued in order ─► scores
-//!         begin    mix, feed_forward, add                                           finish: one wait
+//!         begin    mix, feed_forward, add                                           finish: the last wait
 //! ```
-//! This is the portable tier: kernels that need no extension. They compute the [arithmetic](crate::arithmetic) with its
+//! This is the portable tier: OpenCL 1.2, and double precision only where single-precision division is not rounded
+//! correctly. Its kernels compute the [arithmetic](crate::arithmetic) with its
 //! operations in its order, so tokens equal those of the CPU engine to the bit. A device without denormal numbers, or
 //! with neither a correctly rounded division nor double precision, cannot do that, and is refused.
 //!

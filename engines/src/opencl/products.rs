@@ -15,7 +15,9 @@ pub(super) const TILE: usize = 4;
 /// Rows as integers of two bytes with units: `encode` in `kernels/rows.cl` describes the order.
 #[derive(Debug)]
 pub(super) struct Codes {
+    /// \[row]\[superblock]\[256 upper bytes, 256 lower bytes].
     codes: Scratch,
+    /// \[row]\[superblock].
     units: Scratch,
     rows: usize,
     columns: usize,
@@ -79,6 +81,7 @@ impl OpenClBackend {
         let is_regular = |(expert, other): (usize, &Placed)| {
             (other.coded, other.rows, other.columns) == (placed.coded, placed.rows, placed.columns)
                 && other.first_byte == placed.first_byte + expert * stride.0
+                && other.first_bias == placed.first_bias.map(|first| first + expert * stride.1)
         };
         if !of_expert.clone().all(is_regular) {
             let what = "experts whose weights differ in type or shape".to_owned();
@@ -104,7 +107,7 @@ impl OpenClBackend {
         if placed.columns != codes.columns {
             return Err(EngineError::BadStep { what: format!("{} columns, not {}", codes.columns, placed.columns) });
         }
-        let out = self.rows(rows, placed.rows)?;
+        let out = self.allocate_rows(rows, placed.rows)?;
         let arguments = [
             matrices.arg(),
             Arg::Long(placed.first_byte as u64),

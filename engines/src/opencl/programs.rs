@@ -15,7 +15,8 @@ const ROWS: &str = include_str!("kernels/rows.cl");
 const PRODUCTS: &str = include_str!("kernels/products.cl");
 const ATTENTION: &str = include_str!("kernels/attention.cl");
 
-/// The options of all programs. Nothing is contracted or flushed without further options.
+/// The options of all programs. `functions.cl` turns contraction off, and without `-cl-denorms-are-zero` denormal
+/// numbers are kept.
 const OPTIONS: &str = "-cl-std=CL1.2";
 
 /// A set of kernels that are compiled together.

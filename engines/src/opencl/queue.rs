@@ -1,6 +1,6 @@
 //! A device's memory and its queue: kernels run in order, and nothing spins while it waits.
 
-use super::device::{Division, Found, LANES, Limits};
+use super::device::{Division, Found, Limits, WORK_GROUP_SIZE};
 use super::fault::fault;
 use super::pace::Pace;
 use super::programs::{KernelSet, Programs};
@@ -16,11 +16,12 @@ use std::cell::Cell;
 use std::ffi::c_void;
 use std::time::{Duration, Instant};
 
-/// The most work of one launch, in multiplications: a slow GPU takes some tenths of a second. Drivers reset a device
-/// whose kernels take many seconds.
+/// The most work of one launch, in multiplications: a GPU that does ten billion a second takes less than half a second.
+/// Drivers reset a device whose kernels take many seconds.
 const LAUNCH_WORK_MAX: u64 = 1 << 32;
 
-/// The shortest and the longest sleep between two looks whether work is done.
+/// The shortest and the longest sleep between two looks whether work is done: a short step costs little more, and a
+/// long one keeps no core busy.
 const SLEEPS: (Duration, Duration) = (Duration::from_micros(20), Duration::from_micros(500));
 
 /// An argument of a kernel.
@@ -44,13 +45,15 @@ pub(super) struct Queue {
     programs: Programs,
     limits: Limits,
     pace: Pace,
+    /// The most work of one launch: [`LAUNCH_WORK_MAX`], less in tests.
+    pub(super) launch_work_max: u64,
     /// When the queue began to work on what is queued.
     busy_since: Instant,
     /// Queued kernels and copies: the failure of one may show in its own event alone.
     queued: Vec<Event>,
-    /// The bytes of all buffers so far. Buffers live as long as the engine, but for those of a failed load.
+    /// The bytes of all buffers that were allocated so far. Those of the self-test are few.
     allocated_bytes: Cell<u64>,
-    /// Whether a call has failed. After that any call may hang, so nothing is waited for.
+    /// Whether a call on the device has failed. After that any call may hang, so the end of the step is not waited for.
     has_failed: Cell<bool>,
 }
 
@@ -69,6 +72,7 @@ impl Queue {
             queue,
             limits,
             pace: Pace::default(),
+            launch_work_max: LAUNCH_WORK_MAX,
             busy_since: Instant::now(),
             queued: Vec::new(),
             allocated_bytes: Cell::new(0),
@@ -89,8 +93,9 @@ impl Queue {
         self.has_failed.set(true);
         match fault(&self.device, what, error) {
             // OpenCL does not tell what was free. What the engine has got so far is what the device had for it.
-            EngineError::OutOfMemory { what, needed_bytes, .. } => {
-                EngineError::OutOfMemory { what, needed_bytes, free_bytes: self.allocated_bytes.get() }
+            EngineError::OutOfMemory { what, .. } => {
+                let free_bytes = self.allocated_bytes.get();
+                EngineError::OutOfMemory { what, needed_bytes: free_bytes.saturating_add(1), free_bytes }
             }
             error => error,
         }
@@ -99,13 +104,18 @@ impl Queue {
     /// Allocates device memory, at least a byte.
     pub(super) fn allocate(&self, bytes: usize, what: &str) -> Result<Buffer<u8>, EngineError> {
         if bytes as u64 > self.limits.buffer_max_bytes {
-            let what = format!("{what}, of which one buffer has {} bytes at most,", self.limits.buffer_max_bytes);
+            let what = format!("{what} in one buffer, whose limit is {} bytes,", self.limits.buffer_max_bytes);
             let free_bytes = self.allocated_bytes.get();
             return Err(EngineError::OutOfMemory { what, needed_bytes: bytes as u64, free_bytes });
         }
         // SAFETY: no host memory is given.
         let buffer = unsafe { Buffer::create(&self.context, CL_MEM_READ_WRITE, bytes.max(1), std::ptr::null_mut()) };
-        let buffer = buffer.map_err(|error| self.fault(&format!("allocating {bytes} bytes for {what}"), error))?;
+        let buffer = buffer.map_err(|error| match self.fault(what, error) {
+            EngineError::OutOfMemory { what, free_bytes, .. } => {
+                EngineError::OutOfMemory { what, needed_bytes: bytes as u64, free_bytes }
+            }
+            error => error,
+        })?;
         self.allocated_bytes.set(self.allocated_bytes.get() + bytes as u64);
         Ok(buffer)
     }
@@ -173,7 +183,8 @@ impl Queue {
         self.programs.prepare(&self.context, set)
     }
 
-    /// Queues a kernel with `arguments`. `groups` is the number of work-groups of [`LANES`] lanes in both dimensions.
+    /// Queues a kernel with `arguments`. `groups` is the number of work-groups in both dimensions, each of
+    /// [`WORK_GROUP_SIZE`] work-items.
     pub(super) fn run(
         &mut self,
         set: KernelSet,
@@ -186,7 +197,7 @@ impl Queue {
         }
         let kernel = self.programs.kernel(&self.context, set, name)?;
         let set = arguments.iter().enumerate().try_for_each(|(index, argument)| set_argument(kernel, index, argument));
-        let (global, local) = ([groups.0 * LANES, groups.1], [LANES, 1]);
+        let (global, local) = ([groups.0 * WORK_GROUP_SIZE, groups.1], [WORK_GROUP_SIZE, 1]);
         // SAFETY: the arrays have two dimensions each and live during the call.
         let queued = set.and_then(|()| unsafe {
             let (global, local) = (global.as_ptr(), local.as_ptr());
@@ -207,7 +218,7 @@ impl Queue {
         groups: (usize, usize),
         work: u64,
     ) -> Result<(), EngineError> {
-        let at_once = usize::try_from(LAUNCH_WORK_MAX / work.max(1)).unwrap_or(usize::MAX).max(1);
+        let at_once = usize::try_from(self.launch_work_max / work.max(1)).unwrap_or(usize::MAX).max(1);
         for first in (0..groups.1).step_by(at_once) {
             let count = at_once.min(groups.1 - first);
             self.make_room(work.saturating_mul(count as u64))?;
@@ -217,7 +228,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Begins a step: the queue is empty.
+    /// Begins a step: only copies of pages are queued.
     pub(super) fn begin(&mut self) {
         self.busy_since = Instant::now();
     }
@@ -291,7 +302,7 @@ impl Arg {
         Self::Memory(std::ptr::null_mut::<c_void>())
     }
 
-    /// The argument of a dimension or an index. [`Rows`](super::backend::Rows) of 2³¹ values or more are refused.
+    /// The argument of a dimension or an index. [`Rows`](super::rows::Rows) of 2³¹ values or more are refused.
     pub(super) fn int(value: usize) -> Self {
         Self::Int(i32::try_from(value).unwrap_or(i32::MAX))
     }

@@ -1,6 +1,6 @@
 //! Rows of activations on the device, and the kernels over them.
 
-use super::device::{Found, LANES};
+use super::device::{Found, WORK_GROUP_SIZE};
 use super::programs::KernelSet;
 use super::queue::{Arg, Queue};
 use super::scratch::{Pool, Scratch};
@@ -39,15 +39,14 @@ impl Rows {
 
 impl OpenClBackend {
     pub(super) fn new(found: &Found) -> Result<Self, EngineError> {
-        let mut backend =
+        let backend =
             Self { queue: Queue::new(found)?, pool: Rc::new(Pool::default()), bits: ActivationBits::default() };
         tracing::debug!(device = backend.queue.device(), name = found.report.name, "an OpenCL device is open");
-        backend.rows(1, 1).map(drop)?;
         Ok(backend)
     }
 
     /// Memory for rows, with arbitrary contents.
-    pub(super) fn rows(&mut self, count: usize, width: usize) -> Result<Rows, EngineError> {
+    pub(super) fn allocate_rows(&mut self, count: usize, width: usize) -> Result<Rows, EngineError> {
         // Kernels count values in 32 bits.
         if count.saturating_mul(width) > i32::MAX as usize {
             let what = format!("{count} rows of {width} values in one step");
@@ -66,7 +65,7 @@ impl OpenClBackend {
 
     /// Queues a kernel with one work-item for each of `count` values.
     pub(super) fn each(&mut self, name: &'static str, count: usize, arguments: &[Arg]) -> Result<(), EngineError> {
-        self.queue.run(KernelSet::Rows, name, arguments, (count.div_ceil(LANES), 1))
+        self.queue.run(KernelSet::Rows, name, arguments, (count.div_ceil(WORK_GROUP_SIZE), 1))
     }
 
     /// The rows after a norm; `None` without one.
@@ -76,7 +75,7 @@ impl OpenClBackend {
 
     /// The rows after a norm of each `width` values.
     pub(super) fn normed_parts(&mut self, rows: &Rows, norm: &Norm<Self>, width: usize) -> Result<Rows, EngineError> {
-        let out = self.rows(rows.count, rows.width)?;
+        let out = self.allocate_rows(rows.count, rows.width)?;
         let weight = Arg::of(&norm.weight);
         let arguments = [rows.arg(), weight, Arg::Float(norm.epsilon), Arg::int(width), out.arg()];
         self.queue.run(KernelSet::Rows, "norm", &arguments, (rows.values() / width, 1))?;
@@ -87,7 +86,7 @@ impl OpenClBackend {
     pub(super) fn gathered(&mut self, rows: &Rows, chosen: &[usize]) -> Result<Rows, EngineError> {
         let indices: Vec<i32> = chosen.iter().map(|&row| i32::try_from(row).unwrap_or(i32::MAX)).collect();
         let indices = self.uploaded(&indices)?;
-        let out = self.rows(chosen.len(), rows.width)?;
+        let out = self.allocate_rows(chosen.len(), rows.width)?;
         let arguments = [rows.arg(), indices.arg(), Arg::int(out.values()), Arg::int(out.width), out.arg()];
         self.each("gather", out.values(), &arguments)?;
         Ok(out)

@@ -24,8 +24,10 @@ pub(super) struct Placed {
 #[derive(Debug)]
 pub struct Matrices {
     buffer: Buffer<u8>,
+    /// The biases of all matrices that have one, one after the other.
     biases: Option<Buffer<u8>>,
     placed: Vec<Placed>,
+    /// The bytes of weights and biases.
     bytes: u64,
 }
 
@@ -116,5 +118,5 @@ impl Matrices {
     }
 }
 
-/// The bytes of weights that are packed at once.
+/// The bytes of weights that are packed at once: large enough for few transfers, small beside a model.
 const PART_BYTES: usize = 16 << 20;

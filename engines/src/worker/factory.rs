@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-/// How long a list of devices may take: longer than its process may.
-const LISTED_WITHIN: Duration = Duration::from_secs(100);
+/// How long the thread that lists devices may take: 30 s until its process greets, 60 s for the list, 2 s for the end.
+const LIST_THREAD_WITHIN: Duration = Duration::from_secs(100);
 
 /// Opens another factory's engines in processes of their own.
 #[derive(Debug, Clone)]
@@ -59,11 +59,11 @@ impl EngineFactory for WorkerFactory {
         // A process that the kernel does not release is waited for there, not here.
         let thread = std::thread::Builder::new().name("device-list".to_owned()).spawn(move || {
             let started = factory.open_worker(&DeviceId(String::new()));
-            // The receiver has given up.
+            // Sending fails if the receiver has given up.
             let _ = listed.send(started.and_then(|mut worker| worker.devices()));
         });
         let listed = thread.map_err(|error| error.to_string()).and_then(|_| {
-            let listed = reports.recv_timeout(LISTED_WITHIN).map_err(|_| "the process does not end".to_owned())?;
+            let listed = reports.recv_timeout(LIST_THREAD_WITHIN).map_err(|_| "the process does not end".to_owned())?;
             listed.map_err(|error| format!("{error}; {}", error.remedy()))
         });
         listed.unwrap_or_else(|what| {

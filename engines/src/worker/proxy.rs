@@ -21,7 +21,7 @@ use std::time::Duration;
 
 /// How long a started program may take to say that it is a worker.
 const GREETS_WITHIN: Duration = Duration::from_secs(30);
-/// How long drivers may take to list their devices: eight GPUs that sleep take half a minute.
+/// How long drivers may take to list their devices. Those of many GPUs that sleep take long.
 const LISTS_WITHIN: Duration = Duration::from_secs(60);
 /// The most devices of one engine.
 const DEVICES_MAX: usize = 64;

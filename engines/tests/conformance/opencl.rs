@@ -77,3 +77,19 @@ fn shards_chunks_and_caches_have_the_bits_of_the_arithmetic() {
         }
     }
 }
+
+/// R6.1–R6.5: attention over several chunks of positions has the bits of the arithmetic, too.
+#[test]
+fn long_contexts_have_the_bits_of_the_arithmetic() {
+    for device in devices() {
+        let fixture = fixture("llama");
+        let tokens: Vec<u32> = fixture.expected.prompt.iter().copied().cycle().take(300).collect();
+        let (kv, bits) = (KvElement::F16, ActivationBits::Sixteen);
+        let mut alone = Pipeline::with_precision(&fixture.model, &ReferenceFactory, 1, kv, bits);
+        let mut many = Pipeline::with_precision(&fixture.model, &device, 1, kv, bits);
+        let (expected, got) = (alone.logits(&tokens, 150), many.logits(&tokens, 150));
+        for (row, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            assert_eq!(hash(got), hash(expected), "row {row}, on {:?}", device.1);
+        }
+    }
+}

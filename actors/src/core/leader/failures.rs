@@ -18,7 +18,8 @@ const EXCLUDED_FOR: Duration = Duration::from_secs(60);
 /// How long the memory that a device had when it ran out of it bounds what is placed there. Each try in vain loads a
 /// model and lets its users wait.
 const BOUNDED_FOR: Duration = Duration::from_secs(3600);
-/// The speed of a CPU that was not measured, as a share of its node's better devices: what their memories differ by.
+/// The assumed speed of a CPU that was not measured, relative to the slowest better device of its node: about what the
+/// bandwidths of their memories differ by at least.
 const CPU_SPEED_GUESS: f64 = 0.25;
 
 /// A device that failed an instance.
@@ -105,8 +106,9 @@ impl Leader {
         failure.is_some_and(|failed| round.now.saturating_sub(failed.at) < EXCLUDED_FOR)
     }
 
-    /// The offers for a new placement of an instance. A device that ran out of memory offers what it had, and its node
-    /// offers the CPU, too. The devices that the instance has are among the offers, whichever they are.
+    /// The offers for a new placement of an instance, without devices that failed it lately. A device that ran out of
+    /// memory offers what it had, and its node offers the CPU, too. The devices that the instance has now are offered
+    /// even where their node prefers others.
     pub(super) fn offers_anew(
         &self,
         round: &RoundContext<'_>,
@@ -118,7 +120,7 @@ impl Leader {
         let near = deployment.owner().unwrap_or(round.own);
         let mut offers = self.all_offers(round, device, near, memory);
         self.add_used(round, deployment, memory, &mut offers);
-        // What the devices offer of each node of which one ran out of memory: they may use the machine's memory, too.
+        // By node: the bytes that devices offer which ran out of memory. They may share its memory with the CPU.
         let mut short: BTreeMap<NodeId, u64> = BTreeMap::new();
         let mut left = Vec::new();
         for mut offer in offers {

@@ -73,15 +73,15 @@ __kernel void write_cache(__global const float *in, __global const int *slots, i
 
 // The output of each query head of each row from `first_row` on. A work-group computes a head of a row; `query` and
 // `mixed` are local memory for a head.
-__kernel __attribute__((reqd_work_group_size(LANES, 1, 1)))
+__kernel __attribute__((reqd_work_group_size(WORK_GROUP_SIZE, 1, 1)))
 void attend(__global const float *queries, __global const Cached *keys, __global const half *key_scales,
             __global const Cached *values, __global const half *value_scales, __global const int *pages,
             __global const int *first_pages, __global const int *positions, __global const float *sinks, int has_sinks,
             int heads, int kv_heads, int head_dim, float scale, float cap, int has_cap, int window,
             __global float *out, __local float *query, __local float *mixed, int first_row) {
     __local float weights[CHUNK];
-    __local float reduced[LANES];
-    int lane = get_local_id(0);
+    __local float reduced[WORK_GROUP_SIZE];
+    int item = get_local_id(0);
     int head = get_group_id(0);
     int row = first_row + get_group_id(1);
     int kv_head = head / (heads / kv_heads);
@@ -89,7 +89,7 @@ void attend(__global const float *queries, __global const Cached *keys, __global
     int start = end > window ? end - window : 0;
     __global const int *own_pages = pages + first_pages[row];
     size_t at = ((size_t)row * heads + head) * head_dim;
-    for (int d = lane; d < head_dim; d += LANES) {
+    for (int d = item; d < head_dim; d += WORK_GROUP_SIZE) {
         query[d] = queries[at + d];
         mixed[d] = 0.0f;
     }
@@ -100,7 +100,7 @@ void attend(__global const float *queries, __global const Cached *keys, __global
         int to = min(chunk + CHUNK, end);
         barrier(CLK_LOCAL_MEM_FENCE);
         float own = -INFINITY;
-        for (int position = from + lane; position < to; position += LANES) {
+        for (int position = from + item; position < to; position += WORK_GROUP_SIZE) {
             size_t slot = (size_t)own_pages[position / PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS;
             size_t vector = slot * kv_heads + kv_head;
             float score = 0.0f;
@@ -112,32 +112,32 @@ void attend(__global const float *queries, __global const Cached *keys, __global
             weights[position - chunk] = score;
             own = score > own ? score : own;
         }
-        reduced[lane] = own;
-        for (int half_count = LANES / 2; half_count > 0; half_count /= 2) {
+        reduced[item] = own;
+        for (int half_count = WORK_GROUP_SIZE / 2; half_count > 0; half_count /= 2) {
             barrier(CLK_LOCAL_MEM_FENCE);
-            if (lane < half_count && reduced[lane + half_count] > reduced[lane]) {
-                reduced[lane] = reduced[lane + half_count];
+            if (item < half_count && reduced[item + half_count] > reduced[item]) {
+                reduced[item] = reduced[item + half_count];
             }
         }
         barrier(CLK_LOCAL_MEM_FENCE);
         float chunk_largest = reduced[0];
-        for (int position = from + lane; position < to; position += LANES) {
+        for (int position = from + item; position < to; position += WORK_GROUP_SIZE) {
             weights[position - chunk] = exponential(weights[position - chunk] - chunk_largest);
         }
         barrier(CLK_LOCAL_MEM_FENCE);
         float chain = 0.0f;
-        if (lane < SUM_CHAINS) {
-            for (int i = lane; i < to - chunk; i += SUM_CHAINS) {
+        if (item < SUM_CHAINS) {
+            for (int i = item; i < to - chunk; i += SUM_CHAINS) {
                 if (i >= from - chunk) {
                     chain += weights[i];
                 }
             }
         }
-        reduced[lane] = chain;
+        reduced[item] = chain;
         for (int half_count = SUM_CHAINS / 2; half_count > 0; half_count /= 2) {
             barrier(CLK_LOCAL_MEM_FENCE);
-            if (lane < half_count) {
-                reduced[lane] += reduced[lane + half_count];
+            if (item < half_count) {
+                reduced[item] += reduced[item + half_count];
             }
         }
         barrier(CLK_LOCAL_MEM_FENCE);
@@ -146,7 +146,7 @@ void attend(__global const float *queries, __global const Cached *keys, __global
         float after = exponential(chunk_largest - joint);
         largest = joint;
         total = fma(reduced[0], after, total * before);
-        for (int d = lane; d < head_dim; d += LANES) {
+        for (int d = item; d < head_dim; d += WORK_GROUP_SIZE) {
             float sum = 0.0f;
             for (int position = from; position < to; position++) {
                 size_t slot = (size_t)own_pages[position / PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS;
@@ -156,7 +156,7 @@ void attend(__global const float *queries, __global const Cached *keys, __global
             mixed[d] = fma(sum, after, mixed[d] * before);
         }
     }
-    for (int d = lane; d < head_dim; d += LANES) {
+    for (int d = item; d < head_dim; d += WORK_GROUP_SIZE) {
         out[at + d] = divide(mixed[d], total);
     }
 }

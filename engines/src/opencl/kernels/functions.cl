@@ -22,7 +22,7 @@ float root(float x) {
 }
 #endif
 
-#define LANES 64
+#define WORK_GROUP_SIZE 64
 #define SUPERBLOCK 256
 #define BLOCK 32
 #define ROUNDER 12582912.0f

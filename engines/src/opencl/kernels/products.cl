@@ -92,19 +92,19 @@ int weight_of(const Row *row, int block, int i) {
 }
 
 // The product of the rows of `weights` with tiles of TILE rows of codes, from tile `first_tile` on. A work-group computes
-// one output of a tile; a lane computes the exact sums of every 64th block.
+// one output of a tile; a work-item computes the exact sums of every 64th block.
 //
-// In a mixture, `experts` has the expert of each row, whose weights are at `expert * expert_bytes`, and whose bias is at
-// `expert * outputs`; the codes of row r are those of input r / inputs_shared.
-__kernel __attribute__((reqd_work_group_size(LANES, 1, 1)))
+// In a mixture, `experts` has the expert of each row, whose weights are at `first_byte + expert * expert_bytes`, and whose
+// bias is at `first_bias + expert * expert_biases`; the codes of row r are those of input r / inputs_shared.
+__kernel __attribute__((reqd_work_group_size(WORK_GROUP_SIZE, 1, 1)))
 void multiply(__global const uchar *weights, ulong first_byte, uint row_bytes, ulong expert_bytes,
               __global const float *bias, int first_bias, int has_bias, int expert_biases,
               __global const char *codes, __global const float *code_units, __global const int *experts,
               int has_experts, int inputs_shared, int columns, int outputs, int rows, __global float *out,
               int first_tile) {
-    __local int sums[TILE][LANES][2];
-    __local float joined[TILE][LANES / 8];
-    int lane = get_local_id(0);
+    __local int sums[TILE][WORK_GROUP_SIZE][2];
+    __local float joined[TILE][WORK_GROUP_SIZE / 8];
+    int item = get_local_id(0);
     int output = get_group_id(0);
     int first = (first_tile + get_group_id(1)) * TILE;
     int count = min(TILE, rows - first);
@@ -113,8 +113,8 @@ void multiply(__global const uchar *weights, ulong first_byte, uint row_bytes, u
     int expert = has_experts ? experts[first] : 0;
     Row row = row_of(weights + first_byte + expert * expert_bytes + (size_t)output * row_bytes, blocks);
     float total = 0.0f;
-    for (int pass = 0; pass < superblocks; pass += LANES / 8) {
-        int block = pass * 8 + lane;
+    for (int pass = 0; pass < superblocks; pass += WORK_GROUP_SIZE / 8) {
+        int block = pass * 8 + item;
         int upper[TILE];
         int lower[TILE];
         for (int r = 0; r < TILE; r++) {
@@ -133,13 +133,13 @@ void multiply(__global const uchar *weights, ulong first_byte, uint row_bytes, u
             }
         }
         for (int r = 0; r < TILE; r++) {
-            sums[r][lane][0] = upper[r];
-            sums[r][lane][1] = lower[r];
+            sums[r][item][0] = upper[r];
+            sums[r][item][1] = lower[r];
         }
         barrier(CLK_LOCAL_MEM_FENCE);
-        for (int i = lane; i < TILE * (LANES / 8); i += LANES) {
-            int r = i / (LANES / 8);
-            int s = i % (LANES / 8);
+        for (int i = item; i < TILE * (WORK_GROUP_SIZE / 8); i += WORK_GROUP_SIZE) {
+            int r = i / (WORK_GROUP_SIZE / 8);
+            int s = i % (WORK_GROUP_SIZE / 8);
             int high = 0;
             int low = 0;
             for (int part = s * 8; part < s * 8 + 8; part++) {
@@ -149,23 +149,23 @@ void multiply(__global const uchar *weights, ulong first_byte, uint row_bytes, u
             joined[r][s] = fma((float)high, 256.0f, (float)low);
         }
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (lane < count) {
-            __global const float *units = code_units + (size_t)((first + lane) / inputs_shared) * superblocks;
-            for (int start = pass; start < min(pass + LANES / 8, superblocks); start += 4) {
+        if (item < count) {
+            __global const float *units = code_units + (size_t)((first + item) / inputs_shared) * superblocks;
+            for (int start = pass; start < min(pass + WORK_GROUP_SIZE / 8, superblocks); start += 4) {
                 float chain = 0.0f;
                 for (int s = start; s < min(start + 4, superblocks); s++) {
-                    chain = fma(joined[lane][s - pass], row.units[s] * units[s], chain);
+                    chain = fma(joined[item][s - pass], row.units[s] * units[s], chain);
                 }
                 total = start == 0 ? chain : total + chain;
             }
         }
         barrier(CLK_LOCAL_MEM_FENCE);
     }
-    if (lane < count) {
+    if (item < count) {
         if (has_bias) {
             total += bias[first_bias + expert * expert_biases + output];
         }
-        out[(size_t)(first + lane) * outputs + output] = total;
+        out[(size_t)(first + item) * outputs + output] = total;
     }
 }
 

@@ -1,53 +1,53 @@
 // Kernels over rows of activations. Shapes are [row][width] unless told otherwise.
 
-// out = (x * f) * weight with f = 1 / sqrt(sum(x^2) / width + epsilon). A work-group computes a row; lane l has the
+// out = (x * f) * weight with f = 1 / sqrt(sum(x^2) / width + epsilon). A work-group computes a row; work-item l has the
 // columns l, l + 64, ... of the sum of squares.
-__kernel __attribute__((reqd_work_group_size(LANES, 1, 1)))
+__kernel __attribute__((reqd_work_group_size(WORK_GROUP_SIZE, 1, 1)))
 void norm(__global const float *in, __global const float *weight, float epsilon, int width, __global float *out) {
-    __local float chains[LANES];
-    int lane = get_local_id(0);
+    __local float chains[WORK_GROUP_SIZE];
+    int item = get_local_id(0);
     size_t row = (size_t)get_group_id(0) * width;
     float chain = 0.0f;
-    for (int column = lane; column < width; column += LANES) {
+    for (int column = item; column < width; column += WORK_GROUP_SIZE) {
         float value = in[row + column];
         chain = fma(value, value, chain);
     }
-    chains[lane] = chain;
-    for (int half_count = LANES / 2; half_count > 0; half_count /= 2) {
+    chains[item] = chain;
+    for (int half_count = WORK_GROUP_SIZE / 2; half_count > 0; half_count /= 2) {
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (lane < half_count) {
-            chains[lane] += chains[lane + half_count];
+        if (item < half_count) {
+            chains[item] += chains[item + half_count];
         }
     }
     barrier(CLK_LOCAL_MEM_FENCE);
     float mean = divide(chains[0], (float)width);
     float factor = divide(1.0f, root(mean + epsilon));
-    for (int column = lane; column < width; column += LANES) {
+    for (int column = item; column < width; column += WORK_GROUP_SIZE) {
         out[row + column] = in[row + column] * factor * weight[column];
     }
 }
 
 // Codes of a row in superblocks of 256 upper bytes, then 256 lower bytes, and one unit for each. A work-group computes
 // a superblock. `upper_only`: codes of 8 bits.
-__kernel __attribute__((reqd_work_group_size(LANES, 1, 1)))
+__kernel __attribute__((reqd_work_group_size(WORK_GROUP_SIZE, 1, 1)))
 void encode(__global const float *in, int width, int upper_only, __global char *codes, __global float *units) {
-    __local float largest[LANES];
-    int lane = get_local_id(0);
+    __local float largest[WORK_GROUP_SIZE];
+    int item = get_local_id(0);
     int superblock = get_group_id(0);
     int superblocks = get_num_groups(0);
     size_t row = get_group_id(1);
     __global const float *values = in + row * width + superblock * SUPERBLOCK;
     int count = min(SUPERBLOCK, width - superblock * SUPERBLOCK);
     float own = 0.0f;
-    for (int column = lane; column < count; column += LANES) {
+    for (int column = item; column < count; column += WORK_GROUP_SIZE) {
         float magnitude = fabs(values[column]);
         own = magnitude > own ? magnitude : own;
     }
-    largest[lane] = own;
-    for (int half_count = LANES / 2; half_count > 0; half_count /= 2) {
+    largest[item] = own;
+    for (int half_count = WORK_GROUP_SIZE / 2; half_count > 0; half_count /= 2) {
         barrier(CLK_LOCAL_MEM_FENCE);
-        if (lane < half_count && largest[lane + half_count] > largest[lane]) {
-            largest[lane] = largest[lane + half_count];
+        if (item < half_count && largest[item + half_count] > largest[item]) {
+            largest[item] = largest[item + half_count];
         }
     }
     barrier(CLK_LOCAL_MEM_FENCE);
@@ -60,13 +60,13 @@ void encode(__global const float *in, int width, int upper_only, __global char *
     }
     size_t index = row * superblocks + superblock;
     __global char *upper = codes + index * 2 * SUPERBLOCK;
-    for (int column = lane; column < SUPERBLOCK; column += LANES) {
+    for (int column = item; column < SUPERBLOCK; column += WORK_GROUP_SIZE) {
         int code = column < count ? round_to_short(values[column] * factor) : 0;
         int high = upper_only ? code : (code + 128) >> 8;
         upper[column] = (char)high;
         upper[column + SUPERBLOCK] = upper_only ? (char)0 : (char)(code - (high << 8));
     }
-    if (lane == 0) {
+    if (item == 0) {
         units[index] = unit;
     }
 }

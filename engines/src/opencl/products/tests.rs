@@ -26,8 +26,10 @@ fn random(count: usize, seed: u64) -> Vec<f32> {
 #[test]
 fn products_have_the_bits_of_the_arithmetic() {
     for mut backend in backends() {
+        // Each tile is a launch of its own.
+        backend.queue.launch_work_max = 1;
         for element in ElementType::ALL {
-            for (rows, columns) in [(1, 256_usize), (3, 1280), (9, 416), (2, 603)] {
+            for (rows, columns) in [(1, 256_usize), (3, 1280), (9, 416), (2, 603), (5, 2400)] {
                 let columns = columns.next_multiple_of(element.block_values());
                 for bits in ActivationBits::ALL {
                     check(&mut backend, element, (rows, columns), bits);
@@ -39,15 +41,14 @@ fn products_have_the_bits_of_the_arithmetic() {
 
 fn check(backend: &mut OpenClBackend, element: ElementType, (rows, columns): (usize, usize), bits: ActivationBits) {
     const OUTPUTS: usize = 7;
-    let bytes = test_weights::bytes(element, OUTPUTS, columns, 5);
-    let row_bytes = bytes.len() / OUTPUTS;
-    let data = || {
-        let bytes = TensorBytes::Gathered(bytes.clone());
+    let bytes = |seed| test_weights::bytes(element, OUTPUTS, columns, seed);
+    let data = |seed| {
+        let bytes = TensorBytes::Gathered(bytes(seed));
         let weight = TensorData { name: "w", element, rows: OUTPUTS, columns, bytes };
-        LinearData { weight, bias: Some(random(OUTPUTS, 2)) }
+        LinearData { weight, bias: Some(random(OUTPUTS, seed)) }
     };
     let shape = MatrixShape { element, rows: OUTPUTS, columns };
-    let mut parts = [Ok(data()), Ok(data())].into_iter();
+    let mut parts = [Ok(data(5)), Ok(data(6))].into_iter();
     let matrices = backend.linears(&[shape, shape], &mut parts).expect("loaded");
     let values = random(rows * columns, 3);
     backend.set_activations(bits).expect("it has them");
@@ -55,7 +56,8 @@ fn check(backend: &mut OpenClBackend, element: ElementType, (rows, columns): (us
     let codes = backend.encode(&input).expect("encoded");
     let out = backend.product(&matrices, 1, &codes).expect("multiplied");
     let got = backend.download(out).expect("read");
-    let bias = random(OUTPUTS, 2);
+    let (bytes, bias) = (bytes(6), random(OUTPUTS, 6));
+    let row_bytes = bytes.len() / OUTPUTS;
     for (row, values) in values.chunks(columns).enumerate() {
         let input = activations::encode(bits, values);
         for (output, bias) in bias.iter().enumerate() {
