@@ -125,7 +125,8 @@ void attend(__global const float *queries, __global const Cached *keys, __global
             weights[position - chunk] = exponential(weights[position - chunk] - chunk_largest);
         }
         barrier(CLK_LOCAL_MEM_FENCE);
-        float chain = 0.0f;
+        // Intel's runtime for the CPU would add a long chain in vectors, in another order; `volatile` keeps it from that.
+        volatile float chain = 0.0f;
         if (item < SUM_CHAINS) {
             for (int i = item; i < to - chunk; i += SUM_CHAINS) {
                 if (i >= from - chunk) {

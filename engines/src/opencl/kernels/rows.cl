@@ -167,7 +167,8 @@ __kernel void route(__global const float *logits, int experts, int used, int amo
         sorted[place] = expert;
     }
     float best = own[sorted[0]];
-    float sum = 0.0f;
+    // `volatile`: the order of the additions is that of the experts.
+    volatile float sum = 0.0f;
     int summed = among_all ? experts : used;
     for (int i = 0; i < summed; i++) {
         sum += exponential(own[sorted[i]] - best);
