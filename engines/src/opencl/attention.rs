@@ -2,8 +2,9 @@
 
 use super::cache::{Cache, Vectors};
 use super::device::WORK_GROUP_SIZE;
+use super::fault::unsupported;
 use super::programs::KernelSet;
-use super::queue::Arg;
+use super::queue::{Arg, integer};
 use super::rows::{OpenClBackend, Rows};
 use super::scratch::Scratch;
 use crate::arithmetic::attention::CHUNK;
@@ -79,7 +80,7 @@ impl OpenClBackend {
             let needed = (2 * head_dim + CHUNK + WORK_GROUP_SIZE) * size_of::<f32>();
             if needed as u64 > self.queue.limits().local_bytes {
                 let what = format!("heads of {head_dim} values, which need {needed} bytes of local memory,");
-                return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
+                return Err(unsupported(what));
             }
         }
         Ok(())
@@ -162,7 +163,7 @@ impl OpenClBackend {
             Arg::flag(rotation.pairing == Pairing::Neighbours),
             Arg::int(count),
         ];
-        self.each("rotate_heads", count, &arguments)
+        self.each(KernelSet::Rows, "rotate_heads", count, &arguments)
     }
 
     fn write_cache(
@@ -184,12 +185,6 @@ impl OpenClBackend {
             values,
             scales,
         ];
-        let groups = (count.div_ceil(WORK_GROUP_SIZE), 1);
-        self.queue.run(KernelSet::Attention(element), "write_cache", &arguments, groups)
+        self.each(KernelSet::Attention(element), "write_cache", count, &arguments)
     }
-}
-
-/// A position, a page or a slot; the cache's limits keep it below 2³¹.
-fn integer(value: usize) -> i32 {
-    i32::try_from(value).unwrap_or(i32::MAX)
 }

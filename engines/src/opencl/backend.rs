@@ -2,7 +2,6 @@
 
 use super::attention::DeviceBatch;
 use super::cache::Cache;
-use super::device::WORK_GROUP_SIZE;
 use super::products::{Chosen, ExpertInput, TILE};
 use super::programs::KernelSet;
 use super::queue::Arg;
@@ -42,7 +41,7 @@ impl OpenClBackend {
             experts.arg(),
             weights.arg(),
         ];
-        self.each("route", logits.count, &arguments)?;
+        self.each(KernelSet::Rows, "route", logits.count, &arguments)?;
         Ok(Chosen { experts, weights, used })
     }
 
@@ -70,7 +69,7 @@ impl OpenClBackend {
             Arg::int(out.values()),
             out.arg(),
         ];
-        self.each("combine", out.values(), &arguments)?;
+        self.each(KernelSet::Rows, "combine", out.values(), &arguments)?;
         Ok(out)
     }
 }
@@ -158,12 +157,7 @@ impl Backend for OpenClBackend {
             Arg::Float(scale),
             out.arg(),
         ];
-        self.queue.run(
-            KernelSet::Products(coded, 1),
-            "embed",
-            &arguments,
-            (out.values().div_ceil(WORK_GROUP_SIZE), 1),
-        )?;
+        self.each(KernelSet::Products(coded, 1), "embed", out.values(), &arguments)?;
         Ok(out)
     }
 
@@ -205,7 +199,7 @@ impl Backend for OpenClBackend {
     fn add(&mut self, hidden: &mut Rows, delta: Rows, norm: Option<&Norm<Self>>) -> Result<(), EngineError> {
         let delta = self.normed(&delta, norm)?.unwrap_or(delta);
         let arguments = [hidden.arg(), delta.arg(), Arg::int(hidden.values())];
-        self.each("add", hidden.values(), &arguments)
+        self.each(KernelSet::Rows, "add", hidden.values(), &arguments)
     }
 
     fn final_rows(&mut self, norm: &Norm<Self>, hidden: &Rows, rows: &[usize]) -> Result<Vec<f32>, EngineError> {
@@ -228,7 +222,7 @@ impl Backend for OpenClBackend {
         let out = self.product(head, 0, &codes)?;
         if let Some(cap) = cap {
             let arguments = [out.arg(), Arg::int(out.values()), Arg::Float(cap)];
-            self.each("cap_values", out.values(), &arguments)?;
+            self.each(KernelSet::Rows, "cap_values", out.values(), &arguments)?;
         }
         Ok(out)
     }

@@ -1,6 +1,6 @@
 //! The OpenCL devices of this machine.
 
-use super::fault::fault;
+use super::fault::{fault, unsupported};
 use crate::engine::{DeviceId, DeviceKind, DeviceReport};
 use crate::error::{DeviceFault, EngineError};
 use opencl3::device::{
@@ -83,7 +83,7 @@ impl Limits {
         let size = found.device.max_work_group_size().map_err(ask)?;
         if size < WORK_GROUP_SIZE {
             let what = format!("a device with work-groups of {size} work-items");
-            return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
+            return Err(unsupported(what));
         }
         let buffer_max_bytes = found.device.max_mem_alloc_size().map_err(ask)?;
         Ok(Self { buffer_max_bytes, local_bytes: found.device.local_mem_size().map_err(ask)? })

@@ -20,3 +20,8 @@ pub(super) fn fault(device: &str, what: &str, error: ClError) -> EngineError {
     };
     EngineError::Device { device: device.to_owned(), fault, what: format!("{what}: {error} ({})", error.0) }
 }
+
+/// The error of something that the engine cannot do.
+pub(super) fn unsupported(what: String) -> EngineError {
+    EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what }
+}

@@ -1,5 +1,6 @@
 //! Rows as codes, and their products with weights.
 
+use super::fault::unsupported;
 use super::programs::KernelSet;
 use super::queue::Arg;
 use super::rows::{OpenClBackend, Rows};
@@ -84,8 +85,7 @@ impl OpenClBackend {
                 && other.first_bias == placed.first_bias.map(|first| first + expert * stride.1)
         };
         if !of_expert.clone().all(is_regular) {
-            let what = "experts whose weights differ in type or shape".to_owned();
-            return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
+            return Err(unsupported("experts whose weights differ in type or shape".to_owned()));
         }
         let (rows, shared) = match input {
             ExpertInput::Shared => (codes.rows * chosen.used, chosen.used),

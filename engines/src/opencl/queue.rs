@@ -291,6 +291,11 @@ fn set_argument(kernel: &Kernel, index: usize, argument: &Arg) -> Result<(), ClE
     }
 }
 
+/// A dimension, a position, a page, a slot or a row. The limits on caches and rows keep these below 2³¹.
+pub(super) fn integer(value: usize) -> i32 {
+    i32::try_from(value).unwrap_or(i32::MAX)
+}
+
 impl Arg {
     /// The argument of a buffer.
     pub(super) fn of(buffer: &Buffer<u8>) -> Self {
@@ -304,7 +309,7 @@ impl Arg {
 
     /// The argument of a dimension or an index. [`Rows`](super::rows::Rows) of 2³¹ values or more are refused.
     pub(super) fn int(value: usize) -> Self {
-        Self::Int(i32::try_from(value).unwrap_or(i32::MAX))
+        Self::Int(integer(value))
     }
 
     pub(super) fn flag(value: bool) -> Self {

@@ -1,8 +1,9 @@
 //! Rows of activations on the device, and the kernels over them.
 
 use super::device::{Found, WORK_GROUP_SIZE};
+use super::fault::unsupported;
 use super::programs::KernelSet;
-use super::queue::{Arg, Queue};
+use super::queue::{Arg, Queue, integer};
 use super::scratch::{Pool, Scratch};
 use crate::backend::Norm;
 use crate::engine::ActivationBits;
@@ -50,7 +51,7 @@ impl OpenClBackend {
         // Kernels count values in 32 bits.
         if count.saturating_mul(width) > i32::MAX as usize {
             let what = format!("{count} rows of {width} values in one step");
-            return Err(EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what });
+            return Err(unsupported(what));
         }
         let memory = self.pool.take(&self.queue, count * width * size_of::<f32>())?;
         Ok(Rows { memory, count, width })
@@ -64,8 +65,14 @@ impl OpenClBackend {
     }
 
     /// Queues a kernel with one work-item for each of `count` values.
-    pub(super) fn each(&mut self, name: &'static str, count: usize, arguments: &[Arg]) -> Result<(), EngineError> {
-        self.queue.run(KernelSet::Rows, name, arguments, (count.div_ceil(WORK_GROUP_SIZE), 1))
+    pub(super) fn each(
+        &mut self,
+        set: KernelSet,
+        name: &'static str,
+        count: usize,
+        arguments: &[Arg],
+    ) -> Result<(), EngineError> {
+        self.queue.run(set, name, arguments, (count.div_ceil(WORK_GROUP_SIZE), 1))
     }
 
     /// The rows after a norm; `None` without one.
@@ -84,11 +91,11 @@ impl OpenClBackend {
 
     /// The chosen rows of `rows`.
     pub(super) fn gathered(&mut self, rows: &Rows, chosen: &[usize]) -> Result<Rows, EngineError> {
-        let indices: Vec<i32> = chosen.iter().map(|&row| i32::try_from(row).unwrap_or(i32::MAX)).collect();
+        let indices: Vec<i32> = chosen.iter().copied().map(integer).collect();
         let indices = self.uploaded(&indices)?;
         let out = self.allocate_rows(chosen.len(), rows.width)?;
         let arguments = [rows.arg(), indices.arg(), Arg::int(out.values()), Arg::int(out.width), out.arg()];
-        self.each("gather", out.values(), &arguments)?;
+        self.each(KernelSet::Rows, "gather", out.values(), &arguments)?;
         Ok(out)
     }
 
@@ -101,6 +108,6 @@ impl OpenClBackend {
         };
         let count = gate.values();
         let arguments = [gate.arg(), up.arg(), Arg::int(count), Arg::int(kind), Arg::Float(slope), Arg::Float(limit)];
-        self.each("gate", count, &arguments)
+        self.each(KernelSet::Rows, "gate", count, &arguments)
     }
 }
