@@ -19,6 +19,8 @@ pub struct Directories {
     pub hub_token: Option<String>,
     /// Whether the hub must not be contacted (`HF_HUB_OFFLINE`).
     pub is_offline: bool,
+    /// Devices that are not used, by id, engine or PCI address (`EXO_DISABLE_DEVICES`, separated by commas).
+    pub disabled_devices: Vec<String>,
 }
 
 /// The environment names neither the folders nor a home folder.
@@ -74,6 +76,12 @@ impl Directories {
             hub_endpoint: variable("HF_ENDPOINT"),
             hub_token: variable("HF_TOKEN").or_else(kept_token),
             is_offline: variable("HF_HUB_OFFLINE").is_some_and(is_set),
+            disabled_devices: listed(&variable("EXO_DISABLE_DEVICES").unwrap_or_default()),
         })
     }
+}
+
+/// The parts of a list that commas separate.
+fn listed(text: &str) -> Vec<String> {
+    text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect()
 }

@@ -28,6 +28,7 @@ impl Node {
             factories: None,
             isolation: Isolation::default(),
             worker_program: None,
+            disabled_devices: None,
             limits: PlannerLimits::default(),
             hang_timeouts: HangTimeouts::default(),
             probe_after: PROBE_AFTER,
@@ -47,6 +48,7 @@ pub struct NodeBuilder {
     factories: Option<Vec<Arc<dyn EngineFactory>>>,
     isolation: Isolation,
     worker_program: Option<PathBuf>,
+    disabled_devices: Option<Vec<String>>,
     limits: PlannerLimits,
     hang_timeouts: HangTimeouts,
     probe_after: Duration,
@@ -100,6 +102,12 @@ impl NodeBuilder {
     /// Sets the engine factories, best first, in place of the built-in ones.
     pub fn factories(mut self, factories: Vec<Arc<dyn EngineFactory>>) -> Self {
         self.factories = Some(factories);
+        self
+    }
+
+    /// Sets the devices that are not used, by id (`intel:0`), engine (`intel`) or PCI address (`0000:03:00.0`).
+    pub fn disable_devices(mut self, devices: Vec<String>) -> Self {
+        self.disabled_devices = Some(devices);
         self
     }
 
@@ -176,15 +184,27 @@ impl NodeBuilder {
             python: "python3".to_owned(),
             progress: self.progress,
         };
+        let disabled_devices = self.disabled_devices.unwrap_or(directories.disabled_devices);
         let (id, limits) = (identity.node_id(), self.limits);
         let (hang_timeouts, probe_after) = (self.hang_timeouts, self.probe_after);
-        let config = NodeConfig { id, name, factories, models, limits, hang_timeouts, probe_after, wire_type, cluster };
+        let config = NodeConfig {
+            id,
+            name,
+            factories,
+            disabled_devices,
+            models,
+            limits,
+            hang_timeouts,
+            probe_after,
+            wire_type,
+            cluster,
+        };
         exo_actors::start(config).await.map_err(|error| StartError::Actor(error.to_string()))
     }
 }
 
 /// The built-in factories; those that `isolation` names open their engines in processes of their own.
-fn built_in(
+pub(crate) fn built_in(
     threads: usize,
     isolation: Isolation,
     program: Option<PathBuf>,

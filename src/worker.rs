@@ -54,7 +54,13 @@ pub fn run_worker_if_asked() {
 /// The factories that are built in, best first. OpenCL comes last for now: its kernels are made to be right, not fast,
 /// so a GPU computes only for those who name it.
 pub(crate) fn factories(threads: usize) -> Vec<Arc<dyn EngineFactory>> {
-    vec![Arc::new(CpuFactory::new(threads)), Arc::new(CandleFactory), Arc::new(OpenClFactory::gpus())]
+    vec![
+        Arc::new(CpuFactory::new(threads)),
+        Arc::new(CandleFactory),
+        Arc::new(OpenClFactory::intel()),
+        Arc::new(OpenClFactory::other_gpus()),
+        Arc::new(OpenClFactory::cpu_runtimes()),
+    ]
 }
 
 /// The command that runs this program as a worker; `None` if the program does not call [`run_worker_if_asked`].

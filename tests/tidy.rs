@@ -97,6 +97,7 @@ fn modules_of_the_core_import_downwards_only() {
         "model_error",
         "context",
         "speed",
+        "offer",
         "plan",
         "spec",
         "scheduler",

@@ -2,7 +2,7 @@
 //!
 //! - owns: the sampler of the operating system's counters;
 //! - receives: its own ticks, and finished measurements;
-//! - emits: each measurement, as a fact and to the planner; an alarm where drivers leak;
+//! - emits: each measurement of machine and GPUs, as a fact and to the planner; an alarm where drivers leak;
 //! - dies when: the node stops;
 //! - supervised by: the node.
 
@@ -11,9 +11,11 @@ use crate::core::node_status::Fact;
 use crate::core::status::Machine;
 use crate::planner::{PlannerMsg, PlannerRef};
 use crate::transport::callback::Facts;
-use crate::worker::machine::measure;
+use crate::worker::machine::{measure, own_processes};
+use exo_engines::hardware::{Gpu, GpuMonitor, GpuSample, PciAddress, Root};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use sysinfo::System;
 
@@ -27,12 +29,16 @@ pub(crate) enum MonitorMsg {
     Tick,
     /// A measurement has finished, and gives the sampler back.
     Sampled(Box<System>, Machine),
+    /// A measurement of the GPUs has finished, and gives the sampler back.
+    GpusSampled(Box<GpuMonitor>, BTreeMap<PciAddress, GpuSample>),
 }
 
 #[derive(Debug)]
 pub(crate) struct MonitorArgs {
     pub planner: PlannerRef,
     pub facts: Facts,
+    /// The GPUs of this machine.
+    pub gpus: Vec<Gpu>,
 }
 
 #[derive(Debug)]
@@ -40,6 +46,8 @@ pub(crate) struct MonitorState {
     args: MonitorArgs,
     /// The sampler; `None` while a measurement runs, and on a machine that cannot be measured.
     system: Option<Box<System>>,
+    /// The sampler of the GPUs; `None` while it measures. A driver may take seconds to answer, or hang.
+    gpus: Option<Box<GpuMonitor>>,
     started: Instant,
     watch: MemoryWatch,
 }
@@ -55,12 +63,21 @@ impl Actor for Monitor {
     async fn pre_start(
         &self,
         myself: ActorRef<MonitorMsg>,
-        args: MonitorArgs,
+        mut args: MonitorArgs,
     ) -> Result<MonitorState, ActorProcessingErr> {
         myself.send_interval(EVERY, || MonitorMsg::Tick);
         // A machine that cannot be measured is shown as unknown.
         let system = System::new().map(Box::new).map_err(|error| tracing::warn!(%error, "cannot measure this machine"));
-        Ok(MonitorState { args, system: system.ok(), started: Instant::now(), watch: MemoryWatch::default() })
+        let found = std::mem::take(&mut args.gpus);
+        // Loading a vendor's library takes a while.
+        let gpus = tokio::task::spawn_blocking(|| Box::new(GpuMonitor::new(Root::default(), found))).await?;
+        Ok(MonitorState {
+            args,
+            system: system.ok(),
+            gpus: Some(gpus),
+            started: Instant::now(),
+            watch: MemoryWatch::default(),
+        })
     }
 
     async fn handle(
@@ -71,6 +88,7 @@ impl Actor for Monitor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             MonitorMsg::Tick => {
+                state.sample_gpus(&myself);
                 // No second measurement starts while one still runs.
                 if let Some(mut system) = state.system.take() {
                     tokio::task::spawn_blocking(move || {
@@ -85,12 +103,27 @@ impl Actor for Monitor {
                 let _ = state.args.planner.send_message(PlannerMsg::MachineMeasured(machine.clone()));
                 state.args.facts.tell(Fact::MachineMeasured(machine));
             }
+            MonitorMsg::GpusSampled(gpus, samples) => {
+                state.gpus = Some(gpus);
+                let _ = state.args.planner.send_message(PlannerMsg::GpusMeasured(samples.clone()));
+                state.args.facts.tell(Fact::GpusMeasured(samples));
+            }
         }
         Ok(())
     }
 }
 
 impl MonitorState {
+    /// Starts a measurement of the GPUs, unless one still runs or there are none.
+    fn sample_gpus(&mut self, myself: &ActorRef<MonitorMsg>) {
+        let Some(mut gpus) = self.gpus.take_if(|gpus| !gpus.gpus().is_empty()) else { return };
+        let (myself, elapsed) = (myself.clone(), self.started.elapsed());
+        tokio::task::spawn_blocking(move || {
+            let samples = gpus.sample(elapsed, &own_processes());
+            let _ = myself.send_message(MonitorMsg::GpusSampled(gpus, samples));
+        });
+    }
+
     /// Reports memory that no process has, if it grows or returns.
     fn check_memory(&mut self, machine: &Machine) {
         let Some(bytes) = machine.unaccounted_bytes else { return };

@@ -26,13 +26,15 @@ use crate::transport::control::ReceivedMessage;
 use crate::transport::protocol::ControlMessage;
 use crate::transport::router::Router;
 use crate::worker::device::{Device, DeviceArgs};
+use crate::worker::discovery::discover;
 use crate::worker::links::LinkRegistry;
-use crate::worker::machine::measure_once;
+use crate::worker::machine::measure_machine;
 use crate::worker::{LocalDevice, Worker, WorkerArgs, WorkerFact, WorkerMsg, WorkerRef};
-use exo_engines::engine::{DeviceKind, EngineFactory};
+use exo_engines::engine::{DeviceKind, DeviceReport, EngineFactory};
 use exo_net::{Network, NetworkEvent, NodeId, WireType};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use ractor_cluster::RactorMessage;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,6 +65,8 @@ pub struct NodeConfig {
     pub name: String,
     /// The engines' factories, best first. Devices of those behind the first that finds any are used only by name.
     pub factories: Vec<Arc<dyn EngineFactory>>,
+    /// Devices that are not used, by id, engine or PCI address.
+    pub disabled_devices: Vec<String>,
     /// The folders of models, and the sources of models that are in none of them.
     pub models: ModelsConfig,
     /// Bounds that the user sets.
@@ -185,8 +189,14 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
     let (router, link_registry) = (Router::new(config.id), LinkRegistry::default());
     let models_args = ModelsArgs { config: config.models, router: router.clone() };
     let (models, _) = Models::spawn_linked(None, Models, models_args, cell()).await?;
-    let devices = start_devices(myself, &config.factories, config.hang_timeouts, &facts).await?;
-    let machine = tokio::task::spawn_blocking(measure_once).await?;
+    let (factories, disabled) = (config.factories, config.disabled_devices);
+    let found = tokio::task::spawn_blocking(move || discover(&factories, &disabled)).await?;
+    let gpus: BTreeMap<_, _> = found.gpus.into_iter().map(|status| (status.gpu.address, status)).collect();
+    for status in gpus.values() {
+        facts.tell(Fact::GpuFound(Box::new(status.clone())));
+    }
+    let devices = start_devices(myself, found.devices, config.hang_timeouts, &facts).await?;
+    let machine = tokio::task::spawn_blocking(measure_machine).await?;
     facts.tell(Fact::MachineMeasured(machine.clone()));
     let reports = devices.iter().map(|local| local.report.clone()).collect();
     let worker_args = WorkerArgs {
@@ -205,6 +215,7 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
         name: config.name,
         addresses: config.cluster.as_ref().map(|cluster| cluster.addresses.clone()).unwrap_or_default(),
         devices: reports,
+        gpus: gpus.clone(),
         machine,
         limits: config.limits,
         hang_timeouts: config.hang_timeouts,
@@ -223,7 +234,8 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
     router.deliver_locally(EventCallback::new(move |message| {
         local.tell(ReceivedMessage { from: own, message, slot: None });
     }));
-    let monitor_args = MonitorArgs { planner: planner.clone(), facts: facts.clone() };
+    let gpus = gpus.into_values().map(|status| status.gpu).collect();
+    let monitor_args = MonitorArgs { planner: planner.clone(), facts: facts.clone(), gpus };
     Monitor::spawn_linked(None, Monitor, monitor_args, cell()).await?;
     let handle = GatewayHandle::new(planner.clone(), router.clone());
     let gateway_args = GatewayArgs { gateway: handle.clone(), drafts };
@@ -271,19 +283,13 @@ fn deliver(worker: WorkerRef, planner: PlannerRef) -> EventCallback<ReceivedMess
     })
 }
 
-/// Starts an actor for each device that a factory finds. A GPU falls back to the best CPU engine.
+/// Starts an actor for each device. A GPU falls back to the best CPU engine.
 async fn start_devices(
     myself: &NodeRef,
-    factories: &[Arc<dyn EngineFactory>],
+    found: Vec<(DeviceReport, Arc<dyn EngineFactory>)>,
     hang_timeouts: HangTimeouts,
     facts: &Facts,
 ) -> Result<Vec<LocalDevice>, ActorProcessingErr> {
-    let mut found = Vec::new();
-    for factory in factories {
-        let of_factory = Arc::clone(factory);
-        let reports = tokio::task::spawn_blocking(move || of_factory.probe()).await?;
-        found.extend(reports.into_iter().map(|report| (report, Arc::clone(factory))));
-    }
     let cpu = found.iter().find(|(report, _)| report.kind == DeviceKind::Cpu).map(|(report, _)| report.id.clone());
     let mut devices = Vec::with_capacity(found.len());
     for (report, factory) in found {

@@ -41,7 +41,7 @@ use crate::core::plan::{Link, Preview};
 use crate::core::request::RequestError;
 use crate::core::spec::{InstanceId, ModelSpec};
 use crate::core::speed::Estimate;
-use crate::core::status::{KeyClash, Machine};
+use crate::core::status::{GpuStatus, KeyClash, Machine, measured};
 use crate::core::watchdog::HangTimeouts;
 use crate::head::{DraftOrder, HeadRef, HeadReport, StageUpdate};
 use crate::models::{ModelsRef, ResolvedModel};
@@ -53,6 +53,7 @@ use crate::worker::links::LinkRegistry;
 use crate::worker::{WorkerFact, WorkerRef};
 use drain::Drain;
 use exo_engines::engine::{DeviceId, DeviceReport};
+use exo_engines::hardware::{GpuSample, PciAddress};
 use exo_engines::tokenizer::Tokenizer;
 use exo_net::{Departure, NetworkThread, NodeId, WireType};
 use owned::OwnedHead;
@@ -116,6 +117,7 @@ pub(crate) enum PlannerMsg {
         what: String,
     },
     MachineMeasured(Machine),
+    GpusMeasured(BTreeMap<PciAddress, GpuSample>),
     Worker(WorkerFact),
     /// A message from a member, or from this node.
     Received(Box<ReceivedMessage>),
@@ -160,6 +162,8 @@ pub(crate) struct PlannerArgs {
     pub addresses: Vec<SocketAddr>,
     /// The devices of this node, best first.
     pub devices: Vec<DeviceReport>,
+    /// The GPUs of this machine, with their latest measurements.
+    pub gpus: BTreeMap<PciAddress, GpuStatus>,
     pub machine: Machine,
     pub limits: PlannerLimits,
     pub hang_timeouts: HangTimeouts,
@@ -260,6 +264,7 @@ impl Actor for Planner {
             PlannerMsg::HeadFact(fact) => state.on_head_fact(fact),
             PlannerMsg::HeadEnded { instance, what } => state.on_head_ended(instance, &what),
             PlannerMsg::MachineMeasured(machine) => state.on_machine_measured(machine),
+            PlannerMsg::GpusMeasured(samples) => state.on_gpus_measured(&samples),
             PlannerMsg::Worker(fact) => state.on_worker(&myself, fact),
             PlannerMsg::Received(received) => state.on_received(*received),
             PlannerMsg::NodeUp(node) => state.on_node_up(node),
@@ -391,13 +396,19 @@ impl PlannerState {
         Reconcile::Yes
     }
 
+    /// The report goes out with the machine's next measurement.
+    fn on_gpus_measured(&mut self, samples: &BTreeMap<PciAddress, GpuSample>) -> Reconcile {
+        measured(&mut self.args.gpus, samples);
+        Reconcile::No
+    }
+
     fn on_worker(&mut self, myself: &PlannerRef, fact: WorkerFact) -> Reconcile {
         match fact {
             WorkerFact::MemoryChanged { memory, shards } => {
                 let is_released = self.held.keys().any(|id| !memory.contains_key(id));
                 (self.held, self.hosted_shards) = (memory, shards);
                 if is_released {
-                    report::measure_machine(myself);
+                    report::measure_again(myself);
                 }
             }
             WorkerFact::Measured { device, bytes_per_s } => {

@@ -7,7 +7,7 @@
 //!
 //! A backend must compute each row independently: a row's result must not depend on the other rows.
 
-use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
+use crate::engine::{ActivationBits, DeviceRates, KvElement, TopLogits, TopQuery};
 use crate::error::EngineError;
 use crate::format::{ElementType, TensorBytes};
 use crate::model::{Activation, Attention, Experts, Rope};
@@ -193,6 +193,14 @@ pub trait Backend: Sized {
     /// Returns where the time went since the last call; empty for a backend that does not count.
     fn take_profile(&mut self) -> Profile {
         Profile::default()
+    }
+
+    /// Measures what the device does at most; nothing for a backend that does not measure.
+    ///
+    /// # Errors
+    /// An error of the device.
+    fn measure(&mut self) -> Result<DeviceRates, EngineError> {
+        Ok(DeviceRates::default())
     }
 
     /// Chooses the precision of activations in matrix products, before a model is loaded.

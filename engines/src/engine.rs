@@ -9,6 +9,9 @@
 //! after a failure differ only in their rows.
 
 pub use crate::activation_bits::{ActivationBits, UnknownActivationBits};
+pub use crate::device::{
+    ComputeUnits, DeviceId, DeviceKind, DeviceMemory, DeviceReport, GpuReport, PlatformDevice, PlatformReport, Runtime,
+};
 pub use crate::kv_element::{KvElement, UnknownKvElement};
 pub use crate::scores::{RowQuery, RowScores, Scores, TopLogits, TopQuery};
 
@@ -22,42 +25,6 @@ use std::time::Duration;
 
 /// Tokens in one page of the KV cache.
 pub const PAGE_TOKENS: u32 = 32;
-
-/// A compute device of this machine, such as `cpu` or `opencl:0`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct DeviceId(pub String);
-
-impl std::fmt::Display for DeviceId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// The kind of a compute device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum DeviceKind {
-    /// The machine's CPU.
-    Cpu,
-    /// A graphics processor.
-    Gpu,
-}
-
-/// A device on which an engine can be opened.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct DeviceReport {
-    /// The device's id, unique on this machine.
-    pub id: DeviceId,
-    /// The kind of the device.
-    pub kind: DeviceKind,
-    /// The engine's name.
-    pub engine: String,
-    /// The vendor's name of the device, or the architecture of the CPU, such as `x86_64`.
-    pub name: String,
-    /// Number of logical CPU cores, or of the vendor's equivalent units; `None` if unknown.
-    pub compute_units: Option<u32>,
-    /// The name of the kernel tier in use, such as `avx2`.
-    pub tier: String,
-}
 
 /// The id of a token sequence, which has its own KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -154,6 +121,15 @@ pub struct LoadReport {
 pub struct SelfTestReport {
     /// The time of a step of a tiny model: what the device takes for any step.
     pub step: Duration,
+}
+
+/// What a device does at most, measured. `None`: it was not measured.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct DeviceRates {
+    /// Bytes that it reads from its memory per second.
+    pub read_bytes_per_s: Option<f64>,
+    /// Products of a 4-bit weight and a 16-bit activation per second, in matrix products of many rows.
+    pub multiplications_per_s: Option<f64>,
 }
 
 /// The first timing of a loaded engine.
@@ -298,6 +274,11 @@ pub trait EngineFactory: Send + Sync + std::fmt::Debug {
     /// Lists usable devices, best first.
     fn probe(&self) -> Vec<DeviceReport>;
 
+    /// What the engine needs at run time, and what is there of it: it says why a GPU is not among the devices.
+    fn runtime(&self) -> Runtime {
+        Runtime::BuiltIn
+    }
+
     /// Opens an engine with nothing loaded on `device`.
     ///
     /// # Errors
@@ -312,6 +293,15 @@ pub trait Engine {
     /// # Errors
     /// [`EngineError::SelfTest`] if the numbers are others; an error of the device.
     fn self_test(&mut self) -> Result<SelfTestReport, EngineError>;
+
+    /// Measures what the device does at most, for a diagnosis. A loaded shard is dropped. Nothing is known of an engine
+    /// that does not measure.
+    ///
+    /// # Errors
+    /// An error of the device.
+    fn measure(&mut self) -> Result<DeviceRates, EngineError> {
+        Ok(DeviceRates::default())
+    }
 
     /// Reads the shard's weights and reserves its cache. Reports progress to `on` after each tensor; `on` returns
     /// whether to continue.

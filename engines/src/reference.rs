@@ -11,8 +11,7 @@ use crate::backend::{
 };
 use crate::decoder::DecoderEngine;
 use crate::engine::{
-    ActivationBits, DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory, KvElement, PAGE_TOKENS, TopLogits,
-    TopQuery,
+    ActivationBits, DeviceId, DeviceReport, Engine, EngineFactory, KvElement, PAGE_TOKENS, TopLogits, TopQuery,
 };
 use crate::error::EngineError;
 use crate::expert_routing;
@@ -78,14 +77,7 @@ impl EngineFactory for ReferenceFactory {
     }
 
     fn probe(&self) -> Vec<DeviceReport> {
-        vec![DeviceReport {
-            id: DeviceId(Self::DEVICE.to_owned()),
-            kind: DeviceKind::Cpu,
-            engine: self.name().to_owned(),
-            name: std::env::consts::ARCH.to_owned(),
-            compute_units: Some(1),
-            tier: "plain".to_owned(),
-        }]
+        vec![DeviceReport::of_cpu(Self::DEVICE, self.name(), "plain")]
     }
 
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {

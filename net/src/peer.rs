@@ -26,7 +26,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 /// The protocol version; a peer of another version is refused, with that reason.
-const PROTOCOL: u32 = 11;
+const PROTOCOL: u32 = 12;
 /// The time limit of the introduction on each connection.
 pub(crate) const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// The most bytes of a name; longer names are cut.

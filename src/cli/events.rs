@@ -2,6 +2,7 @@
 
 use crate::{Fact, InstanceId, NodeHandle, NodeId, NodeStatus};
 use exo_actors::core::plan::Placement;
+use exo_actors::core::status::{GpuStatus, Unused};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::time::Instant;
@@ -34,6 +35,13 @@ fn print(line: &str) {
 /// nodes.
 pub(super) fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control() || *c == '\n').collect()
+}
+
+/// The line for a GPU that no engine uses.
+fn unused_gpu(status: &GpuStatus) -> Option<String> {
+    let Unused { error, remedy } = status.unused.as_ref()?;
+    let (name, address) = (status.gpu.shown_name(), status.gpu.address);
+    Some(format!("warning: no engine uses {name} ({address}): {error}\n  remedy: {remedy}"))
 }
 
 /// Turns facts into lines. Holds what a line needs of earlier facts.
@@ -70,7 +78,8 @@ impl Narrator {
             let failure = Some(failure.clone());
             Fact::AddressTried { address, failure }
         });
-        let facts = joined.chain(tried).chain(status.same_key.values().copied().map(Fact::SameKey));
+        let gpus = status.gpus.values().cloned().map(|status| Fact::GpuFound(Box::new(status)));
+        let facts = gpus.chain(joined).chain(tried).chain(status.same_key.values().copied().map(Fact::SameKey));
         facts.filter_map(|fact| self.tell(&fact, Instant::now())).collect()
     }
 
@@ -157,7 +166,9 @@ impl Narrator {
                 growth.grown_bytes / 1_000_000
             )),
             Fact::DeviceRecovered(device) => Some(format!("{device} has passed its test, and takes its shards back")),
+            Fact::GpuFound(status) => unused_gpu(status),
             Fact::DeviceFound(_)
+            | Fact::GpusMeasured(_)
             | Fact::EvictionsChanged(_)
             | Fact::SameKeyOver(_)
             | Fact::MachineMeasured(_)

@@ -8,6 +8,7 @@ mod bench;
 mod chat;
 mod client;
 mod descriptors;
+mod doctor;
 mod drain;
 mod engine_args;
 mod events;
@@ -66,6 +67,8 @@ enum Command {
     Pull(pull::PullArguments),
     /// List the models of the catalogue
     Models(models::ModelsArguments),
+    /// Check this machine for all that a node needs, and say how to mend what is missing
+    Doctor(doctor::DoctorArguments),
     /// Measure a model's speed on this machine
     Bench(bench::BenchArguments),
     /// Measure how well a model predicts a text
@@ -102,6 +105,7 @@ pub fn main() -> ExitCode {
             Command::Plan(arguments) => plan::run(*arguments).await,
             Command::Pull(arguments) => pull::run(arguments).await,
             Command::Models(arguments) => models::run(&arguments),
+            Command::Doctor(arguments) => doctor::run(arguments).await,
             Command::Bench(arguments) => bench::run(arguments).await,
             Command::Perplexity(arguments) => perplexity::run(arguments).await,
             Command::EngineWorker => {
@@ -113,6 +117,7 @@ pub fn main() -> ExitCode {
     runtime.shutdown_background();
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Unwell) => ExitCode::FAILURE,
         Ok(Outcome::Interrupted) => ExitCode::from(130),
         Err(error) => fail(&error),
     }

@@ -7,6 +7,7 @@ use super::plan::name_of;
 use crate::config::data_folder;
 use crate::{InstanceId, InstanceStatus, Machine, MemberReport, NodeId, NodeStatus, Outside, Phase};
 use clap::Args;
+use exo_actors::core::status::{GpuStatus, Unused};
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -78,6 +79,9 @@ fn draw(status: &NodeStatus) -> String {
             let _ = writeln!(out, "         remedy: {}", trouble.remedy);
         }
     }
+    for gpu in status.gpus.values() {
+        draw_gpu(&mut out, gpu);
+    }
     for (id, member) in &status.members {
         draw_member(&mut out, status, *id, member);
     }
@@ -107,6 +111,34 @@ fn draw_machine(out: &mut String, machine: &Machine) {
     let _ = writeln!(out, "cores    {busy} busy");
 }
 
+/// Draws a GPU with its latest measurement; unknown values are left out.
+fn draw_gpu(out: &mut String, status: &GpuStatus) {
+    let GpuStatus { gpu, unused, sample } = status;
+    let mut parts = Vec::new();
+    if let Some(sample) = sample {
+        parts.extend(sample.utilisation.map(|share| format!("{:.0} % busy", share * 100.0)));
+        parts.extend(
+            sample
+                .memory_total_bytes
+                .map(|total| format!("{} of {} GB used", gigabytes(sample.memory_used_bytes), gigabytes(Some(total)))),
+        );
+        parts.extend(sample.temperature_celsius.map(|celsius| format!("{celsius:.0} °C")));
+        parts.extend(sample.power_watts.map(|watts| format!("{watts:.0} W")));
+        parts.extend(sample.clock_mhz.map(|clock| format!("{clock} MHz")));
+        let reasons = sample.throttle_reasons.as_deref().unwrap_or_default().join(", ");
+        parts.extend((!reasons.is_empty()).then(|| format!("slowed by {reasons}")));
+    }
+    let driver = gpu.driver.as_ref().map_or("no driver", |driver| driver.name.as_str());
+    let _ = writeln!(out, "gpu      {} {}, {driver}", gpu.address, gpu.shown_name());
+    if !parts.is_empty() {
+        let _ = writeln!(out, "         {}", parts.join(", "));
+    }
+    if let Some(Unused { error, remedy }) = unused {
+        let _ = writeln!(out, "         not used: {error}");
+        let _ = writeln!(out, "         remedy: {remedy}");
+    }
+}
+
 fn draw_member(out: &mut String, status: &NodeStatus, id: NodeId, member: &MemberReport) {
     let link = member.links.get(&status.node);
     let rtt = link.map_or("?".to_owned(), |link| format!("{:.1} ms", link.rtt_s * 1e3));
@@ -120,6 +152,9 @@ fn draw_member(out: &mut String, status: &NodeStatus, id: NodeId, member: &Membe
         name_of(status, id),
         id.short()
     );
+    for gpu in member.gpus.values() {
+        draw_gpu(out, gpu);
+    }
     for (to, link) in member.links.iter().filter(|(to, _)| **to != status.node) {
         let carries = link.bytes_per_s.map_or(String::new(), |bytes| format!(" over {:.0} MB/s", bytes / 1e6));
         let _ = writeln!(out, "         to {:9} {:.1} ms away{carries}", name_of(status, *to), link.rtt_s * 1e3);

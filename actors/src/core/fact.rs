@@ -5,9 +5,10 @@ use crate::core::members::MemberReport;
 use crate::core::memory_watch::MemoryGrowth;
 use crate::core::plan::Placement;
 use crate::core::spec::{InstanceId, Model};
-use crate::core::status::{KeyClash, Load, Machine, Totals};
+use crate::core::status::{GpuStatus, KeyClash, Load, Machine, Totals};
 use crate::core::step_times::SlowDown;
 use exo_engines::engine::{DeviceId, DeviceReport};
+use exo_engines::hardware::{GpuSample, PciAddress};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -18,6 +19,10 @@ use std::net::SocketAddr;
 pub enum Fact {
     /// A factory found a device when the node started.
     DeviceFound(DeviceReport),
+    /// The machine has a GPU: found when the node started.
+    GpuFound(Box<GpuStatus>),
+    /// The GPUs were measured.
+    GpusMeasured(BTreeMap<PciAddress, GpuSample>),
     /// A device of this node has failed, and is left alone until its next probe.
     DeviceFailed {
         /// The device.
@@ -177,6 +182,8 @@ impl Fact {
             | Self::InstanceStopped { instance, .. }
             | Self::RequestsChanged { instance, .. } => Some(*instance),
             Self::DeviceFound(_)
+            | Self::GpuFound(_)
+            | Self::GpusMeasured(_)
             | Self::DeviceFailed { .. }
             | Self::DeviceRecovered(_)
             | Self::MachineLeaks(_)

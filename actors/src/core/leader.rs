@@ -20,10 +20,12 @@ pub use interface::{Effect, PlacementRequest, RoundContext};
 use crate::core::clique::OUTSIDE_AFTER;
 use crate::core::desired::{Deployment, MoveStrategy, Stamp, Target};
 use crate::core::members::Members;
-use crate::core::plan::{Offer, PlanError, Policy, Preview, PreviewOutcome, ShardCount, preview, reason};
+use crate::core::offer::Offer;
+use crate::core::plan::{PlanError, Policy, Preview, PreviewOutcome, ShardCount, preview, reason};
 use crate::core::request::RequestError;
 use crate::core::spec::{InstanceId, Model, ModelSpec};
 use churn::Churn;
+use context::Placed;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
 use failures::Failed;
@@ -260,11 +262,33 @@ impl Leader {
 
     fn plan(&self, round: &RoundContext<'_>, ask: &PlacementRequest, near: NodeId) -> Result<Deployment, RequestError> {
         let links = round.members.links();
-        let (offers, shards) = (self.offers_for(round, ask, near)?, shard_count(round.members, &ask.spec)?);
-        let (context, demand, placement) = ask.place(&offers, &links, &shards)?;
+        let shards = shard_count(round.members, &ask.spec)?;
+        let (offers, (context, demand, placement)) = self.find(round, ask, near, &shards)?;
         let reason = reason(&demand, &placement, &offers, &links, &shards, ask.spec.policy);
         let (spec, model) = (ask.spec.clone(), Model { context, ..ask.model.clone() });
         Ok(Deployment { spec, model, demand, strategy: MoveStrategy::Beside { rollback: None }, placement, reason })
+    }
+
+    /// The offers to a request, and where it is placed. CPUs beside better devices are offered only to a model that does
+    /// not fit without them.
+    fn find(
+        &self,
+        round: &RoundContext<'_>,
+        ask: &PlacementRequest,
+        near: NodeId,
+        shards: &ShardCount,
+    ) -> Result<(Vec<Offer>, Placed), RequestError> {
+        let (offers, links) = (self.offers_for(round, ask, near)?, round.members.links());
+        match ask.place(&offers, &links, shards) {
+            Ok(placed) => Ok((offers, placed)),
+            Err(error) if ask.spec.device.is_none() && matches!(error, PlanError::DoesNotFit { .. }) => {
+                let memory = self.memory(round, &BTreeSet::new());
+                let offers = self.with_cpus(round, None, &memory, &offers);
+                let placed = ask.place(&offers, &links, shards)?;
+                Ok((offers, placed))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn offers_for(
@@ -284,9 +308,9 @@ impl Leader {
     pub fn preview(&self, round: &RoundContext<'_>, ask: &PlacementRequest) -> Vec<Preview> {
         let links = round.members.links();
         let of = |policy| {
-            let (offers, shards) = (self.offers_for(round, ask, round.own)?, shard_count(round.members, &ask.spec)?);
+            let shards = shard_count(round.members, &ask.spec)?;
             let ask = PlacementRequest { spec: ModelSpec { policy, ..ask.spec.clone() }, ..ask.clone() };
-            let (context, demand, placement) = ask.place(&offers, &links, &shards)?;
+            let (offers, (context, demand, placement)) = self.find(round, &ask, round.own, &shards)?;
             Ok(preview(&demand, placement, context, &offers, &links, &shards, policy))
         };
         let refused = |policy, error: RequestError| Preview {

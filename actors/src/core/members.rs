@@ -1,11 +1,13 @@
 //! Each member's report, and what the planner derives from all reports.
 
 use crate::core::desired::Stamp;
-use crate::core::plan::{Link, Links, Offer};
+use crate::core::offer::{MemoryPool, Offer, PoolMemory};
+use crate::core::plan::{Link, Links};
 use crate::core::spec::InstanceId;
 use crate::core::speed::Speed;
-use crate::core::status::{InstanceStatus, KeyClash, Machine};
-use exo_engines::engine::{DeviceId, DeviceKind, DeviceReport};
+use crate::core::status::{GpuStatus, InstanceStatus, KeyClash, Machine};
+use exo_engines::engine::{DeviceId, DeviceKind, DeviceMemory, DeviceReport};
+use exo_engines::hardware::{GpuSample, PciAddress};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -13,6 +15,8 @@ use std::net::SocketAddr;
 
 /// Memory of a machine that no shard may take, for all other programs.
 const RESERVE_BYTES: u64 = 512 << 20;
+/// Memory of a graphics card that no shard may take: for the driver's own tables, and for windows on its screens.
+const CARD_RESERVE_BYTES: u64 = 256 << 20;
 /// The assumed speed of a CPU until a device is measured: what a desktop's memory delivers per second.
 const SPEED_GUESS_BYTES_PER_S: f64 = 2e10;
 /// How far a guessed speed may be off.
@@ -59,6 +63,9 @@ pub struct MemberReport {
     pub addresses: Vec<SocketAddr>,
     /// The member's devices, best first.
     pub devices: Vec<DeviceOffer>,
+    /// The GPUs of the member's machine, with their latest measurements.
+    #[serde(default)]
+    pub gpus: BTreeMap<PciAddress, GpuStatus>,
     /// The latest measurement of the member's machine.
     pub machine: Machine,
     /// The user's limit on the memory of all models together; `None`: no limit.
@@ -93,6 +100,7 @@ impl MemberReport {
     pub fn is_plausible(&self) -> bool {
         let counts = [
             self.devices.len(),
+            self.gpus.len(),
             self.owned.len(),
             self.in_use.len(),
             self.links.len(),
@@ -109,7 +117,9 @@ impl MemberReport {
                 && link.spread >= 1.0;
             is_speed && link.rtt_s.is_finite() && link.rtt_s >= 0.0
         });
-        speeds && links && counts.iter().all(|&count| count <= LISTED_MAX) && self.name.len() <= LISTED_MAX
+        let mut samples = self.gpus.values().filter_map(|gpu| gpu.sample.as_ref());
+        let samples = samples.all(GpuSample::is_plausible);
+        speeds && links && samples && counts.iter().all(|&count| count <= LISTED_MAX) && self.name.len() <= LISTED_MAX
     }
 
     /// The CPU that takes the work of the member's best devices when they cannot do it; `None` if there is none, or
@@ -120,28 +130,55 @@ impl MemberReport {
         (self.devices.first()?.report.engine != cpu.report.engine).then_some(cpu)
     }
 
-    /// The member's offers of `device` alone, or of all devices of its best engine. `promised_bytes` of its memory are
-    /// promised to shards; `freed_bytes` of the memory in use count as free. A device that was not measured counts as
-    /// `guess` bytes per second fast. Each offer has all free memory of the machine, which its CPU devices share.
+    /// The memory that a device of the member uses. A device that has gone counts as one of the machine.
+    pub fn pool(&self, device: &DeviceId) -> MemoryPool {
+        let known = self.devices.iter().find(|offer| offer.report.id == *device);
+        known.map_or(MemoryPool::Machine, |offer| MemoryPool::of(&offer.report))
+    }
+
+    /// What is known of the memory of a device.
+    fn pool_memory(&self, device: &DeviceReport) -> PoolMemory {
+        let DeviceMemory::Dedicated { total_bytes } = device.memory else {
+            return PoolMemory {
+                total: self.machine.memory_total_bytes,
+                free: self.machine.memory_free_bytes,
+                own: self.machine.process_bytes,
+                reserve: RESERVE_BYTES,
+            };
+        };
+        let sample = device.pci_address().and_then(|address| self.gpus.get(&address)?.sample.as_ref());
+        PoolMemory {
+            total: Some(total_bytes),
+            free: sample.and_then(GpuSample::memory_free_bytes),
+            own: sample.and_then(|sample| sample.memory_own_bytes),
+            reserve: CARD_RESERVE_BYTES,
+        }
+    }
+
+    /// The size of a pool of memory; `None` if it is unknown.
+    pub fn pool_total_bytes(&self, pool: &MemoryPool) -> Option<u64> {
+        let device = self.devices.iter().find(|offer| MemoryPool::of(&offer.report) == *pool);
+        device.map_or(self.machine.memory_total_bytes, |offer| self.pool_memory(&offer.report).total)
+    }
+
+    /// The member's offers of `device` alone, or of all devices of its best engine. `held` tells the promised and the
+    /// freed bytes of each pool of its memory. A device that was not measured counts as `guess` bytes per second fast.
     pub fn offers(
         &self,
         node: NodeId,
+        held: impl Fn(&MemoryPool) -> (u64, u64),
         promised_bytes: u64,
-        freed_bytes: u64,
         device: Option<&DeviceId>,
         guess: Option<f64>,
     ) -> Vec<Offer> {
-        let promised = promised_bytes.saturating_add(self.releasing_bytes);
-        // Reserved cache pages take memory only as they fill: what is not touched yet is free now, and soon is not.
-        let held = promised.saturating_add(freed_bytes);
-        let untouched = self.machine.process_bytes.map_or(0, |process| held.saturating_sub(process));
-        let free = self.machine.memory_free_bytes.unwrap_or(u64::MAX);
-        let free = free.saturating_sub(untouched).saturating_add(freed_bytes);
-        let total = self.machine.memory_total_bytes.unwrap_or(u64::MAX);
-        // Promised memory counts as used before a shard touches it.
-        let free_bytes = free.min(total.saturating_sub(promised)).saturating_sub(RESERVE_BYTES);
         let limit = self.memory_limit_bytes.unwrap_or(u64::MAX);
-        let free_bytes = free_bytes.min(limit.saturating_sub(promised));
+        let within_limit = limit.saturating_sub(promised_bytes.saturating_add(self.releasing_bytes));
+        let free_bytes = |device: &DeviceReport| {
+            let (promised, freed) = held(&MemoryPool::of(device));
+            // Which pool stopped shards still hold is not known, so it counts for each.
+            let promised = promised.saturating_add(self.releasing_bytes);
+            self.pool_memory(device).free_bytes(promised, freed).min(within_limit)
+        };
         let best = self.devices.first().map(|device| &device.report.engine);
         let is_wanted = |offer: &&DeviceOffer| match device {
             Some(id) => offer.report.id == *id,
@@ -151,7 +188,8 @@ impl MemberReport {
         let offer = |offer: &DeviceOffer| Offer {
             node,
             device: offer.report.id.clone(),
-            free_bytes,
+            pool: MemoryPool::of(&offer.report),
+            free_bytes: free_bytes(&offer.report),
             speed: offer.speed.unwrap_or(guessed),
         };
         self.devices.iter().filter(is_wanted).map(offer).collect()
@@ -203,23 +241,45 @@ impl Members {
     }
 }
 
+/// A GPU of Intel.
+#[cfg(test)]
+pub(crate) fn gpu_at(address: &str) -> exo_engines::hardware::Gpu {
+    exo_engines::hardware::Gpu {
+        address: address.parse().expect("an address"),
+        id: exo_engines::hardware::PciId { vendor: 0x8086, product: 0xe20b },
+        name: Some("Intel Arc B580".to_owned()),
+        driver: None,
+        render_node: None,
+        is_integrated: Some(false),
+        memory_bytes: None,
+    }
+}
+
+/// The report of a graphics card.
+#[cfg(test)]
+pub(crate) fn card_at(address: &str, total_bytes: u64) -> DeviceReport {
+    let gpu = exo_engines::engine::GpuReport { pci_address: address.parse().ok(), ..Default::default() };
+    DeviceReport {
+        id: DeviceId("intel:0".to_owned()),
+        kind: DeviceKind::Gpu,
+        engine: "intel".to_owned(),
+        memory: DeviceMemory::Dedicated { total_bytes },
+        gpu: Some(Box::new(gpu)),
+        ..DeviceReport::of_cpu("", "", "")
+    }
+}
+
 #[cfg(test)]
 impl MemberReport {
     /// The report of a member with one CPU and no shards.
     pub(crate) fn of_cpu(memory_bytes: u64, bytes_per_s: f64) -> Self {
-        let report = DeviceReport {
-            id: DeviceId("cpu".to_owned()),
-            kind: exo_engines::engine::DeviceKind::Cpu,
-            engine: "cpu".to_owned(),
-            name: String::new(),
-            compute_units: None,
-            tier: String::new(),
-        };
+        let report = DeviceReport::of_cpu("cpu", "cpu", "");
         let (memory_total_bytes, memory_free_bytes) = (Some(memory_bytes), Some(memory_bytes));
         Self {
             name: String::new(),
             addresses: Vec::new(),
             devices: vec![DeviceOffer { report, speed: Some(Speed { bytes_per_s, spread: 1.0 }) }],
+            gpus: BTreeMap::new(),
             machine: Machine { memory_total_bytes, memory_free_bytes, ..Machine::default() },
             memory_limit_bytes: None,
             releasing_bytes: 0,
@@ -249,24 +309,43 @@ mod tests {
         Members(names.iter().map(|name| (id(), report(name))).collect())
     }
 
-    /// Pages that are reserved and not touched yet are no free memory.
+    /// R1.5, R7.1–R7.5: a card's memory is its own, and counts once, whichever engines see the card; an integrated
+    /// GPU's memory is the machine's.
     #[test]
-    fn reserved_memory_is_not_free() {
-        let gigabytes = |bytes: u64| bytes << 30;
+    fn each_pool_of_memory_counts_once() {
         let mut member = report("a");
-        member.machine = Machine {
-            memory_total_bytes: Some(gigabytes(16)),
-            memory_free_bytes: Some(gigabytes(7)),
-            process_bytes: Some(gigabytes(2)),
-            ..Machine::default()
+        let card = |engine: &str| {
+            let gpu = card_at("0000:03:00.0", 8 << 30);
+            let (id, engine) = (DeviceId(format!("{engine}:0")), engine.to_owned());
+            DeviceReport { id, engine, ..gpu }
         };
+        let integrated = DeviceReport { memory: DeviceMemory::Shared, ..card("integrated") };
+        let devices = [card("intel"), card("vulkan"), integrated];
+        member.devices.extend(devices.map(|report| DeviceOffer { report, speed: None }));
+        let of = |id: &str| member.pool(&DeviceId(id.to_owned()));
+        assert_eq!(of("intel:0"), of("vulkan:0"));
+        assert_eq!((of("integrated:0"), of("gone:7")), (MemoryPool::Machine, MemoryPool::Machine));
+        assert_eq!(member.pool_total_bytes(&of("intel:0")), Some(8 << 30));
+
         let node = exo_net::Identity::ephemeral().expect("random bytes").node_id();
-        let free = |promised, freed| {
-            let offers = member.offers(node, gigabytes(promised), gigabytes(freed), None, None);
-            offers[0].free_bytes.saturating_add(RESERVE_BYTES)
+        let id = DeviceId("intel:0".to_owned());
+        let free = |member: &MemberReport| {
+            let held = |pool: &MemoryPool| if *pool == MemoryPool::Machine { (0, 0) } else { (3 << 30, 0) };
+            member.offers(node, held, 3 << 30, Some(&id), None)[0].free_bytes + CARD_RESERVE_BYTES
         };
-        assert_eq!(free(6, 0), gigabytes(3), "four of the six promised are not touched yet");
-        assert_eq!(free(0, 6), gigabytes(9), "stopping the instance gives back what it holds, and what it would touch");
+        assert_eq!(free(&member), 5 << 30, "what is promised is not free, also where the driver does not tell");
+        let sample = GpuSample {
+            memory_total_bytes: Some(8 << 30),
+            memory_used_bytes: Some(6 << 30),
+            memory_own_bytes: Some(3 << 30),
+            ..GpuSample::default()
+        };
+        let gpu = gpu_at("0000:03:00.0");
+        let status = GpuStatus { gpu: gpu.clone(), unused: None, sample: Some(sample) };
+        member.gpus.insert(gpu.address, status);
+        assert_eq!(free(&member), 2 << 30, "other programs use three");
+        member.memory_limit_bytes = Some(4 << 30);
+        assert_eq!(free(&member), (1 << 30) + CARD_RESERVE_BYTES, "the user's limit is on all models together");
     }
 
     #[test]

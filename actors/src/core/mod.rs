@@ -10,6 +10,7 @@
 //!
 //! What runs where:
 //! - [`speed`]: how fast a device is, and how certain that is;
+//! - [`offer`]: what a device offers to shards, and the memory that devices share;
 //! - [`members`]: the report of each member; [`clique`]: which members plan together;
 //! - [`desired`]: the deployments that are to run, as every member knows them;
 //! - [`plan`]: chooses the placement of a model on devices;
@@ -34,6 +35,7 @@ pub mod members;
 pub mod memory_watch;
 pub mod model_error;
 pub mod node_status;
+pub mod offer;
 pub(crate) mod pipeline;
 pub mod plan;
 pub mod request;

@@ -8,8 +8,9 @@ use crate::core::clique::Outside;
 use crate::core::members::MemberReport;
 use crate::core::memory_watch::MemoryGrowth;
 use crate::core::spec::InstanceId;
-use crate::core::status::{InstanceStatus, KeyClash, Machine, Phase, Totals};
+use crate::core::status::{GpuStatus, InstanceStatus, KeyClash, Machine, Phase, Totals, measured};
 use exo_engines::engine::{DeviceId, DeviceReport};
+use exo_engines::hardware::PciAddress;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -26,6 +27,9 @@ pub struct NodeStatus {
     pub addresses: Vec<SocketAddr>,
     /// The node's devices, best first.
     pub devices: Vec<DeviceReport>,
+    /// The GPUs of the machine, with their latest measurements.
+    #[serde(default)]
+    pub gpus: BTreeMap<PciAddress, GpuStatus>,
     /// The devices that have failed. Their shards run on the fallback.
     #[serde(default)]
     pub failed_devices: BTreeMap<DeviceId, DeviceTrouble>,
@@ -87,6 +91,7 @@ impl NodeStatus {
             name,
             addresses,
             devices,
+            gpus: BTreeMap::new(),
             failed_devices: BTreeMap::new(),
             machine_leak: None,
             machine,
@@ -130,6 +135,8 @@ impl NodeStatus {
                 self.devices.retain(|device| device.id != report.id);
                 self.devices.push(report.clone());
             }
+            Fact::GpuFound(status) => drop(self.gpus.insert(status.gpu.address, GpuStatus::clone(status))),
+            Fact::GpusMeasured(samples) => measured(&mut self.gpus, samples),
             Fact::DeviceFailed { device, trouble } => {
                 self.failed_devices.insert(device.clone(), trouble.clone());
             }
@@ -262,6 +269,8 @@ impl InstanceStatus {
                 self.totals = *totals;
             }
             Fact::DeviceFound(_)
+            | Fact::GpuFound(_)
+            | Fact::GpusMeasured(_)
             | Fact::DeviceFailed { .. }
             | Fact::DeviceRecovered(_)
             | Fact::MachineLeaks(_)

@@ -14,7 +14,7 @@ pub use policy::{Policy, Split, SplitError, UnknownPolicy};
 pub use preview::{Preview, PreviewOutcome, preview, reason};
 pub use repair::{fits_beside, repair, why_move};
 
-use crate::core::speed::Speed;
+use crate::core::offer::Offer;
 use exo_engines::engine::DeviceId;
 use exo_engines::model::LAYERS_MAX;
 use exo_net::NodeId;
@@ -22,20 +22,6 @@ use search::{Slot, best_chain, exact_split};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-
-/// A device that can host shards.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Offer {
-    /// The device's node.
-    pub node: NodeId,
-    /// The device.
-    pub device: DeviceId,
-    /// Memory that shards may use.
-    pub free_bytes: u64,
-    /// Bytes of work ([`Demand::layer_cost_bytes`]) that the device computes per second while decoding: measured or
-    /// guessed.
-    pub speed: Speed,
-}
 
 /// The link between two nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

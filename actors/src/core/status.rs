@@ -5,6 +5,7 @@ use crate::core::plan::Placement;
 use crate::core::spec::Model;
 use crate::core::step_times::SlowDown;
 use exo_engines::engine::DeviceId;
+use exo_engines::hardware::{Gpu, GpuSample, PciAddress};
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -94,6 +95,35 @@ pub struct Machine {
     /// Memory that neither processes nor caches account for, such as that of drivers.
     #[serde(default)]
     pub unaccounted_bytes: Option<u64>,
+}
+
+/// A GPU of a machine, whether an engine uses it or not.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GpuStatus {
+    /// What the kernel tells about it.
+    pub gpu: Gpu,
+    /// Why no engine uses it; `None`: one does.
+    pub unused: Option<Unused>,
+    /// Its latest measurement; `None` before the first one.
+    pub sample: Option<GpuSample>,
+}
+
+/// Enters measurements. A GPU that was not found when the node started has none.
+pub(crate) fn measured(gpus: &mut BTreeMap<PciAddress, GpuStatus>, samples: &BTreeMap<PciAddress, GpuSample>) {
+    for (address, sample) in samples {
+        if let Some(status) = gpus.get_mut(address) {
+            status.sample = Some(sample.clone());
+        }
+    }
+}
+
+/// Why no engine uses a GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unused {
+    /// What is missing.
+    pub error: String,
+    /// Advice for the user.
+    pub remedy: String,
 }
 
 /// The phase of an instance.

@@ -44,6 +44,7 @@ fn config(secret: ClusterSecret, peers: Vec<SocketAddr>, models: &std::path::Pat
         id,
         name: "test".to_owned(),
         factories: vec![Arc::new(CpuFactory::new(1))],
+        disabled_devices: Vec::new(),
         models,
         limits: PlannerLimits::default(),
         hang_timeouts: HangTimeouts::default(),
@@ -226,7 +227,7 @@ async fn hostile_member_process() {
 }
 
 fn resident_bytes() -> u64 {
-    crate::worker::machine::measure_once().process_bytes.expect("it is measured")
+    crate::worker::machine::measure_machine().process_bytes.expect("it is measured")
 }
 
 /// A folder with a tiny model, its tokenizer included.

@@ -5,15 +5,15 @@ use crate::core::members::{DeviceOffer, MemberReport};
 use crate::core::spec::InstanceId;
 use crate::core::speed::{Estimate, Speed};
 use crate::transport::protocol::ControlMessage;
-use crate::worker::machine::measure_once;
+use crate::worker::machine::measure_machine;
 use exo_engines::engine::DeviceReport;
 
 /// Measures free memory at once: shards released some, and the leader may wait for it.
-pub(super) fn measure_machine(planner: &PlannerRef) {
+pub(super) fn measure_again(planner: &PlannerRef) {
     let planner = planner.clone();
     tokio::task::spawn_blocking(move || {
         // The planner may have stopped.
-        let _ = planner.send_message(PlannerMsg::MachineMeasured(measure_once()));
+        let _ = planner.send_message(PlannerMsg::MachineMeasured(measure_machine()));
     });
 }
 
@@ -29,6 +29,7 @@ impl PlannerState {
             name: self.args.name.clone(),
             addresses: self.args.addresses.clone(),
             devices: self.args.devices.iter().map(device).collect(),
+            gpus: self.args.gpus.clone(),
             machine: self.args.machine.clone(),
             memory_limit_bytes: self.args.limits.memory_bytes,
             releasing_bytes: self.releasing_bytes(),

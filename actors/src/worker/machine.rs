@@ -9,8 +9,13 @@ pub fn host_name() -> String {
     System::host_name().ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "node".to_owned())
 }
 
-/// Measures the machine once.
-pub(crate) fn measure_once() -> Machine {
+/// This process, and those of its engines.
+pub(crate) fn own_processes() -> Vec<u32> {
+    [std::process::id()].into_iter().chain(live_processes()).collect()
+}
+
+/// Measures the machine once. A value that cannot be read is `None`.
+pub fn measure_machine() -> Machine {
     System::new().map(|mut system| measure(&mut system)).unwrap_or_default()
 }
 
@@ -18,8 +23,7 @@ pub(crate) fn measure_once() -> Machine {
 pub(crate) fn measure(system: &mut System) -> Machine {
     system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
     system.refresh_cpu_usage();
-    let own = [std::process::id()].into_iter().chain(live_processes());
-    let processes: Vec<Pid> = own.map(Pid::from_u32).collect();
+    let processes: Vec<Pid> = own_processes().into_iter().map(Pid::from_u32).collect();
     let memory = ProcessRefreshKind::nothing().with_memory();
     system.refresh_processes_specifics(ProcessesToUpdate::Some(&processes), true, memory);
     let resident = processes.iter().filter_map(|pid| system.process(*pid)).map(sysinfo::Process::memory);

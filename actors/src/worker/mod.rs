@@ -6,6 +6,7 @@
 //! ```
 
 pub(crate) mod device;
+pub(crate) mod discovery;
 mod draws;
 pub(crate) mod engine_thread;
 mod heartbeat;

@@ -61,6 +61,7 @@ impl Client {
             cluster: None,
             id,
             factories,
+            disabled_devices: Vec::new(),
             models,
             limits: PlannerLimits::default(),
             hang_timeouts: HangTimeouts::default(),

@@ -98,6 +98,8 @@ impl EngineFactory for FakeFactory {
             name: "fake".to_owned(),
             compute_units: None,
             tier: "fake".to_owned(),
+            memory: DeviceMemory::Shared,
+            gpu: None,
         }]
     }
 
@@ -347,6 +349,7 @@ impl World {
             cluster: None,
             id: exo_net::Identity::ephemeral().expect("random bytes").node_id(),
             factories,
+            disabled_devices: Vec::new(),
             models: ModelsConfig {
                 folders: vec![folder.path().to_owned()],
                 hub_endpoint: None,

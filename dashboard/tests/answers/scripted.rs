@@ -78,6 +78,8 @@ impl EngineFactory for ScriptedFactory {
             name: "scripted".to_owned(),
             compute_units: None,
             tier: "scripted".to_owned(),
+            memory: DeviceMemory::Shared,
+            gpu: None,
         }]
     }
 
@@ -150,6 +152,7 @@ impl World {
             cluster: None,
             id: exo_net::Identity::ephemeral().expect("random bytes").node_id(),
             factories: vec![Arc::new(ScriptedFactory { script: vocabulary.ids(script) })],
+            disabled_devices: Vec::new(),
             models: ModelsConfig {
                 folders: vec![folder.path().to_owned()],
                 hub_endpoint: None,

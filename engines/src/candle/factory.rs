@@ -2,7 +2,7 @@
 
 use super::CandleBackend;
 use crate::decoder::DecoderEngine;
-use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory, ProcessNeed};
+use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory, ProcessNeed};
 use crate::error::EngineError;
 use candle_core::Device;
 
@@ -26,15 +26,7 @@ impl EngineFactory for CandleFactory {
     }
 
     fn probe(&self) -> Vec<DeviceReport> {
-        let units = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        vec![DeviceReport {
-            id: DeviceId(Self::DEVICE.to_owned()),
-            kind: DeviceKind::Cpu,
-            engine: self.name().to_owned(),
-            name: std::env::consts::ARCH.to_owned(),
-            compute_units: u32::try_from(units).ok(),
-            tier: "reference".to_owned(),
-        }]
+        vec![DeviceReport::of_cpu(Self::DEVICE, self.name(), "reference")]
     }
 
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {

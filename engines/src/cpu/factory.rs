@@ -2,7 +2,7 @@
 
 use super::{CpuBackend, Tier};
 use crate::decoder::DecoderEngine;
-use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory};
+use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory};
 use crate::error::EngineError;
 
 /// A factory of engines on this machine's CPU.
@@ -35,15 +35,7 @@ impl EngineFactory for CpuFactory {
     }
 
     fn probe(&self) -> Vec<DeviceReport> {
-        let units = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        vec![DeviceReport {
-            id: DeviceId(Self::DEVICE.to_owned()),
-            kind: DeviceKind::Cpu,
-            engine: self.name().to_owned(),
-            name: std::env::consts::ARCH.to_owned(),
-            compute_units: u32::try_from(units).ok(),
-            tier: self.tier.name().to_owned(),
-        }]
+        vec![DeviceReport::of_cpu(Self::DEVICE, self.name(), self.tier.name())]
     }
 
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {

@@ -35,7 +35,7 @@ use crate::backend::{
     AttentionWeights, Backend, Batch, FeedForwardWeights, LayerState, Linear, LinearData, MatrixShape, MixerWeights,
     Norm, TensorData,
 };
-use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
+use crate::engine::{ActivationBits, DeviceRates, KvElement, TopLogits, TopQuery};
 use crate::error::{DeviceFault, EngineError};
 use crate::format::FormatError;
 use crate::logits;
@@ -213,6 +213,13 @@ impl Backend for CpuBackend {
 
     fn take_profile(&mut self) -> Profile {
         std::mem::take(&mut self.profile)
+    }
+
+    fn measure(&mut self) -> Result<DeviceRates, EngineError> {
+        let Limits { read_bytes_per_s, byte_operations_per_s } = self.limits()?;
+        // An operation is half a product of bytes, and a weight times a 16-bit activation takes two products.
+        let multiplications_per_s = Some(byte_operations_per_s / 4.0);
+        Ok(DeviceRates { read_bytes_per_s: Some(read_bytes_per_s), multiplications_per_s })
     }
 
     fn set_activations(&mut self, bits: ActivationBits) -> Result<(), EngineError> {

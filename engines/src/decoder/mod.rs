@@ -16,8 +16,8 @@ pub use pages::{PageError, PageTable};
 use crate::backend::{Backend, Batch, LayerState, Span};
 use crate::collective::{AllReduce, SingleRank};
 use crate::engine::{
-    Engine, Incarnation, Input, LoadProgress, LoadReport, Output, OutputRows, PAGE_TOKENS, Row, RowQuery, Scores,
-    SelfTestReport, SeqId, ShardSpec, Step, StepId, WarmUpReport,
+    DeviceRates, Engine, Incarnation, Input, LoadProgress, LoadReport, Output, OutputRows, PAGE_TOKENS, Row, RowQuery,
+    Scores, SelfTestReport, SeqId, ShardSpec, Step, StepId, WarmUpReport,
 };
 use crate::error::{DeviceFault, EngineError};
 use crate::model::WeightSource;
@@ -96,6 +96,11 @@ impl<B: Backend> Engine for DecoderEngine<B> {
     fn self_test(&mut self) -> Result<SelfTestReport, EngineError> {
         self.loaded = None;
         Ok(SelfTestReport { step: self_test::run(&mut self.backend)? })
+    }
+
+    fn measure(&mut self) -> Result<DeviceRates, EngineError> {
+        self.loaded = None;
+        self.backend.measure()
     }
 
     fn warm_up(&mut self) -> Result<WarmUpReport, EngineError> {

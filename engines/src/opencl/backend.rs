@@ -2,6 +2,7 @@
 
 use super::attention::DeviceBatch;
 use super::cache::Cache;
+use super::limits;
 use super::products::{Chosen, ExpertInput, TILE};
 use super::programs::KernelSet;
 use super::queue::Arg;
@@ -11,7 +12,7 @@ use crate::arithmetic;
 use crate::backend::{
     Backend, Batch, FeedForwardWeights, LayerState, LinearData, MatrixShape, MixerWeights, Norm, Router, TensorData,
 };
-use crate::engine::{ActivationBits, KvElement, TopLogits, TopQuery};
+use crate::engine::{ActivationBits, DeviceRates, KvElement, TopLogits, TopQuery};
 use crate::error::EngineError;
 use crate::logits;
 use crate::model::{Rope, Weighting};
@@ -82,6 +83,10 @@ impl Backend for OpenClBackend {
     type Logits = Rows;
     type Cache = Cache;
     type Batch = DeviceBatch;
+
+    fn measure(&mut self) -> Result<DeviceRates, EngineError> {
+        limits::measure(self)
+    }
 
     fn set_activations(&mut self, bits: ActivationBits) -> Result<(), EngineError> {
         self.bits = bits;

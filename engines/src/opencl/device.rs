@@ -1,31 +1,15 @@
-//! The OpenCL devices of this machine.
+//! What kernels need of a device.
 
 use super::fault::{fault, unsupported};
-use crate::engine::{DeviceId, DeviceKind, DeviceReport};
 use crate::error::{DeviceFault, EngineError};
-use opencl3::device::{
-    CL_DEVICE_TYPE_ALL, CL_DEVICE_TYPE_CPU, CL_DEVICE_TYPE_GPU, CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT, CL_FP_DENORM,
-    CL_FP_ROUND_TO_NEAREST, Device,
-};
-use opencl3::platform::get_platforms;
-use parking_lot::Mutex;
+use opencl3::device::{CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT, CL_FP_DENORM, CL_FP_ROUND_TO_NEAREST, Device};
 
 /// The work-items of a work-group of all kernels: `WORK_GROUP_SIZE` in `functions.cl`.
 pub(super) const WORK_GROUP_SIZE: usize = 64;
 
-/// A device, and its report.
-#[derive(Debug, Clone)]
-pub(super) struct Found {
-    pub(super) device: Device,
-    pub(super) report: DeviceReport,
-}
-
 /// What single precision has to have for the arithmetic of the engines. `fma` rounds correctly on every device, even on
 /// one that computes it in software, and so has no bit `CL_FP_FMA` (OpenCL C, relative error of math functions).
 const NEEDED: [(u64, &str); 2] = [(CL_FP_DENORM, "denormal numbers"), (CL_FP_ROUND_TO_NEAREST, "rounding to nearest")];
-
-/// Taken while platforms are asked: some runtimes fail when two threads start them at once.
-static ASKING: Mutex<()> = Mutex::new(());
 
 /// How kernels divide and take roots with the right rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,14 +22,13 @@ pub(super) enum Division {
 }
 
 impl Division {
-    /// Chooses the division of a device.
-    pub(super) fn of(found: &Found) -> Result<Self, EngineError> {
-        let id = &found.report.id.0;
+    /// Chooses the division of a device, which errors call `id`.
+    pub(super) fn of(device: &Device, id: &str) -> Result<Self, EngineError> {
         let ask = |error| fault(id, "asking for its arithmetic", error);
-        let single = found.device.single_fp_config().map_err(ask)?;
-        let double = found.device.double_fp_config().map_err(ask)?;
+        let single = device.single_fp_config().map_err(ask)?;
+        let double = device.double_fp_config().map_err(ask)?;
         let refused = |what: &str| EngineError::Device {
-            device: id.clone(),
+            device: id.to_owned(),
             fault: DeviceFault::Driver,
             what: format!("it has no {what}, which exact results need"),
         };
@@ -71,6 +54,8 @@ impl Division {
 /// What a device can hold and start.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
+    /// All memory, in bytes.
+    pub(super) memory_bytes: u64,
     /// The largest buffer, in bytes.
     pub(super) buffer_max_bytes: u64,
     /// The local memory of a work-group, in bytes.
@@ -78,41 +63,19 @@ pub(super) struct Limits {
 }
 
 impl Limits {
-    pub(super) fn of(found: &Found) -> Result<Self, EngineError> {
-        let ask = |error| fault(&found.report.id.0, "asking for its limits", error);
-        let size = found.device.max_work_group_size().map_err(ask)?;
+    /// Asks a device, which errors call `id`.
+    pub(super) fn of(device: &Device, id: &str) -> Result<Self, EngineError> {
+        let ask = |error| fault(id, "asking for its limits", error);
+        let size = device.max_work_group_size().map_err(ask)?;
         if size < WORK_GROUP_SIZE {
             let what = format!("a device with work-groups of {size} work-items");
             return Err(unsupported(what));
         }
-        let buffer_max_bytes = found.device.max_mem_alloc_size().map_err(ask)?;
-        Ok(Self { buffer_max_bytes, local_bytes: found.device.local_mem_size().map_err(ask)? })
+        let buffer_max_bytes = device.max_mem_alloc_size().map_err(ask)?;
+        Ok(Self {
+            memory_bytes: device.global_mem_size().map_err(ask)?,
+            buffer_max_bytes,
+            local_bytes: device.local_mem_size().map_err(ask)?,
+        })
     }
-}
-
-/// Lists the GPUs of all platforms, or the CPU devices, which serve tests. A platform that cannot be asked has none.
-pub(super) fn find(kind: DeviceKind) -> Vec<Found> {
-    let _asking = ASKING.lock();
-    let platforms = get_platforms().unwrap_or_else(|error| {
-        tracing::debug!(%error, "no OpenCL platform");
-        Vec::new()
-    });
-    let wanted = match kind {
-        DeviceKind::Gpu => CL_DEVICE_TYPE_GPU,
-        DeviceKind::Cpu => CL_DEVICE_TYPE_CPU,
-    };
-    let ids = platforms.iter().flat_map(|platform| platform.get_devices(CL_DEVICE_TYPE_ALL).unwrap_or_default());
-    let devices = ids.map(Device::new).filter(|device| device.dev_type().is_ok_and(|kinds| kinds & wanted != 0));
-    let report = |(number, device): (usize, Device)| {
-        let report = DeviceReport {
-            id: DeviceId(format!("{}:{number}", super::OpenClFactory::NAME)),
-            kind,
-            engine: super::OpenClFactory::NAME.to_owned(),
-            name: device.name().unwrap_or_default().trim().to_owned(),
-            compute_units: device.max_compute_units().ok(),
-            tier: "portable".to_owned(),
-        };
-        Found { device, report }
-    };
-    devices.enumerate().map(report).collect()
 }

@@ -1,35 +1,37 @@
 //! The factory of OpenCL engines.
 
 use super::OpenClBackend;
-use super::device::{self, Found};
+use super::listing::{self, Family, Found};
 use crate::decoder::DecoderEngine;
-use crate::engine::{DeviceId, DeviceKind, DeviceReport, Engine, EngineFactory, ProcessNeed};
+use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory, ProcessNeed, Runtime};
 use crate::error::{DeviceFault, EngineError};
 
-/// A factory of engines on OpenCL devices of one kind.
+/// A factory of engines on the OpenCL devices of one family.
 #[derive(Debug, Clone, Copy)]
 pub struct OpenClFactory {
-    kind: DeviceKind,
+    family: Family,
 }
 
 impl OpenClFactory {
-    /// The name of the engine.
-    pub const NAME: &'static str = "opencl";
-
-    /// Creates a factory of engines on this machine's GPUs.
-    pub fn gpus() -> Self {
-        Self { kind: DeviceKind::Gpu }
+    /// Creates a factory of engines on Intel's GPUs: `intel:0`, …
+    pub fn intel() -> Self {
+        Self { family: Family::Intel }
     }
 
-    /// Creates a factory of engines on OpenCL runtimes for the CPU. They are slow, and serve tests.
+    /// Creates a factory of engines on GPUs of other vendors: `opencl:0`, …
+    pub fn other_gpus() -> Self {
+        Self { family: Family::OtherGpus }
+    }
+
+    /// Creates a factory of engines on OpenCL runtimes for the CPU: `opencl-cpu:0`, … They are slow, and serve tests.
     pub fn cpu_runtimes() -> Self {
-        Self { kind: DeviceKind::Cpu }
+        Self { family: Family::CpuRuntimes }
     }
 }
 
 impl EngineFactory for OpenClFactory {
     fn name(&self) -> &'static str {
-        Self::NAME
+        self.family.engine()
     }
 
     fn process_need(&self) -> ProcessNeed {
@@ -37,7 +39,11 @@ impl EngineFactory for OpenClFactory {
     }
 
     fn probe(&self) -> Vec<DeviceReport> {
-        device::find(self.kind).into_iter().map(|found| found.report).collect()
+        listing::find(self.family).into_iter().map(|found| found.report).collect()
+    }
+
+    fn runtime(&self) -> Runtime {
+        listing::runtime()
     }
 
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
@@ -48,7 +54,7 @@ impl EngineFactory for OpenClFactory {
             what: "its driver does not list it".to_owned(),
         };
         let is_it = |found: &Found| found.report.id == *device;
-        let found = device::find(self.kind).into_iter().find(is_it).ok_or_else(no_device)?;
+        let found = listing::find(self.family).into_iter().find(is_it).ok_or_else(no_device)?;
         Ok(Box::new(DecoderEngine::new(OpenClBackend::new(&found)?)))
     }
 }

@@ -23,5 +23,5 @@ pub(super) fn fault(device: &str, what: &str, error: ClError) -> EngineError {
 
 /// The error of something that the engine cannot do.
 pub(super) fn unsupported(what: String) -> EngineError {
-    EngineError::Unsupported { engine: super::OpenClFactory::NAME.to_owned(), what }
+    EngineError::Unsupported { engine: "opencl".to_owned(), what }
 }

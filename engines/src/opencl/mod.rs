@@ -1,6 +1,7 @@
 //! The OpenCL engine: the whole decoder of a shard on a GPU of any vendor, by kernels in OpenCL C.
 //!
 //! ```text
+//! platforms ─listing.rs─► devices, with their reports (report.rs) ─factory.rs─► engine
 //! files ─coded.rs─► packed rows ─weights.rs─► device memory
 //! a step: rows ─► kernels (rows.cl, products.cl, attention.cl), queued in order ─► scores
 //!         begin    mix, feed_forward, add                                           finish: the last wait
@@ -21,10 +22,13 @@ mod coded;
 mod device;
 mod factory;
 mod fault;
+mod limits;
+mod listing;
 mod pace;
 mod products;
 mod programs;
 mod queue;
+mod report;
 mod rows;
 mod scratch;
 mod weights;

@@ -14,6 +14,7 @@ const FUNCTIONS: &str = include_str!("kernels/functions.cl");
 const ROWS: &str = include_str!("kernels/rows.cl");
 const PRODUCTS: &str = include_str!("kernels/products.cl");
 const ATTENTION: &str = include_str!("kernels/attention.cl");
+const LIMITS: &str = include_str!("kernels/limits.cl");
 
 /// The options of all programs. `functions.cl` turns contraction off, and without `-cl-denorms-are-zero` denormal
 /// numbers are kept.
@@ -26,6 +27,8 @@ pub(super) enum KernelSet {
     /// Products with weights of a coding, of this many rows at a time.
     Products(Coded, usize),
     Attention(KvElement),
+    /// Measurements of the device.
+    Limits,
 }
 
 /// The compiled kernels of a device.
@@ -70,6 +73,7 @@ impl Programs {
     fn build(&self, context: &Context, set: KernelSet) -> Result<Program, EngineError> {
         let (source, defines) = match set {
             KernelSet::Rows => (ROWS, String::new()),
+            KernelSet::Limits => (LIMITS, String::new()),
             KernelSet::Products(coded, tile) => (PRODUCTS, format!("-DTILE={tile} {}", coded.defines())),
             KernelSet::Attention(KvElement::F16) => (ATTENTION, "-DCACHE=16".to_owned()),
             KernelSet::Attention(KvElement::F32) => (ATTENTION, "-DCACHE=32".to_owned()),

@@ -1,7 +1,8 @@
 //! A device's memory and its queue: kernels run in order, and nothing spins while it waits.
 
-use super::device::{Division, Found, Limits, WORK_GROUP_SIZE};
+use super::device::{Division, Limits, WORK_GROUP_SIZE};
 use super::fault::fault;
+use super::listing::Found;
 use super::pace::Pace;
 use super::programs::{KernelSet, Programs};
 use crate::error::EngineError;
@@ -60,7 +61,7 @@ pub(super) struct Queue {
 impl Queue {
     pub(super) fn new(found: &Found) -> Result<Self, EngineError> {
         let id = found.report.id.0.clone();
-        let (division, limits) = (Division::of(found)?, Limits::of(found)?);
+        let (division, limits) = (Division::of(&found.device, &id)?, Limits::of(&found.device, &id)?);
         let context = Context::from_device(&found.device).map_err(|error| fault(&id, "creating a context", error))?;
         // SAFETY: the queue has no properties, so it runs in order.
         let queue = unsafe { CommandQueue::create(&context, found.device.id(), 0) };

@@ -1,7 +1,8 @@
 //! Rows of activations on the device, and the kernels over them.
 
-use super::device::{Found, WORK_GROUP_SIZE};
+use super::device::WORK_GROUP_SIZE;
 use super::fault::unsupported;
+use super::listing::Found;
 use super::programs::KernelSet;
 use super::queue::{Arg, Queue, integer};
 use super::scratch::{Pool, Scratch};

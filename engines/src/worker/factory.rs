@@ -4,7 +4,7 @@ use super::channel::Channel;
 use super::process::WorkerCommand;
 use super::proxy::WorkerEngine;
 use super::shared_memory::SharedMemory;
-use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory, ProcessNeed};
+use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory, ProcessNeed, Runtime};
 use crate::error::EngineError;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -27,6 +27,20 @@ impl WorkerFactory {
     /// [`serve`](super::serve()) with an equal factory.
     pub fn new(factory: Arc<dyn EngineFactory>, command: WorkerCommand) -> Self {
         Self { factory, command }
+    }
+
+    /// Starts a process, and asks it something before an engine is open.
+    fn ask<T: Send + 'static>(&self, ask: fn(&mut WorkerEngine) -> Result<T, EngineError>) -> Result<T, String> {
+        let (factory, (answered, answer)) = (self.clone(), sync_channel(1));
+        // A process that the kernel does not release is waited for there, not here.
+        let thread = std::thread::Builder::new().name("device-list".to_owned()).spawn(move || {
+            let started = factory.open_worker(&DeviceId(String::new()));
+            // Sending fails if the receiver has given up.
+            let _ = answered.send(started.and_then(|mut worker| ask(&mut worker)));
+        });
+        thread.map_err(|error| error.to_string())?;
+        let answer = answer.recv_timeout(LIST_THREAD_WITHIN).map_err(|_| "the process does not end".to_owned())?;
+        answer.map_err(|error| format!("{error}; {}", error.remedy()))
     }
 
     fn open_worker(&self, device: &DeviceId) -> Result<WorkerEngine, EngineError> {
@@ -55,21 +69,17 @@ impl EngineFactory for WorkerFactory {
         if self.factory.process_need() != ProcessNeed::Required {
             return self.factory.probe();
         }
-        let (factory, (listed, reports)) = (self.clone(), sync_channel(1));
-        // A process that the kernel does not release is waited for there, not here.
-        let thread = std::thread::Builder::new().name("device-list".to_owned()).spawn(move || {
-            let started = factory.open_worker(&DeviceId(String::new()));
-            // Sending fails if the receiver has given up.
-            let _ = listed.send(started.and_then(|mut worker| worker.devices()));
-        });
-        let listed = thread.map_err(|error| error.to_string()).and_then(|_| {
-            let listed = reports.recv_timeout(LIST_THREAD_WITHIN).map_err(|_| "the process does not end".to_owned())?;
-            listed.map_err(|error| format!("{error}; {}", error.remedy()))
-        });
-        listed.unwrap_or_else(|what| {
+        self.ask(WorkerEngine::devices).unwrap_or_else(|what| {
             tracing::warn!(engine = self.name(), what, "devices cannot be listed");
             Vec::new()
         })
+    }
+
+    fn runtime(&self) -> Runtime {
+        if self.factory.process_need() != ProcessNeed::Required {
+            return self.factory.runtime();
+        }
+        self.ask(WorkerEngine::runtime).unwrap_or_else(|what| Runtime::Failed { what })
     }
 
     fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {

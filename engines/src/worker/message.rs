@@ -1,8 +1,8 @@
 //! The messages between a node and its worker, and their encoding. No other module of this crate uses bincode.
 
 use crate::engine::{
-    DeviceId, DeviceReport, LoadProgress, LoadReport, RowQuery, RowScores, SelfTestReport, ShardSpec, Step,
-    WarmUpReport,
+    DeviceId, DeviceRates, DeviceReport, LoadProgress, LoadReport, RowQuery, RowScores, Runtime, SelfTestReport,
+    ShardSpec, Step, WarmUpReport,
 };
 use crate::error::EngineError;
 use crate::model::WeightSource;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 
 /// The version of the messages. A worker of another version is refused.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// The longest message, in bytes: the tensors of a shard with many experts take a few MiB.
 pub(super) const MESSAGE_BYTES_MAX: usize = 64 << 20;
@@ -46,6 +46,12 @@ pub(super) enum Request<'a> {
         /// The most detailed level of events that the node logs.
         log: LogLevel,
     },
+    /// Tells what an engine needs at run time, and what is there of it.
+    Runtime {
+        engine: Cow<'a, str>,
+        /// The most detailed level of events that the node logs.
+        log: LogLevel,
+    },
     /// Opens an engine.
     Open {
         engine: Cow<'a, str>,
@@ -54,6 +60,7 @@ pub(super) enum Request<'a> {
         log: LogLevel,
     },
     SelfTest,
+    Measure,
     /// Replies are [`Reply::Progress`], then [`Reply::Loaded`].
     Load {
         shard: Cow<'a, ShardSpec>,
@@ -78,8 +85,10 @@ pub(super) enum Request<'a> {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Reply {
     Devices(Vec<DeviceReport>),
+    Runtime(Runtime),
     Opened,
     Tested(SelfTestReport),
+    Measured(DeviceRates),
     Progress(LoadProgress),
     Loaded(LoadReport),
     WarmedUp(WarmUpReport),

@@ -22,6 +22,7 @@ mod process;
 mod proxy;
 mod serve;
 mod shared_memory;
+mod shorten;
 mod stderr;
 
 use std::time::Duration;

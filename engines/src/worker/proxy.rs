@@ -5,10 +5,11 @@ use super::channel::{Channel, ChannelError, VALUES_MAX};
 use super::check::Shape;
 use super::message::{Hello, LogLevel, Reply, Request};
 use super::process::Process;
+use super::shorten::{self, TEXT_MAX};
 use super::stderr::Stderr;
 use crate::engine::{
-    DeviceId, DeviceReport, Engine, EngineProcess, Input, LoadProgress, LoadReport, Output, OutputRows, RowQuery,
-    Scores, SelfTestReport, ShardSpec, Step, WarmUpReport,
+    DeviceId, DeviceRates, DeviceReport, Engine, EngineProcess, Input, LoadProgress, LoadReport, Output, OutputRows,
+    RowQuery, Runtime, Scores, SelfTestReport, ShardSpec, Step, WarmUpReport,
 };
 use crate::error::EngineError;
 use crate::model::WeightSource;
@@ -23,10 +24,6 @@ use std::time::Duration;
 const GREETS_WITHIN: Duration = Duration::from_secs(30);
 /// How long drivers may take to list their devices. Those of many GPUs that sleep take long.
 const LISTS_WITHIN: Duration = Duration::from_secs(60);
-/// The most devices of one engine.
-const DEVICES_MAX: usize = 64;
-/// The most characters of a text from a worker.
-const TEXT_MAX: usize = 2000;
 
 /// An engine in a worker.
 #[derive(Debug)]
@@ -56,19 +53,38 @@ impl WorkerEngine {
 
     /// Lists the devices of the engine.
     pub(super) fn devices(&mut self) -> Result<Vec<DeviceReport>, EngineError> {
+        let (engine, log) = (Cow::Borrowed(self.engine), LogLevel::of_this_process());
+        match self.list(&Request::Probe { engine, log }, "a list of devices")? {
+            Reply::Devices(mut devices) => {
+                shorten::devices(&mut devices);
+                Ok(devices)
+            }
+            _ => Err(self.broken("a reply to another request than one for devices")),
+        }
+    }
+
+    /// Tells what the engine needs at run time.
+    pub(super) fn runtime(&mut self) -> Result<Runtime, EngineError> {
+        let (engine, log) = (Cow::Borrowed(self.engine), LogLevel::of_this_process());
+        match self.list(&Request::Runtime { engine, log }, "a list of runtimes")? {
+            Reply::Runtime(mut runtime) => {
+                shorten::runtime(&mut runtime);
+                Ok(runtime)
+            }
+            _ => Err(self.broken("a reply to another request than one for runtimes")),
+        }
+    }
+
+    /// Asks something before an engine is open.
+    fn list(&mut self, request: &Request<'_>, what: &str) -> Result<Reply, EngineError> {
         self.greet()?;
-        self.request(&Request::Probe { engine: Cow::Borrowed(self.engine), log: LogLevel::of_this_process() }, &[])?;
+        self.request(request, &[])?;
         let channel = self.channel.as_mut().ok_or(EngineError::NotLoaded)?;
         let received = channel.set_patience(Some(LISTS_WITHIN)).map_err(ChannelError::from);
         match received.and_then(|()| channel.receive(0)) {
-            Ok((Reply::Devices(mut devices), _)) => {
-                devices.truncate(DEVICES_MAX);
-                devices.iter_mut().for_each(shorten);
-                Ok(devices)
-            }
             Ok((Reply::Failed(error), _)) => Err(error.shortened(TEXT_MAX)),
-            Ok(_) => Err(self.broken("a reply to another request than one for devices")),
-            Err(error) => Err(self.silent("a list of devices", LISTS_WITHIN, error)),
+            Ok((reply, _)) => Ok(reply),
+            Err(error) => Err(self.silent(what, LISTS_WITHIN, error)),
         }
     }
 
@@ -182,19 +198,20 @@ impl WorkerEngine {
     }
 }
 
-/// Limits the texts of a report: another process may send any.
-fn shorten(report: &mut DeviceReport) {
-    for text in [&mut report.id.0, &mut report.engine, &mut report.name, &mut report.tier] {
-        *text = text.chars().filter(|c| !c.is_control()).take(TEXT_MAX).collect();
-    }
-}
-
 impl Engine for WorkerEngine {
     fn self_test(&mut self) -> Result<SelfTestReport, EngineError> {
         self.open()?;
         match self.ask(&Request::SelfTest, &[], 0)?.0 {
             Reply::Tested(report) => Ok(report),
             _ => Err(self.broken("a reply to another request than a self-test")),
+        }
+    }
+
+    fn measure(&mut self) -> Result<DeviceRates, EngineError> {
+        self.open()?;
+        match self.ask(&Request::Measure, &[], 0)?.0 {
+            Reply::Measured(rates) => Ok(rates),
+            _ => Err(self.broken("a reply to another request than a measurement")),
         }
     }
 

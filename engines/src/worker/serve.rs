@@ -4,7 +4,7 @@ use super::channel::{Channel, ChannelError, VALUES_MAX};
 use super::message::{Hello, Reply, Request};
 use super::shared_memory::SharedMemory;
 use super::{RELEASE_WITHIN, log};
-use crate::engine::{Engine, EngineFactory, Input, Output, OutputRows, Scores};
+use crate::engine::{Engine, EngineFactory, Input, Output, OutputRows, Runtime, Scores};
 use crate::error::EngineError;
 use rustix::process::{Signal, getpid, kill_process};
 use std::io;
@@ -161,16 +161,25 @@ impl Worker<'_> {
         }
     }
 
+    fn factory(&self, engine: &str) -> Option<&Arc<dyn EngineFactory>> {
+        self.factories.iter().find(|factory| factory.name() == engine)
+    }
+
     fn answer(&mut self, request: Request<'static>, values: Vec<f32>) -> Result<(Reply, Vec<f32>), EngineError> {
         if let Request::Probe { engine, log } = request {
             log::set_level(log);
-            let factory = self.factories.iter().find(|factory| factory.name() == engine);
-            return Ok((Reply::Devices(factory.map(|factory| factory.probe()).unwrap_or_default()), Vec::new()));
+            let devices = self.factory(&engine).map(|factory| factory.probe()).unwrap_or_default();
+            return Ok((Reply::Devices(devices), Vec::new()));
+        }
+        if let Request::Runtime { engine, log } = request {
+            log::set_level(log);
+            let runtime = self.factory(&engine).map_or(Runtime::BuiltIn, |factory| factory.runtime());
+            return Ok((Reply::Runtime(runtime), Vec::new()));
         }
         if let Request::Open { engine, device, log } = request {
             log::set_level(log);
-            let factory = self.factories.iter().find(|factory| factory.name() == engine);
-            let factory = factory
+            let factory = self
+                .factory(&engine)
                 .ok_or_else(|| EngineError::NoDevice { engine: engine.into_owned(), device: device.to_string() })?;
             self.engine = Some(factory.open(&device)?);
             return Ok((Reply::Opened, Vec::new()));
@@ -178,6 +187,7 @@ impl Worker<'_> {
         let engine = self.engine.as_mut().ok_or(EngineError::NotLoaded)?;
         match request {
             Request::SelfTest => Ok((Reply::Tested(engine.self_test()?), Vec::new())),
+            Request::Measure => Ok((Reply::Measured(engine.measure()?), Vec::new())),
             Request::Load { shard, weights } => {
                 let channel = &mut self.channel;
                 let report = engine.load(&shard, &weights, &mut |progress| match channel
@@ -200,7 +210,7 @@ impl Worker<'_> {
             Request::Logits { row } => Ok((Reply::Logits, engine.logits(row)?)),
             Request::WarmUp => Ok((Reply::WarmedUp(engine.warm_up()?), Vec::new())),
             Request::TakeProfile => Ok((Reply::Profile(Box::new(engine.take_profile())), Vec::new())),
-            Request::Open { .. } | Request::Probe { .. } => {
+            Request::Open { .. } | Request::Probe { .. } | Request::Runtime { .. } => {
                 Err(EngineError::BadStep { what: "a second engine".to_owned() })
             }
         }

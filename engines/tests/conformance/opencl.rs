@@ -30,7 +30,8 @@ impl EngineFactory for One {
 
 fn devices() -> Vec<One> {
     let of = |factory: OpenClFactory| factory.probe().into_iter().map(move |report| One(factory, report));
-    let devices: Vec<One> = of(OpenClFactory::gpus()).chain(of(OpenClFactory::cpu_runtimes())).collect();
+    let factories = [OpenClFactory::intel(), OpenClFactory::other_gpus(), OpenClFactory::cpu_runtimes()];
+    let devices: Vec<One> = factories.into_iter().flat_map(of).collect();
     if devices.is_empty() {
         println!("SKIPPED: there is no OpenCL device here, so the OpenCL engine was not tested");
     }

@@ -2,30 +2,38 @@
 
 use super::{Leader, RoundContext};
 use crate::core::desired::Deployment;
-use crate::core::members::Members;
-use crate::core::plan::Offer;
+use crate::core::members::{MemberReport, Members};
+use crate::core::offer::{MemoryPool, Offer};
 use crate::core::spec::InstanceId;
+use crate::core::speed::Speed;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Memory of each node, in bytes.
+/// The assumed speed of a CPU that was not measured, relative to the slowest better device of its node: about what the
+/// bandwidths of their memories differ by at least.
+const CPU_SPEED_GUESS: f64 = 0.25;
+
+/// Bytes in each pool of memory of each node.
+pub(super) type PoolBytes = BTreeMap<(NodeId, MemoryPool), u64>;
+
+/// Memory of each pool, in bytes.
 #[derive(Debug)]
 pub(super) struct Memory {
     /// Bytes that deployments promise to shards.
-    promised: BTreeMap<NodeId, u64>,
+    promised: PoolBytes,
     /// Bytes that shards hold, and that count as free.
-    freed: BTreeMap<NodeId, u64>,
+    freed: PoolBytes,
 }
 
 impl Memory {
     /// Counts the memory that a deployment holds `before` and not `after` as free.
-    pub(super) fn give_back(&mut self, before: &BTreeMap<NodeId, u64>, after: &BTreeMap<NodeId, u64>) {
-        for (node, before) in before {
-            let saved = before.saturating_sub(after.get(node).copied().unwrap_or(0));
-            let promised = self.promised.entry(*node).or_default();
+    pub(super) fn give_back(&mut self, before: &PoolBytes, after: &PoolBytes) {
+        for (pool, before) in before {
+            let saved = before.saturating_sub(after.get(pool).copied().unwrap_or(0));
+            let promised = self.promised.entry(pool.clone()).or_default();
             *promised = promised.saturating_sub(saved);
-            let freed = self.freed.entry(*node).or_default();
+            let freed = self.freed.entry(pool.clone()).or_default();
             *freed = freed.saturating_add(saved);
         }
     }
@@ -35,8 +43,9 @@ impl Leader {
     /// The memory that running instances hold. Memory of the instances in `except` counts as free.
     pub(super) fn memory(&self, round: &RoundContext<'_>, except: &BTreeSet<InstanceId>) -> Memory {
         let others = round.desired.running().filter(|(id, ..)| !except.contains(id));
-        let promised = memory_by_node(others.map(|(.., deployment)| deployment));
-        let freed = memory_by_node(except.iter().filter_map(|id| round.desired.get(*id)?.deployment()));
+        let promised = memory_by_pool(round.members, others.map(|(.., deployment)| deployment));
+        let excepted = except.iter().filter_map(|id| round.desired.get(*id)?.deployment());
+        let freed = memory_by_pool(round.members, excepted);
         Memory { promised, freed }
     }
 
@@ -67,6 +76,33 @@ impl Leader {
         offers
     }
 
+    /// The offers, with the CPU of each node whose better devices have memory of their own: a model that these cannot
+    /// hold takes the machine's memory, too.
+    pub(super) fn with_cpus(
+        &self,
+        round: &RoundContext<'_>,
+        for_instance: Option<InstanceId>,
+        memory: &Memory,
+        offers: &[Offer],
+    ) -> Vec<Offer> {
+        let mut all = offers.to_vec();
+        for (&node, member) in &round.members.0 {
+            let Some(cpu) = member.fallback().map(|cpu| &cpu.report.id) else { continue };
+            let mut here = offers.iter().filter(|offer| offer.node == node).peekable();
+            let is_offered = here.peek().is_some() && here.all(|offer| offer.pool != MemoryPool::Machine);
+            if !is_offered || for_instance.is_some_and(|id| self.is_excluded(round, id, node, cpu)) {
+                continue;
+            }
+            let of_node = offers.iter().filter(|offer| offer.node == node).map(|offer| offer.speed);
+            let slowest = of_node.min_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
+            let cpus = self.all_offers(round, Some(cpu), node, memory);
+            all.extend(
+                cpus.into_iter().filter(|offer| offer.node == node).map(|offer| guess_cpu(member, offer, slowest)),
+            );
+        }
+        all
+    }
+
     pub(super) fn all_offers(
         &self,
         round: &RoundContext<'_>,
@@ -80,22 +116,36 @@ impl Leader {
         members.sort_by_key(|(node, _)| **node != near);
         let mut offers = Vec::new();
         for (node, report) in members {
-            let promised = promised.get(node).copied().unwrap_or(0);
-            let freed = freed.get(node).copied().unwrap_or(0);
-            offers.extend(report.offers(*node, promised, freed, device, guess));
+            let of = |bytes: &PoolBytes, pool: &MemoryPool| bytes.get(&(*node, pool.clone())).copied().unwrap_or(0);
+            let here = promised.iter().filter(|((of, _), _)| of == node).map(|(_, bytes)| *bytes);
+            let all_promised = here.fold(0, u64::saturating_add);
+            let held = |pool: &MemoryPool| (of(promised, pool), of(freed, pool));
+            offers.extend(report.offers(*node, held, all_promised, device, guess));
         }
         offers
     }
 }
 
-/// The bytes that deployments promise to shards on each node.
-pub(super) fn memory_by_node<'a>(deployment: impl Iterator<Item = &'a Deployment>) -> BTreeMap<NodeId, u64> {
-    let mut promised = BTreeMap::new();
-    for stage in deployment.flat_map(|deployment| &deployment.placement.stages) {
-        let bytes: &mut u64 = promised.entry(stage.node).or_default();
+/// The bytes that deployments promise to shards in each pool of memory.
+pub(super) fn memory_by_pool<'a>(members: &Members, deployments: impl Iterator<Item = &'a Deployment>) -> PoolBytes {
+    let mut promised = PoolBytes::new();
+    for stage in deployments.flat_map(|deployment| &deployment.placement.stages) {
+        let member = members.0.get(&stage.node);
+        let pool = member.map_or(MemoryPool::Machine, |member| member.pool(&stage.device));
+        let bytes = promised.entry((stage.node, pool)).or_default();
         *bytes = bytes.saturating_add(stage.memory_bytes);
     }
     promised
+}
+
+/// The offer of a member's CPU. If it was not measured, its speed is that of the `slowest` better device times a guess.
+pub(super) fn guess_cpu(member: &MemberReport, offer: Offer, slowest: Option<Speed>) -> Offer {
+    match (member.fallback().and_then(|cpu| cpu.speed), slowest) {
+        (None, Some(Speed { bytes_per_s, spread })) => {
+            Offer { speed: Speed { bytes_per_s: bytes_per_s * CPU_SPEED_GUESS, spread }, ..offer }
+        }
+        _ => offer,
+    }
 }
 
 /// The assumed speed of a device that was not measured: the median of the measured ones, in bytes per second.

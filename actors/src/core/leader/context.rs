@@ -1,11 +1,12 @@
 //! The contexts of instances: as long as memory allows, and shorter where something else needs the memory.
 
-use super::capacity::memory_by_node;
+use super::capacity::memory_by_pool;
 use super::{Leader, PlacementRequest, RoundContext, shard_count};
 use crate::core::context::Context;
 use crate::core::desired::{Deployment, MoveStrategy, Target};
 use crate::core::members::Members;
-use crate::core::plan::{Demand, Links, Offer, Placement, PlanError, ShardCount, place};
+use crate::core::offer::Offer;
+use crate::core::plan::{Demand, Links, Placement, PlanError, ShardCount, place};
 use crate::core::spec::InstanceId;
 use exo_engines::engine::PAGE_TOKENS;
 use exo_net::NodeId;
@@ -90,8 +91,9 @@ impl Leader {
             .collect();
         let mut memory = self.memory(round, &own.into_iter().collect());
         for (id, deployment, _) in &shorter {
-            let before = memory_by_node(round.desired.get(*id).and_then(|entry| entry.deployment()).into_iter());
-            let after = memory_by_node(std::iter::once(deployment));
+            let current = round.desired.get(*id).and_then(|entry| entry.deployment());
+            let before = memory_by_pool(round.members, current.into_iter());
+            let after = memory_by_pool(round.members, std::iter::once(deployment));
             memory.give_back(&before, &after);
         }
         let offers = self.offers_of(round, own, ask.spec.device.as_ref(), near, &memory);

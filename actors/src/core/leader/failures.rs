@@ -1,13 +1,11 @@
 //! Devices that failed an instance, and what they and their nodes offer it since.
 
-use super::capacity::Memory;
+use super::capacity::{Memory, guess_cpu};
 use super::{Leader, RoundContext};
 use crate::core::desired::Deployment;
-use crate::core::members::MemberReport;
-use crate::core::plan::Offer;
+use crate::core::offer::{MemoryPool, Offer};
 use crate::core::request::RequestError;
 use crate::core::spec::InstanceId;
-use crate::core::speed::Speed;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
 use std::collections::BTreeMap;
@@ -18,9 +16,6 @@ const EXCLUDED_FOR: Duration = Duration::from_secs(60);
 /// How long the memory that a device had when it ran out of it bounds what is placed there. Each try in vain loads a
 /// model and lets its users wait.
 const BOUNDED_FOR: Duration = Duration::from_secs(3600);
-/// The assumed speed of a CPU that was not measured, relative to the slowest better device of its node: about what the
-/// bandwidths of their memories differ by at least.
-const CPU_SPEED_GUESS: f64 = 0.25;
 
 /// A device that failed an instance.
 #[derive(Debug)]
@@ -120,7 +115,7 @@ impl Leader {
         let near = deployment.owner().unwrap_or(round.own);
         let mut offers = self.all_offers(round, device, near, memory);
         self.add_used(round, deployment, memory, &mut offers);
-        // By node: the bytes that devices offer which ran out of memory. They may share its memory with the CPU.
+        // By node: the bytes of the machine's memory that devices offer which ran out of it. The CPU shares it.
         let mut short: BTreeMap<NodeId, u64> = BTreeMap::new();
         let mut left = Vec::new();
         for mut offer in offers {
@@ -129,7 +124,8 @@ impl Leader {
                 Some(Cause::Other) => {}
                 Some(Cause::Memory { free_bytes }) => {
                     offer.free_bytes = offer.free_bytes.min(free_bytes.unwrap_or(0));
-                    *short.entry(offer.node).or_default() += offer.free_bytes;
+                    let shared = if offer.pool == MemoryPool::Machine { offer.free_bytes } else { 0 };
+                    *short.entry(offer.node).or_default() += shared;
                     left.push(offer);
                 }
             }
@@ -168,8 +164,8 @@ impl Leader {
         memory: &Memory,
         offers: &mut Vec<Offer>,
     ) {
-        let Some(cpu) = round.members.0.get(&node).and_then(MemberReport::fallback) else { return };
-        let device = &cpu.report.id;
+        let Some(member) = round.members.0.get(&node) else { return };
+        let Some(device) = member.fallback().map(|cpu| &cpu.report.id) else { return };
         let is_its = |offer: &Offer| (offer.node, &offer.device) == (node, device);
         offers.retain(|offer| !is_its(offer));
         if self.failure(round, id, node, device).is_some() {
@@ -178,10 +174,7 @@ impl Leader {
         let better = offers.iter().filter(|offer| offer.node == node).map(|offer| offer.speed);
         let slowest = better.min_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
         let Some(offer) = self.all_offers(round, Some(device), node, memory).into_iter().find(is_its) else { return };
-        let speed = match (cpu.speed, slowest) {
-            (None, Some(Speed { bytes_per_s, spread })) => Speed { bytes_per_s: bytes_per_s * CPU_SPEED_GUESS, spread },
-            _ => offer.speed,
-        };
-        offers.push(Offer { free_bytes: offer.free_bytes.saturating_sub(used_bytes), speed, ..offer });
+        let offer = guess_cpu(member, offer, slowest);
+        offers.push(Offer { free_bytes: offer.free_bytes.saturating_sub(used_bytes), ..offer });
     }
 }

@@ -1,9 +1,10 @@
 //! Repairs of instances that lost a shard's device, and moves of instances to better placements.
 
-use super::capacity::memory_by_node;
+use super::capacity::memory_by_pool;
 use super::{BrokenShard, Leader, PlacementRequest, RoundContext, shard_count};
 use crate::core::desired::{Deployment, MoveStrategy, Target};
-use crate::core::plan::{Offer, Placement, PlanError, ShardCount, Stage, fits_beside, place, repair, why_move};
+use crate::core::offer::{MemoryPool, Offer};
+use crate::core::plan::{Placement, PlanError, ShardCount, Stage, fits_beside, place, repair, why_move};
 use crate::core::request::RequestError;
 use crate::core::spec::{InstanceId, Model};
 use exo_net::NodeId;
@@ -57,10 +58,14 @@ impl Leader {
         }
     }
 
-    /// Shortens the context of the latest instance on an overcommitted node, or moves the instance off the node, or
-    /// stops it: two leaders that did not see each other may both have filled the node.
-    fn move_off(&self, round: &mut RoundContext<'_>, node: NodeId) {
-        let is_there = |deployment: &Deployment| deployment.placement.stages.iter().any(|stage| stage.node == node);
+    /// Shortens the context of the latest instance in an overcommitted pool of memory, or moves the instance out of it,
+    /// or stops it: two leaders that did not see each other may both have filled the pool.
+    fn move_off(&self, round: &mut RoundContext<'_>, node: NodeId, pool: &MemoryPool) {
+        let uses = |stage: &Stage| {
+            let member = round.members.0.get(&node);
+            stage.node == node && member.is_some_and(|member| member.pool(&stage.device) == *pool)
+        };
+        let is_there = |deployment: &Deployment| deployment.placement.stages.iter().any(uses);
         let there = round.desired.running().filter(|(.., deployment)| is_there(deployment));
         let Some((id, _, deployment)) = there.max_by_key(|(_, stamp, _)| *stamp) else { return };
         let deployment = deployment.clone();
@@ -76,13 +81,13 @@ impl Leader {
         round.set(id, target);
     }
 
-    /// Moves an instance off each node whose promised memory exceeds its total memory.
+    /// Moves an instance out of each pool of memory of which more is promised than there is.
     pub(super) fn resolve_overcommit(&self, round: &mut RoundContext<'_>) {
-        let promised = memory_by_node(round.desired.running().map(|(.., deployment)| deployment));
-        for (node, promised_bytes) in promised {
-            let total = round.members.0.get(&node).and_then(|report| report.machine.memory_total_bytes);
+        let promised = memory_by_pool(round.members, round.desired.running().map(|(.., deployment)| deployment));
+        for ((node, pool), promised_bytes) in promised {
+            let total = round.members.0.get(&node).and_then(|report| report.pool_total_bytes(&pool));
             if total.is_some_and(|total| promised_bytes > total) {
-                self.move_off(round, node);
+                self.move_off(round, node, &pool);
             }
         }
     }
@@ -96,9 +101,16 @@ impl Leader {
         deployment: &Deployment,
         except: &BTreeSet<InstanceId>,
     ) -> Result<Deployment, PlanError> {
-        let offers = self.offers_anew(round, id, deployment, &self.memory(round, except));
-        let links = round.members.links();
-        let (context, demand, placement) = ask_of(deployment).place(&offers, &links, &ShardCount::Automatic)?;
+        let memory = self.memory(round, except);
+        let (offers, links) = (self.offers_anew(round, id, deployment, &memory), round.members.links());
+        let ask = ask_of(deployment);
+        let (context, demand, placement) = match ask.place(&offers, &links, &ShardCount::Automatic) {
+            Err(PlanError::DoesNotFit { .. }) if ask.spec.device.is_none() => {
+                let offers = self.with_cpus(round, Some(id), &memory, &offers);
+                ask.place(&offers, &links, &ShardCount::Automatic)
+            }
+            placed => placed,
+        }?;
         let model = Model { context, ..deployment.model.clone() };
         Ok(Deployment { model, demand, placement, strategy: MoveStrategy::InPlace, ..deployment.clone() })
     }

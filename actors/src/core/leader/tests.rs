@@ -95,9 +95,10 @@ impl Cluster {
     }
 
     fn run(&mut self, spec: ModelSpec) -> InstanceId {
-        self.leader.handle_request(id(1), ask(spec));
+        self.leader.handle_request(id(1), ask(spec.clone()));
         self.rounds(1);
-        self.desired.running().next().expect("the model is placed").0
+        let mut running = self.desired.running();
+        running.find(|(.., deployment)| deployment.spec == spec).expect("the model is placed").0
     }
 
     /// Removes all members' links to a node.

@@ -1,7 +1,8 @@
 //! A placement explained in words and figures.
 
-use super::{Demand, Links, Offer, Placement, PlanError, Policy, ShardCount, place, token_seconds};
+use super::{Demand, Links, Placement, PlanError, Policy, ShardCount, place, token_seconds};
 use crate::core::context::Context;
+use crate::core::offer::Offer;
 use exo_net::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;

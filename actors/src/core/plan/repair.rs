@@ -1,6 +1,7 @@
 //! Changes of a placement when devices appear or are lost.
 
-use super::{Demand, Link, Links, Offer, Placement, Policy, Stage, slowest_seconds, stage, token_seconds};
+use super::{Demand, Link, Links, Placement, Policy, Stage, slowest_seconds, stage, token_seconds};
+use crate::core::offer::Offer;
 use crate::core::speed::Speed;
 use exo_engines::engine::DeviceId;
 use exo_net::NodeId;
@@ -91,11 +92,17 @@ fn links_at_bounds(links: &Links, only: &Placement, not: &Placement, bound: impl
 }
 
 /// Whether a placement fits beside the shards of the current one. The free memory in `offers` excludes those shards.
+/// Shards on a device without an offer count for all memory of their node.
 pub fn fits_beside(current: &Placement, better: &Placement, offers: &[Offer]) -> bool {
     let is_there = |index: usize| current.stages.get(index) == better.stages.get(index);
+    let pool = |stage: &Stage| {
+        let offer = offers.iter().find(|offer| is_on(stage, offer.node, &offer.device));
+        offer.map(|offer| offer.pool.clone())
+    };
+    let new: Vec<_> = better.stages.iter().enumerate().filter(|(index, _)| !is_there(*index)).collect();
     offers.iter().all(|offer| {
-        let more =
-            better.stages.iter().enumerate().filter(|(index, stage)| stage.node == offer.node && !is_there(*index));
-        more.map(|(_, stage)| stage.memory_bytes).fold(0, u64::saturating_add) <= offer.free_bytes
+        let uses = |stage: &Stage| stage.node == offer.node && pool(stage).is_none_or(|pool| pool == offer.pool);
+        let more = new.iter().filter(|(_, stage)| uses(stage)).map(|(_, stage)| stage.memory_bytes);
+        more.fold(0, u64::saturating_add) <= offer.free_bytes
     })
 }

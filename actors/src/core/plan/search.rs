@@ -1,6 +1,7 @@
 //! The search: dynamic programming over (devices of the chain, its last device, layers placed so far).
 
-use super::{Demand, Links, Offer, Policy, Stage, stage};
+use super::{Demand, Links, Policy, Stage, stage};
+use crate::core::offer::Offer;
 use std::collections::BTreeSet;
 use std::ops::Range;
 

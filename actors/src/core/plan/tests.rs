@@ -1,6 +1,8 @@
 //! Placements, compared with those of an exhaustive search.
 
 use super::*;
+use crate::core::offer::MemoryPool;
+use crate::core::speed::Speed;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -27,6 +29,7 @@ fn offers(free: &[(u64, f64)]) -> Vec<Offer> {
     let offer = |(index, &(free_bytes, bytes_per_s)): (usize, &(u64, f64))| Offer {
         node,
         device: DeviceId(format!("gpu:{index}")),
+        pool: MemoryPool::Machine,
         free_bytes,
         speed: Speed { bytes_per_s, spread: 1.0 },
     };
@@ -287,6 +290,7 @@ fn of_nodes(devices: &[(u64, u32)]) -> Vec<Offer> {
     let offer = |&(free_bytes, speed): &(u64, u32)| Offer {
         node: node(),
         device: DeviceId("gpu:0".to_owned()),
+        pool: MemoryPool::Machine,
         free_bytes,
         speed: Speed { bytes_per_s: f64::from(speed), spread: 1.0 },
     };

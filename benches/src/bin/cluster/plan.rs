@@ -1,7 +1,8 @@
 //! The time to plan a placement, compared with a limit of 100 ms, which users do not notice.
 
 use exo_actors::NodeId;
-use exo_actors::core::plan::{Demand, Link, Links, Offer, Policy, ShardCount, place};
+use exo_actors::core::offer::{MemoryPool, Offer};
+use exo_actors::core::plan::{Demand, Link, Links, Policy, ShardCount, place};
 use exo_actors::core::speed::Speed;
 use exo_engines::engine::DeviceId;
 use std::collections::BTreeMap;
@@ -28,6 +29,7 @@ pub(crate) fn bench(repeat: usize) -> anyhow::Result<()> {
     let offer = |(index, &node): (usize, &NodeId)| Offer {
         node,
         device: DeviceId("gpu:0".to_owned()),
+        pool: MemoryPool::Machine,
         free_bytes: (3 + index as u64 % 5) << 30,
         speed: Speed { bytes_per_s: 1e11 + 1e9 * index as f64, spread: 1.0 },
     };

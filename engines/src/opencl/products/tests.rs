@@ -1,16 +1,15 @@
 //! Products with weights of every type, compared with the arithmetic to the bit.
 
-use super::super::device;
+use super::super::listing::{Family, find};
 use super::*;
 use crate::arithmetic::{activations, products, weights};
 use crate::backend::{Backend, LinearData, MatrixShape, TensorData};
 use crate::cpu::test_weights;
-use crate::engine::DeviceKind;
 use crate::format::{ElementType, TensorBytes};
 
 /// The backends of all OpenCL devices here. Without any, the tests say so and test nothing.
 fn backends() -> Vec<OpenClBackend> {
-    let found: Vec<_> = [DeviceKind::Gpu, DeviceKind::Cpu].into_iter().flat_map(device::find).collect();
+    let found: Vec<_> = [Family::Intel, Family::OtherGpus, Family::CpuRuntimes].into_iter().flat_map(find).collect();
     if found.is_empty() {
         println!("SKIPPED: there is no OpenCL device here, so nothing was tested");
     }

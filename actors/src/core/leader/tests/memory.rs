@@ -1,7 +1,7 @@
 //! Devices that run out of memory.
 
 use super::*;
-use crate::core::members::DeviceOffer;
+use crate::core::members::{DeviceOffer, card_at};
 use crate::core::request::RequestError;
 use crate::core::speed::Speed;
 use exo_engines::engine::{DeviceKind, DeviceReport};
@@ -18,6 +18,24 @@ fn member_with_gpu(gigabytes: u64, bytes_per_s: f64, links: &[u64]) -> MemberRep
     let speed = Some(Speed { bytes_per_s, spread: 1.0 });
     member.devices = vec![DeviceOffer { report, speed }, DeviceOffer { report: cpu, speed: None }];
     member
+}
+
+/// A member whose best devices are cards with memory of their own.
+fn member_with_cards(gigabytes: u64, cards: &[u64], links: &[u64]) -> MemberReport {
+    let mut member = member(gigabytes, 10e9, links);
+    let cpu = member.devices.pop().expect("a CPU").report;
+    let card = |(number, gigabytes): (usize, &u64)| {
+        let report = card_at(&format!("0000:0{number}:00.0"), gigabytes * GB);
+        let id = DeviceId(format!("intel:{number}"));
+        DeviceOffer { report: DeviceReport { id, ..report }, speed: Some(Speed { bytes_per_s: 100e9, spread: 1.0 }) }
+    };
+    member.devices = cards.iter().enumerate().map(card).collect();
+    member.devices.push(DeviceOffer { report: cpu, speed: None });
+    member
+}
+
+fn card(number: u64) -> DeviceId {
+    DeviceId(format!("intel:{number}"))
 }
 
 impl Cluster {
@@ -79,4 +97,41 @@ fn a_full_gpu_is_not_tried_again_and_again() {
     }
     cluster.rounds(60);
     assert_eq!(cluster.layers_on(instance, 3, &gpu()), 8, "{:?}", cluster.placement(instance));
+}
+
+/// R1.5, R7.1–R7.5: a model of 8 GB that no card can hold alone is split over two, and leaves the CPU alone.
+#[test]
+fn a_model_is_split_over_the_cards_of_a_machine() {
+    let mut cluster = Cluster::of(vec![(1, member_with_cards(64, &[6, 6], &[]))]);
+    let instance = cluster.run(ModelSpec::new("m"));
+    let layers = [card(0), card(1), cpu()].map(|device| cluster.layers_on(instance, 1, &device));
+    assert!(layers[0] > 0 && layers[1] > 0 && layers[0] + layers[1] == 8, "{layers:?}");
+}
+
+/// R1.5, R7.1–R7.5: what a card cannot hold goes to the CPU of its machine, and stays there; a card that can hold a
+/// model shares it with nobody.
+#[test]
+fn the_cpu_helps_a_card_that_is_too_small() {
+    for (gigabytes, on_card) in [(6, 5), (20, 8)] {
+        let mut cluster = Cluster::of(vec![(1, member_with_cards(64, &[gigabytes], &[]))]);
+        let instance = cluster.run(ModelSpec::new("m"));
+        let layers = || (cluster.layers_on(instance, 1, &card(0)), cluster.layers_on(instance, 1, &cpu()));
+        assert_eq!(layers(), (on_card, 8 - on_card), "a card of {gigabytes} GB");
+        let placement = cluster.placement(instance).clone();
+        cluster.rounds(120);
+        assert_eq!(*cluster.placement(instance), placement);
+    }
+}
+
+/// R7.1–R7.5: a card's memory and the machine's are promised apart: a model on the CPU takes nothing from the card.
+#[test]
+fn models_on_the_cpu_leave_cards_their_memory() {
+    let member = MemberReport { memory_limit_bytes: None, ..member_with_cards(12, &[10], &[]) };
+    let mut cluster = Cluster::of(vec![(1, member)]);
+    let on_cpu = cluster.run(ModelSpec { device: Some(cpu()), ..ModelSpec::new("on-cpu") });
+    let on_card = cluster.run(ModelSpec::new("m"));
+    assert_eq!(cluster.layers_on(on_cpu, 1, &cpu()), 8);
+    assert_eq!(cluster.layers_on(on_card, 1, &card(0)), 8);
+    cluster.rounds(60);
+    assert_eq!((cluster.layers_on(on_cpu, 1, &cpu()), cluster.layers_on(on_card, 1, &card(0))), (8, 8));
 }
