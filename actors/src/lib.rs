@@ -30,5 +30,5 @@ pub use gateway::Generation;
 pub use node::{ClusterConfig, Lagged, NodeConfig, NodeHandle, Subscription, start};
 pub use planner::{PlannerLimits, RunningModel, fresh_seed};
 pub use transport::protocol::{Revision, Revisions};
-pub use worker::discovery::{Discovery, discover};
+pub use worker::discovery::{Discovery, ask_runtime, discover};
 pub use worker::machine::{host_name, measure_machine};

@@ -12,7 +12,7 @@ use crate::core::status::Machine;
 use crate::planner::{PlannerMsg, PlannerRef};
 use crate::transport::callback::Facts;
 use crate::worker::machine::{measure, own_processes};
-use exo_engines::hardware::{Gpu, GpuMonitor, GpuSample, PciAddress, Root};
+use exo_engines::hardware::{Gpu, GpuMonitor, GpuSample, PciAddress, SystemRoot};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use std::collections::BTreeMap;
@@ -21,6 +21,8 @@ use sysinfo::System;
 
 /// How often the machine is measured.
 const EVERY: Duration = Duration::from_secs(1);
+/// How long a measurement of the GPUs may take: a card that was asleep needs a second.
+const GPUS_WITHIN: Duration = Duration::from_secs(15);
 /// How much the memory of drivers may grow without an alarm, in bytes: a desktop's windows take less.
 const DRIVER_SLACK: u64 = 1 << 30;
 
@@ -29,6 +31,8 @@ pub(crate) enum MonitorMsg {
     Tick,
     /// A measurement has finished, and gives the sampler back.
     Sampled(Box<System>, Machine),
+    /// The sampler of the GPUs is ready.
+    GpusReady(Box<GpuMonitor>),
     /// A measurement of the GPUs has finished, and gives the sampler back.
     GpusSampled(Box<GpuMonitor>, BTreeMap<PciAddress, GpuSample>),
 }
@@ -48,6 +52,9 @@ pub(crate) struct MonitorState {
     system: Option<Box<System>>,
     /// The sampler of the GPUs; `None` while it measures. A driver may take seconds to answer, or hang.
     gpus: Option<Box<GpuMonitor>>,
+    addresses: Vec<PciAddress>,
+    /// Since when the sampler of the GPUs has not come back.
+    gpus_since: Option<Instant>,
     started: Instant,
     watch: MemoryWatch,
 }
@@ -69,12 +76,21 @@ impl Actor for Monitor {
         // A machine that cannot be measured is shown as unknown.
         let system = System::new().map(Box::new).map_err(|error| tracing::warn!(%error, "cannot measure this machine"));
         let found = std::mem::take(&mut args.gpus);
-        // Loading a vendor's library takes a while.
-        let gpus = tokio::task::spawn_blocking(|| Box::new(GpuMonitor::new(Root::default(), found))).await?;
+        let addresses = found.iter().map(|gpu| gpu.address).collect();
+        if !found.is_empty() {
+            // Loading a vendor's library takes a while, and a broken driver may never return.
+            let myself = myself.clone();
+            tokio::task::spawn_blocking(move || {
+                let gpus = Box::new(GpuMonitor::new(SystemRoot::default(), found));
+                let _ = myself.send_message(MonitorMsg::GpusReady(gpus));
+            });
+        }
         Ok(MonitorState {
             args,
             system: system.ok(),
-            gpus: Some(gpus),
+            gpus: None,
+            addresses,
+            gpus_since: None,
             started: Instant::now(),
             watch: MemoryWatch::default(),
         })
@@ -103,10 +119,10 @@ impl Actor for Monitor {
                 let _ = state.args.planner.send_message(PlannerMsg::MachineMeasured(machine.clone()));
                 state.args.facts.tell(Fact::MachineMeasured(machine));
             }
+            MonitorMsg::GpusReady(gpus) => state.gpus = Some(gpus),
             MonitorMsg::GpusSampled(gpus, samples) => {
-                state.gpus = Some(gpus);
-                let _ = state.args.planner.send_message(PlannerMsg::GpusMeasured(samples.clone()));
-                state.args.facts.tell(Fact::GpusMeasured(samples));
+                (state.gpus, state.gpus_since) = (Some(gpus), None);
+                state.tell_gpus(samples);
             }
         }
         Ok(())
@@ -114,14 +130,27 @@ impl Actor for Monitor {
 }
 
 impl MonitorState {
-    /// Starts a measurement of the GPUs, unless one still runs or there are none.
+    /// Starts a measurement of the GPUs. While one still runs, none starts; one that does not end leaves all unknown.
     fn sample_gpus(&mut self, myself: &ActorRef<MonitorMsg>) {
-        let Some(mut gpus) = self.gpus.take_if(|gpus| !gpus.gpus().is_empty()) else { return };
+        if let Some(since) = self.gpus_since
+            && since.elapsed() > GPUS_WITHIN
+        {
+            self.gpus_since = None;
+            tracing::warn!("a driver does not answer: the GPUs are not measured any more, until it does");
+            self.tell_gpus(self.addresses.iter().map(|&address| (address, GpuSample::default())).collect());
+        }
+        let Some(mut gpus) = self.gpus.take() else { return };
+        self.gpus_since = Some(Instant::now());
         let (myself, elapsed) = (myself.clone(), self.started.elapsed());
         tokio::task::spawn_blocking(move || {
             let samples = gpus.sample(elapsed, &own_processes());
             let _ = myself.send_message(MonitorMsg::GpusSampled(gpus, samples));
         });
+    }
+
+    fn tell_gpus(&self, samples: BTreeMap<PciAddress, GpuSample>) {
+        let _ = self.args.planner.send_message(PlannerMsg::GpusMeasured(samples.clone()));
+        self.args.facts.tell(Fact::GpusMeasured(samples));
     }
 
     /// Reports memory that no process has, if it grows or returns.

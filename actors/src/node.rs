@@ -31,6 +31,7 @@ use crate::worker::links::LinkRegistry;
 use crate::worker::machine::measure_machine;
 use crate::worker::{LocalDevice, Worker, WorkerArgs, WorkerFact, WorkerMsg, WorkerRef};
 use exo_engines::engine::{DeviceKind, DeviceReport, EngineFactory};
+use exo_engines::hardware::SystemRoot;
 use exo_net::{Network, NetworkEvent, NodeId, WireType};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use ractor_cluster::RactorMessage;
@@ -190,7 +191,10 @@ async fn start_children(myself: &NodeRef, config: NodeConfig) -> Result<NodeActo
     let models_args = ModelsArgs { config: config.models, router: router.clone() };
     let (models, _) = Models::spawn_linked(None, Models, models_args, cell()).await?;
     let (factories, disabled) = (config.factories, config.disabled_devices);
-    let found = tokio::task::spawn_blocking(move || discover(&factories, &disabled)).await?;
+    let found = tokio::task::spawn_blocking(move || discover(&factories, &disabled, &SystemRoot::default())).await?;
+    for name in &found.unknown {
+        tracing::warn!(name, "a disabled device is not here: `exo-node doctor` lists the devices of this machine");
+    }
     let gpus: BTreeMap<_, _> = found.gpus.into_iter().map(|status| (status.gpu.address, status)).collect();
     for status in gpus.values() {
         facts.tell(Fact::GpuFound(Box::new(status.clone())));

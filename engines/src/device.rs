@@ -96,11 +96,11 @@ pub struct GpuReport {
     /// The work-items of a sub-group, all sizes that kernels may choose; empty if unknown.
     pub sub_group_sizes: Vec<u32>,
     /// The local memory of a work-group.
-    pub local_memory_bytes: u64,
+    pub local_memory_bytes: Option<u64>,
     /// The memory that kernels can use.
-    pub memory_bytes: u64,
+    pub memory_bytes: Option<u64>,
     /// The largest buffer.
-    pub buffer_max_bytes: u64,
+    pub buffer_max_bytes: Option<u64>,
     /// The number formats and units it has.
     pub units: ComputeUnits,
     /// The OpenCL platform that lists it.

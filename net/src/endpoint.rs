@@ -59,7 +59,7 @@ const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 /// The most data streams of one peer at once: requests, pipeline links and weights.
 const DATA_STREAMS_MAX: u32 = 1024;
 /// The kernel's socket buffers: smaller ones lose datagrams of a burst, and QUIC waits for their retransmission.
-const SOCKET_BYTES: usize = 4 << 20;
+pub const SOCKET_BYTES: usize = 4 << 20;
 
 /// The reason that a node gives when it stops.
 pub(crate) const LEAVING: &[u8] = b"leaving";

@@ -37,7 +37,7 @@ pub use control::{CONTROL_FRAME_BYTES_MAX, ControlStream, cluster_name, session_
 pub use departure::Departure;
 pub use dial::{DialPolicy, Source};
 pub use dial_failure::DialFailure;
-pub use endpoint::BindError;
+pub use endpoint::{BindError, SOCKET_BYTES};
 pub use frame::{
     Announced, FrameError, FrameReader, FrameWriter, PAYLOAD_BYTES_MAX, Payload, Received, UnknownWireType, WireType,
 };

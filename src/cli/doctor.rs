@@ -13,24 +13,25 @@ mod hardware;
 mod network;
 
 use super::bare_engine::threads_or_cores;
-use super::client::NodeClient;
 use super::events::printable;
 use super::outcome::Outcome;
 use crate::config::Directories;
 use crate::{Isolation, node};
 use clap::Args;
+use devices::Measuring;
 use exo_actors::core::status::GpuStatus;
-use exo_actors::{Discovery, discover};
+use exo_actors::{Discovery, ask_runtime, discover};
+use exo_engines::hardware::SystemRoot;
 use serde::Serialize;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   exo-node doctor
   exo-node doctor --json | jq '.checks[] | select(.verdict != \"ok\")'
 
-Exit codes: 0 nothing fails, 1 something fails.")]
+Exit codes: 0 no check fails, 1 a check fails or doctor itself does, 2 wrong usage.")]
 pub(super) struct DoctorArguments {
     /// Do not compute on devices: no self-tests, no speeds
     #[arg(long)]
@@ -57,7 +58,8 @@ enum Verdict {
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Check {
-    area: &'static str,
+    /// What kind of thing it is, for scripts: `AREA.KIND`.
+    id: &'static str,
     subject: String,
     verdict: Verdict,
     found: String,
@@ -65,26 +67,20 @@ struct Check {
 }
 
 impl Check {
-    fn ok(area: &'static str, subject: impl Into<String>, found: impl Into<String>) -> Self {
-        Self { area, subject: subject.into(), verdict: Verdict::Ok, found: found.into(), remedy: None }
+    fn ok(id: &'static str, subject: impl Into<String>, found: impl Into<String>) -> Self {
+        Self { id, subject: subject.into(), verdict: Verdict::Ok, found: found.into(), remedy: None }
     }
 
-    fn warn(
-        area: &'static str,
-        subject: impl Into<String>,
-        found: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self { verdict: Verdict::Warn, remedy: Some(remedy.into()), ..Self::ok(area, subject, found) }
+    fn warn(id: &'static str, subject: impl Into<String>, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Warn, remedy: Some(remedy.into()), ..Self::ok(id, subject, found) }
     }
 
-    fn fail(
-        area: &'static str,
-        subject: impl Into<String>,
-        found: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self { verdict: Verdict::Fail, remedy: Some(remedy.into()), ..Self::ok(area, subject, found) }
+    fn fail(id: &'static str, subject: impl Into<String>, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Fail, remedy: Some(remedy.into()), ..Self::ok(id, subject, found) }
+    }
+
+    fn area(&self) -> &'static str {
+        self.id.split('.').next().unwrap_or(self.id)
     }
 }
 
@@ -99,35 +95,30 @@ struct Report {
 
 pub(super) async fn run(arguments: DoctorArguments) -> anyhow::Result<Outcome> {
     let directories = Directories::from_environment()?;
-    let data_dir = arguments.data_dir.clone().unwrap_or_else(|| directories.data.clone());
-    let is_running = matches!(NodeClient::find(&data_dir).await, Ok(Some(_)));
-    let is_measured = !arguments.no_measure;
-    let report =
-        tokio::task::spawn_blocking(move || diagnose(&directories, &data_dir, is_running, is_measured)).await??;
+    let data_dir = arguments.data_dir.unwrap_or_else(|| directories.data.clone());
+    let measuring = if arguments.no_measure { Measuring::Skip } else { Measuring::Measure };
+    let report = tokio::task::spawn_blocking(move || diagnose(&directories, &data_dir, measuring)).await??;
     match arguments.json {
         true => println!("{}", serde_json::to_string(&report)?),
         false => print!("{}", printable(&draw(&report.checks))),
     }
     match report.checks.iter().any(|check| check.verdict == Verdict::Fail) {
-        true => Ok(Outcome::Unwell),
+        true => Ok(Outcome::ChecksFailed),
         false => Ok(Outcome::Done),
     }
 }
 
 /// Looks at everything. Blocks for some seconds.
-fn diagnose(
-    directories: &Directories,
-    data_dir: &std::path::Path,
-    is_running: bool,
-    is_measured: bool,
-) -> anyhow::Result<Report> {
+fn diagnose(directories: &Directories, data_dir: &Path, measuring: Measuring) -> anyhow::Result<Report> {
     let factories = node::built_in(threads_or_cores(None), Isolation::Default, None)?;
-    let Discovery { devices: found, mut gpus } = discover(&factories, &directories.disabled_devices);
-    let devices = devices::diagnose(found, is_measured);
+    let found = discover(&factories, &directories.disabled_devices, &SystemRoot::default());
+    let Discovery { devices, disabled, unknown, mut gpus, runtime } = found;
+    let runtime = runtime.unwrap_or_else(|| ask_runtime(&factories));
+    let devices = devices::diagnose(devices, measuring, devices::test_limit());
     hardware::sample(&mut gpus);
-    let mut checks = hardware::checks(&gpus, &factories);
-    checks.extend(devices::checks(&devices));
-    checks.extend(network::checks(is_running));
+    let mut checks = hardware::checks(&gpus, runtime);
+    checks.extend(devices::checks(&devices, &disabled, &unknown));
+    checks.extend(network::checks());
     checks.extend(files::checks(data_dir, &directories.models));
     Ok(Report { version: env!("CARGO_PKG_VERSION"), checks, devices, gpus })
 }
@@ -139,8 +130,8 @@ fn draw(checks: &[Check]) -> String {
     let width = checks.iter().map(|check| check.subject.chars().count()).max().unwrap_or(0);
     for check in checks {
         // Writing to a string does not fail.
-        if check.area != area {
-            area = check.area;
+        if check.area() != area {
+            area = check.area();
             let _ = writeln!(out, "{area}");
         }
         let verdict = match check.verdict {
@@ -158,11 +149,6 @@ fn draw(checks: &[Check]) -> String {
     out
 }
 
-/// Bytes in units of 10⁹.
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,14 +156,14 @@ mod tests {
     #[test]
     fn checks_are_drawn_by_area() {
         let checks = [
-            Check::ok("hardware", "CPU", "x86_64, 8 cores"),
+            Check::ok("hardware.cpu", "CPU", "x86_64, 8 cores"),
             Check::warn(
-                "hardware",
+                "hardware.gpu",
                 "GPU 0000:03:00.0",
                 "Intel Arc B580: no runtime",
                 "sudo apt install intel-opencl-icd",
             ),
-            Check::fail("files", "data folder", "/x cannot be written", "choose another with --data-dir"),
+            Check::fail("files.data", "data folder", "/x cannot be written", "choose another with --data-dir"),
         ];
         insta::assert_snapshot!(draw(&checks));
     }

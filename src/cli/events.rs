@@ -230,6 +230,7 @@ impl Narrator {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::gpu::tests::card;
     use crate::cli::status::tests::status;
     use std::time::Duration;
 
@@ -248,6 +249,8 @@ mod tests {
         let reported = || Fact::MemberReported { node: *member, report: Box::new(report.clone()) };
         let address = "10.0.0.2:52416".parse().expect("an address");
         let facts = [
+            Fact::GpuFound(Box::new(card())),
+            Fact::GpuFound(Box::new(GpuStatus { unused: None, ..card() })),
             reported(),
             reported(),
             placed(&known.placement),

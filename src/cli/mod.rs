@@ -13,6 +13,7 @@ mod drain;
 mod engine_args;
 mod events;
 mod evict;
+mod gpu;
 mod hint;
 mod model_args;
 mod models;
@@ -117,7 +118,7 @@ pub fn main() -> ExitCode {
     runtime.shutdown_background();
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
-        Ok(Outcome::Unwell) => ExitCode::FAILURE,
+        Ok(Outcome::ChecksFailed) => ExitCode::FAILURE,
         Ok(Outcome::Interrupted) => ExitCode::from(130),
         Err(error) => fail(&error),
     }

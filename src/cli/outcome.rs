@@ -3,8 +3,8 @@
 /// How a command ended that did not fail.
 pub(super) enum Outcome {
     Done,
-    /// Done, and what was looked at is not well; the command has said so.
-    Unwell,
+    /// Done, and a check has failed, as the command has said.
+    ChecksFailed,
     /// Ended by Ctrl-C.
     Interrupted,
 }

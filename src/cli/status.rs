@@ -2,6 +2,7 @@
 
 use super::client::NodeClient;
 use super::events::printable;
+use super::gpu::{readings, slowed_by, title};
 use super::outcome::Outcome;
 use super::plan::name_of;
 use crate::config::data_folder;
@@ -111,29 +112,15 @@ fn draw_machine(out: &mut String, machine: &Machine) {
     let _ = writeln!(out, "cores    {busy} busy");
 }
 
-/// Draws a GPU with its latest measurement; unknown values are left out.
+/// Draws a GPU with its latest measurement.
 fn draw_gpu(out: &mut String, status: &GpuStatus) {
-    let GpuStatus { gpu, unused, sample } = status;
-    let mut parts = Vec::new();
-    if let Some(sample) = sample {
-        parts.extend(sample.utilisation.map(|share| format!("{:.0} % busy", share * 100.0)));
-        parts.extend(
-            sample
-                .memory_total_bytes
-                .map(|total| format!("{} of {} GB used", gigabytes(sample.memory_used_bytes), gigabytes(Some(total)))),
-        );
-        parts.extend(sample.temperature_celsius.map(|celsius| format!("{celsius:.0} °C")));
-        parts.extend(sample.power_watts.map(|watts| format!("{watts:.0} W")));
-        parts.extend(sample.clock_mhz.map(|clock| format!("{clock} MHz")));
-        let reasons = sample.throttle_reasons.as_deref().unwrap_or_default().join(", ");
-        parts.extend((!reasons.is_empty()).then(|| format!("slowed by {reasons}")));
+    let _ = writeln!(out, "gpu      {:12} {}", status.gpu.address, title(status));
+    let known = status.sample.iter().flat_map(|sample| readings(sample).into_iter().chain(slowed_by(sample)));
+    let known: Vec<String> = known.collect();
+    if !known.is_empty() {
+        let _ = writeln!(out, "         {}", known.join(", "));
     }
-    let driver = gpu.driver.as_ref().map_or("no driver", |driver| driver.name.as_str());
-    let _ = writeln!(out, "gpu      {} {}, {driver}", gpu.address, gpu.shown_name());
-    if !parts.is_empty() {
-        let _ = writeln!(out, "         {}", parts.join(", "));
-    }
-    if let Some(Unused { error, remedy }) = unused {
+    if let Some(Unused { error, remedy }) = &status.unused {
         let _ = writeln!(out, "         not used: {error}");
         let _ = writeln!(out, "         remedy: {remedy}");
     }
@@ -253,6 +240,8 @@ fn phase(instance: &InstanceStatus) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::cli::gpu::tests::card;
+    use exo_engines::hardware::GpuSample;
 
     /// The status, as a node answered it, of a cluster of two members and a peer that only one of them reaches.
     pub(crate) fn status() -> NodeStatus {
@@ -262,6 +251,26 @@ pub(super) mod tests {
     #[test]
     fn a_cluster_is_drawn() {
         insta::assert_snapshot!(draw(&status()));
+    }
+
+    /// R1.2, R2.1–R2.5: a GPU that no engine uses is drawn with what it lacks, and with what its sensors show.
+    #[test]
+    fn gpus_are_drawn() {
+        let mut out = String::new();
+        let sample = GpuSample {
+            temperature_celsius: Some(51.0),
+            throttle_reasons: Some(vec!["pl1".to_owned()]),
+            ..GpuSample::default()
+        };
+        draw_gpu(&mut out, &GpuStatus { sample: Some(sample), ..card() });
+        let lines: Vec<&str> = out.lines().map(str::trim).collect();
+        let expected = [
+            "gpu      0000:03:00.0 Intel Arc B580 [8086:e20b], a card",
+            "51 °C, slowed by pl1",
+            "not used: the kernel has no driver for it",
+            "remedy: install a newer kernel",
+        ];
+        assert_eq!(lines, expected);
     }
 
     #[test]

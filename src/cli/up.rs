@@ -23,7 +23,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The default address of the HTTP API.
-const API_DEFAULT: &str = "127.0.0.1:52415";
+pub(super) const API_DEFAULT: &str = "127.0.0.1:52415";
 /// Connections over TCP at once, if there are descriptors enough: more than a household has clients.
 const CONNECTIONS_MAX: usize = 1024;
 /// The wait for a node that a split names.

@@ -269,8 +269,8 @@ impl Leader {
         Ok(Deployment { spec, model, demand, strategy: MoveStrategy::Beside { rollback: None }, placement, reason })
     }
 
-    /// The offers to a request, and where it is placed. CPUs beside better devices are offered only to a model that does
-    /// not fit without them.
+    /// The offers to a request, and where it is placed. CPUs beside better devices are offered only to a model that
+    /// does not fit without them.
     fn find(
         &self,
         round: &RoundContext<'_>,
@@ -347,9 +347,9 @@ impl Leader {
         let idle: BTreeSet<InstanceId> = running.filter(is_idle).collect();
         let free = idle.iter().copied().chain(own).collect();
         let offers = self.offers(round, own, ask.spec.device.as_ref(), near, &free);
-        let Some(id) = idle.into_iter().min_by_key(used).filter(|_| ask.fit(round.members, &offers).is_some()) else {
-            return false;
-        };
+        let with_cpus = || self.with_cpus(round, own, &self.memory(round, &free), &offers);
+        let fits = || ask.fit(round.members, &offers).or_else(|| ask.fit(round.members, &with_cpus())).is_some();
+        let Some(id) = idle.into_iter().min_by_key(used).filter(|_| fits()) else { return false };
         tracing::info!(instance = %id, "unloading an idle model: another model needs its memory");
         self.releasing.changed = Some(round.now);
         round.set(id, Target::Stopped { error: None });

@@ -130,10 +130,10 @@ impl MemberReport {
         (self.devices.first()?.report.engine != cpu.report.engine).then_some(cpu)
     }
 
-    /// The memory that a device of the member uses. A device that has gone counts as one of the machine.
+    /// The memory that a device of the member uses. A device that has gone has a pool of its own.
     pub fn pool(&self, device: &DeviceId) -> MemoryPool {
         let known = self.devices.iter().find(|offer| offer.report.id == *device);
-        known.map_or(MemoryPool::Machine, |offer| MemoryPool::of(&offer.report))
+        known.map_or_else(|| MemoryPool::Card(device.to_string()), |offer| MemoryPool::of(&offer.report))
     }
 
     /// What is known of the memory of a device.
@@ -158,7 +158,7 @@ impl MemberReport {
     /// The size of a pool of memory; `None` if it is unknown.
     pub fn pool_total_bytes(&self, pool: &MemoryPool) -> Option<u64> {
         let device = self.devices.iter().find(|offer| MemoryPool::of(&offer.report) == *pool);
-        device.map_or(self.machine.memory_total_bytes, |offer| self.pool_memory(&offer.report).total)
+        self.pool_memory(&device?.report).total
     }
 
     /// The member's offers of `device` alone, or of all devices of its best engine. `held` tells the promised and the
@@ -324,7 +324,8 @@ mod tests {
         member.devices.extend(devices.map(|report| DeviceOffer { report, speed: None }));
         let of = |id: &str| member.pool(&DeviceId(id.to_owned()));
         assert_eq!(of("intel:0"), of("vulkan:0"));
-        assert_eq!((of("integrated:0"), of("gone:7")), (MemoryPool::Machine, MemoryPool::Machine));
+        assert_eq!(of("integrated:0"), MemoryPool::Machine);
+        assert_eq!(member.pool_total_bytes(&of("gone:7")), None, "a device that has gone takes no one's memory");
         assert_eq!(member.pool_total_bytes(&of("intel:0")), Some(8 << 30));
 
         let node = exo_net::Identity::ephemeral().expect("random bytes").node_id();

@@ -25,8 +25,8 @@ pub struct Offer {
 pub enum MemoryPool {
     /// The machine's: that of CPUs and integrated GPUs.
     Machine,
-    /// A card's own, by its PCI address: one card is one pool, whichever engines see it. By its id where no address is
-    /// known.
+    /// A card's own memory. Its key is the card's PCI address, so it is one pool, whichever engines see the card; or
+    /// the device's id where the address is unknown.
     Card(String),
 }
 

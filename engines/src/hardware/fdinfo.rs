@@ -3,9 +3,9 @@
 //! Format: the kernel's `Documentation/gpu/drm-usage-stats.rst`. Each open file of a GPU is a client; several files may
 //! be the same one. A process sees its own clients, those of its user, and as root all.
 
-use super::{PciAddress, Root, names};
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use super::{PciAddress, SystemRoot, names};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 /// A client of a GPU.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -30,30 +30,37 @@ pub(super) struct Work {
 /// Who a client is: the GPU, and the client's number there.
 pub(super) type ClientId = (PciAddress, u64);
 
-/// The clients of all processes that may be read, or of `only` these.
-pub(super) fn clients(root: &Root, only: Option<&[u32]>) -> BTreeMap<ClientId, Client> {
+/// The clients of all processes that may be read, or of `only` these, with one of `files` open.
+pub(super) fn clients(
+    root: &SystemRoot,
+    only: Option<&[u32]>,
+    files: &BTreeSet<PathBuf>,
+) -> BTreeMap<ClientId, Client> {
     let processes = match only {
         Some(processes) => processes.iter().map(u32::to_string).collect(),
         None => names(&root.path("proc")),
     };
     let is_number = |name: &String| name.bytes().all(|byte| byte.is_ascii_digit());
-    let files = processes.into_iter().filter(is_number).flat_map(|process| open_files(root, &process, "/dev/dri"));
-    let texts = files.filter_map(|file| std::fs::read_to_string(file).ok());
+    let is_one = |target: &Path| files.contains(target);
+    let open = processes.into_iter().filter(is_number).flat_map(|process| open_files(root, &process, &is_one));
+    let texts = open.filter_map(|file| std::fs::read_to_string(file).ok());
     texts.filter_map(|text| parse(&text)).collect()
 }
 
 /// Whether one of `processes` has a file open whose path begins with `path`.
-pub(super) fn have_open(root: &Root, processes: &[u32], path: &str) -> bool {
-    processes.iter().any(|process| open_files(root, &process.to_string(), path).next().is_some())
+pub(super) fn have_open(root: &SystemRoot, processes: &[u32], path: &str) -> bool {
+    let begins = |target: &Path| target.to_str().is_some_and(|target| target.starts_with(path));
+    processes.iter().any(|process| !open_files(root, &process.to_string(), &begins).is_empty())
 }
 
-/// The `fdinfo` of a process's open files whose paths begin with `path`.
-fn open_files<'a>(root: &Root, process: &str, path: &'a str) -> impl Iterator<Item = PathBuf> + use<'a> {
+/// The `fdinfo` of a process's open files that are wanted.
+fn open_files(root: &SystemRoot, process: &str, is_wanted: &dyn Fn(&Path) -> bool) -> Vec<PathBuf> {
     let folder = root.path("proc").join(process);
-    names(&folder.join("fd")).into_iter().filter_map(move |file| {
-        let target = std::fs::read_link(folder.join("fd").join(&file)).ok()?;
-        target.to_str()?.starts_with(path).then(|| folder.join("fdinfo").join(file))
-    })
+    let open = names(&folder.join("fd")).into_iter().filter(|file| {
+        let target = std::fs::read_link(folder.join("fd").join(file));
+        target.is_ok_and(|target| is_wanted(&target))
+    });
+    open.map(|file| folder.join("fdinfo").join(file)).collect()
 }
 
 /// Regions of a card's own memory: `vram0` of xe, `local0` of i915, `vram` of amdgpu.

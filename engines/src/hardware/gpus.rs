@@ -1,6 +1,6 @@
 //! The GPUs of this machine, as the kernel lists them on the PCI bus.
 
-use super::{PciAddress, PciId, Root, names, number, text};
+use super::{PciAddress, PciId, SystemRoot, names, number, text};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -42,26 +42,32 @@ impl Gpu {
 /// Where the kernel lists PCI devices.
 const PCI_DEVICES: &str = "sys/bus/pci/devices";
 
+/// Base classes of the PCI Code and ID Assignment Specification, revision 1.4 and later.
+const DISPLAY: u32 = 0x03;
+const ACCELERATOR: u32 = 0x12;
+
 /// Lists the GPUs of Intel, AMD and NVIDIA, by address. Display adapters of servers and virtual machines do not
 /// compute.
-pub fn gpus(root: &Root) -> Vec<Gpu> {
+pub fn gpus(root: &SystemRoot) -> Vec<Gpu> {
     let folder = root.path(PCI_DEVICES);
     let mut gpus: Vec<Gpu> = names(&folder).iter().filter_map(|name| gpu(root, name)).collect();
     gpus.sort_by_key(|gpu| gpu.address);
     gpus
 }
 
-fn gpu(root: &Root, name: &str) -> Option<Gpu> {
+fn gpu(root: &SystemRoot, name: &str) -> Option<Gpu> {
     let address: PciAddress = name.parse().ok()?;
     let folder = root.path(PCI_DEVICES).join(name);
-    // The base class of display controllers: PCI Code and ID Assignment Specification, 1.4.
-    let class = hexadecimal(&folder.join("class"))?;
-    if class >> 16 != 3 {
-        return None;
-    }
+    let class = hexadecimal(&folder.join("class"))? >> 16;
     let half = |file: &str| u16::try_from(hexadecimal(&folder.join(file))?).ok();
     let id = PciId { vendor: half("vendor")?, product: half("device")? };
-    if ![PciId::INTEL, PciId::AMD, PciId::NVIDIA].contains(&id.vendor) {
+    let is_gpu = match id.vendor {
+        PciId::INTEL | PciId::NVIDIA => class == DISPLAY,
+        // Cards for servers alone are accelerators.
+        PciId::AMD => class == DISPLAY || class == ACCELERATOR,
+        _ => false,
+    };
+    if !is_gpu {
         return None;
     }
     let driver = std::fs::read_link(folder.join("driver")).ok();
@@ -78,8 +84,8 @@ fn gpu(root: &Root, name: &str) -> Option<Gpu> {
     })
 }
 
-/// Whether a GPU is a part of the processor. Intel's integrated GPUs are device 2 of the root bus, and its cards are not.
-/// AMD's have a sensor for the voltage of the northbridge, `vddnb`.
+/// Whether a GPU is a part of the processor. Intel's integrated GPUs are device 2 of the root bus, and its cards are
+/// not. AMD's have a sensor for the voltage of the northbridge, `vddnb`.
 fn is_integrated(id: PciId, address: PciAddress, folder: &Path) -> Option<bool> {
     match id.vendor {
         PciId::INTEL => Some((address.bus, address.device) == (0, 2)),
@@ -102,7 +108,7 @@ fn hexadecimal(path: &Path) -> Option<u32> {
     u32::from_str_radix(text(path)?.strip_prefix("0x")?, 16).ok()
 }
 
-fn driver_version(root: &Root, driver: &str) -> Option<String> {
+fn driver_version(root: &SystemRoot, driver: &str) -> Option<String> {
     let own = root.text(format!("sys/module/{driver}/version"));
     own.or_else(|| Some(format!("Linux {}", root.text("proc/sys/kernel/osrelease")?)))
 }
@@ -111,7 +117,7 @@ fn driver_version(root: &Root, driver: &str) -> Option<String> {
 const PCI_IDS: [&str; 2] = ["usr/share/misc/pci.ids", "usr/share/hwdata/pci.ids"];
 
 /// The product's name in the list of PCI ids. The text in brackets is what it is sold as.
-fn product_name(root: &Root, id: PciId) -> Option<String> {
+fn product_name(root: &SystemRoot, id: PciId) -> Option<String> {
     let list = PCI_IDS.iter().find_map(|path| std::fs::read(root.path(path)).ok())?;
     let list = String::from_utf8_lossy(&list);
     let vendor = format!("{:04x}  ", id.vendor);
@@ -120,7 +126,8 @@ fn product_name(root: &Root, id: PciId) -> Option<String> {
     let mut products = of_vendor.take_while(|line| line.starts_with('\t') || line.starts_with('#'));
     let name = products.find_map(|line| line.strip_prefix(&product))?.trim();
     let sold_as = name.split_once('[').and_then(|(_, rest)| Some(rest.rsplit_once(']')?.0));
-    Some(format!("{} {}", id.vendor_name(), sold_as.unwrap_or(name)))
+    let (vendor, name) = (id.vendor_name(), sold_as.unwrap_or(name));
+    Some(if name.starts_with(&vendor) { name.to_owned() } else { format!("{vendor} {name}") })
 }
 
 #[cfg(test)]
@@ -145,6 +152,14 @@ mod tests {
     }
 
     #[test]
+    fn names_do_not_repeat_the_vendor() {
+        let tree = Tree::open("battlemage-and-raptor-lake");
+        let list = "8086  Intel Corporation\n\te20b  Lunar Lake [Intel Arc Graphics 130V / 140V]";
+        tree.write("usr/share/misc/pci.ids", list);
+        assert_eq!(gpus(&tree.root)[1].shown_name(), "Intel Arc Graphics 130V / 140V");
+    }
+
+    #[test]
     fn a_gpu_without_a_name_shows_its_numbers() {
         let tree = Tree::open("nvidia-without-driver");
         let found = gpus(&tree.root);
@@ -154,6 +169,6 @@ mod tests {
 
     #[test]
     fn a_machine_without_pci_has_no_gpu() {
-        assert_eq!(gpus(&Root::at("/nowhere")), []);
+        assert_eq!(gpus(&SystemRoot::at("/nowhere")), []);
     }
 }

@@ -35,8 +35,7 @@ pub(super) fn read(folder: &Path) -> Sensors {
     });
     let Some(folder) = whole else { return Sensors::default() };
     let thousandths = |labels: &[&str]| Some(value(&folder, "temp", labels, "input")? as f32 / 1e3);
-    let watts =
-        |file: &str| value(&folder, "power", &POWER, file).filter(|&power| power > 0).map(|power| power as f32 / 1e6);
+    let watts = |file: &str| value(&folder, "power", &POWER, file).map(|power| power as f32 / 1e6);
     let fans = channels(&folder, "fan").into_iter().filter_map(|channel| number(&channel.file("input")));
     let clock = value(&folder, "freq", &["sclk"], "input").map(|hertz| hertz / 1_000_000);
     let mut energy: Vec<(usize, PathBuf)> = channels(&folder, "energy")
@@ -95,5 +94,9 @@ fn value(folder: &Path, kind: &str, labels: &[&str], file: &str) -> Option<i64> 
     let mut channels: Vec<(usize, Channel)> =
         channels(folder, kind).into_iter().filter_map(|channel| Some((channel.rank(labels)?, channel))).collect();
     channels.sort_by_key(|(rank, _)| *rank);
-    channels.iter().find_map(|(_, channel)| text(&channel.file(file))?.parse().ok())
+    channels.iter().find_map(|(_, channel)| {
+        let value: i64 = text(&channel.file(file))?.parse().ok()?;
+        // A power of 0 is that of a limit that is not set.
+        Some(value).filter(|&value| value > 0 || kind != "power")
+    })
 }

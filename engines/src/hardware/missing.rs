@@ -1,9 +1,9 @@
 //! What an engine still needs to use a GPU, and how to get it.
 
-use super::{Gpu, PciId, Root};
+use super::{Gpu, PciId, SystemRoot};
 use crate::device::{PlatformDevice, PlatformReport, Runtime};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Whether this user may compute on a GPU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,12 +13,17 @@ pub enum Access {
     /// The file of the GPU belongs to others.
     Denied {
         /// The file.
-        node: PathBuf,
+        render_node: PathBuf,
         /// The group whose members may use it.
         group: Option<String>,
     },
+    /// The driver has such a file, and this program does not see it: it runs in a container.
+    Hidden {
+        /// The file.
+        render_node: PathBuf,
+    },
     /// The driver has no file for programs that compute.
-    NoNode,
+    NoRenderNode,
 }
 
 /// The first thing that is missing, in the order in which a user would mend it.
@@ -30,20 +35,28 @@ pub enum Missing {
     /// It is reserved for a virtual machine.
     #[error("it is reserved for a virtual machine (vfio-pci)")]
     ReservedForVirtualMachine,
-    /// The bound driver is not one that a runtime works with.
-    #[error("it has the driver {driver}, on which no OpenCL runtime works")]
+    /// The bound driver is not one that the vendor's runtime works with.
+    #[error("its kernel driver is {driver}, and the vendor's OpenCL runtime needs {}", needed.join(" or "))]
     OtherDriver {
         /// The driver.
         driver: String,
+        /// Those that the runtime works with.
+        needed: Vec<String>,
     },
     /// The driver offers no file for programs that compute.
     #[error("its driver offers no render node in /dev/dri")]
     RenderNode,
+    /// The file through which programs compute is not there for this program.
+    #[error("{} does not exist here", render_node.display())]
+    HiddenRenderNode {
+        /// The file.
+        render_node: PathBuf,
+    },
     /// This user may not open the file.
-    #[error("this user may not open {}", node.display())]
+    #[error("this user may not open {}", render_node.display())]
     Permission {
         /// The file.
-        node: PathBuf,
+        render_node: PathBuf,
         /// The group whose members may open it.
         group: Option<String>,
     },
@@ -93,7 +106,7 @@ pub enum Distribution {
 
 impl Distribution {
     /// The distribution of this machine, by `etc/os-release` (the manual page `os-release(5)`).
-    pub fn of(root: &Root) -> Self {
+    pub fn of(root: &SystemRoot) -> Self {
         let release = root.text("etc/os-release").unwrap_or_default();
         let values =
             ["ID=", "ID_LIKE="].iter().filter_map(|key| release.lines().find_map(|line| line.strip_prefix(key)));
@@ -110,43 +123,45 @@ impl Distribution {
 }
 
 /// Whether this user may open the render node of a GPU.
-pub fn access(root: &Root, gpu: &Gpu) -> Access {
-    let Some(node) = gpu.render_node.clone() else { return Access::NoNode };
-    let path = root.path(node.strip_prefix("/").unwrap_or(&node));
-    if !path.exists() {
-        return Access::NoNode;
-    }
-    match may_open(&path) {
-        true => Access::Granted,
-        false => Access::Denied { group: group_of(root, &path), node },
+pub fn access(root: &SystemRoot, gpu: &Gpu) -> Access {
+    let Some(render_node) = gpu.render_node.clone() else { return Access::NoRenderNode };
+    let path = root.path(render_node.strip_prefix("/").unwrap_or(&render_node));
+    match path.exists() {
+        false => Access::Hidden { render_node },
+        true if may_open(&path) => Access::Granted,
+        true => Access::Denied { group: group_of(root, &path), render_node },
     }
 }
 
 #[cfg(unix)]
-fn may_open(path: &std::path::Path) -> bool {
+fn may_open(path: &Path) -> bool {
     use rustix::fs::Access;
     rustix::fs::access(path, Access::READ_OK | Access::WRITE_OK).is_ok()
 }
 
 #[cfg(not(unix))]
-fn may_open(_: &std::path::Path) -> bool {
+fn may_open(_: &Path) -> bool {
     true
 }
 
+/// The group whose members may read and write a file; `None` if there is none but root's.
 #[cfg(unix)]
-fn group_of(root: &Root, path: &std::path::Path) -> Option<String> {
+fn group_of(root: &SystemRoot, path: &Path) -> Option<String> {
     use std::os::unix::fs::MetadataExt;
-    let id = path.metadata().ok()?.gid().to_string();
+    let metadata = path.metadata().ok()?;
+    if metadata.gid() == 0 || metadata.mode() & 0o060 != 0o060 {
+        return None;
+    }
     let groups = root.text("etc/group")?;
     groups.lines().find_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
-        (fields.nth(1)? == id).then(|| name.to_owned())
+        (fields.nth(1)? == metadata.gid().to_string()).then(|| name.to_owned())
     })
 }
 
 #[cfg(not(unix))]
-fn group_of(_: &Root, _: &std::path::Path) -> Option<String> {
+fn group_of(_: &SystemRoot, _: &Path) -> Option<String> {
     None
 }
 
@@ -167,15 +182,19 @@ pub fn missing(gpu: &Gpu, access: &Access, runtime: &Runtime) -> Option<Missing>
         return Some(Missing::ReservedForVirtualMachine);
     }
     if !drivers(gpu.id.vendor).contains(&driver) {
-        return Some(Missing::OtherDriver { driver: driver.to_owned() });
+        let needed = drivers(gpu.id.vendor).iter().map(|&name| name.to_owned()).collect();
+        return Some(Missing::OtherDriver { driver: driver.to_owned(), needed });
     }
     // NVIDIA's runtime uses device files of its own.
     if gpu.id.vendor != PciId::NVIDIA {
         match access {
             Access::Granted => {}
-            Access::NoNode => return Some(Missing::RenderNode),
-            Access::Denied { node, group } => {
-                return Some(Missing::Permission { node: node.clone(), group: group.clone() });
+            Access::NoRenderNode => return Some(Missing::RenderNode),
+            Access::Hidden { render_node } => {
+                return Some(Missing::HiddenRenderNode { render_node: render_node.clone() });
+            }
+            Access::Denied { render_node, group } => {
+                return Some(Missing::Permission { render_node: render_node.clone(), group: group.clone() });
             }
         }
     }
@@ -188,24 +207,25 @@ pub fn missing(gpu: &Gpu, access: &Access, runtime: &Runtime) -> Option<Missing>
         Runtime::Platforms(platforms) => platforms,
     };
     let is_it = |device: &&PlatformDevice| device.pci_address == Some(gpu.address);
-    let listed: Vec<&PlatformDevice> = platforms.iter().flat_map(|platform| &platform.devices).filter(is_it).collect();
-    if listed.iter().any(|device| device.refused.is_none()) {
+    let mut listed = platforms.iter().flat_map(|platform| &platform.devices).filter(is_it);
+    if listed.any(|device| device.refused.is_none()) {
         return None;
     }
-    if let Some(why) = listed.iter().find_map(|device| device.refused.clone()) {
-        return Some(Missing::Unsuitable { why });
-    }
-    let of_vendor = platforms.iter().find(|platform| is_of(platform, &vendor));
-    Some(match of_vendor {
-        Some(PlatformReport { name, version, .. }) => Missing::NotListed { runtime: format!("{name} ({version})") },
-        None => Missing::VendorRuntime { vendor },
-    })
+    // A platform for the GPUs of many vendors may refuse what the vendor's own one does not.
+    let Some(own) = platforms.iter().find(|platform| is_of(platform, &vendor)) else {
+        return Some(Missing::VendorRuntime { vendor });
+    };
+    let refused = own.devices.iter().filter(is_it).find_map(|device| device.refused.clone());
+    let runtime = format!("{} ({})", own.name, own.version);
+    Some(refused.map_or(Missing::NotListed { runtime }, |why| Missing::Unsuitable { why }))
 }
 
-/// Whether a platform is for GPUs of `vendor`. Intel's runtime for the CPU has Intel's name, too, but lists no GPU.
+/// Whether a platform is the vendor's own one for GPUs.
 fn is_of(platform: &PlatformReport, vendor: &str) -> bool {
     let names_vendor = |text: &str| text.contains(vendor) || vendor == "AMD" && text.contains("Advanced Micro Devices");
-    let is_for_gpus = !platform.name.contains("CPU") && platform.name != "Intel(R) OpenCL";
+    // Intel's runtime for the CPU and its emulator of FPGAs.
+    let is_for_gpus =
+        !platform.name.contains("CPU") && !platform.name.contains("FPGA") && platform.name != "Intel(R) OpenCL";
     is_for_gpus && (names_vendor(&platform.vendor) || names_vendor(&platform.name))
 }
 
@@ -215,25 +235,30 @@ impl Missing {
         let vendor = gpu.id.vendor;
         match self {
             Self::KernelDriver => match vendor {
-                PciId::NVIDIA => format!("install NVIDIA's driver{}", named(nvidia_driver(distribution))),
+                PciId::NVIDIA => format!("install NVIDIA's driver{}", with_command(nvidia_driver(distribution))),
                 _ => "install a newer kernel and its firmware packages (linux-firmware)".to_owned(),
             },
             Self::ReservedForVirtualMachine => "give it back to this machine: unbind vfio-pci".to_owned(),
             Self::OtherDriver { .. } => match vendor {
-                PciId::NVIDIA => format!("install NVIDIA's own driver{}", named(nvidia_driver(distribution))),
+                PciId::NVIDIA => format!("install NVIDIA's own driver{}", with_command(nvidia_driver(distribution))),
                 PciId::AMD => "boot with the driver amdgpu; GPUs before 2012 do not have it".to_owned(),
                 _ => "boot with the driver xe or i915".to_owned(),
             },
-            Self::RenderNode => "look into the kernel's log (`dmesg`): its driver has not started it".to_owned(),
-            Self::Permission { group: Some(group), .. } => join(group, distribution),
-            Self::Permission { group: None, node } => format!("let this user read and write {}", node.display()),
-            Self::Loader => format!("install the OpenCL loader{}", named(loader(distribution))),
+            Self::RenderNode => "see the kernel's log (`dmesg`) for why the driver did not start the GPU".to_owned(),
+            Self::HiddenRenderNode { .. } => {
+                "in a container, pass the GPU in: `docker run --device /dev/dri`; elsewhere, restart udev".to_owned()
+            }
+            Self::Permission { group: Some(group), .. } => join_group_command(group, distribution),
+            Self::Permission { group: None, render_node } => {
+                format!("let this user read and write {}", render_node.display())
+            }
+            Self::Loader => format!("install the OpenCL loader{}", with_command(loader(distribution))),
             Self::VendorRuntime { vendor: name } => {
-                format!("install the OpenCL runtime of {name}{}", named(runtime_package(vendor, distribution)))
+                format!("install the OpenCL runtime of {name}{}", with_command(runtime_package(vendor, distribution)))
             }
             Self::NotListed { .. } => format!(
                 "install a newer version of the runtime{}, which supports this GPU",
-                named(runtime_package(vendor, distribution))
+                with_command(runtime_package(vendor, distribution))
             ),
             Self::Unsuitable { .. } => "use the CPU on this machine".to_owned(),
             Self::RuntimeFailed { .. } => "reinstall or update the OpenCL runtimes, and look at `clinfo`".to_owned(),
@@ -241,11 +266,11 @@ impl Missing {
     }
 }
 
-fn named(package: Option<&str>) -> String {
+fn with_command(package: Option<&str>) -> String {
     package.map_or(String::new(), |package| format!(": {package}"))
 }
 
-fn join(group: &str, distribution: Distribution) -> String {
+fn join_group_command(group: &str, distribution: Distribution) -> String {
     match distribution {
         Distribution::NixOs => format!("add \"{group}\" to users.users.<name>.extraGroups, and log in again"),
         _ => format!("sudo usermod -aG {group} \"$USER\", and log in again"),
@@ -268,7 +293,7 @@ fn runtime_package(vendor: u16, distribution: Distribution) -> Option<&'static s
         (PciId::INTEL, Distribution::Fedora) => "sudo dnf install intel-compute-runtime",
         (PciId::INTEL, Distribution::Arch) => "sudo pacman -S intel-compute-runtime",
         (PciId::INTEL, Distribution::NixOs) => "hardware.graphics.extraPackages = [ pkgs.intel-compute-runtime ]",
-        (PciId::AMD, Distribution::Debian) => "sudo apt install mesa-opencl-icd, or AMD's ROCm",
+        (PciId::AMD, Distribution::Debian) => "rocm-opencl-runtime, from AMD's ROCm repository",
         (PciId::AMD, Distribution::Fedora) => "sudo dnf install rocm-opencl",
         (PciId::AMD, Distribution::Arch) => "sudo pacman -S rocm-opencl-runtime",
         (PciId::AMD, Distribution::NixOs) => "hardware.graphics.extraPackages = [ pkgs.rocmPackages.clr.icd ]",

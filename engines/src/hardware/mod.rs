@@ -4,7 +4,7 @@
 //! /sys, /proc, /dev ─gpus.rs─► Gpu ─missing.rs─► what an engine still needs to use it, with the remedy
 //!                      └─telemetry.rs─► GpuSample: temperature, power, memory, …, of each second
 //! ```
-//! All paths begin at a [`Root`], so tests read recorded trees. A value that cannot be read is `None`, never 0.
+//! All paths begin at a [`SystemRoot`], so tests read recorded trees. A value that cannot be read is `None`, never 0.
 
 mod clocks;
 mod fdinfo;
@@ -22,7 +22,7 @@ mod vram;
 
 pub use gpus::{Gpu, KernelDriver, gpus};
 pub use missing::{Access, Distribution, Missing, access, missing};
-pub use pci::{NotAPciAddress, PciAddress, PciId};
+pub use pci::{NotAPciAddress, NotAPciId, PciAddress, PciId};
 pub use sample::GpuSample;
 pub use telemetry::GpuMonitor;
 
@@ -30,15 +30,15 @@ use std::path::{Path, PathBuf};
 
 /// The folder that has `sys`, `proc`, `dev`, `etc` and `usr`: `/`, or a recorded tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Root(PathBuf);
+pub struct SystemRoot(PathBuf);
 
-impl Default for Root {
+impl Default for SystemRoot {
     fn default() -> Self {
         Self(PathBuf::from("/"))
     }
 }
 
-impl Root {
+impl SystemRoot {
     /// The tree below `folder`.
     pub fn at(folder: impl Into<PathBuf>) -> Self {
         Self(folder.into())

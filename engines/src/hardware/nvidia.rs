@@ -21,16 +21,19 @@ pub(super) fn sample(nvml: &Nvml, address: PciAddress, own: &[u32]) -> Option<Gp
     let rates = gpu.utilization_rates().ok();
     let share = |percent: u32| percent as f32 / 100.0;
     let watts = |milliwatts: u32| milliwatts as f32 / 1e3;
-    let mut engines = BTreeMap::new();
-    engines.extend(rates.as_ref().map(|rates| ("compute".to_owned(), share(rates.gpu))));
-    engines.extend(gpu.encoder_utilization().ok().map(|used| ("encode".to_owned(), share(used.utilization))));
-    engines.extend(gpu.decoder_utilization().ok().map(|used| ("decode".to_owned(), share(used.utilization))));
+    let mut utilisation_by_class = BTreeMap::new();
+    utilisation_by_class.extend(rates.as_ref().map(|rates| ("compute".to_owned(), share(rates.gpu))));
+    utilisation_by_class
+        .extend(gpu.encoder_utilization().ok().map(|used| ("encode".to_owned(), share(used.utilization))));
+    utilisation_by_class
+        .extend(gpu.decoder_utilization().ok().map(|used| ("decode".to_owned(), share(used.utilization))));
     let fans = (0..gpu.num_fans().unwrap_or(0)).filter_map(|fan| gpu.fan_speed_rpm(fan).ok());
     Some(GpuSample {
         utilisation: rates.as_ref().map(|rates| share(rates.gpu)),
-        engines,
+        utilisation_by_class,
         memory_total_bytes: memory.as_ref().map(|memory| memory.total),
-        memory_used_bytes: memory.as_ref().map(|memory| memory.used),
+        // What the driver reserves is not counted as used, and is not free.
+        memory_used_bytes: memory.as_ref().map(|memory| memory.total.saturating_sub(memory.free)),
         memory_own_bytes: own_bytes(&gpu, own),
         temperature_celsius: gpu.temperature(TemperatureSensor::Gpu).ok().map(|celsius| celsius as f32),
         memory_temperature_celsius: None,

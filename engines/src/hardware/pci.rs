@@ -66,6 +66,7 @@ impl From<PciAddress> for String {
 
 /// The numbers of vendor and product, as `/usr/share/misc/pci.ids` lists them: `8086:e20b`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct PciId {
     /// The vendor's number.
     pub vendor: u16,
@@ -92,6 +93,27 @@ impl PciId {
     }
 }
 
+/// A text is not the number of a product.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not a PCI id such as 8086:e20b")]
+pub struct NotAPciId(String);
+
+impl TryFrom<String> for PciId {
+    type Error = NotAPciId;
+
+    fn try_from(text: String) -> Result<Self, NotAPciId> {
+        let half = |text: &str| u16::from_str_radix(text, 16).ok();
+        let parsed = text.split_once(':').and_then(|(vendor, product)| Some((half(vendor)?, half(product)?)));
+        parsed.map(|(vendor, product)| Self { vendor, product }).ok_or(NotAPciId(text))
+    }
+}
+
+impl From<PciId> for String {
+    fn from(id: PciId) -> Self {
+        id.to_string()
+    }
+}
+
 impl fmt::Display for PciId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:04x}:{:04x}", self.vendor, self.product)
@@ -111,6 +133,13 @@ mod tests {
         for text in ["", "03:00.0", "0000:03:20.0", "0000:03:00.8", "0000:03:00", "card0", "x:y:z.0"] {
             assert!(text.parse::<PciAddress>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn products_are_written_as_in_the_list_of_ids() {
+        let id = PciId { vendor: 0x8086, product: 0xb };
+        assert_eq!((id.to_string().as_str(), PciId::try_from(id.to_string())), ("8086:000b", Ok(id)));
+        assert!(PciId::try_from("8086".to_owned()).is_err());
     }
 
     proptest! {

@@ -3,14 +3,14 @@
 //! A tree is a text file in `trees/`. Its lines are `path = content`, with `\n` between lines of the content
 //! and `\t` for tabs, and `path -> target` for a link. Lines that begin with `#` are comments.
 
-use super::Root;
+use super::SystemRoot;
 use std::path::Path;
 
 /// A tree in a folder of its own, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Tree {
     folder: tempfile::TempDir,
-    pub(super) root: Root,
+    pub(super) root: SystemRoot,
 }
 
 impl Tree {
@@ -31,7 +31,7 @@ impl Tree {
 
     pub(super) fn empty() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let root = Root::at(folder.path());
+        let root = SystemRoot::at(folder.path());
         Self { folder, root }
     }
 

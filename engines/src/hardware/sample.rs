@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 pub struct GpuSample {
     /// The share of time in which the busiest class of its engines works, 0 to 1, since the last sample.
     pub utilisation: Option<f32>,
-    /// The same of each class, under the driver's name, such as `render`, `ccs` or `video`. Classes that cannot be read
-    /// are not listed.
-    pub engines: BTreeMap<String, f32>,
+    /// The same of each class of engines, under the driver's name, such as `render`, `ccs` or `video`. Classes that
+    /// cannot be read are not listed.
+    pub utilisation_by_class: BTreeMap<String, f32>,
     /// Its own memory.
     pub memory_total_bytes: Option<u64>,
     /// What of its own memory is in use, by all programs.
@@ -43,7 +43,7 @@ impl GpuSample {
 
     /// Whether all numbers are possible: samples come from other nodes, too.
     pub fn is_plausible(&self) -> bool {
-        let shares = self.engines.values().copied().chain(self.utilisation);
+        let shares = self.utilisation_by_class.values().copied().chain(self.utilisation);
         let others =
             [self.temperature_celsius, self.memory_temperature_celsius, self.power_watts, self.power_limit_watts];
         shares.chain(others.into_iter().flatten()).all(f32::is_finite)

@@ -1,4 +1,4 @@
-//! Measurements of all GPUs, each second.
+//! Measurements of GPUs: of those that this node uses at each call, of others every ten seconds.
 //!
 //! ```text
 //! hwmon.rs    temperatures, power, energy, fans     ─┐
@@ -12,8 +12,8 @@ use super::clocks::{self, Clocks};
 use super::fdinfo::{self, Client, ClientId};
 use super::hwmon::{self, Sensors};
 use super::vram::{self, Vram};
-use super::{Gpu, GpuSample, PciAddress, PciId, Root, number, text};
-use std::collections::BTreeMap;
+use super::{Gpu, GpuSample, PciAddress, PciId, SystemRoot, number, text};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ const ENERGY_WITHIN: Duration = Duration::from_secs(60);
 
 /// Measures the GPUs of this machine.
 pub struct GpuMonitor {
-    root: Root,
+    root: SystemRoot,
     gpus: Vec<Gpu>,
     last: BTreeMap<PciAddress, Last>,
     #[cfg(target_os = "linux")]
@@ -42,6 +42,8 @@ impl std::fmt::Debug for GpuMonitor {
 #[derive(Debug)]
 struct Last {
     at: Duration,
+    /// Whether a process of this node used it.
+    is_used: bool,
     sample: GpuSample,
     energy_microjoules: Vec<(PathBuf, u64)>,
     idle_ms: Option<u64>,
@@ -50,7 +52,7 @@ struct Last {
 
 impl GpuMonitor {
     /// Creates the monitor of `gpus`, which [`gpus`](super::gpus) has found.
-    pub fn new(root: Root, gpus: Vec<Gpu>) -> Self {
+    pub fn new(root: SystemRoot, gpus: Vec<Gpu>) -> Self {
         #[cfg(target_os = "linux")]
         let nvml = gpus.iter().any(|gpu| has_driver(gpu, "nvidia")).then(super::nvidia::load).flatten();
         Self {
@@ -70,39 +72,50 @@ impl GpuMonitor {
     /// Measures all GPUs. `now` is the time since some start; `own` are the processes of this node. Rates are averages
     /// since the last call, so the first one has none.
     pub fn sample(&mut self, now: Duration, own: &[u32]) -> BTreeMap<PciAddress, GpuSample> {
-        self.sample_unused(now, own, UNUSED_EVERY)
+        self.sample_with(now, own, UNUSED_EVERY)
     }
 
     /// As [`GpuMonitor::sample`], but measures GPUs that this node does not use, too, however lately that was done.
-    pub fn sample_now(&mut self, now: Duration, own: &[u32]) -> BTreeMap<PciAddress, GpuSample> {
-        self.sample_unused(now, own, Duration::ZERO)
+    pub fn sample_all(&mut self, now: Duration, own: &[u32]) -> BTreeMap<PciAddress, GpuSample> {
+        self.sample_with(now, own, Duration::ZERO)
     }
 
-    fn sample_unused(&mut self, now: Duration, own: &[u32], every: Duration) -> BTreeMap<PciAddress, GpuSample> {
+    fn sample_with(&mut self, now: Duration, own: &[u32], every: Duration) -> BTreeMap<PciAddress, GpuSample> {
         if self.gpus.is_empty() {
             return BTreeMap::new();
         }
-        let own_clients = fdinfo::clients(&self.root, Some(own));
+        // Reading the clients of a GPU wakes it, too.
+        let awake: BTreeSet<PathBuf> = self
+            .gpus
+            .iter()
+            .filter(|gpu| !is_asleep(&self.folder(gpu)))
+            .flat_map(|gpu| self.device_files(gpu))
+            .collect();
+        let own_clients = fdinfo::clients(&self.root, Some(own), &awake);
+        // The library that measures NVIDIA's GPUs has their files open in this process.
+        let workers: Vec<u32> = own.iter().copied().filter(|&process| process != std::process::id()).collect();
         let mut all_clients = None;
         for gpu in self.gpus.clone() {
             // NVIDIA's driver has no clients in `fdinfo`.
             let is_used = match gpu.id.vendor {
-                PciId::NVIDIA => fdinfo::have_open(&self.root, own, "/dev/nvidia"),
+                PciId::NVIDIA => fdinfo::have_open(&self.root, &workers, "/dev/nvidia"),
                 _ => own_clients.keys().any(|(address, _)| *address == gpu.address),
             };
             let last = self.last.get(&gpu.address);
+            // What a process has released shows at once.
+            let was_used = last.is_some_and(|last| last.is_used);
             let is_due = last.is_none_or(|last| now.saturating_sub(last.at) >= every);
-            if !is_used && !is_due {
+            if !is_used && !was_used && !is_due {
                 continue;
             }
-            let clients = all_clients.get_or_insert_with(|| fdinfo::clients(&self.root, None));
+            let clients = all_clients.get_or_insert_with(|| fdinfo::clients(&self.root, None, &awake));
             let of_this = |clients: &BTreeMap<ClientId, Client>| -> BTreeMap<ClientId, Client> {
                 let of_this = clients.iter().filter(|((address, _), _)| *address == gpu.address);
                 of_this.map(|(id, client)| (*id, client.clone())).collect()
             };
             let (clients, own_clients) = (of_this(clients), of_this(&own_clients));
             let measured = self.measure(&gpu, now, own, clients, &own_clients);
-            self.last.insert(gpu.address, measured);
+            self.last.insert(gpu.address, Last { is_used, ..measured });
         }
         self.last.iter().map(|(address, last)| (*address, last.sample.clone())).collect()
     }
@@ -115,9 +128,15 @@ impl GpuMonitor {
         clients: BTreeMap<ClientId, Client>,
         own_clients: &BTreeMap<ClientId, Client>,
     ) -> Last {
-        let alone =
-            |sample| Last { at: now, sample, energy_microjoules: Vec::new(), idle_ms: None, clients: BTreeMap::new() };
-        let folder = self.root.path(format!("sys/bus/pci/devices/{}", gpu.address));
+        let alone = |sample| Last {
+            at: now,
+            is_used: false,
+            sample,
+            energy_microjoules: Vec::new(),
+            idle_ms: None,
+            clients: BTreeMap::new(),
+        };
+        let folder = self.folder(gpu);
         let last = self.last.get(&gpu.address);
         if is_asleep(&folder) {
             let memory_total_bytes = gpu.memory_bytes.or_else(|| last?.sample.memory_total_bytes);
@@ -131,20 +150,17 @@ impl GpuMonitor {
         let _ = own;
         let (sensors, clocks) = (hwmon::read(&folder), read_clocks(gpu, &folder));
         let vram = self.vram(gpu, &folder);
-        let engines = last.map(|last| shares(&last.clients, &clients, now.saturating_sub(last.at))).unwrap_or_default();
-        let busiest = engines.values().copied().reduce(f32::max);
+        let utilisation_by_class =
+            last.map(|last| shares(&last.clients, &clients, now.saturating_sub(last.at))).unwrap_or_default();
+        let busiest = utilisation_by_class.values().copied().reduce(f32::max);
         let not_idle = last.and_then(|last| busy_share(last.idle_ms?, clocks.idle_ms?, now.saturating_sub(last.at)));
-        let told = number(&folder.join("gpu_busy_percent")).map(|percent| (percent as f32 / 100.0).min(1.0));
+        let reported = number(&folder.join("gpu_busy_percent")).map(|percent| (percent as f32 / 100.0).min(1.0));
         let sample = GpuSample {
-            utilisation: told.or(busiest).or(not_idle),
-            engines,
+            utilisation: reported.or(busiest).or(not_idle),
+            utilisation_by_class,
             memory_total_bytes: vram.total_bytes,
             memory_used_bytes: vram.used_bytes,
-            memory_own_bytes: own_clients
-                .values()
-                .map(|client| client.memory_bytes)
-                .reduce(|a, b| a?.checked_add(b?))
-                .flatten(),
+            memory_own_bytes: own_memory(gpu, own_clients),
             temperature_celsius: sensors.temperature_celsius,
             memory_temperature_celsius: sensors.memory_temperature_celsius,
             power_watts: sensors.power_watts.or_else(|| power(last?, &sensors, now)),
@@ -154,7 +170,19 @@ impl GpuMonitor {
             fan_rpm: sensors.fan_rpm,
             throttle_reasons: clocks.throttle_reasons,
         };
-        Last { at: now, sample, energy_microjoules: sensors.energy_microjoules, idle_ms: clocks.idle_ms, clients }
+        let (energy_microjoules, idle_ms) = (sensors.energy_microjoules, clocks.idle_ms);
+        Last { at: now, is_used: false, sample, energy_microjoules, idle_ms, clients }
+    }
+
+    /// The folder of a GPU in the list of PCI devices.
+    fn folder(&self, gpu: &Gpu) -> PathBuf {
+        self.root.path(format!("sys/bus/pci/devices/{}", gpu.address))
+    }
+
+    /// The files through which programs use a GPU.
+    fn device_files(&self, gpu: &Gpu) -> Vec<PathBuf> {
+        let names = super::names(&self.folder(gpu).join("drm")).into_iter();
+        names.map(|name| Path::new("/dev/dri").join(name)).collect()
     }
 
     fn vram(&self, gpu: &Gpu, folder: &Path) -> Vram {
@@ -176,6 +204,15 @@ impl GpuMonitor {
 fn is_asleep(folder: &Path) -> bool {
     let status = text(&folder.join("power/runtime_status"));
     status.is_some_and(|status| status == "suspended" || status == "suspending")
+}
+
+/// The card's memory that this node's processes use. The driver amdgpu tells nothing of what ROCm allocates.
+fn own_memory(gpu: &Gpu, clients: &BTreeMap<ClientId, Client>) -> Option<u64> {
+    let sum = clients.values().map(|client| client.memory_bytes).reduce(|a, b| a?.checked_add(b?));
+    match sum {
+        Some(known) => known.filter(|&bytes| bytes > 0 || !has_driver(gpu, "amdgpu")),
+        None => (has_driver(gpu, "xe") || has_driver(gpu, "i915")).then_some(0),
+    }
 }
 
 fn has_driver(gpu: &Gpu, name: &str) -> bool {

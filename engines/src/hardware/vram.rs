@@ -54,10 +54,10 @@ fn of_i915(answer: &[u8]) -> Option<Vram> {
 /// Asks the driver of a card through its render node. `None`: it cannot be asked.
 #[cfg(target_os = "linux")]
 pub(super) fn ask(node: &std::path::Path, driver: &str) -> Option<Vram> {
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(node).ok()?;
+    let open = || std::fs::OpenOptions::new().read(true).write(true).open(node).ok();
     match driver {
-        "xe" => of_xe(&ioctl::xe_regions(&file)?),
-        "i915" => of_i915(&ioctl::i915_regions(&file)?),
+        "xe" => of_xe(&ioctl::xe_regions(&open()?)?),
+        "i915" => of_i915(&ioctl::i915_regions(&open()?)?),
         _ => None,
     }
 }

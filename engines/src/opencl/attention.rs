@@ -133,7 +133,7 @@ impl OpenClBackend {
         let set = KernelSet::Attention(cache.element);
         let visible = batch.visible_max.min(spec.window.unwrap_or(usize::MAX));
         let work = (2 * spec.query_width()).saturating_mul(visible) as u64;
-        self.queue.run_in_parts(set, "attend", &arguments, (spec.heads, batch.rows), work)?;
+        self.queue.run_in_parts(set, "attend", &arguments, ((spec.heads, batch.rows), WORK_GROUP_SIZE), work)?;
         let codes = self.encode(&mixed)?;
         self.product(&weights.output, 0, &codes)
     }

@@ -3,7 +3,7 @@
 use super::attention::DeviceBatch;
 use super::cache::Cache;
 use super::limits;
-use super::products::{Chosen, ExpertInput, TILE};
+use super::products::{Chosen, ExpertInput};
 use super::programs::KernelSet;
 use super::queue::Arg;
 use super::rows::{OpenClBackend, Rows};
@@ -21,8 +21,16 @@ use opencl3::memory::Buffer;
 impl OpenClBackend {
     /// Compiles the products of matrices, so that no step waits for that.
     fn prepare(&mut self, matrices: &Matrices) -> Result<(), EngineError> {
-        let mut sets = matrices.placed().iter().flat_map(|placed| [1, TILE].map(|tile| (placed.coded, tile)));
-        sets.try_for_each(|(coded, tile)| self.queue.prepare(KernelSet::Products(coded, tile)))
+        // A layer has three projections of one input at most; more are experts, whose rows are computed one by one.
+        let are_experts = matrices.placed().len() > 3;
+        let counts = if are_experts { &[1][..] } else { self.tier.row_counts() };
+        for placed in matrices.placed() {
+            for &rows in counts {
+                let (set, _) = self.kernels(placed, rows);
+                self.queue.prepare(set)?;
+            }
+        }
+        Ok(())
     }
 
     /// The experts of each row.
@@ -98,7 +106,7 @@ impl Backend for OpenClBackend {
     }
 
     fn matrix(&mut self, tensor: &TensorData<'_>) -> Result<Matrices, EngineError> {
-        let matrix = Matrices::one(&self.queue, tensor)?;
+        let matrix = Matrices::one((&self.queue, self.tier), tensor)?;
         self.prepare(&matrix)?;
         Ok(matrix)
     }
@@ -112,7 +120,7 @@ impl Backend for OpenClBackend {
         shapes: &[MatrixShape],
         parts: &mut dyn Iterator<Item = Result<LinearData<'_>, EngineError>>,
     ) -> Result<Matrices, EngineError> {
-        let matrices = Matrices::all(&self.queue, shapes, parts)?;
+        let matrices = Matrices::all((&self.queue, self.tier), shapes, parts)?;
         self.prepare(&matrices)?;
         Ok(matrices)
     }
@@ -150,7 +158,8 @@ impl Backend for OpenClBackend {
         let [placed] = table.placed() else {
             return Err(EngineError::BadStep { what: "an embedding of several matrices".to_owned() });
         };
-        let (coded, row_bytes) = (placed.coded, u32::try_from(placed.row_bytes).unwrap_or(u32::MAX));
+        let row_bytes = u32::try_from(placed.row_bytes).unwrap_or(u32::MAX);
+        let (set, _) = self.kernels(placed, 1);
         let out = self.allocate_rows(tokens.len(), placed.columns)?;
         let tokens = self.uploaded(tokens)?;
         let arguments = [
@@ -162,7 +171,7 @@ impl Backend for OpenClBackend {
             Arg::Float(scale),
             out.arg(),
         ];
-        self.each(KernelSet::Products(coded, 1), "embed", out.values(), &arguments)?;
+        self.each(set, "embed", out.values(), &arguments)?;
         Ok(out)
     }
 

@@ -18,6 +18,11 @@ impl Coded {
         Self(if Coding::of(element).is_none() { ElementType::F32 } else { element })
     }
 
+    /// The type of the weights; that of dense numbers is `F32`.
+    pub(super) fn element(self) -> ElementType {
+        self.0
+    }
+
     /// The definitions that `products.cl` asks for.
     pub(super) fn defines(self) -> String {
         let (Some(coding), Some(rule)) = (Coding::of(self.0), Rule::of(self.0)) else {
@@ -41,8 +46,19 @@ impl Coded {
         (4 * superblocks(columns) + blocks * (scales + codes)).next_multiple_of(4)
     }
 
+    /// Appends `rows` to `out`. Returns the first row in which a scale or a value is not finite.
+    pub(super) fn pack_rows<'a>(
+        self,
+        rows: impl Iterator<Item = &'a [u8]>,
+        element: ElementType,
+        columns: usize,
+        out: &mut Vec<u8>,
+    ) -> Option<usize> {
+        rows.enumerate().find_map(|(row, bytes)| (!self.pack(bytes, element, columns, out)).then_some(row))
+    }
+
     /// Appends a row to `out`. Returns false if a scale or a value of the row is not finite.
-    pub(super) fn pack(self, row: &[u8], element: ElementType, columns: usize, out: &mut Vec<u8>) -> bool {
+    fn pack(self, row: &[u8], element: ElementType, columns: usize, out: &mut Vec<u8>) -> bool {
         let end = out.len() + self.row_bytes(columns);
         let is_finite = match Coding::of(element) {
             None => pack_dense(row, element, columns, out),

@@ -1,10 +1,11 @@
 //! What kernels need of a device.
 
-use super::fault::{fault, unsupported};
+use super::fault::fault;
 use crate::error::{DeviceFault, EngineError};
 use opencl3::device::{CL_FP_CORRECTLY_ROUNDED_DIVIDE_SQRT, CL_FP_DENORM, CL_FP_ROUND_TO_NEAREST, Device};
 
-/// The work-items of a work-group of all kernels: `WORK_GROUP_SIZE` in `functions.cl`.
+/// The work-items of a work-group of all kernels but those of tiles, which have 32 for each warp: `WORK_GROUP_SIZE` in
+/// `functions.cl`.
 pub(super) const WORK_GROUP_SIZE: usize = 64;
 
 /// What single precision has to have for the arithmetic of the engines. `fma` rounds correctly on every device, even on
@@ -68,8 +69,9 @@ impl Limits {
         let ask = |error| fault(id, "asking for its limits", error);
         let size = device.max_work_group_size().map_err(ask)?;
         if size < WORK_GROUP_SIZE {
-            let what = format!("a device with work-groups of {size} work-items");
-            return Err(unsupported(what));
+            let what =
+                format!("its work-groups hold at most {size} work-items, and the kernels need {WORK_GROUP_SIZE}");
+            return Err(EngineError::Device { device: id.to_owned(), fault: DeviceFault::Driver, what });
         }
         let buffer_max_bytes = device.max_mem_alloc_size().map_err(ask)?;
         Ok(Self {

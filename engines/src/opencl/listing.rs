@@ -2,14 +2,15 @@
 
 use super::device::{Division, Limits};
 use super::report::{gpu_report, memory, pci_address};
+use super::tier::Tier;
 use crate::device::{DeviceId, DeviceKind, DeviceReport, PlatformDevice, PlatformReport, Runtime};
 use crate::error::EngineError;
-use crate::hardware::{self, Gpu, PciId, Root};
+use crate::hardware::{self, Gpu, PciAddress, PciId, SystemRoot};
 use opencl3::device::{CL_DEVICE_TYPE_ALL, CL_DEVICE_TYPE_CPU, CL_DEVICE_TYPE_GPU, Device};
 use opencl3::error_codes::{DLOPEN_FUNCTION_NOT_AVAILABLE, DLOPEN_RUNTIME_LOAD_FAILED};
 use opencl3::platform::{Platform, get_platforms};
 use parking_lot::Mutex;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 /// Whose devices an engine computes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,22 +47,31 @@ impl Family {
 #[derive(Debug, Clone)]
 pub(super) struct Found {
     pub(super) device: Device,
+    pub(super) tier: Tier,
     pub(super) report: DeviceReport,
 }
 
+impl Found {
+    /// The device with another tier.
+    pub(super) fn with_tier(self, tier: Tier) -> Self {
+        let report = DeviceReport { tier: tier.name().to_owned(), ..self.report };
+        Self { tier, report, ..self }
+    }
+}
+
 /// Taken while platforms are asked: some runtimes fail when two threads start them at once.
-static ASKING: Mutex<()> = Mutex::new(());
+static PLATFORM_LOCK: Mutex<()> = Mutex::new(());
 
 /// Lists the devices of a family that can compute what engines need. A GPU that several platforms list is one device:
 /// that of its vendor's own platform. Devices are numbered by PCI address.
 pub(super) fn find(family: Family) -> Vec<Found> {
-    let _asking = ASKING.lock();
-    let gpus = hardware::gpus(&Root::default());
+    let _asking = PLATFORM_LOCK.lock();
+    let gpus = hardware::gpus(&SystemRoot::default());
     let platforms = get_platforms().unwrap_or_else(|error| {
         tracing::debug!(%error, "no OpenCL platform");
         Vec::new()
     });
-    let mut listed: Vec<(Platform, Device)> = platforms
+    let listed: Vec<(Platform, Device)> = platforms
         .into_iter()
         .flat_map(|platform| devices_of(&platform).into_iter().map(move |device| (platform, device)))
         .filter(|(_, device)| Family::of(device) == Some(family))
@@ -73,14 +83,39 @@ pub(super) fn find(family: Family) -> Vec<Found> {
             }
         })
         .collect();
-    listed.sort_by_key(|(platform, device)| {
-        let address = pci_address(device);
-        (address.is_none(), address, !is_of_its_vendor(platform, device))
-    });
-    let mut seen = BTreeSet::new();
-    listed.retain(|(_, device)| pci_address(device).is_none_or(|address| seen.insert(address)));
-    let numbered = listed.into_iter().enumerate();
+    let place = |(platform, device): &(Platform, Device)| Place {
+        address: pci_address(device),
+        is_of_its_vendor: is_of_its_vendor(platform, device),
+        platform: platform.id() as usize,
+    };
+    let places: Vec<Place> = listed.iter().map(place).collect();
+    let numbered = in_order(&places).into_iter().map(|index| listed[index]).enumerate();
     numbered.map(|(number, (platform, device))| found(family, number, &platform, device, &gpus)).collect()
+}
+
+/// What decides the number of a device.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    address: Option<PciAddress>,
+    /// Whether its platform is that of its vendor.
+    is_of_its_vendor: bool,
+    platform: usize,
+}
+
+/// The order of devices: by PCI address, and those without one last. A device that an earlier platform lists at the
+/// same address is left out; one platform may list several parts of a card.
+fn in_order(places: &[Place]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..places.len()).collect();
+    order.sort_by_key(|&index| {
+        let Place { address, is_of_its_vendor, .. } = places[index];
+        (address.is_none(), address, !is_of_its_vendor)
+    });
+    let mut listed_by = BTreeMap::new();
+    order.retain(|&index| {
+        let Place { address, platform, .. } = places[index];
+        address.is_none_or(|address| *listed_by.entry(address).or_insert(platform) == platform)
+    });
+    order
 }
 
 fn devices_of(platform: &Platform) -> Vec<Device> {
@@ -98,17 +133,18 @@ fn found(family: Family, number: usize, platform: &Platform, device: Device, gpu
     let kind = if family == Family::CpuRuntimes { DeviceKind::Cpu } else { DeviceKind::Gpu };
     let address = pci_address(&device);
     let gpu = gpus.iter().find(|gpu| Some(gpu.address) == address);
+    let tier = Tier::of(&device);
     let report = DeviceReport {
         id: DeviceId(format!("{}:{number}", family.engine())),
         kind,
         engine: family.engine().to_owned(),
         name: device.name().unwrap_or_default().trim().to_owned(),
         compute_units: device.max_compute_units().ok(),
-        tier: "portable".to_owned(),
+        tier: tier.name().to_owned(),
         memory: if kind == DeviceKind::Cpu { crate::device::DeviceMemory::Shared } else { memory(&device) },
         gpu: (kind == DeviceKind::Gpu).then(|| Box::new(gpu_report(&device, platform, gpu))),
     };
-    Found { device, report }
+    Found { device, tier, report }
 }
 
 /// Why engines cannot use a device; `None` if they can.
@@ -123,7 +159,7 @@ fn refusal(device: &Device) -> Option<String> {
 
 /// The runtimes that are installed, with all their devices.
 pub(super) fn runtime() -> Runtime {
-    let _asking = ASKING.lock();
+    let _asking = PLATFORM_LOCK.lock();
     let platforms = match get_platforms() {
         Ok(platforms) if platforms.is_empty() => return Runtime::NoPlatform,
         Ok(platforms) => platforms,
@@ -156,7 +192,20 @@ fn platform_report(platform: &Platform) -> PlatformReport {
 mod tests {
     use super::*;
 
-    /// R1.1, R1.3: runtimes for the CPU are listed under an id of their own, and what they lack is said.
+    /// R1.1, R1.5: devices are numbered by PCI address, and a card that two platforms list is that of its vendor's.
+    #[test]
+    fn devices_are_numbered_by_address() {
+        let place = |address: Option<u8>, is_of_its_vendor, platform| Place {
+            address: address.map(|bus| PciAddress { domain: 0, bus, device: 0, function: 0 }),
+            is_of_its_vendor,
+            platform,
+        };
+        let rusticl = [place(Some(7), false, 1), place(Some(3), false, 1)];
+        let own = [place(Some(7), true, 2), place(None, true, 2), place(Some(3), true, 2), place(Some(3), true, 2)];
+        assert_eq!(in_order(&[rusticl, [own[0], own[1]], [own[2], own[3]]].concat()), [4, 5, 2, 3]);
+    }
+
+    /// R1.1, R1.3: runtimes for the CPU are listed under an id of their own.
     #[test]
     fn runtimes_and_their_devices_are_listed() {
         let devices = find(Family::CpuRuntimes);

@@ -1,23 +1,25 @@
 //! Rows as codes, and their products with weights.
 
+use super::device::WORK_GROUP_SIZE;
 use super::fault::unsupported;
-use super::programs::KernelSet;
+use super::programs::{KernelSet, TileProduct};
 use super::queue::Arg;
 use super::rows::{OpenClBackend, Rows};
 use super::scratch::Scratch;
+use super::tier::Tier;
+use super::tiles::LANES;
 use super::weights::{Matrices, Placed};
 use crate::arithmetic::{SUPERBLOCK, superblocks};
 use crate::engine::ActivationBits;
 use crate::error::EngineError;
 
-/// Rows that a work-group multiplies at once.
-pub(super) const TILE: usize = 4;
-
 /// Rows as integers of two bytes with units: `encode` in `kernels/rows.cl` describes the order.
 #[derive(Debug)]
 pub(super) struct Codes {
-    /// \[row]\[superblock]\[256 upper bytes, 256 lower bytes].
+    /// \[row]\[superblock]\[512 bytes].
     codes: Scratch,
+    /// \[row]\[16 columns]\[sum of upper bytes, of lower bytes].
+    sums: Scratch,
     /// \[row]\[superblock].
     units: Scratch,
     rows: usize,
@@ -43,22 +45,37 @@ pub(super) enum ExpertInput {
 }
 
 impl OpenClBackend {
+    /// The kernels of products with a matrix, and the work-items of their work-groups.
+    pub(super) fn kernels(&self, placed: &Placed, rows: usize) -> (KernelSet, usize) {
+        let Placed { coded, columns, .. } = *placed;
+        match self.tier {
+            Tier::Portable => (KernelSet::Products(coded, rows), WORK_GROUP_SIZE),
+            Tier::Matrix(unit) => {
+                let warps = self.tier.warps(columns);
+                (KernelSet::Tiles(TileProduct { coded, unit, rows, warps }), warps * LANES)
+            }
+        }
+    }
+
     pub(super) fn encode(&mut self, rows: &Rows) -> Result<Codes, EngineError> {
         let count = superblocks(rows.width);
         let codes = self.pool.take(&self.queue, rows.count * count * 2 * SUPERBLOCK)?;
+        let sums = self.pool.take(&self.queue, rows.count * count * SUPERBLOCK / 16 * 2 * size_of::<i32>())?;
         let units = self.pool.take(&self.queue, rows.count * count * size_of::<f32>())?;
         let upper_only = Arg::flag(self.bits == ActivationBits::Eight);
-        let arguments = [rows.arg(), Arg::int(rows.width), upper_only, codes.arg(), units.arg()];
+        let arguments = [rows.arg(), Arg::int(rows.width), upper_only, codes.arg(), sums.arg(), units.arg()];
         self.queue.run(KernelSet::Rows, "encode", &arguments, (count, rows.count))?;
-        Ok(Codes { codes, units, rows: rows.count, columns: rows.width })
+        Ok(Codes { codes, sums, units, rows: rows.count, columns: rows.width })
     }
 
     /// The product of all rows of `codes` with matrix `index`.
     pub(super) fn product(&mut self, matrices: &Matrices, index: usize, codes: &Codes) -> Result<Rows, EngineError> {
         let placed = find(matrices, index)?;
-        let tile = if codes.rows == 1 { 1 } else { TILE };
+        // The smallest number that holds all rows, or else the largest.
+        let counts = self.tier.row_counts();
+        let at_once = counts.iter().copied().find(|&count| count >= codes.rows).or(counts.last().copied()).unwrap_or(1);
         let experts = [Arg::unused(), Arg::flag(false), Arg::int(1)];
-        self.multiply(matrices, placed, (0, 0), codes, experts, (codes.rows, tile))
+        self.multiply(matrices, placed, (0, 0), codes, experts, (codes.rows, at_once))
     }
 
     /// The product of each row with the matrices of its experts: \[row]\[choice]\[output]. Matrix `index` is that of
@@ -102,7 +119,7 @@ impl OpenClBackend {
         (expert_bytes, expert_biases): (usize, usize),
         codes: &Codes,
         [experts, has_experts, inputs_shared]: [Arg; 3],
-        (rows, tile): (usize, usize),
+        (rows, at_once): (usize, usize),
     ) -> Result<Rows, EngineError> {
         if placed.columns != codes.columns {
             return Err(EngineError::BadStep { what: format!("{} columns, not {}", codes.columns, placed.columns) });
@@ -118,6 +135,7 @@ impl OpenClBackend {
             Arg::flag(placed.first_bias.is_some()),
             Arg::int(expert_biases),
             codes.codes.arg(),
+            codes.sums.arg(),
             codes.units.arg(),
             experts,
             has_experts,
@@ -127,9 +145,10 @@ impl OpenClBackend {
             Arg::int(rows),
             out.arg(),
         ];
-        let groups = (placed.rows, rows.div_ceil(tile));
-        let work = (placed.rows * tile).saturating_mul(placed.columns) as u64;
-        self.queue.run_in_parts(KernelSet::Products(placed.coded, tile), "multiply", &arguments, groups, work)?;
+        let groups = (placed.rows.div_ceil(self.tier.outputs_at_once()), rows.div_ceil(at_once));
+        let work = (placed.rows * at_once).saturating_mul(placed.columns) as u64;
+        let (set, size) = self.kernels(&placed, at_once);
+        self.queue.run_in_parts(set, "multiply", &arguments, (groups, size), work)?;
         Ok(out)
     }
 }

@@ -3,6 +3,8 @@
 use super::coded::Coded;
 use super::device::Division;
 use super::fault::fault;
+use super::tier::MatrixUnit;
+use super::tiles::TileLayout;
 use crate::engine::KvElement;
 use crate::error::{DeviceFault, EngineError};
 use opencl3::context::Context;
@@ -13,6 +15,10 @@ use std::collections::HashMap;
 const FUNCTIONS: &str = include_str!("kernels/functions.cl");
 const ROWS: &str = include_str!("kernels/rows.cl");
 const PRODUCTS: &str = include_str!("kernels/products.cl");
+const TILES: &str = include_str!("kernels/tiles.cl");
+const TILE_EMBED: &str = include_str!("kernels/tile_embed.cl");
+const MATRIX_NVIDIA: &str = include_str!("kernels/matrix_nvidia.cl");
+const MATRIX_EMULATED: &str = include_str!("kernels/matrix_emulated.cl");
 const ATTENTION: &str = include_str!("kernels/attention.cl");
 const LIMITS: &str = include_str!("kernels/limits.cl");
 
@@ -24,11 +30,39 @@ const OPTIONS: &str = "-cl-std=CL1.2";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum KernelSet {
     Rows,
-    /// Products with weights of a coding, of this many rows at a time.
+    /// Products with weights in rows, of this many rows of codes at a time.
     Products(Coded, usize),
+    /// Products with weights in tiles.
+    Tiles(TileProduct),
     Attention(KvElement),
     /// Measurements of the device.
     Limits,
+}
+
+/// A product with weights in tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct TileProduct {
+    pub(super) coded: Coded,
+    pub(super) unit: MatrixUnit,
+    /// Rows of codes at a time.
+    pub(super) rows: usize,
+    /// Warps of a work-group.
+    pub(super) warps: usize,
+}
+
+impl TileProduct {
+    fn source(self) -> String {
+        match self.unit {
+            MatrixUnit::Nvidia => [MATRIX_NVIDIA, TILES, TILE_EMBED].concat(),
+            MatrixUnit::Emulated => [MATRIX_EMULATED, TILES, TILE_EMBED].concat(),
+        }
+    }
+
+    fn defines(self) -> String {
+        let Self { coded, rows, warps, .. } = self;
+        let layout = TileLayout::of(coded).defines();
+        format!("-DROWS={rows} -DWARPS={warps} {layout} {}", coded.defines())
+    }
 }
 
 /// The compiled kernels of a device.
@@ -72,14 +106,15 @@ impl Programs {
 
     fn build(&self, context: &Context, set: KernelSet) -> Result<Program, EngineError> {
         let (source, defines) = match set {
-            KernelSet::Rows => (ROWS, String::new()),
-            KernelSet::Limits => (LIMITS, String::new()),
-            KernelSet::Products(coded, tile) => (PRODUCTS, format!("-DTILE={tile} {}", coded.defines())),
-            KernelSet::Attention(KvElement::F16) => (ATTENTION, "-DCACHE=16".to_owned()),
-            KernelSet::Attention(KvElement::F32) => (ATTENTION, "-DCACHE=32".to_owned()),
-            KernelSet::Attention(KvElement::Q8_0) => (ATTENTION, "-DCACHE=8".to_owned()),
+            KernelSet::Rows => (ROWS.to_owned(), String::new()),
+            KernelSet::Limits => (LIMITS.to_owned(), String::new()),
+            KernelSet::Products(coded, tile) => (PRODUCTS.to_owned(), format!("-DTILE={tile} {}", coded.defines())),
+            KernelSet::Tiles(product) => (product.source(), product.defines()),
+            KernelSet::Attention(KvElement::F16) => (ATTENTION.to_owned(), "-DCACHE=16".to_owned()),
+            KernelSet::Attention(KvElement::F32) => (ATTENTION.to_owned(), "-DCACHE=32".to_owned()),
+            KernelSet::Attention(KvElement::Q8_0) => (ATTENTION.to_owned(), "-DCACHE=8".to_owned()),
         };
-        let mut program = Program::create_from_source(context, &[FUNCTIONS, source].concat())
+        let mut program = Program::create_from_source(context, &[FUNCTIONS, &source].concat())
             .map_err(|error| fault(&self.device, "reading kernels", error))?;
         let options = format!("{OPTIONS} {} {defines}", self.division.option());
         match program.build(context.devices(), &options) {

@@ -193,12 +193,24 @@ impl Queue {
         arguments: &[Arg],
         groups: (usize, usize),
     ) -> Result<(), EngineError> {
+        self.run_sized(set, name, arguments, groups, WORK_GROUP_SIZE)
+    }
+
+    /// As [`Queue::run`], with work-groups of `size` work-items.
+    fn run_sized(
+        &mut self,
+        set: KernelSet,
+        name: &'static str,
+        arguments: &[Arg],
+        groups: (usize, usize),
+        size: usize,
+    ) -> Result<(), EngineError> {
         if groups.0 == 0 || groups.1 == 0 {
             return Ok(());
         }
         let kernel = self.programs.kernel(&self.context, set, name)?;
         let set = arguments.iter().enumerate().try_for_each(|(index, argument)| set_argument(kernel, index, argument));
-        let (global, local) = ([groups.0 * WORK_GROUP_SIZE, groups.1], [WORK_GROUP_SIZE, 1]);
+        let (global, local) = ([groups.0 * size, groups.1], [size, 1]);
         // SAFETY: the arrays have two dimensions each and live during the call.
         let queued = set.and_then(|()| unsafe {
             let (global, local) = (global.as_ptr(), local.as_ptr());
@@ -209,14 +221,15 @@ impl Queue {
         Ok(())
     }
 
-    /// As [`Queue::run`], in parts of the second dimension, so that no launch takes long. The kernel's last argument is
-    /// the first group of a part; `work` is the number of multiplications for each group of the second dimension.
+    /// As [`Queue::run`], in parts of the second dimension, so that no launch takes long, with work-groups of `size`
+    /// work-items. The kernel's last argument is the first group of a part; `work` is the number of multiplications for
+    /// each group of the second dimension.
     pub(super) fn run_in_parts(
         &mut self,
         set: KernelSet,
         name: &'static str,
         arguments: &[Arg],
-        groups: (usize, usize),
+        (groups, size): ((usize, usize), usize),
         work: u64,
     ) -> Result<(), EngineError> {
         let at_once = usize::try_from(self.launch_work_max / work.max(1)).unwrap_or(usize::MAX).max(1);
@@ -224,7 +237,7 @@ impl Queue {
             let count = at_once.min(groups.1 - first);
             self.make_room(work.saturating_mul(count as u64))?;
             let arguments: Vec<Arg> = arguments.iter().copied().chain([Arg::int(first)]).collect();
-            self.run(set, name, &arguments, (groups.0, count))?;
+            self.run_sized(set, name, &arguments, (groups.0, count), size)?;
         }
         Ok(())
     }

@@ -28,9 +28,9 @@ pub(super) fn gpu_report(device: &Device, platform: &Platform, gpu: Option<&Gpu>
         xe_cores: xe_cores(device),
         clock_mhz: device.max_clock_frequency().ok().filter(|&clock| clock > 0),
         sub_group_sizes: sub_group_sizes(device),
-        local_memory_bytes: device.local_mem_size().unwrap_or_default(),
-        memory_bytes: device.global_mem_size().unwrap_or_default(),
-        buffer_max_bytes: device.max_mem_alloc_size().unwrap_or_default(),
+        local_memory_bytes: device.local_mem_size().ok(),
+        memory_bytes: device.global_mem_size().ok(),
+        buffer_max_bytes: device.max_mem_alloc_size().ok(),
         units: units(device),
         platform: text(platform.name()),
         opencl_version: text(device.version()),
@@ -54,6 +54,8 @@ pub(super) fn pci_address(device: &Device) -> Option<PciAddress> {
     khronos_address(&device.get_data(CL_DEVICE_PCI_BUS_INFO_KHR).unwrap_or_default())
         .or_else(|| nvidia_address(device))
         .or_else(|| amd_address(&device.get_data(CL_DEVICE_TOPOLOGY_AMD).unwrap_or_default()))
+        // A driver may tell anything.
+        .filter(|address| address.device < 32 && address.function < 8)
 }
 
 /// Reads `cl_device_pci_bus_info_khr`: domain, bus, device and function, of 32 bits each.

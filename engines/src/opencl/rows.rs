@@ -6,6 +6,7 @@ use super::listing::Found;
 use super::programs::KernelSet;
 use super::queue::{Arg, Queue, integer};
 use super::scratch::{Pool, Scratch};
+use super::tier::Tier;
 use crate::backend::Norm;
 use crate::engine::ActivationBits;
 use crate::error::EngineError;
@@ -17,6 +18,7 @@ use std::rc::Rc;
 pub struct OpenClBackend {
     pub(super) queue: Queue,
     pub(super) pool: Rc<Pool>,
+    pub(super) tier: Tier,
     pub(super) bits: ActivationBits,
 }
 
@@ -41,9 +43,10 @@ impl Rows {
 
 impl OpenClBackend {
     pub(super) fn new(found: &Found) -> Result<Self, EngineError> {
-        let backend =
-            Self { queue: Queue::new(found)?, pool: Rc::new(Pool::default()), bits: ActivationBits::default() };
-        tracing::debug!(device = backend.queue.device(), name = found.report.name, "an OpenCL device is open");
+        let (queue, pool) = (Queue::new(found)?, Rc::new(Pool::default()));
+        let backend = Self { queue, pool, tier: found.tier, bits: ActivationBits::default() };
+        let (device, name) = (backend.queue.device(), &found.report.name);
+        tracing::debug!(device, name, tier = found.tier.name(), "an OpenCL device is open");
         Ok(backend)
     }
 

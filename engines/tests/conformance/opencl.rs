@@ -30,7 +30,12 @@ impl EngineFactory for One {
 
 fn devices() -> Vec<One> {
     let of = |factory: OpenClFactory| factory.probe().into_iter().map(move |report| One(factory, report));
-    let factories = [OpenClFactory::intel(), OpenClFactory::other_gpus(), OpenClFactory::cpu_runtimes()];
+    let factories = [
+        OpenClFactory::intel(),
+        OpenClFactory::other_gpus(),
+        OpenClFactory::cpu_runtimes(),
+        OpenClFactory::emulated_matrices(),
+    ];
     let devices: Vec<One> = factories.into_iter().flat_map(of).collect();
     if devices.is_empty() {
         println!("SKIPPED: there is no OpenCL device here, so the OpenCL engine was not tested");

@@ -1,44 +1,56 @@
 //! The network: ports, buffers, interfaces.
 
+use super::super::up::API_DEFAULT;
 use super::Check;
 use crate::cluster::PORT_DEFAULT;
-use std::net::{TcpListener, UdpSocket};
+use exo_net::SOCKET_BYTES;
+use listeners::Protocol;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 
-const AREA: &str = "network";
-/// The port of the HTTP API.
-const API_PORT: u16 = 52415;
-/// The buffers that a node asks for: smaller ones lose datagrams of a burst.
-const SOCKET_BYTES: u64 = 4 << 20;
 /// QUIC needs datagrams of 1,200 bytes (RFC 9000, section 14), and headers.
 const MTU_MIN: u64 = 1280;
 /// A flag of an interface: `IFF_MULTICAST`, of `linux/if.h`.
 const MULTICAST: u64 = 0x1000;
 
-/// `is_running`: whether a node of this data folder runs, which has the ports.
-pub(super) fn checks(is_running: bool) -> Vec<Check> {
-    let udp = || UdpSocket::bind(("0.0.0.0", PORT_DEFAULT)).map(drop);
-    let tcp = || TcpListener::bind(("127.0.0.1", API_PORT)).map(drop);
+pub(super) fn checks() -> Vec<Check> {
+    let udp = Port { id: "network.udp_port", name: "UDP port", protocol: Protocol::UDP, number: PORT_DEFAULT };
+    let api = API_DEFAULT.parse::<SocketAddr>().map_or(0, |address| address.port());
+    let tcp = Port { id: "network.tcp_port", name: "TCP port", protocol: Protocol::TCP, number: api };
+    // As a node listens, on both families if the system has them.
+    let bind_udp = UdpSocket::bind(("::", PORT_DEFAULT)).or_else(|_| UdpSocket::bind(("0.0.0.0", PORT_DEFAULT)));
     let mut checks = vec![
-        port("UDP", PORT_DEFAULT, is_running, &udp, "another node takes any free port; --listen chooses one"),
-        port("TCP", API_PORT, is_running, &tcp, "--api ADDR:PORT chooses another address"),
+        udp.check(bind_udp.err(), "none needed: exo-node up takes a free port, and --listen ADDR:PORT sets one"),
+        tcp.check(TcpListener::bind(API_DEFAULT).err(), "--api ADDR:PORT chooses another address"),
     ];
     checks.extend(buffers(Path::new("/proc/sys/net/core")));
     checks.extend(interfaces(Path::new("/sys/class/net")));
     checks
 }
 
-fn port(kind: &str, number: u16, is_running: bool, bind: &dyn Fn() -> std::io::Result<()>, remedy: &str) -> Check {
-    let subject = format!("{kind} port {number}");
-    if is_running {
-        return Check::ok(AREA, subject, "a node of this data folder runs");
+/// A port that a node listens on.
+#[derive(Debug, Clone, Copy)]
+struct Port {
+    id: &'static str,
+    name: &'static str,
+    protocol: Protocol,
+    number: u16,
+}
+
+impl Port {
+    /// `refused` is why it cannot be listened on; `None`: it is free. Another node may have it.
+    fn check(self, refused: Option<std::io::Error>, remedy: &str) -> Check {
+        let subject = format!("{} {}", self.name, self.number);
+        let Some(error) = refused else { return Check::ok(self.id, subject, "free") };
+        let Ok(holder) = listeners::get_process_by_port(self.number, self.protocol) else {
+            return Check::warn(self.id, subject, error.to_string(), remedy);
+        };
+        let found = format!("process {} ({}) has it", holder.pid, holder.name);
+        match holder.name.starts_with("exo-node") {
+            true => Check::ok(self.id, subject, found),
+            false => Check::warn(self.id, subject, found, remedy),
+        }
     }
-    let Err(error) = bind() else { return Check::ok(AREA, subject, "free") };
-    let protocol = if kind == "UDP" { listeners::Protocol::UDP } else { listeners::Protocol::TCP };
-    let holder = listeners::get_process_by_port(number, protocol).ok();
-    let found = holder
-        .map_or_else(|| error.to_string(), |process| format!("process {} ({}) has it", process.pid, process.name));
-    Check::warn(AREA, subject, found, remedy)
 }
 
 /// The largest socket buffers that the system permits.
@@ -46,17 +58,12 @@ fn buffers(folder: &Path) -> Option<Check> {
     let read = |name: &str| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
     let (receive, send) = (read("rmem_max")?, read("wmem_max")?);
     let found = format!("at most {receive} bytes to receive, {send} to send");
-    Some(match receive.min(send) < SOCKET_BYTES {
-        true => Check::warn(
-            AREA,
-            "UDP buffers",
-            found,
-            format!(
-                "sudo sysctl net.core.rmem_max={SOCKET_BYTES} net.core.wmem_max={SOCKET_BYTES}: bursts lose datagrams"
-            ),
-        ),
-        false => Check::ok(AREA, "UDP buffers", found),
-    })
+    let (id, subject, needed) = ("network.buffers", "UDP buffers", SOCKET_BYTES as u64);
+    if receive.min(send) >= needed {
+        return Some(Check::ok(id, subject, found));
+    }
+    let remedy = format!("sudo sysctl -w net.core.rmem_max={needed} net.core.wmem_max={needed}, until the next boot");
+    Some(Check::warn(id, subject, format!("{found}: bursts may lose datagrams"), remedy))
 }
 
 /// The interfaces that are up, without loopback.
@@ -76,10 +83,11 @@ fn interfaces(folder: &Path) -> Vec<Check> {
     let mut checks: Vec<Check> = Vec::new();
     for name in &up {
         let Some(mtu) = text(name, "mtu").and_then(|mtu| mtu.parse::<u64>().ok()) else { continue };
-        let found = format!("MTU {mtu}{}", if has_multicast(name) { ", multicast" } else { ", no multicast" });
+        let multicast = flags(name).map_or("", |_| if has_multicast(name) { ", multicast" } else { ", no multicast" });
+        let (id, found) = ("network.interface", format!("MTU {mtu}{multicast}"));
         checks.push(match mtu < MTU_MIN {
-            true => Check::fail(AREA, name, found, format!("raise its MTU to {MTU_MIN} or more: QUIC needs that")),
-            false => Check::ok(AREA, name, found),
+            true => Check::warn(id, name, found, format!("raise its MTU to {MTU_MIN} or more: QUIC needs that")),
+            false => Check::ok(id, name, found),
         });
     }
     if !folder.exists() {
@@ -87,15 +95,10 @@ fn interfaces(folder: &Path) -> Vec<Check> {
     }
     if up.is_empty() {
         let remedy = "connect this machine to a network: without one it has no other members";
-        checks.push(Check::warn(AREA, "interfaces", "none is up but loopback", remedy));
-    } else if !up.iter().any(has_multicast) {
-        let remedy = "name the other members: --peer ADDR:PORT";
-        checks.push(Check::warn(
-            AREA,
-            "discovery",
-            "no interface has multicast, so no member is found by itself",
-            remedy,
-        ));
+        checks.push(Check::warn("network.interfaces", "interfaces", "none is up but loopback", remedy));
+    } else if !up.iter().any(|name| flags(name).is_none() || has_multicast(name)) {
+        let found = "no interface supports multicast, so discovery finds no members";
+        checks.push(Check::warn("network.discovery", "discovery", found, "name the other members: --peer ADDR:PORT"));
     }
     checks
 }
@@ -138,18 +141,19 @@ mod tests {
         write(folder.path(), &[("wg0/operstate", "unknown\n"), ("wg0/mtu", "1420\n"), ("wg0/flags", "0x91\n")]);
         assert_eq!(verdicts(), [("wg0".to_owned(), Verdict::Ok), ("discovery".to_owned(), Verdict::Warn)]);
         write(folder.path(), &[("eth0/operstate", "up\n"), ("eth0/mtu", "576\n"), ("eth0/flags", "0x1003\n")]);
-        assert_eq!(verdicts(), [("eth0".to_owned(), Verdict::Fail), ("wg0".to_owned(), Verdict::Ok)]);
+        assert_eq!(verdicts(), [("eth0".to_owned(), Verdict::Warn), ("wg0".to_owned(), Verdict::Ok)]);
     }
 
-    /// R8.1–R8.5: a taken port names its holder; a node of this folder may have it.
+    /// R8.1–R8.5: a taken port names its holder.
     #[test]
     fn taken_ports_name_their_holder() {
         let held = TcpListener::bind("127.0.0.1:0").expect("a port");
         let number = held.local_addr().expect("bound").port();
-        let bind = move || TcpListener::bind(("127.0.0.1", number)).map(drop);
-        let check = port("TCP", number, false, &bind, "choose another");
+        let port = Port { id: "network.tcp_port", name: "TCP port", protocol: Protocol::TCP, number };
+        let check = port.check(TcpListener::bind(("127.0.0.1", number)).err(), "choose another");
         assert_eq!(check.verdict, Verdict::Warn);
         assert!(check.found.contains(&std::process::id().to_string()), "{}", check.found);
-        assert_eq!(port("TCP", number, true, &bind, "").verdict, Verdict::Ok);
+        drop(held);
+        assert_eq!(port.check(TcpListener::bind(("127.0.0.1", number)).err(), "").verdict, Verdict::Ok);
     }
 }

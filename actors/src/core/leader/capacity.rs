@@ -4,6 +4,7 @@ use super::{Leader, RoundContext};
 use crate::core::desired::Deployment;
 use crate::core::members::{MemberReport, Members};
 use crate::core::offer::{MemoryPool, Offer};
+use crate::core::plan::Stage;
 use crate::core::spec::InstanceId;
 use crate::core::speed::Speed;
 use exo_engines::engine::DeviceId;
@@ -96,9 +97,14 @@ impl Leader {
             let of_node = offers.iter().filter(|offer| offer.node == node).map(|offer| offer.speed);
             let slowest = of_node.min_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
             let cpus = self.all_offers(round, Some(cpu), node, memory);
-            all.extend(
-                cpus.into_iter().filter(|offer| offer.node == node).map(|offer| guess_cpu(member, offer, slowest)),
-            );
+            let own = cpus.into_iter().filter(|offer| offer.node == node);
+            // The user's limit is on all devices of the node together.
+            let taken = offers.iter().filter(|offer| offer.node == node).map(|offer| offer.free_bytes);
+            let taken = member.memory_limit_bytes.map_or(0, |_| taken.fold(0, u64::saturating_add));
+            all.extend(own.map(|offer| {
+                let offer = guess_cpu(member, offer, slowest);
+                Offer { free_bytes: offer.free_bytes.saturating_sub(taken), ..offer }
+            }));
         }
         all
     }
@@ -126,13 +132,17 @@ impl Leader {
     }
 }
 
+/// The memory that a stage uses. That of a node which is no member does not matter.
+pub(super) fn pool_of(members: &Members, stage: &Stage) -> (NodeId, MemoryPool) {
+    let member = members.0.get(&stage.node);
+    (stage.node, member.map_or(MemoryPool::Machine, |member| member.pool(&stage.device)))
+}
+
 /// The bytes that deployments promise to shards in each pool of memory.
 pub(super) fn memory_by_pool<'a>(members: &Members, deployments: impl Iterator<Item = &'a Deployment>) -> PoolBytes {
     let mut promised = PoolBytes::new();
     for stage in deployments.flat_map(|deployment| &deployment.placement.stages) {
-        let member = members.0.get(&stage.node);
-        let pool = member.map_or(MemoryPool::Machine, |member| member.pool(&stage.device));
-        let bytes = promised.entry((stage.node, pool)).or_default();
+        let bytes = promised.entry(pool_of(members, stage)).or_default();
         *bytes = bytes.saturating_add(stage.memory_bytes);
     }
     promised

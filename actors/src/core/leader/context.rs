@@ -1,15 +1,16 @@
 //! The contexts of instances: as long as memory allows, and shorter where something else needs the memory.
 
-use super::capacity::memory_by_pool;
+use super::capacity::{memory_by_pool, pool_of};
 use super::{Leader, PlacementRequest, RoundContext, shard_count};
 use crate::core::context::Context;
 use crate::core::desired::{Deployment, MoveStrategy, Target};
 use crate::core::members::Members;
-use crate::core::offer::Offer;
+use crate::core::offer::{MemoryPool, Offer};
 use crate::core::plan::{Demand, Links, Placement, PlanError, ShardCount, place};
 use crate::core::spec::InstanceId;
 use exo_engines::engine::PAGE_TOKENS;
 use exo_net::NodeId;
+use std::collections::BTreeSet;
 
 /// The search for the largest context tries multiples of this many tokens.
 const STEP_TOKENS: u32 = 1024;
@@ -97,12 +98,16 @@ impl Leader {
             memory.give_back(&before, &after);
         }
         let offers = self.offers_of(round, own, ask.spec.device.as_ref(), near, &memory);
-        let Some(wanted) = ask.fit(round.members, &offers) else { return false };
-        // Memory of other nodes would not help.
-        let helps = |(_, deployment, _): &(InstanceId, Deployment, u64)| {
-            let nodes = || deployment.placement.stages.iter().map(|stage| stage.node);
-            wanted.stages.iter().any(|stage| nodes().any(|node| node == stage.node))
+        let with_cpus = || self.with_cpus(round, own, &memory, &offers);
+        let wanted = ask.fit(round.members, &offers).or_else(|| ask.fit(round.members, &with_cpus()));
+        let Some(wanted) = wanted else { return false };
+        // Memory of other pools would not help.
+        let pools = |placement: &Placement| -> BTreeSet<(NodeId, MemoryPool)> {
+            placement.stages.iter().map(|stage| pool_of(round.members, stage)).collect()
         };
+        let wanted = pools(&wanted);
+        let helps =
+            |(_, deployment, _): &(InstanceId, Deployment, u64)| !pools(&deployment.placement).is_disjoint(&wanted);
         let largest = shorter.into_iter().filter(helps).max_by_key(|(_, _, saved)| *saved);
         let Some((id, deployment, _)) = largest else { return false };
         tracing::info!(instance = %id, "shortening a model's context: another model needs its memory");

@@ -150,7 +150,15 @@ impl Leader {
             let is_its = |offer: &Offer| (offer.node, &offer.device) == (stage.node, &stage.device);
             if !offers.iter().any(is_its) {
                 let of_all = self.all_offers(round, Some(&stage.device), stage.node, memory);
-                offers.extend(of_all.into_iter().find(is_its));
+                let Some(offer) = of_all.into_iter().find(is_its) else { continue };
+                let better = offers.iter().filter(|other| other.node == stage.node).map(|other| other.speed);
+                let slowest = better.min_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
+                let fallback = round
+                    .members
+                    .0
+                    .get(&stage.node)
+                    .filter(|member| member.fallback().is_some_and(|cpu| cpu.report.id == stage.device));
+                offers.push(fallback.map_or(offer.clone(), |member| guess_cpu(member, offer, slowest)));
             }
         }
     }

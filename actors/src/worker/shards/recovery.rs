@@ -5,6 +5,7 @@ use crate::core::device_health::Health;
 use crate::core::failover::{Change, EngineNumber, EngineOrder, Outcome};
 use crate::core::memory_watch::MemoryGrowth;
 use crate::core::node_status::{DeviceTrouble, Fact};
+use crate::core::offer::MemoryPool;
 use crate::core::spec::InstanceId;
 use crate::core::stage::StageEvent;
 use crate::transport::callback::EventCallback;
@@ -12,8 +13,9 @@ use crate::transport::protocol::LinkEnd;
 use crate::worker::device::DeviceMsg;
 use crate::worker::machine::available_bytes;
 use crate::worker::probe::ProbeOutcome;
+use crate::worker::shard::{ShardReport, ShardTask};
 use exo_engines::EngineError;
-use exo_engines::engine::DeviceId;
+use exo_engines::engine::{DeviceId, DeviceReport};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -83,12 +85,30 @@ impl WorkerState {
                         continue;
                     };
                     task.number = engine;
+                    if let Some(error) = self.lacks_memory(&task, &local.report) {
+                        task.report(ShardReport::Failed(error));
+                        continue;
+                    }
                     (task.engine.device, task.engine.factory) = (device, Arc::clone(&local.factory));
                     self.tell_device(&task.engine.device.clone(), DeviceMsg::Start { task: Box::new(task), after });
                 }
                 EngineOrder::Stop { engine, device } => self.tell_device(&device, DeviceMsg::Stop(engine)),
             }
         }
+    }
+
+    /// The error of a shard that was placed in a card's memory, and is to fall back to a device that uses the
+    /// machine's: nobody has planned that memory for it.
+    fn lacks_memory(&self, task: &ShardTask, to: &DeviceReport) -> Option<EngineError> {
+        let placed = self.args.devices.iter().find(|local| local.report.id == task.engine.device)?;
+        let (needed_bytes, free_bytes) = (task.engine.memory.bytes, available_bytes()?);
+        let is_planned = MemoryPool::of(&placed.report) == MemoryPool::of(to);
+        let what = "the weights and the cache of a card's shard, on the CPU".to_owned();
+        (!is_planned && free_bytes < needed_bytes).then_some(EngineError::OutOfMemory {
+            what,
+            needed_bytes,
+            free_bytes,
+        })
     }
 
     pub(super) fn start_probes(&mut self, myself: &WorkerRef) {

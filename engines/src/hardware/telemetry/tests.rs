@@ -36,11 +36,13 @@ fn client(number: u64, cycles: u64, total: u64, memory: &str) -> String {
     )
 }
 
-/// R2.1–R2.5: a card on xe, before and since Linux 7.0: sensors are chosen by their labels, and what is not told is unknown.
+/// R2.1–R2.5: a card on xe, before and since Linux 7.0: sensors are chosen by their labels, and what is not told is
+/// unknown.
 #[test]
 fn cards_on_xe_are_measured() {
     let sample = first(&Tree::open("battlemage-and-raptor-lake"));
     let expected = GpuSample {
+        memory_own_bytes: Some(0),
         temperature_celsius: Some(46.0),
         memory_temperature_celsius: Some(48.0),
         clock_mhz: Some(400),
@@ -126,7 +128,8 @@ fn clients_are_counted_once() {
     open(&tree, OWN, 6, &client(1, 3000, 2000, "3 GiB"));
     open(&tree, OTHER, 3, &client(2, 900, 2000, "512 MiB"));
     let sample = monitor.sample(2 * SECOND, &[OWN]).into_values().next_back().expect("a GPU");
-    let shares: Vec<(&str, f32)> = sample.engines.iter().map(|(class, share)| (class.as_str(), *share)).collect();
+    let shares: Vec<(&str, f32)> =
+        sample.utilisation_by_class.iter().map(|(class, share)| (class.as_str(), *share)).collect();
     assert_eq!(shares, [("ccs", 0.85), ("rcs", 0.0)], "3,400 of 4,000 cycles");
     assert_eq!((sample.utilisation, sample.memory_own_bytes), (Some(0.85), Some(3 << 30)));
 }
@@ -145,12 +148,26 @@ fn idle_time_tells_the_utilisation() {
     assert_eq!(utilisation(monitor.sample(10 * SECOND, &[])), Some(0.25));
 }
 
-/// A card that sleeps is not woken.
+/// R7.1–R7.5: memory that a process of this node has released is free at once, not ten seconds later.
+#[test]
+fn released_memory_shows_at_once() {
+    let tree = Tree::open("battlemage-and-raptor-lake");
+    let mut monitor = monitor(&tree);
+    open(&tree, OWN, 5, &client(1, 0, 1000, "2 GiB"));
+    let mut own_bytes = |at: u32, own: &[u32]| {
+        monitor.sample(at * SECOND, own).into_values().next_back().expect("a GPU").memory_own_bytes
+    };
+    assert_eq!(own_bytes(1, &[OWN]), Some(2 << 30));
+    assert_eq!(own_bytes(2, &[]), Some(0));
+}
+
+/// A card that sleeps is not woken, not even by reading its clients.
 #[test]
 fn a_sleeping_card_is_left_alone() {
     let tree = Tree::open("battlemage-and-raptor-lake");
     tree.write("sys/bus/pci/devices/0000:03:00.0/power/runtime_status", "suspended");
-    let sample = first(&tree);
+    open(&tree, OWN, 5, &client(1, 0, 1000, "2 GiB"));
+    let sample = monitor(&tree).sample(SECOND, &[OWN]).into_values().next_back().expect("a GPU");
     assert_eq!(sample, GpuSample { utilisation: Some(0.0), ..GpuSample::default() });
 }
 
@@ -163,5 +180,12 @@ fn garbage_in_files_is_unknown() {
         let garbage = ["", "-", "99999999999999999999", "N/A", "\u{0}", "-5"][index % 6];
         tree.write(&format!("sys/bus/pci/devices/0000:03:00.0/hwmon/hwmon2/{name}"), garbage);
     }
-    assert!(first(&tree).is_plausible());
+    let sample = first(&tree);
+    assert!(sample.is_plausible());
+    assert_eq!((sample.power_limit_watts, sample.power_watts), (None, None), "{sample:?}");
+    for channel in 1..=17 {
+        tree.write(&format!("sys/bus/pci/devices/0000:03:00.0/hwmon/hwmon2/temp{channel}_input"), "N/A");
+    }
+    let sample = first(&tree);
+    assert_eq!((sample.temperature_celsius, sample.memory_temperature_celsius), (None, None));
 }

@@ -27,6 +27,15 @@ float root(float x) {
 #define BLOCK 32
 #define ROUNDER 12582912.0f
 
+// Where the upper byte of a column's code is within its superblock; the lower byte comes LOWER bytes later. 16 bytes,
+// which tiles.cl reads at once, have the columns 4 t ... 4 t + 3 of two blocks, and the same four 16 further.
+#define LOWER 64
+int code_index(int column) {
+    int block = column / BLOCK;
+    int i = column % BLOCK;
+    return block / 2 * 128 + i % 16 / 4 * 16 + block % 2 * 8 + i / 16 * 4 + i % 4;
+}
+
 // Rounds to the nearest integer, ties to even, for |x| < 2^15; 0 for a value that is not a number.
 short round_to_short(float x) {
     return isnan(x) ? (short)0 : as_short2(x + ROUNDER).s0;

@@ -1,6 +1,6 @@
 // Products with weights of one type. The host defines the type:
-// BITS (2, 3, 4, 5, 6, 8; 16: integers without scales), HALVES (scales of a block: 1 or 2), HAS_MINS, ZERO, ROUNDED, and
-// for types with a table LEVELS, its sixteen levels.
+// BITS (2, 3, 4, 5, 6, 8; 16: integers without scales), HALVES (scales of a block: 1 or 2), HAS_MINS, ZERO, ROUNDED,
+// and for types with a table LEVELS, its sixteen levels.
 //
 // A row of weights is: units (a float for each superblock), scales and minima (shorts, HALVES for each block), codes.
 // Codes of a block are, as far as the type has them: 16 bytes of low nibbles (column i and i + 16), 8 bytes of pairs of
@@ -91,17 +91,17 @@ int weight_of(const Row *row, int block, int i) {
 #endif
 }
 
-// The product of the rows of `weights` with tiles of TILE rows of codes, from tile `first_tile` on. A work-group computes
-// one output of a tile; a work-item computes the exact sums of every 64th block.
+// The product of the rows of `weights` with tiles of TILE rows of codes, from tile `first_tile` on. A work-group
+// computes one output of a tile; a work-item computes the exact sums of every 64th block.
 //
-// In a mixture, `experts` has the expert of each row, whose weights are at `first_byte + expert * expert_bytes`, and whose
-// bias is at `first_bias + expert * expert_biases`; the codes of row r are those of input r / inputs_shared.
+// In a mixture, `experts` has the expert of each row, whose weights are at `first_byte + expert * expert_bytes`, and
+// whose bias is at `first_bias + expert * expert_biases`; the codes of row r are those of input r / inputs_shared.
 __kernel __attribute__((reqd_work_group_size(WORK_GROUP_SIZE, 1, 1)))
 void multiply(__global const uchar *weights, ulong first_byte, uint row_bytes, ulong expert_bytes,
               __global const float *bias, int first_bias, int has_bias, int expert_biases,
-              __global const char *codes, __global const float *code_units, __global const int *experts,
-              int has_experts, int inputs_shared, int columns, int outputs, int rows, __global float *out,
-              int first_tile) {
+              __global const char *codes, __global const int4 *code_sums, __global const float *code_units,
+              __global const int *experts, int has_experts, int inputs_shared, int columns, int outputs, int rows,
+              __global float *out, int first_tile) {
     __local int sums[TILE][WORK_GROUP_SIZE][2];
     __local float joined[TILE][WORK_GROUP_SIZE / 8];
     int item = get_local_id(0);
@@ -126,9 +126,9 @@ void multiply(__global const uchar *weights, ulong first_byte, uint row_bytes, u
                 int weight = weight_of(&row, block, i);
                 for (int r = 0; r < count; r++) {
                     size_t input = (size_t)((first + r) / inputs_shared) * superblocks + block / 8;
-                    __global const char *code = codes + input * 2 * SUPERBLOCK + block % 8 * BLOCK + i;
+                    __global const char *code = codes + input * 2 * SUPERBLOCK + code_index(block % 8 * BLOCK + i);
                     upper[r] += weight * code[0];
-                    lower[r] += weight * code[SUPERBLOCK];
+                    lower[r] += weight * code[LOWER];
                 }
             }
         }

@@ -1,7 +1,7 @@
 // Kernels over rows of activations. Shapes are [row][width] unless told otherwise.
 
-// out = (x * f) * weight with f = 1 / sqrt(sum(x^2) / width + epsilon). A work-group computes a row; work-item l has the
-// columns l, l + 64, ... of the sum of squares.
+// out = (x * f) * weight with f = 1 / sqrt(sum(x^2) / width + epsilon). A work-group computes a row; work-item l has
+// the columns l, l + 64, ... of the sum of squares.
 __kernel __attribute__((reqd_work_group_size(WORK_GROUP_SIZE, 1, 1)))
 void norm(__global const float *in, __global const float *weight, float epsilon, int width, __global float *out) {
     __local float chains[WORK_GROUP_SIZE];
@@ -27,11 +27,14 @@ void norm(__global const float *in, __global const float *weight, float epsilon,
     }
 }
 
-// Codes of a row in superblocks of 256 upper bytes, then 256 lower bytes, and one unit for each. A work-group computes
-// a superblock. `upper_only`: codes of 8 bits.
+// Codes of a row in superblocks: for each pair of blocks upper bytes, then lower bytes, in the order of code_index().
+// With them, the sums of upper and of lower bytes of 16 columns, and one unit for each superblock. A work-group
+// computes a superblock. `upper_only`: codes of 8 bits.
 __kernel __attribute__((reqd_work_group_size(WORK_GROUP_SIZE, 1, 1)))
-void encode(__global const float *in, int width, int upper_only, __global char *codes, __global float *units) {
+void encode(__global const float *in, int width, int upper_only, __global char *codes, __global int2 *sums,
+            __global float *units) {
     __local float largest[WORK_GROUP_SIZE];
+    __local int2 split[SUPERBLOCK];
     int item = get_local_id(0);
     int superblock = get_group_id(0);
     int superblocks = get_num_groups(0);
@@ -59,12 +62,22 @@ void encode(__global const float *in, int width, int upper_only, __global char *
         factor = divide(upper_only ? 127.0f : 32639.0f, most);
     }
     size_t index = row * superblocks + superblock;
-    __global char *upper = codes + index * 2 * SUPERBLOCK;
+    __global char *own_codes = codes + index * 2 * SUPERBLOCK;
     for (int column = item; column < SUPERBLOCK; column += WORK_GROUP_SIZE) {
         int code = column < count ? round_to_short(values[column] * factor) : 0;
         int high = upper_only ? code : (code + 128) >> 8;
-        upper[column] = (char)high;
-        upper[column + SUPERBLOCK] = upper_only ? (char)0 : (char)(code - (high << 8));
+        int low = upper_only ? 0 : code - (high << 8);
+        own_codes[code_index(column)] = (char)high;
+        own_codes[code_index(column) + LOWER] = (char)low;
+        split[column] = (int2)(high, low);
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (int part = item; part < SUPERBLOCK / 16; part += WORK_GROUP_SIZE) {
+        int2 sum = 0;
+        for (int column = part * 16; column < part * 16 + 16; column++) {
+            sum += split[column];
+        }
+        sums[index * (SUPERBLOCK / 16) + part] = sum;
     }
     if (item == 0) {
         units[index] = unit;

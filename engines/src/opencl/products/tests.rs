@@ -1,6 +1,7 @@
 //! Products with weights of every type, compared with the arithmetic to the bit.
 
 use super::super::listing::{Family, find};
+use super::super::tier::{MatrixUnit, Tier};
 use super::*;
 use crate::arithmetic::{activations, products, weights};
 use crate::backend::{Backend, LinearData, MatrixShape, TensorData};
@@ -9,7 +10,18 @@ use crate::format::{ElementType, TensorBytes};
 
 /// The backends of all OpenCL devices here. Without any, the tests say so and test nothing.
 fn backends() -> Vec<OpenClBackend> {
-    let found: Vec<_> = [Family::Intel, Family::OtherGpus, Family::CpuRuntimes].into_iter().flat_map(find).collect();
+    let mut found: Vec<_> =
+        [Family::Intel, Family::OtherGpus, Family::CpuRuntimes].into_iter().flat_map(find).collect();
+    // Each device with each tier that it can have.
+    let others: Vec<_> = found
+        .iter()
+        .cloned()
+        .map(|found| match found.tier {
+            Tier::Portable => found.with_tier(Tier::Matrix(MatrixUnit::Emulated)),
+            Tier::Matrix(_) => found.with_tier(Tier::Portable),
+        })
+        .collect();
+    found.extend(others);
     if found.is_empty() {
         println!("SKIPPED: there is no OpenCL device here, so nothing was tested");
     }
@@ -34,12 +46,16 @@ fn products_have_the_bits_of_the_arithmetic() {
                     check(&mut backend, element, (rows, columns), bits);
                 }
             }
+            // Several launches of 16 rows, and several chains for each warp.
+            check(&mut backend, element, (21, 4352), ActivationBits::Sixteen);
+            println!("{element}: exact, {} on {}", backend.tier.name(), backend.queue.device());
         }
     }
 }
 
 fn check(backend: &mut OpenClBackend, element: ElementType, (rows, columns): (usize, usize), bits: ActivationBits) {
-    const OUTPUTS: usize = 7;
+    // Several panels, the last one not full.
+    const OUTPUTS: usize = 71;
     let bytes = |seed| test_weights::bytes(element, OUTPUTS, columns, seed);
     let data = |seed| {
         let bytes = TensorBytes::Gathered(bytes(seed));
