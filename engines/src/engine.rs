@@ -9,9 +9,8 @@
 //! after a failure differ only in their rows.
 
 pub use crate::activation_bits::{ActivationBits, UnknownActivationBits};
-pub use crate::device::{
-    ComputeUnits, DeviceId, DeviceKind, DeviceMemory, DeviceReport, GpuReport, PlatformDevice, PlatformReport, Runtime,
-};
+pub use crate::device::{ComputeUnits, DeviceId, DeviceKind, DeviceMemory, DeviceReport, GpuReport};
+pub use crate::hardware::{PlatformDevice, PlatformReport, Runtime};
 pub use crate::kv_element::{KvElement, UnknownKvElement};
 pub use crate::scores::{RowQuery, RowScores, Scores, TopLogits, TopQuery};
 

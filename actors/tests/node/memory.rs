@@ -49,6 +49,8 @@ async fn the_least_recently_used_model_is_unloaded() {
     // Three instances of one model, with different numbers of shards; two fit.
     for shards in [1, 2, 1, 3] {
         assert_eq!(world.ask(world.request(shards, &PROMPT, 5)).await, Ok(answer(&PROMPT, 5)));
+        // A request's task, which counts as use, ends just after the answer's last event.
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let state = world.node.status().await.expect("the node lives");
     let ready = state.instances.values().filter(|instance| instance.phase == Phase::Ready);

@@ -1,7 +1,6 @@
 //! What an engine still needs to use a GPU, and how to get it.
 
-use super::{Gpu, PciId, SystemRoot};
-use crate::device::{PlatformDevice, PlatformReport, Runtime};
+use super::{Gpu, PciId, PlatformDevice, PlatformReport, Runtime, SystemRoot};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 

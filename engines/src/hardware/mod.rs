@@ -16,6 +16,7 @@ mod nvidia;
 mod pci;
 #[cfg(test)]
 mod recorded;
+mod runtime;
 mod sample;
 mod telemetry;
 mod vram;
@@ -23,6 +24,7 @@ mod vram;
 pub use gpus::{Gpu, KernelDriver, gpus};
 pub use missing::{Access, Distribution, Missing, access, missing};
 pub use pci::{NotAPciAddress, NotAPciId, PciAddress, PciId};
+pub use runtime::{PlatformDevice, PlatformReport, Runtime};
 pub use sample::GpuSample;
 pub use telemetry::GpuMonitor;
 

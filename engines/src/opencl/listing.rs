@@ -3,9 +3,9 @@
 use super::device::{Division, Limits};
 use super::report::{gpu_report, memory, pci_address};
 use super::tier::Tier;
-use crate::device::{DeviceId, DeviceKind, DeviceReport, PlatformDevice, PlatformReport, Runtime};
+use crate::device::{DeviceId, DeviceKind, DeviceReport};
 use crate::error::EngineError;
-use crate::hardware::{self, Gpu, PciAddress, PciId, SystemRoot};
+use crate::hardware::{self, Gpu, PciAddress, PciId, PlatformDevice, PlatformReport, Runtime, SystemRoot};
 use opencl3::device::{CL_DEVICE_TYPE_ALL, CL_DEVICE_TYPE_CPU, CL_DEVICE_TYPE_GPU, Device};
 use opencl3::error_codes::{DLOPEN_FUNCTION_NOT_AVAILABLE, DLOPEN_RUNTIME_LOAD_FAILED};
 use opencl3::platform::{Platform, get_platforms};

@@ -127,3 +127,6 @@ impl Programs {
         }
     }
 }
+
+#[cfg(test)]
+mod intel_gate;

@@ -6,6 +6,9 @@ use super::proxy::WorkerEngine;
 use super::shared_memory::SharedMemory;
 use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory, ProcessNeed, Runtime};
 use crate::error::EngineError;
+use crate::hardware::PciAddress;
+use parking_lot::Mutex;
+use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -20,13 +23,15 @@ const LIST_THREAD_WITHIN: Duration = Duration::from_secs(100);
 pub struct WorkerFactory {
     factory: Arc<dyn EngineFactory>,
     command: WorkerCommand,
+    /// The PCI addresses of the devices that were listed.
+    addresses: Arc<Mutex<HashMap<DeviceId, PciAddress>>>,
 }
 
 impl WorkerFactory {
     /// Creates a factory of the engines of `factory`. `command` runs a program that calls
     /// [`serve`](super::serve()) with an equal factory.
     pub fn new(factory: Arc<dyn EngineFactory>, command: WorkerCommand) -> Self {
-        Self { factory, command }
+        Self { factory, command, addresses: Arc::default() }
     }
 
     /// Starts a process, and asks it something before an engine is open.
@@ -55,7 +60,9 @@ impl WorkerFactory {
         let memory = SharedMemory::create();
         let descriptor = memory.as_ref().map(SharedMemory::descriptor).transpose()?;
         let (process, stderr) = self.command.start(of_worker.into(), descriptor)?;
-        Ok(WorkerEngine::new(self.name(), device.clone(), Channel::new(socket, memory), process, stderr))
+        let address = self.addresses.lock().get(device).copied();
+        let device = (device.clone(), address);
+        Ok(WorkerEngine::new(self.name(), device, Channel::new(socket, memory), process, stderr))
     }
 }
 
@@ -69,10 +76,13 @@ impl EngineFactory for WorkerFactory {
         if self.factory.process_need() != ProcessNeed::Required {
             return self.factory.probe();
         }
-        self.ask(WorkerEngine::devices).unwrap_or_else(|what| {
+        let listed = self.ask(WorkerEngine::devices).unwrap_or_else(|what| {
             tracing::warn!(engine = self.name(), what, "devices cannot be listed");
             Vec::new()
-        })
+        });
+        let addresses = listed.iter().filter_map(|report| Some((report.id.clone(), report.pci_address()?)));
+        *self.addresses.lock() = addresses.collect();
+        listed
     }
 
     fn runtime(&self) -> Runtime {

@@ -5,6 +5,7 @@ use crate::engine::{
     ShardSpec, Step, WarmUpReport,
 };
 use crate::error::EngineError;
+use crate::hardware::PciAddress;
 use crate::model::WeightSource;
 use crate::profile::Profile;
 use serde::de::DeserializeOwned;
@@ -56,6 +57,8 @@ pub(super) enum Request<'a> {
     Open {
         engine: Cow<'a, str>,
         device: Cow<'a, DeviceId>,
+        /// Where the device was when it was listed. Numbers may have moved since.
+        address: Option<PciAddress>,
         /// The most detailed level of events that the node logs.
         log: LogLevel,
     },

@@ -12,6 +12,7 @@ use crate::engine::{
     RowQuery, Runtime, Scores, SelfTestReport, ShardSpec, Step, WarmUpReport,
 };
 use crate::error::EngineError;
+use crate::hardware::PciAddress;
 use crate::model::WeightSource;
 use crate::profile::Profile;
 use std::borrow::Cow;
@@ -30,6 +31,8 @@ const LISTS_WITHIN: Duration = Duration::from_secs(60);
 pub(super) struct WorkerEngine {
     engine: &'static str,
     device: DeviceId,
+    /// The PCI address of the device when it was listed.
+    address: Option<PciAddress>,
     /// `None`: the worker was killed, or has ended.
     channel: Option<Channel>,
     process: Arc<Process>,
@@ -42,13 +45,13 @@ pub(super) struct WorkerEngine {
 impl WorkerEngine {
     pub(super) fn new(
         engine: &'static str,
-        device: DeviceId,
+        (device, address): (DeviceId, Option<PciAddress>),
         channel: Channel,
         process: Process,
         stderr: Stderr,
     ) -> Self {
         let (channel, process) = (Some(channel), Arc::new(process));
-        Self { engine, device, channel, process, stderr, is_open: false, shape: Shape::default() }
+        Self { engine, device, address, channel, process, stderr, is_open: false, shape: Shape::default() }
     }
 
     /// Lists the devices of the engine.
@@ -143,7 +146,8 @@ impl WorkerEngine {
         }
         self.greet()?;
         let (engine, device) = (Cow::Borrowed(self.engine), Cow::Owned(self.device.clone()));
-        match self.ask(&Request::Open { engine, device, log: LogLevel::of_this_process() }, &[], 0)?.0 {
+        let (address, log) = (self.address, LogLevel::of_this_process());
+        match self.ask(&Request::Open { engine, device, address, log }, &[], 0)?.0 {
             Reply::Opened => {
                 self.is_open = true;
                 Ok(())

@@ -4,8 +4,9 @@ use super::channel::{Channel, ChannelError, VALUES_MAX};
 use super::message::{Hello, Reply, Request};
 use super::shared_memory::SharedMemory;
 use super::{RELEASE_WITHIN, log};
-use crate::engine::{Engine, EngineFactory, Input, Output, OutputRows, Runtime, Scores};
-use crate::error::EngineError;
+use crate::engine::{DeviceId, DeviceReport, Engine, EngineFactory, Input, Output, OutputRows, Runtime, Scores};
+use crate::error::{DeviceFault, EngineError};
+use crate::hardware::PciAddress;
 use rustix::process::{Signal, getpid, kill_process};
 use std::io;
 use std::ops::ControlFlow;
@@ -176,11 +177,12 @@ impl Worker<'_> {
             let runtime = self.factory(&engine).map_or(Runtime::BuiltIn, |factory| factory.runtime());
             return Ok((Reply::Runtime(runtime), Vec::new()));
         }
-        if let Request::Open { engine, device, log } = request {
+        if let Request::Open { engine, device, address, log } = request {
             log::set_level(log);
             let factory = self
                 .factory(&engine)
                 .ok_or_else(|| EngineError::NoDevice { engine: engine.into_owned(), device: device.to_string() })?;
+            check_address(&**factory, &device, address)?;
             self.engine = Some(factory.open(&device)?);
             return Ok((Reply::Opened, Vec::new()));
         }
@@ -214,5 +216,54 @@ impl Worker<'_> {
                 Err(EngineError::BadStep { what: "a second engine".to_owned() })
             }
         }
+    }
+}
+
+/// Checks that a device is the one that was listed: without a card that has fallen off the bus, others take its number.
+fn check_address(
+    factory: &dyn EngineFactory,
+    device: &DeviceId,
+    address: Option<PciAddress>,
+) -> Result<(), EngineError> {
+    let is_it = |report: &DeviceReport| report.id == *device && report.pci_address() == address;
+    if address.is_none() || factory.probe().iter().any(is_it) {
+        return Ok(());
+    }
+    let what = "another device has its number".to_owned();
+    Err(EngineError::Device { device: device.to_string(), fault: DeviceFault::Lost, what })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::GpuReport;
+
+    /// A machine with one card, as `gpu:0`.
+    #[derive(Debug)]
+    struct OneCard(PciAddress);
+
+    impl EngineFactory for OneCard {
+        fn name(&self) -> &'static str {
+            "gpu"
+        }
+
+        fn probe(&self) -> Vec<DeviceReport> {
+            let gpu = GpuReport { pci_address: Some(self.0), ..GpuReport::default() };
+            vec![DeviceReport { gpu: Some(Box::new(gpu)), ..DeviceReport::of_cpu("gpu:0", "gpu", "") }]
+        }
+
+        fn open(&self, device: &DeviceId) -> Result<Box<dyn Engine>, EngineError> {
+            Err(EngineError::NoDevice { engine: "gpu".to_owned(), device: device.to_string() })
+        }
+    }
+
+    /// R1.4, R1.5: where the first of two cards is lost, the second has its number, and is not taken for it.
+    #[test]
+    fn another_card_with_the_same_number_is_not_opened() {
+        let address = |bus: u8| PciAddress { domain: 0, bus, device: 0, function: 0 };
+        let check = |wanted| check_address(&OneCard(address(4)), &DeviceId("gpu:0".to_owned()), wanted);
+        assert_eq!(check(Some(address(4))), Ok(()));
+        assert_eq!(check(None), Ok(()));
+        assert!(matches!(check(Some(address(3))), Err(EngineError::Device { fault: DeviceFault::Lost, .. })));
     }
 }
