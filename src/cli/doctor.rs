@@ -114,7 +114,7 @@ fn diagnose(directories: &Directories, data_dir: &Path, measuring: Measuring) ->
     let found = discover(&factories, &directories.disabled_devices, &SystemRoot::default());
     let Discovery { devices, disabled, unknown, mut gpus, runtime } = found;
     let runtime = runtime.unwrap_or_else(|| ask_runtime(&factories));
-    let devices = devices::diagnose(devices, measuring, devices::test_limit());
+    let devices = devices::diagnose(devices, measuring, devices::TESTED_WITHIN);
     hardware::sample(&mut gpus);
     let mut checks = hardware::checks(&gpus, runtime);
     checks.extend(devices::checks(&devices, &disabled, &unknown));

@@ -278,17 +278,11 @@ impl Leader {
         near: NodeId,
         shards: &ShardCount,
     ) -> Result<(Vec<Offer>, Placed), RequestError> {
-        let (offers, links) = (self.offers_for(round, ask, near)?, round.members.links());
-        match ask.place(&offers, &links, shards) {
-            Ok(placed) => Ok((offers, placed)),
-            Err(error) if ask.spec.device.is_none() && matches!(error, PlanError::DoesNotFit { .. }) => {
-                let memory = self.memory(round, &BTreeSet::new());
-                let offers = self.with_cpus(round, None, &memory, &offers);
-                let placed = ask.place(&offers, &links, shards)?;
-                Ok((offers, placed))
-            }
-            Err(error) => Err(error.into()),
-        }
+        let offers = self.offers_for(round, ask, near)?;
+        let memory = self.memory(round, &BTreeSet::new());
+        Ok(self.with_cpus_if_needed(round, (None, ask), &memory, offers, |offers| {
+            ask.place(offers, &round.members.links(), shards)
+        })?)
     }
 
     fn offers_for(
@@ -347,8 +341,11 @@ impl Leader {
         let idle: BTreeSet<InstanceId> = running.filter(is_idle).collect();
         let free = idle.iter().copied().chain(own).collect();
         let offers = self.offers(round, own, ask.spec.device.as_ref(), near, &free);
-        let with_cpus = || self.with_cpus(round, own, &self.memory(round, &free), &offers);
-        let fits = || ask.fit(round.members, &offers).or_else(|| ask.fit(round.members, &with_cpus())).is_some();
+        let fits = || {
+            let memory = self.memory(round, &free);
+            self.with_cpus_if_needed(round, (own, ask), &memory, offers, |offers| ask.fit(round.members, offers))
+                .is_ok()
+        };
         let Some(id) = idle.into_iter().min_by_key(used).filter(|_| fits()) else { return false };
         tracing::info!(instance = %id, "unloading an idle model: another model needs its memory");
         self.releasing.changed = Some(round.now);

@@ -10,7 +10,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 /// How long a device may take for its self-test and its measurements.
-const TESTED_WITHIN: Duration = Duration::from_secs(60);
+pub(super) const TESTED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Whether devices compute for the diagnosis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,11 +78,6 @@ fn test(
         Ok(_) => outcome.recv_timeout(within).unwrap_or_else(|_| (SelfTest::Failed, Err(silent()))),
         Err(_) => (SelfTest::NotRun, Ok(DeviceRates::default())),
     }
-}
-
-/// The limit on each device's test.
-pub(super) fn test_limit() -> Duration {
-    TESTED_WITHIN
 }
 
 /// A check for each device. A node without any that computes right computes nothing.

@@ -1,10 +1,10 @@
 //! Offers of members, less the memory that is promised and the devices that failed.
 
-use super::{Leader, RoundContext};
+use super::{Leader, PlacementRequest, RoundContext};
 use crate::core::desired::Deployment;
 use crate::core::members::{MemberReport, Members};
 use crate::core::offer::{MemoryPool, Offer};
-use crate::core::plan::Stage;
+use crate::core::plan::{PlanError, Stage};
 use crate::core::spec::InstanceId;
 use crate::core::speed::Speed;
 use exo_engines::engine::DeviceId;
@@ -77,9 +77,29 @@ impl Leader {
         offers
     }
 
+    /// The offers with which `place` places a model, and its result: with CPUs beside better devices only if the model
+    /// does not fit without them, and names no device. `ask` is for `for_instance`, if that exists.
+    pub(super) fn with_cpus_if_needed<T>(
+        &self,
+        round: &RoundContext<'_>,
+        (for_instance, ask): (Option<InstanceId>, &PlacementRequest),
+        memory: &Memory,
+        offers: Vec<Offer>,
+        place: impl Fn(&[Offer]) -> Result<T, PlanError>,
+    ) -> Result<(Vec<Offer>, T), PlanError> {
+        match place(&offers) {
+            Err(PlanError::DoesNotFit { .. }) if ask.spec.device.is_none() => {
+                let offers = self.with_cpus(round, for_instance, memory, &offers);
+                let placed = place(&offers)?;
+                Ok((offers, placed))
+            }
+            placed => Ok((offers, placed?)),
+        }
+    }
+
     /// The offers, with the CPU of each node whose better devices have memory of their own: a model that these cannot
     /// hold takes the machine's memory, too.
-    pub(super) fn with_cpus(
+    fn with_cpus(
         &self,
         round: &RoundContext<'_>,
         for_instance: Option<InstanceId>,
@@ -94,15 +114,13 @@ impl Leader {
             if !is_offered || for_instance.is_some_and(|id| self.is_excluded(round, id, node, cpu)) {
                 continue;
             }
-            let of_node = offers.iter().filter(|offer| offer.node == node).map(|offer| offer.speed);
-            let slowest = of_node.min_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
             let cpus = self.all_offers(round, Some(cpu), node, memory);
             let own = cpus.into_iter().filter(|offer| offer.node == node);
             // The user's limit is on all devices of the node together.
             let taken = offers.iter().filter(|offer| offer.node == node).map(|offer| offer.free_bytes);
             let taken = member.memory_limit_bytes.map_or(0, |_| taken.fold(0, u64::saturating_add));
             all.extend(own.map(|offer| {
-                let offer = guess_cpu(member, offer, slowest);
+                let offer = guess_cpu(round.members, offer, offers);
                 Offer { free_bytes: offer.free_bytes.saturating_sub(taken), ..offer }
             }));
         }
@@ -148,10 +166,14 @@ pub(super) fn memory_by_pool<'a>(members: &Members, deployments: impl Iterator<I
     promised
 }
 
-/// The offer of a member's CPU. If it was not measured, its speed is that of the `slowest` better device times a guess.
-pub(super) fn guess_cpu(member: &MemberReport, offer: Offer, slowest: Option<Speed>) -> Offer {
-    match (member.fallback().and_then(|cpu| cpu.speed), slowest) {
-        (None, Some(Speed { bytes_per_s, spread })) => {
+/// The offer, with a guessed speed if it is that of a fallback that was not measured: the speed of the slowest of the
+/// `others` of its node, times a guess.
+pub(super) fn guess_cpu(members: &Members, offer: Offer, others: &[Offer]) -> Offer {
+    let fallback = members.0.get(&offer.node).and_then(MemberReport::fallback);
+    let is_unmeasured = fallback.is_some_and(|cpu| cpu.report.id == offer.device && cpu.speed.is_none());
+    let of_node = others.iter().filter(|other| other.node == offer.node).map(|other| other.speed);
+    match of_node.min_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s)) {
+        Some(Speed { bytes_per_s, spread }) if is_unmeasured => {
             Offer { speed: Speed { bytes_per_s: bytes_per_s * CPU_SPEED_GUESS, spread }, ..offer }
         }
         _ => offer,

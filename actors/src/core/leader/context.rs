@@ -27,10 +27,10 @@ impl PlacementRequest {
         self.demand.with_pages(self.model.context.least().cache_pages())
     }
 
-    /// Where the model would run with its least context, if it fits the offers.
-    pub(super) fn fit(&self, members: &Members, offers: &[Offer]) -> Option<Placement> {
-        let shards = shard_count(members, &self.spec).ok()?;
-        place(&self.least_demand(), offers, &members.links(), &shards, self.spec.policy).ok()
+    /// Where the model would run with its least context.
+    pub(super) fn fit(&self, members: &Members, offers: &[Offer]) -> Result<Placement, PlanError> {
+        let shards = shard_count(members, &self.spec)?;
+        place(&self.least_demand(), offers, &members.links(), &shards, self.spec.policy)
     }
 
     /// Places the model with the largest context that needs no more devices than its least context does.
@@ -98,9 +98,8 @@ impl Leader {
             memory.give_back(&before, &after);
         }
         let offers = self.offers_of(round, own, ask.spec.device.as_ref(), near, &memory);
-        let with_cpus = || self.with_cpus(round, own, &memory, &offers);
-        let wanted = ask.fit(round.members, &offers).or_else(|| ask.fit(round.members, &with_cpus()));
-        let Some(wanted) = wanted else { return false };
+        let fit = |offers: &[Offer]| ask.fit(round.members, offers);
+        let Ok((_, wanted)) = self.with_cpus_if_needed(round, (own, ask), &memory, offers, fit) else { return false };
         // Memory of other pools would not help.
         let pools = |placement: &Placement| -> BTreeSet<(NodeId, MemoryPool)> {
             placement.stages.iter().map(|stage| pool_of(round.members, stage)).collect()

@@ -3,6 +3,7 @@
 use super::capacity::{Memory, guess_cpu};
 use super::{Leader, RoundContext};
 use crate::core::desired::Deployment;
+use crate::core::members::MemberReport;
 use crate::core::offer::{MemoryPool, Offer};
 use crate::core::request::RequestError;
 use crate::core::spec::InstanceId;
@@ -151,14 +152,7 @@ impl Leader {
             if !offers.iter().any(is_its) {
                 let of_all = self.all_offers(round, Some(&stage.device), stage.node, memory);
                 let Some(offer) = of_all.into_iter().find(is_its) else { continue };
-                let better = offers.iter().filter(|other| other.node == stage.node).map(|other| other.speed);
-                let slowest = better.min_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
-                let fallback = round
-                    .members
-                    .0
-                    .get(&stage.node)
-                    .filter(|member| member.fallback().is_some_and(|cpu| cpu.report.id == stage.device));
-                offers.push(fallback.map_or(offer.clone(), |member| guess_cpu(member, offer, slowest)));
+                offers.push(guess_cpu(round.members, offer, offers));
             }
         }
     }
@@ -172,17 +166,15 @@ impl Leader {
         memory: &Memory,
         offers: &mut Vec<Offer>,
     ) {
-        let Some(member) = round.members.0.get(&node) else { return };
-        let Some(device) = member.fallback().map(|cpu| &cpu.report.id) else { return };
+        let fallback = round.members.0.get(&node).and_then(MemberReport::fallback);
+        let Some(device) = fallback.map(|cpu| &cpu.report.id) else { return };
         let is_its = |offer: &Offer| (offer.node, &offer.device) == (node, device);
         offers.retain(|offer| !is_its(offer));
         if self.failure(round, id, node, device).is_some() {
             return;
         }
-        let better = offers.iter().filter(|offer| offer.node == node).map(|offer| offer.speed);
-        let slowest = better.min_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
         let Some(offer) = self.all_offers(round, Some(device), node, memory).into_iter().find(is_its) else { return };
-        let offer = guess_cpu(member, offer, slowest);
+        let offer = guess_cpu(round.members, offer, offers);
         offers.push(Offer { free_bytes: offer.free_bytes.saturating_sub(used_bytes), ..offer });
     }
 }

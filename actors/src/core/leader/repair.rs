@@ -102,15 +102,12 @@ impl Leader {
         except: &BTreeSet<InstanceId>,
     ) -> Result<Deployment, PlanError> {
         let memory = self.memory(round, except);
-        let (offers, links) = (self.offers_anew(round, id, deployment, &memory), round.members.links());
+        let offers = self.offers_anew(round, id, deployment, &memory);
         let ask = ask_of(deployment);
-        let (context, demand, placement) = match ask.place(&offers, &links, &ShardCount::Automatic) {
-            Err(PlanError::DoesNotFit { .. }) if ask.spec.device.is_none() => {
-                let offers = self.with_cpus(round, Some(id), &memory, &offers);
-                ask.place(&offers, &links, &ShardCount::Automatic)
-            }
-            placed => placed,
-        }?;
+        let (_, (context, demand, placement)) =
+            self.with_cpus_if_needed(round, (Some(id), &ask), &memory, offers, |offers| {
+                ask.place(offers, &round.members.links(), &ShardCount::Automatic)
+            })?;
         let model = Model { context, ..deployment.model.clone() };
         Ok(Deployment { model, demand, placement, strategy: MoveStrategy::InPlace, ..deployment.clone() })
     }
